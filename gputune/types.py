@@ -122,6 +122,10 @@ LR_FACTOR, DECAY_FACTOR = "lr_factor__", "weight_decay_factor__"
 """Keys of a module's parameters: ``lr_factor__bias`` is a factor on the rate of all that have "bias" in their path."""
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
+Numbers = Literal["standard", "robust", "quantile", "piecewise", "piecewise-tree", "none"]
+NUMBERS = get_args(Numbers)
+"""How the numbers of a table are prepared."""
+
 
 def first_metric(scores: "np.ndarray", *, axes: int) -> "np.ndarray":
     """Return scores of so many axes by the metric that ranks; those of several metrics have one axis more, the last."""

@@ -11,7 +11,7 @@ import torch
 
 from gputune.api.study import Study
 from gputune.callbacks import Callback
-from gputune.data.encode import Columns, Numbers
+from gputune.data.encode import Columns
 from gputune.data.kinds import Kind
 from gputune.data.source import read_source
 from gputune.data.target import TaskWord
@@ -26,11 +26,11 @@ from gputune.text import did_you_mean
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.loops import search_loop
 from gputune.tuning.method import Method
+from gputune.tuning.model_choice import ModelChoice, choose_model
 from gputune.tuning.options import RULES, Options
 from gputune.tuning.pipeline import search as search_rows
-from gputune.tuning.problem import ModelChoice, choose_model
 from gputune.tuning.progress import Progress, reading_bar
-from gputune.types import BackendWord, MethodWord, Precision, ScheduleWord, defaults_in_words
+from gputune.types import BackendWord, MethodWord, Numbers, Precision, ScheduleWord, defaults_in_words
 
 Given = ParamSpec("Given")
 Value = TypeVar("Value")

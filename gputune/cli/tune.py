@@ -29,9 +29,9 @@ from gputune.study.model_files import DESCRIPTION, read_description
 from gputune.study.study import Trial
 from gputune.tuning.candidates import checked_space, first_trials
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
+from gputune.tuning.model_choice import choose_model
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search
-from gputune.tuning.problem import choose_model
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import RecordedSearch, recorded_search
 from gputune.types import Json

@@ -1,7 +1,7 @@
 """Checked X and y on one device: what the engine trains on."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from gputune.data.target import Target, standardised
 from gputune.data.target_transform import FittedTransform
 from gputune.data.weights import Weights
 from gputune.memory import free_of_gpu
-from gputune.types import Task
+from gputune.types import Config, Task
 
 Rows = tuple[np.ndarray, np.ndarray]
 """Training and validation rows of one fold, as positions."""
@@ -38,7 +38,6 @@ class ScorerRows:
 
     X: object
     layout: Layout | ArrayLayout
-    statistics: tuple[Statistics, ...] | tuple[ArrayStatistics, ...]  # of each fold
 
     def rows(self, fold: Fold) -> object:
         """Return the validation rows of a fold, of the kind of X; no write to an array reaches anyone else."""
@@ -50,11 +49,13 @@ class ScorerRows:
             rows.flags.writeable = False
         return rows
 
-    def encoded(self, X: object, fold: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def encoded(
+        self, X: object, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         """Return rows like those of X as the members of a fold see them, each (m, ...), on the CPU."""
         if isinstance(self.layout, Layout):
             X = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)
-        return encode(X, self.layout, self.statistics[fold], dtype)
+        return encode(X, self.layout, statistics, dtype)
 
 
 def encode(
@@ -72,6 +73,29 @@ def encode(
         else scale(x[None].cpu(), slice(0, 1))[0]
         for x, scale in zip(layout.raw(X).gathered(), scaling)
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What of a ``Dataset`` depends on how the numbers of its table are prepared."""
+
+    inputs: tuple[Tensor, ...]
+    copies: tuple[int, ...]
+    scaling: tuple[Scaling | None, ...]
+    statistics: tuple[Statistics | ArrayStatistics, ...]
+    feature_groups: tuple[int, ...]
+
+
+class Preparations(dict[str, Inputs]):
+    """The inputs of one table by how its numbers are prepared, each made when it is first asked for."""
+
+    def __init__(self, make: Callable[[str], Inputs]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, numbers: str) -> Inputs:
+        self[numbers] = self.make(numbers)
+        return self[numbers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +125,23 @@ class Dataset:
     dtype: torch.dtype = torch.float32  # of float inputs and of a regression's y; weights are float64
     feature_groups: tuple[int, ...] | None = None  # (D,) of a table: ``Layout.feature_groups``; None: numbers
     transforms: tuple[FittedTransform, ...] = ()  # of each fold's target, before it is standardised; (): none
+    statistics: tuple[Statistics | ArrayStatistics, ...] = ()  # fitted on each fold's training rows
+    numbers: str = ""  # how those of a table are prepared
+    preparations: Mapping[str, Inputs] = field(default_factory=dict)  # the table prepared in other ways
     on_host: bool = False  # whether inputs lie in main memory, of which gathered rows are sent to the device
+
+    def of(self, config: Config) -> "Dataset":
+        """Return the data as the trials with a configuration read it, whose ``numbers`` may be prepared otherwise."""
+        numbers = config.get("numbers", self.numbers)
+        if numbers == self.numbers:
+            return self
+        if numbers not in self._prepared:
+            self._prepared[numbers] = replace(self, numbers=numbers, **vars(self.preparations[numbers]))
+        return self._prepared[numbers]
+
+    @cached_property
+    def _prepared(self) -> dict[str, "Dataset"]:
+        return {}
 
     @property
     def x(self) -> Tensor:
@@ -126,8 +166,9 @@ class Dataset:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of all inputs."""
-        return sum(x.numel() * x.element_size() for x in self.inputs)
+        """Bytes of all inputs, in all ways in which they have been prepared."""
+        prepared = (part.inputs for part in self.preparations.values())
+        return sum(x.numel() * x.element_size() for inputs in (self.inputs, *prepared) for x in inputs)
 
     @property
     def row_numbers(self) -> int:
@@ -203,7 +244,7 @@ class Dataset:
 
 def make_dataset(
     raw: np.ndarray | Tensor | Arrays,
-    statistics: Sequence[Statistics] | Sequence[ArrayStatistics],
+    statistics: Sequence[Statistics | ArrayStatistics],
     target: Target,
     folds: Sequence[Rows],
     *,
@@ -241,6 +282,7 @@ def make_dataset(
         names=names,
         scaling=scaling,
         dtype=like.dtype,
+        statistics=tuple(statistics),
         on_host=on_host,
         copies=copies,
         y=torch.as_tensor(y, dtype=like.dtype if y.dtype.kind == "f" else torch.int64, device=device),

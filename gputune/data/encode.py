@@ -10,7 +10,7 @@ Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, w
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Literal, TypeVar, get_args, overload
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,10 +29,8 @@ from gputune.data.quantiles import fit_quantiles, median_and_spread, normal_scor
 from gputune.data.table import Table, quoted
 from gputune.errors import InputError, warn
 from gputune.text import count
-from gputune.types import Json
+from gputune.types import NUMBERS, Json, Numbers
 
-Numbers = Literal["standard", "robust", "quantile", "piecewise", "piecewise-tree", "none"]
-NUMBERS = get_args(Numbers)
 Columns = Literal["keep", "drop-constant"]
 
 Array = TypeVar("Array", np.ndarray, Tensor, np.ndarray | Tensor)
@@ -209,9 +207,9 @@ class Statistics:
     """What is fitted on the training rows of one fold; float64 arrays.
 
     ``fill``, ``center``, ``scale`` are (D,): a missing value becomes ``fill``, then (x - center) / scale.
-    ``ranked`` (R,) are the positions of the features with a quantile transform instead, ``quantiles`` (Q, R)
-    their quantiles at equally spaced probabilities from 0 to 1. ``clipped`` are those of the features that are clipped
-    smoothly once they are scaled. Where numbers are cut into bins, ``places`` (D',) says of which feature each input is
+    ``ranked`` (R,) are the positions of the inputs with a quantile transform instead, ``quantiles`` (Q, R)
+    their quantiles at equally spaced probabilities from 0 to 1. ``clipped`` are those of the inputs that are clipped
+    smoothly once they are scaled. Where a feature is several inputs, ``places`` (D',) says of which feature each is
     made, ``center`` and ``scale`` are (D',), and inputs lie within ``least`` and ``most`` (D',); else all are (0,).
     """
 
@@ -268,13 +266,8 @@ def fit_statistics(
     Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``quantiles.py``;
     ``bins.py``.
     """
-    if numbers not in NUMBERS:
-        raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
+    check_numbers(numbers, raw)
     if isinstance(raw, Tensor):
-        if numbers not in ("standard", "none"):
-            raise InputError(
-                f"numbers={numbers!r} is not there for tensors; pass a NumPy array or numbers='standard'."
-            )
         mean, scale = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
     else:
         from sklearn.preprocessing import StandardScaler
@@ -308,6 +301,16 @@ def fit_statistics(
     return Statistics(mean, center, scale, ranked, quantiles, clipped)
 
 
+def check_numbers(numbers: str, raw: np.ndarray | Tensor) -> None:
+    """Raise InputError for a way to prepare numbers that there is not, or not for tensors."""
+    if numbers not in NUMBERS:
+        raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
+    if isinstance(raw, Tensor) and numbers not in ("standard", "none"):
+        raise InputError(
+            f"numbers={numbers!r} is not there for tensors; pass a NumPy array or numbers='standard'."
+        )
+
+
 def _bins(values: np.ndarray, target: np.ndarray | None) -> np.ndarray:
     """Return the bins of a feature's known values, for a target where there is one."""
     known = ~np.isnan(values)
@@ -324,8 +327,8 @@ def transform(raw: Array, statistics: Statistics) -> Array:
         )
         return (torch.where(raw.isnan(), fill, raw) - center) / scale
     x = np.where(np.isnan(raw), statistics.fill, raw)
-    normal = [normal_scores(x[:, j], q) for j, q in zip(statistics.ranked, statistics.quantiles.T)]
     x = x[:, statistics.places] if statistics.places.size else x
+    normal = [normal_scores(x[:, j], q) for j, q in zip(statistics.ranked, statistics.quantiles.T)]
     x -= statistics.center
     x /= statistics.scale
     if statistics.places.size:

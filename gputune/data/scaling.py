@@ -110,3 +110,33 @@ def _distinct(lost: np.ndarray, statistics: Sequence[Statistics]) -> tuple[list[
         number, _ = distinct.setdefault(key, (len(distinct), fitted))
         copies.append(number)
     return [fitted for _, fitted in distinct.values()], tuple(copies)
+
+
+def side_by_side(parts: Sequence[Statistics]) -> Statistics:
+    """Return what makes the inputs of all parts beside each other; they were fitted on the same rows, in other ways."""
+    begins = np.cumsum([0, *(part.n_inputs for part in parts)])
+    whole = [part if part.places.size else _by_place(part) for part in parts]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in whole])
+
+    def moved(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) + begin for part, begin in zip(parts, begins)])
+
+    return Statistics(
+        fill=parts[0].fill,
+        center=joined("center"),
+        scale=joined("scale"),
+        ranked=moved("ranked"),
+        quantiles=next((part.quantiles for part in parts if part.ranked.size), parts[0].quantiles),
+        clipped=moved("clipped"),
+        places=joined("places"),
+        least=joined("least"),
+        most=joined("most"),
+    )
+
+
+def _by_place(statistics: Statistics) -> Statistics:
+    """Return the same of features that are one input each, whose places and ends are written out."""
+    ends = np.full(statistics.n_inputs, np.inf)
+    return replace(statistics, places=np.arange(len(ends)), least=-ends, most=ends)

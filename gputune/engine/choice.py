@@ -236,6 +236,7 @@ def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: flo
 
     ``member_steps`` is how many steps all members of a search take that train as these do.
     """
+    data = data.of(group.configs[0])
     few = _with_few_rows(data, group.configs[0]["batch_size"])
     alone = _seconds(job, few, group.part(0, 1), "loop")
     if alone * member_steps < _WORTH_SECONDS:

@@ -147,7 +147,8 @@ def make_plan(
     for population in populations:
         reason, in_code = unstackable.get(population.arguments, ""), population.arguments in coded
         way = trains_as(backend, population.kind, population.configs[0], reason, coded=in_code, data=data)
-        cost = trial_cost(population, data, parameters, way, widest.get(population.arguments, 0))
+        own = data.of(population.configs[0])
+        cost = trial_cost(population, own, parameters, way, widest.get(population.arguments, 0))
         limit = _compiled_limit(population, memory) if way == "compiled" else memory_limit(data, memory, free)
         if cost_of is not None:
             cost, limit = cost_of(population, cost), memory or limit

@@ -107,7 +107,7 @@ class RayCluster:
         self.device = ("cuda" if gpus else "cpu") if device == "auto" else device
         self.tasks = self.room(cpus)
         self._task = make_task(ray)
-        self._stored: tuple[Dataset, object] | None = None
+        self._stored: tuple[Dataset, int, object] | None = None
         self.free: int | None = None
         if self.device == "cuda":
             self.free = int(ray.get(ray.remote(free_bytes).options(num_gpus=1, num_cpus=cpus).remote()))
@@ -147,9 +147,10 @@ class RayCluster:
         return RayTasks(self, replace(job, checkpointing=None), self._put(data), plan)
 
     def _put(self, data: Dataset) -> object:
-        if self._stored is None or self._stored[0] is not data:
-            self._stored = data, self.ray.put(to_arrays(data))
-        return self._stored[1]
+        prepared = len(data.preparations)
+        if self._stored is None or self._stored[0] is not data or self._stored[1] < prepared:
+            self._stored = data, prepared, self.ray.put(to_arrays(data))
+        return self._stored[2]
 
     def task(self, cpus: int) -> Any:
         """Return the function that trains a chunk far away, with the resources it needs."""

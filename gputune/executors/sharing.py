@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.dataset import Dataset, Fold
+from gputune.data.dataset import Dataset, Fold, Inputs
 from gputune.data.scaling import Scaling
 from gputune.errors import InputError
 
@@ -57,7 +57,9 @@ def map_tensors(value: object, change: Any) -> Any:
         return change(value)
     if isinstance(value, tuple):
         return tuple(map_tensors(item, change) for item in value)
-    if isinstance(value, Dataset | Fold | Scaling):
+    if isinstance(value, dict):  # of what is made when it is asked for, what is there
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, Dataset | Fold | Inputs | Scaling):
         return replace(value, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)})
     return value
 

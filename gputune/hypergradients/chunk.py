@@ -269,6 +269,7 @@ def inner_problem(
     job: HypergradientJob, data: Dataset, chunk: Population
 ) -> InnerProblem[PopulationTraining]:
     """Return the training of a chunk over the whole horizon, at the hyperparameters of its configurations."""
+    data = data.of(chunk.configs[0])
     network = job.network(data, chunk)
     if isinstance(network, LoopedModule):
         raise network.refusal()

@@ -21,6 +21,7 @@ from gputune.types import (
     ACTIVATIONS,
     DECAY_FACTOR,
     LR_FACTOR,
+    NUMBERS,
     ONLINE,
     ONLINE_RULES,
     OPTIMIZERS,
@@ -70,6 +71,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "dropout_schedule": SCHEDULES,
     "hypergrad_rule": ONLINE_RULES,
     "penalty": ("l2", "l1", "none"),
+    "numbers": NUMBERS,
 }
 
 KEYS = (*RANGES, *WORDS)
@@ -104,12 +106,12 @@ _OTHER_NAMES: Mapping[str, str] = {
 def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> tuple[str, ...]:
     """Return the keys that a space for this kind of model may have; a module also has its ``module__*`` keys.
 
-    ``optimizer="exact"`` is the solved logistic regression, which has only its penalty to tune.
+    ``optimizer="exact"`` is the solved logistic regression, which has only its penalty, and ``numbers``, to tune.
     """
     if model == "logistic" and optimizer == "exact":
-        return ("C", "l1_ratio", "penalty")
+        return ("C", "l1_ratio", "penalty", "numbers")
     trained = ["lr", "batch_size", "weight_decay", "weight_decay_schedule", "momentum", "beta2", "optimizer"]
-    trained += ["schedule", "clip_norm", "ema"]
+    trained += ["schedule", "clip_norm", "ema", "numbers"]
     if optimizer in ONLINE:
         trained += ["hypergrad_lr", "hypergrad_rule"]
     shaping = {"mlp": ("width", "depth", "activation", "dropout"), "module": ("dropout", "dropout_schedule")}

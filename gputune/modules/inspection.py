@@ -36,14 +36,14 @@ _known: WeakKeyDictionary[Dataset, dict[Builder, dict[str, Traits]]] = WeakKeyDi
 
 
 def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
-    """Return what was found of a user's module on some data, by its module__* values as text."""
+    """Return what was found of a user's module on some data, by ``arguments_text``."""
     return {} if builder is None else dict(_known.get(data, {}).get(builder, {}))
 
 
 def traits_of(
     builder: Builder, config: Config, data: Dataset, *, columns: str = "", objective: Objective | None = None
 ) -> Traits:
-    """Return what a user's module does with rows of the first fold; each of the module__* values is tried once.
+    """Return what a user's module does with rows of the first fold; each of its ``arguments_text`` is tried once.
 
     Raises InputError, ending in ``columns`` (a sentence on how the rows came from the user's) where shapes may be the
     cause, for a module that fails, returns outputs of another shape, or has nothing to train.
@@ -51,8 +51,9 @@ def traits_of(
     known = _known.setdefault(data, {}).setdefault(builder, {})
     key = arguments_text(config)
     if key not in known:
-        trial = ModuleTrial(builder, config, data, columns, objective)
-        check_ids(trial.module, data, trial.name)
+        own = data.of(config)
+        trial = ModuleTrial(builder, config, own, columns, objective)
+        check_ids(trial.module, own, trial.name)
         known[key] = inspect_module(trial)
     traits = known[key]
     if not traits.row_losses and data.weights is not None:
@@ -69,6 +70,7 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
 
     False also for a module that cannot be made, or fails, of which its inspection knows more to say.
     """
+    data = data.of(config)
     sizes = {"n_features": data.n_features, "n_outputs": 2, "input_shape": ()}
     given = module_arguments(config)
     filled = call_arguments(builder, sizes, given).keys() - given.keys()
@@ -101,7 +103,7 @@ def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> 
 
 
 def note_fastest(builder: Builder, data: Dataset, arguments: str, *, slow: str, coded: bool) -> bool:
-    """Remember how a module's members train fastest, with these module__* values as text; return whether it is news."""
+    """Remember how a module's members train fastest, with these arguments; return whether it is news."""
     known = _known[data][builder]
     before, known[arguments] = known[arguments], replace(known[arguments], slow=slow, coded=coded)
     return before != known[arguments]

@@ -182,19 +182,31 @@ def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
 class Ensemble(nn.Module):
     """The weighted mean of the probabilities of its members, as logits; of a regression that of their values.
 
-    ``weights`` (M,) add up to 1. Shape: as each member, inputs -> (B, K).
+    ``weights`` (M,) add up to 1. Shape: as each member, inputs -> (B, K); with ``columns``, a table's (B, D) of which
+    each member reads those from its first to its end.
     """
 
     weights: Tensor
 
-    def __init__(self, members: Sequence[nn.Module], weights: Sequence[float], task: Task) -> None:
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        weights: Sequence[float],
+        task: Task,
+        columns: Sequence[Sequence[int]] = (),
+    ) -> None:
         super().__init__()
+        self.columns = columns
         self.members = nn.ModuleList(members)
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
         self.task = task
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        outputs = torch.stack([first_output(member(*inputs, **named)) for member in self.members])
+        reads = [inputs] * len(self.members)
+        if self.columns:
+            reads = [(inputs[0][:, begin:end],) for begin, end in self.columns]
+        members = zip(self.members, reads)
+        outputs = torch.stack([first_output(member(*x, **named)) for member, x in members])
         outputs = class_logits(outputs, self.task, 2)
         weights = self.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
         if self.task == "regression":

@@ -66,7 +66,7 @@ class Population:
 
     @property
     def arguments(self) -> str:
-        """The ``module__*`` values, which its trials have in common, as text."""
+        """The ``module__*`` values and ``numbers``, which its trials have in common, as text."""
         return arguments_text(self.configs[0])
 
     def part(self, start: int, stop: int) -> "Population":
@@ -103,6 +103,14 @@ def populations(
     return [Population(kind, tuple(g), tuple(configs[i] for i in g)) for g in groups]
 
 
+def by_numbers(configs: Sequence[Config]) -> list[list[int]]:
+    """Return the places of configurations, those together that read the same data: ``Dataset.of``."""
+    places: dict[object, list[int]] = defaultdict(list)
+    for place, config in enumerate(configs):
+        places[config.get("numbers")].append(place)
+    return list(places.values())
+
+
 def is_plain(config: Config) -> bool:
     """Whether the steps are the optimizer's own: no clipping, no averaging, no other betas or rates of parameters."""
     return config["clip_norm"] == math.inf and not config["ema"] and not beyond_adam(config)
@@ -114,8 +122,9 @@ def module_arguments(config: Config) -> Config:
 
 
 def arguments_text(config: Config) -> str:
-    """Return the ``module__*`` values of a configuration as text."""
-    return repr(sorted(module_arguments(config).items()))
+    """Return the ``module__*`` values of a configuration, and its ``numbers`` where it has such, as text."""
+    numbers = config.get("numbers")
+    return repr(sorted(module_arguments(config).items())) + (f", {numbers}" if numbers else "")
 
 
 def shape_of(population: Population) -> tuple[object, ...]:
@@ -131,7 +140,7 @@ def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
     momentum = bool(np.any(np.asarray(config["momentum"]) > 0))
     buffers = (momentum, config["clip_norm"] < math.inf, config["ema"] > 0)
     options = sorted((k, bool(v)) for k, v in optimizer_arguments(config).items())
-    optimizer = (config["optimizer"], rule, *buffers, *options)
+    optimizer = (config["optimizer"], rule, *buffers, *options, config.get("numbers"))
     if kind == "module":
         return (optimizer, *sorted((k, repr(v)) for k, v in module_arguments(config).items()))
     if kind == "linear":

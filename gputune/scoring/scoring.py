@@ -52,11 +52,6 @@ class Scoring:
     label: str = ""
     others: "tuple[Scoring, ...]" = ()
 
-    @property
-    def on_outputs(self) -> bool:
-        """Whether all metrics are functions of outputs; scikit-learn's scorers may ask a model for others."""
-        return all(one.score or one.of_outputs for one in (self, *self.others))
-
     def metrics(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
         """Return the scores (C,) as a call does, with other metrics (C, M), all of the same outputs."""
         scores = [one(data, fold, outputs, member) for one in (self, *self.others)]
@@ -185,7 +180,7 @@ def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) ->
     """Return what a member answers for rows X of the user's own, (m, K), on the CPU."""
     if data.scorer_rows is None:
         raise InputError("a scorer that has a name asks for no other rows than those it scores.")
-    inputs = data.scorer_rows.encoded(X, fold, data.dtype)
+    inputs = data.scorer_rows.encoded(X, data.statistics[fold], data.dtype)
     with torch.no_grad():
         outputs = call_module(member(trial), inputs, data.names).view(1, len(inputs[0]), -1)
     return _as_answers(data, fold, outputs.to(data.device))[0].cpu()

@@ -282,9 +282,10 @@ def _calm(old: Point, new: Point) -> Tensor:
 
 
 def solve_chunk(data: Dataset, configs: Sequence[Config], index: Sequence[int], scoring: Scoring) -> Outcome:
-    """Solve the trials ``index`` of ``configs`` in all folds and score them: curves (C, 1, F)."""
+    """Solve the trials ``index`` of ``configs``, all of the same ``numbers``, in all folds: curves (C, 1, F)."""
     begin = time.monotonic()
     part = [configs[i] for i in index]
+    data = data.of(part[0])
     solution = solve_all(data, part)
     curves = score_solution(data, len(part), solution, scoring)
     return Outcome(tuple(index), curves, 1, time.monotonic() - begin)

@@ -76,7 +76,7 @@ class TableInputs(nn.Module):
         x = x[:, self.places] if self.places else x
         scaled = (x - self.center) / self.scale
         if self.places:
-            return (torch.minimum(torch.maximum(scaled, self.least), self.most),)
+            scaled = torch.minimum(torch.maximum(scaled, self.least), self.most)
         if self.clipped:
             clipped = smooth_clip(scaled[:, self.clipped])
             scaled = scaled.index_copy(1, torch.tensor(self.clipped), clipped)

@@ -26,7 +26,7 @@ from gputune.models import MLP, LogisticRegression
 from gputune.modules.construction import Builder, name_of
 from gputune.population.network import Ensemble
 from gputune.scratch import write_files
-from gputune.study.model_modules import TENSORS, arguments_of, build_modules, check_size, input_kinds
+from gputune.study.model_modules import TENSORS, arguments_of, build_modules, check_size
 from gputune.study.module_source import (
     class_source,
     find_class,
@@ -120,10 +120,9 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         kind = str(spec["kind"])
         if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
             raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
-        sizes, members = arguments_of(spec, layout, statistics, 1 if classes is None else len(classes))
-        inputs = input_kinds(layout, statistics), None if isinstance(layout, Layout) else layout.names
+        members = arguments_of(spec, layout, statistics, 1 if classes is None else len(classes))
         if kind in BUILT_IN:
-            check_size([sizes | arguments for arguments in members], kind, state)
+            check_size([sizes | arguments for sizes, arguments in members], kind, state)
         task, target, info = body["task"], body["target"], dict(body["info"])
         if not has_form(info, _INFO):
             raise ValueError("its info is of another type")
@@ -143,9 +142,9 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
     file = source_file(module_class) or name_of(module_class)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
     remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
-    modules = build_modules(module_class, sizes, members, inputs, dtype, remedy)
-    weights = [1 / len(modules)] * len(modules)
-    network = Ensemble(modules, weights, task) if "ensemble" in spec else modules[0]
+    modules = build_modules(module_class, members, layout, statistics, dtype, remedy)
+    weights, columns = [1 / len(modules)] * len(modules), spec.get("columns", ())
+    network = Ensemble(modules, weights, task, columns) if "ensemble" in spec else modules[0]
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -283,7 +282,9 @@ def _full_spec(model: ModelContent) -> Json:
         return model.spec
     source, file = class_source(_module_type(model)), source_file(_module_type(model))
     beside = {"file": file} if file is not None and "import" in source else {}
-    kept: Config = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble") if key in model.spec}
+    kept: Config = {
+        key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns") if key in model.spec
+    }
     return {**kept, **source, **beside}
 
 

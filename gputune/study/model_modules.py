@@ -21,26 +21,27 @@ TENSORS = "model.safetensors"
 
 def arguments_of(
     spec: Json, layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics, n_outputs: int
-) -> tuple[Config, list[Config]]:
+) -> list[tuple[Config, Config]]:
     """Return the sizes with which a model's modules are built, an ensemble's several, and what each takes besides."""
-    if isinstance(layout, Layout):
-        assert isinstance(statistics, Statistics)
-        D, shape, groups = statistics.n_inputs, (statistics.n_inputs,), layout.groups(statistics.places)
-        sizes: Config = {"n_features": D, "input_shape": shape, "feature_groups": groups}
-    else:
-        sizes = {"n_features": layout.n_features, "input_shape": layout.shapes[0], "feature_groups": None}
-    sizes["n_outputs"] = n_outputs
-    kwargs = dict(spec["kwargs"])
-    sizes |= {name: value for name, value in kwargs.items() if name in sizes}
-    members = (dict(member).items() for member in spec.get("ensemble", [kwargs]))
-    return sizes, [{name: value for name, value in member if name not in sizes} for member in members]
+    members = [dict(member) for member in spec.get("ensemble", [spec["kwargs"]])]
+    pairs = []
+    for member, ends in zip(members, spec.get("columns") or [None] * len(members), strict=True):
+        if isinstance(layout, Layout):
+            assert isinstance(statistics, Statistics)
+            begin, end = ends or (0, statistics.n_inputs)
+            D, groups = end - begin, layout.groups(statistics.places)[begin:end]
+            sizes: Config = {"n_features": D, "input_shape": (D,), "feature_groups": groups}
+        else:
+            sizes = {"n_features": layout.n_features, "input_shape": layout.shapes[0], "feature_groups": None}
+        sizes["n_outputs"] = n_outputs
+        sizes |= {name: value for name, value in {**spec["kwargs"], **member}.items() if name in sizes}
+        pairs.append((sizes, {name: value for name, value in member.items() if name not in sizes}))
+    return pairs
 
 
-def input_kinds(layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics) -> list[InputKind]:
-    """Return the kinds of the inputs as the module gets them."""
-    if isinstance(statistics, Statistics):
-        return [((statistics.n_inputs,), torch.float32)]
-    assert isinstance(layout, ArrayLayout)
+def _input_kinds(layout: ArrayLayout, statistics: Statistics | ArrayStatistics) -> list[InputKind]:
+    """Return the kinds of arrays as the module gets them."""
+    assert isinstance(statistics, ArrayStatistics)
     parts = zip(layout.shapes, layout.dtypes, statistics.channels, strict=True)
     return [(shape, torch.float32 if scaled else getattr(torch, dtype)) for shape, dtype, scaled in parts]
 
@@ -67,23 +68,27 @@ def check_size(members: Sequence[Config], kind: str, state: dict[str, Tensor]) -
 
 def build_modules(
     module_class: Builder,
-    sizes: Config,
-    members: Sequence[Config],
-    inputs: tuple[Sequence[InputKind], Sequence[str] | None],
+    members: Sequence[tuple[Config, Config]],
+    layout: Layout | ArrayLayout,
+    statistics: Statistics | ArrayStatistics,
     dtype: torch.dtype,
     remedy: str,
 ) -> list[nn.Module]:
-    """Build the modules of a model for the kinds and names of its inputs; ``remedy`` may mend a failure."""
+    """Build the modules of a model by their ``arguments_of``; ``remedy`` may mend a failure."""
+    kinds = [] if isinstance(layout, Layout) else _input_kinds(layout, statistics)
+    names = None if isinstance(layout, Layout) else layout.names
+    modules = []
     try:
         # Its start is thrown away, the caller's stream is not.
         with keyed_draws(torch.device("cpu"), 0, "load"):
-            modules = [made(module_class, call_arguments(module_class, sizes, member)) for member in members]
-            for module in modules:
-                materialise(module, *inputs)
+            for sizes, arguments in members:
+                module = made(module_class, call_arguments(module_class, sizes, arguments))
+                materialise(module, kinds or [(sizes["input_shape"], torch.float32)], names)
                 converted(module, dtype)
+                modules.append(module)
             return modules
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(
-            f"{name_of(module_class)} could not be built from the saved arguments {sizes | members[0]}: "
+            f"{name_of(module_class)} could not be built from the saved arguments {members[0][0] | members[0][1]}: "
             f"{type(error).__name__}: {error}; {remedy}pass the class as it was."
         ) from error

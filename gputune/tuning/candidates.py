@@ -23,8 +23,8 @@ from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Store
+from gputune.tuning.model_choice import ModelChoice
 from gputune.tuning.options import Options
-from gputune.tuning.problem import ModelChoice
 from gputune.types import DEFAULTS, Config
 
 
@@ -178,7 +178,7 @@ def draws_at_once(options: Options) -> bool:
 
 
 def _defaults(choice: ModelChoice, options: Options) -> Config:
-    defaults = dict(DEFAULTS)
+    defaults: Config = {**DEFAULTS, "numbers": options.numbers}
     if choice.module_class is not None:  # what signatures say
         defaults |= argument_defaults(choice.optimizer)
         defaults |= loss_defaults(options.loss)

@@ -26,8 +26,8 @@ from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count, size_words
+from gputune.tuning.model_choice import ModelChoice
 from gputune.tuning.options import Options
-from gputune.tuning.problem import ModelChoice
 from gputune.tuning.progress import Profile, Progress
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
@@ -103,8 +103,6 @@ class Context:
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
         """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
-        with self.profile.clock("planning"):
-            self.trainer.compile(configs, self.progress.say)
         groups = self.trainer.groups(configs)
         parameters = 0
         if self.choice.module_class is not None:

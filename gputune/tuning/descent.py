@@ -20,11 +20,12 @@ from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.methods.distributions import range_of
 from gputune.methods.space import Space
 from gputune.optimizers.rules import BETA1, BETA2
+from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, RecordedPlan, given_up
-from gputune.tuning.problem import ModelChoice
+from gputune.tuning.model_choice import ModelChoice
 from gputune.types import Config, Json
 
 SlopeMode = Literal["exact", "differences"]
@@ -240,9 +241,14 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
 
 
 def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
-    """Solve all points in all folds at once, and differentiate the solutions."""
-    begin, data = time.monotonic(), context.data
-    configs = [_complete(point.params, context) for point in points]
+    """Solve all points in all folds, those at once that read the same data, and differentiate the solutions."""
+    for places in by_numbers([point.params for point in points]):
+        _solve_together(ledger, [points[place] for place in places], context)
+
+
+def _solve_together(ledger: Ledger, points: list[Candidate], context: Context) -> None:
+    begin, configs = time.monotonic(), [_complete(point.params, context) for point in points]
+    data = context.data.of(configs[0])
     solution, derivative = implicit_chunk(data, configs, memory=context.trainer.memory)
     curves = score_solution(data, len(points), solution, context.scoring)
     losses, slopes = (

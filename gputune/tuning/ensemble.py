@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
+from gputune.data.encode import Statistics
 from gputune.data.folds import unpack_folds
+from gputune.data.scaling import side_by_side
 from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.population.network import Ensemble, call_module, class_logits, first_output
@@ -62,19 +64,22 @@ def ensemble(
     shares = torch.tensor([chosen[place] / chosen.total() for place in range(len(trials))])
     kept = [trials[place] for place in sorted(chosen)]
     weights = [chosen[place] / chosen.total() for place in sorted(chosen)]
-    whole, statistics = search.all_rows(trials)
+    whole = search.all_rows(kept)
     modules: list[nn.Module] = []
     for number in range(seeds):
         seed = search.options.random_state
         seed = seed if number == 0 else stream_seed(seed, "ensemble", number)
         modules += [module for (module,) in search.train(whole, kept, seed=seed)]
-    network = Ensemble(modules, [w / seeds for w in weights] * seeds, search.problem.target.task)
+    columns, statistics = _columns(search, whole, kept)
+    columns *= seeds
+    task = search.problem.target.task
+    network = Ensemble(modules, [w / seeds for w in weights] * seeds, task, columns)
     arguments = [search.arguments(search.config(trial), whole) for trial in kept] * seeds
     model = search.model(
         network.eval(),
         whole,
-        statistics,
-        spec={"kwargs": arguments[0], "ensemble": arguments},
+        statistics=statistics,
+        spec={"kwargs": arguments[0], "ensemble": arguments, **({"columns": columns} if columns else {})},
         info={
             "ensemble": {str(trial.number): weight for trial, weight in zip(kept, weights)},
             "seeds": seeds,
@@ -83,6 +88,23 @@ def ensemble(
     )
     temperature = predictions.temperature(shares) if calibrated else 1.0
     return replace(model, residuals=predictions.residuals(shares), temperature=temperature)
+
+
+def _columns(
+    search: Search, data: Dataset, trials: Sequence[Trial]
+) -> tuple[list[list[int]], Statistics | None]:
+    """Return the first column and the end of what each trial reads of the inputs of an ensemble, and what makes these.
+
+    Where all trials prepare numbers alike they read all columns, of the data itself: [], None.
+    """
+    own = [data.of(search.config(trial)) for trial in trials]
+    distinct = {one.numbers: one for one in own}
+    if len(distinct) == 1:
+        return [], None
+    ends = np.cumsum([one.n_features for one in distinct.values()]).tolist()
+    columns = {word: [end - one.n_features, end] for end, (word, one) in zip(ends, distinct.items())}
+    parts = [part for one in distinct.values() for part in one.statistics if isinstance(part, Statistics)]
+    return [columns[one.numbers] for one in own], side_by_side(parts)
 
 
 def is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
@@ -115,7 +137,8 @@ def recalled_for(name: str, study: Study, X: object, y: object, trust_code: bool
 
 def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":
     """Train trials on the folds of the search again, and return what they predict there."""
-    return Predictions.of(*members_of(search, trials, progress))
+    members, data, scoring = members_of(search, trials, progress)
+    return Predictions.of(members, [data.of(search.config(trial)) for trial in trials], scoring)
 
 
 def members_of(
@@ -124,7 +147,7 @@ def members_of(
     """Train trials on the folds of the search again; return the members (M, F), their data, and how it was scored."""
     scoring = _scoring(search)
     progress.scoring = scoring.name
-    data, _ = search.dataset(unpack_folds(search.study.record.arguments.folds), trials)
+    data = search.dataset(unpack_folds(search.study.record.arguments.folds), trials)
     epochs = max(trial.best_epoch for trial in trials)
     with nullcontext() if search.choice.solved else progress.bar_over(len(trials), epochs):
         members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)
@@ -180,12 +203,15 @@ class Predictions:
     scoring: Scoring
 
     @staticmethod
-    def of(members: Sequence[Sequence[nn.Module]], data: Dataset, scoring: Scoring) -> "Predictions":
-        """Return the predictions of members (M, F)."""
+    def of(
+        members: Sequence[Sequence[nn.Module]], data: Sequence[Dataset], scoring: Scoring
+    ) -> "Predictions":
+        """Return the predictions of members (M, F), each of its own data."""
         values = [
-            torch.stack([_predicted(folds[f], data, f) for folds in members]) for f in range(data.n_folds)
+            torch.stack([_predicted(folds[f], own, f) for folds, own in zip(members, data)])
+            for f in range(data[0].n_folds)
         ]
-        return Predictions(values, data, scoring)
+        return Predictions(values, data[0], scoring)
 
     def residuals(self, weights: Tensor) -> NDArray[np.float64] | None:
         """Return how far off the mean of the candidates by ``weights`` (M,) is on validation rows, ascending.

@@ -136,7 +136,7 @@ def fold_report(
     matrix = _confusion(members, data, scoring) if confusion else np.zeros((0, 0), np.int64)
     if not importance or not isinstance(layout, Layout):
         return FoldReport(one.number, matrix, (), np.zeros(0), np.zeros(0))
-    drops = _drops(members, data, scoring, layout.widths(search.problem.numbers))
+    drops = _drops(members, data, scoring, layout.widths(search.config(one)["numbers"]))
     order = np.argsort(-drops.mean(1), kind="stable")
     names = tuple(layout.columns[place].name for place in order)
     return FoldReport(one.number, matrix, names, drops.mean(1)[order], drops.std(1)[order])
@@ -154,7 +154,7 @@ def check_fold_report(study: Study, *, confusion: bool) -> None:
 
 def _confusion(members: list[nn.Module], data: Dataset, scoring: Scoring) -> NDArray[np.int64]:
     """Return how many rows of each true class are predicted as each, (K, K)."""
-    predictions = Predictions.of([members], data, scoring)
+    predictions = Predictions.of([members], [data], scoring)
     means = means_of_rows(data, [value[0].cpu() for value in predictions.values])
     known = np.isfinite(means).all(1)
     K, true = means.shape[1], data.target.cpu().numpy()[known]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gputune.tuning import checks
-from gputune.types import SCHEDULES, BackendWord, MethodWord, Precision
+from gputune.types import NUMBERS, SCHEDULES, BackendWord, MethodWord, Numbers, Precision
 
 if TYPE_CHECKING:
     import torch
 
     from gputune.callbacks import Callback
-    from gputune.data.encode import Columns, Numbers
+    from gputune.data.encode import Columns
     from gputune.data.kinds import Kind
     from gputune.data.target import TaskWord
     from gputune.data.target_transform import TargetTransform
@@ -181,12 +181,12 @@ class Options:
         "where values are missing; auto (default): keep for a class of your own",
         check=checks.one_of("auto", "keep", "drop-constant"),
     )  # fmt: skip
-    numbers: "Numbers | Literal['auto']" = _rows(
+    numbers: Numbers | Literal["auto"] = _rows(
         "auto", "--numbers HOW",
         "scaling: standard, robust (median, quartiles, a smooth clip), quantile, piecewise (16 bins between "
         "quantiles), piecewise-tree (bins that a tree makes for the target) or none; auto (default): standard "
         "for tables, none for images and sequences",
-        check=checks.one_of("auto", "standard", "robust", "quantile", "piecewise", "piecewise-tree", "none"),
+        check=checks.one_of("auto", *NUMBERS),
     )  # fmt: skip
 
     device: str = _machine(

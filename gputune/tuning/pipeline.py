@@ -41,8 +41,9 @@ from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.method import check_patience
+from gputune.tuning.model_choice import ModelChoice
 from gputune.tuning.options import Options
-from gputune.tuning.problem import ModelChoice, Problem, default_loss, make_problem, remarks_on_loss
+from gputune.tuning.problem import Problem, default_loss, make_problem, remarks_on_loss
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.random import check_sampling, sample, train_batches, train_fully
 from gputune.tuning.record import checkpoint_folder, search_record
@@ -140,9 +141,11 @@ def _prepare(
     if options.patience is not None:
         check_patience(options.method, options.epoch, solved=choice.solved)
     problem = make_problem(source, options.task, choice, options)
-    choice = choice.of(problem)
+    choice = choice.of(problem.target, problem.objective)
     space = checked_space(choice, options)  # again: what is predicted decides some
     options = with_earlier(options, space)
+    problem = problem.searching(space, options.include)
+    options = replace(options, numbers=problem.numbers)
     folds, trials = _folds(problem, options), first_trials(space, choice, options, store)
     configs = [choice.complete(trial.params, options.schedule) for trial in trials]
     data = _dataset(problem, folds, options, choice, configs, progress)
@@ -202,10 +205,10 @@ def _dataset(
         progress.say(
             f"note: trials train on the CPU and not on the GPU, which device='cuda' takes: {chosen.why}"
         )
-    data, statistics = problem.dataset(folds, options, choice, chosen.device)
+    data = problem.dataset(folds, options, choice, chosen.device)
     if not has_function(options.scoring):
         return data
-    return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout, statistics))
+    return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
 
 
 def _remember_what_runs(choice: ModelChoice, options: Options) -> None:
@@ -247,7 +250,6 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
         # TF32 is set in this process alone.
         others=() if options.tf32 or cluster is not None else other_gpus(options.device, data.device),
         cluster=cluster,
-        each_epoch=bool(options.callbacks),
         stop=stop,
     )
     return trainer if choice.solved else trainer.choosing(options.backend, setup.configs, progress.say)

@@ -1,20 +1,18 @@
-"""What the ``model`` argument means: a built-in name, a user's class, or a class in a file.
+"""A source made ready to train on: target, column layout, encoded rows, folds, and the data on one device."""
 
-A source made ready to train on: target, column layout, encoded rows, folds, and the data on one device.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, fit_channels
-from gputune.data.dataset import Dataset, Rows, make_dataset
-from gputune.data.encode import Columns, Layout, Numbers, Statistics, fit_layout, fit_statistics
+from gputune.data.dataset import Dataset, Inputs, Preparations, Rows, make_dataset
+from gputune.data.encode import Columns, Layout, Statistics, check_numbers, fit_layout, fit_statistics
+from gputune.data.scaling import table_inputs
 from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.data.target import Target, check_target, with_transform
@@ -22,141 +20,14 @@ from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
-from gputune.methods.recipes import recipe_of
-from gputune.models import CNN, GRU, RealMLP
-from gputune.modules.construction import Builder, name_of
+from gputune.methods.space import Space
 from gputune.modules.inspection import returns_one_logit
-from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
-from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.scoring import Scoring
 from gputune.study.model_files import DTYPES
-from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
-from gputune.text import did_you_mean
+from gputune.tuning.model_choice import ModelChoice
 from gputune.tuning.options import Options
-from gputune.types import OPTIMIZERS, Config, Goal, Json
-
-SearchedModel = Literal["mlp", "logistic", "module"]
-
-NAMED: dict[str, Builder] = {"cnn": CNN, "gru": GRU, "realmlp": RealMLP}
-"""Modules of ``gputune.models`` that have a name; they are searched as any module is."""
-
-BUILT_IN = ("mlp", "logistic")
-
-_KINDS: dict[SearchedModel, ModelKind] = {"mlp": "mlp", "logistic": "linear", "module": "module"}
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """A checked model: which space it has, which engine trains it, and how a saved model builds it again."""
-
-    searched: SearchedModel
-    optimizer: str
-    module_class: Builder | None
-    goal: Goal = ""
-    """What it predicts, once that is known."""
-
-    def of(self, problem: "Problem") -> "ModelChoice":
-        """Return the choice for a problem, whose target decides some defaults."""
-        objective = problem.objective
-        classes = objective is not None and objective.is_named and objective.loss == "cross_entropy"
-        goal: Goal = "classes" if classes else "numbers" if problem.target.task == "regression" else ""
-        return replace(self, goal=goal)
-
-    @property
-    def recipe(self) -> Config:
-        """Return what its trials take in the place of the common defaults."""
-        return recipe_of(self.module_class, self.goal)
-
-    def defaults(self, schedule: str) -> Config:
-        """Return its recipe, with the optimizer, and a ``schedule`` where that is not the constant one."""
-        recipe = self.recipe
-        if schedule != "constant" or "schedule" not in recipe:
-            recipe["schedule"] = schedule
-        return {**recipe, "optimizer": self.optimizer}
-
-    def complete(self, params: Config, schedule: str) -> Config:
-        """Return a trial's parameters with every key that training reads."""
-        return complete({**self.defaults(schedule), **params}, optimizer=self.optimizer, schedule=schedule)
-
-    @property
-    def solved(self) -> bool:
-        """Whether it is solved to convergence instead of trained."""
-        return self.optimizer == "exact"
-
-    @property
-    def kind(self) -> ModelKind:
-        """The engine's word for its stacked form."""
-        return _KINDS[self.searched]
-
-    @property
-    def takes_arrays(self) -> bool:
-        """Whether it takes images, sequences and several inputs, not tables alone."""
-        return self.searched == "module" and self.module_class is not RealMLP
-
-    @property
-    def spec(self) -> Json:
-        """What a study and a model folder store of it: plain JSON."""
-        if self.module_class is None:
-            return {"kind": self.searched}
-        return {"kind": "module", **class_source(self.module_class)}
-
-    @property
-    def name(self) -> str:
-        """What a person calls it."""
-        return self.searched if self.module_class is None else name_of(self.module_class)
-
-
-def choose_model(model: object, optimizer: object) -> ModelChoice:
-    """Check ``model`` and ``optimizer`` and return the choice.
-
-    Raises InputError for another model, a file or class that cannot be imported, an optimizer that does not fit.
-    """
-    searched, module_class = _resolve(model)
-    if optimizer is None:
-        return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
-    more = ("exact",) if searched == "logistic" else ()
-    name = f"optimizer for model={model!r}" if isinstance(model, str) else "optimizer"
-    word = optimizer_word(optimizer, name, more=more)
-    check_optimizer(complete({}, optimizer=word, schedule="constant"), searched)
-    return ModelChoice(searched, word, module_class)
-
-
-def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
-    """Return the choice that a study stored.
-
-    Raises InputError where a user's class is gone or has changed, or for an optimizer that there is not;
-    UntrustedCodeError where code is not trusted.
-    """
-    if optimizer not in (*OPTIMIZERS, *CLASSES, "exact"):
-        raise InputError(
-            f"the study was searched with optimizer={optimizer!r}, which this gputune does not have; open it with the "
-            "version that wrote it."
-        )
-    module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
-    return ModelChoice(spec["kind"], optimizer, module_class)
-
-
-def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
-    if model == "mlp" or model == "logistic":
-        return model, None
-    if isinstance(model, str) and model in NAMED:
-        return "module", NAMED[model]
-    if isinstance(model, str) and ":" in model:
-        path, _, name = model.rpartition(":")
-        return "module", class_from_file(path, name)
-    if is_builder(model):
-        return "module", model
-    if isinstance(model, nn.Module):
-        raise InputError(
-            "model must be the class, not an instance, since every trial builds its own: pass "
-            f"{type(model).__name__}."
-        )
-    raise InputError(
-        f"model must be {', '.join(map(repr, (*BUILT_IN, *NAMED)))}, a torch.nn.Module class, a function that makes "
-        f"modules, or 'FILE.py:NAME', got {model!r}."
-        f"{did_you_mean(model, (*BUILT_IN, *NAMED)) if isinstance(model, str) else ''}"
-    )
+from gputune.types import Config, Numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,34 +74,64 @@ class Problem:
 
     def dataset(
         self, folds: Sequence[Rows], options: Options, choice: ModelChoice, device: torch.device
-    ) -> tuple[Dataset, tuple[Statistics, ...] | tuple[ArrayStatistics, ...]]:
-        """Return the data of some folds on a device, and the statistics of each fold."""
+    ) -> Dataset:
+        """Return the data of some folds on a device, and what prepares numbers in other ways."""
         # The solver's tolerance lies beyond single precision.
         dtype = torch.float64 if choice.solved else DTYPES[options.dtype]
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
-        statistics = self._statistics([train for train, _ in folds])
+        trains, like = [train for train, _ in folds], torch.empty(0, dtype=dtype, device=device)
         data = make_dataset(
             self.raw,
-            statistics,
+            self._statistics(trains, self.numbers),
             self.target,
             folds,
             weights=weights,
-            like=torch.empty(0, dtype=dtype, device=device),
+            like=like,
             standardise=self.objective is None or self.objective.is_named,
         )
+        data = replace(data, numbers=self.numbers)
         if isinstance(self.layout, Layout):
-            data = replace(data, feature_groups=self.layout.groups(self.layout.places(self.numbers)))
+            groups = self.layout.groups(self.layout.places(self.numbers))
+            preparations = Preparations(partial(self._inputs, trains, like))
+            data = replace(data, feature_groups=groups, preparations=preparations)
         one_logit = self.objective is not None and self.objective.one_logit
-        return data.with_one_logit() if one_logit else data, statistics
+        return data.with_one_logit() if one_logit else data
 
     def _statistics(
-        self, trains: Sequence[np.ndarray]
+        self, trains: Sequence[np.ndarray], numbers: Numbers
     ) -> tuple[Statistics, ...] | tuple[ArrayStatistics, ...]:
         if isinstance(self.raw, Arrays):
-            return fit_channels(self.raw, trains, self.numbers)
+            return fit_channels(self.raw, trains, numbers)
         assert isinstance(self.layout, Layout)
-        fit = partial(fit_statistics, self.raw, self.layout, numbers=self.numbers, target=self.target.values)
+        fit = partial(fit_statistics, self.raw, self.layout, numbers=numbers, target=self.target.values)
         return tuple(map(fit, trains))
+
+    def _inputs(self, trains: Sequence[np.ndarray], like: Tensor, numbers: Numbers) -> Inputs:
+        """Return the table with its numbers prepared in a way, which is fitted on the training rows of each fold."""
+        assert isinstance(self.layout, Layout) and not isinstance(self.raw, Arrays)
+        statistics = self._statistics(trains, numbers)
+        groups = self.layout.groups(self.layout.places(numbers))
+        return Inputs(*table_inputs(self.raw, statistics, like), statistics, groups)
+
+    def searching(self, space: Space, configs: Sequence[Mapping[str, object]]) -> "Problem":
+        """Return the problem of a search in which trials may prepare numbers in ways of their own.
+
+        Where all do, and none in its own, that is the first of the space, so that no copy is made for nobody. Raises
+        InputError for a way that the rows cannot have.
+        """
+        parts = [part.get("numbers", [self.numbers]) for part in space]
+        ways = [way for choices in parts if isinstance(choices, list) for way in choices]
+        asked = {*ways, *(str(config["numbers"]) for config in configs if "numbers" in config)} - {
+            self.numbers
+        }
+        for way in sorted(asked):
+            if isinstance(self.raw, Arrays):
+                raise InputError(
+                    f"space: 'numbers' is searched for tables, and X is {self.layout}; leave the key out, and give "
+                    f"numbers={way!r} to the whole search."
+                )
+            check_numbers(way, self.raw)
+        return self if self.numbers in ways else replace(self, numbers=ways[0])
 
     @property
     def n_features(self) -> int:

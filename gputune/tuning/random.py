@@ -20,7 +20,7 @@ from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable
 from gputune.methods.random import n_counted
 from gputune.methods.space import Space
-from gputune.population.population import Population
+from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
@@ -88,8 +88,9 @@ def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> li
     """As ``_train``, for the logistic regression that is solved."""
 
     def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int]]:
-        begins = range(0, len(new), _SOLVED_TOGETHER)
-        return [(range(n, min(n + _SOLVED_TOGETHER, len(new))), torch.get_num_threads()) for n in begins]
+        threads, alike = torch.get_num_threads(), by_numbers([trial.params for trial in new])
+        together = [(part, range(0, len(part), _SOLVED_TOGETHER)) for part in alike]
+        return [(part[n : n + _SOLVED_TOGETHER], threads) for part, begins in together for n in begins]
 
     chunks = ledger.chunks(waiting, 0, cut)
     by_number = {trial.number: trial for trial in ledger.candidates}

@@ -28,8 +28,9 @@ from gputune.study.record import PARTS, Arguments, SearchRecord
 from gputune.study.values import to_json
 from gputune.tuning.context import Context
 from gputune.tuning.method import method_from_json, method_to_json
+from gputune.tuning.model_choice import ModelChoice, recorded_model
 from gputune.tuning.options import KEPT, RULES, Options
-from gputune.tuning.problem import ModelChoice, Problem, recorded_model
+from gputune.tuning.problem import Problem
 from gputune.types import Json
 from gputune.version import __version__
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from gputune.engine.job import Progress
 from gputune.errors import DivergedError, InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.space import space_from_json
-from gputune.population.population import module_arguments
+from gputune.population.population import by_numbers, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import blaming_options
@@ -28,8 +28,9 @@ from gputune.study.model import TunedModel
 from gputune.study.model_files import DTYPES
 from gputune.study.record import PARTS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial, numbered
+from gputune.tuning.model_choice import ModelChoice, recorded_model
 from gputune.tuning.options import Options
-from gputune.tuning.problem import ModelChoice, Problem, make_problem, recorded_model
+from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.record import recorded_options
 from gputune.tuning.trainer import Trainer, unseen
 from gputune.types import Backend, Config
@@ -60,8 +61,9 @@ class Search:
         return objective.of_space(trained if space is None else space_from_json(space))
 
     def config(self, trial: Trial) -> Config:
-        """Return the complete configuration of a trial."""
-        return self.choice.complete(trial.params, self.options.schedule)
+        """Return the complete configuration of a trial, and how it prepares numbers."""
+        own = {"numbers": self.problem.numbers, **trial.params}
+        return self.choice.complete(own, self.options.schedule)
 
     def train(
         self, data: Dataset, trials: Sequence[Trial], *, seed: int, progress: Progress = unseen
@@ -74,11 +76,13 @@ class Search:
         options, descent = self.options, self.options.method
         members: list[list[nn.Module]]
         if self.choice.solved:
-            solution = solve_all(data, configs)
-            members = [
-                [solved_module(solution, f * len(configs) + c) for f in range(data.n_folds)]
-                for c in range(len(configs))
-            ]
+            members = [[] for _ in configs]
+            for places in by_numbers(configs):
+                alike = [configs[place] for place in places]
+                solution = solve_all(data.of(alike[0]), alike)
+                for c, place in enumerate(places):
+                    numbers = range(c, data.n_folds * len(alike), len(alike))
+                    members[place] = [solved_module(solution, number) for number in numbers]
         else:
             trainer = self._trainer(data, seed)
             with matrix_products(tf32=options.tf32):
@@ -110,36 +114,37 @@ class Search:
             precision=options.precision,
         )
 
-    def dataset(
-        self, folds: Sequence[Rows], trials: Sequence[Trial]
-    ) -> tuple[Dataset, tuple[Statistics | ArrayStatistics, ...]]:
-        """Return the data of some folds, on the device on which trials train there, and their statistics."""
+    def dataset(self, folds: Sequence[Rows], trials: Sequence[Trial]) -> Dataset:
+        """Return the data of some folds as the first trial reads them, on the device on which trials train there."""
         configs = [self.config(trial) for trial in trials]
         chosen = self.problem.device_choice(folds, self.options, self.choice, configs)
-        return self.problem.dataset(folds, self.options, self.choice, chosen.device)
+        problem = replace(self.problem, numbers=configs[0]["numbers"])
+        return problem.dataset(folds, self.options, self.choice, chosen.device)
 
-    def all_rows(self, trials: Sequence[Trial]) -> tuple[Dataset, Statistics | ArrayStatistics]:
-        """Return all rows as the one fold of a refit, and their statistics."""
-        data, (statistics,) = self.dataset([all_rows(len(self.problem.source.X))], trials)
-        return data, statistics
+    def all_rows(self, trials: Sequence[Trial]) -> Dataset:
+        """Return all rows as the one fold of a refit."""
+        return self.dataset([all_rows(len(self.problem.source.X))], trials)
 
     def model(
         self,
         module: nn.Module,
         data: Dataset,
-        statistics: Statistics | ArrayStatistics,
         *,
+        statistics: Statistics | ArrayStatistics | None = None,
         spec: Config,
         info: Config,
     ) -> TunedModel:
-        """Return the tuned model of a module trained on ``all_rows``, with its part of the spec and info."""
+        """Return the tuned model of a module trained on ``all_rows``, with its part of the spec and info.
+
+        ``statistics`` are those of the data, unless it reads other inputs.
+        """
         target, record, loss = self.problem.target, self.study.record, self.objective
         groups = (record.source or {}).get("groups")
         unread = [*self.options.drop, *([groups] if isinstance(groups, str) else [])]
         return TunedModel(
             module=module,
             layout=self.problem.layout,
-            statistics=statistics,
+            statistics=data.statistics[0] if statistics is None else statistics,
             task=target.task,
             classes=target.classes,
             center=_plain(data.center[0]),
@@ -168,7 +173,7 @@ class Search:
 
     def arguments(self, config: Config, data: Dataset) -> Config:
         """Return with what the module of a configuration is built."""
-        size = {"n_features": data.n_features, "n_outputs": data.n_outputs}
+        size = {"n_features": data.of(config).n_features, "n_outputs": data.n_outputs}
         if self.choice.searched == "mlp":
             return size | {k: config[k] for k in ("width", "depth", "activation", "dropout")}
         return size | module_arguments(config)
@@ -195,7 +200,7 @@ def recalled(study: Study, X: object, y: object, *, check: bool, trust_code: boo
     rows = dict(study.record.fingerprint) if is_kept else fingerprint(source.X, problem.target)
     if check and rows != study.record.fingerprint:
         raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
-    return Search(study, choice.of(problem), options, problem, rows)
+    return Search(study, choice.of(problem.target, problem.objective), options, problem, rows)
 
 
 @entry
@@ -218,12 +223,11 @@ def refit(
 
 def refitted(search: Search, one: Trial) -> TunedModel:
     """Return the tuned model of a trial."""
-    data, statistics = search.all_rows([one])
+    data = search.all_rows([one])
     ((module,),) = search.train(data, [one], seed=search.options.random_state)
     return search.model(
         module,
         data,
-        statistics,
         spec={"kwargs": search.arguments(search.config(one), data)},
         info={"params": one.params, "epochs": one.best_epoch, **search.score(one.score, one.std_error)},
     )

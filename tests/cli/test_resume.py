@@ -20,9 +20,9 @@ from gputune.data.folds import pack_folds, unpack_folds
 from gputune.methods.config import legal_keys
 from gputune.methods.space import check_space, space_from_json, space_text, space_to_json, translated
 from gputune.study.store import Store
+from gputune.tuning.model_choice import choose_model
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import _remember_what_runs
-from gputune.tuning.problem import choose_model
 from gputune.tuning.record import recorded_search
 from moments import at_finish
 from study_processes import done, table

@@ -270,7 +270,7 @@ def test_rows_of_arrays_that_are_not_gathered_train_as_their_copies(kind):
             standardise=kind != "column",
         )
         per_fold = data.y[None] if kind == "classes" else data.y
-        seen = ScorerRows(arrays, None, statistics)
+        seen = ScorerRows(arrays, None)
         for f, fold in enumerate(data.folds):
             for rows in (fold.train, fold.valid):
                 found.append(

@@ -8,7 +8,7 @@ import pytest
 
 from gputune.errors import InputError
 from gputune.methods.config import KEYS, WORDS, check_config, check_key, legal_keys
-from gputune.types import ACTIVATIONS, OPTIMIZERS, SCHEDULES
+from gputune.types import ACTIVATIONS, NUMBERS, OPTIMIZERS, SCHEDULES
 from refused import refused
 
 MLP = legal_keys("mlp", "adamw")
@@ -28,6 +28,7 @@ LEGAL = {
     "ema": (0, 0.999),
     "C": (1e-9, math.inf),
     "l1_ratio": (0, 0.5, 1),
+    "numbers": NUMBERS,
     "activation": ACTIVATIONS,
     "optimizer": OPTIMIZERS,
     "beta2": (0, 0.95),
@@ -47,6 +48,7 @@ ILLEGAL = {
     "ema": (-0.1, 1),
     "C": (0, -1, math.nan),
     "l1_ratio": (-0.1, 1.1),
+    "numbers": ("auto", 1),
     "activation": ("swish", None, 1),
     "optimizer": ("exact", "adaam", 3),
     "beta2": (-0.1, 1),
@@ -59,11 +61,11 @@ BAD_CASES = [(key, value) for key, values in ILLEGAL.items() for value in values
 
 def test_the_keys_of_each_kind_of_model():
     trained = {"lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule", "clip_norm", "ema"}
-    trained |= {"beta2", "weight_decay_schedule"}
+    trained |= {"beta2", "weight_decay_schedule", "numbers"}
     assert set(legal_keys("logistic", "sgd")) == trained
     assert set(legal_keys("module", "adamw")) == trained | {"dropout", "dropout_schedule"}
     assert set(MLP) == trained | {"width", "depth", "activation", "dropout"}
-    assert set(EXACT) == {"C", "l1_ratio", "penalty"}
+    assert set(EXACT) == {"C", "l1_ratio", "penalty", "numbers"}
     assert set(KEYS) == set(MLP) | set(EXACT) | {"hypergrad_lr", "hypergrad_rule", "dropout_schedule"}
     assert set(LEGAL) == set(ILLEGAL) == set(KEYS) - {"penalty"}  # no key escapes the tests below
 

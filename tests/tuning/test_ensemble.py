@@ -126,6 +126,7 @@ class OneLogit(Net):
         pytest.param("mlp", IRIS, {}, marks=pytest.mark.long),
         ("mlp", load_diabetes(return_X_y=True), {"space": {"width": [8, 16], "lr": [0.01, 0.03]}}),
         pytest.param("logistic", IRIS, {}, marks=pytest.mark.long),
+        (Net, IRIS, {"space": {"numbers": ["quantile", "piecewise", "robust", "none"]}, "n_trials": 4}),
         (OneLogit, (IRIS[0][50:], IRIS[1][50:]), {"space": {"lr": [0.01, 0.03]}}),
         pytest.param(
             *(Net, IRIS, {"space": {"module__width": [4, 8], "lr": [0.01, 0.03]}, "optimizer": "sgd"}),

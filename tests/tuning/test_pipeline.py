@@ -15,6 +15,7 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
+from scipy.stats import loguniform
 from sklearn.datasets import make_classification, make_regression
 from sklearn.model_selection import GroupKFold, ShuffleSplit, StratifiedKFold, TimeSeriesSplit
 from torch import nn
@@ -153,6 +154,67 @@ def test_frames_tensors_and_arrays_give_one_answer(iris):
     tensors = gputune.tune("mlp", torch.tensor(X), torch.tensor(y), **arguments)
     np.testing.assert_allclose(tensors.curves, expected, atol=0.05)
     assert tensors.best_model().predict(torch.tensor(X)).shape == (150,)
+
+
+WAYS = ["robust", "piecewise"]
+
+
+@pytest.mark.parametrize("model", ["mlp", "logistic", Net])
+def test_trials_that_prepare_numbers_in_a_way_are_those_of_a_search_of_it_alone(iris, model, tmp_path):
+    how = {"n_trials": 4, "include_default": False, **FAST}
+    space = {"C": [1.0, 0.1]} if model == "logistic" else {"lr": [1e-2, 1e-3]}
+    study = gputune.tune(model, *iris, space={"numbers": WAYS, **space}, study=tmp_path / "study.db", **how)
+    opened = gputune.Study.open(study.file)
+    for way in WAYS:
+        alone = gputune.tune(model, *iris, space=space, numbers=way, **how)
+        for one in alone.trials:
+            params = {**one.params, "numbers": way}
+            number = next(trial.number for trial in study.trials if trial.params == params)
+            np.testing.assert_array_equal(study.curves[number], alone.curves[one.number])
+            models = alone.best_model(trial=one.number), opened.best_model(*iris, trial=number)
+            np.testing.assert_array_equal(*(found.predict_proba(iris[0]) for found in models))
+    assert not isinstance(model, type) or models[1].module.body[0].in_features == 64
+    again = "".join(again_code(gputune.Study.open(study.file)))
+    assert f'numbers": [{study.best_params["numbers"]!r}]'.replace('"', "'") in again
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"method": "halving", "max_epochs": 9},
+        {"method": "median"},
+        {"method": gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0))},
+        {"method": gputune.Hypergradient(outer_steps=1), "scoring": "neg_log_loss"},
+        {
+            "method": gputune.Hypergradient(outer_steps=1),
+            "model": "logistic",
+            "space": {"C": loguniform(0.1, 1)},
+        },
+    ],
+)
+def test_each_method_prepares_numbers_as_its_trials_say(iris, how):
+    how = {"model": "mlp", "space": {"lr": loguniform(1e-3, 1e-2)}, "n_trials": 4, **FAST, **how}
+    model, space = how.pop("model"), {"numbers": WAYS, **how.pop("space")}
+    study = gputune.tune(model, *iris, space=space, **how)
+    assert {trial.params["numbers"] for trial in study.trials} == {*WAYS}
+    how |= {"method": "random", "workers": 1, "scoring": study.record.scoring}
+    plain = gputune.tune(model, *iris, space=space, **how)
+    alike = [(a.number, b.number) for a in study.trials for b in plain.trials if a.params == b.params]
+    for number, other in alike:
+        done = np.isfinite(study.curves[number]).all(1)
+        np.testing.assert_allclose(study.curves[number][done], plain.curves[other][done], atol=1e-6)
+    assert alike
+
+
+def test_numbers_of_a_space_have_a_default_go_on_and_are_included(iris, tmp_path):
+    how = {"space": {"numbers": WAYS, "lr": loguniform(1e-3, 1e-2)}, "study": tmp_path / "study.db", **FAST}
+    first = gputune.tune("mlp", *iris, n_trials=2, **how)
+    assert first.trials[0].params["numbers"] == "robust"
+    asked = {**how, "include": [{"numbers": "quantile"}]}
+    more = gputune.tune("mlp", *iris, n_trials=4, **asked)
+    assert more.trials[:2] == first.trials and more.trials[2].params["numbers"] == "quantile"
+    for study in (more, gputune.tune("mlp", *iris, warm_start=[more], n_trials=1, **{**how, "study": None})):
+        assert study.record.numbers == "robust" and np.isfinite(study.curves).all()
 
 
 def test_files_and_bundled_sets(tmp_path, iris):
@@ -323,7 +385,7 @@ def test_processes_give_what_one_process_gives(iris, capfd):
     together = gputune.tune("mlp", *iris, **{**arguments, "workers": 2})
     np.testing.assert_allclose(together.curves, alone.curves, atol=1e-6)
     module = gputune.tune(
-        Net, *iris, space={"module__hidden": [4, 8, 12], "lr": [1e-3, 1e-2]}, **{**arguments, "workers": 2}
+        Net, *iris, space={"module__hidden": [4, 8, 12], "numbers": WAYS}, **{**arguments, "workers": 2}
     )
     assert all(trial.state == "complete" for trial in module.trials)
     assert capfd.readouterr().err == ""
@@ -517,6 +579,23 @@ def test_a_random_state_object_is_used_once(iris):
         (
             {"numbers": "log"},
             "numbers must be one of 'auto', .*'quantile', 'piecewise', 'piecewise-tree', 'none', got 'log'",
+        ),
+        (
+            {"space": {"numbers": ["standrd"]}},
+            r"space\['numbers'\] must be one of standard, .*got 'standrd'. Did you mean 'standard'",
+        ),
+        (
+            {"space": {"numbers": ["robust"]}, "X": torch.rand(9, 2), "y": np.arange(9) % 3},
+            "numbers='robust' is not there for tensors; pass a NumPy array",
+        ),
+        (
+            {
+                "space": {"numbers": ["standard"]},
+                "model": "cnn",
+                "X": np.ones((9, 1, 4, 4)),
+                "y": np.arange(9) % 3,
+            },
+            "'numbers' is searched for tables, and X is .* leave the key out, and give numbers='standard' to the whole",
         ),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
         ({"max_epochs": 0}, "max_epochs must be an integer of at least 1, got 0"),

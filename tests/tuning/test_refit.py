@@ -7,7 +7,7 @@ from sklearn.datasets import load_iris
 import gputune
 from gputune.study.record import Arguments, SearchRecord
 from gputune.tuning import refit
-from gputune.tuning.problem import recorded_model
+from gputune.tuning.model_choice import recorded_model
 
 
 def machine(monkeypatch, *devices, **kept):

@@ -24,8 +24,9 @@ from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import Hypergradients
 from gputune.hypergradients.reverse import differences, reverse
 from gputune.population.population import complete, populations
+from gputune.tuning.model_choice import ModelChoice, choose_model
 from gputune.tuning.options import Options
-from gputune.tuning.problem import ModelChoice, choose_model, make_problem
+from gputune.tuning.problem import make_problem
 
 FOLDS, BATCH, STEPS_AN_EPOCH, EPOCHS, REPEATS = 5, 64, 10, 5, 7
 RATES = {"sgd": (1e-2, 1e-1), "adam": (1e-3, 1e-2)}  # a calm range of learning rates
@@ -133,7 +134,7 @@ def dataset(choice: ModelChoice) -> Dataset:
     options = Options(device="cpu", dtype="float32")
     problem = make_problem(read_source(X, y, None), None, choice, options)
     folds = make_folds(FOLDS, problem.target, n_rows=rows, groups=None, seed=0)
-    return problem.dataset(folds, options, choice, torch.device("cpu"))[0]
+    return problem.dataset(folds, options, choice, torch.device("cpu"))
 
 
 def disagreement(results: Mapping[str, Any]) -> float:

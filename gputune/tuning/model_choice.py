@@ -1,0 +1,139 @@
+"""What the ``model`` argument means: a built-in name, a user's class, or a class in a file."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from gputune.data.target import Target
+from gputune.errors import InputError
+from gputune.methods.recipes import recipe_of
+from gputune.models import CNN, GRU, RealMLP
+from gputune.modules.construction import Builder, name_of
+from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
+from gputune.population.population import ModelKind, complete
+from gputune.scoring.objective import Objective
+from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
+from gputune.text import did_you_mean
+from gputune.types import OPTIMIZERS, Config, Goal, Json
+
+SearchedModel = Literal["mlp", "logistic", "module"]
+
+NAMED: dict[str, Builder] = {"cnn": CNN, "gru": GRU, "realmlp": RealMLP}
+"""Modules of ``gputune.models`` that have a name; they are searched as any module is."""
+
+BUILT_IN = ("mlp", "logistic")
+
+_KINDS: dict[SearchedModel, ModelKind] = {"mlp": "mlp", "logistic": "linear", "module": "module"}
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A checked model: which space it has, which engine trains it, and how a saved model builds it again."""
+
+    searched: SearchedModel
+    optimizer: str
+    module_class: Builder | None
+    goal: Goal = ""
+    """What it predicts, once that is known."""
+
+    def of(self, target: Target, objective: Objective | None) -> "ModelChoice":
+        """Return the choice for a target and a loss, which decide some defaults."""
+        classes = objective is not None and objective.is_named and objective.loss == "cross_entropy"
+        goal: Goal = "classes" if classes else "numbers" if target.task == "regression" else ""
+        return replace(self, goal=goal)
+
+    @property
+    def recipe(self) -> Config:
+        """Return what its trials take in the place of the common defaults."""
+        return recipe_of(self.module_class, self.goal)
+
+    def defaults(self, schedule: str) -> Config:
+        """Return its recipe, with the optimizer, and a ``schedule`` where that is not the constant one."""
+        recipe = self.recipe
+        if schedule != "constant" or "schedule" not in recipe:
+            recipe["schedule"] = schedule
+        return {**recipe, "optimizer": self.optimizer}
+
+    def complete(self, params: Config, schedule: str) -> Config:
+        """Return a trial's parameters with every key that training reads."""
+        return complete({**self.defaults(schedule), **params}, optimizer=self.optimizer, schedule=schedule)
+
+    @property
+    def solved(self) -> bool:
+        """Whether it is solved to convergence instead of trained."""
+        return self.optimizer == "exact"
+
+    @property
+    def kind(self) -> ModelKind:
+        """The engine's word for its stacked form."""
+        return _KINDS[self.searched]
+
+    @property
+    def takes_arrays(self) -> bool:
+        """Whether it takes images, sequences and several inputs, not tables alone."""
+        return self.searched == "module" and self.module_class is not RealMLP
+
+    @property
+    def spec(self) -> Json:
+        """What a study and a model folder store of it: plain JSON."""
+        if self.module_class is None:
+            return {"kind": self.searched}
+        return {"kind": "module", **class_source(self.module_class)}
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return self.searched if self.module_class is None else name_of(self.module_class)
+
+
+def choose_model(model: object, optimizer: object) -> ModelChoice:
+    """Check ``model`` and ``optimizer`` and return the choice.
+
+    Raises InputError for another model, a file or class that cannot be imported, an optimizer that does not fit.
+    """
+    searched, module_class = _resolve(model)
+    if optimizer is None:
+        return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
+    more = ("exact",) if searched == "logistic" else ()
+    name = f"optimizer for model={model!r}" if isinstance(model, str) else "optimizer"
+    word = optimizer_word(optimizer, name, more=more)
+    check_optimizer(complete({}, optimizer=word, schedule="constant"), searched)
+    return ModelChoice(searched, word, module_class)
+
+
+def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
+    """Return the choice that a study stored.
+
+    Raises InputError where a user's class is gone or has changed, or for an optimizer that there is not;
+    UntrustedCodeError where code is not trusted.
+    """
+    if optimizer not in (*OPTIMIZERS, *CLASSES, "exact"):
+        raise InputError(
+            f"the study was searched with optimizer={optimizer!r}, which this gputune does not have; open it with the "
+            "version that wrote it."
+        )
+    module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
+    return ModelChoice(spec["kind"], optimizer, module_class)
+
+
+def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
+    if model == "mlp" or model == "logistic":
+        return model, None
+    if isinstance(model, str) and model in NAMED:
+        return "module", NAMED[model]
+    if isinstance(model, str) and ":" in model:
+        path, _, name = model.rpartition(":")
+        return "module", class_from_file(path, name)
+    if is_builder(model):
+        return "module", model
+    if isinstance(model, nn.Module):
+        raise InputError(
+            "model must be the class, not an instance, since every trial builds its own: pass "
+            f"{type(model).__name__}."
+        )
+    raise InputError(
+        f"model must be {', '.join(map(repr, (*BUILT_IN, *NAMED)))}, a torch.nn.Module class, a function that makes "
+        f"modules, or 'FILE.py:NAME', got {model!r}."
+        f"{did_you_mean(model, (*BUILT_IN, *NAMED)) if isinstance(model, str) else ''}"
+    )
