@@ -13,9 +13,9 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.findings import Findings, read_findings
-from gputune.engine.kernel import lacks, obstacle
+from gputune.engine.kernel import KernelChunk, lacks, obstacle
 from gputune.errors import InputError
-from gputune.modules.recorder import RECORDERS
+from gputune.modules.recorder import RECORDERS, CudaRecorder
 from gputune.native.library import OPTIMIZERS, NotBuiltError, library
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import RULES
@@ -144,7 +144,8 @@ def trains_as(
     ``unstackable`` says why members of a user's module cannot be stacked; a class of torch.optim trains each alone. Of
     a module that can be stacked, whose inside is unknown, no code is compiled, unless it is ``coded``; its steps are
     recorded in place of that, as are those of optimizers, clipping and averages that the compiled code does not know.
-    What a kernel knows depends on the ``data`` and on their device too.
+    What a kernel knows depends on the ``data`` and on their device too; where a kernel, or a recording, has failed on a
+    GPU, this process makes none any more.
     """
     if kind == "module" and (unstackable or backend == "loop" or class_of(config)):
         return "loop"
@@ -154,13 +155,15 @@ def trains_as(
         return "compiled"
     if backend == "kernel":
         assert data is not None
-        if not lacks(config, kind, data.of(config)):
+        if not KernelChunk.failure and not lacks(config, kind, data.of(config)):
             return "kernel"
         backend = "graph"
     if backend == "compiled":
         if config["optimizer"] in OPTIMIZERS and is_plain(config):
             return "compiled" if config["depth"] <= _DEEPEST else "eager"
         backend = "graph"
+    if backend == "graph" and CudaRecorder.failure and data is not None and data.device.type == "cuda":
+        return "eager"
     return backend if config["optimizer"] in RULES else "eager"
 
 

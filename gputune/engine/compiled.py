@@ -101,18 +101,21 @@ class CompiledChunk:
             "draws": None,
             "draw_start": None,
             "draw_rows": None,
-            "scored": None,
-            "accuracy": None,
             "nanoseconds": self.nanoseconds,
+            **self.room(1),
         }
-        if self.scoring is None:
-            return
+
+    def room(self, epochs: int) -> dict[str, Array]:
+        """Return where scores are computed from, after each of some epochs: shares of right answers, or outputs."""
+        data, trials, room = self.data, len(self.configs), dict[str, Array](scored=None, accuracy=None)
         # Counted where the outputs are, which are then not kept.
-        if self.scoring.score is accuracy and not self.scoring.others:
-            self.arrays["accuracy"] = torch.empty((folds, trials), dtype=torch.float64, device=data.device)
-        else:
+        if self.scoring is not None and self.scoring.score is accuracy and not self.scoring.others:
+            shape = epochs, data.n_folds, trials
+            room["accuracy"] = torch.empty(shape, dtype=torch.float64, device=data.device)
+        elif self.scoring is not None:
             scored = int(self.starts[-1]) * trials * data.n_outputs
-            self.arrays["scored"] = torch.empty(scored, dtype=data.dtype, device=data.device)
+            room["scored"] = torch.empty((epochs, scored), dtype=data.dtype, device=data.device)
+        return room
 
     @property
     def scored(self) -> Tensor:
@@ -162,11 +165,16 @@ class CompiledChunk:
         return np.array([self.sizes[(self.steps > step).any(0)].max() for step in steps], dtype=np.int64)
 
     def scores(self) -> np.ndarray:
-        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        """Return the scores (C, epochs, F) of all members, each on the validation rows of its fold."""
         counted, kept = self.arrays["accuracy"], self.arrays["scored"]
         if counted is not None:
-            return counted.cpu().numpy().T.copy()
-        assert self.scoring is not None and kept is not None
+            return counted.movedim(2, 0).cpu().numpy().copy()
+        assert kept is not None
+        return torch.stack([self._metrics(epoch) for epoch in kept], 1).cpu().numpy()
+
+    def _metrics(self, kept: Tensor) -> Tensor:
+        """Return the scores (C, F) of the outputs after one epoch, fold after fold."""
+        assert self.scoring is not None
         trials, columns = len(self.configs), []
         sizes = np.diff(self.starts)
         params = self.network.blocks.views(self.flat)
@@ -174,7 +182,7 @@ class CompiledChunk:
             outputs = part.view(trials, int(sizes[fold]), -1)
             member = partial(self.network.member, params, fold)
             columns.append(self.scoring.metrics(self.data, fold, outputs, member))
-        return torch.stack(columns, 1).cpu().numpy()
+        return torch.stack(columns, 1)
 
     def keep(self, stays: np.ndarray) -> None:
         """Go on with the trials of ``stays`` (C,) alone."""

@@ -126,6 +126,8 @@ class Job:
     """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
     patience: int | None = None
     """Epochs without a better fold mean after which a trial leaves its chunk; None: all train to the end."""
+    each_epoch: bool = False
+    """Whether someone is told of every epoch, who may end training then."""
     backend: Backend = "eager"
     precision: Precision = "full"
 
@@ -193,6 +195,7 @@ def train_chunk(
         horizon=job.horizon,
         scoring=job.scoring,
         after_epoch=after_epoch or _Watch(job, begun, progress),
+        at_once=after_epoch is None and job.patience is None and not job.each_epoch,
         begin=begun.state,
         alive=begun.alive,
         before=begun.before,
@@ -206,18 +209,20 @@ def _begun(chunk: Population) -> BegunChunk:
 
 
 class _Watch:
-    """What happens after every epoch: it is told, the state is kept where that is due, and training may end."""
+    """What happens after an epoch, or several: they are told, the state is kept where that is due, training may end."""
 
     def __init__(self, job: Job, chunk: BegunChunk, progress: Progress | None) -> None:
         self.job, self.chunk, self.progress = job, chunk, progress
-        self.begin = time.monotonic()
+        self.begin, self.told = time.monotonic(), 0 if chunk.state is None else chunk.state.epoch
         seconds = math.inf if job.checkpointing is None else job.checkpointing.seconds
         self.due = self.begin + seconds
 
     def __call__(self, trained: Trained) -> bool | np.ndarray:
         epoch, curves = trained.epochs, trained.curves
         if self.progress is not None:
-            self.progress(len(curves), curves[:, epoch - 1 : epoch])
+            for done in range(self.told, epoch):
+                self.progress(len(curves), curves[:, done : done + 1])
+        self.told = epoch
         over = self.job.is_over()
         goes_on = epoch < self.job.epochs and bool(trained.alive)
         if goes_on and (time.monotonic() >= self.due or (over and self.job.keep_stopped)):

@@ -1,4 +1,4 @@
-"""A chunk whose members each train through a whole epoch in one thread block of a GPU: ``native/member.cu``.
+"""A chunk whose members each train through whole epochs in one thread block of a GPU: ``native/member.cu``.
 
 It is the compiled chunk with its arrays on the GPU, and with launches in the place of threads. Blocks take members from
 one queue, the longest first. A launch is so short that Ctrl-C and displays have their turn.
@@ -6,7 +6,9 @@ one queue, the longest first. A launch is so short that Ctrl-C and displays have
 
 import math
 import time
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,14 +18,16 @@ from gputune.engine.compiled import CompiledChunk
 from gputune.engine.dropout import Draws
 from gputune.memory import synchronize
 from gputune.native.cuda import Kernel, attempt, launch, without_nvrtc
-from gputune.native.library import OPTIMIZERS, NotBuiltError, make_work
-from gputune.native.member_kernel import MemberKernel, choose_kernel, compile_kernel, unknown
+from gputune.native.library import ACTIVATIONS, OPTIMIZERS, NotBuiltError, make_work
+from gputune.native.member_kernel import MemberKernel, compile_kernel, tile_of
+from gputune.optimizers.rules import n_moments
 from gputune.population.batches import row_order
 from gputune.population.population import ModelKind, hidden_widths, is_plain, padded_width
 from gputune.types import Config
 
 _SECONDS = 0.25  # of a launch; half of what a display can wait, as the speed of the next is a guess
 _FIRST_TURNS = 16  # of the first launch of a chunk, whose speed is not known
+_ROOM_BYTES = 64 << 20  # of the orders of rows, and of the outputs, of epochs that are launched together
 _OLDEST = (8, 0)  # compute capability
 
 # What a block has beside what its code asks for, and the most threads of a multiprocessor.
@@ -33,6 +37,9 @@ _RESERVED_BYTES, _THREADS = 1024, 2048
 
 class KernelChunk(CompiledChunk):
     """Members on a GPU, in the flat buffers that compiled members have. Raises NotBuiltError without a kernel."""
+
+    failure: ClassVar[str] = ""
+    """Why this process trains no member by the kernel any more, in a sentence."""
 
     draws: Draws | None = None
     pace: float = math.inf
@@ -52,41 +59,48 @@ class KernelChunk(CompiledChunk):
                 "draw_rows": self.placed(np.full_like(rows, rows.max())),
             }
         self.arrays["nanoseconds"] = None
-        self.kernel = choose_kernel(
-            self.numbers,
-            moments=len(self._moments),
-            dropout=self.draws is not None,
-            batch=int(self.sizes.max()),
-            dtype=self.data.dtype,
-            shared=shared_bytes(device),
-        )
-        compiled, why = _kernel(self.kernel, device)
-        if compiled is None:
-            raise NotBuiltError(why)
-        self.compiled = compiled
+        self.kernel = kernel_of(self.configs, self.network.kind, self.data)
+        self.compiled = compiled(self.kernel, device)
         self.blocks = min(self.steps.size, _blocks(self.kernel, device))
         self.scratch = self.flat.new_empty(self.blocks * self.kernel.scratch)
         self.next = torch.zeros(1, dtype=torch.int32, device=device)
         ends = np.sort(self.steps, axis=None)
         active = ends.size - np.searchsorted(ends, np.arange(steps), side="right")  # members that take a step
         self.turns = np.cumsum(-(-active // self.blocks))
+        self.epochs = 1
+
+    def take(self, most: int) -> int:
+        """Return how many epochs the next ``advance`` trains for: as many of ``most`` as one launch has time for."""
+        room = sum(array.nbytes for array in self.room(1).values() if array is not None)
+        room += 8 * self.lengths.size * int(self.lengths.max())
+        several = (
+            self.scoring is None or self.scoring.on_outputs
+        )  # else members are asked as each epoch leaves them
+        many = 1
+        if several and self.draws is None and self.pace < math.inf:  # whose draws are those of one epoch
+            many = max(1, min(most, int(self.pace * _SECONDS / self.turns[-1]), _ROOM_BYTES // room))
+        if many != self.epochs:
+            self.epochs = many
+            self.arrays |= self.room(many)
+        return many
 
     def advance(self, epoch: int) -> None:
-        """Train for one epoch, and compute the outputs on the validation rows where there is a scoring."""
+        """Train for the epochs that were taken, and compute the scores of each where there is a scoring."""
         device = self.data.device
-        order = row_order(self.data, self.seed, epoch).contiguous()
+        order = torch.stack([row_order(self.data, self.seed, epoch + e) for e in range(self.epochs)])
         told = make_work({**self.numbers, "epoch": epoch}, {**self.arrays, "order": order})
         work = torch.frombuffer(bytearray(told), dtype=torch.int64).to(device)
-        begin, last = 0, len(self.turns)
+        begin, last = 0, len(self.turns) * self.epochs
         while begin < last:
-            end, began = self._end(begin), time.perf_counter()
+            end = self._end(begin) if self.epochs == 1 else last
             if self.draws is not None:
                 self.draws.fill(epoch, begin)
+            began = time.perf_counter()
             self._launch(work, begin, end)
-            if end < last:
-                synchronize(device)
-                if begin == 0:  # later ones are quicker: the smallest minibatches make the most steps
-                    self.pace = self.turns[end - 1] / (time.perf_counter() - began)
+            synchronize(device)
+            if begin == 0:  # later ones are quicker: the smallest minibatches make the most steps
+                turns = self.turns[end - 1] if self.epochs == 1 else self.turns[-1] * self.epochs
+                self.pace = turns / (time.perf_counter() - began)
             begin = end
 
     def _end(self, begin: int) -> int:
@@ -99,17 +113,48 @@ class KernelChunk(CompiledChunk):
         return min(end, len(self.turns))
 
     def _launch(self, work: torch.Tensor, begin: int, end: int) -> None:
-        """Let every member take the steps from ``begin`` to before ``end`` of the epoch, without waiting for them."""
+        """Let every member take the steps from ``begin`` to before ``end``, without waiting for them."""
         self.next.zero_()
         threads = self.kernel.threads
-        args: list[torch.Tensor | int] = [work, self.next, self.scratch, begin, end, 1]
+        args: list[torch.Tensor | int] = [work, self.next, self.scratch, begin, end, self.epochs]
         launch(self.compiled, self.blocks * threads, args, block=threads, shared=self.kernel.shared)
 
 
-@cache
-def _kernel(kernel: MemberKernel, device: torch.device) -> tuple[Kernel | None, str]:
-    """Return the kernel for a GPU; None, with a warning, and why, where it cannot be compiled."""
-    return attempt("member.cu", device, partial(compile_kernel, kernel, device))
+def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> MemberKernel:
+    """Return the kernel of complete configurations of one shape, which may be more than it knows (``unknown``)."""
+    first = configs[0]
+    depth = first["depth"] if kind == "mlp" else 0
+    batch = max(config["batch_size"] for config in configs)
+    return MemberKernel(
+        inputs=data.n_features,
+        width=padded_width(max(hidden_widths(first))) if depth else 0,
+        depth=depth,
+        outputs=data.n_outputs,
+        activation=ACTIVATIONS.index(first["activation"]),
+        moments=n_moments(first["optimizer"], (config["momentum"] for config in configs)),
+        classes=data.task != "regression",
+        dropout=depth > 0 and any(config["dropout"] for config in configs),
+        dtype=data.dtype,
+        rows=tile_of(min(batch, max(len(fold.train) for fold in data.folds))),
+    ).fitted(_shared_bytes(data.device))
+
+
+_kernels: dict[tuple[MemberKernel, torch.device], Kernel] = {}
+
+
+def compiled(kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str) -> Kernel:
+    """Return the kernel for a GPU; that it is compiled, which takes seconds once on a machine, is said.
+
+    Raises NotBuiltError where it cannot be, with a warning the first time. That is the last attempt of a process.
+    """
+    if (made := _kernels.get((kernel, device))) is None:
+        if not KernelChunk.failure:
+            compile_it = partial(compile_kernel, kernel, device, say)
+            made, KernelChunk.failure = attempt("member.cu", device, compile_it)
+        if made is None:
+            raise NotBuiltError(KernelChunk.failure)
+        _kernels[kernel, device] = made
+    return made
 
 
 def _blocks(kernel: MemberKernel, device: torch.device) -> int:
@@ -121,7 +166,7 @@ def _blocks(kernel: MemberKernel, device: torch.device) -> int:
     return blocks
 
 
-def shared_bytes(device: torch.device) -> int:
+def _shared_bytes(device: torch.device) -> int:
     """Return the shared memory that a thread block may have."""
     card = torch.cuda.get_device_properties(device)
     size: int = card.shared_memory_per_block_optin  # type: ignore[attr-defined]
@@ -149,19 +194,8 @@ def obstacle(device: torch.device) -> str:
 
 def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:
     """Return the part of a trial that the kernel does not know, in words; "" where it trains it."""
-    if config["optimizer"] in OPTIMIZERS and not is_plain(config):
+    if config["optimizer"] not in OPTIMIZERS:
+        return f"the optimizer {config['optimizer']!r} ({', '.join(OPTIMIZERS)})"
+    if not is_plain(config):
         return "clip_norm, ema, beta2, or rates and schedules of their own for parameters"
-    deep = kind == "mlp"
-    return (
-        unknown(
-            inputs=data.n_features,
-            width=padded_width(max(hidden_widths(config), default=1)) if deep else 0,
-            depth=config["depth"] if deep else 0,
-            outputs=data.n_outputs,
-            activation=config["activation"],
-            optimizer=config["optimizer"],
-            dtype=data.dtype,
-            shared=shared_bytes(data.device),
-        )
-        or ""
-    )
+    return kernel_of([config], kind, data).unknown(_shared_bytes(data.device))

@@ -15,6 +15,7 @@ import torch
 
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
+from gputune.engine.kernel import KernelChunk
 from gputune.errors import TOO_BIG
 from gputune.memory import empty_cache, is_out_of_memory, synchronize
 from gputune.modules.recorder import CudaRecorder
@@ -56,8 +57,7 @@ def run_in_parts(
             continue
         outcome = _attempt(job, data, part, progress)
         if not isinstance(outcome, str):
-            is_eager = job.backend == "graph" and data.device.type == "cuda"
-            done.append(replace(outcome, fault=CudaRecorder.failure if is_eager else ""))
+            done.append(replace(outcome, fault=_fault(job) if data.device.type == "cuda" else ""))
             continue
         # Only here, where the error and the frames that it holds are gone, is there anything to free.
         gc.collect()
@@ -68,6 +68,13 @@ def run_in_parts(
         else:
             waiting.append(part)
     return done
+
+
+def _fault(job: Job) -> str:
+    """Return why a job on a GPU trains in another way than was chosen; "" where it does not."""
+    kernel = KernelChunk.failure if job.backend == "kernel" else ""
+    graph = CudaRecorder.failure if job.backend in ("kernel", "graph") else ""
+    return " ".join(filter(None, (kernel, graph)))
 
 
 def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | None) -> Outcome | str:

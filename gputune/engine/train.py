@@ -59,7 +59,7 @@ class Chunk(Protocol):
         """Train for one epoch."""
 
     def scores(self) -> np.ndarray:
-        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        """Return the scores of all members, (C, F) or (C, epochs, F), each on the validation rows of its fold."""
 
     def keep(self, stays: np.ndarray) -> None:
         """Go on with the trials of ``stays`` (C,) alone."""
@@ -138,8 +138,8 @@ class Trained:
 
 
 AfterEpoch = Callable[[Trained], "bool | np.ndarray"]
-"""Called with the chunk as it is, of which nothing was copied; returns whether to stop, or which of the trials
-``alive`` go on, (C,)."""
+"""Called with the chunk as it is, of which nothing was copied, after an epoch or several (``train(at_once=True)``);
+returns whether to stop, or which of the trials ``alive`` go on, (C,)."""
 
 
 @torch.no_grad()
@@ -153,6 +153,7 @@ def train(
     horizon: int,
     scoring: Scoring | None = None,
     after_epoch: AfterEpoch | None = None,
+    at_once: bool = False,
     begin: State | None = None,
     alive: Sequence[int] | None = None,
     before: np.ndarray | None = None,
@@ -165,7 +166,8 @@ def train(
     diverge in any fold leave the chunk after the epoch, and cost nothing from then on. Training goes on from ``begin``
     where it is given, up to the same ``epochs``: the state of the trials ``alive``, all unless others have left before.
     The curves are then what they were ``before`` it (C, epochs, F), NaN where that is not given. What ``backend``
-    does not know trains eagerly (``trains_as``). Recorded steps are kept in ``reuse`` for the next chunk.
+    does not know trains eagerly (``trains_as``). Recorded steps are kept in ``reuse`` for the next chunk. With
+    ``at_once`` nothing is decided after each epoch, so that a launch of a kernel may take several.
     """
     reuse = reuse or Reuse()
     options = {"seed": seed, "horizon": horizon, "scoring": scoring}
@@ -184,11 +186,17 @@ def train(
 
     while epoch < epochs and chunk.alive:
         work = sum(each_epoch[trial] for trial in chunk.alive)
-        scores, took = _train_epoch(chunk, data, epoch, scored=scoring is not None)
-        epoch, spent = epoch + 1, spent + replace(took, operations=work)
+        many = chunk.take(epochs - epoch) if at_once and isinstance(chunk, KernelChunk) else 1
+        scores, took = _train_epochs(chunk, data, epoch, scored=scoring is not None)
+        spent += replace(took, operations=many * work)
         if scores is not None:
-            curves[chunk.alive, epoch - 1] = scores
-            chunk.keep(np.isfinite(first_metric(scores, axes=2)).all(1))
+            scores = scores.reshape(len(chunk.alive), many, *curves.shape[2:])
+            goes_on = _goes_on(scores)
+            scores[:, 1:][~goes_on[:, :-1]] = np.nan
+            curves[chunk.alive, epoch : epoch + many] = scores
+            many = min(many, 1 + int(goes_on.any(0).sum()))  # nothing is left after the last divergence
+            chunk.keep(goes_on[:, -1])
+        epoch += many
         over = after_epoch is not None and after_epoch(so_far())
         if isinstance(over, np.ndarray):
             chunk.keep(over)
@@ -207,8 +215,17 @@ def _resume(chunk: Chunk, begin: State | None, alive: Sequence[int] | None) -> N
         chunk.resume([chunk.network.blocks.from_rows(flat), *map(chunk.network.trained.from_rows, moments)])
 
 
-def _train_epoch(chunk: Chunk, data: Dataset, epoch: int, *, scored: bool) -> tuple[np.ndarray | None, Spent]:
-    """Train an epoch; return the scores (C, F) after it, None where there are none, and the seconds of both."""
+def _goes_on(scores: np.ndarray) -> np.ndarray:
+    """Return which trials have not diverged by each epoch, (C, epochs), of their scores (C, epochs, F)."""
+    finite = np.isfinite(first_metric(scores, axes=3)).all(2)
+    going: np.ndarray = np.logical_and.accumulate(finite, axis=1)
+    return going
+
+
+def _train_epochs(
+    chunk: Chunk, data: Dataset, epoch: int, *, scored: bool
+) -> tuple[np.ndarray | None, Spent]:
+    """Train an epoch, or several; return the scores after them, None where there are none, and the seconds of both."""
     begun = _time(data.device)
     with _explaining(chunk, data, epoch):
         chunk.advance(epoch)

@@ -4,8 +4,9 @@
 //
 // Before it come ``real`` and the headers, and what is fixed for one shape of members: INPUTS, WIDTH (of the tensors),
 // DEPTH (hidden layers), OUTPUTS, ROWS (of a tile, the part of a minibatch whose activations are there at once), THREADS,
-// MOMENTS (buffers of the optimizer), ACTIVATION, CLASSES (0: a regression), DROPOUT, SHARED (bytes), SCRATCH
-// (numbers of a block), HELD (numbers of moments that a thread may keep in registers).
+// MOMENTS (buffers of the optimizer), ACTIVATION, CLASSES (0: a regression), DROPOUT, TF32 (whether products round their
+// factors to 10 bits of mantissa, for tensor cores), SHARED (bytes), SCRATCH (numbers of a block), HELD (numbers of
+// moments that a thread may keep in registers).
 
 #ifndef BARRIER
 #define BARRIER(name) __syncthreads()
@@ -13,25 +14,19 @@
 // Barriers; a layer's number is added to the last two.
 enum { QUEUE, GATHERED, SLOPED, ENDED, FORWARD = 10, BACKWARD = 20 };
 
-// The length of a row: those that are read side by side begin at different banks.
-__host__ __device__ constexpr int row_of(int n) { return n % 8 ? n : n + 4; }
-// Rows of a thread's tile, which has 4 columns: as many as leave at least half of the threads a tile.
-__host__ __device__ constexpr int tall(int rows, int columns)
-{
-    return rows / 4 * (columns / 4) >= THREADS / 2 ? 4 : rows / 2 * (columns / 4) >= THREADS / 2 ? 2 : 1;
-}
-
 template <int L> struct Layer {
     enum {
         BELOW = L ? WIDTH : INPUTS, ABOVE = L < DEPTH ? WIDTH : OUTPUTS,
-        IN = (BELOW + 3) / 4 * 4, OUT = (ABOVE + 3) / 4 * 4,  // zeros are behind what there is
-        INPUT_ROW = row_of(IN), ROW = row_of(OUT),
-        WEIGHT = Layer<L - 1>::END, BIAS = WEIGHT + IN * ROW, END = BIAS + OUT,  // places of the parameters
-        TALL = tall(IN, OUT), COLUMNS = OUT / 4, TILES = IN / TALL * COLUMNS, MINE = (TILES + THREADS - 1) / THREADS,
-        SLOT = Layer<L - 1>::SLOTS, SLOTS = SLOT + MINE * TALL * 4 + 1,  // of a thread's gradients; the last a bias's
-        MORE = Layer<L - 1>::NUMBERS + MINE * TALL * 4 * MOMENTS, IS_HELD = MORE <= HELD,
-        NUMBERS = IS_HELD ? MORE : Layer<L - 1>::NUMBERS, ROOM = IS_HELD ? MINE * TALL * 4 : 1,
-        UNROLLED = IS_HELD ? MINE : 1
+        IN = filled(BELOW, FULL), OUT = filled(ABOVE, FULL), INPUT_ROW = row_of(IN), ROW = row_of(OUT),
+        WEIGHT = Layer<L - 1>::END, BIAS = WEIGHT + IN * ROW, END = BIAS + OUT  // places of the parameters
+    };
+    using Gradient = Product<IN, OUT, Factor<ACROSS, INPUT_ROW>, Factor<ACROSS, ROW>>;
+    enum {
+        MINE = Gradient::MINE * Gradient::NUMBERS,
+        SLOT = Layer<L - 1>::SLOTS, SLOTS = SLOT + MINE + 1,  // of a thread's gradients; the last a bias's
+        MORE = Layer<L - 1>::NUMBERS + MINE * MOMENTS, IS_HELD = MORE <= HELD,
+        NUMBERS = IS_HELD ? MORE : Layer<L - 1>::NUMBERS, ROOM = IS_HELD ? MINE : 1,
+        UNROLLED = IS_HELD ? Gradient::MINE : 1
     };
 };
 template <> struct Layer<-1> { enum { END = 0, SLOTS = 0, NUMBERS = 0 }; };
@@ -67,26 +62,6 @@ struct Part {
     real *scratch;             // gradients of the tiles before
 };
 
-template <int N> struct alignas(N * sizeof(real) < 16 ? N * sizeof(real) : 16) Numbers { real at[N]; };
-template <int N> ALWAYS_INLINE Numbers<N> load(const real *from) { return *(const Numbers<N> *)from; }
-ALWAYS_INLINE void store(real *to, const real (&from)[4])
-{
-    Numbers<4> four;
-#pragma unroll
-    for (int j = 0; j < 4; j++) four.at[j] = from[j];
-    *(Numbers<4> *)to = four;
-}
-
-// Calls ``each`` with every tile of a weight that is this thread's: the number of its first entry, its row and its column.
-template <int L, class Each> ALWAYS_INLINE void tiles(Each each)
-{
-    using Z = Layer<L>;
-#pragma unroll (Z::UNROLLED)
-    for (int n = 0; n < Z::MINE; n++) {
-        const int tile = threadIdx.x + n * THREADS;
-        if (tile < Z::TILES) each(n * Z::TALL * 4, tile / Z::COLUMNS * Z::TALL, tile % Z::COLUMNS * 4);
-    }
-}
 // The bias of a layer that is this thread's, below 0: none. The last threads have them, as the first have more tiles.
 template <int L> ALWAYS_INLINE int bias() { return (int)threadIdx.x - (THREADS - Layer<L>::OUT); }
 
@@ -117,18 +92,16 @@ template <int L, bool BACK> ALWAYS_INLINE void move(Shared &s, const Work &w, Ow
     using Z = Layer<L>;
     if constexpr (L > 0) move<L - 1, BACK>(s, w, own, f, c);
     const Flat at = flat<L>(w, f, c);
-    tiles<L>([&](int number, int row, int column) {
-#pragma unroll
-        for (int i = 0; i < Z::TALL; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const bool inside = row + i < Z::BELOW && column + j < Z::ABOVE;
-                const int64_t place = at.weight + (row + i) * at.row + column + j;
-                const int mine = number + 4 * i + j;
-                copy<BACK>(w.theta + place, s.parameters[Z::WEIGHT + (row + i) * Z::ROW + column + j], inside);
-                if (Z::IS_HELD && MOMENTS > 0) copy<BACK>(w.first + place, own.first[mine], inside);
-                if (Z::IS_HELD && MOMENTS > 1) copy<BACK>(w.second + place, own.second[mine], inside);
-            }
+    using Gradient = typename Z::Gradient;
+    Gradient::template tiles<Z::UNROLLED>([&](int number, const Gradient &tile) {
+        UNROLL for (int m = 0; m < Gradient::NUMBERS; m++) {
+            const int row = tile.row(m), column = tile.place(m), mine = number + m;
+            const bool inside = row < Z::BELOW && column < Z::ABOVE;
+            const int64_t place = at.weight + row * at.row + column;
+            copy<BACK>(w.theta + place, s.parameters[Z::WEIGHT + row * Z::ROW + column], inside);
+            if (Z::IS_HELD && MOMENTS > 0) copy<BACK>(w.first + place, own.first[mine], inside);
+            if (Z::IS_HELD && MOMENTS > 1) copy<BACK>(w.second + place, own.second[mine], inside);
+        }
     });
     const int j = bias<L>();
     if (j < 0) return;
@@ -141,18 +114,17 @@ ALWAYS_INLINE void gather(Shared &s, const Work &w, int64_t f, const Part &now)
 {
     constexpr int IN = Layer<0>::IN, AT_ONCE = 8;  // loads that wait for memory together
     const real *all = w.x + w.copies[f] * w.rows * INPUTS;
-    for (int first = threadIdx.x; first < now.rows * IN; first += AT_ONCE * THREADS) {
+    const int numbers = filled(now.rows, FULL_ROWS) * IN;
+    for (int first = threadIdx.x; first < numbers; first += AT_ONCE * THREADS) {
         real value[AT_ONCE];
-#pragma unroll
-        for (int n = 0; n < AT_ONCE; n++) {
+        UNROLL for (int n = 0; n < AT_ONCE; n++) {
             const int i = first + n * THREADS, k = i % IN;
-            value[n] = i < now.rows * IN && k < INPUTS ? all[now.which[i / IN] * INPUTS + k] : 0;
+            value[n] = i / IN < now.rows && k < INPUTS ? all[now.which[i / IN] * INPUTS + k] : 0;
         }
-#pragma unroll
-        for (int n = 0; n < AT_ONCE; n++) {
+        UNROLL for (int n = 0; n < AT_ONCE; n++) {
             const int i = first + n * THREADS, k = i % IN;
-            if (i >= now.rows * IN) break;
-            if (w.center && k < INPUTS) value[n] = scaled(value[n], w.center[f * INPUTS + k], w.scale[f * INPUTS + k]);
+            if (i >= numbers) break;
+            if (w.center && i / IN < now.rows && k < INPUTS) value[n] = scaled(value[n], w.center[f * INPUTS + k], w.scale[f * INPUTS + k]);
             s.x[i / IN * Layer<0>::INPUT_ROW + k] = value[n];
         }
     }
@@ -183,41 +155,17 @@ ALWAYS_INLINE real kept(const Part &now, int layer, int row, int column)
 template <int L> ALWAYS_INLINE void forward(Shared &s, const Part &now)
 {
     using Z = Layer<L>;
-    constexpr int T = tall(ROWS, Z::OUT), LINES = ROWS / T;
+    using Sum = Product<ROWS, Z::OUT, Factor<ALONG, Z::INPUT_ROW>, Factor<ACROSS, Z::ROW>>;
     const real *below = L ? s.h[L ? L - 1 : 0] : s.x;
-    for (int tile = threadIdx.x; tile < LINES * Z::COLUMNS; tile += THREADS) {
-        const int line = tile / Z::COLUMNS, column = tile % Z::COLUMNS * 4;
-        real c[T][4];
-#pragma unroll
-        for (int i = 0; i < T; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) c[i][j] = s.parameters[Z::BIAS + column + j];
-#pragma unroll 4
-        for (int k = 0; k < Z::IN; k += 4) {
-            Numbers<4> p[T], q[4];
-#pragma unroll
-            for (int i = 0; i < T; i++) p[i] = load<4>(below + (line + i * LINES) * Z::INPUT_ROW + k);
-#pragma unroll
-            for (int d = 0; d < 4; d++) q[d] = load<4>(s.parameters + Z::WEIGHT + (k + d) * Z::ROW + column);
-#pragma unroll
-            for (int i = 0; i < T; i++)
-#pragma unroll
-                for (int d = 0; d < 4; d++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) c[i][j] += p[i].at[d] * q[d].at[j];
+    Sum::template runs<1, 4>({below}, {s.parameters + Z::WEIGHT}, Z::IN, [&](int, int r, int column, Numbers<Sum::RUN> z) {
+        UNROLL for (int j = 0; j < Sum::RUN; j++) z.at[j] += s.parameters[Z::BIAS + column + j];
+        if constexpr (L == DEPTH) store(s.outputs + r * Z::ROW + column, z);
+        else {
+            if (ACTIVATION != RELU) store(s.z[L] + r * Z::ROW + column, z);
+            UNROLL for (int j = 0; j < Sum::RUN; j++) z.at[j] = activated(ACTIVATION, z.at[j]) * kept(now, L, r, column + j);
+            store(s.h[L] + r * Z::ROW + column, z);
         }
-#pragma unroll
-        for (int i = 0; i < T; i++) {
-            const int r = line + i * LINES;
-            if constexpr (L == DEPTH) store(s.outputs + r * Z::ROW + column, c[i]);
-            else {
-                if (ACTIVATION != RELU) store(s.z[L] + r * Z::ROW + column, c[i]);
-#pragma unroll
-                for (int j = 0; j < 4; j++) c[i][j] = activated(ACTIVATION, c[i][j]) * kept(now, L, r, column + j);
-                store(s.h[L] + r * Z::ROW + column, c[i]);
-            }
-        }
-    }
+    });
     BARRIER(FORWARD + L);
     if constexpr (L < DEPTH) forward<L + 1>(s, now);
 }
@@ -227,16 +175,15 @@ ALWAYS_INLINE void slope_in_outputs(Shared &s, const Part &now)
 {
     for (int i = threadIdx.x; i < ROWS * 4; i += THREADS) {
         const int r = i / 4;
-        const real share = now.share != 0 ? now.share : (real)(s.weight[r] / s.total);
+        const real share = r >= now.rows ? 0 : now.share != 0 ? now.share : (real)(s.weight[r] / s.total);
         real *z = s.outputs + r * LAST_ROW;
         if (!CLASSES) {
-            if (i % 4 == 0) z[0] = 2 * (z[0] - s.target[r]) * share;
+            if (i % 4 == 0) z[0] = r < now.rows ? 2 * (z[0] - s.target[r]) * share : 0;
             continue;
         }
-        constexpr int MINE = Layer<DEPTH>::COLUMNS;
+        constexpr int MINE = Layer<DEPTH>::OUT / 4;
         real p[MINE], top = -INFINITY, sum = 0;
-#pragma unroll
-        for (int n = 0; n < MINE; n++) {
+        UNROLL for (int n = 0; n < MINE; n++) {
             p[n] = z[4 * n + i % 4];
             if (s.present[4 * n + i % 4] != 0) top = p[n] > top ? p[n] : top;
         }
@@ -244,11 +191,9 @@ ALWAYS_INLINE void slope_in_outputs(Shared &s, const Part &now)
             const real other = __shfl_xor_sync(0xffffffffu, top, lane);
             top = other > top ? other : top;
         }
-#pragma unroll
-        for (int n = 0; n < MINE; n++) sum += p[n] = s.present[4 * n + i % 4] != 0 ? exponential(p[n] - top) : 0;
+        UNROLL for (int n = 0; n < MINE; n++) sum += p[n] = s.present[4 * n + i % 4] != 0 ? exponential(p[n] - top) : 0;
         for (int lane = 1; lane < 4; lane *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
-#pragma unroll
-        for (int n = 0; n < MINE; n++)
+        UNROLL for (int n = 0; n < MINE; n++)
             z[4 * n + i % 4] = p[n] * (share / sum) - (s.target[r] == 4 * n + i % 4 ? share : 0);
     }
     BARRIER(SLOPED);
@@ -258,45 +203,23 @@ ALWAYS_INLINE void slope_in_outputs(Shared &s, const Part &now)
 template <int L> ALWAYS_INLINE void slope_below(Shared &s, const Part &now, const real *above)
 {
     using Z = Layer<L>;
-    constexpr int T = tall(ROWS, Z::IN), LINES = ROWS / T, COLUMNS = Z::IN / 4;
-    for (int tile = threadIdx.x; tile < LINES * COLUMNS; tile += THREADS) {
-        const int line = tile / COLUMNS, column = tile % COLUMNS;
-        real c[T][4] = {};
-#pragma unroll 2
-        for (int k = 0; k < Z::OUT; k += 4) {
-            Numbers<4> p[T], q[4];
-#pragma unroll
-            for (int i = 0; i < T; i++) p[i] = load<4>(above + (line + i * LINES) * Z::ROW + k);
-#pragma unroll
-            for (int j = 0; j < 4; j++) q[j] = load<4>(s.parameters + Z::WEIGHT + (column + j * COLUMNS) * Z::ROW + k);
-#pragma unroll
-            for (int i = 0; i < T; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-#pragma unroll
-                    for (int d = 0; d < 4; d++) c[i][j] += p[i].at[d] * q[j].at[d];
+    using Sum = Product<ROWS, Z::IN, Factor<ALONG, Z::ROW>, Factor<ALONG, Z::ROW>>;
+    Sum::template runs<1, 2>({above}, {s.parameters + Z::WEIGHT}, Z::OUT, [&](int, int r, int unit, Numbers<Sum::RUN> slope) {
+        UNROLL for (int j = 0; j < Sum::RUN; j++) {
+            real &z = s.z[L - 1][r * WIDE + unit + j];
+            z = slope_in(ACTIVATION, slope.at[j] * kept(now, L - 1, r, unit + j), z, s.h[L - 1][r * WIDE + unit + j]);
         }
-#pragma unroll
-        for (int i = 0; i < T; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int r = line + i * LINES, unit = column + j * COLUMNS, at = r * WIDE + unit;
-                const real slope = c[i][j] * kept(now, L - 1, r, unit);
-                s.z[L - 1][at] = slope_in(ACTIVATION, slope, s.z[L - 1][at], s.h[L - 1][at]);
-            }
-    }
+    });
     BARRIER(BACKWARD + L);
 }
 
 // Whether the gradient of a whole minibatch is in ``g``; what is not whole waits in the thread's own scratch.
-template <int N> ALWAYS_INLINE bool whole(const Part &now, int slot, real (&g)[N])
+template <int N> ALWAYS_INLINE bool whole(const Part &now, int slot, Numbers<N> &g)
 {
     if (now.begun)
-#pragma unroll
-        for (int i = 0; i < N; i++) g[i] += now.scratch[(slot + i) * THREADS];
+        UNROLL for (int i = 0; i < N; i++) g.at[i] += now.scratch[(slot + i) * THREADS];
     if (!now.whole)
-#pragma unroll
-        for (int i = 0; i < N; i++) now.scratch[(slot + i) * THREADS] = g[i];
+        UNROLL for (int i = 0; i < N; i++) now.scratch[(slot + i) * THREADS] = g.at[i];
     return now.whole;
 }
 ALWAYS_INLINE void take(const Rates &by, real *w, real *first, real *second, real g)
@@ -312,38 +235,29 @@ ALWAYS_INLINE void descend(Shared &s, const Work &w, Own<L> &own, const Part &no
                            const real *slope)
 {
     using Z = Layer<L>;
+    using Gradient = typename Z::Gradient;
     const real *below = L ? s.h[L ? L - 1 : 0] : s.x;
-    tiles<L>([&](int number, int row, int column) {
-        real g[Z::TALL * 4] = {};
-#pragma unroll 4
-        for (int r = 0; r < now.rows; r++) {
-            const Numbers<Z::TALL> p = load<Z::TALL>(below + r * Z::INPUT_ROW + row);
-            const Numbers<4> q = load<4>(slope + r * Z::ROW + column);
-#pragma unroll
-            for (int i = 0; i < Z::TALL; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) g[4 * i + j] += p.at[i] * q.at[j];
-        }
+    constexpr int RUN = Gradient::RUN;
+    Gradient::template runs<Z::UNROLLED, 2>({below}, {slope}, filled(now.rows, FULL_ROWS),
+                                            [&](int number, int row, int column, Numbers<RUN> g) {
         if (!whole(now, Z::SLOT + number, g)) return;
-#pragma unroll
-        for (int i = 0; i < Z::TALL; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                real *parameter = s.parameters + Z::WEIGHT + (row + i) * Z::ROW + column + j;
-                const int mine = 4 * i + j;
-                const int64_t place = at.weight + (row + i) * at.row + column + j;
-                if constexpr (Z::IS_HELD)
-                    take(by, parameter, own.first + number + mine, own.second + number + mine, g[mine]);
-                else if (row + i < Z::BELOW && column + j < Z::ABOVE)
-                    take(by, parameter, w.first + place, w.second + place, g[mine]);
-            }
+        real *at_once = s.parameters + Z::WEIGHT + row * Z::ROW + column;
+        Numbers<RUN> parameters = load<RUN>(at_once);
+        UNROLL for (int j = 0; j < RUN; j++) {
+            const int64_t place = at.weight + row * at.row + column + j;
+            if constexpr (Z::IS_HELD)
+                take(by, parameters.at + j, own.first + number + j, own.second + number + j, g.at[j]);
+            else if (row < Z::BELOW && column + j < Z::ABOVE)
+                take(by, parameters.at + j, w.first + place, w.second + place, g.at[j]);
+        }
+        store(at_once, parameters);
     });
     const int j = bias<L>();
     if (j < 0) return;
-    real g[1] = {};
+    Numbers<1> g = {};
 #pragma unroll 8
-    for (int r = 0; r < now.rows; r++) g[0] += slope[r * Z::ROW + j];
-    if (whole(now, Z::SLOTS - 1, g)) take(by, s.parameters + Z::BIAS + j, &own.bias_first, &own.bias_second, g[0]);
+    for (int r = 0; r < now.rows; r++) g.at[0] += slope[r * Z::ROW + j];
+    if (whole(now, Z::SLOTS - 1, g)) take(by, s.parameters + Z::BIAS + j, &own.bias_first, &own.bias_second, g.at[0]);
 }
 
 template <int L>
@@ -405,7 +319,7 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
                 slope_in_outputs(s, now);
                 const Rates by = s.rates[of];
                 backward<DEPTH>(s, w, f, c, own, now, by);
-            } else score(s, w, f, c, now, at - count);
+            } else score(s, w, f, c, now, at - count + epoch * w.trials * w.valid_start[w.folds]);
             at += now.rows;
             BARRIER(ENDED);
         }

@@ -1,15 +1,15 @@
 """The kernel that trains one member a thread block: source and sizes for one shape of members, and what it knows."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch.cuda import _utils
 
 from gputune.native.cuda import Kernel
-from gputune.native.library import ACTIVATIONS, FOLDER, OPTIMIZERS, kept_binary
+from gputune.native.library import FOLDER, kept_binary
 
-FILES = ("device.h", "work.h", "formulas.h", "update.h", "member.cu")
+FILES = ("device.h", "work.h", "formulas.h", "update.h", "block_product.h", "member.cu")
 TILES = (64, 32, 16)
 """Rows of a minibatch whose activations are on chip at once: as many as there is room for."""
 
@@ -40,12 +40,18 @@ class MemberKernel:
     dropout: bool
     dtype: torch.dtype
     rows: int
+    tf32: bool = False
 
     @property
     def layers(self) -> list[tuple[int, int]]:
         """Inputs and outputs of each layer, with the zeros behind them."""
-        sizes = [_whole(self.inputs), *[self.width] * self.depth, _whole(self.outputs)]
+        sizes = [self._filled(self.inputs), *[self.width] * self.depth, self._filled(self.outputs)]
         return list(zip(sizes[:-1], sizes[1:]))
+
+    def _filled(self, n: int) -> int:
+        """The next multiple of what is read at once."""
+        full = 16 if self.tf32 else 4
+        return -(-n // full) * full
 
     @property
     def threads(self) -> int:
@@ -58,22 +64,40 @@ class MemberKernel:
         """Bytes of shared memory of a block."""
         size = self.dtype.itemsize
         rates = -(-(8 + 5 * size) // 8) * 8
-        head = _RATES * rates + 8 * (3 + self.rows) + size * (self.rows + _whole(self.outputs))
+        head = _RATES * rates + 8 * (3 + self.rows) + size * (self.rows + self.layers[-1][1])
         parameters = sum(below * _row(above) + above for below, above in self.layers)
         hidden = 2 * max(1, self.depth) * _row(self.width)
         return -(-head // 16) * 16 + size * (
-            parameters + self.rows * (hidden + _row(_whole(self.inputs)) + _row(_whole(self.outputs)))
+            parameters + self.rows * (hidden + _row(self.layers[0][0]) + _row(self.layers[-1][1]))
         )
 
     @property
     def scratch(self) -> int:
         """Numbers of a block's scratch: the gradients of a part of a minibatch."""
-        slots = 0
+        slots, warps = 0, self.threads // _WARP
         for below, above in self.layers:
-            fits = (tall for tall in (4, 2) if below // tall * (above // 4) >= self.threads // 2)
-            tall = next(fits, 1)
-            slots += -(-(below // tall * (above // 4)) // self.threads) * tall * 4 + 1
+            # Four numbers of a thread's: a column of them, or those of 16 x 8 that a warp has. As Product in C++.
+            many, others = (above // 8, below // 16) if self.tf32 else (below, above // 4)
+            workers, least = (warps, warps) if self.tf32 else (self.threads, self.threads // 2)
+            times = next((n for n in (4, 2) if many % n == 0 and many // n * others >= least), 1)
+            slots += -(-many // times * others // workers) * times * 4 + 1
         return slots * self.threads
+
+    def fitted(self, shared: int) -> "MemberKernel":
+        """Return it with as many rows of a tile as there is room for in so many bytes of a block's shared memory."""
+        tiles = [replace(self, rows=rows) for rows in TILES if rows <= self.rows]
+        return next((tile for tile in tiles if tile.shared <= shared), tiles[-1])
+
+    def unknown(self, shared: int) -> str:
+        """Return, as a clause, what is beyond the kernel on a card with so many bytes; "" where nothing is."""
+        for name, most in _MOST.items():
+            if (value := getattr(self, name)) > most:
+                return f"{name} of {value}, where {most} is the most"
+        if self.dtype != torch.float32:
+            return f"dtype={str(self.dtype).removeprefix('torch.')!r}, only float32"
+        if self.shared > shared:
+            return f"{self.shared:,} bytes of weights and activations on chip, where the card has {shared:,}"
+        return ""
 
     @property
     def source(self) -> str:
@@ -81,18 +105,13 @@ class MemberKernel:
         sizes = {
             "INPUTS": self.inputs, "WIDTH": self.width, "DEPTH": self.depth, "OUTPUTS": self.outputs,
             "ROWS": self.rows, "THREADS": self.threads, "MOMENTS": self.moments, "ACTIVATION": self.activation,
-            "CLASSES": int(self.classes), "DROPOUT": int(self.dropout), "SHARED": self.shared,
+            "CLASSES": int(self.classes), "DROPOUT": int(self.dropout), "TF32": int(self.tf32), "SHARED": self.shared,
             "SCRATCH": self.scratch, "HELD": _HELD_BYTES // self.dtype.itemsize,
         }  # fmt: skip
         double = self.dtype == torch.float64
         lines = [f"typedef {'double' if double else 'float'} real;", *["#define DOUBLE"] * double]
         lines += [f"#define {name} {value}" for name, value in sizes.items()]
         return "\n".join([*lines, *((FOLDER / name).read_text() for name in FILES)])
-
-
-def _whole(n: int) -> int:
-    """The next multiple of 4, which is read at once."""
-    return -(-n // 4) * 4
 
 
 def _row(n: int) -> int:
@@ -105,53 +124,17 @@ def tile_of(batch: int) -> int:
     return next((rows for rows in reversed(TILES) if rows >= batch), TILES[0])
 
 
-def choose_kernel(
-    numbers: Mapping[str, int], *, moments: int, dropout: bool, batch: int, dtype: torch.dtype, shared: int
-) -> MemberKernel:
-    """Return the kernel for members with the ``numbers`` of their Work, whose largest minibatch has ``batch`` rows.
+def compile_kernel(kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str) -> Kernel:
+    """Return the kernel for a GPU, which NVRTC compiles once on a machine, as is said then.
 
-    ``shared`` are the bytes of shared memory that a block of the card may have; ``unknown`` has found them enough.
+    Raises what NVRTC and the driver raise.
     """
-    shapes = (
-        MemberKernel(
-            numbers["inputs"], numbers["width"], numbers["layers"] - 1, numbers["outputs"], numbers["activation"],
-            moments, bool(numbers["classes"]), dropout, dtype, rows,
-        )
-        for rows in TILES if rows <= tile_of(batch)
-    )  # fmt: skip
-    return next(shape for shape in shapes if shape.shared <= shared)
-
-
-def unknown(
-    *, inputs: int, width: int, depth: int, outputs: int, activation: str, optimizer: str, dtype: torch.dtype,
-    shared: int,
-) -> str | None:  # fmt: skip
-    """Return the part of a member that the kernel does not know, as a clause; None: it can train it.
-
-    ``width`` is that of the tensors; ``shared`` are the bytes of shared memory that a block of the card may have.
-    """
-    sizes = {"inputs": inputs, "width": width, "depth": depth, "outputs": outputs}
-    for name, value in sizes.items():
-        if value > _MOST[name]:
-            return f"{name} of {value}, where {_MOST[name]} is the most"
-    if depth and activation not in ACTIVATIONS:
-        return f"the activation {activation!r} ({', '.join(ACTIVATIONS)})"
-    if optimizer not in OPTIMIZERS:
-        return f"the optimizer {optimizer!r} ({', '.join(OPTIMIZERS)})"
-    if dtype != torch.float32:
-        return f"dtype={str(dtype).removeprefix('torch.')!r}, only float32"
-    least = MemberKernel(inputs, width, depth, outputs, 0, 2, True, False, dtype, TILES[-1])
-    if least.shared > shared:
-        return f"{least.shared:,} bytes of weights and activations on chip, where the card has {shared:,}"
-    return None
-
-
-def compile_kernel(kernel: MemberKernel, device: torch.device) -> Kernel:
-    """Return the kernel for a GPU, which NVRTC compiles once on a machine. Raises what NVRTC and the driver raise."""
     name, source = "train_members", kernel.source
     version = ".".join(map(str, torch.cuda.get_device_capability(device)))
 
     def make() -> bytes:
+        sizes = "-".join(map(str, (kernel.inputs, *[kernel.width] * kernel.depth, kernel.outputs)))
+        say(f"compiling the kernel for members of {sizes}: some seconds, once on this machine")
         return _utils._nvrtc_compile(source, name, nvcc_options=list(OPTIONS))[0]
 
     with torch.cuda.device(device):

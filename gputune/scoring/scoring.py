@@ -52,6 +52,11 @@ class Scoring:
     label: str = ""
     others: "tuple[Scoring, ...]" = ()
 
+    @property
+    def on_outputs(self) -> bool:
+        """Whether all metrics are functions of outputs; scikit-learn's scorers may ask a model for others."""
+        return all(one.score or one.of_outputs for one in (self, *self.others))
+
     def metrics(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
         """Return the scores (C,) as a call does, with other metrics (C, M), all of the same outputs."""
         scores = [one(data, fold, outputs, member) for one in (self, *self.others)]

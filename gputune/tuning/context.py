@@ -103,6 +103,8 @@ class Context:
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
         """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
+        with self.profile.clock("planning"):
+            self.trainer.compile(configs, self.progress.say)
         groups = self.trainer.groups(configs)
         parameters = 0
         if self.choice.module_class is not None:

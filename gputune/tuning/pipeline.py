@@ -250,6 +250,7 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
         # TF32 is set in this process alone.
         others=() if options.tf32 or cluster is not None else other_gpus(options.device, data.device),
         cluster=cluster,
+        each_epoch=bool(options.callbacks),
         stop=stop,
     )
     return trainer if choice.solved else trainer.choosing(options.backend, setup.configs, progress.say)

@@ -1,8 +1,8 @@
 """What trains configurations of one model on one dataset, for every face: plans, jobs, and what came of the chunks."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from torch import nn
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend, computing, trains_as
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
-from gputune.engine.kernel import lacks
+from gputune.engine.kernel import compiled, kernel_of, lacks
 from gputune.engine.memory import GivenUp, Need, run_in_parts
 from gputune.engine.plan import Plan, cores, make_plan
 from gputune.engine.stop import Stop
@@ -27,8 +27,7 @@ from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.descent import Hypergradient
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import known_traits
-from gputune.modules.recorder import CudaRecorder
-from gputune.native.member_kernel import tile_of
+from gputune.native.library import NotBuiltError
 from gputune.population.population import ModelKind, Population, populations
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
@@ -50,6 +49,7 @@ class Trainer:
     memory    bytes that the user allows, None: what the device suggests
     workers   processes, or tasks of a ``cluster`` at once; None: an estimate decides
     others    GPUs beside that of the data, each for a process of its own
+    each_epoch  whether someone is told of every epoch, who may end the search then
     """
 
     data: Dataset
@@ -65,6 +65,7 @@ class Trainer:
     workers: int | None = 1
     others: tuple[torch.device, ...] = ()
     cluster: RayCluster | None = None
+    each_epoch: bool = False
     stop: Stop = field(default_factory=Stop)
     fits: Fits = field(default_factory=Fits)
 
@@ -124,14 +125,24 @@ class Trainer:
             )
         return "graph"
 
+    def compile(self, configs: Sequence[Config], say: Callable[[str], object]) -> None:
+        """Compile the kernels in which complete configurations train, and say so; plans know where that fails."""
+        if self.backend != "kernel":
+            return
+        known = [config for config in configs if not lacks(config, self.kind, self.data)]
+        kernels = dict.fromkeys(kernel_of([config], self.kind, self.data) for config in known)
+        with suppress(NotBuiltError):  # which a warning has told
+            for kernel in kernels:
+                compiled(kernel, self.data.device, say)
+
     def groups(self, configs: Sequence[Config]) -> list[Population]:
         """Return complete configurations as populations of one tensor shape each."""
         rows = max(len(fold.train) for fold in self.data.folds)
 
-        def own_steps(config: Config) -> int:
+        def own_steps(config: Config) -> Hashable:
             way = trains_as(self.backend, self.kind, config, data=self.data)
             # Of those in the kernel what a tile holds decides the order of sums: company then changes no bit.
-            return tile_of(min(config["batch_size"], rows)) if way == "kernel" else way == "compiled"
+            return kernel_of([config], self.kind, self.data) if way == "kernel" else way == "compiled"
 
         return populations(
             configs,
@@ -164,9 +175,7 @@ class Trainer:
             parameters=parameters,
             free=None if self.cluster is None else self.cluster.free,
             measure=measure if is_gpu_here else None,
-            backend="eager"
-            if is_gpu_here and CudaRecorder.failure and self.backend == "graph"
-            else self.backend,
+            backend=self.backend,
             unstackable={k: t.alone_because for k, t in known_traits(self.module_class, self.data).items()},
             coded=[k for k, t in known_traits(self.module_class, self.data).items() if t.coded],
             widest={k: t.widest for k, t in known_traits(self.module_class, self.data).items()},
@@ -208,6 +217,7 @@ class Trainer:
             objective=self.objective,
             stop=self.stop,
             fits=self.fits,
+            each_epoch=self.each_epoch,
             backend=self.backend,
             precision=self.precision,
             **more,

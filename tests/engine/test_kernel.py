@@ -71,7 +71,7 @@ def test_the_wheel_of_nvrtc_is_named(version, wheel, card, monkeypatch):
         ({}, {}, ""),
         ({"clip_norm": 1.0}, {}, "clip_norm"),
         ({"beta2": 0.9}, {}, "beta2"),
-        ({"optimizer": "rmsprop"}, {}, "rmsprop"),
+        ({"optimizer": "rmsprop"}, {}, "the optimizer 'rmsprop' (sgd, nesterov, adam, adamw)"),
         ({"depth": 5}, {}, "5"),
         ({"width": 129}, {}, "192"),
         ({}, {"d": 300}, "300"),
@@ -96,7 +96,7 @@ def test_a_module_is_recorded(card):
 def chunk():
     """Members of which one takes 10 steps and two take 4, on a card with two blocks."""
     chunk = object.__new__(KernelChunk)
-    chunk.turns = np.cumsum([2] * 4 + [1] * 6)
+    chunk.turns, chunk.epochs = np.cumsum([2] * 4 + [1] * 6), 1
     return chunk
 
 

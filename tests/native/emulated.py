@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from gputune.native.library import make_work
-from gputune.native.member_kernel import choose_kernel
+from gputune.native.member_kernel import MemberKernel, tile_of
 
 HERE = Path(__file__).parent
 ORDERS = ("forwards", "backwards", "shuffled")
@@ -68,22 +69,23 @@ def bytes_of(value: np.ndarray | torch.Tensor | None) -> bytes:
 
 def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LARGEST):
     """Return the kernel for what the C code is given."""
-    return choose_kernel(
-        numbers,
+    return MemberKernel(
+        **{name: numbers[name] for name in ("inputs", "width", "outputs", "activation")},
+        depth=numbers["layers"] - 1,
         moments=sum(arrays[name] is not None for name in ("first", "second")),
+        classes=bool(numbers["classes"]),
         dropout=arrays["draws"] is not None,
-        batch=int(arrays["sizes"].max()),
         dtype=arrays["theta"].dtype,
-        shared=shared,
-    )
+        rows=tile_of(int(arrays["sizes"].max())),
+    ).fitted(shared)
 
 
 def train_members(
     emulator: Emulator, numbers: dict[str, int], arrays: dict[str, Any], *, order: int = 2, left_out: int = -1,
-    pieces: int = 1 << 20, blocks: int = 2,
+    pieces: int = 1 << 20, blocks: int = 2, tf32: bool = False,
 ) -> bool:  # fmt: skip
     """Train members for an epoch by the kernel, as the C code does, in launches of so many steps."""
-    kernel, work = kernel_of(numbers, arrays), make_work(numbers, arrays)
+    kernel, work = replace(kernel_of(numbers, arrays), tf32=tf32), make_work(numbers, arrays)
     lengths = np.asarray(arrays["lengths"])[:, None]
     steps = int((-(-lengths // np.minimum(arrays["sizes"].numpy(), lengths))).max())
     scratch = torch.full((blocks * kernel.scratch,), torch.nan, dtype=kernel.dtype)

@@ -36,7 +36,7 @@ struct Fiber {
 
 std::vector<Fiber> fibers;
 std::vector<Barrier> warps;
-std::vector<uint64_t> lanes;   // what each thread gives to its warp; two halves in turn
+std::vector<Lane> lanes;       // what each thread gives to its warp; two halves in turn
 std::vector<unsigned> given;
 Barrier block;
 ucontext_t scheduler;
@@ -55,14 +55,15 @@ void arrive(Barrier &barrier)
 {
     Fiber &self = fibers[threadIdx.x];
     const unsigned time = barrier.times;
-    TSAN(__tsan_release(&barrier.order[time % 2]));
+    const bool orders = &barrier == &block;  // what a warp does together orders no memory
+    if (orders) TSAN(__tsan_release(&barrier.order[time % 2]));
     if (++barrier.count == barrier.size) barrier.count = 0, barrier.times++;
     else {
         self.waits = &barrier, self.until = time;
         leave();
         self.waits = nullptr;
     }
-    TSAN(__tsan_acquire(&barrier.order[time % 2]));
+    if (orders) TSAN(__tsan_acquire(&barrier.order[time % 2]));
 }
 
 void run()
@@ -81,7 +82,7 @@ void begin_block(char *stacks)
 {
     const unsigned threads = blockDim.x;
     fibers.assign(threads, Fiber()), warps.assign((threads + 31) / 32, Barrier()), block = Barrier();
-    lanes.assign(2 * threads, 0), given.assign(threads, 0), block.size = threads;
+    lanes.assign(2 * threads, Lane()), given.assign(threads, 0), block.size = threads;
     for (unsigned t = 0; t < threads; t++) {
         Fiber &fiber = fibers[t];
         warps[t / 32].size++;
@@ -122,12 +123,12 @@ char memory[SHARED];
 
 void __syncthreads() { arrive(block); }
 
-uint64_t exchange(uint64_t bits, unsigned lane)
+const Lane *exchange(const Lane &mine)
 {
     const unsigned t = threadIdx.x, half = given[t]++ % 2 * fibers.size();
-    lanes[half + t] = bits;
+    lanes[half + t] = mine;
     arrive(warps[t / 32]);
-    return lanes[half + t / 32 * 32 + lane];
+    return &lanes[half + t / 32 * 32];
 }
 
 extern "C" void leave_out(int barrier) { left_out = barrier; }

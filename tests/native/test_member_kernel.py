@@ -13,16 +13,18 @@ import pytest
 import torch
 
 import problems
+import reference
 from gputune.engine import compiled
 from gputune.engine.mlp import StackedMLP
 from gputune.native.library import Work
-from gputune.native.member_kernel import OPTIONS, TILES, MemberKernel, compile_kernel, unknown
+from gputune.native.member_kernel import OPTIONS, TILES, MemberKernel, compile_kernel
 from native.emulated import HERE, LARGEST, ORDERS, Emulator, bytes_of, kernel_of, train_members
 from problems import (
     assert_equals_plain_loop,
     fill,
     make_data,
     needs_compiled_code,
+    rows_of,
     scoring_of,
     shape_of,
     train_together,
@@ -41,12 +43,12 @@ def emulator(pytestconfig):
 
 
 @pytest.fixture
-def by_kernel(emulator, monkeypatch):
-    """Let the kernel train what the C code would."""
+def by_kernel(request, emulator, monkeypatch):
+    """Let the kernel train what the C code would; a parameter says whether with tensor cores."""
 
     def run(library, numbers, arrays):
         work = dict(numbers), dict(arrays)
-        assert train_members(emulator, *work)
+        assert train_members(emulator, *work, tf32=getattr(request, "param", False))
 
     monkeypatch.setattr(problems, "BACKEND", "compiled")
     monkeypatch.setattr(compiled, "_run", run)
@@ -81,8 +83,13 @@ CASES = {
 }  # fmt: skip
 
 
+# Whose products are of every kind; double precision, where factors are not rounded, shows that fragments are in place.
+BY_TENSOR_CORES = ("tanh, regression", "a minibatch in parts", "many outputs")
+EACH_CASE = [*((case, False) for case in CASES), *((case, True) for case in BY_TENSOR_CORES)]
+
+
 @needs_compiled_code
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "by_kernel"), EACH_CASE, indirect=["by_kernel"])
 def test_law_1_together_equals_alone(case, by_kernel):
     options, configs = CASES[case]
     assert_equals_plain_loop(make_data(**options), fill(*configs), epochs=2)
@@ -168,15 +175,58 @@ def test_an_epoch_is_that_of_the_C_code(scoring, dtype, emulator):
 
 
 @needs_compiled_code
-def test_order_of_threads_and_launches_change_no_bit(emulator):
+@pytest.mark.parametrize("tf32", [False, True])
+def test_order_of_threads_and_launches_change_no_bit(tf32, emulator):
     data = make_data(n=150, weights=True, dtype=torch.float32)
     configs = [{**config, "batch_size": size} for config, size in zip(SMALL, (75, 20))]
     scoring = scoring_of(data, "accuracy")
     work = epoch_of(data, configs, scoring)
-    expected = after(emulator, *work, order=0)
+    expected = after(emulator, *work, tf32=tf32, order=0)
     assert expected is not None
     for how in ({"order": 1}, {"order": 2}, {"order": 2, "pieces": 2, "blocks": 1}):
-        assert after(emulator, *work, **how) == expected, how
+        assert after(emulator, *work, tf32=tf32, **how) == expected, how
+
+
+# Of a product of two factors, each of which is off by 2^-11 of it at most, in 10 bits; 2^-16 is for the square of that,
+# and for sums of up to 128 numbers in single precision.
+OFF = 2**-10 + 2**-16
+
+
+def product(a, b):
+    """The product of two matrices which may be off, and by how much it may be in TF32."""
+    (a, da), (b, db) = a, b
+    most = (a.abs() + da) @ (b.abs() + db)
+    return a @ b, most - a.abs() @ b.abs() + most * OFF
+
+
+@needs_compiled_code
+@pytest.mark.parametrize("by_kernel", [True], indirect=True)
+def test_tf32_is_off_by_rounded_factors(by_kernel):
+    """A step of rate 1 moves a parameter by its slope."""
+    data = make_data("regression", dtype=torch.float32, copies=False)
+    kind = {"depth": 1, "width": 16, "activation": "tanh", "batch_size": 64, "lr": 1.0}
+    together, _ = train_together(data, fill({"optimizer": "sgd", **kind}), epochs=1)
+    for (fold, _), member in together.items():
+        x, y, _ = (None if part is None else part.double() for part in rows_of(data, fold))
+        plain = reference.start(reference.MLP(5, 1, width=16, depth=1, activation="tanh"), 0).double()
+        w, bias, v, shift = (parameter.detach().t() for parameter in plain.parameters())
+        z, off = product((x, 0), (w, 0))
+        h = (z + bias).tanh(), off
+        output, off = product(h, (v, 0))
+        slope = 2 * (output + shift - y[:, None]) / len(y), 2 * off / len(y)
+        back, off = product(slope, (v.T, 0))
+        inner, wide = 1 - h[0] ** 2, 2 * h[0].abs() * h[1] + h[1] ** 2
+        below = back * inner, (back.abs() + off) * (inner.abs() + wide) - (back * inner).abs()
+        sums = (
+            product((x.T, 0), below),
+            [part.sum(0) for part in below],
+            product([part.T for part in h], slope),
+            [part.sum(0) for part in slope],
+        )
+        for before, after, (mean, most) in zip((w, bias, v, shift), member.parameters(), sums):
+            difference = (before - mean - after.detach().t()).abs()
+            assert (difference <= most + 1e-6).all()
+            assert difference.max() > 5e-6  # where single precision is off by 1e-7
 
 
 @needs_compiled_code
@@ -215,33 +265,28 @@ def shape(inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dro
     )
 
 
-KNOWN = {
-    "inputs": 256, "width": 128, "depth": 1, "outputs": 64, "activation": "silu", "optimizer": "adam",
-    "dtype": torch.float32, "shared": LARGEST,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("member", "part"),
     [
-        ({}, None),
-        ({"depth": 0, "width": 0, "activation": "elu"}, None),
+        ({}, ""),
+        ({"depth": 0, "width": 0}, ""),
         ({"inputs": 257}, "inputs of 257, where 256 is the most"),
         ({"width": 192}, "width of 192, where 128 is the most"),
         ({"depth": 5}, "depth of 5, where 4 is the most"),
         ({"outputs": 65}, "outputs of 65, where 64 is the most"),
-        ({"activation": "elu"}, "the activation 'elu' (relu, gelu, silu, tanh)"),
-        ({"optimizer": "lion"}, "the optimizer 'lion' (sgd, nesterov, adam, adamw)"),
         ({"dtype": torch.float64}, "dtype='float64', only float32"),
         (
             {"shared": CARDS["86"]},
             "210,144 bytes of weights and activations on chip, where the card has 101,376",
         ),
-        ({"width": 32, "shared": CARDS["86"]}, None),
+        ({"width": 32, "shared": CARDS["86"]}, ""),
     ],
 )
 def test_what_it_does_not_know_is_said(member, part):
-    assert unknown(**KNOWN | member) == part
+    most = {"inputs": 256, "width": 128, "depth": 1, "outputs": 64, "shared": LARGEST}
+    member = most | member
+    shared, dtype = member.pop("shared"), member.pop("dtype", torch.float32)
+    assert replace(shape(**member), dtype=dtype).fitted(shared).unknown(shared) == part
 
 
 SHAPES = {

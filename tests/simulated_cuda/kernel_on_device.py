@@ -27,12 +27,11 @@ FAST = {"n_trials": 4, "max_epochs": 3, "cv": 4, "scoring": "neg_log_loss", "ver
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(monkeypatch):
     """Every test counts for itself, and what one made fail is compiled by the next."""
     cuda.forget()
-    kernel._kernel.cache_clear()
-    yield
-    kernel._kernel.cache_clear()
+    monkeypatch.setattr(kernel, "_kernels", {})
+    monkeypatch.setattr(kernel.KernelChunk, "failure", "")
 
 
 def search(iris, model="mlp", **options):
@@ -85,10 +84,47 @@ def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_pa
     assert cuda.counts("launch")["kernel"] >= 3 * launches
 
 
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [
+        ({"scoring": "accuracy"}, 2),
+        ({"scoring": ["neg_log_loss", "accuracy"]}, 2),
+        ({"method": gputune.Halving(factor=2, min_epochs=2)}, 2 + 2),  # from rung to rung
+        (
+            {"scoring": lambda model, X, y: (model.predict(X) == y).mean()},
+            4,
+        ),  # which may ask it for other rows
+        ({"patience": 3}, 4),
+        ({"callbacks": [gputune.callbacks.Callback()]}, 4),
+    ],
+)
+def test_epochs_between_which_nothing_is_decided_are_one_launch(options, launches, iris, monkeypatch):
+    """But the first of a chunk, whose speed is not known."""
+    rows, space = (
+        [part[::4] for part in iris],
+        {"lr": [1e-2, 1e38], "width": [9], "batch_size": [16]},
+    )  # one diverges
+    options = {**options, "space": space, "n_trials": 2, "max_epochs": 4, "cv": 2, "include_default": False}
+    monkeypatch.setattr(kernel, "_FIRST_TURNS", 10**6)  # an epoch
+    monkeypatch.setattr(kernel, "_SECONDS", 0.0)
+    each = search(rows, **options | {"callbacks": [gputune.callbacks.Callback()]})
+    cuda.forget()
+    monkeypatch.setattr(kernel, "_SECONDS", 1e6)
+    study = search(rows, **options)
+    assert cuda.counts("launch")["kernel"] == launches
+    assert np.isnan(each.curves).any() and np.isfinite(each.curves).any()
+    assert study.curves.tobytes() == each.curves.tobytes()
+    assert [trial.best_epoch for trial in study.trials] == [trial.best_epoch for trial in each.trials]
+
+
 def test_the_plan_says_what_the_kernel_trains(iris, capsys):
     space = {"depth": [2, 5], "lr": [1e-3], "width": [16], "batch_size": [32]}
     search(iris, space=space, include_default=False, n_trials=2, max_epochs=1, verbose=1)
-    assert "1 by the kernel, 1 recorded" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 by the kernel, 1 recorded" in said
+    assert (
+        said.count("compiling the kernel for members of 4-16-16-3: some seconds, once on this machine") == 1
+    )
 
 
 class Net(nn.Module):
@@ -122,7 +158,7 @@ def test_a_cluster_has_no_kernel():
     assert trainer._kernel("auto", []) == "graph"
 
 
-def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatch):
+def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatch, capsys):
     def fail(*source, **options):
         raise RuntimeError("Kernel compilation failed:\nmember.cu(3): error: x\nmore")
 
@@ -131,10 +167,12 @@ def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatc
         f"member.cu cannot be compiled for {DEVICE}: Kernel compilation failed: member.cu(3): error: x."
     )
     with pytest.warns(RuntimeWarning, match=f"{said} Nothing is lost"):
-        study = search(iris)
-    assert cuda.counts("replay")
+        study = search(iris, verbose=1)
+    shown = capsys.readouterr().err
+    assert cuda.counts("replay") and ", recorded" in shown and "by the kernel" not in shown
+    assert any(re.match(said, note) for note in study.record.notes)
     expected = search(iris, device="cpu", backend="compiled")
     np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-5, atol=1e-5)
     (law,) = (law for law in LAWS if law.backends == ("kernel",))
-    with pytest.warns(RuntimeWarning, match=said), pytest.raises(NotBuiltError, match=said):
+    with pytest.raises(NotBuiltError, match=said):
         law.measure(torch.device(DEVICE), "kernel")
