@@ -20,7 +20,14 @@ WHOLE = re.compile(r"-?\d+")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
-@pytest.fixture(params=PAGES, ids=lambda page: page.name)
+def is_timed(page):
+    """Whether a page shows what takes less time, which is so on a CPU."""
+    return page.name == "scikit-learn.md"
+
+
+@pytest.fixture(
+    params=[pytest.param(page, id=page.name, marks=[pytest.mark.cpu] * is_timed(page)) for page in PAGES]
+)
 def page(request):
     return request.param
 

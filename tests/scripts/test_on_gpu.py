@@ -65,6 +65,7 @@ def test_what_became_of_a_step(on_gpu, tmp_path):
     }
 
 
+@pytest.mark.cpu
 def test_without_a_gpu_it_says_so(on_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["on_gpu", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="sees no GPU"):

@@ -10,13 +10,16 @@ from torch import nn
 from torch.cuda import _utils
 
 import gputune
+import problems
 from gputune.check.laws import LAWS
 from gputune.engine import kernel
 from gputune.errors import InputError
 from gputune.native.library import NotBuiltError
 from gputune.tuning.trainer import Trainer
-from problems import make_data
+from problems import fill, largest_difference, make_data, train_together
 from simulated_cuda import torch_cuda as cuda
+from simulated_cuda.on_device import moved
+from test_laws import OPTIMIZERS, SIZES, each, epochs_of_50_steps
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +63,24 @@ def test_a_search_has_the_table_of_compiled_code(name, iris):
     assert cuda.counts("launch")["kernel"] and not cuda.counts("replay")
     one, other = (s.best_model().predict_proba(iris[0]) for s in (study, expected))
     np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", ["multiclass", "regression"])
+@each(OPTIMIZERS)
+def test_members_over_the_grid_of_the_laws_are_those_of_compiled_code(optimizer, task, monkeypatch):
+    data = make_data(task, dtype=torch.float32)
+    kinds = [{**optimizer, "depth": depth, "lr": lr} for depth, lr in ((1, 1e-2), (2, 1e-3))]
+    for width, size in SIZES:
+        configs = fill(*({**kind, "width": width, "batch_size": size} for kind in kinds))
+        epochs = epochs_of_50_steps(data, size)
+        monkeypatch.setattr(problems, "BACKEND", "compiled")
+        expected, _ = train_together(data, configs, epochs=epochs)
+        monkeypatch.setattr(problems, "BACKEND", "kernel")
+        members, _ = train_together(moved(data, DEVICE), configs, epochs=epochs)
+        for key in expected:
+            assert largest_difference(members[key], expected[key]) <= 1e-5
+    assert cuda.counts("launch")["kernel"]
 
 
 @pytest.mark.long
