@@ -95,21 +95,42 @@ void begin_block(char *stacks)
     TSAN(__tsan_release(&edge));
 }
 
+// In which order n of them have their turns.
+struct Turns {
+    unsigned n, shift = 0, stride = 1;
+    Turns(unsigned n, int order) : n(n)
+    {
+        if (order == BACKWARDS) shift = stride = n - 1;
+        // An odd stride meets every one of a power of 2, else it is 1.
+        if (order == SHUFFLED) shift = rand() % n, stride = n & (n - 1) ? 1 : 2 * (rand() % n) + 1;
+    }
+    unsigned operator()(unsigned i) const { return (shift + i * stride) % n; }
+};
+
+// Lets a warp's threads go on; returns how often one did, and takes those that have ended from ``left``.
+unsigned run_warp(unsigned warp, int order, unsigned &left)
+{
+    unsigned moved = 0;
+    const Turns lanes(warps[warp].size, order);
+    for (unsigned i = 0; i < lanes.n; i++) {
+        const unsigned t = 32 * warp + lanes(i);
+        Fiber &fiber = fibers[t];
+        if (fiber.done || (fiber.waits && fiber.waits->times == fiber.until)) continue;
+        threadIdx.x = t, moved++;
+        TSAN(__tsan_switch_to_fiber(fiber.tsan, UNORDERED));
+        swapcontext(&scheduler, &fiber.context);
+        left -= fiber.done;
+    }
+    return moved;
+}
+
 bool finish_block(int order)
 {
-    const unsigned threads = blockDim.x;
-    for (unsigned left = threads; left;) {
-        unsigned moved = 0, shift = 0, stride = 1;  // an odd stride meets every thread of a power of 2, else it is 1
-        if (order == SHUFFLED) shift = rand() % threads, stride = threads & (threads - 1) ? 1 : 2 * (rand() % threads) + 1;
-        for (unsigned i = 0; i < threads; i++) {
-            const unsigned t = order == BACKWARDS ? threads - 1 - i : (shift + i * stride) % threads;
-            Fiber &fiber = fibers[t];
-            if (fiber.done || (fiber.waits && fiber.waits->times == fiber.until)) continue;
-            threadIdx.x = t, moved++;
-            TSAN(__tsan_switch_to_fiber(fiber.tsan, UNORDERED));
-            swapcontext(&scheduler, &fiber.context);
-            left -= fiber.done;
-        }
+    for (unsigned left = blockDim.x; left;) {
+        bool moved = false;
+        const Turns turns(warps.size(), order);
+        for (unsigned i = 0; i < turns.n; i++)
+            while (run_warp(turns(i), order, left)) moved = true;  // as far ahead of the others as it can
         if (!moved) return false;
     }
     TSAN(__tsan_acquire(&edge));

@@ -248,20 +248,23 @@ EACH_BARRIER = [number for numbers in BARRIERS.values() for number in np.atleast
 
 
 @needs_compiled_code
+@pytest.mark.parametrize("tf32", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("barrier", EACH_BARRIER)
-def test_a_barrier_that_is_left_out_is_found(barrier, emulator):
+def test_a_barrier_that_is_left_out_is_found(barrier, tf32, emulator):
     data = make_data(n=40, dtype=torch.float32)
     work = epoch_of(data, SMALL)
-    whole, *others = (after(emulator, *work, order=order) for order in range(3))
+    whole, *others = (after(emulator, *work, tf32=tf32, order=order) for order in range(3))
     assert whole is not None and others == [whole, whole]
-    left = [after(emulator, *work, order=order, left_out=int(barrier)) for order in range(3)]
+    left = [after(emulator, *work, tf32=tf32, order=order, left_out=int(barrier)) for order in range(3)]
     assert left != [whole] * 3
 
 
-def shape(inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dropout=False, classes=True):
+def shape(
+    inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dropout=False, classes=True, tf32=False
+):
     """A shape of members in single precision."""
     return MemberKernel(
-        inputs, width, depth, outputs, activation, moments, classes, dropout, torch.float32, 64
+        inputs, width, depth, outputs, activation, moments, classes, dropout, torch.float32, 64, tf32
     )
 
 
@@ -310,10 +313,11 @@ def machine_code(kernel, card, folder):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("card", CARDS)
-def test_it_compiles_without_spills(name, card, tmp_path):
-    tiles = (replace(SHAPES[name], rows=rows) for rows in TILES)
+def test_it_compiles_without_spills(name, card, tf32, tmp_path):
+    tiles = (replace(SHAPES[name], rows=rows, tf32=tf32) for rows in TILES)
     kernel = next((kernel for kernel in tiles if kernel.shared <= CARDS[card]), None)
     if kernel is None:
         pytest.skip("the weights do not fit on this card: it does not know such members there")
@@ -324,18 +328,25 @@ def test_it_compiles_without_spills(name, card, tmp_path):
 
 
 @pytest.mark.long
-def test_its_machine_code_is_products(tmp_path):
-    """Each barrier is there once, and products read four numbers at once: at most one such read for 7 of them."""
+@pytest.mark.parametrize("tf32", [False, True])
+def test_its_machine_code_is_products(tf32, tmp_path):
+    """Each barrier is there once. Products read four numbers at once, one such read for 7 of them; or fragments."""
     if shutil.which("nvdisasm") is None:
         pytest.skip("nvdisasm is not here")
-    machine_code(shape(), "90", tmp_path)
+    machine_code(shape(tf32=tf32), "90", tmp_path)
     done = subprocess.run(
         ["nvdisasm", "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
     )
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9]+)(\.128)?", done.stdout)
+    found = re.findall(
+        r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9]+)(\.128|\.64|\.1688\.F32\.TF32)?", done.stdout
+    )
     counts = Counter("".join(word) for word in found)
     assert counts["BAR"] == len(EACH_BARRIER)
-    assert counts["FFMA"] > 7 * counts["LDS.128"] > 7 * counts["LDS"] / 2
+    if tf32:
+        products = counts["HMMA.1688.F32.TF32"]
+        assert products > (counts["LDS"] + counts["LDS.64"]) / 6 and counts["FFMA"] < 4 * products
+    else:
+        assert counts["FFMA"] > 7 * counts["LDS.128"] > 7 * counts["LDS"] / 2 and not counts["HMMA"]
 
 
 def test_nvrtc_compiles_it_once_on_a_machine(monkeypatch, tmp_path):
@@ -363,7 +374,7 @@ def program(emulator, tmp_path_factory):
     """Build, with a sanitizer, a program that trains a small epoch: returns it, its input, and what it leaves."""
     numbers, arrays = epoch_of(make_data(n=40, dtype=torch.float32), SMALL)
 
-    def build(sanitizer):
+    def build(sanitizer, tf32=False):
         folder = tmp_path_factory.mktemp(sanitizer)
         with (folder / "in").open("wb") as file:
             for field, _ in Work._fields_:
@@ -372,7 +383,7 @@ def program(emulator, tmp_path_factory):
                 else:
                     content = bytes_of(arrays[field])
                     file.write(np.array([len(content)]).tobytes() + content)
-        (folder / "kernel.cu").write_text(kernel_of(numbers, arrays).source)
+        (folder / "kernel.cu").write_text(replace(kernel_of(numbers, arrays), tf32=tf32).source)
         watched = [
             "g++",
             "-std=c++17",
@@ -411,15 +422,17 @@ def watched(folder, *, order, left_out=-1):
 
 @needs_compiled_code
 @pytest.mark.long
+@pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("order", range(3), ids=ORDERS)
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_sanitizers_find_nothing(sanitizer, order, program):
-    assert watched(program(sanitizer), order=order) == ""
+def test_sanitizers_find_nothing(sanitizer, order, tf32, program):
+    assert watched(program(sanitizer, tf32), order=order) == ""
 
 
 @needs_compiled_code
 @pytest.mark.long
-def test_a_sanitizer_finds_each_barrier_that_is_left_out(program):
-    folder = program("thread")
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_sanitizer_finds_each_barrier_that_is_left_out(tf32, program):
+    folder = program("thread", tf32)
     said = {int(barrier): watched(folder, order=0, left_out=int(barrier)) for barrier in EACH_BARRIER}
     assert all("data race" in races for races in said.values()), said
