@@ -45,8 +45,8 @@ class Study(data.Study):
         ``X`` and ``y`` are needed where the study was opened from a file and its input cannot be read again; they must
         be the rows of the search. ``check=False`` trains on others: the model then has no score. ``trust_code=True``
         runs the code of a class that a study names, also where this user has not trained it on this machine.
-        ``intervals=True`` trains the trial on its folds once more too, whose residuals ``predict_interval`` needs.
-        ``calibrate=True`` does so for the probabilities of classes: logits are divided by the temperature that is best
+        ``intervals=True`` keeps the residuals on the rows that its folds validate on, which ``predict_interval`` needs.
+        ``calibrate=True`` is for the probabilities of classes: logits are divided by the temperature that is best
         on the rows that the folds validate on (Guo et al., 2017). None: where trials are ranked by the log loss, unless
         ``check=False``, or the trials are the points of descents.
 
@@ -80,8 +80,8 @@ class Study(data.Study):
     ) -> "TunedModel":
         """The weighted mean of several trials, chosen on validation rows and trained again on all rows.
 
-        The best ``candidates`` trials are trained on their folds once more, which costs so many trials' part of the
-        search. Of what they predict on the rows that they have not seen an ensemble is chosen greedily with
+        Of what the best ``candidates`` trials predict on the rows that they have not seen, which the study keeps (else
+        they train on their folds once more), an ensemble is chosen greedily with
         repetition (Caruana et al., 2004), in at most ``size`` steps; those chosen are trained on all rows, each with
         ``seeds`` starts and orders. Probabilities, or values of a regression, are averaged. The model has
         the residuals that ``predict_interval`` needs; chosen on the same rows, they are a little small.
@@ -105,9 +105,10 @@ class Study(data.Study):
     ) -> "NDArray[np.float64]":
         """What the best trial, or the ``trial`` of a number, predicts of the rows that its folds validate on.
 
-        Its members train on their folds once more, to the same numbers. Returns probabilities of the classes, or of
-        the labels, (n, K); values of a regression in their units, (n,) or (n, K). A row of several folds has their
-        mean, one that no fold validates on has NaN. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.
+        The study keeps them, in single precision; else its members train on their folds once more. Returns
+        probabilities of the classes, or of the labels, (n, K); values of a regression in their units, (n,) or (n, K). A
+        row of several folds has their mean, one that no fold validates on has NaN. ``X``, ``y`` and ``trust_code`` are
+        as in ``best_model``.
 
         Raises InputError for a number of no scored trial, a study of descents, of ``search`` or of a custom target,
         and as ``best_model`` does.

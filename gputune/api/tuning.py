@@ -111,6 +111,7 @@ def tune(
     precision: Precision = "full",
     memory: int | str | None = None,
     workers: int | Literal["auto", "ray"] | Ray = "auto",
+    keep_predictions: bool = True,
     random_state: object = 0,
     callbacks: Sequence[Callback] = (),
     verbose: int = 1,
@@ -207,6 +208,10 @@ def tune(
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or
                  ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or some CPUs
+    keep_predictions  whether the study keeps what each finished trial predicts, at its best epoch, of the rows that
+                 its folds validate on (at most 128 MiB; beyond that the worst trials go without): ``ensemble``,
+                 ``oof_predictions``, intervals and calibration then train no fold again. Not of descents, nor of a
+                 custom target, nor with ``epoch="last"``
     random_state seed of candidates, folds, row order, starts and dropout
     callbacks    ``gputune.callbacks``: called at the start, after epochs, with finished trials, and at the end
     verbose      0 silent, 1 a bar, the plan and remarks on standard error

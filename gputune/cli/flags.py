@@ -100,14 +100,13 @@ MORE_RULES: dict[str, dict[str, Rule]] = {
         ),
         "intervals": Rule(
             "--intervals",
-            "keep with the model what gputune predict --interval needs, for which the best trial trains on its folds "
-            "once more",
+            "keep with the model what gputune predict --interval needs",
             resume=True,
         ),
         "calibrate": Rule(
             "--calibrate",
-            "calibrate the probabilities of classes by temperature scaling, for which the best trial trains on its "
-            "folds once more (without being asked where --scoring is neg_log_loss)",
+            "calibrate the probabilities of classes by temperature scaling (without being asked where --scoring is "
+            "neg_log_loss)",
             resume=True,
         ),
         "profile": Rule(

@@ -220,7 +220,7 @@ def _best_so_far(
 
 def _trained(study: Study) -> Trial:
     """Return the trial that the command asked for. Raises SearchFailedError where it diverged."""
-    choice, _, options = study.data
+    choice, _, options, _ = study.data
     params = first_trials(checked_space(choice, options), choice, options)[0].params
     trial = next(trial for trial in study.trials if trial.params == params)
     if not math.isfinite(trial.score):

@@ -8,7 +8,6 @@ a member depend neither on its company nor on the number of threads, bit for bit
 import ctypes
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -25,6 +24,7 @@ from gputune.population.network import Network
 from gputune.population.population import hidden_widths
 from gputune.scoring.scores import accuracy
 from gputune.scoring.scoring import Scoring
+from gputune.scoring.validation import Validation
 from gputune.types import Config
 
 Array: TypeAlias = Tensor | None
@@ -46,6 +46,7 @@ class CompiledChunk:
         assert isinstance(network, StackedMLP)
         self.network: StackedMLP = network
         self.data, self.seed, self.horizon, self.scoring = data, seed, horizon, scoring
+        self.validation = Validation(data, scoring)
         self.configs = list(configs)
         self.alive = list(range(len(configs)))
         self.nanoseconds = torch.zeros(2, dtype=torch.int64)
@@ -108,11 +109,14 @@ class CompiledChunk:
     def room(self, epochs: int) -> dict[str, Array]:
         """Return where scores are computed from, after each of some epochs: shares of right answers, or outputs."""
         data, trials, room = self.data, len(self.configs), dict[str, Array](scored=None, accuracy=None)
-        # Counted where the outputs are, which are then not kept.
-        if self.scoring is not None and self.scoring.score is accuracy and not self.scoring.others:
+        if self.scoring is None:
+            return room
+        # Counted where the outputs are.
+        is_counted = self.scoring.score is accuracy and not self.scoring.others
+        if is_counted:
             shape = epochs, data.n_folds, trials
             room["accuracy"] = torch.empty(shape, dtype=torch.float64, device=data.device)
-        elif self.scoring is not None:
+        if not is_counted or self.scoring.kept_bytes:
             scored = int(self.starts[-1]) * trials * data.n_outputs
             room["scored"] = torch.empty((epochs, scored), dtype=data.dtype, device=data.device)
         return room
@@ -166,23 +170,22 @@ class CompiledChunk:
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, epochs, F) of all members, each on the validation rows of its fold."""
-        counted, kept = self.arrays["accuracy"], self.arrays["scored"]
-        if counted is not None:
-            return counted.movedim(2, 0).cpu().numpy().copy()
-        assert kept is not None
-        return torch.stack([self._metrics(epoch) for epoch in kept], 1).cpu().numpy()
-
-    def _metrics(self, kept: Tensor) -> Tensor:
-        """Return the scores (C, F) of the outputs after one epoch, fold after fold."""
-        assert self.scoring is not None
-        trials, columns = len(self.configs), []
-        sizes = np.diff(self.starts)
-        params = self.network.blocks.views(self.flat)
-        for fold, part in enumerate(torch.split(kept, (sizes * trials * self.data.n_outputs).tolist())):
-            outputs = part.view(trials, int(sizes[fold]), -1)
-            member = partial(self.network.member, params, fold)
-            columns.append(self.scoring.metrics(self.data, fold, outputs, member))
-        return torch.stack(columns, 1)
+        counted, written, trials = self.arrays["accuracy"], self.arrays["scored"], len(self.configs)
+        sizes = np.diff(self.starts).tolist()
+        numbers = [size * trials * self.data.n_outputs for size in sizes]
+        outputs = [
+            [part.view(trials, size, -1) for part, size in zip(torch.split(epoch, numbers), sizes)]
+            for epoch in ([] if written is None else written)
+        ]
+        if counted is None:
+            params = self.network.blocks.views(self.flat)
+            scores = np.stack(
+                [self.validation.scores(self.network, params, trials, one) for one in outputs], 1
+            )
+        else:
+            scores = counted.movedim(2, 0).cpu().numpy().copy()
+        self.validation.outputs = outputs
+        return scores
 
     def keep(self, stays: np.ndarray) -> None:
         """Go on with the trials of ``stays`` (C,) alone."""

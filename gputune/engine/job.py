@@ -26,6 +26,7 @@ from gputune.modules.module import StackedModule, Traits
 from gputune.population.network import Network, Shape
 from gputune.population.population import Population, shape_of
 from gputune.scoring.objective import Objective, make_objective
+from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring
 from gputune.types import Backend, Precision, first_metric
 
@@ -156,14 +157,18 @@ class Job:
         begin = time.monotonic()
         trained = train_chunk(self, data, chunk, progress)
         seconds = time.monotonic() - begin + _begun(chunk).seconds
-        return Outcome(chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent)
+        outputs = trained.outputs_of(chunk.index)
+        return Outcome(
+            chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent, outputs=outputs
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done, seconds.
 
-    ``spent`` is what they were spent on, where that is known; ``fault`` says what went wrong and did no harm.
+    ``spent`` is what they were spent on, where that is known; ``fault`` says what went wrong and did no harm;
+    ``outputs`` are those that were kept, by the entries of ``index``.
     """
 
     index: tuple[int, ...]
@@ -172,6 +177,7 @@ class Outcome:
     seconds: float
     spent: Spent = field(default=Spent(), kw_only=True)
     fault: str = field(default="", kw_only=True)
+    outputs: Mapping[int, Outputs] = field(default_factory=dict, kw_only=True)
 
 
 def train_chunk(

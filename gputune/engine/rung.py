@@ -37,7 +37,14 @@ class RungJob(Job):
         seconds = time.monotonic() - begin
         curves = trained.curves[:, start : trained.epochs]
         return RungOutcome(
-            chunk.index, curves, trained.epochs - start, seconds, kept, trained.alive, spent=trained.spent
+            chunk.index,
+            curves,
+            trained.epochs - start,
+            seconds,
+            kept,
+            trained.alive,
+            spent=trained.spent,
+            outputs=trained.outputs_of(chunk.index),
         )
 
 

@@ -203,6 +203,9 @@ class StackedChunk:
         scores = self.validation.scores(
             self._network, self._network.blocks.views(self._scored), len(self.slots)
         )
+        if self._places is not None:
+            of_epochs = self.validation.outputs
+            self.validation.outputs = [[one[self._places] for one in outputs] for outputs in of_epochs]
         return scores[np.isin(self.slots, self.alive)]
 
     def keep(self, stays: np.ndarray) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import trains_as
+from gputune.engine.backend import computing, trains_as
+from gputune.engine.best_outputs import BestOutputs
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
 from gputune.engine.kernel import KernelChunk
@@ -25,7 +26,9 @@ from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
 from gputune.population.network import Network
+from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
+from gputune.scoring.validation import Validation
 from gputune.types import Backend, Config, first_metric
 
 
@@ -34,6 +37,9 @@ class Chunk(Protocol):
 
     alive: list[int]
     """The trials that are still in it, counted as they were at the start."""
+
+    validation: Validation
+    """What scores them; its outputs are those of the trials that are still in it."""
 
     @property
     def flat(self) -> Tensor:
@@ -114,7 +120,7 @@ class Trained:
     ``epochs`` is the number of epochs done. The members of trials that did not diverge are ``member(fold, trial)``,
     and ``state`` is theirs. ``scored`` is what is
     scored and saved of ``flat``; ``moments`` are the optimizer's flat buffers. These are the chunk's own tensors, in
-    which the next one may train; ``state`` and ``member`` are copies.
+    which the next one may train; ``state`` and ``member`` are copies. ``best`` has the outputs that a scoring keeps.
     """
 
     curves: np.ndarray
@@ -125,12 +131,17 @@ class Trained:
     scored: Tensor
     moments: tuple[Tensor, ...]
     spent: Spent = Spent()
+    best: BestOutputs | None = None
 
     @property
     def state(self) -> State:
         """The state of the trials ``alive``, for ``train(begin=...)``."""
         rows = [self.network.blocks.to_rows(self.flat), *map(self.network.trained.to_rows, self.moments)]
         return State(self.epochs, tuple(buffer[: len(self.alive)] for buffer in rows))
+
+    def outputs_of(self, index: Sequence[int]) -> dict[int, Outputs]:
+        """Return the outputs that were kept, each trial by its entry of ``index`` (C,)."""
+        return {} if self.best is None else self.best.of_trials(index)
 
     def member(self, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module on the CPU; ``trial`` counts as it did before any diverged."""
@@ -178,11 +189,11 @@ def train(
     epoch, spent = 0 if begin is None else begin.epoch, Spent()
     if before is not None:
         curves[:, :epoch] = before
+    best = _best_outputs(scoring, curves[:, :epoch])
 
     def so_far() -> Trained:
-        return Trained(
-            curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat, chunk.scored, chunk.moments, spent
-        )
+        alive, moments = tuple(chunk.alive), chunk.moments
+        return Trained(curves, epoch, alive, chunk.network, chunk.flat, chunk.scored, moments, spent, best)
 
     while epoch < epochs and chunk.alive:
         work = sum(each_epoch[trial] for trial in chunk.alive)
@@ -194,6 +205,11 @@ def train(
             goes_on = _goes_on(scores)
             scores[:, 1:][~goes_on[:, :-1]] = np.nan
             curves[chunk.alive, epoch : epoch + many] = scores
+            if best is not None:
+                means = first_metric(scores, axes=3).mean(2)
+                with computing(1):  # some megabytes, for which threads take longer to meet than to copy
+                    for e, outputs in enumerate(chunk.validation.outputs):
+                        best.take(epoch + e + 1, chunk.alive, means[:, e], outputs)
             many = min(many, 1 + int(goes_on.any(0).sum()))  # nothing is left after the last divergence
             chunk.keep(goes_on[:, -1])
         epoch += many
@@ -204,6 +220,14 @@ def train(
             break
     reuse.give(chunk)
     return so_far()
+
+
+def _best_outputs(scoring: Scoring | None, before: np.ndarray) -> BestOutputs | None:
+    """Return what keeps the outputs of trials with these curves (C, epochs, F) so far; None where nothing does."""
+    if scoring is None or not scoring.kept_bytes:
+        return None
+    means = first_metric(before, axes=3).mean(2).max(1, initial=-np.inf)
+    return BestOutputs(scoring.kept_bytes, means)
 
 
 def _resume(chunk: Chunk, begin: State | None, alive: Sequence[int] | None) -> None:

@@ -269,14 +269,14 @@ ALWAYS_INLINE void backward(Shared &s, const Work &w, int64_t f, int64_t c, Own<
     if constexpr (L > 0) backward<L - 1>(s, w, f, c, own, now, by);
 }
 
-// Counts the right ones of some validation rows, or writes their outputs.
+// Counts the right ones of some validation rows, and writes their outputs, where that is asked for.
 ALWAYS_INLINE void score(Shared &s, const Work &w, int64_t f, int64_t c, const Part &now, int64_t at)
 {
     const int64_t begin = w.valid_start[f], count = w.valid_start[f + 1] - begin;
     if (w.scored)
         for (int i = threadIdx.x; i < now.rows * OUTPUTS; i += THREADS)
             w.scored[OUTPUTS * (w.trials * begin + c * count + at) + i] = s.outputs[i / OUTPUTS * LAST_ROW + i % OUTPUTS];
-    else
+    if (w.accuracy)
         for (int r = threadIdx.x; r < now.rows; r += THREADS) {
             const int hit = hits(OUTPUTS, s.present, s.outputs + r * LAST_ROW, (int64_t)s.target[r]);
             if (hit) atomicAdd(hit > 0 ? &s.right : &s.broken, 1);

@@ -37,7 +37,8 @@ static void score(const Work *w, Space *s, long f, long c) {
             if (w->scored) {
                 real *out = w->scored + w->outputs * (w->trials * w->valid_start[f] + c * count);
                 memcpy(out + (at + i) * w->outputs, z, w->outputs * sizeof(real));
-            } else {
+            }
+            if (w->accuracy) {
                 int hit = hits(w->outputs, w->present + f * w->outputs, z, ((const int64_t *)w->y)[which[at + i]]);
                 right += hit > 0, broken += hit < 0;
             }

@@ -39,7 +39,8 @@ class Scoring:
     ``classes`` are the labels that a scorer sees, None for regression. One of scikit-learn's names sees class
     codes 0, 1, ..., so that scores of a positive class work on text labels. ``positive`` is the code of that class;
     None where the score is not of one class, and where a callable chooses it. ``of_outputs`` scores the outputs of one
-    member as they are; where it ``is_loss``, in the units of training.
+    member as they are; where it ``is_loss``, in the units of training. With ``kept_bytes`` outputs are kept beside
+    their scores, up to that.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Scoring:
     is_loss: bool = False
     label: str = ""
     others: "tuple[Scoring, ...]" = ()
+    kept_bytes: int = 0
 
     @property
     def on_outputs(self) -> bool:

@@ -33,6 +33,8 @@ class Validation:
         self.data, self.scoring = data, scoring
         self.block_bytes = _block_bytes(data.device)
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
+        self.outputs: Sequence[list[Tensor]] = []
+        """Of each epoch and fold (C, m, K), as they were last scored, where a scoring keeps them."""
 
     def is_small(self, network: Network) -> bool:
         """Whether one layer's outputs of one member on all validation rows of a fold stay within the block."""
@@ -47,7 +49,7 @@ class Validation:
         Of their outputs (C, m, K) on the rows of each fold, where those are ``computed`` already.
         """
         assert self.scoring is not None
-        columns = []
+        columns, kept = [], []
         block = _block_rows(self.data, network, trials, self.block_bytes)
         for fold in range(self.data.n_folds):
             if computed is not None:
@@ -58,6 +60,9 @@ class Validation:
             columns.append(
                 self.scoring.metrics(self.data, fold, outputs, partial(network.member, params, fold))
             )
+            if self.scoring.kept_bytes:
+                kept.append(outputs)
+        self.outputs = [kept]
         return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
 
     def _parts(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:

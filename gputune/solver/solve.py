@@ -12,13 +12,14 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
+from gputune.engine.best_outputs import BestOutputs
 from gputune.engine.job import Outcome
 from gputune.errors import InputError, warn
 from gputune.models import LogisticRegression
 from gputune.scoring.scoring import Scoring
 from gputune.solver.newton import newton_step, proximal_newton_step
 from gputune.solver.objective import Point, Rows, objective, origin, rows_of, violation
-from gputune.types import Config
+from gputune.types import Config, first_metric
 
 CPU_NUMBERS, GPU_NUMBERS = 2**18, 2**27  # in one (members, outputs, rows) tensor of a chunk: cache, memory
 HELD = 2**25  # numbers of all inputs that are solved at the same time, of each fold and kind of step
@@ -287,20 +288,28 @@ def solve_chunk(data: Dataset, configs: Sequence[Config], index: Sequence[int], 
     part = [configs[i] for i in index]
     data = data.of(part[0])
     solution = solve_all(data, part)
-    curves = score_solution(data, len(part), solution, scoring)
-    return Outcome(tuple(index), curves, 1, time.monotonic() - begin)
+    best = BestOutputs(scoring.kept_bytes, np.full(len(part), -np.inf))
+    curves = score_solution(data, len(part), solution, scoring, best)
+    outputs = best.of_trials(index)
+    return Outcome(tuple(index), curves, 1, time.monotonic() - begin, outputs=outputs)
 
 
-def score_solution(data: Dataset, trials: int, solution: Solution, scoring: Scoring) -> np.ndarray:
-    """Return the curves (C, 1, F) of so many trials on the validation rows of each fold."""
+def score_solution(
+    data: Dataset, trials: int, solution: Solution, scoring: Scoring, best: BestOutputs | None = None
+) -> np.ndarray:
+    """Return the curves (C, 1, F) of so many trials on the validation rows of each fold; ``best`` takes outputs."""
     coef, intercept = as_softmax(solution)
-    scores = []
+    scores, kept = list[Tensor](), list[Tensor]()
     for f, fold in enumerate(data.folds):
         members = slice(f * trials, (f + 1) * trials)
         (x,) = data.rows(f, fold.valid)
         outputs = torch.baddbmm(intercept[members, None], x.expand(trials, -1, -1), coef[members].mT)
         scores.append(scoring.metrics(data, f, outputs, partial(_member, solution, f * trials)))
-    return torch.stack(scores, 1).cpu().numpy()[:, None]
+        kept += [outputs] if scoring.kept_bytes else []
+    curves = torch.stack(scores, 1).cpu().numpy()[:, None]
+    if best is not None and kept:
+        best.take(1, range(trials), first_metric(curves, axes=3)[:, 0].mean(1), kept)
+    return curves
 
 
 def _member(solution: Solution, first: int, trial: int) -> LogisticRegression:

@@ -37,6 +37,11 @@ TABLES = {
     " NULL, curve BLOB NOT NULL, detail TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
     "claims": "CREATE TABLE claims (chunk INTEGER PRIMARY KEY, lock TEXT NOT NULL) STRICT",
 }
+OUTPUTS = (
+    "CREATE TABLE outputs (number INTEGER PRIMARY KEY REFERENCES trials (number), epoch INTEGER NOT NULL,"
+    " width INTEGER NOT NULL, outputs BLOB NOT NULL, checksum TEXT NOT NULL) STRICT"
+)
+"""The table of the outputs of trials, which a file has where some were kept."""
 
 
 def open_file(path: Path) -> sqlite3.Connection:
@@ -246,7 +251,7 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
             raise damaged(path, str(verdict[0]).splitlines()[-1])
         schema = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"))
         orphans = connection.execute("PRAGMA foreign_key_check").fetchall()
-    if version < 1 or schema != TABLES:
+    if version < 1 or schema.pop("outputs", OUTPUTS) != OUTPUTS or schema != TABLES:
         raise damaged(path, "its tables are not those of a study")
     if orphans:
         raise damaged(path, f"{len(orphans)} results belong to no trial")

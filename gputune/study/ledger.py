@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gputune.data.source import table_size
 from gputune.errors import InputError
+from gputune.scoring.outputs import Outputs, beyond_limit
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damaged
@@ -39,6 +41,8 @@ class Ledger:
         self.results: dict[int, Result] = {}
         self.kept: list[int] = []
         """Numbers of the trials whose results ``finish`` has kept."""
+        self.outputs: dict[int, Outputs] = {}
+        """Of trials by number, where there is no file to hold them."""
         self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
         """Called with the trials that ``finish`` has kept, after they are."""
         self.on_wait: Callable[[str], None] | None = None
@@ -153,14 +157,26 @@ class Ledger:
         """Whether the file has a trial without a result that stays, of this process or of another one."""
         return self.store is not None and self.store.waiting() > 0
 
-    def finish(self, results: Sequence[Result]) -> None:
-        """Keep the results of one chunk, all or none; those that are kept already stay as they are."""
+    def finish(
+        self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
+    ) -> None:
+        """Keep the results of one chunk, all or none; those that are kept already stay as they are.
+
+        ``outputs`` by number are kept too where a trial is complete and they are those of its best epoch.
+        """
         new = [result for result in results if result.number not in self.results]
+        best = {r.number: r.best_epoch for r in new if r.state == "complete"}
+        outputs = {n: one for n, one in outputs.items() if best.get(n) == one.epoch}
         if self.store is not None:
-            self.store.finish(new)
+            self.store.finish(new, outputs)
         by_number = {result.number: result for result in new}
         self.results.update(by_number)
         self.kept += by_number
+        if self.store is None:
+            self.outputs |= outputs
+            sizes = {number: one.values.nbytes for number, one in self.outputs.items()}
+            for number in beyond_limit(sizes, {n: self.results[n].score for n in sizes}):
+                del self.outputs[number]
         if self.on_finish is not None and new:
             self.on_finish([(c, by_number[c.number]) for c in self.candidates if c.number in by_number])
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gputune.errors import InputError
+from gputune.scoring.outputs import Outputs
 from gputune.study.record import OPTION_FORMS, has_form
 from gputune.study.values import from_json, to_json
 from gputune.types import Config, Json, first_metric
@@ -194,6 +195,17 @@ class Result:
         metrics = (1 + len(others),) if others else ()
         table = np.frombuffer(curve, dtype=_FLOAT).reshape(-1, len(folds), *metrics)
         return cls(number, state, mean, folds, best_epoch, time, table, facts)
+
+
+def outputs_to_row(number: int, outputs: Outputs) -> Row:
+    """Return the row of the outputs of a trial."""
+    values = np.ascontiguousarray(outputs.values, dtype="<f4")
+    return int(number), int(outputs.epoch), int(values.shape[1]), values.tobytes()
+
+
+def outputs_from_row(number: int, epoch: int, width: int, values: bytes) -> tuple[int, Outputs]:
+    """Return the number of a trial and its outputs."""
+    return number, Outputs(epoch, np.frombuffer(values, dtype="<f4").reshape(-1, width))
 
 
 def read_detail(text: str) -> Json:

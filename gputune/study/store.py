@@ -1,8 +1,8 @@
 """One SQLite file that keeps a study: options, drawn candidates, the plan, and each finished trial exactly once.
 
 Tables: ``meta`` (option -> JSON), ``trials`` (the candidates, written before anything trains), ``plan`` (the chunks
-in which they train, frozen when they are planned), ``results`` (at most one row a trial, never replaced) and ``claims``
-(which process trains which chunk; see ``claims.py``).
+in which they train, frozen when they are planned), ``results`` (at most one row a trial, never replaced), ``claims``
+(which process trains which chunk; see ``claims.py``) and, where some were kept, ``outputs`` of the best trials.
 """
 
 import errno
@@ -13,12 +13,23 @@ import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.study.database import copy_file, create_file, damaged, insert, open_file, transaction, translated
+from gputune.scoring.outputs import Outputs, beyond_limit
+from gputune.study.database import (
+    OUTPUTS,
+    copy_file,
+    create_file,
+    damaged,
+    insert,
+    open_file,
+    transaction,
+    translated,
+)
 from gputune.study.record import lost_option
 from gputune.study.rows import (
     HOW_MANY,
@@ -31,13 +42,15 @@ from gputune.study.rows import (
     TrialState,
     Value,
     checksum,
+    outputs_from_row,
+    outputs_to_row,
     read_detail,
     read_row,
 )
 from gputune.types import Json
 
 _ROWS = {"meta": "option {!r}", "trials": "trial {}", "plan": "chunk {} of the plan",
-         "results": "the result of trial {}"}  # fmt: skip
+         "results": "the result of trial {}", "outputs": "the row of outputs of trial {}"}  # fmt: skip
 """What a row of a table is called by its first value."""
 
 __all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
@@ -122,13 +135,18 @@ class Store:
         """Freeze chunks of the plan, all or none. Raises InputError for a number that is taken."""
         self._insert("plan", [chunk.to_row() for chunk in chunks])
 
-    def finish(self, results: Iterable[Result]) -> None:
+    def finish(
+        self, results: Iterable[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
+    ) -> None:
         """Write the results of one chunk, all or none; when this returns they are on the disk.
 
+        Outputs by the numbers of these trials are kept beside them, up to a limit, for which the worst are dropped.
         A trial that a deadline had stopped gets its new result in place of the old one. Raises InputError for one
         that has any other result already (which is never replaced) or that was never added; the file is then as before.
         """
         self._insert("results", [result.to_row() for result in results])
+        if outputs:
+            self._insert("outputs", [outputs_to_row(*one) for one in outputs.items()])
 
     def trials(self, numbers: Collection[int] | None = None) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate, or those of some numbers, in their order, each with its result or None.
@@ -198,6 +216,20 @@ class Store:
         """
         copy_file(self._connection, Path(path))
 
+    def outputs(self, numbers: Collection[int]) -> dict[int, Outputs]:
+        """Return the outputs that are kept of trials with these numbers. Raises StudyCorruptError."""
+        if not self._read("SELECT 1 FROM sqlite_schema WHERE name = 'outputs'"):
+            return {}
+        return dict(self._rows("outputs", outputs_from_row, numbers))
+
+    def _drop_beyond_limit(self) -> None:
+        """Drop the outputs of the worst trials where all take too many bytes; a transaction is open."""
+        query = "SELECT number, length(outputs), substr(score, 1, 8) FROM outputs JOIN results USING (number)"
+        rows = self._connection.execute(query).fetchall()
+        scores = {number: float(np.frombuffer(score, "<f8")[0]) for number, _, score in rows}
+        dropped = beyond_limit({number: size for number, size, _ in rows}, scores)
+        self._connection.executemany("DELETE FROM outputs WHERE number = ?", [(n,) for n in dropped])
+
     def close(self) -> None:
         """Close the file. Everything was on the disk before; closing twice does nothing."""
         self._connection.close()
@@ -252,6 +284,8 @@ class Store:
     def _insert(self, table: str, rows: Iterable[Row]) -> None:
         self._check_place()
         with transaction(self._connection, self.path):
+            if table == "outputs":
+                self._connection.execute(OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
             for row in rows:
                 try:
                     if table == "results":
@@ -266,6 +300,8 @@ class Store:
                         f"{'was never added' if never_added else 'is there already and is never replaced'}; "
                         "nothing was written. Two processes may be at work on one study, or it is another one."
                     ) from error
+            if table == "outputs":
+                self._drop_beyond_limit()
 
 
 def _values(*values: object) -> Row:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gputune.tuning.method import Method
 
 
-def one_of(*allowed: str) -> Callable[[str, object], object]:
+def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
     def check(name: str, value: object) -> object:
         if value not in allowed:
             raise InputError(

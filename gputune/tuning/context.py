@@ -5,9 +5,10 @@ resumed, and every process that works on it, therefore run whole chunks of one p
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import alone_because
 from gputune.population.population import Population, arguments_text, shape_of
+from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
@@ -247,16 +249,20 @@ class Context:
             if not ledger.is_waited_for():
                 self.checkpoints.clear()
 
-    def finish(self, ledger: Ledger, results: Sequence[Result]) -> None:
+    def finish(
+        self, ledger: Ledger, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
+    ) -> None:
         """Keep results of trials that have ended, show how many are new, and remove their checkpoints."""
         self.progress.finished(sum(result.number not in ledger.results for result in results))
-        self.store(ledger, results)
+        self.store(ledger, results, outputs)
         self.ended(results)
 
-    def store(self, ledger: Ledger, results: Sequence[Result]) -> None:
-        """Keep results of trials that have ended."""
+    def store(
+        self, ledger: Ledger, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
+    ) -> None:
+        """Keep results of trials that have ended, and outputs by their numbers."""
         with self.profile.clock("storing"):
-            ledger.finish(results)
+            ledger.finish(results, outputs)
 
     def check_module(self, config: Config, *, first: bool = False) -> int:
         """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model.

@@ -6,7 +6,7 @@ Source: Caruana et al. (2004), Ensemble selection from libraries of models: with
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -24,10 +24,12 @@ from gputune.errors import InputError
 from gputune.population.network import Ensemble, call_module, class_logits, first_output
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_metrics, scorers_of
+from gputune.scoring.outputs import Outputs
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, outputs_of
 from gputune.seeding import stream_seed
 from gputune.study.model import TunedModel
+from gputune.study.store import Store
 from gputune.study.study import Study, Trial
 from gputune.text import count
 from gputune.tuning.progress import Progress
@@ -57,9 +59,7 @@ def ensemble(
             raise InputError(f"ensemble({name}={number!r}) must be a whole number from {least} on.")
     trials, calibrated = _candidates(study, candidates), is_calibrated(study, calibrate, "ensemble")
     search = recalled_for("ensemble", study, X, y, trust_code)
-    progress = Progress(verbose)
-    progress.say(f"ensemble: the best {count(len(trials), 'trial')} train on their folds once more")
-    predictions = predictions_of(search, trials, progress)
+    predictions = predictions_of(search, trials, Progress(verbose))
     chosen, scores = predictions.choose(size), predictions.nested_scores(size)
     shares = torch.tensor([chosen[place] / chosen.total() for place in range(len(trials))])
     kept = [trials[place] for place in sorted(chosen)]
@@ -136,18 +136,56 @@ def recalled_for(name: str, study: Study, X: object, y: object, trust_code: bool
 
 
 def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":
-    """Train trials on the folds of the search again, and return what they predict there."""
-    members, data, scoring = members_of(search, trials, progress)
-    return Predictions.of(members, [data.of(search.config(trial)) for trial in trials], scoring)
+    """Return what trials predict on the folds of the search: as the study keeps it, or by training there again."""
+    kept = _kept(search, trials)
+    lacking = [trial for trial in trials if trial.number not in kept]
+    if lacking:
+        told = "the search was told to keep no predictions"
+        why = "no predictions of them were kept" if search.options.keep_predictions else told
+        progress.say(f"{count(len(lacking), 'trial')} train on their folds once more: {why}")
+        members, data, scoring = members_of(search, lacking, progress)
+        again = Predictions.of(members, [data.of(search.config(trial)) for trial in lacking], scoring)
+    else:
+        again = Predictions((), *_folds(search, trials))
+    data, places = again.data, {trial.number: place for place, trial in enumerate(lacking)}
+    lengths = [len(fold.valid) for fold in data.folds]
+    parts = {n: torch.split(torch.tensor(one.values, device=data.device), lengths) for n, one in kept.items()}
+
+    def value(number: int, fold: int) -> Tensor:
+        if number in kept:
+            return _values(parts[number][fold].double(), data)
+        return again.values[fold][places[number]]
+
+    values = [torch.stack([value(trial.number, f) for trial in trials]) for f in range(data.n_folds)]
+    return replace(again, values=values)
+
+
+def _kept(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
+    """Return the outputs that the study keeps of trials, by number, where its rows are those at hand."""
+    study, epochs = search.study, {trial.number: trial.best_epoch for trial in trials}
+    if search.rows != study.record.fingerprint:
+        return {}
+    known: Mapping[int, Outputs] = {}
+    if study.file is None:
+        known = {} if study.data is None else study.data[3]
+    elif study.file.exists():
+        with Store.open(study.file) as store:
+            known = store.outputs(epochs.keys())
+    return {number: one for number, one in known.items() if epochs.get(number) == one.epoch}
+
+
+def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
+    """Return the data of the folds of the search, for some trials, and how it was scored."""
+    data = search.dataset(unpack_folds(search.study.record.arguments.folds), trials)
+    return data, _scoring(search)
 
 
 def members_of(
     search: Search, trials: Sequence[Trial], progress: Progress
 ) -> tuple[list[list[nn.Module]], Dataset, Scoring]:
     """Train trials on the folds of the search again; return the members (M, F), their data, and how it was scored."""
-    scoring = _scoring(search)
+    data, scoring = _folds(search, trials)
     progress.scoring = scoring.name
-    data = search.dataset(unpack_folds(search.study.record.arguments.folds), trials)
     epochs = max(trial.best_epoch for trial in trials)
     with nullcontext() if search.choice.solved else progress.bar_over(len(trials), epochs):
         members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)
@@ -309,11 +347,11 @@ def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Ten
     """Return what a member predicts of rows on the CPU, (m, K) float64: probabilities, or outputs of a regression."""
     with torch.inference_mode():
         output = first_output(call_module(module, inputs, data.names))
-        outputs = output.double().view(len(inputs[0]), -1).to(data.device)
-        if data.task == "regression":
-            return outputs
-        return (
-            outputs.sigmoid()
-            if data.task == "multilabel"
-            else class_logits(outputs, data.task, 1).softmax(-1)
-        )
+        return _values(output.double().view(len(inputs[0]), -1).to(data.device), data)
+
+
+def _values(outputs: Tensor, data: Dataset) -> Tensor:
+    """Return what outputs (m, K) mean: probabilities, or themselves in a regression."""
+    if data.task == "regression":
+        return outputs
+    return outputs.sigmoid() if data.task == "multilabel" else class_logits(outputs, data.task, 1).softmax(-1)

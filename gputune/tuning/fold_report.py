@@ -132,10 +132,12 @@ def fold_report(
         raise InputError(
             f"report(importance=True) is of the columns of a table, and X is {layout}; leave importance out."
         )
-    (members,), data, scoring = members_of(search, [one], Progress(0))
-    matrix = _confusion(members, data, scoring) if confusion else np.zeros((0, 0), np.int64)
+    matrix = np.zeros((0, 0), np.int64)
+    if confusion:
+        matrix = _confusion(predictions_of(search, [one], Progress(0)))
     if not importance or not isinstance(layout, Layout):
         return FoldReport(one.number, matrix, (), np.zeros(0), np.zeros(0))
+    (members,), data, scoring = members_of(search, [one], Progress(0))
     drops = _drops(members, data, scoring, layout.widths(search.config(one)["numbers"]))
     order = np.argsort(-drops.mean(1), kind="stable")
     names = tuple(layout.columns[place].name for place in order)
@@ -152,9 +154,9 @@ def check_fold_report(study: Study, *, confusion: bool) -> None:
         )
 
 
-def _confusion(members: list[nn.Module], data: Dataset, scoring: Scoring) -> NDArray[np.int64]:
+def _confusion(predictions: Predictions) -> NDArray[np.int64]:
     """Return how many rows of each true class are predicted as each, (K, K)."""
-    predictions = Predictions.of([members], [data], scoring)
+    data = predictions.data
     means = means_of_rows(data, [value[0].cpu() for value in predictions.values])
     known = np.isfinite(means).all(1)
     K, true = means.shape[1], data.target.cpu().numpy()[known]

@@ -228,6 +228,12 @@ class Options:
         "what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated (60)",
         takes="number", check=checks.seconds, kept=True, resume=True,
     )  # fmt: skip
+    keep_predictions: bool = _machine(
+        True, "--no-predictions",
+        "do not keep what trials predict of the rows that their folds validate on (ensembles and calibration train "
+        "again without)",
+        check=checks.one_of(True, False), kept=True, resume=True,
+    )  # fmt: skip
     callbacks: "tuple[Callback, ...]" = _option((), check=checks.callbacks)
     verbose: int = _option(1, check=checks.verbosity)
 

@@ -28,6 +28,7 @@ from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
 from gputune.scoring.metrics import check_folds, has_function, loss_scoring, make_metrics
 from gputune.scoring.objective import make_objective
+from gputune.scoring.outputs import KEPT_BYTES
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import baseline, remark_on_accuracy
 from gputune.study.code import remember
@@ -36,6 +37,7 @@ from gputune.study.module_source import remember_code
 from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate, Store
 from gputune.study.study import Study
+from gputune.text import size_words
 from gputune.tuning.candidates import checked_space, first_trials, notes_on, stored, with_earlier
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
@@ -126,7 +128,7 @@ def search(
                     ledger.note(list(context.faults))
                     make_study = partial(study_type.from_rows, record.to_json())
     refitted = replace(options, callbacks=(), warm_start=())  # a refit calls none
-    data = setup.choice, replace(source, original=None), refitted
+    data = setup.choice, replace(source, original=None), refitted, ledger.outputs
     study = make_study(ledger.rows(), data=data, file=options.study)
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
@@ -155,13 +157,32 @@ def _prepare(
         problem = replace(problem, objective=make_objective(loss, None, options.augment, data.task))
     if problem.objective is not None:
         problem = replace(problem, objective=problem.objective.of_space(space))
-    scoring = _scoring(options, problem)
+    scoring = replace(_scoring(options, problem), kept_bytes=_kept_bytes(options, data))
     check_folds(scoring, data)
     for trial, config in zip(trials, configs):
         if problem.objective is not None:
             problem.objective.check(trial.params)
         check_optimizer(config, choice.searched, stacked=options.backend == "stacked")
     return _Setup(choice, options, problem, space, folds, trials, configs, data, scoring, first)
+
+
+def _kept_bytes(options: Options, data: Dataset) -> int:
+    """Return the bytes of outputs that are kept; 0 where there is no mean of them, or no epoch that is the best."""
+    descends = isinstance(options.method, Hypergradient)
+    known = options.epoch == "best" and not descends and data.task != "custom"
+    return KEPT_BYTES if options.keep_predictions and known else 0
+
+
+def _remarks_on_outputs(setup: _Setup) -> tuple[str, ...]:
+    """Return that not all outputs are kept, where they take too many bytes."""
+    data, limit = setup.data, setup.scoring.kept_bytes
+    most = limit // (4 * data.n_outputs * sum(len(fold.valid) for fold in data.folds))
+    if not limit or most >= max(setup.options.n_trials, len(setup.trials)):
+        return ()
+    return (
+        f"predictions of validation rows are kept of about {most} trials, the best, since those of all take more than "
+        f"{size_words(limit)}: an ensemble of others trains them again",
+    )
 
 
 def _record(setup: _Setup, context: Context) -> SearchRecord:
@@ -174,6 +195,7 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
         *context.remarks_on(setup.configs),
         *remarks_on_loss(problem, setup.choice, setup.scoring),
         *remark_on_accuracy(without_model, setup.scoring),
+        *_remarks_on_outputs(setup),
     )
     return search_record(context, problem, setup.space, setup.folds, notes, without_model)
 

@@ -113,8 +113,10 @@ def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context
     context.profile.trained(outcome.spent)
     if not context.is_over():
         context.progress.spare(len(outcome.index) * (context.epochs - outcome.epochs))
-    curves = zip(outcome.index, outcome.curves)
-    context.finish(ledger, [_result(trials[i], curve, outcome, context.options) for i, curve in curves])
+    results = [
+        _result(trials[i], curve, outcome, context.options) for i, curve in zip(outcome.index, outcome.curves)
+    ]
+    context.finish(ledger, results, {trials[i].number: one for i, one in outcome.outputs.items()})
 
 
 def wait_for_others(

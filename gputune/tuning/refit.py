@@ -241,7 +241,7 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
     """Return the model, the rows and the options of the search, from memory or from the study's file."""
     record = study.record
     if study.data is not None:
-        choice, source, options = study.data
+        choice, source, options, _ = study.data
         if X is None:
             return choice, source, options
         if options.sample_weight is not None:

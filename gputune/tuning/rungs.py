@@ -5,7 +5,7 @@ members have the same bits whoever trains beside them; eager ones, and those on 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -21,6 +21,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population
+from gputune.scoring.outputs import Outputs, beyond_limit
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, given_up
@@ -82,6 +83,7 @@ class _RungSearch:
         configs = {trial.number: context.complete(trial.params) for trial in trials}
         ended = ledger.results
         self.curves = {n: ended[n].curve for n in configs if n in ended}  # of the trials that have ended
+        self.outputs: dict[int, Outputs] = {}  # at the best epochs so far
         waiting = [trial for trial in trials if trial.number not in ended]
         self.running = [_RunningTrial(t, configs[t.number], context.no_curve) for t in waiting]
         free = free_bytes(torch.device("cpu")) // 4  # states wait in main memory, wherever they train
@@ -164,6 +166,7 @@ class _RungSearch:
         for i, curve in zip(outcome.index, outcome.curves):
             trials[i].curve = np.concatenate([trials[i].curve, curve])
             trials[i].seconds += outcome.seconds / len(outcome.index)
+        self._keep_outputs({trials[i].number: one for i, one in outcome.outputs.items()})
         for row, position in enumerate(outcome.alive):
             self.states.park(trials[outcome.index[position]].number, outcome.state.select([row]))
         self.unsaved.append(tuple(trials[i].number for i in outcome.index))
@@ -171,6 +174,17 @@ class _RungSearch:
         due = self.saved_at + self.context.options.checkpoint_seconds - outcome.seconds
         if time.monotonic() > max(due, self.earliest):
             self._save()
+
+    def _keep_outputs(self, new: Mapping[int, Outputs]) -> None:
+        """Take outputs of better epochs; where all take too much the worst trials go without."""
+        self.outputs |= new
+        means = {
+            t.number: first_metric(t.curve, axes=2).mean(1) for t in self.running if t.number in self.outputs
+        }
+        scores = {number: float(np.nanmax(mean)) for number, mean in means.items()}
+        sizes = {number: one.values.nbytes for number, one in self.outputs.items()}
+        for number in beyond_limit(sizes, scores):
+            del self.outputs[number]
 
     def _give_up(self, trial: _RunningTrial, reason: str) -> None:
         """Finish a trial that cannot be trained."""
@@ -223,7 +237,8 @@ class _RungSearch:
             self._show_ended(trials, pruned=sum(result.state == "pruned" for result in results))
 
     def _store(self, results: Sequence[Result]) -> None:
-        self.context.store(self.ledger, results)
+        numbers = {result.number for result in results} & self.outputs.keys()
+        self.context.store(self.ledger, results, {number: self.outputs.pop(number) for number in numbers})
         self.curves |= {result.number: result.curve for result in results}
 
     def _show_ended(self, trials: Sequence[_RunningTrial], *, pruned: int = 0) -> None:

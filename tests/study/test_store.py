@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from gputune.errors import StudyCorruptError, StudyVersionError
+from gputune.scoring.outputs import Outputs
 from gputune.study import database
+from gputune.study.repair import repair
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study
 from refused import refused
@@ -53,6 +55,29 @@ def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(p
         assert [found and bits(found) for _, found in store.trials()] == [None, bits(result(1)), None]
         store.finish([result(0), result(2)])  # the store goes on after an error
         assert all(found for _, found in store.trials())
+
+
+def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(path, monkeypatch):
+    monkeypatch.setattr("gputune.scoring.outputs.KEPT_BYTES", 3 * 4 * 6)
+    outputs = {n: Outputs(n + 1, np.full((3, 2), n, dtype=np.float32)) for n in range(5)}
+    scores = [0.1, 0.5, 0.1, 0.4, 0.1]
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates(range(5)))
+        assert store.outputs(range(5)) == {}
+        for part in ([0, 1], [2, 3, 4]):
+            store.finish([result(n, score=scores[n]) for n in part], {n: outputs[n] for n in part})
+        found = store.outputs(range(5))
+    assert found.keys() == {1, 3, 4}
+    assert all(one.epoch == n + 1 and (one.values == n).all() for n, one in found.items())
+    repair(path, path.with_name("whole.db"))
+    with Store.open(path.with_name("whole.db")) as store:
+        assert store.outputs(range(5)) == {} and len(store.trials()) == 5
+    change(path, "UPDATE outputs SET epoch = 9 WHERE number = 3")
+    with (
+        Store.open(path) as store,
+        pytest.raises(StudyCorruptError, match="row of outputs of trial 3 does not fit"),
+    ):
+        store.outputs([3])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """An ensemble is the greedy choice of Caruana et al., of trials that train again as they did in the search."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch import nn
 import gputune
 from gputune.cli.main import main
 from gputune.population.network import Ensemble
-from gputune.tuning.ensemble import Predictions, ensemble
+from gputune.tuning.ensemble import predictions_of, recalled_for
+from gputune.tuning.progress import Progress
 
 HOW = {"n_trials": 6, "max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1}
 IRIS = load_iris(return_X_y=True)
+DIABETES = load_diabetes(return_X_y=True)
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +27,20 @@ def study(tmp_path_factory):
     return gputune.tune("mlp", *IRIS, study=tmp_path_factory.mktemp("ensemble") / "study.db", **HOW)
 
 
+def search_of(study):
+    return recalled_for("ensemble", study, None, None, False)
+
+
 @pytest.fixture
-def predictions(study, monkeypatch):
+def predictions(study):
     """What the candidates of the study predict, in the order of their scores."""
-    made = []
-    of = Predictions.of
-    monkeypatch.setattr(Predictions, "of", lambda *given: made.append(of(*given)) or made[0])
-    ensemble(study, verbose=0)
-    return made[0]
+    return predictions_of(search_of(study), study.ranking(), Progress(0))
 
 
-def test_the_candidates_score_again_as_in_the_search(study, predictions):
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_candidates_score_again_as_in_the_search(kept):
+    study = gputune.tune("mlp", *IRIS, keep_predictions=kept, **HOW)
+    predictions = predictions_of(search_of(study), study.ranking(), Progress(0))
     again = np.array([predictions.scores(fold, v)[0] for fold, v in enumerate(predictions.values)]).T
     np.testing.assert_array_equal(again, [trial.fold_scores for trial in study.ranking()])
 
@@ -120,11 +126,73 @@ class OneLogit(Net):
         return super().forward(x)[:, 0]
 
 
+NET = {"space": {"module__width": [4, 8], "lr": [0.01, 0.03]}}
+TWO = IRIS[0][50:], IRIS[1][50:]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "how"),
+    [
+        ("mlp", IRIS, {"scoring": "neg_log_loss", "patience": 1}),
+        ("mlp", IRIS, {"scoring": ["accuracy", "f1_macro"], "backend": "eager", "method": "halving"}),
+        ("mlp", DIABETES, {"dtype": "float64", "space": {"numbers": ["standard", "quantile"], "lr": [0.01, 0.03]}}),
+        pytest.param("realmlp", TWO, {}, marks=pytest.mark.long),
+        ("logistic", TWO, {}),
+        (Net, IRIS, NET),
+        (Net, IRIS, {**NET, "backend": "graph", "method": gputune.Median(min_epochs=1)}),
+        (OneLogit, TWO, {"space": {"lr": [0.01, 0.03]}, "backend": "loop"}),
+    ],
+)  # fmt: skip
+def test_kept_predictions_are_those_of_members_that_train_again(model, data, how):
+    study = gputune.tune(model, *data, **{**HOW, **how})
+    trials = [trial for trial in study.ranking() if trial.state == "complete"]
+    assert study.data[3].keys() == {trial.number for trial in trials} != set()
+    lacking = replace(study, data=(*study.data[:3], {}))
+    kept, again = (predictions_of(search_of(one), trials, Progress(0)) for one in (study, lacking))
+    for one, other in zip(kept.values, again.values, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    first, second = (
+        {place: n / one.total() for place, n in one.items()} for one in (kept.choose(8), again.choose(8))
+    )
+    assert first == pytest.approx(second)
+
+
+def test_a_file_keeps_them_and_what_goes_on_adds_its_own(tmp_path, capsys):
+    how = {**HOW, "study": tmp_path / "study.db"}
+    gputune.tune("mlp", *IRIS, **{**how, "n_trials": 2})
+    study = gputune.tune("mlp", *IRIS, **how)
+    model = gputune.Study.open(study.file).ensemble(*IRIS)
+    assert "train on their folds" not in capsys.readouterr().err
+    np.testing.assert_array_equal(
+        model.predict_proba(IRIS[0]), study.ensemble(verbose=0).predict_proba(IRIS[0])
+    )
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (True, "3 trials train on their folds once more: no predictions of them were kept"),
+        (False, "6 trials train on their folds once more: the search was told to keep no predictions"),
+    ],
+)
+def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
+    limit = 4 * 3 * 150 * 3  # three trials
+    for place in ("scoring.outputs", "tuning.pipeline"):
+        monkeypatch.setattr(f"gputune.{place}.KEPT_BYTES", limit)
+    study = gputune.tune("mlp", *IRIS, **{**HOW, "keep_predictions": keep, "verbose": 1})
+    said = "predictions of validation rows are kept of about 3 trials, the best, since those of all take more than 5"
+    assert (said in capsys.readouterr().err) == keep
+    best = {trial.number for trial in study.ranking()[:3]}
+    assert study.data[3].keys() == (best if keep else set())
+    study.ensemble()
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "data", "how"),
     [
         pytest.param("mlp", IRIS, {}, marks=pytest.mark.long),
-        ("mlp", load_diabetes(return_X_y=True), {"space": {"width": [8, 16], "lr": [0.01, 0.03]}}),
+        ("mlp", DIABETES, {"space": {"width": [8, 16], "lr": [0.01, 0.03]}}),
         pytest.param("logistic", IRIS, {}, marks=pytest.mark.long),
         (Net, IRIS, {"space": {"numbers": ["quantile", "piecewise", "robust", "none"]}, "n_trials": 4}),
         (OneLogit, (IRIS[0][50:], IRIS[1][50:]), {"space": {"lr": [0.01, 0.03]}}),
