@@ -99,7 +99,7 @@ def trial_numbers(trial: Trial) -> dict[str, float]:
 
 
 def best_score(study: Study) -> float:
-    """Return the best finite score of trials that no rung sent away, -inf where there is none."""
+    """Return the best finite score of trials that no rung pruned, -inf where there is none."""
     return max(
         (t.score for t in study.trials if math.isfinite(t.score) and t.state != "pruned"), default=-math.inf
     )

@@ -56,7 +56,7 @@ def user_cache() -> Path:
     return base if base.is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
 
 
-def is_own(status: os.stat_result) -> bool:
+def is_users(status: os.stat_result) -> bool:
     """Whether a file or folder belongs to this user, and no other may write to it; taken for granted on Windows."""
     return not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
 
@@ -91,7 +91,7 @@ def _remove_if_free(place: Path) -> None:
         return
     lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        if is_own(os.fstat(lock)) and lock_descriptor(lock, blocking=False):
+        if is_users(os.fstat(lock)) and lock_descriptor(lock, blocking=False):
             shutil.rmtree(place)
     finally:
         os.close(lock)

@@ -127,6 +127,10 @@ class Measure:
         # adding 0.0 turns -0.0 into 0.0
         return f"{value:.3e}" if abs(value) >= 1e7 else f"{value + 0.0:.{self.decimals}f}"
 
+    def with_error(self, score: float, error: float) -> str:
+        """Return a score and its standard error, where there is one."""
+        return f"{self.text(score)} ± {self.size(error)}" if math.isfinite(error) else self.text(score)
+
 
 def of_class(positive: object) -> str:
     """Return which class a score is of, to stand behind its name; nothing where it is of none."""

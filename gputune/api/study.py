@@ -3,7 +3,6 @@
 Opening a study to look at its trials must not wait for torch.
 """
 
-import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -243,10 +242,9 @@ class Study(data.Study):
         rows = [("trials", ", ".join(f"{number} {state}" for state, number in states.items()) or "none")]
         if (best := self._best) is not None:
             measure = self.record.measure(best.score)
-            error = f" ± {measure.size(best.std_error)}" if math.isfinite(best.std_error) else ""
             folds = count(len(best.fold_scores), "fold")
             rows += [
-                (measure.title, f"{measure.text(best.score)}{error} over {folds}"),
+                (measure.title, f"{measure.with_error(best.score, best.std_error)} over {folds}"),
                 ("best trial", f"{best.number}, epoch {best.best_epoch}"),
                 *((name, short(value)) for name, value in best.params.items()),
             ]

@@ -18,7 +18,7 @@ from gputune.scoring.estimators import fitted
 from gputune.scoring.losses import LOSS_OF_TASK, LOSSES
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring, has_positive_class, make_scoring
-from gputune.study.answers import class_codes, refuse_unknown
+from gputune.study.labels import class_codes, refuse_unknown
 from gputune.study.model import TunedModel
 from gputune.text import clean, count, measure_of, paragraph, table
 from gputune.types import Json, Task

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from gputune.cli.arguments import make_parser
-from gputune.cli.wording import in_flags
+from gputune.cli.translation import in_flags
 from gputune.errors import (
     CheckFailedError,
     ClusterError,

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from gputune.check.check import check as check_device
 from gputune.check.check import checks_of, timed_of
 from gputune.cli.arguments import model_folder, study_file
-from gputune.cli.study import opened
+from gputune.cli.study import open_study
 from gputune.engine.backend import choose_device
 from gputune.errors import CheckFailedError
 from gputune.report.facts import is_its_model
@@ -29,7 +29,7 @@ def report(arguments: Namespace) -> str:
 
     file, out = study_file(arguments.study), arguments.out
     check_place(f"--out {out!r}", Path(out), file)
-    study = opened(arguments)
+    study = open_study(arguments)
     if arguments.live and (arguments.confusion or arguments.importance):  # before a page is written
         from gputune.tuning.fold_report import check_fold_report
 
@@ -39,7 +39,7 @@ def report(arguments: Namespace) -> str:
         while arguments.live and any(trial.state in ("waiting", "stopped") for trial in study.trials):
             write_page(study, out, model=_model(study, model_folder(file)), reload_seconds=_LIVE_SECONDS)
             time.sleep(_LIVE_SECONDS)
-            study = opened(arguments)
+            study = open_study(arguments)
     finally:  # the last one stays as it is
         write_page(study, out, model=_model(study, model_folder(file)), folds=folds)
     if arguments.live and (folds := _folds(study, arguments)) is not None:

@@ -42,7 +42,7 @@ _LISTINGS = (
 
 def trials(arguments: Namespace) -> str:
     """Return the trials as a table for a terminal, as JSON or as CSV."""
-    study = opened(arguments)
+    study = open_study(arguments)
     if arguments.format == "table":
         return trials_table(study, width=shutil.get_terminal_size().columns)
     return trials_json(study) if arguments.format == "json" else trials_csv(study)
@@ -50,11 +50,11 @@ def trials(arguments: Namespace) -> str:
 
 def best(arguments: Namespace) -> str:
     """Return the best trial as text or as JSON."""
-    study = opened(arguments)
+    study = open_study(arguments)
     return best_json(study) if arguments.format == "json" else best_text(study)
 
 
-def opened(arguments: Namespace) -> Study:
+def open_study(arguments: Namespace) -> Study:
     """Return the study of a command, by the metric that ``--by`` names."""
     study = Study.open(study_file(arguments.study))
     return study if arguments.by is None else ranked_by(study, arguments.by)
@@ -99,7 +99,7 @@ def best_text(study: Study) -> str:
     others = "".join(
         f", {one.name} {one.text(best.scores[name])}" for name, one in other_measures(study).items()
     )
-    score = f"{measure.title} {_score_and_error(best, measure)}{others}"
+    score = f"{measure.title} {measure.with_error(best.score, best.std_error)}{others}"
     title = f"trial {best.number}: {score}, epoch {best.best_epoch}"
     pareto = pareto_text(study, width=shutil.get_terminal_size().columns, most=len(study.trials))
     return "\n\n".join(part for part in (title, parameters, pareto) if part)
@@ -176,7 +176,7 @@ def _cells(trial: Trial, measure: Measure, layout: Sequence[str], others: Mappin
     cells = {
         "trial": str(trial.number),
         SCORE: measure.text(trial.score),
-        SCORE_AND_ERROR: _score_and_error(trial, measure),
+        SCORE_AND_ERROR: measure.with_error(trial.score, trial.std_error),
         "epoch": str(trial.best_epoch) if math.isfinite(trial.score) else "-",
         "state": trial.state,
         "seconds": f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-",
@@ -197,11 +197,6 @@ def pareto_text(study: Study, *, width: int, most: int) -> str:
     title = f"By {', '.join(names[:-1])} and {names[-1]} {trials}:"
     rows = [[str(t.number), *(m.text(t.scores[name]) for name, m in shown.items())] for t in front[:most]]
     return f"{paragraph(title, width)}\n\n{table(['trial', *names], rows, indent='  ')}"
-
-
-def _score_and_error(trial: Trial, measure: Measure) -> str:
-    error = f" {PLUS_MINUS} {measure.size(trial.std_error)}" if math.isfinite(trial.std_error) else ""
-    return measure.text(trial.score) + error
 
 
 def _plain(trial: Trial) -> dict[str, object]:
@@ -312,11 +307,7 @@ def _best(study: Study, *, trains_on: bool) -> str:
     measure = study.record.measure(best.score)
     params = ", ".join(f"{clean(name)}={short(value)}" for name, value in best.params.items())
     # The trials that have passed a rung have no result before they end, and all that have one are worse.
-    left = (
-        " (sent away early; those that train on are not told yet)"
-        if trains_on and best.state == "pruned"
-        else ""
-    )
+    left = " (pruned; those that train on are not told yet)" if trains_on and best.state == "pruned" else ""
     return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params}{left}"
 
 

@@ -14,10 +14,10 @@ import torch
 
 from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
-from gputune.cli.closing import Ending, closing_text, ensemble_words, stopped_text
 from gputune.cli.evaluation import HeldOut, held_out_score
-from gputune.cli.typed import options_of, typed_options
-from gputune.cli.wording import in_flags
+from gputune.cli.options import options_of, typed_options
+from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
+from gputune.cli.translation import in_flags
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import Source, read_source, set_apart
 from gputune.data.target import check_target
@@ -160,10 +160,10 @@ def _finish(
                         )
                 except KeyboardInterrupt as stop:
                     words = "the ensemble was interrupted; the model of the best trial is saved."
-                    report = closing_text(ending(study, held_out), width=width)
+                    report = summary_text(ending(study, held_out), width=width)
                     signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
                     raise SearchInterrupted(words, study=study, signal=signal, report=report) from None
-    text = closing_text(ending(study, held_out, ensemble), width=width)
+    text = summary_text(ending(study, held_out, ensemble), width=width)
     if not arguments.profile:
         return text
     dtype = getattr(torch, options.dtype)

@@ -146,7 +146,7 @@ class Job:
             self.module_class, chunk.configs[0], data, objective=self.objective
         )
         objective = self.objective or make_objective(None, None, None, data.task)
-        looped = trains_as(self.backend, chunk.kind, chunk.configs[0], traits.alone_because) == "loop"
+        looped = trains_as(self.backend, chunk.kind, chunk.configs[0], traits.loop_reason) == "loop"
         kind = LoopedModule if looped else StackedModule
         return kind(
             self.module_class, chunk.configs, shape, seed=self.seed, traits=traits, objective=objective

@@ -19,7 +19,7 @@ from gputune.engine.kernel import KernelChunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Reuse
 from gputune.errors import warn
-from gputune.modules.blame import explained
+from gputune.modules.blame import explain
 from gputune.modules.loop_chunk import LoopChunk
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
@@ -287,7 +287,7 @@ def _explaining(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        better = explained(error, chunk.network, chunk.flat, data, epoch)
+        better = explain(error, chunk.network, chunk.flat, data, epoch)
         if better is error:
             raise
         raise better from error

@@ -23,7 +23,7 @@ from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoo
 Value = TypeVar("Value")
 
 
-def dumped(value: object, parts: Iterable[object], *, here: bool = True) -> bytes:
+def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = True) -> bytes:
     """Pickle a value for a worker; ``parts`` are the classes and functions in it that may have to go as code."""
     known = _importable if here else _installed
     modules = {

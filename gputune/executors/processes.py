@@ -33,8 +33,8 @@ from gputune.engine.plan import cores
 from gputune.errors import InputError
 from gputune.executors.executor import Chunk, Ended, Executor, LostWorkerError, Outcomes, Result
 from gputune.executors.objective import Ending, Task, Trial, TrialEnding, call_in_worker
-from gputune.executors.pools import dumped, idle, one_worker, submit, training, why_lost
-from gputune.executors.sharing import moved, to_arrays, to_tensors
+from gputune.executors.pools import idle, one_worker, pickled_with_code, submit, training, why_lost
+from gputune.executors.sharing import to_arrays, to_device, to_tensors
 from gputune.population.population import Population
 from gputune.scratch import scratch_folder
 from gputune.text import count
@@ -43,7 +43,7 @@ Place = tuple[Mapping[str, str] | None, object]
 """Of a worker: its environment variables where it has some of its own, and what its work is given beside a chunk."""
 
 
-def packed(job: Job, *, here: bool = True) -> bytes:
+def pickle_job(job: Job, *, here: bool = True) -> bytes:
     """Pickle a job for a worker. A class or function that it could not import (of a file, a test) goes as code.
 
     A worker on another machine (``here`` false) could import what is installed, and nothing else.
@@ -53,7 +53,7 @@ def packed(job: Job, *, here: bool = True) -> bytes:
     functions = (
         () if job.objective is None else (job.objective.loss, job.objective.step, job.objective.augment)
     )
-    return dumped(job, (job.module_class, *scorers, *functions), here=here)
+    return pickled_with_code(job, (job.module_class, *scorers, *functions), here=here)
 
 
 class Processes(Executor[Chunk, Result]):
@@ -132,7 +132,7 @@ class ChunkProcesses(Processes[Population, Outcome | GivenUp]):
     """
 
     def __init__(self, job: Job, path: Path, devices: Sequence[torch.device]) -> None:
-        super().__init__(partial(_run_in_worker, packed(job), str(path)), [(None, d) for d in devices])
+        super().__init__(partial(_run_in_worker, pickle_job(job), str(path)), [(None, d) for d in devices])
 
     def give_up(self, chunk: Population, losses: int, reason: str) -> Outcomes:
         """Return the trials of a chunk that has ended so many workers as those that cannot be trained."""
@@ -150,7 +150,7 @@ def worker_processes(job: Job, data: Dataset, devices: Sequence[torch.device]) -
     """Have a worker for each device inside, with the data at hand; those idle at the end wait for the next search."""
     with scratch_folder() as folder:
         path = folder / "data.joblib"
-        joblib.dump(to_arrays(moved(data, torch.device("cpu")), here=True), path)
+        joblib.dump(to_arrays(to_device(data, torch.device("cpu")), here=True), path)
         with job.stop.heard_by_workers(folder / "stop"):
             processes = ChunkProcesses(job, path, devices)
             yield processes
@@ -199,7 +199,7 @@ def _travels(error: Exception) -> bool:
 @functools.lru_cache(maxsize=1)
 def _load(path: str, device: torch.device) -> Dataset:
     # copy-on-write: torch wants arrays that could be written, and nobody writes to them
-    return moved(to_tensors(joblib.load(path, mmap_mode="c")), device)
+    return to_device(to_tensors(joblib.load(path, mmap_mode="c")), device)
 
 
 class TrialProcesses(Processes[Trial, TrialEnding]):
@@ -208,7 +208,7 @@ class TrialProcesses(Processes[Trial, TrialEnding]):
     def __init__(self, task: Task, environments: Sequence[Mapping[str, str]], folder: Path) -> None:
         path = folder / "task.pkl"
         try:
-            path.write_bytes(dumped(task, [task.objective]))
+            path.write_bytes(pickled_with_code(task, [task.objective]))
         except Exception as error:  # whatever pickling it raises
             raise InputError(
                 f"objective cannot be sent to worker processes ({type(error).__name__}: {error}). Make what it uses "

@@ -24,8 +24,8 @@ from gputune.engine.plan import Plan
 from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
-from gputune.executors.processes import packed
-from gputune.executors.sharing import moved, to_arrays, to_tensors
+from gputune.executors.processes import pickle_job
+from gputune.executors.sharing import to_arrays, to_device, to_tensors
 from gputune.population.population import Population
 from gputune.version import __version__
 
@@ -81,7 +81,7 @@ def _dataset(reference: Any, device: str) -> Dataset:
         # The arrays lie in shared memory that cannot be written to; nobody writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         data = to_tensors(ray.get(reference))
-        return moved(data, torch.device(device))
+        return to_device(data, torch.device(device))
 
 
 def free_bytes() -> int:
@@ -167,7 +167,7 @@ class RayTasks(Executor[Population, Outcome | GivenUp]):
         self.ray, self.cluster, self.stopping = cluster.ray, cluster, job.stop
         self.cpus, self.threads = max(cluster.threads, plan.threads), plan.threads
         self.task = cluster.task(self.cpus)
-        sent = packed(replace(job, stop=Stop()), here=False)
+        sent = pickle_job(replace(job, stop=Stop()), here=False)
         self.common = [data, self.ray.put(sent)]
         self.running: dict[object, tuple[Population, _Ended]] = {}
         self.has_given_up = self.has_trained = False

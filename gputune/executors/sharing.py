@@ -91,7 +91,7 @@ def to_tensors(data: Dataset) -> Dataset:
     return tensors
 
 
-def moved(data: Dataset, device: torch.device) -> Dataset:
+def to_device(data: Dataset, device: torch.device) -> Dataset:
     """Return a dataset with its tensors on a device, but for inputs that stay in main memory."""
     on_device: Dataset = map_tensors(data, lambda tensor: tensor.to(device))
     return replace(on_device, inputs=data.inputs) if data.on_host else on_device

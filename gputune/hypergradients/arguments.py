@@ -146,7 +146,7 @@ def speed(name: str, value: Tensor) -> Tensor:
 Group = dict[str, Any]
 
 
-def checked(group: Group) -> Group:
+def check_group(group: Group) -> Group:
     """Return the hyperparameters of a group in Python's own numbers; raise InputError where one is out of range."""
     rule = group["rule"]
     if rule not in ONLINE_RULES:

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import Group, checked
+from gputune.hypergradients.arguments import Group, check_group
 
 __all__ = ["SGDHD", "AdamHD", "AdamWHD"]
 
@@ -68,7 +68,7 @@ class _Online(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with hyperparameters of their own where they are given. Raises InputError."""
-        super().add_param_group({**param_group, **checked({**self.defaults, **param_group})})
+        super().add_param_group({**param_group, **check_group({**self.defaults, **param_group})})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on, bit for bit, where an optimizer of the same class was. Raises InputError for another class."""

@@ -229,7 +229,7 @@ def as_optuna(description: Described) -> object:
     return getattr(distributions, names[description["kind"]])(**arguments)
 
 
-def described(choices: Choices) -> Described | None:
+def describe(choices: Choices) -> Described | None:
     """Return the list or distribution of one key as one of Optuna's; None for a law that Optuna does not have."""
     if isinstance(choices, list):
         return {"kind": "choices", "choices": labels(choices)}

@@ -20,7 +20,7 @@ from gputune.methods.distributions import (
     Choices,
     Described,
     as_optuna,
-    described,
+    describe,
     distribution_text,
     label,
     labels,
@@ -168,7 +168,7 @@ def optuna_distributions(choices: Mapping[str, Choices]) -> dict[str, object]:
     """Return ``optuna.distributions`` objects, by key. Raises InputError for a law that Optuna does not have."""
     distributions = {}
     for key, value in choices.items():
-        if (description := described(value)) is None:
+        if (description := describe(value)) is None:
             raise InputError(
                 f"space[{key!r}] must be a list, scipy's uniform, loguniform or randint, gputune.log_int or one of "
                 f"Optuna's distributions for an Optuna sampler, got {distribution_text(value)}; choose one of "

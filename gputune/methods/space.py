@@ -263,10 +263,10 @@ def space_from_json(values: Sequence[Json]) -> Space:
     return [{key: choices_from_json(value) for key, value in d.items()} for d in values]
 
 
-def translated(space: object) -> object:
+def to_scipy(space: object) -> object:
     """Return a space, a dict or a list of dicts, with Optuna's distributions in scikit-learn's terms."""
     if isinstance(space, list | tuple):
-        return type(space)(map(translated, space))
+        return type(space)(map(to_scipy, space))
     if not isinstance(space, Mapping):
         return space
     return {name: from_optuna(value) for name, value in space.items()}

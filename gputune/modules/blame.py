@@ -20,7 +20,7 @@ _ROWS = 256  # that are tried at a time
 _DEVICE = re.compile("memory|CUDA|CUBLAS|CUDNN|cuDNN")  # what torch says where no forward is at fault
 
 
-def explained(error: Exception, network: Network, flat: Tensor, data: Dataset, epoch: int) -> Exception:
+def explain(error: Exception, network: Network, flat: Tensor, data: Dataset, epoch: int) -> Exception:
     """Return an InputError that names fold and row where a member fails alone as the chunk did on some rows.
 
     Where a forward raised, and fails on no rows or on any, it names the configuration; else it is the error itself.

@@ -114,15 +114,15 @@ def _number(module: nn.Module, name: str) -> float:
     return number
 
 
-def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Give the floats of a module a dtype, in place; complex numbers keep their imaginary parts, unlike by ``to``."""
 
-    def convert(tensor: Tensor) -> Tensor:
+    def cast(tensor: Tensor) -> Tensor:
         if tensor.is_complex():
             return tensor.to(dtype.to_complex())
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    module._apply(convert)  # type: ignore[no-untyped-call]
+    module._apply(cast)  # type: ignore[no-untyped-call]
     return module
 
 
@@ -158,7 +158,7 @@ def _cast(values: object, before: torch.dtype, after: torch.dtype) -> Any:
     return tree_map(lambda v: v.to(after) if isinstance(v, Tensor) and v.dtype == before else v, values)
 
 
-def rounded(precision: Precision) -> AbstractContextManager[Any]:
+def rounding(precision: Precision) -> AbstractContextManager[Any]:
     """Compute in a precision inside, of members that are stacked."""
     return Rounded() if precision == "bf16" else nullcontext()
 

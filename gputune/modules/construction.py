@@ -39,7 +39,7 @@ def build_module(
     sizes["input_shape"] = row
     words = call_arguments(builder, sizes, arguments)
     with keyed_draws(_drawing_device(), seed, "module"), torch.device("cpu"), _single_precision():
-        module = made(builder, words, columns)
+        module = construct(builder, words, columns)
         inputs = shape.inputs or ((row, torch.float32),)
         try:
             materialise(module, inputs, shape.names)
@@ -55,7 +55,7 @@ _shared: WeakKeyDictionary[Builder, dict[str, str]] = WeakKeyDictionary()
 """By a builder and its arguments as text: the tensor that each of its modules has; "" where all own theirs."""
 
 
-def made(builder: Builder, words: Config, columns: str = "") -> nn.Module:
+def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
     """Return a user's module that owns its tensors: a copy, where a builder gives the same ones each time.
 
     So members begin with a pretrained part as it is, and the user's own never trains. Of ``torch.compile`` it is what

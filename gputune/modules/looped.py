@@ -10,7 +10,7 @@ from gputune.modules.calls import put_numbers
 from gputune.modules.construction import name_of
 from gputune.modules.module import ModuleNetwork
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.optimizers.classes import alone_because
+from gputune.optimizers.classes import loop_reason
 from gputune.population.batches import Batch, Batches
 from gputune.types import Params
 
@@ -22,7 +22,7 @@ class LoopedModule(ModuleNetwork):
     """
 
     def _lay_out(self) -> None:
-        why = self.traits.unstackable or alone_because(self.configs[0])
+        why = self.traits.unstackable or loop_reason(self.configs[0])
         self.reason = f"since {why}" if why else "as asked for"
         self.sizes = [_real(w).numel() for w in self.first.values()]
         self.kept_sizes = [_real(w).numel() for w in self.kept.values()]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from gputune.errors import InputError
-from gputune.modules.calls import Stateless, converted, kept_of, put_numbers, rounded
+from gputune.modules.calls import Stateless, convert, kept_of, put_numbers, rounding
 from gputune.modules.construction import (
     Builder,
     build_module,
@@ -77,7 +77,7 @@ class Traits:
     coded: bool = False
 
     @property
-    def alone_because(self) -> str:
+    def loop_reason(self) -> str:
         """Why members train one by one, "" where they are stacked."""
         return self.unstackable or self.slow
 
@@ -132,7 +132,7 @@ class ModuleNetwork:
     def plain(self, device: torch.device) -> nn.Module:
         """Return the user's module at its start, with the trials' common arguments."""
         module = build_module(self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed)
-        return converted(module, self.shape.dtype).to(device)
+        return convert(module, self.shape.dtype).to(device)
 
     def starts(self) -> list[Params]:
         """Return the tensors that the members of each fold begin with, fitted to its rows where the module wants it."""
@@ -325,7 +325,7 @@ class StackedModule(ModuleNetwork):
         warns = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled")  # noqa: B009
         warns(False)
         try:
-            with Mapped(), rounded(self.shape.precision if training else "full"), Substitutes():
+            with Mapped(), rounding(self.shape.precision if training else "full"), Substitutes():
                 result, after = vmap(of_member, randomness="same")(members, *tensors)
         except IndexError as error:
             raise InputError(

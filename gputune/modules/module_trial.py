@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError, InputWarning, warn
-from gputune.modules.calls import converted, not_trained
+from gputune.modules.calls import convert, not_trained
 from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.hints import Trail, hint
 from gputune.modules.substitutes import counting_on_device
@@ -47,7 +47,7 @@ class ModuleTrial:
         self.shape = replace(Shape.of(data), folds=1, device=_CPU, present=None, rows=None)
         self.widest, self.loss_draws, self.loss_decides = 1, False, False
         module = build_module(builder, module_arguments(config), self.shape, seed=0, columns=columns)
-        self.module = converted(module, data.dtype)
+        self.module = convert(module, data.dtype)
         self.trail = Trail(self.module)
 
     def in_double(self) -> Self:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from gputune.errors import warn
-from gputune.scratch import is_own, scratch_folder, user_cache
+from gputune.scratch import is_users, scratch_folder, user_cache
 
 FOLDER = Path(__file__).parent
 LEVELS = (4, 3, 1)
@@ -154,7 +154,7 @@ def cache_folder() -> Path | None:
 
 def _is_own(path: Path) -> bool:
     """Whether a file or folder, no link, is this user's alone to write."""
-    return is_own(path.lstat()) and not path.is_symlink()
+    return is_users(path.lstat()) and not path.is_symlink()
 
 
 def _kept(folder: Path, name: str) -> ctypes.CDLL | None:

@@ -128,7 +128,7 @@ def class_of_rule(config: Config) -> Class | None:
     return _CLASS_OF_RULE.get(config["optimizer"])
 
 
-def alone_because(config: Config) -> str:
+def loop_reason(config: Config) -> str:
     """Return why an optimizer trains each member by itself, "" where it trains all at once."""
     kind = class_of(config)
     return f"torch.optim.{kind.__name__} takes the steps of one member at a time" if kind else ""
@@ -226,7 +226,7 @@ def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> Non
 
     ``stacked`` is whether members have to be stacked.
     """
-    words = alone_because(config)
+    words = loop_reason(config)
     if not words:
         return
     if model != "module":

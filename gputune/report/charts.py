@@ -29,11 +29,11 @@ from gputune.views.scores import (
     LearningCurves,
     ParetoFront,
     Scores,
+    curve_view,
     metric_scores,
     pareto_front,
     score_range,
-    shown_curves,
-    shown_scores,
+    score_view,
 )
 
 THIN_CURVES, CURVE_POINTS, STARTS = 250, 80, 100
@@ -56,7 +56,7 @@ _WIDE, _SMALL, _LETTERS = 960.0, (440.0, 300.0), 14
 
 def curves_chart(study: Study) -> Chart | None:
     """Return the best trials with the spread over their folds, all others thin behind; None where there is no line."""
-    curves = shown_curves(study)
+    curves = curve_view(study)
     if not curves.drawable:
         return None
     best, others = curves.order[:BEST], curves.order[BEST:]
@@ -131,7 +131,7 @@ def folds_note(study: Study) -> str:
 
 def history_chart(study: Study) -> Chart | None:
     """Return the scores in the order of the trials with the best so far; None where nothing has a score."""
-    shown = shown_scores(study)
+    shown = score_view(study)
     if not shown.order:
         return None
     numbers = np.array([trial.number for trial in study.trials], dtype=float)
@@ -207,7 +207,7 @@ class Slices:
 
 def slice_charts(study: Study) -> Slices | None:
     """Return a chart for each hyperparameter that varied; None where there is none, or nothing has a score."""
-    shown, varied = shown_scores(study), varied_parameters(study)
+    shown, varied = score_view(study), varied_parameters(study)
     if not shown.order or not varied:
         return None
     drawn, notes = _drawn(shown, max(FEWEST, min(POINTS, ALL // len(varied))))
@@ -263,7 +263,7 @@ def _points(
 
 def path_charts(study: Study) -> tuple[tuple[str, Chart], ...]:
     """Return name and chart of the score and of each hyperparameter that was descended on; () for another search."""
-    drawn, shown = descent_paths(study), shown_scores(study)
+    drawn, shown = descent_paths(study), score_view(study)
     if not drawn or not shown.order:
         return ()
     lines = [(shown.measure.title, score_scale(shown, pad=_PAD), [one.scores for one in drawn])]

@@ -13,14 +13,14 @@ from gputune.study.store import States
 from gputune.study.study import Study, Trial
 from gputune.text import Measure, clean, count, short
 from gputune.types import Json
-from gputune.views.scores import shown_scores
+from gputune.views.scores import score_view
 
 STATES: dict[TrialState, str] = {
-    "complete": "trained to the end",
-    "pruned": "sent away early",
+    "complete": "complete",
+    "pruned": "pruned",
     "stopped": "cut short",
     "failed": "diverged",
-    "waiting": "without a result yet",
+    "waiting": "waiting",
 }
 
 _RAISED, _TOO_BIG, _LOST = "that raised an error", "too big for the memory", "that lost their workers"
@@ -46,15 +46,15 @@ def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
     record, best = study.record, best_trial(study)
     rows = []
     if best is not None:
-        measure = shown_scores(study).measure
-        error, added = "", ""
-        if math.isfinite(best.std_error):
-            error, added = f" ± {measure.size(best.std_error)}", " ± standard error"
+        measure = score_view(study).measure
+        added = " ± standard error" * math.isfinite(best.std_error)
         if record.face == "loop":
             rows.append(Fact(f"best {measure.title}", measure.text(best.score), f"trial {best.number}"))
         else:
             note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
-            score = Fact(f"best cross-validated {measure.title}", f"{measure.text(best.score)}{error}", note)
+            score = Fact(
+                f"best cross-validated {measure.title}", measure.with_error(best.score, best.std_error), note
+            )
             tried = sum(math.isfinite(trial.score) for trial in study.trials)
             rows += [score, _held_out(model, measure, tried)]
         if (baseline := record.baseline) is not None:
@@ -109,11 +109,6 @@ def is_its_model(study: Study, model: Mapping[str, object]) -> bool:
 def states_of(study: Study) -> States:
     """Return the state and detail of each trial, in the form of those that a study file counts."""
     return [(trial.state, trial.detail, 1) for trial in study.trials]
-
-
-def states_text(states: States) -> str:
-    """Return how many trials there are of each state."""
-    return states_words(states, STATES) or "none"
 
 
 def seconds_text(seconds: float) -> str:
@@ -176,18 +171,18 @@ def _option(value: object) -> str:
     return short(value)
 
 
-def states_words(states: States, words: Mapping[TrialState, str]) -> str:
-    """Return how many trials there are of each state, in these words; of failed ones, why some were given up."""
-    counts = dict.fromkeys([*words.values(), _RAISED, _TOO_BIG, _LOST], 0)
+def states_text(states: States) -> str:
+    """Return how many trials there are of each state; of failed ones, why some were given up."""
+    counts = dict.fromkeys([*STATES.values(), _RAISED, _TOO_BIG, _LOST], 0)
     for state, detail, number in states:
         if "error" in detail:
             said = _RAISED
         elif "reason" in detail:
             said = _TOO_BIG if str(detail["reason"]).startswith(TOO_BIG) else _LOST
         else:
-            said = words.get(state, state)
+            said = STATES.get(state, state)
         counts[said] = counts.get(said, 0) + number
-    return ", ".join(f"{number} {said}" for said, number in counts.items() if number)
+    return ", ".join(f"{number} {said}" for said, number in counts.items() if number) or "none"
 
 
 DIVERGED = 20
@@ -199,7 +194,7 @@ class Endings:
     """What the page says of the ends.
 
     states     (state, words, trials, share in percent) of those that there are
-    rungs      (epoch, trials that were sent away, trials that trained on) of successive halving
+    rungs      (epoch, trials that were pruned, trials that trained on) of successive halving
     diverged   (number, first epoch with a loss that is no number, parameters) of the first of them
     failed     how many diverged
     spent      trial-epochs that were trained, and those of training all to the end

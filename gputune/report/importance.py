@@ -14,7 +14,7 @@ from gputune.study.study import Study
 from gputune.text import clean
 from gputune.views.axes import Axis, linear_scale, parallel_axes
 from gputune.views.parameters import Importance
-from gputune.views.scores import ranked_rows, shown_scores
+from gputune.views.scores import ranked_rows, score_view
 
 WEAK = 0.2
 """R2 below which a forest has not understood the trials."""
@@ -105,7 +105,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> Parallel | No
 
     Where there are too many axes, the ``important`` hyperparameters come first.
     """
-    shown = shown_scores(study)
+    shown = score_view(study)
     *columns, of_scores = parallel_axes(study, shown)
     if not columns or not shown.order:
         return None
@@ -230,7 +230,7 @@ def columns_chart(study: Study, report: FoldReport) -> Chart | None:
     if not report.columns:
         return None
     labels = [clean(name) for name in report.columns[:COLUMNS]]
-    measure = shown_scores(study).measure
+    measure = score_view(study).measure
     name = f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
     drops, errors = report.drops[:COLUMNS], report.errors[:COLUMNS]
     chart = bars(

@@ -28,7 +28,7 @@ from gputune.report.charts import (
 )
 from gputune.report.facts import best_trial, check_model, endings, facts, setting
 from gputune.report.importance import WEAK, columns_chart, confusion_chart, importance_chart, parallel_chart
-from gputune.report.snippet import again_code
+from gputune.report.snippet import snippet
 from gputune.scratch import no_folder, write_text
 from gputune.study.curves import FoldReport
 from gputune.study.study import Study, Trial
@@ -36,7 +36,7 @@ from gputune.text import clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
 from gputune.views.parameters import importance
-from gputune.views.scores import epochs_by, other_measures, pareto_trials, shown_scores
+from gputune.views.scores import epochs_by, other_measures, pareto_trials, score_view
 
 MOST_ROWS, BUDGET = 10_000, 1_100_000
 """Trials and characters of the table; what is worse by rank is left out beyond them."""
@@ -70,7 +70,7 @@ def as_json(value: object) -> str:
 
 def _columns(study: Study, rows: int) -> list[Column]:
     trials = study.ranking()[:rows]
-    measure = shown_scores(study).measure
+    measure = score_view(study).measure
     sign, decimals = (-1.0 if measure.lower_is_better else 1.0), measure.decimals
     scores = _rounded("score", measure.name, [sign * trial.score for trial in trials], decimals)
     epochs = [trial.best_epoch if math.isfinite(trial.score) else None for trial in trials]
@@ -225,7 +225,7 @@ def _texts(study: Study) -> Json:
         "trials": len(study.trials),
         "guarded": study.guarded,
         "endings": endings(study),
-        "code": again_code(study),
+        "code": snippet(study),
         "setting": setting(study),
         "notes": [clean(note) for note in (*study.record.notes, *edge_remarks(study))],
         "version": __version__,

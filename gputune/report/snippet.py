@@ -70,7 +70,7 @@ class _Script:
         return "\n".join([*self.imports, "", *(f"# {remark}" for remark in self.remarks), *body]) + "\n"
 
 
-def again_code(study: Study) -> str:
+def snippet(study: Study) -> str:
     """Return Python that trains the best trial again; "" where no trial has a finite score.
 
     Names that it uses without defining them (``X``, ``y``, ``cv``, ...) are what the search was given and no file

@@ -23,7 +23,7 @@ from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval
 
 from gputune.errors import InputError, warn
-from gputune.methods.space import translated
+from gputune.methods.space import to_scipy
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, with_hook, without_hook
@@ -97,7 +97,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
     def _overrides(self, *, together: bool) -> dict[str, object]:
         """Return what scikit-learn gets to see in place of the user's parameters while it searches."""
-        overrides = {self._space_name: translated(getattr(self, self._space_name))}
+        overrides = {self._space_name: to_scipy(getattr(self, self._space_name))}
         if getattr(self, "pre_dispatch", "") is None:
             overrides["pre_dispatch"] = "2*n_jobs"
         if together:
@@ -201,7 +201,7 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
 
     def _drawn(self) -> list[Config]:
         """Return the candidates that the search draws."""
-        space = translated(self.param_distributions)
+        space = to_scipy(self.param_distributions)
         return list(model_selection.ParameterSampler(space, self.n_iter, random_state=self.random_state))
 
 

@@ -27,7 +27,7 @@ from typing import Self
 from filelock import lock_descriptor
 
 from gputune.errors import InputError
-from gputune.study.database import connect, transaction, translated
+from gputune.study.database import connect, sqlite_errors, transaction
 from gputune.study.record import has_form
 from gputune.study.rows import Chunk
 from gputune.study.values import MALFORMED
@@ -167,14 +167,14 @@ class Claims:
         self, connection: sqlite3.Connection, number: int, trials: Sequence[int]
     ) -> tuple[bool, Owner | None]:
         query = "SELECT 1 FROM results WHERE number = ? AND state != 'stopped'"
-        with translated(self.path):
+        with sqlite_errors(self.path):
             if trials and all(connection.execute(query, (n,)).fetchone() for n in trials):
                 return False, None
         owner = self._holder(connection, number)
         return owner is None, owner
 
     def _holder(self, connection: sqlite3.Connection, number: int) -> Owner | None:
-        with translated(self.path):
+        with sqlite_errors(self.path):
             row = connection.execute("SELECT lock FROM claims WHERE chunk = ?", (number,)).fetchone()
         return None if row is None or row[0] == self._lock else self._alive(row[0])
 

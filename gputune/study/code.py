@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.errors import warn
-from gputune.scratch import is_own
+from gputune.scratch import is_users
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -274,7 +274,7 @@ def _open(flags: int) -> int | None:
 
 def _is_own(opened: int, is_kind: Callable[[int], bool]) -> bool:
     status = os.fstat(opened)
-    return is_kind(status.st_mode) and is_own(status)
+    return is_kind(status.st_mode) and is_users(status)
 
 
 def _say_not_used(path: Path) -> None:

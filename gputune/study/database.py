@@ -106,7 +106,7 @@ def _closed_on_error(connection: sqlite3.Connection) -> Iterator[sqlite3.Connect
 @contextmanager
 def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
     """Commit what the block wrote, or leave the file as it was. IMMEDIATE: the lock comes before any read."""
-    with translated(path):
+    with sqlite_errors(path):
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -119,7 +119,7 @@ def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def translated(path: Path) -> Iterator[None]:
+def sqlite_errors(path: Path) -> Iterator[None]:
     """Turn what SQLite raises into Python's exception for it: a full disk, a lock, a missing right; else damage."""
     try:
         yield
@@ -182,7 +182,7 @@ def _foreign(path: Path, reason: str) -> StudyCorruptError:
 def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connection:
     """Return a connection in autocommit mode; with ``threads`` any thread may use it, one at a time."""
     uri = f"{path.resolve().as_uri()}?mode={mode}"
-    with translated(path):
+    with sqlite_errors(path):
         connection = sqlite3.connect(
             uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=not threads
         )
@@ -195,7 +195,7 @@ def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connecti
 def _connect_readonly(path: Path) -> sqlite3.Connection:
     try:
         connection = connect(path, "ro")  # setting a pragma reads the file, so this may fail already
-        with _closed_on_error(connection), translated(path):
+        with _closed_on_error(connection), sqlite_errors(path):
             connection.execute("PRAGMA schema_version")
         return connection
     except (OSError, StudyCorruptError):
@@ -234,7 +234,7 @@ def _check_journal(path: Path) -> None:
 
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:
     """Raise unless the file is whole, of a known version, and holds our tables only (no trigger or view)."""
-    with translated(path):
+    with sqlite_errors(path):
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > FORMAT_VERSION:
             raise StudyVersionError(
@@ -259,7 +259,7 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
 
 def use_wal(connection: sqlite3.Connection, path: Path) -> bool:
     """Switch to the write-ahead log, or to the rollback journal where the file system has no shared memory."""
-    with translated(path):
+    with sqlite_errors(path):
         wal: bool = connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
         if not wal:
             connection.execute("PRAGMA journal_mode = DELETE")
@@ -291,7 +291,7 @@ def insert(connection: sqlite3.Connection, table: str, row: Row) -> None:
 def copy_file(source: sqlite3.Connection, path: Path) -> None:
     """Write what an open study file holds now into a new file, as ``create_file`` does; claims stay behind."""
     with _draft(path) as connection:
-        with translated(path):
+        with sqlite_errors(path):
             source.backup(connection)
         with transaction(connection, path):
             connection.execute("DELETE FROM claims")

@@ -24,8 +24,8 @@ from gputune.engine.entry import entry
 from gputune.errors import InputError, InputWarning, warn
 from gputune.modules.construction import Builder
 from gputune.population.network import call_module, first_output, two_logits
-from gputune.study.answers import checked_codes, checked_numbers
 from gputune.study.export import encoded, export
+from gputune.study.labels import checked_codes, checked_numbers
 from gputune.study.model_files import ModelContent, read_content, save_model
 from gputune.text import card, count, measure_of, short
 

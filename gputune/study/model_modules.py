@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
 from gputune.errors import InputError
-from gputune.modules.calls import converted
-from gputune.modules.construction import Builder, call_arguments, made, materialise, name_of
+from gputune.modules.calls import convert
+from gputune.modules.construction import Builder, call_arguments, construct, materialise, name_of
 from gputune.population.network import InputKind
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Json
@@ -82,9 +82,9 @@ def build_modules(
         # Its start is thrown away, the caller's stream is not.
         with keyed_draws(torch.device("cpu"), 0, "load"):
             for sizes, arguments in members:
-                module = made(module_class, call_arguments(module_class, sizes, arguments))
+                module = construct(module_class, call_arguments(module_class, sizes, arguments))
                 materialise(module, kinds or [(sizes["input_shape"], torch.float32)], names)
-                converted(module, dtype)
+                convert(module, dtype)
                 modules.append(module)
             return modules
     except Exception as error:  # a user's constructor may raise anything

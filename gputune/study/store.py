@@ -28,7 +28,7 @@ from gputune.study.database import (
     insert,
     open_file,
     transaction,
-    translated,
+    sqlite_errors,
 )
 from gputune.study.record import lost_option
 from gputune.study.rows import (
@@ -265,7 +265,7 @@ class Store:
         )
 
     def _read(self, query: str, *values: object) -> list[Row]:
-        with translated(self.path):
+        with sqlite_errors(self.path):
             return self._connection.execute(query, values).fetchall()
 
     def _check_place(self) -> None:

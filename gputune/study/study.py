@@ -40,7 +40,7 @@ class Trial:
                  hypergradients (start, outer step), the start being the number of the trial it began with, which is
                  outer step 0
     detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...; for
-                 halving "rung", the epoch at which it was sent away; "error" where an objective of ``search`` raised
+                 halving "rung", the epoch at which it was pruned; "error" where an objective of ``search`` raised
                  one; "reason" where it was given up: memory did not hold it, or it ended every worker process that
                  trained it
     """

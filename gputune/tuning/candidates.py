@@ -17,7 +17,7 @@ from gputune.methods.random import (
     top_up,
 )
 from gputune.methods.recipes import SPACES, default_space, named_space
-from gputune.methods.space import Space, check_include, check_space, space_text, translated
+from gputune.methods.space import Space, check_include, check_space, space_text, to_scipy
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
@@ -43,7 +43,7 @@ def checked_space(choice: ModelChoice, options: Options) -> Space:
         space = named_space("realmlp", choice.goal)
     elif space is None:
         space = default_space(choice.searched, choice.optimizer, choice.module_class)
-    return check_space(translated(space), keys=keys, module=module)
+    return check_space(to_scipy(space), keys=keys, module=module)
 
 
 _BEST = 5
@@ -51,7 +51,7 @@ _BEST = 5
 
 
 @contextmanager
-def stored(options: Options) -> Iterator[Store | None]:
+def open_store(options: Options) -> Iterator[Store | None]:
     """Open the study of the search that goes on; None of a new one, and of a file with a fault, which is said later."""
     store = None
     if options.study is not None:
@@ -75,10 +75,12 @@ def first_trials(
     if not draws_at_once(options):
         return first
     known = first + _stored_draws(store, options, space)[: max(0, options.n_trials - n_counted(first))]
-    return known + top_up(known, space, options.n_trials, options.random_state, earlier=tried(options))
+    return known + top_up(
+        known, space, options.n_trials, options.random_state, earlier=earlier_configs(options)
+    )
 
 
-def tried(options: Options) -> list[Config]:
+def earlier_configs(options: Options) -> list[Config]:
     """Return the configurations that earlier studies have trained, which are not drawn again."""
     return [t.params for study in options.warm_start for t in study.trials if t.state != "waiting"]
 
@@ -169,7 +171,7 @@ def _missing(
     known_now, seed = [*ledger.candidates, *added], options.random_state
     there = {candidate.number: candidate for candidate in ledger.candidates}
     drawn = [c.params for c in trials if c.origin == "random" and there.get(c.number) != c]
-    return [*added, *top_up(known_now, space, options.n_trials, seed, check, tried(options), drawn)]
+    return [*added, *top_up(known_now, space, options.n_trials, seed, check, earlier_configs(options), drawn)]
 
 
 def draws_at_once(options: Options) -> bool:

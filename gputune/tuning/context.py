@@ -21,7 +21,7 @@ from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
-from gputune.optimizers.classes import alone_because
+from gputune.optimizers.classes import loop_reason
 from gputune.population.population import Population, arguments_text, shape_of
 from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
@@ -305,7 +305,7 @@ class Context:
 
     def remarks_on(self, configs: Sequence[Config]) -> tuple[str, ...]:
         """Return what the user should know of the optimizers of complete configurations, a sentence each."""
-        reasons = {} if self.options.backend == "loop" else dict.fromkeys(map(alone_because, configs))
+        reasons = {} if self.options.backend == "loop" else dict.fromkeys(map(loop_reason, configs))
         return tuple(f"trials train one by one, since {reason}" for reason in reasons if reason)
 
     @property

@@ -31,7 +31,7 @@ from gputune.tuning.ensemble import (
     values_of,
 )
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import recalled, refit, refitted
+from gputune.tuning.refit import recalled, refitted
 
 
 @entry
@@ -61,12 +61,16 @@ def refit_with_folds(
     check: bool = True,
     trust_code: bool = False,
 ) -> TunedModel:
-    """Return the model of ``refit`` with what its trial's members on its folds tell; see ``Study.best_model``."""
+    """Return the best trial of a study, or one of a number, trained on all rows; see ``Study.best_model``.
+
+    It trains for as many epochs as its best score took, and its members on the folds tell the rest.
+    """
     if calibrate is None and (not check or why_no_folds(study)):
         calibrate = False
     calibrated = is_calibrated(study, calibrate, "best_model")
     if not (intervals or calibrated):
-        return refit(study, X, y, trial=trial, check=check, trust_code=trust_code)
+        one = numbered(study, trial, "best_model")
+        return refitted(recalled(study, X, y, check=check, trust_code=trust_code), one)
     called = f"best_model({'intervals' if intervals else 'calibrate'}=True)"
     check_folds_train(study, called)
     if intervals and study.record.task != "regression":

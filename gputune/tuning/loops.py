@@ -30,7 +30,7 @@ from gputune.methods.space import (
     check_own_space,
     space_text,
     space_to_json,
-    translated,
+    to_scipy,
 )
 from gputune.methods.stopping import Arrivals, StoppingRule
 from gputune.scratch import scratch_folder
@@ -39,14 +39,14 @@ from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.study.study import Study
-from gputune.tuning.candidates import draws_at_once, tried, with_earlier
+from gputune.tuning.candidates import draws_at_once, earlier_configs, with_earlier
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.method import method_name, method_to_json
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import sample, wait_for_others
 from gputune.tuning.record import distributions, versions
-from gputune.tuning.session import Session, checked
+from gputune.tuning.session import Session, check_ending
 from gputune.tuning.trainer import unseen
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
@@ -69,7 +69,7 @@ def search_loop(
         raise InputError(
             "workers='ray' is for gputune.tune: search() trains on this machine; give a number of processes, or 'auto'."
         )
-    space = check_own_space(translated(options.space))
+    space = check_own_space(to_scipy(options.space))
     _check_earlier(options, direction)
     options = with_earlier(options, space)
     first = _first_trials(options, space)
@@ -89,7 +89,7 @@ def search_loop(
         with _workers(task, options, folder) as workers:
             run = partial(_Loop(ledger, task, workers, progress).search, space, options)
             numbers = session.run(run, callbacks, make_study, (CTRL_C,))
-    return checked(make_study(ledger.rows(), file=options.study), numbers)
+    return check_ending(make_study(ledger.rows(), file=options.study), numbers)
 
 
 def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
@@ -105,7 +105,7 @@ def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
     if not draws_at_once(options):
         return first
     seed = options.random_state
-    return (*first, *top_up(first, space, options.n_trials, seed, plain_config, tried(options)))
+    return (*first, *top_up(first, space, options.n_trials, seed, plain_config, earlier_configs(options)))
 
 
 def _check_earlier(options: Options, direction: Direction) -> None:

@@ -38,7 +38,7 @@ from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate, Store
 from gputune.study.study import Study
 from gputune.text import size_words
-from gputune.tuning.candidates import checked_space, first_trials, notes_on, stored, with_earlier
+from gputune.tuning.candidates import checked_space, first_trials, notes_on, open_store, with_earlier
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.interrupt import CTRL_C
@@ -50,7 +50,7 @@ from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.random import check_sampling, sample, train_batches, train_fully
 from gputune.tuning.record import checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, train_in_rungs
-from gputune.tuning.session import Session, checked
+from gputune.tuning.session import Session, check_ending
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
 
@@ -100,7 +100,7 @@ def search(
     # A copy of the curves, since the search goes on with its own.
     progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
     profile = Profile() if profile is None else profile
-    with stored(options) as store:
+    with open_store(options) as store:
         with profile.clock(PREPARING):
             setup = _prepare(choice, source, options, progress, store)
         profile.device, progress.scoring = setup.data.device, setup.scoring.name
@@ -132,7 +132,7 @@ def search(
     study = make_study(ledger.rows(), data=data, file=options.study)
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
-    return checked(study, numbers)
+    return check_ending(study, numbers)
 
 
 def _prepare(

@@ -74,7 +74,7 @@ class Progress:
     """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent with ``verbose=0``.
 
     It shows trials, trial-epochs, the best score so far in the sign of its name, the members that train at the same
-    time, the trials that halving has sent away, and the time that is left. ``words`` puts what is said in the words of
+    time, the trials that halving has pruned, and the time that is left. ``words`` puts what is said in the words of
     the door that the search came through.
     """
 
@@ -155,7 +155,7 @@ class Progress:
             self.on_epoch(curves)
 
     def finished(self, trials: int, *, pruned: int = 0) -> None:
-        """So many more trials are done, some of them because a rung sent them away."""
+        """So many more trials are done, some of them because a rung pruned them."""
         self.trials_done += trials
         self.pruned += pruned
         self._show()

@@ -15,7 +15,6 @@ from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
 from gputune.data.target_transform import is_known
 from gputune.engine.backend import choose_backend, choose_device, matrix_products
-from gputune.engine.entry import entry
 from gputune.engine.job import Progress
 from gputune.errors import DivergedError, InputError
 from gputune.methods.descent import Hypergradient
@@ -27,7 +26,7 @@ from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.model_files import DTYPES
 from gputune.study.record import PARTS, SearchRecord, lost_option
-from gputune.study.study import Study, Trial, numbered
+from gputune.study.study import Study, Trial
 from gputune.tuning.model_choice import ModelChoice, recorded_model
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
@@ -201,24 +200,6 @@ def recalled(study: Study, X: object, y: object, *, check: bool, trust_code: boo
     if check and rows != study.record.fingerprint:
         raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
     return Search(study, choice.of(problem.target, problem.objective), options, problem, rows)
-
-
-@entry
-def refit(
-    study: Study,
-    X: object = None,
-    y: object = None,
-    *,
-    trial: int | None = None,
-    check: bool = True,
-    trust_code: bool = False,
-) -> TunedModel:
-    """Train the best trial of a study, or one of a number, on all its rows, for as many epochs as its best score took.
-
-    Raises InputError for a number of no scored trial, what ``recalled`` does; DivergedError where it diverges.
-    """
-    one = numbered(study, trial, "best_model")
-    return refitted(recalled(study, X, y, check=check, trust_code=trust_code), one)
 
 
 def refitted(search: Search, one: Trial) -> TunedModel:

@@ -99,7 +99,7 @@ class Session:
             self.progress.say(f"note: the search ends: {why}")
 
 
-def checked(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
+def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
     """Return the study of a search that has ended by itself; raise what a caller has to hear of another one."""
     if numbers:
         words, at_once = interrupted_words(study, study.file), len(numbers) > 1

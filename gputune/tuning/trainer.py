@@ -176,7 +176,7 @@ class Trainer:
             free=None if self.cluster is None else self.cluster.free,
             measure=measure if is_gpu_here else None,
             backend=self.backend,
-            unstackable={k: t.alone_because for k, t in known_traits(self.module_class, self.data).items()},
+            unstackable={k: t.loop_reason for k, t in known_traits(self.module_class, self.data).items()},
             coded=[k for k, t in known_traits(self.module_class, self.data).items() if t.coded],
             widest={k: t.widest for k, t in known_traits(self.module_class, self.data).items()},
         )

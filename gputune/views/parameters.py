@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gputune.errors import InputError
 from gputune.study.study import Study
 from gputune.text import clean, short
-from gputune.views.scores import ranked_rows, shown_scores
+from gputune.views.scores import ranked_rows, score_view
 
 _DECADES = 100.0
 """Positive values whose largest is so many times the smallest are read on a logarithm."""
@@ -141,7 +141,7 @@ def descended(study: Study) -> tuple[Parameter, ...]:
 
 def descent_paths(study: Study) -> tuple[DescentPath, ...]:
     """Return the paths with their best score first; () for another search."""
-    columns, shown = descended(study), shown_scores(study)
+    columns, shown = descended(study), score_view(study)
     points: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for row in ranked_rows(study) if columns else ():
         trial = study.trials[row]

@@ -19,7 +19,7 @@ from gputune.views.parameters import (
     parameters,
     varied_parameters,
 )
-from gputune.views.scores import BEST, Scores, pareto_front, score_range, shown_curves, shown_scores
+from gputune.views.scores import BEST, Scores, curve_view, pareto_front, score_range, score_view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,7 @@ def _scale_scores(ax: "Axes", shown: Scores) -> None:
 
 def plot_history(study: Study, ax: "Axes | None" = None) -> "Axes":
     """Draw the score of each trial that has one, in the order of their numbers, and the best so far."""
-    ax, shown = _axes("plot_history", ax), shown_scores(study)
+    ax, shown = _axes("plot_history", ax), score_view(study)
     numbers = np.array([trial.number for trial in study.trials], dtype=int)
     scored = np.isfinite(shown.values)
     ax.scatter(numbers[scored], shown.on_axis(shown.values[scored]), s=14, color=_GREY, label="trial")
@@ -96,7 +96,7 @@ def plot_curves(study: Study, ax: "Axes | None" = None, *, best: int = BEST) -> 
     """
     if isinstance(best, bool) or not isinstance(best, int) or best < 0:
         raise InputError(f"plot_curves(best=...) must be an integer of at least 0, got {best!r}.")
-    ax, curves = _axes("plot_curves", ax), shown_curves(study)
+    ax, curves = _axes("plot_curves", ax), curve_view(study)
     for row in sorted(curves.order[best:]):
         ax.plot(curves.epochs, curves.mean[row], color=_GREY, linewidth=0.5, alpha=0.5, zorder=1)
     for place, row in enumerate(curves.order[:best]):
@@ -119,7 +119,7 @@ def plot_slice(study: Study, parameter: str | None = None, ax: "Axes | None" = N
 
     Raises InputError for an unknown hyperparameter, for ``ax`` without ``parameter``, and where none varied.
     """
-    shown = shown_scores(study)
+    shown = score_view(study)
     if parameter is not None:
         column = _parameter(study, parameter, "plot_slice")
         ax = _axes("plot_slice", ax, (4.5, 3.5))
@@ -166,7 +166,7 @@ def plot_parallel(study: Study, ax: "Axes | None" = None) -> "Axes":
     Each axis runs from 0 to 1 over its range (its logarithm where that is its scale) or through its words; a line
     breaks where a trial lacks one. Its colour is the score; the better lines lie on top.
     """
-    ax, shown = _axes("plot_parallel", ax, (9.0, 4.5)), shown_scores(study)
+    ax, shown = _axes("plot_parallel", ax, (9.0, 4.5)), score_view(study)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -242,7 +242,7 @@ def plot_contour(
         if len(names) < 2:
             raise InputError(f"plot_contour needs two hyperparameters that vary, got {len(names)}.")
         x, y = names[:2]
-    columns, shown = [_parameter(study, name, "plot_contour") for name in (x, y)], shown_scores(study)
+    columns, shown = [_parameter(study, name, "plot_contour") for name in (x, y)], score_view(study)
     places, means = _mean_scores(columns, shown)
     flat = np.stack([np.log(at) if one.log else at for one, at in zip(columns, places.T)], axis=1)
     if len(places) < 3 or np.linalg.matrix_rank(flat - flat[0], tol=1e-9) < 2:

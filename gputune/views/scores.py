@@ -72,7 +72,7 @@ def ranked_rows(study: Study) -> list[int]:
     return [row[trial.number] for trial in study.ranking()]
 
 
-def shown_scores(study: Study) -> Scores:
+def score_view(study: Study) -> Scores:
     """Return the scores of a study's trials."""
     scores = np.array([trial.score for trial in study.trials], dtype=np.float64)
     finite = np.isfinite(scores)
@@ -129,9 +129,9 @@ class LearningCurves:
         return bool((np.isfinite(self.mean).sum(1) > 1).any())
 
 
-def shown_curves(study: Study) -> LearningCurves:
+def curve_view(study: Study) -> LearningCurves:
     """Return the curves of a study's trials."""
-    measure, curves = shown_scores(study).measure, study.curves
+    measure, curves = score_view(study).measure, study.curves
     folds = curves.shape[2]
     with np.errstate(invalid="ignore", over="ignore"):
         mean = curves.mean(2) if folds else np.empty(curves.shape[:2])

@@ -89,10 +89,10 @@ def test_halving_is_told_in_the_closing_text(tmp_path):
     rest = ["--cv", "2", "--workers", "1"]
     code, text, _ = run(*common, "--epochs", "9", "--min-epochs", "1", *rest, "--out", tmp_path / "a")
     flat = " ".join(text.split())
-    assert code == 0 and "Halving of 9 trials these were sent away: 6 after epoch 1, 2 after epoch 3;" in flat
+    assert code == 0 and "Halving of 9 trials these were pruned: 6 after epoch 1, 2 after epoch 3;" in flat
     assert "The best trial by accuracy" in flat  # of those that trained to the end
     code, text, _ = run(*common, "--epochs", "1", *rest, "--out", tmp_path / "b")
-    assert code == 0 and "Halving no trial was sent away" in " ".join(text.split())
+    assert code == 0 and "Halving no trial was pruned" in " ".join(text.split())
 
 
 def test_a_descent_from_the_command_line_draws_few_starts(tmp_path):

@@ -18,7 +18,7 @@ from forked import Fork
 from gputune.cli import tune
 from gputune.data.folds import pack_folds, unpack_folds
 from gputune.methods.config import legal_keys
-from gputune.methods.space import check_space, space_from_json, space_text, space_to_json, translated
+from gputune.methods.space import check_space, space_from_json, space_text, space_to_json, to_scipy
 from gputune.study.store import Store
 from gputune.tuning.model_choice import choose_model
 from gputune.tuning.options import Options
@@ -373,7 +373,7 @@ def test_folds_come_back_in_order():
         {"lr": stats.loguniform(1e-4, 0.1), "width": [8, 16], "activation": ["relu", "tanh"], "depth": 2},
         {"lr": stats.uniform(loc=0.1, scale=0.5), "width": stats.randint(4, 9), "dropout": stats.beta(2, 3, scale=0.5)},
         [{"width": gputune.log_int(4, 64)}, {"lr": [0.1], "dropout": stats.uniform}],
-        translated(
+        to_scipy(
             {
                 "lr": FloatDistribution(1e-4, 0.1, log=True),
                 "dropout": FloatDistribution(0.0, 0.5, step=0.1),

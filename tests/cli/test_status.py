@@ -37,17 +37,14 @@ def test_a_running_search(tmp_path):
     path = tmp_path / "study.db"
     with Store.create(path, META) as store:  # stays open, as in a search that runs
         store.add_trials(candidates(range(6)))
-        assert "Trials   0 of 6 trials finished: 6 without a result yet\nBest     none yet" in status(path)
+        assert "Trials   0 of 6 trials finished: 6 waiting\nBest     none yet" in status(path)
         store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
         store.finish([result(2, state="pruned", score=0.9), result(3, state="failed", score=float("nan"))])
         code, out, err = run("status", tmp_path)
         assert (code, err) == (0, "")
         name, trials, best, written = out.rstrip("\n").split("\n")
         assert name == f"Study    {path}"
-        assert trials == (
-            "Trials   4 of 6 trials finished: 2 trained to the end, 1 sent away early, 1 diverged, "
-            "2 without a result yet"
-        )
+        assert trials == ("Trials   4 of 6 trials finished: 2 complete, 1 pruned, 1 diverged, 2 waiting")
         assert best == "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
         assert re.fullmatch(r"Written  \d+\.\d s ago", written)
         store.finish([result(4, score=0.75)])  # the search was not held up
@@ -103,7 +100,7 @@ def test_the_best_of_those_that_were_sent_away_is_said_to_be_one(tmp_path):
         store.add_trials(candidates(range(3)))
         store.finish([result(n, state="pruned", score=0.5 + n / 10) for n in range(2)])
         said = "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
-        assert f"{said} (sent away early; those that train on are not told yet)\n" in status(path)
+        assert f"{said} (pruned; those that train on are not told yet)\n" in status(path)
         store.finish([result(2, state="pruned", score=0.1)])
     assert f"{said}\n" in status(path)
 
@@ -116,7 +113,7 @@ def test_what_was_cut_short_is_not_finished_and_what_is_too_big_did_not_diverge(
         store.finish([result(0), result(1, state="stopped"), failed])
         store.finish([replace(failed, number=3, detail={"reason": "out of memory"})])
     assert (
-        "Trials   3 of 4 trials finished: 1 trained to the end, 1 cut short, 1 diverged, 1 too big for the memory\n"
+        "Trials   3 of 4 trials finished: 1 complete, 1 cut short, 1 diverged, 1 too big for the memory\n"
         in status(path)
     )
 

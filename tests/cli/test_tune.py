@@ -18,7 +18,7 @@ from sklearn.metrics import f1_score
 import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.cli import tune
-from gputune.cli.closing import Ending, closing_text
+from gputune.cli.summary import Ending, summary_text
 from gputune.data.folds import hold_out
 from gputune.data.source import Source, read_again, read_apart, read_source
 from gputune.data.target import check_target
@@ -391,7 +391,7 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     code, _, err = run(*command, *diverged)
     assert code == 1 and "no trial has a finite score" in err
     monkeypatch.setattr(
-        "gputune.tuning.pipeline.checked", lambda study, number: study
+        "gputune.tuning.pipeline.check_ending", lambda study, number: study
     )  # as beside a trial that has one
     code, _, err = run(*command, *diverged)
     assert code == 1 and "trial 0, which was to be trained, has no finite score: it diverged" in err
@@ -461,7 +461,7 @@ def test_what_a_timeout_left_out_is_run_by_the_same_command(tmp_path):
     code, out, _ = run("tune", "sklearn:iris", "--timeout", "1e-6", *options, "--target-score=1")
     waiting = sum(trial.state == "waiting" for trial in gputune.Study.open(tmp_path / "study.db").trials)
     assert code == 0 and waiting
-    assert f"{waiting} not started; " in out
+    assert f"{waiting} waiting; " in out
     assert out.endswith(f"\nGo on    gputune tune sklearn:iris {shlex.join(map(str, options))}\n")
     assert f"it is the best of {20 - waiting} trials" in " ".join(out.split())
     code, out, _ = run("tune", "sklearn:iris", *options)
@@ -765,7 +765,7 @@ def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were
 def closing(study):
     rest: Source = read_source(np.zeros((4, 2)), np.array([0, 1, 0, 1]))
     ending = Ending("houses.csv", study, rest, None, Path("out/study.db"), None, 3.0)
-    return " ".join(closing_text(ending, width=90).split())
+    return " ".join(summary_text(ending, width=90).split())
 
 
 def test_an_accuracy_of_labels_is_one_of_rows():
@@ -783,7 +783,7 @@ def test_an_accuracy_of_labels_is_one_of_rows():
 def test_a_sampler_is_told_with_its_batches(trials, words):
     text = closing(made_batches(trials))
     assert f"Sampler Optuna's TPESampler {words} " in text
-    assert "Descent" not in text and "outer step" not in text and "sent away" not in text
+    assert "Descent" not in text and "outer step" not in text and "pruned" not in text
 
 
 def test_a_sampler_whose_batches_are_halved():
@@ -791,7 +791,7 @@ def test_a_sampler_whose_batches_are_halved():
     text = closing(study)
     assert any(trial.state == "pruned" for trial in study.trials)
     assert (
-        "Sampler Optuna's TPESampler proposed 39 trials in 5 batches Halving of 40 trials these were sent"
+        "Sampler Optuna's TPESampler proposed 39 trials in 5 batches Halving of 40 trials these were pruned"
         in text
     )
     assert "after epoch 3" in text and "Descent" not in text

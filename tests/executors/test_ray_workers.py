@@ -16,7 +16,7 @@ import ray_searches
 from forked import Fork
 from gputune.engine.job import Job
 from gputune.executors import executor, ray_cluster
-from gputune.executors.processes import packed
+from gputune.executors.processes import pickle_job
 from problems import make_data
 from ray_searches import Net
 from refused import refused
@@ -163,7 +163,9 @@ class CtrlC(gputune.callbacks.Callback):
 )
 def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path, monkeypatch, method):
     sent = []
-    monkeypatch.setattr(ray_cluster, "packed", lambda job, **how: sent.append(job) or packed(job, **how))
+    monkeypatch.setattr(
+        ray_cluster, "pickle_job", lambda job, **how: sent.append(job) or pickle_job(job, **how)
+    )
     path = tmp_path / "study.db"
     given = {**FAST, "space": LR, "n_trials": 12, "method": method}
     given |= {"memory": 1024, "checkpoint_seconds": 1e-9}
@@ -295,7 +297,7 @@ def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
     (tmp_path / "nets" / "net.py").write_text(net)
     monkeypatch.syspath_prepend(tmp_path)
     Net = importlib.import_module("nets.net").Net
-    sent = packed(Job(seed=0, epochs=1, horizon=1, module_class=Net), here=False)
+    sent = pickle_job(Job(seed=0, epochs=1, horizon=1, module_class=Net), here=False)
     (tmp_path / "sent").write_bytes(sent)
     code = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).module_class.size())"
     assert Fork(code, tmp_path / "sent", cwd="/").communicate() == ("7\n", "")

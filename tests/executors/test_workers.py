@@ -133,7 +133,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
     assert reason.startswith("its chunk of 1 trial has lost 2 worker processes one after the other, the last")
     assert "fewer workers= leave more to each, and a smaller one takes less" in reason
     assert sorted(t.state for t in study.trials) == ["complete", "failed"]
-    assert states_text(states_of(study)) == "1 trained to the end, 1 that lost their workers"
+    assert states_text(states_of(study)) == "1 complete, 1 that lost their workers"
     alone = replace(study, trials=[failed], curves=study.curves[:1])
     assert alone.why_none_is_best().endswith(f"some of 1 were given up: {reason}")
 
@@ -206,7 +206,7 @@ def test_a_worker_records_the_steps_of_like_chunks_once(tmp_path, monkeypatch):
     scoring = make_scoring(None, data.task, np.arange(3))
     job = Job(seed=0, epochs=2, horizon=2, scoring=scoring, module_class=Net, backend="graph")
     joblib.dump(to_arrays(data), path)
-    sent = processes.packed(job)
+    sent = processes.pickle_job(job)
     for rate in (1e-3, 1e-2):
         chunk, before = Population("module", (0,), tuple(fill({"batch_size": 9, "lr": rate}))), len(recorded)
         (outcome,) = processes._run_in_worker(sent, path, chunk, torch.device("cpu"))

@@ -7,14 +7,14 @@ import pytest
 from scipy import stats
 
 import gputune
-from gputune.methods.distributions import described, log_int
+from gputune.methods.distributions import describe, log_int
 from gputune.methods.edges import edge_remarks
 from gputune.study.store import Candidate, Result
 
 
 def study(key, choices, best, others):
     """A study of one hyperparameter whose first trial is the best one."""
-    law = None if choices is None else described(choices)
+    law = None if choices is None else describe(choices)
     meta = {"model": "mlp", "scoring": "accuracy", "distributions": {} if law is None else {key: law}}
     rows = []
     for number, value in enumerate([best, *others]):
@@ -95,7 +95,7 @@ def test_nothing_is_said_that_is_not_so(key, choices, best, others):
 
 
 def test_a_study_without_a_score_has_none():
-    assert edge_remarks(gputune.Study.from_rows({"distributions": {"lr": described(LOG)}}, [])) == ()
+    assert edge_remarks(gputune.Study.from_rows({"distributions": {"lr": describe(LOG)}}, [])) == ()
 
 
 def test_a_trial_elsewhere_with_the_same_score_is_as_good():

@@ -9,9 +9,9 @@ from torch import nn
 
 import gputune
 from gputune.methods.config import legal_keys
-from gputune.methods.distributions import as_optuna, described, label, of_label
+from gputune.methods.distributions import as_optuna, describe, label, of_label
 from gputune.methods.optuna import optuna_distributions
-from gputune.methods.space import check_space, space_text, translated
+from gputune.methods.space import check_space, space_text, to_scipy
 from refused import refused
 
 KEYS = legal_keys("mlp", "adamw")
@@ -31,8 +31,8 @@ KEYS = legal_keys("mlp", "adamw")
     ],
 )
 def test_a_distribution_of_optunas_there_and_back(distribution):
-    (there,) = translated([{"x": distribution}])
-    assert as_optuna(described(there["x"])) == distribution
+    (there,) = to_scipy([{"x": distribution}])
+    assert as_optuna(describe(there["x"])) == distribution
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_a_distribution_of_optunas_there_and_back(distribution):
     ],
 )
 def test_lists_and_laws_of_scipy_as_optunas(choices, expected):
-    assert as_optuna(described(choices)) == expected
+    assert as_optuna(describe(choices)) == expected
 
 
 @pytest.mark.parametrize("law", [stats.norm(0, 1), stats.loguniform(1, 10, loc=5), stats.poisson(3)])
 def test_a_law_that_optuna_lacks(law):
-    assert described(law) is None
+    assert describe(law) is None
     with refused("space\\['x'\\] must be a list, scipy's uniform, loguniform or randint"):
         optuna_distributions({"x": law})
 
@@ -98,16 +98,16 @@ def test_tune_takes_them():
 )
 def test_they_are_checked_as_other_distributions(space, message):
     with refused(message):
-        check_space(translated(space), keys=KEYS, module=False)
+        check_space(to_scipy(space), keys=KEYS, module=False)
 
 
 def test_their_text_is_the_same_in_every_process():
     space = {"width": IntDistribution(4, 64, log=True), "dropout": FloatDistribution(0.0, 0.5, step=0.25)}
-    text = space_text(check_space(translated(space), keys=KEYS, module=False))
+    text = space_text(check_space(to_scipy(space), keys=KEYS, module=False))
     assert text == "dropout=Steps(low=0.0, high=0.5, step=0.25), width=LogIntegers(low=4, high=64)"
 
 
 def test_log_integers_favour_small_ones():
-    law = translated({"width": IntDistribution(1, 64, log=True)})["width"]
+    law = to_scipy({"width": IntDistribution(1, 64, log=True)})["width"]
     draws = [law.rvs(random_state=np.random.RandomState(i)) for i in range(400)]
     assert min(draws) == 1 and max(draws) > 50 and np.median(draws) < 14

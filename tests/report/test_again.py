@@ -15,7 +15,7 @@ from torch import nn
 import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.report.page import page
-from gputune.report.snippet import again_code
+from gputune.report.snippet import snippet
 from made_studies import made_descent, made_study
 
 CHEAP = {"n_trials": 4, "max_epochs": 4, "cv": 3, "workers": 1, "verbose": 0}
@@ -155,7 +155,7 @@ def test_a_descent_on_numbers_and_one_on_schedules(tmp_path):
     session = executed(kept, X=X, y=y)
     np.testing.assert_array_equal(session["model"].predict(X), kept.best_model().predict(X))
     unkept = gputune.tune("mlp", X, y, method=method, **options)
-    assert "# study: what gputune.tune returned; it was kept in no file" in again_code(unkept)
+    assert "# study: what gputune.tune returned; it was kept in no file" in snippet(unkept)
     session = executed(unkept, study=unkept)
     np.testing.assert_array_equal(session["model"].predict(X), kept.best_model().predict(X))
 
@@ -178,7 +178,7 @@ def test_weights_that_no_file_holds_are_asked_for():
     X, y = load_iris(return_X_y=True)
     weights = 1.0 + (np.arange(len(y)) % 3)
     study = gputune.tune("mlp", X, y, space={"lr": [0.01, 0.1]}, sample_weight=weights, **CHEAP)
-    assert "# sample_weight: what the search was given" in again_code(study)
+    assert "# sample_weight: what the search was given" in snippet(study)
     session = executed(study, X=X, y=y, sample_weight=weights)
     assert session["study"].best_score == pytest.approx(study.best_score, abs=1e-6)
 
@@ -189,7 +189,7 @@ def test_values_are_written_so_that_python_reads_them():
     best.params.update(
         {"C": float("inf"), "module__act": nn.Tanh, "module__sizes": (4,), "text": 'it\'s\n"x"'}
     )
-    code = again_code(study)
+    code = snippet(study)
     session = {}
     exec(code.partition("study = ")[0], session)
     space = code[code.index("space=") + len("space=") : code.index(",\n    n_trials")]
@@ -202,7 +202,7 @@ def test_no_text_of_a_study_becomes_code():
         3, model=evil, class_weight=evil, cv=evil, target=evil, device=evil, dtype=evil, scoring=f"os:{evil}",
         source={"path": evil, "target": evil, "groups": evil},
     )  # fmt: skip
-    code = again_code(study)
+    code = snippet(study)
     compile(code, "page", "exec")
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     assert {ast.unparse(call.func) for call in calls} == {"gputune.tune", "print", "study.best_model"}
@@ -217,20 +217,20 @@ def test_a_module_class_made_within_a_function():
     X, y = load_iris(return_X_y=True)
     X[:, 1] = 1.0
     study = gputune.tune(Inner, X, y, space={"lr": [0.01, 0.1]}, columns="drop-constant", **CHEAP)
-    assert "columns='drop-constant'," in again_code(study)
-    assert "# Inner: the module class of the search" in again_code(study)
+    assert "columns='drop-constant'," in snippet(study)
+    assert "# Inner: the module class of the search" in snippet(study)
     assert_trains_it_again(study, executed(study, X=X, y=y, Inner=Inner), X)
 
 
 @pytest.mark.parametrize("place", ["os:x; import os", "os.system('x'):Net", "__main__:Net", "a.b:class", ":"])
 def test_the_name_of_a_module_class_is_no_code(place):
-    code = again_code(made_study(3, spec={"kind": "module", "import": place}))
+    code = snippet(made_study(3, spec={"kind": "module", "import": place}))
     imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert [ast.unparse(node) for node in imports] == ["import gputune"]
     assert re.search(r"# (Net|Module): the module class of the search", code)
 
 
 def test_no_best_trial_has_no_code():
-    assert again_code(made_study(4, waiting=4)) == ""
+    assert snippet(made_study(4, waiting=4)) == ""
     assert 'id="again"' not in page(made_study(0))
-    assert "space=" in again_code(made_descent())
+    assert "space=" in snippet(made_descent())

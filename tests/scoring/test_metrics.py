@@ -8,7 +8,7 @@ from sklearn.metrics import get_scorer
 import gputune
 from gputune.callbacks import Callback, StopSearch
 from gputune.errors import InputError
-from gputune.report.snippet import again_code
+from gputune.report.snippet import snippet
 from problems import Linear
 
 X, Y = (part[:90] for part in load_breast_cancer(return_X_y=True))
@@ -135,7 +135,7 @@ def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
     assert (model.info["scoring"], model.info["positive"]) == ("roc_auc", None)
     assert study.oof_predictions().shape == (len(X), 2)
     assert study.ensemble(verbose=0).info["score"] > 0.5
-    code = again_code(study)
+    code = snippet(study)
     assert 'scoring="roc_auc"' in code.replace("'", '"') and "positive=" not in code
     study.ranked_by("f1").report(tmp_path / "page.html")
     assert "f1 of class" in (tmp_path / "page.html").read_text()

@@ -74,7 +74,7 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, workers):
     assert f"gputune: interrupted: {done} of 25 trials are finished" in err
     assert f"all is kept in '{tmp_path}/out/study.db': repeat the command to go on." in err
     assert " by accuracy, mean ± standard error over 2 folds:" in out
-    assert f"Trials   {done} complete" in out and f"{states.count('waiting')} not started; " in out
+    assert f"Trials   {done} complete" in out and f"{states.count('waiting')} waiting; " in out
     if workers == 1:  # one of the two goes on
         return
     (go_on,) = (
@@ -116,12 +116,12 @@ def test_the_second_ctrl_c_does_not(tmp_path):
     assert code == 130
     assert "interrupted: 0 of 2 trials are finished; all is kept" in err and "Traceback" not in err
     assert "120 rows to search on and 30 held out" in out
-    assert "Trials   2 not started" in out and not (tmp_path / "out" / "model").exists()
+    assert "Trials   2 waiting" in out and not (tmp_path / "out" / "model").exists()
 
 
 @pytest.mark.parametrize(
     ("grace", "do", "words"),
-    [(600, TERMINATE, "2 cut short"), (0.01, f"{TERMINATE}; signal.pause()", "2 not started")],
+    [(600, TERMINATE, "2 cut short"), (0.01, f"{TERMINATE}; signal.pause()", "2 waiting")],
     ids=["an epoch ends", "an epoch that never ends"],
 )
 def test_sigterm_ends_within_its_grace_with_143(tmp_path, grace, do, words):
@@ -256,6 +256,6 @@ def test_a_timeout_holds_to_an_epoch_with_workers_too(tmp_path, monkeypatch):
         "--trials", "20", "--no-default", "--epochs", "1000", "--memory", "1KB", "--workers", "2",
         "--timeout", "600", "--out", "out", "--backend", "stacked",
     )  # fmt: skip
-    assert code == 0 and "2 cut short, 18 not started" in " ".join(out.split())
+    assert code == 0 and "2 cut short, 18 waiting" in " ".join(out.split())
     curves = gputune.Study.open("out/study.db").curves
     assert np.isfinite(curves[:, 0]).all(1).sum() == 2 and np.isnan(curves[:, 1:]).all()

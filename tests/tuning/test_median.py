@@ -77,7 +77,7 @@ def test_the_command_says_what_was_spent(tmp_path):
     study = gputune.Study.open(tmp_path / "study.db")
     spent, full = study.spent
     assert study.meta["method"] == {"name": "median", "min_epochs": 2, "every": 1, "min_trials": 5}
-    assert "Median of 13 trials these were sent away: " in said
+    assert "Median of 13 trials these were pruned: " in said
     assert f"{spent} of {full} trial-epochs were trained ({spent / full:.0%})" in said
 
 

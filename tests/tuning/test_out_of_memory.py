@@ -14,7 +14,7 @@ from gputune.engine.compiled import CompiledChunk
 from gputune.engine.job import Job
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import SearchFailedError
-from gputune.executors.processes import packed
+from gputune.executors.processes import pickle_job
 from gputune.memory import is_out_of_memory
 from gputune.population.population import Population
 from gputune.sklearn import MLPClassifier, RandomizedSearchCV
@@ -150,15 +150,15 @@ def test_workers_remember_what_did_not_fit():
     """A job that comes again, as it does for every chunk, knows what this process has learned since."""
     chunk = Population("mlp", tuple(range(8)), tuple(fill(*({"width": 8} for _ in range(8)))))
     wider = Population("mlp", (8, 9), tuple(fill({"width": 100}, {"width": 100})))
-    sent = packed(Job(seed=0, epochs=1, horizon=1))
+    sent = pickle_job(Job(seed=0, epochs=1, horizon=1))
     first, second = pickle.loads(sent), pickle.loads(sent)
     first.fits.refused(chunk)
     assert (second.fits.most(chunk), second.fits.most(wider)) == (4, 2)
     learned = Job(seed=0, epochs=1, horizon=1, fits=second.fits)
     second.fits.refused(chunk.part(0, 4))
-    assert pickle.loads(packed(learned)).fits.most(chunk) == 2
-    assert pickle.loads(packed(Job(seed=0, epochs=1, horizon=1))).fits.most(chunk) == 8  # another search
-    assert pickle.loads(packed(learned)).fits.most(chunk) == 2
+    assert pickle.loads(pickle_job(learned)).fits.most(chunk) == 2
+    assert pickle.loads(pickle_job(Job(seed=0, epochs=1, horizon=1))).fits.most(chunk) == 8  # another search
+    assert pickle.loads(pickle_job(learned)).fits.most(chunk) == 2
 
 
 def test_parts_that_have_not_begun_when_time_is_over_wait(iris, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from gputune.data.folds import hold_out
 from gputune.data.target import check_target
 from gputune.methods.edges import edge_remarks
 from gputune.population.population import complete
-from gputune.report.snippet import again_code
+from gputune.report.snippet import snippet
 from gputune.study.store import Store
 from problems import largest_difference, living_tensors
 from refused import refused
@@ -287,7 +287,7 @@ def test_the_levels_of_a_category_are_bounded(tmp_path):
     )
     model = gputune.Study.open(tmp_path / "study.db").best_model(frame, y)
     assert model.layout.feature_names == ("city=c0", "city=c1", "city=c2", "city=(other)")
-    assert "max_levels=3," in again_code(study)
+    assert "max_levels=3," in snippet(study)
     with refused(r"differs from this call in: max_levels \(3 there, 32 here\)"):
         call()
     assert gputune.tune("mlp", frame, y, **ONE).record.features == 6

@@ -15,7 +15,7 @@ from gputune.api.study import Study
 from gputune.errors import InputError, MissingExtraError
 from gputune.views.axes import parallel_axes
 from gputune.views.parameters import importance
-from gputune.views.scores import shown_scores
+from gputune.views.scores import score_view
 from made_studies import made_descent, made_study, study_of
 
 
@@ -114,7 +114,7 @@ def test_parallel(study):
     assert len(ax.lines) == len(finite)
     assert [label.get_text() for label in ax.get_xticklabels()] == [*study.best_params, "accuracy"]
     drawn = {(text.get_text().strip(), *text.get_position()) for text in ax.texts}
-    for place, axis in enumerate(parallel_axes(study, shown_scores(study))):
+    for place, axis in enumerate(parallel_axes(study, score_view(study))):
         assert {(label, place, float(axis.scale(value))) for value, label in axis.scale.ticks} <= drawn
     top = ax.lines[-1].get_ydata()  # the best lies on top
     logs = np.log([trial.params["lr"] for trial in study.trials])
@@ -194,7 +194,7 @@ def test_paths_that_cannot_be(study, descent):
 
 def test_a_loss_is_drawn_in_its_own_sign(descent):
     points = descent.plot_history().collections[0].get_offsets()
-    top = shown_scores(descent).range[1]
+    top = score_view(descent).range[1]
     np.testing.assert_array_equal(points[:, 1], np.minimum(-scores(descent), top))
     assert descent.plot_history().get_ylabel() == "log_loss (lower is better)"
     lines = descent.plot_history().lines[0].get_ydata()

@@ -16,17 +16,17 @@ from gputune.views.parameters import (
     parameters,
     varied_parameters,
 )
-from gputune.views.scores import score_range, shown_curves, shown_scores
+from gputune.views.scores import curve_view, score_range, score_view
 from made_studies import made_descent, made_study, study_of
 
 ACCURACY, LOSS = measure_of("accuracy", 0.9), measure_of("neg_log_loss", -0.3)
 
 
 def test_scores_have_the_sign_of_their_name():
-    shown = shown_scores(study_of([{}] * 4, [-0.5, math.nan, -0.2, -0.4], scoring="neg_log_loss"))
+    shown = score_view(study_of([{}] * 4, [-0.5, math.nan, -0.2, -0.4], scoring="neg_log_loss"))
     np.testing.assert_array_equal(shown.values, [0.5, math.nan, 0.2, 0.4])
     np.testing.assert_array_equal(shown.best_so_far, [0.5, 0.5, 0.2, 0.2])
-    assert shown_scores(study_of([{}, {}], [0.0, math.inf])).values.tolist()[0] == 0.0
+    assert score_view(study_of([{}, {}], [0.0, math.inf])).values.tolist()[0] == 0.0
 
 
 def test_the_range_of_scores_leaves_out_what_is_far_off_on_the_bad_side():
@@ -41,7 +41,7 @@ def test_the_range_of_scores_leaves_out_what_is_far_off_on_the_bad_side():
 def test_pruned_trials_stretch_no_axis():
     study = made_study(80, halved=True)
     late = [t.score for t in study.trials if t.state == "complete"]
-    assert shown_scores(study).range[0] >= min(late) - 1e-12
+    assert score_view(study).range[0] >= min(late) - 1e-12
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_many_words_share_a_level():
 
 def test_curves_are_means_over_the_folds():
     study = made_study(20, epochs=6, scoring="neg_log_loss")
-    curves = shown_curves(study)
+    curves = curve_view(study)
     np.testing.assert_allclose(curves.mean, -study.curves.mean(2))
     np.testing.assert_allclose(curves.spread, study.curves.std(2, ddof=1))
-    assert curves.drawable and not shown_curves(study_of([{}, {}])).drawable
+    assert curves.drawable and not curve_view(study_of([{}, {}])).drawable
 
 
 def test_importance_finds_what_matters():

@@ -14,9 +14,8 @@ from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
 from gputune.methods.edges import edge_remarks
-from gputune.report.facts import seconds_text, states_of, states_words
+from gputune.report.facts import seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
-from gputune.study.rows import TrialState
 from gputune.study.study import Study, Trial
 from gputune.text import Measure, blocks, clean, count, paragraph, short
 from gputune.views.scores import other_measures
@@ -25,13 +24,6 @@ BEST = 5
 """Trials in the table."""
 
 _LABEL = 9
-_STATES: dict[TrialState, str] = {
-    "complete": "complete",
-    "pruned": "sent away",
-    "stopped": "cut short",
-    "failed": "diverged",
-    "waiting": "not started",
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ def ensemble_words(
     )
 
 
-def closing_text(ending: Ending, *, width: int) -> str:
+def summary_text(ending: Ending, *, width: int) -> str:
     """Return the lines that end ``gputune tune`` and ``train``."""
     trials = (
         _best_trials(ending, width) if ending.trial is None else _one_trial(ending.study, ending.trial, width)
@@ -171,11 +163,11 @@ def _pruned(study: Study) -> str:
     """The rungs at which trials left, and how much training that saved."""
     left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
     if not left:
-        return "no trial was sent away: there was no rung before the last epoch, or one trial alone"
+        return "no trial was pruned: there was no rung before the last epoch, or one trial alone"
     rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(left.items()))
     spent, full = study.spent
     return (
-        f"of {count(len(study.trials), 'trial')} these were sent away: {rungs}; {spent} of {full} trial-epochs were "
+        f"of {count(len(study.trials), 'trial')} these were pruned: {rungs}; {spent} of {full} trial-epochs were "
         f"trained ({spent / max(1, full):.0%})"
     )
 
@@ -214,13 +206,10 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
     """Return the parameters of a trial, its score in every fold, and its curve."""
     measure, record = study_measure(study), study.record
     params = ", ".join(f"{clean(key)}={short(value)}" for key, value in trial.params.items())
-    error = f" ± {measure.size(trial.std_error)}" if math.isfinite(trial.std_error) else ""
+    score = f"{measure.title} {measure.with_error(trial.score, trial.std_error)}"
     lines = [
         (f"Trial {trial.number}", params),
-        (
-            "Score",
-            f"{measure.title} {measure.text(trial.score)}{error}, {mean_words(study, errors=bool(error))}",
-        ),
+        ("Score", f"{score}, {mean_words(study, errors=math.isfinite(trial.std_error))}"),
         ("Folds", ", ".join(map(measure.text, trial.fold_scores))),
     ]
     if others := other_measures(study):
@@ -317,15 +306,8 @@ def _model_and_next(folder: Path) -> list[str]:
 
 def _kept(ending: Ending, width: int) -> list[str]:
     """How many trials there are of each state, and their file."""
-    trials = _labelled(
-        [
-            (
-                "Trials",
-                f"{states_words(states_of(ending.study), _STATES)}; {seconds_text(ending.seconds)} in all",
-            )
-        ],
-        width,
-    )
+    states = states_text(states_of(ending.study))
+    trials = _labelled([("Trials", f"{states}; {seconds_text(ending.seconds)} in all")], width)
     # Not filled: a path must stay in one piece.
     ended = [_labelled([("Ended", ending.ended)], width)] if ending.ended else []
     return [*ended, trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
