@@ -174,7 +174,7 @@ def test_trials_that_prepare_numbers_in_a_way_are_those_of_a_search_of_it_alone(
             models = alone.best_model(trial=one.number), opened.best_model(*iris, trial=number)
             np.testing.assert_array_equal(*(found.predict_proba(iris[0]) for found in models))
     assert not isinstance(model, type) or models[1].module.body[0].in_features == 64
-    again = "".join(again_code(gputune.Study.open(study.file)))
+    again = "".join(snippet(gputune.Study.open(study.file)))
     assert f'numbers": [{study.best_params["numbers"]!r}]'.replace('"', "'") in again
 
 
