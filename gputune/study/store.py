@@ -27,8 +27,8 @@ from gputune.study.database import (
     damaged,
     insert,
     open_file,
-    transaction,
     sqlite_errors,
+    transaction,
 )
 from gputune.study.record import lost_option
 from gputune.study.rows import (
