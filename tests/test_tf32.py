@@ -69,6 +69,14 @@ def test_where_it_means_nothing_it_is_refused(given, device, message, monkeypatc
         Options(**{"tf32": True, **given})
 
 
+def test_what_is_solved_has_none(monkeypatch):
+    monkeypatch.setattr("gputune.engine.backend.check_tf32", lambda *_: None)
+    with pytest.raises(
+        gputune.InputError, match="solved with optimizer='exact' has double precision, where it would do"
+    ):
+        gputune.tune("logistic", np.eye(6), np.arange(6) % 2, optimizer="exact", tf32=True, verbose=0)
+
+
 def test_a_gpu_before_ampere_has_none(monkeypatch):
     monkeypatch.setattr(Options, "device_here", lambda options: CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

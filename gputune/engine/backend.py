@@ -211,19 +211,12 @@ def on_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def check_tf32(
-    tf32: object, dtype: str, workers: object, device: torch.device, backend: BackendWord = "auto"
-) -> None:
+def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) -> None:
     """Raise InputError where TF32 is asked for and there is none; it is set in this process alone."""
     if not isinstance(tf32, bool):
         raise InputError(f"tf32 must be True or False, got {tf32!r}.")
     if not tf32:
         return
-    if backend == "kernel":
-        raise InputError(
-            "tf32=True is for matrix products of PyTorch, and backend='kernel' multiplies in full single precision; "
-            "leave one of them out."
-        )
     if device.type != "cuda" or dtype != "float32":
         raise InputError(
             "tf32=True is for matrix products of single precision on a GPU, got "

@@ -136,6 +136,7 @@ def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> Memb
         dropout=depth > 0 and any(config["dropout"] for config in configs),
         dtype=data.dtype,
         rows=tile_of(min(batch, max(len(fold.train) for fold in data.folds))),
+        tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
     ).fitted(_shared_bytes(data.device))
 
 

@@ -250,7 +250,7 @@ class Options:
             from gputune.engine.backend import check_precision, check_tf32
             from gputune.methods.descent import Hypergradient
 
-            check_tf32(self.tf32, self.dtype, self.workers, device, self.backend)
+            check_tf32(self.tf32, self.dtype, self.workers, device)
             check_precision(
                 self.precision, self.dtype, device, descends=isinstance(self.method, Hypergradient)
             )

@@ -187,6 +187,11 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
             f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in full precision: pass a "
             "module, for example model=gputune.models.MLP, or leave it out."
         )
+    if options.tf32 and choice.solved:
+        raise InputError(
+            "tf32=True is for matrix products of single precision, and the logistic regression solved with "
+            "optimizer='exact' has double precision, where it would do nothing; leave tf32 out."
+        )
     if options.backend == "loop" and choice.kind != "module":
         raise InputError(
             f"backend='loop' trains the members of a user's module one by one, and the model is {choice.name!r}; "

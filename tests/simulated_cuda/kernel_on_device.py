@@ -83,6 +83,12 @@ def test_members_over_the_grid_of_the_laws_are_those_of_compiled_code(optimizer,
     assert cuda.counts("launch")["kernel"]
 
 
+def test_tf32_is_of_the_kernel_too(iris):
+    exact, study = (search(iris, n_trials=2, max_epochs=2, tf32=tf32).curves for tf32 in (False, True))
+    assert cuda.counts("launch")["kernel"] and not cuda.counts("replay")
+    assert 1e-6 < abs(study - exact).max() < 1e-2
+
+
 @pytest.mark.long
 def test_a_regression_has_the_table_of_compiled_code(iris):
     rows = (iris[0][:, :3], iris[0][:, 3])
@@ -163,7 +169,6 @@ class Net(nn.Module):
         ("mlp", {"optimizer": "rmsprop"}, "does not know .*rmsprop.*; choose backend='graph', which records steps, or"),
         ("mlp", {"dtype": "float64"}, "does not know .*float64.*; choose"),
         (Net, {"space": {"lr": [0.1]}}, "trains the built-in MLP and linear models, and the model is a module of"),
-        ("mlp", {"tf32": True}, "tf32=True is for matrix products of PyTorch, and backend='kernel' multiplies in"),
     ],
 )  # fmt: skip
 def test_what_the_kernel_does_not_know_is_said(model, options, words, iris):
