@@ -138,5 +138,5 @@ def side_by_side(parts: Sequence[Statistics]) -> Statistics:
 
 def _by_place(statistics: Statistics) -> Statistics:
     """Return the same of features that are one input each, whose places and ends are written out."""
-    ends = np.full(statistics.n_inputs, np.inf)
+    ends = np.full(statistics.n_inputs, np.finfo(np.float64).max)  # which JSON can write
     return replace(statistics, places=np.arange(len(ends)), least=-ends, most=ends)

@@ -9,8 +9,10 @@ import torch
 from sklearn.preprocessing import QuantileTransformer, RobustScaler, StandardScaler
 
 from gputune.data.encode import Layout, Statistics, fit_layout, fit_statistics, transform
+from gputune.data.scaling import side_by_side
 from gputune.data.table import as_table
 from gputune.errors import InputError
+from gputune.types import NUMBERS
 
 
 def frame(n=200, seed=0):
@@ -48,6 +50,16 @@ def test_features_of_a_mixed_frame():
     for j, part in enumerate([dates.month, dates.day, dates.day_of_week]):
         np.testing.assert_array_equal(raw[:, 8 + j], part)
     assert raw[0, 7] == (frame()["joined"][0] - pd.Timestamp("1970-01-01")).days
+
+
+@pytest.mark.parametrize("ways", [NUMBERS, NUMBERS[::-1]])
+def test_inputs_side_by_side_are_those_of_each_way_to_prepare_numbers(ways):
+    layout = fit_layout(as_table(frame()))
+    raw, target = layout.raw(as_table(frame())), np.arange(200) % 2
+    parts = [fit_statistics(raw, layout, rows(), numbers=way, target=target) for way in ways]
+    written = json.dumps(side_by_side(parts).to_json(), allow_nan=False)
+    x = transform(raw, Statistics.from_json(json.loads(written)))
+    np.testing.assert_array_equal(x, np.concatenate([transform(raw, part) for part in parts], axis=1))
 
 
 @pytest.mark.parametrize("numbers", ["standard", "robust", "quantile", "piecewise", "none"])

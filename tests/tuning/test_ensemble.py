@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_iris
@@ -14,7 +15,8 @@ from torch import nn
 import gputune
 from gputune.cli.main import main
 from gputune.population.network import Ensemble
-from gputune.tuning.ensemble import predictions_of, recalled_for
+from gputune.study.export import WholeModel
+from gputune.tuning.ensemble import Predictions, predictions_of, recalled_for
 from gputune.tuning.progress import Progress
 
 HOW = {"n_trials": 6, "max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1}
@@ -194,7 +196,6 @@ def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
         pytest.param("mlp", IRIS, {}, marks=pytest.mark.long),
         ("mlp", DIABETES, {"space": {"width": [8, 16], "lr": [0.01, 0.03]}}),
         pytest.param("logistic", IRIS, {}, marks=pytest.mark.long),
-        (Net, IRIS, {"space": {"numbers": ["quantile", "piecewise", "robust", "none"]}, "n_trials": 4}),
         (OneLogit, (IRIS[0][50:], IRIS[1][50:]), {"space": {"lr": [0.01, 0.03]}}),
         pytest.param(
             *(Net, IRIS, {"space": {"module__width": [4, 8], "lr": [0.01, 0.03]}, "optimizer": "sgd"}),
@@ -218,6 +219,25 @@ def test_it_is_saved_loaded_and_exported_as_any_model(model, data, how, tmp_path
     tuned.export(tmp_path / "model.onnx")
     outputs = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"X": tuned.encoded(X)})
     np.testing.assert_allclose(np.squeeze(outputs[-1]), predict(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["mlp", "realmlp"])
+def test_its_members_may_prepare_numbers_each_otherwise(model, monkeypatch, tmp_path):
+    frame = pd.DataFrame(IRIS[0]).assign(kind=np.where(IRIS[0][:, 0] > 5, "large", "small"))
+    frame.iloc[::9, 1] = np.nan
+    sizes = {"width": [8]} if model == "mlp" else {"module__width": [8], "module__depth": [1]}
+    space = {"numbers": ["quantile", "piecewise", "robust", "none"], **sizes}
+    study = gputune.tune(model, frame, IRIS[1], space=space, **{**HOW, "n_trials": 4, "max_epochs": 2})
+    monkeypatch.setattr(Predictions, "choose", lambda *_: Counter({0: 1, 1: 1, 2: 1, 3: 1}))
+    tuned = study.ensemble(verbose=0)
+    assert tuned.spec["columns"] and tuned.module.members[0] is not tuned.module.members[1]
+    alone = [study.best_model(trial=trial).predict_proba(frame) for trial in range(4)]
+    np.testing.assert_allclose(tuned.predict_proba(frame), np.mean(alone, 0), rtol=1e-5)
+    tuned.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict_proba(frame), tuned.predict_proba(frame))
+    _, exported = WholeModel(loaded)(torch.from_numpy(loaded.encoded(frame)))
+    np.testing.assert_allclose(exported.detach(), tuned.predict_proba(frame), rtol=1e-5)
 
 
 def test_from_a_file_it_is_the_same(study):
