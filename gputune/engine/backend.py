@@ -155,7 +155,7 @@ def trains_as(
         return "compiled"
     if backend == "kernel":
         assert data is not None
-        if not KernelChunk.failure and not lacks(config, kind, data.of(config)):
+        if not KernelChunk.failure and not lacks(config, kind, data):
             return "kernel"
         backend = "graph"
     if backend == "compiled":

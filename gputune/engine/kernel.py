@@ -122,7 +122,7 @@ class KernelChunk(CompiledChunk):
 
 def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> MemberKernel:
     """Return the kernel of complete configurations of one shape, which may be more than it knows (``unknown``)."""
-    first = configs[0]
+    first, data = configs[0], data.of(configs[0])
     depth = first["depth"] if kind == "mlp" else 0
     batch = max(config["batch_size"] for config in configs)
     return MemberKernel(

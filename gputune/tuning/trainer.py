@@ -115,7 +115,7 @@ class Trainer:
         elif self.kind == "module":
             why = "trains the built-in MLP and linear models, and the model is a module of your own"
         else:
-            parts = [lacks(config, self.kind, self.data.of(config)) for config in configs]
+            parts = [lacks(config, self.kind, self.data) for config in configs]
             if not all(parts) or not parts:
                 return "kernel"
             why = f"does not know {parts[0]}"

@@ -117,6 +117,25 @@ def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
     assert found == ends
 
 
+@pytest.mark.parametrize(
+    ("pace", "most", "room", "epochs"),
+    [
+        (np.inf, 9, 999, 1),  # the speed is not known
+        (55.0, 9, 999, 1),
+        (180.0, 9, 999, 3),  # of 14 turns each, in a quarter of a second
+        (180.0, 2, 999, 2),
+        (180.0, 9, 130, 2),  # of 64 bytes each
+    ],
+)
+def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(
+    pace, most, room, epochs, chunk, monkeypatch
+):
+    monkeypatch.setattr(kernel, "_ROOM_BYTES", room)
+    chunk.pace, chunk.scoring, chunk.arrays, chunk.lengths = pace, None, {}, np.array([8])
+    chunk.room = lambda epochs: {"accuracy": None}
+    assert chunk.take(most) == chunk.epochs == epochs
+
+
 def test_a_card_holds_as_many_blocks_as_its_memory_and_its_threads(card):
     of = kernel._blocks(SimpleNamespace(shared=100_000, threads=256), GPU)
     assert of == 4 * 2

@@ -145,13 +145,20 @@ def test_epochs_between_which_nothing_is_decided_are_one_launch(options, launche
 
 
 def test_the_plan_says_what_the_kernel_trains(iris, capsys):
-    space = {"depth": [2, 5], "lr": [1e-3], "width": [16], "batch_size": [32]}
-    search(iris, space=space, include_default=False, n_trials=2, max_epochs=1, verbose=1)
+    space = {
+        "depth": [2, 5],
+        "lr": [1e-3],
+        "width": [16],
+        "batch_size": [32],
+        "numbers": ["none", "piecewise"],
+    }
+    search(iris, space=space, include_default=False, n_trials=4, max_epochs=1, verbose=1)
     said = capsys.readouterr().err
-    assert "1 by the kernel, 1 recorded" in said
-    assert (
-        said.count("compiling the kernel for members of 4-16-16-3: some seconds, once on this machine") == 1
+    assert "2 by the kernel, 2 recorded" in said
+    compiled = re.findall(
+        "compiling the kernel for members of (.*): some seconds, once on this machine", said
     )
+    assert sorted(compiled) == ["4-16-16-3", "64-16-16-3"]
 
 
 class Net(nn.Module):
