@@ -6,7 +6,7 @@ Opening a study to look at its trials must not wait for torch.
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gputune.study import study as data
 from gputune.text import card, count, short
@@ -72,7 +72,7 @@ class Study(data.Study):
         *,
         size: int = 25,
         candidates: int = 25,
-        seeds: int = 1,
+        refit: int | Literal["all", "folds"] = "all",
         calibrate: bool | None = None,
         trust_code: bool = False,
         verbose: int = 1,
@@ -80,10 +80,11 @@ class Study(data.Study):
         """The weighted mean of several trials, chosen on validation rows and trained again on all rows.
 
         Of what the best ``candidates`` trials predict on the rows that they have not seen, which the study keeps (else
-        they train on their folds once more), an ensemble is chosen greedily with
-        repetition (Caruana et al., 2004), in at most ``size`` steps; those chosen are trained on all rows, each with
-        ``seeds`` starts and orders. Probabilities, or values of a regression, are averaged. The model has
-        the residuals that ``predict_interval`` needs; chosen on the same rows, they are a little small.
+        they train on their folds once more), an ensemble is chosen greedily with repetition (Caruana et al., 2004), in
+        at most ``size`` steps. Those chosen are trained on all rows (``refit="all"``), each from so many starts and
+        orders (``refit=5``), or once on the training rows of each fold, prepared as all rows are (``refit="folds"``).
+        Probabilities, or values of a regression, are averaged. The model has the residuals that ``predict_interval``
+        needs; chosen on the same rows, they are a little small.
         ``calibrate`` is as in ``best_model``, and costs nothing here.
 
         ``info["score"]`` is honest about the choice: each fold is scored by what the other folds choose; the trials
@@ -95,7 +96,7 @@ class Study(data.Study):
         from gputune.tuning.ensemble import ensemble
 
         return ensemble(
-            self, X, y, size=size, candidates=candidates, seeds=seeds, calibrate=calibrate, trust_code=trust_code,
+            self, X, y, size=size, candidates=candidates, refit=refit, calibrate=calibrate, trust_code=trust_code,
             verbose=verbose,
         )  # fmt: skip
 

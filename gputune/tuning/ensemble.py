@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,15 +49,19 @@ def ensemble(
     *,
     size: int = 25,
     candidates: int = 25,
-    seeds: int = 1,
+    refit: int | Literal["all", "folds"] = "all",
     calibrate: bool | None = None,
     trust_code: bool = False,
     verbose: int = 1,
 ) -> TunedModel:
     """Choose and train an ensemble of the trials of a study; see ``Study.ensemble``."""
-    for name, number, least in (("size", size, 1), ("candidates", candidates, 2), ("seeds", seeds, 1)):
+    starts = 1 if isinstance(refit, str) and refit in ("all", "folds") else refit
+    words = "'all', 'folds' or "
+    for name, given, number, least, other in (
+        ("size", size, size, 1, ""), ("candidates", candidates, candidates, 2, ""), ("refit", refit, starts, 1, words),
+    ):  # fmt: skip
         if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
-            raise InputError(f"ensemble({name}={number!r}) must be a whole number from {least} on.")
+            raise InputError(f"ensemble({name}={given!r}) must be {other}a whole number from {least} on.")
     trials, calibrated = _candidates(study, candidates), is_calibrated(study, calibrate, "ensemble")
     search = recalled_for("ensemble", study, X, y, trust_code)
     predictions = predictions_of(search, trials, Progress(verbose))
@@ -65,16 +70,17 @@ def ensemble(
     kept = [trials[place] for place in sorted(chosen)]
     weights = [chosen[place] / chosen.total() for place in sorted(chosen)]
     whole = search.all_rows(kept)
+    parts = _parts(search, whole) if refit == "folds" else [whole] * int(starts)
     modules: list[nn.Module] = []
-    for number in range(seeds):
+    for number, data in enumerate(parts):
         seed = search.options.random_state
-        seed = seed if number == 0 else stream_seed(seed, "ensemble", number)
-        modules += [module for (module,) in search.train(whole, kept, seed=seed)]
+        seed = seed if number == 0 or refit == "folds" else stream_seed(seed, "ensemble", number)
+        modules += [module for (module,) in search.train(data, kept, seed=seed)]
     columns, statistics = _columns(search, whole, kept)
-    columns *= seeds
+    columns *= len(parts)
     task = search.problem.target.task
-    network = Ensemble(modules, [w / seeds for w in weights] * seeds, task, columns)
-    arguments = [search.arguments(search.config(trial), whole) for trial in kept] * seeds
+    network = Ensemble(modules, [w / len(parts) for w in weights] * len(parts), task, columns)
+    arguments = [search.arguments(search.config(trial), whole) for trial in kept] * len(parts)
     model = search.model(
         network.eval(),
         whole,
@@ -82,12 +88,21 @@ def ensemble(
         spec={"kwargs": arguments[0], "ensemble": arguments, **({"columns": columns} if columns else {})},
         info={
             "ensemble": {str(trial.number): weight for trial, weight in zip(kept, weights)},
-            "seeds": seeds,
+            "refit": refit,
             **search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))),
         },
     )
     temperature = predictions.temperature(shares) if calibrated else 1.0
     return replace(model, residuals=predictions.residuals(shares), temperature=temperature)
+
+
+def _parts(search: Search, whole: Dataset) -> list[Dataset]:
+    """Return the training rows of each fold of the search, prepared as all rows are: members then read the same."""
+    (every,), parts = whole.folds, []
+    for train, _ in unpack_folds(search.study.record.arguments.folds):
+        rows = torch.as_tensor(train, device=whole.device)
+        parts.append(replace(whole, folds=(replace(every, train=rows),)))
+    return parts
 
 
 def _columns(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.metrics import log_loss
+from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
 import gputune
@@ -96,13 +97,23 @@ def test_the_module_is_the_weighted_mean(task):
     torch.testing.assert_close(link(Ensemble(members, weights.tolist(), task)(x)), mean)
 
 
-def test_one_step_is_the_best_model_and_more_seeds_are_other_members(study):
+def test_one_step_is_the_best_model_and_more_starts_are_other_members(study):
     best, one = study.best_model(), study.ensemble(size=1, verbose=0)
     np.testing.assert_allclose(one.predict_proba(IRIS[0]), best.predict_proba(IRIS[0]), rtol=1e-5)
     assert one.info["ensemble"] == {str(study.best_trial.number): 1.0}
-    first, second = study.ensemble(size=1, seeds=2, verbose=0).module.members
+    first, second = study.ensemble(size=1, refit=2, verbose=0).module.members
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), best.module.parameters()))
     assert not torch.equal(first.layers[0].weight, second.layers[0].weight)
+
+
+def test_a_member_of_a_fold_is_that_of_the_search():
+    folds = list(StratifiedKFold(3).split(*IRIS))
+    study = gputune.tune("mlp", *IRIS, **{**HOW, "cv": folds, "numbers": "none"})
+    together, out_of_fold = study.ensemble(size=1, refit="folds", verbose=0), study.oof_predictions()
+    assert together.info["refit"] == "folds" and len(together.module.members) == 3
+    for member, (_, valid) in zip(together.module.members, folds):
+        predicted = member(torch.tensor(IRIS[0][valid], dtype=torch.float32)).softmax(1).detach()
+        np.testing.assert_allclose(predicted, out_of_fold[valid], rtol=1e-4)
 
 
 class Net(nn.Module):
@@ -207,7 +218,8 @@ def test_it_is_saved_loaded_and_exported_as_any_model(model, data, how, tmp_path
     ort = pytest.importorskip("onnxruntime")
     X, y = data
     with np.errstate(all="ignore"):
-        tuned = gputune.tune(model, X, y, **{**HOW, **how}).ensemble(seeds=2, verbose=0)
+        study = gputune.tune(model, X, y, **{**HOW, **how})
+    tuned = study.ensemble(refit="folds" if model == "mlp" else 2, verbose=0)
     predict = tuned.predict if tuned.classes is None else tuned.predict_proba
     tuned.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model", module=None if isinstance(model, str) else model)
@@ -264,7 +276,12 @@ def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
     [
         ({}, {"size": 0}, r"ensemble\(size=0\) must be a whole number from 1 on"),
         ({}, {"candidates": True}, r"ensemble\(candidates=True\) must be a whole number"),
-        ({}, {"seeds": 1.5}, r"ensemble\(seeds=1.5\) must be a whole number"),
+        ({}, {"refit": 1.5}, r"ensemble\(refit=1.5\) must be 'all', 'folds' or a whole number from 1 on"),
+        (
+            {},
+            {"refit": "fold"},
+            r"ensemble\(refit='fold'\) must be 'all', 'folds' or a whole number from 1 on",
+        ),
         ({"n_trials": 1}, {}, "needs two finished trials, and the study has 1; search on, or use best_model"),
         ({}, {"candidates": 1}, r"ensemble\(candidates=1\) must be a whole number from 2 on"),
         (
