@@ -128,7 +128,8 @@ def tune(
                  files of X and of y
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
                  ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; or a space by its name,
-                 "realmlp" or "realmlp-tabarena"; None: a default for the model
+                 "mlp" (the default one, behind a portfolio: seven good configurations that are tried first), "realmlp"
+                 or "realmlp-tabarena"; None: a default for the model
     n_trials     configurations in all: with ``include_default`` the default one, held to the space wherever that names
                  a key, and the others drawn, or asked of Optuna's sampler; ``include`` (dicts; a missing key takes the
                  default, held to the space too) comes on top

@@ -17,7 +17,7 @@ from gputune.study.store import Candidate
 from gputune.text import count
 from gputune.types import ONLINE, OPTIMIZERS, Config
 
-Origin = Literal["default", "include", "random"]
+Origin = Literal["default", "portfolio", "include", "random"]
 
 TAKERS: Mapping[str, tuple[str, ...]] = {
     "weight_decay": (*OPTIMIZERS, *(name for name in CLASSES if has_weight_decay(name))),
@@ -74,13 +74,15 @@ def first_candidates(
     include: Sequence[Mapping[str, object]],
     include_default: bool,
     defaults: Mapping[str, object],
+    portfolio: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Return what a new search begins with: the default configuration ("default"), then ``include`` ("include").
+    """Return what a new search begins with: "default", the default configuration, "portfolio", then "include".
 
     A key that is missing takes its default, held to the space where that names it: the nearest number there, or the
     first of a list of other things; what nobody knows the ends of is drawn. A configuration that is written like an
     earlier one (same keys, same values) is dropped.
 
+    portfolio: good configurations to try after the default one and only with it, as far as ``n_trials`` has room.
     space: checked. include: may have keys that the space lacks; ``check_include`` refuses those of other models.
     defaults: a value for each key of the space, with ``optimizer``, which ``lr``, ``weight_decay`` and ``momentum``
     follow where they are left out. Where another one is missing, as that of a module's required argument, no default
@@ -90,6 +92,7 @@ def first_candidates(
     configs: list[tuple[Config, Origin]] = []
     if include_default and n_trials and not _missing({}, space, defaults):
         configs.append((_fill({}, space, defaults), "default"))
+        configs += [(_fill(config, space, defaults), "portfolio") for config in portfolio[: n_trials - 1]]
     for i, config in enumerate(check_include(include, keys=KEYS, module=True)):
         if missing := _missing(config, space, defaults):
             raise InputError(
@@ -142,7 +145,7 @@ def top_up(
 
 def n_counted(trials: Sequence[Candidate]) -> int:
     """Return how many trials ``n_trials`` counts: all but the included ones."""
-    return sum(trial.origin in ("default", "random") for trial in trials)
+    return sum(trial.origin in ("default", "portfolio", "random") for trial in trials)
 
 
 def notes(

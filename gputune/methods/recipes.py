@@ -1,6 +1,6 @@
 """How a model trains and is searched where nobody says otherwise, and the published spaces that have a name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from scipy import stats
@@ -119,7 +119,42 @@ def _realmlp_tabarena(goal: Goal) -> list[dict[str, Choices]]:
     return [common | {"module__waves": [16], "module__size": [4]}, common | large]
 
 
+PORTFOLIOS: Mapping[str, Sequence[Config]] = {
+    "mlp": [
+        {
+            "lr": 0.00394, "batch_size": 64, "weight_decay": 0.00079,
+            "width": 256, "depth": 2, "dropout": 0.4, "activation": "gelu",
+        },
+        {
+            "lr": 0.00615, "batch_size": 64, "weight_decay": 1.37e-05,
+            "width": 64, "depth": 3, "dropout": 0.4, "activation": "gelu",
+        },
+        {
+            "lr": 0.00106, "batch_size": 32, "weight_decay": 0.00133,
+            "width": 128, "depth": 1, "dropout": 0.0, "activation": "relu",
+        },
+        {
+            "lr": 0.00133, "batch_size": 64, "weight_decay": 0.0171,
+            "width": 32, "depth": 2, "dropout": 0.4, "activation": "silu",
+        },
+        {
+            "lr": 0.00258, "batch_size": 64, "weight_decay": 0.00106,
+            "width": 256, "depth": 2, "dropout": 0.0, "activation": "gelu",
+        },
+        {
+            "lr": 0.000598, "batch_size": 128, "weight_decay": 0.193,
+            "width": 128, "depth": 3, "dropout": 0.2, "activation": "relu",
+        },
+        {
+            "lr": 0.00476, "batch_size": 64, "weight_decay": 0.00522,
+            "width": 64, "depth": 3, "dropout": 0.0, "activation": "silu",
+        },
+    ],
+}  # fmt: skip
+"""Good configurations that a space of a name begins with, chosen over eleven tables (scripts/benchmark)."""
+
 SPACES: Mapping[str, Callable[[Goal], list[dict[str, Choices]]]] = {
+    "mlp": lambda goal: [default_space("mlp", "adamw")],
     "realmlp": _realmlp,
     "realmlp-tabarena": _realmlp_tabarena,
 }

@@ -16,7 +16,7 @@ from gputune.methods.random import (
     remarks,
     top_up,
 )
-from gputune.methods.recipes import SPACES, default_space, named_space
+from gputune.methods.recipes import PORTFOLIOS, SPACES, default_space, named_space
 from gputune.methods.space import Space, check_include, check_space, space_text, to_scipy
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
@@ -33,17 +33,30 @@ def checked_space(choice: ModelChoice, options: Options) -> Space:
     keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
     space = options.space
-    if isinstance(space, str) and space in SPACES and not choice.recipe:
-        raise InputError(
-            f"space={space!r} is of RealMLP, got model={choice.name!r}; choose model='realmlp', or a space of keys."
-        )
     if isinstance(space, str):
+        _check_named(space, choice)
         space = named_space(space, choice.goal)
     elif space is None and choice.recipe:
         space = named_space("realmlp", choice.goal)
     elif space is None:
         space = default_space(choice.searched, choice.optimizer, choice.module_class)
     return check_space(to_scipy(space), keys=keys, module=module)
+
+
+def _check_named(space: str, choice: ModelChoice) -> None:
+    """Raise InputError for a space of a name that is another model's, or was measured with another optimizer."""
+    if space not in SPACES:
+        return  # which ``named_space`` says
+    if choice.searched != "mlp" if space in PORTFOLIOS else not choice.recipe:
+        model, words = ("mlp", "the MLP") if space in PORTFOLIOS else ("realmlp", "RealMLP")
+        raise InputError(
+            f"space={space!r} is of {words}, got model={choice.name!r}; choose model={model!r}, or a space of keys."
+        )
+    if space in PORTFOLIOS and choice.optimizer != "adamw":
+        raise InputError(
+            f"space={space!r} begins with configurations that were measured with adamw, got optimizer="
+            f"{choice.optimizer!r}; leave one of them out."
+        )
 
 
 _BEST = 5
@@ -64,13 +77,14 @@ def open_store(options: Options) -> Iterator[Store | None]:
 def first_trials(
     space: Space, choice: ModelChoice, options: Options, store: Store | None = None
 ) -> tuple[Candidate, ...]:
-    """Draw the trials of this call: the default one, the included ones, the random ones, those in the study first."""
+    """Draw the trials of this call: default, portfolio, included, random, of which those in the study come first."""
     first = first_candidates(
         space,
         n_trials=options.n_trials,
         include=options.include,
         include_default=options.include_default,
         defaults=_defaults(choice, options),
+        portfolio=PORTFOLIOS.get(options.space, ()) if isinstance(options.space, str) else (),
     )
     if not draws_at_once(options):
         return first
@@ -164,6 +178,9 @@ def _missing(
     # The default configuration was another one where it was not yet held to the space: it runs once.
     origins = {"random"} | {c.origin for c in ledger.candidates if c.origin == "default"}
     new = [c for c in trials if c.origin not in origins and c.params not in known]
+    room = max(0, options.n_trials - n_counted(ledger.candidates))
+    beyond = [c for c in new if c.origin == "portfolio"][room:]
+    new = [c for c in new if c not in beyond]
     number = 1 + max(candidate.number for candidate in ledger.candidates)
     added = [replace(c, number=number + i) for i, c in enumerate(new)]
     if not draws_at_once(options):

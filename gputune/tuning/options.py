@@ -119,7 +119,7 @@ class Options:
     space: object = _search(
         None, "--space KEY=SPEC",
         "what to search: width=32,64 is a list, width=16..256 all integers between, lr=1e-4..1e-1:log is "
-        "log-uniform, dropout=0..0.5 uniform, depth=3 fixed; or a name: realmlp, realmlp-tabarena",
+        "log-uniform, dropout=0..0.5 uniform, depth=3 fixed; or a name: mlp, realmlp, realmlp-tabarena",
         takes="specs",
     )  # fmt: skip
     schedule: str = _search(

@@ -145,6 +145,18 @@ def test_the_order_is_default_include_random():
     assert params(trials[3:]) == draw(space, 2, 0)
 
 
+@pytest.mark.parametrize(("n_trials", "listed"), [(1, 0), (2, 1), (9, 3)])
+def test_a_portfolio_follows_the_default_as_far_as_there_is_room(n_trials, listed):
+    portfolio = [{"lr": 0.5}, {"width": 9, "dropout": 0.1}, {"depth": 3}]
+    more = {"include": [{"lr": 0.4}], "portfolio": portfolio, "defaults": MLP_DEFAULTS}
+    first = first_candidates(checked(MIXED), n_trials=n_trials, include_default=True, **more)
+    assert [trial.origin for trial in first] == ["default", *["portfolio"] * listed, "include"]
+    assert params(first[1:-1]) == [first[0].params | config for config in portfolio[:listed]]
+    assert len(first + top_up(first, checked(MIXED), n_trials, 0)) == n_trials + 1
+    (only,) = first_candidates(checked(MIXED), n_trials=n_trials, include_default=False, **more)
+    assert only.origin == "include"
+
+
 def test_missing_keys_take_the_default_held_to_the_space():
     space = checked({"lr": [0.1, 0.2], "depth": 5, "width": [64, 256], "activation": ["tanh", "gelu"]})
     default = {"activation": "tanh", "depth": 5, "lr": 0.1, "width": 64}

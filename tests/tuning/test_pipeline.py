@@ -25,6 +25,7 @@ import reference
 from gputune.data.folds import hold_out
 from gputune.data.target import check_target
 from gputune.methods.edges import edge_remarks
+from gputune.methods.recipes import PORTFOLIOS
 from gputune.population.population import complete
 from gputune.report.snippet import snippet
 from gputune.study.store import Store
@@ -215,6 +216,21 @@ def test_numbers_of_a_space_have_a_default_go_on_and_are_included(iris, tmp_path
     assert more.trials[:2] == first.trials and more.trials[2].params["numbers"] == "quantile"
     for study in (more, gputune.tune("mlp", *iris, warm_start=[more], n_trials=1, **{**how, "study": None})):
         assert study.record.numbers == "robust" and np.isfinite(study.curves).all()
+
+
+def test_the_space_of_the_mlp_by_its_name_begins_with_a_portfolio(iris, tmp_path):
+    how = {"space": "mlp", **FAST, "max_epochs": 1, "cv": 2}
+    few = gputune.tune("mlp", *iris, n_trials=3, study=tmp_path / "study.db", **how)
+    more = gputune.tune("mlp", *iris, n_trials=10, study=tmp_path / "study.db", **how)
+    at_once = gputune.tune("mlp", *iris, n_trials=10, **how)
+    origins = ["default", *["portfolio"] * len(PORTFOLIOS["mlp"]), *["random"] * 10][:10]
+    assert [trial.origin for trial in at_once.trials] == [trial.origin for trial in more.trials] == origins
+    assert more.trials[:3] == few.trials
+    assert [trial.params for trial in at_once.trials] == [trial.params for trial in more.trials]
+    for listed, trial in zip(PORTFOLIOS["mlp"], at_once.trials[1:]):
+        assert listed.items() <= trial.params.items()
+    plain = gputune.tune("mlp", *iris, n_trials=2, include_default=False, **how)
+    assert [trial.origin for trial in plain.trials] == ["random", "random"]
 
 
 def test_files_and_bundled_sets(tmp_path, iris):
@@ -596,6 +612,14 @@ def test_a_random_state_object_is_used_once(iris):
                 "y": np.arange(9) % 3,
             },
             "'numbers' is searched for tables, and X is .* leave the key out, and give numbers='standard' to the whole",
+        ),
+        (
+            {"space": "mlp", "model": "logistic"},
+            "space='mlp' is of the MLP, got model='logistic'; choose model='mlp', or a space of keys",
+        ),
+        (
+            {"space": "mlp", "optimizer": "sgd"},
+            "space='mlp' begins with configurations that were measured with adamw, got optimizer='sgd'; leave one",
         ),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
         ({"max_epochs": 0}, "max_epochs must be an integer of at least 1, got 0"),
