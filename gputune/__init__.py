@@ -18,6 +18,7 @@ from gputune.errors import (
     StudyCorruptError,
     StudyVersionError,
 )
+from gputune.garbage import no_collecting
 from gputune.version import __version__
 
 if find_spec("gputune.models") is None:  # installation puts the folder models/ of the source in here
@@ -90,7 +91,8 @@ _MODULES = ("callbacks", "models", "optim", "sklearn")
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gputune' has no attribute {name!r}")
-    home = import_module(_HOMES[name])
+    with no_collecting():
+        home = import_module(_HOMES[name])
     return home if name in _MODULES else getattr(home, name)
 
 

@@ -26,6 +26,7 @@ from gputune.errors import (
     Terminated,
     UntrustedCodeError,
 )
+from gputune.garbage import no_collecting
 from gputune.tuning.interrupt import end_command, end_process, take_signals
 
 _MODULES = {
@@ -101,7 +102,8 @@ def _let_go_of_streams() -> None:
 
 def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
     try:
-        command = getattr(import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command)
+        with no_collecting():
+            command = getattr(import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command)
         text, is_quiet = command(arguments), getattr(arguments, "verbose", 1) == 0
         return _write("" if is_quiet else text)
     except SearchInterrupted as stop:

@@ -27,8 +27,10 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
         return ()
     for key, law in study.record.distributions.items():
         value, ends = best.params.get(key), _ends(law)
-        tried = {trial.params[key] for trial in scored if _is_number(trial.params.get(key))}
-        if ends is None or not _is_number(value) or len(tried) < _TRIED or key in study.record.descended:
+        if ends is None or not _is_number(value) or key in study.record.descended:
+            continue
+        tried = {one for trial in scored if _is_number(one := trial.params.get(key))}
+        if len(tried) < _TRIED:
             continue
         low, high = ends
         equal = [trial.params.get(key) for trial in scored if trial.score == best.score]

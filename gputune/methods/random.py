@@ -1,6 +1,7 @@
 """Random search: the trials of a search, drawn once by scikit-learn's ParameterSampler."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from operator import index
 from typing import Literal
 
@@ -53,18 +54,23 @@ def _draw_on(
     laws = [[part[key] for key in sorted(part)] for part in space]
     if known and not all(isinstance(law, list) for part in laws for law in part):
         generator = np.random.RandomState(seed)
+        draws = [[_pass_over(law, generator) for law in part] for part in laws]
         for _ in range(len(known) - 1):
-            for law in laws[generator.randint(len(laws))] if len(laws) > 1 else laws[0]:
-                if isinstance(law, list):
-                    generator.randint(len(law))
-                elif isinstance(getattr(law, "dist", None), stats.rv_continuous):
-                    generator.random_sample()  # most take the quantile of one, and ``rvs`` takes its time
-                else:
-                    law.rvs(random_state=generator)
+            for draw_one in draws[generator.randint(len(laws))] if len(laws) > 1 else draws[0]:
+                draw_one()
         last, *new = draw(space, n_trials - len(known) + 1, generator, check)
         if last == known[-1]:
             return new
     return draw(space, n_trials, seed, check)
+
+
+def _pass_over(law: Choices, generator: np.random.RandomState) -> Callable[[], object]:
+    """Return what moves a generator on by a draw of a law."""
+    if isinstance(law, list):
+        return partial(generator.randint, len(law))
+    if isinstance(getattr(law, "dist", None), stats.rv_continuous):
+        return generator.random_sample  # most take the quantile of one, and ``rvs`` takes its time
+    return partial(law.rvs, random_state=generator)
 
 
 def first_candidates(
@@ -336,7 +342,10 @@ def _complete(config: Config, defaults: Mapping[str, object]) -> Config:
 
 
 def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Hashable]]:
-    return frozenset((key, _hashable(value)) for key, value in config.items())
+    try:
+        return frozenset(config.items())
+    except TypeError:  # a value has no hash
+        return frozenset((key, _hashable(value)) for key, value in config.items())
 
 
 def _hashable(value: object) -> Hashable:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.optimizers.classes import class_of, optimizer_arguments, optimizer_defaults
+from gputune.optimizers.classes import class_of, keys_with, optimizer_arguments, optimizer_defaults
 from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, ONLINE, Config
 
 ModelKind = Literal["mlp", "linear", "module"]
@@ -53,7 +53,7 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
 def beyond_adam(config: Config) -> list[str]:
     """Return the keys of a complete configuration that change the steps of Adam and its kin."""
     changed = [key for key in ("beta2", "weight_decay_schedule") if config[key] != DEFAULTS[key]]
-    return changed + sorted(key for key in config if key.startswith((LR_FACTOR, DECAY_FACTOR)))
+    return changed + sorted(keys_with(config, LR_FACTOR, DECAY_FACTOR))
 
 
 @dataclass(frozen=True)

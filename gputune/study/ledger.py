@@ -9,6 +9,7 @@ from typing import Any
 
 from gputune.data.source import table_size
 from gputune.errors import InputError
+from gputune.garbage import no_collecting
 from gputune.scoring.outputs import Outputs, beyond_limit
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
@@ -55,12 +56,11 @@ class Ledger:
         """Read the file again, where there is one."""
         if self.store is None:
             return
-        rows = self.store.trials()
-        self.candidates = [candidate for candidate, _ in rows]
-        results = [result for _, result in rows if result is not None]
-        self.results = {r.number: r for r in results if r.state != "stopped"}
-        self._stopped = {r.number: r for r in results if r.state == "stopped"}
-        self.plan = self.store.plan()
+        with no_collecting():
+            self.candidates, self.plan = self.store.candidates(), self.store.plan()
+            results = self.store.results()
+        self.results = {number: result for number, result in results.items() if result.state != "stopped"}
+        self._stopped = {number: result for number, result in results.items() if result.state == "stopped"}
 
     def add(self, new: Sequence[Candidate]) -> None:
         """Take in drawn candidates before anything trains."""
@@ -183,7 +183,8 @@ class Ledger:
     def rows(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate with its result."""
         known = {**self._stopped, **self.results}
-        return [(candidate, known.get(candidate.number)) for candidate in self.candidates]
+        with no_collecting():
+            return [(candidate, known.get(candidate.number)) for candidate in self.candidates]
 
 
 def _differences(there: SearchRecord, here: SearchRecord) -> list[str]:

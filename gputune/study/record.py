@@ -248,6 +248,11 @@ def has_form(value: object, form: object) -> bool:
     match form:
         case tuple():
             return any(has_form(value, one) for one in form)
+        case [kind] if kind is int and isinstance(
+            value, list | tuple
+        ):  # a chunk has as many as it has trials
+            whole = {int}.issuperset(map(type, value))
+            return whole and (not value or -(2**63) <= min(value) <= max(value) < 2**63)
         case list():
             return isinstance(value, list | tuple) and all(has_form(item, form[0]) for item in value)
         case {"": inner}:

@@ -208,6 +208,12 @@ def outputs_from_row(number: int, epoch: int, width: int, values: bytes) -> tupl
     return number, Outputs(epoch, np.frombuffer(values, dtype="<f4").reshape(-1, width))
 
 
+def ranked(scores: NDArray[np.float64], pruned: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Return the rows of trials (C,), best first; pruned ones after the others, those without a finite score last."""
+    finite = np.isfinite(scores)
+    return np.lexsort((np.where(finite, -scores, 0.0), pruned, ~finite))  # ties keep their order
+
+
 def read_detail(text: str) -> Json:
     """Return the detail of a result. Raises ValueError for what is none."""
     facts: Json = {} if text == "{}" else from_json(text)
@@ -228,16 +234,16 @@ def read_row(make: Callable[..., Value], row: Row) -> Value:
 
 
 @lru_cache(maxsize=4096)
-def _lead(kind: str, size: int) -> bytes:
-    return f"{kind}:{size}:".encode()
+def _lead(kind: type, size: int) -> bytes:
+    return f"{kind.__name__}:{size}:".encode()
 
 
-def checksum(*values: object) -> str:
+def checksum(*values: str | bytes | int) -> str:
     """64 bits of SHA-256 over the values, each led by its type and length so that no two rows read alike."""
     parts: list[bytes] = []
     for value in values:
-        raw = value if type(value) is bytes else str(value).encode()
-        parts += (_lead(type(value).__name__, len(raw)), raw)
+        raw = value if isinstance(value, bytes) else str(value).encode()
+        parts += (_lead(type(value), len(raw)), raw)  # type: ignore[arg-type]  # each type has a hash
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 

@@ -6,19 +6,18 @@ in which they train, frozen when they are planned), ``results`` (at most one row
 """
 
 import errno
-import gc
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from gputune.errors import InputError
+from gputune.garbage import no_collecting
 from gputune.scoring.outputs import Outputs, beyond_limit
 from gputune.study.database import (
     OUTPUTS,
@@ -44,6 +43,7 @@ from gputune.study.rows import (
     checksum,
     outputs_from_row,
     outputs_to_row,
+    ranked,
     read_detail,
     read_row,
 )
@@ -55,6 +55,8 @@ _ROWS = {"meta": "option {!r}", "trials": "trial {}", "plan": "chunk {} of the p
 
 __all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
 
+
+Kept = TypeVar("Kept", Candidate, Chunk)
 
 States = list[tuple[TrialState, Json, int]]
 """How many trials there are of each state and detail."""
@@ -81,6 +83,7 @@ class Store:
         self._file = path.stat()
         # What was read once is not read again: no candidate is changed, and no result that stays.
         self._candidates: dict[int, Candidate] = {}
+        self._chunks: dict[int, Chunk] = {}
         self._results: dict[int, Result] = {}
 
     @classmethod
@@ -153,15 +156,12 @@ class Store:
 
         Raises StudyCorruptError where a row does not fit its checksum; a changed value is never returned.
         """
-        if numbers is not None:
-            candidates = self._rows("trials", Candidate.from_row, numbers)
-            new = self._rows("results", Result.from_row, numbers)
+        if numbers is None:
+            candidates, results = self.candidates(), self.results()
         else:
-            candidates = self.candidates()
-            new = self._rows("results", Result.from_row, self._unread("results", self._results))
-            self._results |= {result.number: result for result in new if result.state != "stopped"}
-        known = {**self._results, **{result.number: result for result in new}}
-        return [(candidate, known.get(candidate.number)) for candidate in candidates]
+            candidates = self._rows("trials", Candidate.from_row, numbers)
+            results = {result.number: result for result in self._rows("results", Result.from_row, numbers)}
+        return [(candidate, results.get(candidate.number)) for candidate in candidates]
 
     def check(self, numbers: Collection[int] | None = None) -> set[int]:
         """Hold each trial and result, or those of some numbers, against its checksum; return the numbers of results."""
@@ -170,9 +170,16 @@ class Store:
 
     def candidates(self) -> list[Candidate]:
         """Return every candidate in order of its number. Raises StudyCorruptError."""
-        new = self._rows("trials", Candidate.from_row, self._unread("trials", self._candidates))
-        self._candidates |= {candidate.number: candidate for candidate in new}
-        return [self._candidates[number] for number in sorted(self._candidates)]
+        return self._all("trials", Candidate.from_row, self._candidates)
+
+    def results(self) -> dict[int, Result]:
+        """Return every result by the number of its trial, in that order. Raises StudyCorruptError."""
+        known = self._results
+        unread = [candidate.number for candidate in self.candidates() if candidate.number not in known]
+        new = self._rows("results", Result.from_row, unread if known else None)
+        known |= {result.number: result for result in new if result.state != "stopped"}
+        results = {**known, **{result.number: result for result in new}}
+        return {number: results[number] for number in sorted(results)}
 
     def states(self) -> States:
         """Return how many trials there are of each state and detail. Nothing is held against a checksum."""
@@ -193,7 +200,7 @@ class Store:
         except (ValueError, TypeError) as error:
             raise damaged(self.path, f"the score of a result cannot be read ({error})") from error
         pruned = np.array([is_pruned for _, is_pruned, _ in rows], dtype=bool)
-        best = np.lexsort((-scores, pruned, ~np.isfinite(scores)))[:most]
+        best = ranked(scores, pruned)[:most]
         return [rows[place][0] for place in best if np.isfinite(scores[place])]
 
     def finished(self) -> int:
@@ -207,7 +214,7 @@ class Store:
 
     def plan(self) -> list[Chunk]:
         """Return the chunks that were frozen, in order of their numbers. Raises StudyCorruptError."""
-        return self._rows("plan", Chunk.from_row)
+        return self._all("plan", Chunk.from_row, self._chunks)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write the study as it is now into a new file, whole or not at all, whoever writes meanwhile.
@@ -256,13 +263,14 @@ class Store:
                 raise damaged(self.path, f"{_ROWS[table].format(rows[len(values)][0])} {error}") from error
         return values
 
-    def _unread(self, table: str, known: Mapping[int, object]) -> Collection[int] | None:
-        """Return the numbers in a table that are not known yet; None where none is."""
-        return (
-            {number for (number,) in self._read(f"SELECT rowid FROM {table}")} - known.keys()
-            if known
-            else None
-        )
+    def _all(self, table: str, make: Callable[..., Kept], known: dict[int, Kept]) -> list[Kept]:
+        """Return what a table says whose rows are never changed; those that are ``known`` are not read again."""
+        ((rows,),) = self._read(f"SELECT count(*) FROM {table}")
+        if rows != len(known):
+            numbers = {number for (number,) in self._read(f"SELECT rowid FROM {table}")} - known.keys()
+            new = self._rows(table, make, numbers if known else None)
+            known |= {value.number: value for value in new}
+        return [known[number] for number in sorted(known)]
 
     def _read(self, query: str, *values: object) -> list[Row]:
         with sqlite_errors(self.path):
@@ -306,15 +314,3 @@ class Store:
 
 def _values(*values: object) -> Row:
     return values
-
-
-@contextmanager
-def no_collecting() -> Iterator[None]:
-    """Hold the garbage collector back: of a million new objects none is garbage, and it took a fifth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
+from gputune.garbage import no_collecting
 from gputune.study.curves import Curves, stacked
 from gputune.study.record import SearchRecord
-from gputune.study.rows import TrialState
-from gputune.study.store import Candidate, Curve, Result, Store, no_collecting
+from gputune.study.rows import TrialState, ranked
+from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.text import count, did_you_mean, of_class
 from gputune.types import Config, Json
 
@@ -175,7 +176,7 @@ class Study:
 
     @property
     def _best(self) -> Trial | None:
-        best = min(self.trials, key=_rank, default=None)
+        best = next(iter(self._ranking), None)
         return best if best is not None and math.isfinite(best.score) else None
 
     @property
@@ -213,7 +214,9 @@ class Study:
 
     @cached_property
     def _ranking(self) -> tuple[Trial, ...]:
-        return tuple(sorted(self.trials, key=_rank))
+        scores = np.array([trial.score for trial in self.trials], dtype=np.float64)
+        pruned = np.array([trial.state == "pruned" for trial in self.trials], dtype=bool)
+        return tuple(self.trials[row] for row in ranked(scores, pruned))
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.
@@ -328,12 +331,6 @@ def numbered(study: Study, number: object, caller: str) -> Trial:
             f"{study.best_trial.number}; study.trials lists them."
         )
     return scored[int(number)]
-
-
-def _rank(trial: Trial) -> tuple[bool, bool, float, int]:
-    """Sorts best first. A score that is not finite is never best, whatever its sign."""
-    finite = math.isfinite(trial.score)
-    return (not finite, trial.state == "pruned", -trial.score if finite else 0.0, trial.number)
 
 
 def _kinds(values: Sequence[object]) -> set[type]:

@@ -19,7 +19,7 @@ from gputune.types import Json
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What is raised where a value that was read, and may be damaged or of somebody else, is not what it should be."""
 
-_JSON, _PLAIN = json.JSONDecoder(), (int, float, str)
+_JSON, _PLAIN = json.JSONDecoder(), frozenset((int, float, str))
 ARRAY_KINDS = "biufUO"
 _SMALL, _WIDTH = 2**20, 64
 """Bytes that an array may take in any case, and for each character of its items."""
@@ -79,11 +79,12 @@ def _encode_mapping(value: Mapping[object, object], name: str) -> object:
 
 def _decode(value: object) -> Any:
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return value if _PLAIN.issuperset(map(type, value)) else [_decode(item) for item in value]
     if not isinstance(value, dict):
         return value
     if len(value) != 1 or next(iter(value)) not in DECODERS:
-        return {key: item if type(item) in _PLAIN else _decode(item) for key, item in value.items()}
+        plain = _PLAIN.issuperset(map(type, value.values()))
+        return value if plain else {key: _decode(item) for key, item in value.items()}
     ((tag, content),) = value.items()
     return DECODERS[tag](content)
 

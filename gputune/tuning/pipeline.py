@@ -19,6 +19,7 @@ from gputune.engine.stop import Stop
 from gputune.errors import InputError
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
+from gputune.garbage import no_collecting
 from gputune.methods.descent import Hypergradient
 from gputune.methods.edges import edge_remarks
 from gputune.methods.optuna import OptunaSampler
@@ -148,8 +149,10 @@ def _prepare(
     options = with_earlier(options, space)
     problem = problem.searching(space, options.include)
     options = replace(options, numbers=problem.numbers)
-    folds, trials = _folds(problem, options), first_trials(space, choice, options, store)
-    configs = [choice.complete(trial.params, options.schedule) for trial in trials]
+    folds = _folds(problem, options)
+    with no_collecting():
+        trials = first_trials(space, choice, options, store)
+        configs = [choice.complete(trial.params, options.schedule) for trial in trials]
     data = _dataset(problem, folds, options, choice, configs, progress)
     first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
     if loss := default_loss(data, choice, options, first):

@@ -3,7 +3,7 @@
 import pytest
 
 from gputune.errors import StudyCorruptError
-from gputune.study.record import IDENTITY, PARTS, SearchRecord, lost_option
+from gputune.study.record import IDENTITY, PARTS, SearchRecord, has_form, lost_option
 from made_studies import META
 
 
@@ -59,3 +59,18 @@ def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
     assert [name for name, part in PARTS.items() if part.training] == training.split()
     others = {"target", "space", "method", "epoch", "patience", "metrics", "code", "max_levels"}
     assert {*IDENTITY} - {*training.split()} == others
+
+
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [
+        ([], True),
+        ([3, -(2**63)], True),
+        ((2**63 - 1,), True),
+        ([1, 2**63], False),
+        ([1, True], False),
+        (1, False),
+    ],
+)
+def test_whole_numbers_have_64_bits(value, fits):
+    assert has_form(value, [int]) is fits

@@ -16,7 +16,7 @@ from gputune.errors import StudyCorruptError, StudyVersionError
 from gputune.scoring.outputs import Outputs
 from gputune.study import database
 from gputune.study.repair import repair
-from gputune.study.store import Candidate, Result, Store
+from gputune.study.store import Candidate, Chunk, Result, Store
 from gputune.study.study import Study
 from refused import refused
 from study_rows import bits, candidates, change, make_study, result
@@ -424,15 +424,19 @@ def test_what_was_read_once_is_not_read_again(path, monkeypatch):
     with Store.create(path, META) as store, Store.open(path) as other:
         other.add_trials(candidates(range(4)))
         other.finish([result(1), result(2, state="stopped")])
+        other.add_chunks([Chunk(0, 0, (0, 1), 1)])
         assert [found and found.number for _, found in store.trials()] == [None, 1, 2, None]
+        assert store.plan() == [Chunk(0, 0, (0, 1), 1)]
         other.finish([result(0), result(2)])
         other.add_trials(candidates(range(4, 6)))
+        other.add_chunks([Chunk(7, 0, (2, 3), 1)])
         read = []
-        for kind in (Candidate, Result):
+        for kind in (Candidate, Result, Chunk):
             make = kind.from_row
             monkeypatch.setattr(kind, "from_row", lambda *row, make=make: read.append(row[0]) or make(*row))
         assert [found and found.state for _, found in store.trials()] == 3 * ["complete"] + 3 * [None]
-    assert read == [4, 5, 0, 2]
+        assert [chunk.number for chunk in store.plan()] == [0, 7]
+    assert read == [4, 5, 0, 2, 7]
 
 
 def test_a_result_without_its_trial_is_damage(path):
