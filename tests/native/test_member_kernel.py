@@ -31,6 +31,8 @@ from problems import (
 )
 from test_laws import OPTIMIZERS, SIZES, each, epochs_of_50_steps
 
+pytestmark = pytest.mark.cpu  # emulates the kernel itself, from the CPU's arrays
+
 CARDS = {"80": 166_912, "86": 101_376, "89": 101_376, "90": LARGEST, "100": LARGEST, "120": 101_376}
 """Bytes of shared memory that a block may have. Source: CUDA C++ Programming Guide, compute capabilities."""
 
