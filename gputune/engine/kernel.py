@@ -71,7 +71,8 @@ class KernelChunk(CompiledChunk):
 
     def take(self, most: int) -> int:
         """Return how many epochs the next ``advance`` trains for: as many of ``most`` as one launch has time for."""
-        room = sum(array.nbytes for array in self.room(1).values() if array is not None)
+        kept = self.arrays["scored"], self.arrays["accuracy"]
+        room = sum(array.nbytes for array in kept if array is not None) // self.epochs
         room += 8 * self.lengths.size * int(self.lengths.max())
         several = (
             self.scoring is None or self.scoring.on_outputs

@@ -131,8 +131,9 @@ def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(
     pace, most, room, epochs, chunk, monkeypatch
 ):
     monkeypatch.setattr(kernel, "_ROOM_BYTES", room)
-    chunk.pace, chunk.scoring, chunk.arrays, chunk.lengths = pace, None, {}, np.array([8])
-    chunk.room = lambda epochs: {"accuracy": None}
+    chunk.pace, chunk.scoring, chunk.lengths = pace, None, np.array([4])
+    chunk.arrays = {"accuracy": torch.empty((1, 4), dtype=torch.float64), "scored": None}
+    chunk.room = lambda epochs: {"accuracy": torch.empty((epochs, 4), dtype=torch.float64)}
     assert chunk.take(most) == chunk.epochs == epochs
 
 
