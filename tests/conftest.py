@@ -14,7 +14,7 @@ from sklearn.datasets import load_iris
 
 from gputune.engine.choice import DeviceChoice
 from gputune.modules.recorder import RECORDERS
-from gputune.study import code
+from gputune.study import code, database
 from stand_in import StandIn
 
 # A shell starts its background jobs with Ctrl-C ignored, which they and all that they start inherit: the tests of
@@ -46,6 +46,9 @@ class WriteDurations:
         DURATIONS.write_text("".join(lines))
 
 
+PRAGMAS = database.PRAGMAS
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_state(tmp_path_factory, pytestconfig):
     """What the tests train is remembered here, also by the processes that they start, and not for this user."""
@@ -58,6 +61,9 @@ def own_state(tmp_path_factory, pytestconfig):
         patch.setattr(
             "gputune.executors.pools.IDLE_SECONDS", 900
         )  # a worker that a test starts serves others
+        # Waiting for the disk costs 50 ms a study, and no test cuts the power; intervals take most of a score's time.
+        patch.setattr(database, "PRAGMAS", ("synchronous = OFF", *PRAGMAS[1:]))
+        patch.setattr("gputune.cli.held_out._SAMPLES", 40)
         if "simulated_cuda.torch_cuda" in sys.modules:  # whose binaries are none of a card
             patch.setattr("gputune.native.member_kernel.kept_binary", lambda name, source, make: make())
         if pytestconfig.getoption("--auto-gpu"):  # whatever is faster
@@ -67,6 +73,12 @@ def own_state(tmp_path_factory, pytestconfig):
             if simulated := sys.modules.get("simulated_cuda.torch_cuda"):
                 patch.setattr("gputune.executors.pools.begin_worker", simulated.begin_worker)
         yield
+
+
+@pytest.fixture
+def durable(monkeypatch):
+    """Studies are on the disk before a call returns, as outside of tests."""
+    monkeypatch.setattr(database, "PRAGMAS", PRAGMAS)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def both(data, configs, **options):
     return [run(data, configs, backend=backend, **options) for backend in ("eager", "compiled")]
 
 
-@pytest.mark.parametrize("width", [1, 15, 17, 40, 70, 130, 300])
+@pytest.mark.parametrize("width", [1, 15, 17, 70, 300])
 @pytest.mark.parametrize("depth", [1, 4])
 def test_any_width_and_depth(width, depth):
     configs = fill(*({"width": width, "depth": depth, "batch_size": size} for size in (1, 7, 33)))
@@ -242,7 +242,7 @@ def test_a_search_has_the_same_table_either_way(method):
     X = rng.randn(90, 4)
     y = (X[:, 0] + X[:, 1] ** 2 > 0.5).astype(int)
     space = {"lr": [1e-3, 1e-2], "width": [8, 20], "batch_size": [8, 16, 30], "dropout": [0.0, 0.2]}
-    common = {"n_trials": 12, "max_epochs": 9, "cv": 3, "dtype": "float64", "verbose": 0}
+    common = {"n_trials": 9, "max_epochs": 9, "cv": 2, "dtype": "float64", "verbose": 0}
     common |= {"space": space, "method": method, "scoring": "neg_log_loss"}
     eager, fast = (gputune.tune("mlp", X, y, backend=b, **common) for b in ("eager", "compiled"))
     assert [t.state for t in eager.trials] == [t.state for t in fast.trials]

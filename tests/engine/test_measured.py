@@ -84,8 +84,7 @@ class Wide(nn.Module):
         return self.outer(seen.squeeze(-1).mean(-1))
 
 
-@pytest.mark.parametrize("sizes", [[16], [64], [8, 11, 16, 13]])
-@pytest.mark.parametrize("width", [16, 100])
+@pytest.mark.parametrize(("width", "sizes"), [(16, [16]), (100, [64]), (100, [8, 11, 16, 13])])
 def test_a_line_through_two_sizes_foretells_the_peak_of_many_trials(width, sizes):
     group = population(*({"width": width, "batch_size": sizes[i % len(sizes)]} for i in range(60)))
     need = measure_need(job(), DATA, group, peak)

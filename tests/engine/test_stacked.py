@@ -177,8 +177,7 @@ def on_meta(value):
     return tuple(map(on_meta, value)) if isinstance(value, tuple) else value
 
 
-@pytest.mark.parametrize("sizes", [(9, 9), (9, 13)])
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
+@pytest.mark.parametrize(("optimizer", "sizes"), [("nesterov", (9, 9)), ("adamw", (9, 13))])
 def test_a_step_reads_the_device_alone(optimizer, sizes, monkeypatch):
     """Tensors on torch's device without numbers: as on a GPU, they meet no tensor of the host."""
     monkeypatch.setitem(RECORDERS, "meta", PlainRecorder)

@@ -42,7 +42,7 @@ def assert_same(found, expected, tables):
         assert (a - b).abs().max() <= 1e-12 * b.abs().max() + 1e-15, name
 
 
-@pytest.mark.parametrize("steps", (1, 2, 25))
+@pytest.mark.parametrize("steps", (1, 25))
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_all_modes_equal_finite_differences(optimizer, loss, steps):

@@ -174,11 +174,11 @@ def test_a_member_equals_its_plain_loop(name, optimizer):
     assert reason in traits_of(build, configs[0], data).unstackable
     for population in populations(configs, "module", rows=len(data.folds[0].train)):
         configs = list(population.configs)
-        trained = train(looped(build, configs, data), data, configs, seed=0, epochs=9, horizon=9)
+        trained = train(looped(build, configs, data), data, configs, seed=0, epochs=4, horizon=4)
         for c, config in enumerate(configs):
             x, y, weights = rows_of(data, 1)
             plain = partial(build, n_features=data.n_features, n_outputs=data.n_outputs)
-            alone = reference.train_module(plain, x, y, config, epochs=9, weights=weights)
+            alone = reference.train_module(plain, x, y, config, epochs=4, weights=weights)
             assert largest_difference(trained.member(1, c), alone) <= 1e-8
             assert getattr(trained.member(1, c), "step", 0) == getattr(alone, "step", 0)
 

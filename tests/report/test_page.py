@@ -175,12 +175,18 @@ def test_the_policy_allows_the_pages_own_script_and_style_alone(html):
     assert html.index("Content-Security-Policy") < html.index("<style")
 
 
+@pytest.fixture(scope="module")
+def plain():
+    return Elements(page(hostile_study("plain")))
+
+
 @pytest.mark.parametrize("text", HOSTILE)
-def test_no_text_adds_an_element(text):
-    plain, hostile = Elements(page(hostile_study("plain"))), Elements(page(hostile_study(text)))
+def test_no_text_adds_an_element(text, plain):
+    written = page(hostile_study(text))
+    hostile = Elements(written)
     assert hostile.tags == plain.tags
     assert [a[:2] for a in hostile.attributes] == [a[:2] for a in plain.attributes]
-    assert not any(ord(char) < 32 and char not in "\n" for char in page(hostile_study(text)))
+    assert not any(ord(char) < 32 and char not in "\n" for char in written)
 
 
 def test_no_text_ends_the_data():

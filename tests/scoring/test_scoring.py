@@ -16,7 +16,7 @@ N = 60
 X = RNG.normal(size=(N, 3)) * [1, 20, 0.01] + [0, 50, 0]
 Y = np.where(X[:, 0] + (X[:, 1] - 50) / 20 > 0, "yes", "no")
 FRAME = pd.DataFrame(X, columns=["a", "b", "c"]).assign(d=np.where(X[:, 2] > 0, "left", "right"))
-FAST = {"n_trials": 2, "max_epochs": 3, "cv": 2, "verbose": 0, "workers": 1}
+FAST = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0, "workers": 1}
 
 
 def consistent(estimator, X, y):
@@ -37,7 +37,6 @@ def consistent(estimator, X, y):
     ("model", "options"),
     [
         ("mlp", {}),
-        ("mlp", {"backend": "eager"}),
         ("mlp", {"backend": "graph"}),
         ("mlp", {"method": "halving", "numbers": "quantile"}),
         ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1}),
@@ -45,7 +44,7 @@ def consistent(estimator, X, y):
         ("logistic", {}),
         (Linear, {"dtype": "float64"}),
     ],
-    ids=["compiled", "eager", "graph", "halving", "hypergradient", "workers", "solved", "module"],
+    ids=["compiled", "graph", "halving", "hypergradient", "workers", "solved", "module"],
 )
 @pytest.mark.usefixtures("recorded_on_cpu")
 def test_an_estimator_predicts_what_it_is_given(model, options):

@@ -39,15 +39,15 @@ def test_cross_validation_shows_the_same_numbers_twice(script, capsys):
 
 
 def test_both_searches_are_shown_side_by_side(script, monkeypatch, capsys):
-    monkeypatch.setattr(script("iris"), "N_TRIALS", 4)
-    monkeypatch.setattr(script("iris"), "EPOCHS", 30)
+    monkeypatch.setattr(script("iris"), "N_TRIALS", 3)
+    monkeypatch.setattr(script("iris"), "EPOCHS", 20)
     script("iris").random_search()
     pattern = r"^ *(\d\.\d{4}) +(\d\.\d{4})  (.+)$"
     logistic, perceptron = capsys.readouterr().out.split("multilayer perceptron")
     rows = re.findall(pattern, logistic, re.M)
-    assert len(rows) == 4 and all(ours == theirs for ours, theirs, _ in rows)
+    assert len(rows) == 3 and all(ours == theirs for ours, theirs, _ in rows)
     rows = re.findall(pattern, perceptron, re.M)
-    assert len(rows) == 4 and all(abs(float(ours) - float(theirs)) < 0.1 for ours, theirs, _ in rows)
+    assert len(rows) == 3 and all(abs(float(ours) - float(theirs)) < 0.1 for ours, theirs, _ in rows)
     assert all(re.search(r"batch_size=\d+, lr=\S+, width=\d+", words) for _, _, words in rows)
 
 

@@ -70,7 +70,7 @@ def test_the_claims_of_the_paper_and_the_files(tmp_path):
 
 
 def test_the_same_call_prints_the_same_page(script, capsys, tmp_path):
-    options = ["--models", "mlp", "mlp", "--epochs", "1", "--width", "8", "--out", str(tmp_path)]
+    options = ["--models", "logreg", "logreg", "--epochs", "1", "--out", str(tmp_path)]
     pages = []
     for _ in range(2):
         assert script("baydin2018").main(options) == 0

@@ -97,7 +97,7 @@ def test_a_result_that_contradicts_itself_is_refused(changed, message):
         result(4, **changed)
 
 
-def test_settings_of_the_file(path):
+def test_settings_of_the_file(path, durable):
     with Store.create(path, {}) as store:
         pragma = lambda name: store._connection.execute(f"PRAGMA {name}").fetchone()[0]  # noqa: E731
         assert pragma("application_id") == int.from_bytes(b"gptu", "big")

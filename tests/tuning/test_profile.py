@@ -75,7 +75,7 @@ def test_the_speed_of_a_product_is_above_zero_and_leaves_the_threads_alone():
     "more", [[], ["--backend", "eager", "--workers", "2"], ["--method", "halving"]], ids=str
 )
 def test_the_command(tmp_path, more):
-    words = "tune sklearn:iris --trials 3 --epochs 3 --out".split()
+    words = "tune sklearn:iris --trials 3 --epochs 3 --cv 2 --out".split()
     code, out, _ = run(*words, tmp_path / "out", "--profile", *more)
     assert code == 0
     names = "reading and preparing rows, planning, training, steps, scores, storing, the rest"
