@@ -225,7 +225,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
                 "--live",
                 "write it again every few seconds, a page that reloads itself, until the search has ended",
             ),
-            _Flag("--confusion", "a confusion matrix; for it the best trial trains on its folds once more"),
+            _Flag("--confusion", "a confusion matrix of what the best trial predicts on its folds"),
             _Flag(
                 "--importance", "what each column is worth, by shuffling it; the best trial trains once more"
             ),

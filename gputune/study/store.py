@@ -149,7 +149,7 @@ class Store:
         """
         self._insert("results", [result.to_row() for result in results])
         if outputs:
-            self._insert("outputs", [outputs_to_row(*one) for one in outputs.items()])
+            self._keep(outputs)
 
     def trials(self, numbers: Collection[int] | None = None) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate, or those of some numbers, in their order, each with its result or None.
@@ -229,13 +229,20 @@ class Store:
             return {}
         return dict(self._rows("outputs", outputs_from_row, numbers))
 
-    def _drop_beyond_limit(self) -> None:
-        """Drop the outputs of the worst trials where all take too many bytes; a transaction is open."""
+    def _keep(self, outputs: Mapping[int, Outputs]) -> None:
+        """Write outputs, also over others of a trial whose result was lost; drop the worst where all take too much."""
+        self._check_place()
+        rows = [outputs_to_row(*one) for one in outputs.items()]
         query = "SELECT number, length(outputs), substr(score, 1, 8) FROM outputs JOIN results USING (number)"
-        rows = self._connection.execute(query).fetchall()
-        scores = {number: float(np.frombuffer(score, "<f8")[0]) for number, _, score in rows}
-        dropped = beyond_limit({number: size for number, size, _ in rows}, scores)
-        self._connection.executemany("DELETE FROM outputs WHERE number = ?", [(n,) for n in dropped])
+        with transaction(self._connection, self.path):
+            write = self._connection.execute
+            write(OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
+            for row in rows:
+                write("INSERT OR REPLACE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
+            kept = write(query).fetchall()
+            scores = {number: float(np.frombuffer(score, "<f8")[0]) for number, _, score in kept}
+            for number in beyond_limit({number: size for number, size, _ in kept}, scores):
+                write("DELETE FROM outputs WHERE number = ?", (number,))
 
     def close(self) -> None:
         """Close the file. Everything was on the disk before; closing twice does nothing."""
@@ -292,8 +299,6 @@ class Store:
     def _insert(self, table: str, rows: Iterable[Row]) -> None:
         self._check_place()
         with transaction(self._connection, self.path):
-            if table == "outputs":
-                self._connection.execute(OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
             for row in rows:
                 try:
                     if table == "results":
@@ -308,8 +313,6 @@ class Store:
                         f"{'was never added' if never_added else 'is there already and is never replaced'}; "
                         "nothing was written. Two processes may be at work on one study, or it is another one."
                     ) from error
-            if table == "outputs":
-                self._drop_beyond_limit()
 
 
 def _values(*values: object) -> Row:
