@@ -20,8 +20,7 @@ from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Reuse
 from gputune.errors import warn
 from gputune.modules.blame import explain
-from gputune.modules.loop_chunk import LoopChunk
-from gputune.modules.looped import LoopedModule
+from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError

@@ -1,18 +1,33 @@
-"""The members of a chunk as rows, each of all parameters of one plain module: of what cannot be stacked."""
+"""Members that train one after another, each a plain module: of what cannot be stacked, on any device.
 
-from collections.abc import Mapping, Sequence
+A member's parameters are one contiguous row, of which its module's own parameters and gradients are views. Rows of an
+epoch and draws are those of stacked members. A parameter that a step does not use is left as it is, as by a loop of
+PyTorch's: by the classes of torch.optim, which take the steps of what cannot be stacked where they can.
+"""
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.modules.calls import put_numbers
-from gputune.modules.construction import name_of
+from gputune.modules.calls import autocast, kept_of, not_trained, put_numbers
+from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.module import ModuleNetwork
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.optimizers.classes import loop_reason
-from gputune.population.batches import Batch, Batches
-from gputune.types import Params
+from gputune.optimizers.classes import RowUpdate, class_of, class_of_rule, loop_reason
+from gputune.optimizers.optimizer import Optimizer
+from gputune.optimizers.rules import schedule_factor
+from gputune.population.batches import Batch, Batches, row_order, steps_of
+from gputune.population.population import beyond_adam
+from gputune.scoring.scoring import Scoring
+from gputune.scoring.validation import Validation
+from gputune.seeding import keyed_draws, start_stream
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 
 
 class LoopedModule(ModuleNetwork):
@@ -106,3 +121,227 @@ def _real(tensor: Tensor) -> Tensor:
 def _shaped(part: Tensor, like: Tensor) -> Tensor:
     """Return a part of a row in the shape of a tensor, complex where that is."""
     return torch.view_as_complex(part.view(*like.shape, 2)) if like.is_complex() else part.view(like.shape)
+
+
+_AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
+
+_Rows = tuple[tuple[Tensor, ...], Tensor, Tensor | None]
+"""A minibatch: rows of each input, their targets, their weights."""
+
+
+class _Alone(Optimizer):
+    """The optimizer of one member that adapts its own rate, or whose steps no class of torch.optim takes."""
+
+    def __init__(
+        self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
+    ) -> None:
+        sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
+        whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
+        parts = {"trained": theta.shape} if whole else {k: w.shape for k, w in network.leaves(theta).items()}
+        blocks = Blocks(
+            [Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None) for k, shape in parts.items()]
+        )
+        each_epoch = torch.tensor([[steps]], device=theta.device)
+        super().__init__([config], blocks, theta, steps=each_epoch, horizon=horizon)
+
+
+class _Member:
+    """A plain module whose trained parameters and their gradients are views of two rows, and its optimizer."""
+
+    def __init__(
+        self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int
+    ) -> None:
+        self.network, self.config = network, config
+        self.module = network.plain(network.shape.device)
+        self.row = network.as_row({name: start[name] for name in network.first})
+        for name, tensor in not_trained(self.module).items():
+            if name in network.kept:
+                tensor.copy_(start[name])
+        self.grad = torch.zeros_like(self.row)
+        own = dict(self.module.named_parameters())
+        self.parts = [(own[name], value) for name, value in network.parts(self.row).items()]
+        for parameter, value in self.parts:
+            parameter.data = value
+        # Each with a counter of writes of its own, which tells whether a backward has reached it.
+        self.slopes = [value.data for value in network.parts(self.grad).values()]
+        for (parameter, _), slope in zip(self.parts, self.slopes):
+            parameter.grad = slope
+        self.written = [slope._version for slope in self.slopes]
+        self.rates = [self.module.get_buffer(name) for name in network.scheduled]
+        self.total = steps * horizon
+        # Those that the optimizer holds one by one, and skips where a step does not use them.
+        self.leaves: list[Tensor] = []
+        self.leaf_slopes: list[Tensor] = []
+        self.update: RowUpdate | _Alone
+        if not (class_of(config) or class_of_rule(config)) or set(beyond_adam(config)) - {"beta2"}:
+            self.update = _Alone(network, config, self.row, steps=steps, horizon=horizon)
+            return
+        if class_of(config) or network.traits.unstackable:
+            self.leaves = list(network.leaves(self.row).values())
+            self.leaf_slopes = list(network.leaves(self.grad).values())
+        else:  # as stacked members, whose steps are those of all parameters
+            self.row.grad = self.grad
+        self.update = RowUpdate(config, self.row, self.leaves, steps=steps, horizon=horizon)
+
+    @property
+    def is_its_row(self) -> bool:
+        """Whether it is scored as it is, and no average of it."""
+        return self.update.scored(self.row) is self.row
+
+    def step(self) -> None:
+        """Take a step by the gradients of a backward; a class of torch.optim leaves out what those have not reached."""
+        for parameter, value in self.parts:
+            if parameter.data_ptr() != value.data_ptr():  # the forward has given it other memory, by its data
+                value.copy_(parameter.detach())
+                parameter.data = value
+        if self.leaves:
+            written = [slope._version for slope in self.slopes]
+            for leaf, slope, before, now in zip(self.leaves, self.leaf_slopes, self.written, written):
+                leaf.grad = None if before == now else slope
+            self.written = written
+        self.update.step(self.row, self.grad)
+
+    def kept(self) -> Tensor:
+        """Return what training changes beside the parameters, as a row (M,)."""
+        return self.network.as_row(kept_of(self.module, tuple(self.network.kept)))
+
+    def dropouts(self, epoch: int, steps: int) -> list[float]:
+        """Return the rates of dropout in the steps of an epoch."""
+        done = np.arange(epoch * steps, (epoch + 1) * steps)
+        factors = schedule_factor(self.config["dropout_schedule"], done, np.full(steps, self.total))
+        return [float(self.config["dropout"] * factor) for factor in factors]
+
+    def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
+        """Go on from the tensors of a member and the rows of its moments."""
+        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        for name, value in values.items():
+            if name in own:
+                own[name].data.copy_(value)
+        put_numbers(self.module, {k: values[k] for k in self.network.kept})
+        self.update.resume(moments)
+
+
+class LoopChunk:
+    """The members of a chunk, fold by fold and one trial after another."""
+
+    scoring_share = 0.0
+
+    def __init__(
+        self,
+        network: LoopedModule,
+        data: Dataset,
+        configs: Sequence[Config],
+        *,
+        seed: int,
+        horizon: int,
+        scoring: Scoring | None,
+    ) -> None:
+        self.network, self.data, self.seed = network, data, seed
+        self.target = network.targets(data.y)
+        self.validation = Validation(data, scoring)
+        self.alive = list(range(len(configs)))
+        self.lengths = np.array([len(fold.train) for fold in data.folds])
+        self.sizes = np.minimum.outer(
+            self.lengths, np.array([min(c["batch_size"], 2**62) for c in configs])
+        )  # (F, C)
+        self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
+        self.members = [
+            [_Member(network, c, start, steps=int(steps), horizon=horizon) for c, steps in zip(configs, row)]
+            for start, row in zip(network.starts(), self.steps)
+        ]
+
+    @property
+    def flat(self) -> Tensor:
+        """The members' rows, as the blocks of the network lie."""
+        return self._rows([member.row for row in self.members for member in row])
+
+    @property
+    def scored(self) -> Tensor:
+        """What is scored and saved: the rows, or their averages, and what else training changes."""
+        return self._rows([member.update.scored(member.row) for row in self.members for member in row])
+
+    def _rows(self, trained: list[Tensor]) -> Tensor:
+        kept = [member.kept() for row in self.members for member in row] if self.network.kept else []
+        return torch.cat(trained + kept)
+
+    @property
+    def moments(self) -> tuple[Tensor, ...]:
+        """The optimizer's flat buffers."""
+        states = [member.update.state() for row in self.members for member in row]
+        return tuple(torch.cat(buffers) for buffers in zip(*states))
+
+    def resume(self, buffers: Sequence[Tensor]) -> None:
+        """Go on from flat buffers: of the members, then of the moments."""
+        params = self.network.blocks.views(buffers[0])
+        moments = [self.network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
+        for f, row in enumerate(self.members):
+            for c, member in enumerate(row):
+                member.resume(self.network.values(params, f, c), [moment[f, c] for moment in moments])
+
+    def keep(self, stays: np.ndarray) -> None:
+        """Go on with the trials of ``stays`` (C,) alone."""
+        if stays.all():
+            return
+        places = np.flatnonzero(stays).tolist()
+        self.alive = [self.alive[c] for c in places]
+        if places:
+            self.network = self.network.subset(places)
+            self.members = [[row[c] for c in places] for row in self.members]
+            self.sizes, self.steps = self.sizes[:, places], self.steps[:, places]
+
+    def scores(self) -> np.ndarray:
+        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        members = {(f, c): member for f, row in enumerate(self.members) for c, member in enumerate(row)}
+        self.network.own = {place: member.module for place, member in members.items() if member.is_its_row}
+        return self.validation.scores(self.network, self.network.blocks.views(self.scored), len(self.alive))
+
+    def advance(self, epoch: int) -> None:
+        """Train for one epoch."""
+        order = row_order(self.data, self.seed, epoch)
+        draws = partial(keyed_draws, self.data.device, self.seed, "dropout")
+        for f, row in enumerate(self.members):
+            for c, member in enumerate(row):
+                size, steps = int(self.sizes[f, c]), int(self.steps[f, c])
+                with draws() if self.network.traits.draws else nullcontext(), torch.enable_grad():
+                    self._train(member, f, epoch, torch.split(order[f, : self.lengths[f]], size)[:steps])
+
+    def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
+        """Take the steps of an epoch: this is the loop."""
+        module = member.module.train()
+        names, draws, objective = self.network.shape.names, self.network.traits.draws, self.network.objective
+        absent = None if self.data.present is None else ~self.data.present[fold]
+        member.update.begin(epoch)
+        dropouts = member.dropouts(epoch, len(minibatches)) if member.rates else []
+        for step, (inputs, y, weights) in enumerate(self._gathered(fold, minibatches)):
+            for rate in member.rates:
+                rate.fill_(dropouts[step])
+            if draws:
+                start_stream(self.data.device, self.seed, "dropout", epoch, step)
+            if objective.augment is not None:
+                found = objective.augmented([x[None] for x in inputs], names, self.seed, (epoch, step))
+                inputs = tuple(x[0] for x in found)
+            with autocast(self.network.shape.precision, self.network.shape.device):
+                losses = objective.losses(module, inputs, y, member.config, names=names, absent=absent)
+            member.grad.zero_()
+            _mean(losses, weights).backward()  # type: ignore[no-untyped-call]
+            member.step()
+
+    def _gathered(self, fold: int, minibatches: Sequence[Tensor]) -> Iterator[_Rows]:
+        """Yield what each minibatch reads, of which some are gathered at once."""
+        data, size = self.data, len(minibatches[0])
+        ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))
+        target = self.target[fold % len(self.target)]
+        for begin in range(0, len(minibatches), ahead):
+            rows = torch.cat(list(minibatches[begin : begin + ahead]))
+            inputs = (torch.split(x, size) for x in data.rows(fold, rows))
+            weights = None if data.weights is None else torch.split(data.weights[fold, rows], size)
+            for i, (y, own) in enumerate(zip(torch.split(target[rows], size), zip(*inputs))):
+                yield own, y, None if weights is None else weights[i]
+
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the loss of a minibatch of one member, from row losses or their mean."""
+    if weights is None or losses.dim() == 0:
+        return losses.mean()
+    share = weights.double() / weights.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return (losses * share.to(losses.dtype)).sum()

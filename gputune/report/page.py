@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from gputune.errors import InputError
-from gputune.methods.edges import edge_remarks
+from gputune.methods.distributions import edge_remarks
 from gputune.report.charts import (
     curves_chart,
     folds_note,

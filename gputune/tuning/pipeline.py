@@ -21,7 +21,7 @@ from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.garbage import no_collecting
 from gputune.methods.descent import Hypergradient
-from gputune.methods.edges import edge_remarks
+from gputune.methods.distributions import edge_remarks
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import draw
 from gputune.methods.space import Space

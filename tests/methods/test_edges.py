@@ -7,8 +7,7 @@ import pytest
 from scipy import stats
 
 import gputune
-from gputune.methods.distributions import describe, log_int
-from gputune.methods.edges import edge_remarks
+from gputune.methods.distributions import describe, edge_remarks, log_int
 from gputune.study.store import Candidate, Result
 
 
