@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gputune.api.study import Study
 from gputune.cli.evaluation import HeldOut
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, study_measure, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
@@ -16,7 +17,7 @@ from gputune.data.table import Table
 from gputune.methods.distributions import edge_remarks
 from gputune.report.facts import seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
-from gputune.study.study import Study, Trial
+from gputune.study.study import Trial
 from gputune.text import Measure, blocks, clean, count, paragraph, short
 from gputune.views.scores import other_measures
 
@@ -28,20 +29,21 @@ _LABEL = 9
 
 @dataclass(frozen=True)
 class Ending:
-    """A finished search: its input, its study, the rows it searched on, its held-out score (None: all rows used).
+    """A finished search: its input, its study, the rows it searched on, where the study and the model lie.
 
-    ``study_file`` and ``model_folder`` (None: no model was saved) are where both lie, ``seconds`` is the time of the
-    whole run, ``ensemble`` what is said of one. ``trial`` is that of ``gputune train``, None after a search.
-    ``ended`` is why a search was good enough before its last trial, ``typed`` are the words behind ``gputune``.
+    ``held_out`` is the score on rows apart (None: all were used), ``model_folder`` None where no model was saved,
+    ``seconds`` is the time of the whole run, ``ensemble`` what is said of one. ``trial`` is that of ``gputune train``,
+    None after a search. ``ended`` is why a search was good enough before its last trial, ``typed`` are the words behind
+    ``gputune``.
     """
 
     file: str
     study: Study
     rest: Source
-    held_out: HeldOut | None
     study_file: Path
-    model_folder: Path | None
-    seconds: float
+    held_out: HeldOut | None = None
+    model_folder: Path | None = None
+    seconds: float = 0.0
     ensemble: str = ""
     trial: Trial | None = None
     ended: str = ""

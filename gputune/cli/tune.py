@@ -5,9 +5,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +72,8 @@ def tune(arguments: argparse.Namespace) -> str:
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
     with _folder((options.study or out / STUDY).parent):
-        return _finish(arguments, RecordedSearch(choice, rest, test, options), out / STUDY, begin, profile)
+        recorded = RecordedSearch(choice, rest, test, options)
+        return _Run(arguments, recorded, out / STUDY, begin, profile).finish()
 
 
 train = tune
@@ -94,80 +96,120 @@ def resume(arguments: argparse.Namespace) -> str:
         Progress(arguments.verbose).say(
             f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
         )
-    return _finish(arguments, recorded, study, begin, profile)
+    return _Run(arguments, recorded, study, begin, profile).finish()
 
 
-def _finish(
-    arguments: argparse.Namespace, recorded: RecordedSearch, shown: Path, begin: float, profile: Profile
-) -> str:
-    """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so.
+@dataclass
+class _Run:
+    """A search of the command line, from its rows to its text.
 
     ``shown`` is the study file as it was typed; a module of the user's may change the working folder.
     """
-    rest, options = recorded.source, recorded.options
-    place = options.study or shown
-    # Only the command ``tune`` keeps rows apart, and a model beside the study.
-    keeps_model = "test_size" in (rest.origin or {})
-    width, folder = shutil.get_terminal_size().columns, model_folder(place)
-    saved = _saved(folder) if arguments.command == "resume" else {}
-    intervals = bool(arguments.intervals) or saved.get("residuals") is not None
-    calibrate = True if arguments.calibrate or saved.get("temperature", 1.0) != 1.0 else None
-    _check_extras(rest, options, intervals=intervals, calibrate=bool(calibrate))
 
-    def ending(study: Study, held_out: HeldOut | None, ensemble: str = "") -> Ending:
-        file = getattr(arguments, "file", None) or (study.record.source or {})["path"]
-        model = model_folder(shown) if keeps_model else None
-        seconds = time.perf_counter() - begin
-        ended = in_flags(profile.ended)
-        typed = arguments.typed
-        return Ending(file, study, rest, held_out, shown, model, seconds, ensemble, trained, ended, typed)
+    arguments: argparse.Namespace
+    recorded: RecordedSearch
+    shown: Path
+    begin: float
+    profile: Profile
 
-    held_out, ensemble, trained = None, "", None
-    with _explaining_interrupts(place):
+    def __post_init__(self) -> None:
+        arguments, rest, options = self.arguments, self.recorded.source, self.recorded.options
+        self.place = options.study or self.shown
+        # Only the command ``tune`` keeps rows apart, and a model beside the study.
+        self.keeps_model = "test_size" in (rest.origin or {})
+        self.folder = model_folder(self.place)
+        saved = _saved(self.folder) if arguments.command == "resume" else {}
+        self.has_ensemble = bool(getattr(arguments, "ensemble", None)) or _is_ensemble(saved)
+        self.intervals = bool(arguments.intervals) or saved.get("residuals") is not None
+        self.calibrate = True if arguments.calibrate or saved.get("temperature", 1.0) != 1.0 else None
+        _check_extras(rest, options, intervals=self.intervals, calibrate=bool(self.calibrate))
+
+    def finish(self) -> str:
+        """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""
+        with _explaining_interrupts(self.place):
+            ending = self._ending(self._search())
+            if self.keeps_model:
+                with self.profile.clock("training the best on all rows"):
+                    trial = _trained(ending.study) if self.arguments.command == "train" else None
+                    ending = replace(self._with_best(ending, trial), trial=trial)
+                if self.has_ensemble:
+                    ending = self._with_ensemble(ending)
+        text = self._text(ending)
+        if not self.arguments.profile:
+            return text
+        dtype = getattr(torch, self.recorded.options.dtype)
+        return f"{text}\n\n{self.profile.report(dtype=dtype, device=self.profile.device)}"
+
+    def _search(self) -> Study:
+        searched = self.recorded.choice, self.recorded.source, self.recorded.options
+        run = partial(search, *searched, (CTRL_C, TERMINATED), say_notes=False)
         try:
-            study = search(
-                recorded.choice,
-                rest,
-                options,
-                (CTRL_C, TERMINATED),
-                say_notes=False,
-                profile=profile,
-                words=in_flags,
-                study_type=Study,
-            )
+            return run(profile=self.profile, words=in_flags, study_type=Study)
         except SearchInterrupted as stop:
-            is_saved = False
-            if keeps_model and arguments.command != "train" and stop.signal == CTRL_C and not stop.at_once:
-                is_saved, held_out = _best_so_far(
-                    stop.study, recorded, folder, intervals=intervals, calibrate=calibrate
-                )
-            kept = ending(stop.study, held_out)
-            kept = kept if is_saved else replace(kept, model_folder=None)
-            stop.report = stopped_text(kept, width=width)
+            ending = self._ending(stop.study)
+            saves = self.keeps_model and self.arguments.command != "train"
+            saves = saves and stop.signal == CTRL_C and not stop.at_once
+            stop.report = self._text(self._with_best_so_far(ending) if saves else ending, stopped_text)
             raise
-        if keeps_model:
-            with profile.clock("training the best on all rows"):
-                trained = _trained(study) if arguments.command == "train" else None
-                number = None if trained is None else trained.number
-                model = study.best_model(trial=number, intervals=intervals, calibrate=calibrate)
-                model, held_out = _scored(model, recorded, study)
-            model.save(folder)
-            if getattr(arguments, "ensemble", None) or "ensemble" in saved.get("spec", {}):
-                try:
-                    with profile.clock("an ensemble"):
-                        held_out, ensemble = _ensemble(
-                            study, recorded, held_out, folder, arguments.verbose, calibrate=calibrate
-                        )
-                except KeyboardInterrupt as stop:
-                    words = "the ensemble was interrupted; the model of the best trial is saved."
-                    report = summary_text(ending(study, held_out), width=width)
-                    signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
-                    raise SearchInterrupted(words, study=study, signal=signal, report=report) from None
-    text = summary_text(ending(study, held_out, ensemble), width=width)
-    if not arguments.profile:
-        return text
-    dtype = getattr(torch, options.dtype)
-    return f"{text}\n\n{profile.report(dtype=dtype, device=profile.device)}"
+
+    def _ending(self, study: Study) -> Ending:
+        file = getattr(self.arguments, "file", None) or (study.record.source or {})["path"]
+        return Ending(file, study, self.recorded.source, self.shown, typed=self.arguments.typed)
+
+    def _text(self, ending: Ending, make: Callable[..., str] = summary_text) -> str:
+        ended, seconds = in_flags(self.profile.ended), time.perf_counter() - self.begin
+        return make(replace(ending, ended=ended, seconds=seconds), width=shutil.get_terminal_size().columns)
+
+    def _with_best(self, ending: Ending, trial: Trial | None = None) -> Ending:
+        """Train the best trial, or another one, on all rows and save its model."""
+        number = None if trial is None else trial.number
+        model = ending.study.best_model(trial=number, intervals=self.intervals, calibrate=self.calibrate)
+        model, held_out = self._scored(model, ending.study)
+        model.save(self.folder)
+        return replace(ending, held_out=held_out, model_folder=model_folder(self.shown))
+
+    def _with_best_so_far(self, ending: Ending) -> Ending:
+        """Save the model of the best trial so far, where there is one.
+
+        A trial that was cut short trains for as many epochs as its best score took. Another Ctrl-C ends this, and an
+        ensemble of an earlier call stays.
+        """
+        scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
+        if scored and not _is_ensemble(_saved(self.folder)):
+            words = "training the best trial so far on all rows (Ctrl-C: do without)"
+            Progress(self.recorded.options.verbose).say(words)
+            with suppress(DivergedError, KeyboardInterrupt):
+                return self._with_best(ending)
+        return ending
+
+    def _with_ensemble(self, ending: Ending) -> Ending:
+        """Save an ensemble, in place of the best trial, where it scores better on held-out rows, if any."""
+        study, best = ending.study, ending.held_out
+        try:
+            with self.profile.clock("an ensemble"):
+                model = study.ensemble(calibrate=self.calibrate, verbose=self.arguments.verbose)
+                model, held_out = self._scored(model, study)
+                is_saved = held_out is None or best is None or held_out.score > best.score
+                if is_saved:
+                    model.save(self.folder)
+        except InputError as error:
+            return replace(ending, ensemble=f"No ensemble: {error}")
+        except KeyboardInterrupt as stop:
+            words = "the ensemble was interrupted; the model of the best trial is saved."
+            signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
+            report = self._text(ending)
+            raise SearchInterrupted(words, study=study, signal=signal, report=report) from None
+        words = ensemble_words(study, model, held_out, best, is_saved=is_saved)
+        return replace(ending, held_out=held_out if is_saved else best, ensemble=words)
+
+    def _scored(self, model: TunedModel, study: Study) -> tuple[TunedModel, HeldOut | None]:
+        """Return the model with its score on the held-out rows, where there are some."""
+        test, record = self.recorded.test, study.record
+        if test is None:
+            return model, None
+        held_out = held_out_score(model, record.scoring, test, positive=record.ranked_class)
+        scored = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
+        return replace(model, info={**model.info, **scored}), held_out
 
 
 def _saved(folder: Path) -> Json:
@@ -176,6 +218,10 @@ def _saved(folder: Path) -> Json:
         return read_description(folder / DESCRIPTION)
     except InputError:
         return {}
+
+
+def _is_ensemble(description: Json) -> bool:
+    return "ensemble" in description.get("spec", {})
 
 
 def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: bool) -> None:
@@ -196,28 +242,6 @@ def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate:
         )
 
 
-def _best_so_far(
-    study: Study, recorded: RecordedSearch, folder: Path, *, intervals: bool, calibrate: bool | None
-) -> tuple[bool, HeldOut | None]:
-    """Save the model of the best trial so far, where there is one; return whether it is, and its held-out score.
-
-    A trial that was cut short trains for as many epochs as its best score took. Another Ctrl-C ends this, and an
-    ensemble of an earlier call stays.
-    """
-    if not any(math.isfinite(trial.score) for trial in study.trials) or "ensemble" in _saved(folder).get(
-        "spec", {}
-    ):
-        return False, None
-    Progress(recorded.options.verbose).say("training the best trial so far on all rows (Ctrl-C: do without)")
-    try:
-        model = study.best_model(intervals=intervals, calibrate=calibrate)
-        model, held_out = _scored(model, recorded, study)
-    except (DivergedError, KeyboardInterrupt):
-        return False, None
-    model.save(folder)
-    return True, held_out
-
-
 def _trained(study: Study) -> Trial:
     """Return the trial that the command asked for. Raises SearchFailedError where it diverged."""
     choice, _, options, _ = study.data
@@ -229,39 +253,6 @@ def _trained(study: Study) -> Trial:
             "try a smaller lr, or more time."
         )
     return trial
-
-
-def _scored(model: TunedModel, recorded: RecordedSearch, study: Study) -> tuple[TunedModel, HeldOut | None]:
-    """Return the model with its score on the held-out rows, where there are some."""
-    if recorded.test is None:
-        return model, None
-    record = study.record
-    held_out = held_out_score(model, record.scoring, recorded.test, positive=record.ranked_class)
-    scored = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
-    return replace(model, info={**model.info, **scored}), held_out
-
-
-def _ensemble(
-    study: Study,
-    recorded: RecordedSearch,
-    best: HeldOut | None,
-    folder: Path,
-    verbose: int,
-    *,
-    calibrate: bool | None,
-) -> tuple[HeldOut | None, str]:
-    """Save an ensemble in ``folder``, in place of the best trial, where it scores better on held-out rows, if any.
-
-    Returns the held-out score of the model that is saved, and what is said of the ensemble.
-    """
-    try:
-        model, held_out = _scored(study.ensemble(calibrate=calibrate, verbose=verbose), recorded, study)
-    except InputError as error:
-        return best, f"No ensemble: {error}"
-    is_saved = held_out is None or best is None or held_out.score > best.score
-    if is_saved:
-        model.save(folder)
-    return (held_out if is_saved else best), ensemble_words(study, model, held_out, best, is_saved=is_saved)
 
 
 def _target(arguments: argparse.Namespace) -> str | None:

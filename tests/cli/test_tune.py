@@ -408,7 +408,7 @@ def test_an_interrupted_ensemble_leaves_the_best_trial(tmp_path, monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune, "_ensemble", stopped)
+    monkeypatch.setattr(tune.Study, "ensemble", stopped)
     code, out, err = run("tune", "sklearn:iris", "--out", tmp_path / "o", "--ensemble", *FAST)
     assert code == 130 and "The best 3 of 3 trials" in out and "Held-out accuracy" in out
     assert err == "gputune: the ensemble was interrupted; the model of the best trial is saved.\n"
@@ -764,7 +764,7 @@ def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were
 
 def closing(study):
     rest: Source = read_source(np.zeros((4, 2)), np.array([0, 1, 0, 1]))
-    ending = Ending("houses.csv", study, rest, None, Path("out/study.db"), None, 3.0)
+    ending = Ending("houses.csv", study, rest, Path("out/study.db"), seconds=3.0)
     return " ".join(summary_text(ending, width=90).split())
 
 
