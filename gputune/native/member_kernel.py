@@ -10,8 +10,8 @@ from gputune.native.cuda import Kernel
 from gputune.native.library import FOLDER, kept_binary
 
 FILES = ("device.h", "work.h", "formulas.h", "update.h", "block_product.h", "member.cu")
-TILES = (64, 32, 16)
-"""Rows of a minibatch whose activations are on chip at once: as many as there is room for."""
+TILES = (64, 32, 16, 8)
+"""Rows of a minibatch whose activations are on chip at once: as many as there is room for; a tensor core has 16."""
 
 OPTIONS = ("--ftz=true", "--prec-div=false", "--prec-sqrt=false")
 """Of the compiler: numbers below 1e-38 are zero, as on a CPU; a quotient or a root may be off by two units of its last
@@ -85,7 +85,7 @@ class MemberKernel:
 
     def fitted(self, shared: int) -> "MemberKernel":
         """Return it with as many rows of a tile as there is room for in so many bytes of a block's shared memory."""
-        tiles = [replace(self, rows=rows) for rows in TILES if rows <= self.rows]
+        tiles = [replace(self, rows=rows) for rows in TILES[: 3 if self.tf32 else 4] if rows <= self.rows]
         return next((tile for tile in tiles if tile.shared <= shared), tiles[-1])
 
     def unknown(self, shared: int) -> str:
@@ -121,7 +121,7 @@ def _row(n: int) -> int:
 
 def tile_of(batch: int) -> int:
     """Return how many rows of a minibatch of ``batch`` the kernel takes at once, where there is room for them."""
-    return next((rows for rows in reversed(TILES) if rows >= batch), TILES[0])
+    return next((rows for rows in (16, 32) if rows >= batch), 64)
 
 
 def compile_kernel(kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str) -> Kernel:

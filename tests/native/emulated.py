@@ -82,10 +82,11 @@ def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LAR
 
 def train_members(
     emulator: Emulator, numbers: dict[str, int], arrays: dict[str, Any], *, order: int = 2, left_out: int = -1,
-    pieces: int = 1 << 20, blocks: int = 2, tf32: bool = False,
+    pieces: int = 1 << 20, blocks: int = 2, tf32: bool = False, rows: int = 0,
 ) -> bool:  # fmt: skip
     """Train members for an epoch by the kernel, as the C code does, in launches of so many steps."""
-    kernel, work = replace(kernel_of(numbers, arrays), tf32=tf32), make_work(numbers, arrays)
+    kernel, work = kernel_of(numbers, arrays), make_work(numbers, arrays)
+    kernel = replace(kernel, tf32=tf32, rows=rows or kernel.rows)
     lengths = np.asarray(arrays["lengths"])[:, None]
     steps = int((-(-lengths // np.minimum(arrays["sizes"].numpy(), lengths))).max())
     scratch = torch.full((blocks * kernel.scratch,), torch.nan, dtype=kernel.dtype)

@@ -17,7 +17,7 @@ import reference
 from gputune.engine import compiled
 from gputune.engine.mlp import StackedMLP
 from gputune.native.library import Work
-from gputune.native.member_kernel import OPTIONS, TILES, MemberKernel, compile_kernel
+from gputune.native.member_kernel import OPTIONS, MemberKernel, compile_kernel
 from native.emulated import HERE, LARGEST, ORDERS, Emulator, bytes_of, kernel_of, train_members
 from problems import (
     assert_equals_plain_loop,
@@ -46,11 +46,11 @@ def emulator(pytestconfig):
 
 @pytest.fixture
 def by_kernel(request, emulator, monkeypatch):
-    """Let the kernel train what the C code would; a parameter says whether with tensor cores."""
+    """Let the kernel train what the C code would; a parameter says how."""
 
     def run(library, numbers, arrays):
         work = dict(numbers), dict(arrays)
-        assert train_members(emulator, *work, tf32=getattr(request, "param", False))
+        assert train_members(emulator, *work, **getattr(request, "param", {}))
 
     monkeypatch.setattr(problems, "BACKEND", "compiled")
     monkeypatch.setattr(compiled, "_run", run)
@@ -87,7 +87,11 @@ CASES = {
 
 # Whose products are of every kind; double precision, where factors are not rounded, shows that fragments are in place.
 BY_TENSOR_CORES = ("tanh, regression", "a minibatch in parts", "many outputs")
-EACH_CASE = [*((case, False) for case in CASES), *((case, True) for case in BY_TENSOR_CORES)]
+EACH_CASE = [
+    *((case, {}) for case in CASES),
+    *((case, {"tf32": True}) for case in BY_TENSOR_CORES),
+    ("four layers", {"rows": 8}),
+]
 
 
 @needs_compiled_code
@@ -202,7 +206,7 @@ def product(a, b):
 
 
 @needs_compiled_code
-@pytest.mark.parametrize("by_kernel", [True], indirect=True)
+@pytest.mark.parametrize("by_kernel", [{"tf32": True}], indirect=True)
 def test_tf32_is_off_by_rounded_factors(by_kernel):
     """A step of rate 1 moves a parameter by its slope."""
     data = make_data("regression", dtype=torch.float32, copies=False)
@@ -282,7 +286,7 @@ def shape(
         ({"dtype": torch.float64}, "dtype='float64', only float32"),
         (
             {"shared": CARDS["86"]},
-            "210,144 bytes of weights and activations on chip, where the card has 101,376",
+            "191,104 bytes of weights and activations on chip, where the card has 101,376",
         ),
         ({"width": 32, "shared": CARDS["86"]}, ""),
     ],
@@ -319,9 +323,8 @@ def machine_code(kernel, card, folder):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("card", CARDS)
 def test_it_compiles_without_spills(name, card, tf32, tmp_path):
-    tiles = (replace(SHAPES[name], rows=rows, tf32=tf32) for rows in TILES)
-    kernel = next((kernel for kernel in tiles if kernel.shared <= CARDS[card]), None)
-    if kernel is None:
+    kernel = replace(SHAPES[name], tf32=tf32).fitted(CARDS[card])
+    if kernel.shared > CARDS[card]:
         pytest.skip("the weights do not fit on this card: it does not know such members there")
     said = machine_code(kernel, card, tmp_path)
     assert set(re.findall(r"(\d+) bytes spill", said)) == {"0"}
