@@ -13,6 +13,7 @@ import gputune
 import problems
 from gputune.check.laws import LAWS
 from gputune.engine import kernel
+from gputune.engine.best_outputs import BestOutputs
 from gputune.errors import InputError
 from gputune.native.library import NotBuiltError
 from gputune.tuning.trainer import Trainer
@@ -132,15 +133,25 @@ def test_epochs_between_which_nothing_is_decided_are_one_launch(options, launche
         {"lr": [1e-2, 1e38], "width": [9], "batch_size": [16]},
     )  # one diverges
     options = {**options, "space": space, "n_trials": 2, "max_epochs": 4, "cv": 2, "include_default": False}
+    kept, of_trials = [{}], BestOutputs.of_trials
+
+    def noted(best, index):
+        kept[-1] |= (found := of_trials(best, index))
+        return found
+
+    monkeypatch.setattr(BestOutputs, "of_trials", noted)
     monkeypatch.setattr(kernel, "_FIRST_TURNS", 10**6)  # an epoch
     monkeypatch.setattr(kernel, "_SECONDS", 0.0)
     each = search(rows, **options | {"callbacks": [gputune.callbacks.Callback()]})
     cuda.forget()
+    kept.append({})
     monkeypatch.setattr(kernel, "_SECONDS", 1e6)
     study = search(rows, **options)
     assert cuda.counts("launch")["kernel"] == launches
     assert np.isnan(each.curves).any() and np.isfinite(each.curves).any()
     assert study.curves.tobytes() == each.curves.tobytes()
+    one, other = ({n: (o.epoch, o.values.tobytes()) for n, o in found.items()} for found in kept)
+    assert one == other != {}
     assert [trial.best_epoch for trial in study.trials] == [trial.best_epoch for trial in each.trials]
 
 
