@@ -32,6 +32,8 @@ from gputune.text import count
 from gputune.types import NUMBERS, Json, Numbers
 
 Columns = Literal["keep", "drop-constant"]
+LIMIT = 20.0
+"""Standard deviations from the mean within which numbers stay; at most a 400th of the rows lie beyond (Chebyshev)."""
 
 Array = TypeVar("Array", np.ndarray, Tensor, np.ndarray | Tensor)
 
@@ -210,7 +212,8 @@ class Statistics:
     ``ranked`` (R,) are the positions of the inputs with a quantile transform instead, ``quantiles`` (Q, R)
     their quantiles at equally spaced probabilities from 0 to 1. ``clipped`` are those of the inputs that are clipped
     smoothly once they are scaled. Where a feature is several inputs, ``places`` (D',) says of which feature each is
-    made, ``center`` and ``scale`` are (D',), and inputs lie within ``least`` and ``most`` (D',); else all are (0,).
+    made, else it is (0,) and D' is D; ``center`` and ``scale`` are (D',). Inputs lie within ``least`` and ``most``
+    (D',), where there are such ends; else these are (0,).
     """
 
     fill: np.ndarray
@@ -256,12 +259,13 @@ def fit_statistics(
 ) -> Statistics:
     """Fit on the given rows only: the mean (for missing values), and what ``numbers`` asks for.
 
-    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal). "robust": by median and
-    quartiles, then clipped smoothly to +-3; a column that is constant in these rows is only centred. "quantile":
-    normal scores, by at most 1000 quantiles of the known values; a column that is constant in these rows is
-    only centred. "piecewise": features of bins between quantiles; "piecewise-tree": of those that a decision tree
-    makes for the ``target`` (n, ...), of which the given rows alone are read. "none": numbers stay as they are. A
-    column without a known value in the rows is filled with 0.
+    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal), then clipped at
+    +-``LIMIT``, beyond which a network's outputs run away. "robust": by median and quartiles, then clipped smoothly to
+    +-3; a column that is constant in these rows is only centred. "quantile": normal scores, by at most 1000 quantiles
+    of the known values; a column that is constant in these rows is only centred. "piecewise": features of bins between
+    quantiles; "piecewise-tree": of those that a decision tree makes for the ``target`` (n, ...), of which the given
+    rows alone are read; of both, of numbers within the same limit. "none": numbers stay as they are. A column without
+    a known value in the rows is filled with 0.
 
     Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``quantiles.py``;
     ``bins.py``.
@@ -275,9 +279,7 @@ def fit_statistics(
         part = raw[rows]
         # A column with no known value in these rows has mean 0 and scale 1.
         part[:, np.isnan(part).all(0)] = 0.0
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # beyond 1e154 squares overflow; the trials then diverge
+        with np.errstate(over="ignore", invalid="ignore"):  # squares beyond 1e154; the trials then diverge
             scaler = StandardScaler().fit(part)
         mean, scale = scaler.mean_, scaler.scale_
     scaled = layout.numeric if numbers != "none" else np.zeros(len(mean), dtype=bool)
@@ -286,10 +288,13 @@ def fit_statistics(
         ranked = np.flatnonzero(layout.numeric & (np.nanmax(part, 0) > np.nanmin(part, 0)))
         quantiles = fit_quantiles(part[:, ranked])
         scaled = scaled & ~np.isin(np.arange(len(mean)), ranked)
-    center, clipped = mean, np.empty(0, dtype=np.int64)
+    center, deviation, clipped = mean, scale, np.empty(0, dtype=np.int64)
     if numbers == "robust" and not isinstance(raw, Tensor):
         (center, scale), clipped = median_and_spread(part), np.flatnonzero(scaled)
     center, scale = np.where(scaled, center, 0.0), np.where(scaled, scale, 1.0)
+    places, ends = np.empty(0, dtype=np.int64), np.empty((2, 0))
+    if numbers == "standard":
+        ends = np.where(layout.numeric, [[-LIMIT], [LIMIT]], OPEN[2:])
     if numbers.startswith("piecewise") and not isinstance(raw, Tensor):
         of_rows = target[rows] if numbers == "piecewise-tree" and target is not None else None
         parts = [
@@ -297,8 +302,10 @@ def fit_statistics(
         ]
         center, scale, least, most = np.concatenate(parts, axis=1)
         places = layout.places(numbers)
-        return Statistics(mean, center, scale, ranked, quantiles, clipped, places, least, most)
-    return Statistics(mean, center, scale, ranked, quantiles, clipped)
+        reach = np.where(layout.numeric, LIMIT * deviation, np.inf)[places]
+        low, high = (mean[places] - center + [[-1], [1]] * reach) / scale
+        ends = np.stack([np.maximum(least, low), np.minimum(most, high)])
+    return Statistics(mean, center, scale, ranked, quantiles, clipped, places, *ends)
 
 
 def check_numbers(numbers: str, raw: np.ndarray | Tensor) -> None:
@@ -321,17 +328,19 @@ def _bins(values: np.ndarray, target: np.ndarray | None) -> np.ndarray:
 def transform(raw: Array, statistics: Statistics) -> Array:
     """Return the inputs of a network, (n, D'), without NaN; type, device and dtype of ``raw``."""
     if isinstance(raw, Tensor):
-        fill, center, scale = (
+        of = statistics
+        fill, center, scale, least, most = (
             torch.as_tensor(part, dtype=raw.dtype, device=raw.device)
-            for part in (statistics.fill, statistics.center, statistics.scale)
+            for part in (of.fill, of.center, of.scale, of.least, of.most)
         )
-        return (torch.where(raw.isnan(), fill, raw) - center) / scale
+        scaled = (torch.where(raw.isnan(), fill, raw) - center) / scale
+        return scaled.clamp_(least, most) if least.numel() else scaled
     x = np.where(np.isnan(raw), statistics.fill, raw)
     x = x[:, statistics.places] if statistics.places.size else x
     normal = [normal_scores(x[:, j], q) for j, q in zip(statistics.ranked, statistics.quantiles.T)]
     x -= statistics.center
     x /= statistics.scale
-    if statistics.places.size:
+    if statistics.least.size:
         np.clip(x, statistics.least, statistics.most, out=x)
     for j, scores in zip(statistics.ranked, normal):
         x[:, j] = scores

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.arrays import ArrayStatistics
-from gputune.data.encode import Statistics, transform
+from gputune.data.encode import LIMIT, Statistics, transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ def table_inputs(
     distinct, copies = _distinct(lost, statistics)
     scaling, shape = None, (len(raw), statistics[0].n_inputs)
     if len(distinct) > 1 and len(distinct) * math.prod(shape) * like.element_size() > SHARED_BEYOND:
-        scaling = _from_first(lost, statistics, like)
+        scaling = _from_first(raw, lost, statistics, like)
     if scaling is not None:
         distinct, copies = [replace(statistics[0], fill=np.full(len(lost), np.nan))], (0,) * len(copies)
     x = like.new_empty((len(distinct), *shape))
@@ -64,7 +65,9 @@ def table_inputs(
     return (x,), copies, (scaling,)
 
 
-def _from_first(lost: np.ndarray, statistics: Sequence[Statistics], like: Tensor) -> Scaling | None:
+def _from_first(
+    raw: np.ndarray | Tensor, lost: np.ndarray, statistics: Sequence[Statistics], like: Tensor
+) -> Scaling | None:
     """Return what makes a fold's rows of the first fold's; None where more than a shift and a factor lies between.
 
     ``lost`` are the columns with missing values; they are filled by zeros once scaled, where their mean is the center.
@@ -73,11 +76,33 @@ def _from_first(lost: np.ndarray, statistics: Sequence[Statistics], like: Tensor
     if any(
         s.ranked.size or s.clipped.size or s.places.size or (s.fill != s.center)[lost].any()
         for s in statistics
-    ):
+    ) or any(map(partial(_is_limited, _range(raw)), statistics)):
         return None
     center = [(s.center - first.center) / first.scale for s in statistics]
     scale = [s.scale / first.scale for s in statistics]
     return Scaling(_stacked(center, like), _stacked(scale, like), missing=bool(lost.any()))
+
+
+def _range(raw: np.ndarray | Tensor) -> np.ndarray:
+    """Return the least and the largest known number of each column, (2, D); 0 where there is none."""
+    if isinstance(raw, Tensor):
+        ends = torch.stack(torch.where(raw.isnan(), 0.0, raw).aminmax(dim=0)).cpu().double().numpy()
+    else:
+        ends = np.stack([np.fmin.reduce(raw), np.fmax.reduce(raw)])
+    return np.nan_to_num(ends)
+
+
+def _is_limited(ends: np.ndarray, statistics: Statistics) -> bool:
+    """Whether numbers of columns with these ends lie beyond the limits of a fold."""
+    scaled = (ends - statistics.center) / statistics.scale
+    return bool(statistics.least.size and ((scaled < statistics.least) | (scaled > statistics.most)).any())
+
+
+def limited_features(x: Tensor) -> list[int]:
+    """Return which features of the copies x (V, n, D) of a table have a number that was clipped at ``LIMIT``."""
+    low, high = x.flatten(0, 1).aminmax(dim=0)
+    places: list[int] = (torch.maximum(-low, high) >= LIMIT).nonzero().flatten().tolist()
+    return places
 
 
 def _stacked(parts: Sequence[np.ndarray], like: Tensor) -> Tensor:
@@ -138,5 +163,6 @@ def side_by_side(parts: Sequence[Statistics]) -> Statistics:
 
 def _by_place(statistics: Statistics) -> Statistics:
     """Return the same of features that are one input each, whose places and ends are written out."""
-    ends = np.full(statistics.n_inputs, np.finfo(np.float64).max)  # which JSON can write
-    return replace(statistics, places=np.arange(len(ends)), least=-ends, most=ends)
+    most = np.full(statistics.n_inputs, np.finfo(np.float64).max)  # which JSON can write
+    least, most = (statistics.least, statistics.most) if statistics.least.size else (-most, most)
+    return replace(statistics, places=np.arange(len(most)), least=least, most=most)

@@ -75,7 +75,7 @@ class TableInputs(nn.Module):
             x = torch.where(self.indicator, missing.double(), x)
         x = x[:, self.places] if self.places else x
         scaled = (x - self.center) / self.scale
-        if self.places:
+        if self.least.numel():
             scaled = torch.minimum(torch.maximum(scaled, self.least), self.most)
         if self.clipped:
             clipped = smooth_clip(scaled[:, self.clipped])

@@ -228,6 +228,8 @@ class TunedModel(ModelContent):
         with torch.inference_mode():
             for part in self._batches(self._inputs(X)):
                 rows = encode(part, self.layout, self.statistics, self.dtype)
+                if isinstance(part, Table) and not rows[0].isfinite().all():
+                    raise self._too_large(part, rows[0], first_row=sum(map(len, outputs)))
                 inputs = [x.to(device) for x in rows]
                 try:
                     output = self._checked(call_module(self.module, inputs, self._names), len(part))
@@ -239,6 +241,17 @@ class TunedModel(ModelContent):
                 first = first_equal(inputs[0]) if isinstance(self.layout, Layout) else None
                 outputs.append((output if first is None else output[first]).double().cpu())
         return torch.cat(outputs) / self.temperature
+
+    def _too_large(self, table: Table, x: Tensor, *, first_row: int) -> InputError:
+        """Return what to raise for rows of which some inputs x (n, D') are no finite numbers."""
+        assert isinstance(self.layout, Layout)
+        row = int((~x.isfinite().all(1)).nonzero()[0])
+        sizes = np.nan_to_num(np.abs(self.layout.raw(table.select(np.array([row])))[0]))
+        name, dtype = self.layout.feature_names[sizes.argmax()], str(self.dtype).removeprefix("torch.")
+        return InputError(
+            f"column {name!r} has a number of size {sizes.max():.4g} in row {first_row + row}, too large for the "
+            f"{dtype} in which the model computes; correct it, or leave the row out."
+        )
 
     @property
     def _names(self) -> tuple[str, ...] | None:

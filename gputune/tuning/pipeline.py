@@ -10,8 +10,11 @@ from typing import TypeVar
 from gputune.callbacks import Callbacks
 from gputune.data.arrays import Arrays
 from gputune.data.dataset import Dataset, Rows, ScorerRows
+from gputune.data.encode import LIMIT, Layout
 from gputune.data.folds import Splitter, make_folds
+from gputune.data.scaling import limited_features
 from gputune.data.source import Source
+from gputune.data.table import quoted
 from gputune.engine.backend import matrix_products, other_gpus
 from gputune.engine.entry import entry
 from gputune.engine.plan import parse_memory
@@ -199,8 +202,19 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
         *remarks_on_loss(problem, setup.choice, setup.scoring),
         *remark_on_accuracy(without_model, setup.scoring),
         *_remarks_on_outputs(setup),
+        *_remark_on_limits(problem, setup.data),
     )
     return search_record(context, problem, setup.space, setup.folds, notes, without_model)
+
+
+def _remark_on_limits(problem: Problem, data: Dataset) -> tuple[str, ...]:
+    """Return which columns have numbers so far from the others that they are clipped, a sentence."""
+    if problem.numbers != "standard" or not isinstance(problem.layout, Layout):
+        return ()
+    columns = [column.name for column in problem.layout.columns for _ in column.feature_names]
+    names = list(dict.fromkeys(columns[feature] for feature in limited_features(data.x)))
+    said = f"Column{'s' * (len(names) > 1)} {quoted(names)}: numbers beyond {LIMIT:g} standard deviations count as"
+    return (f"{said} {LIMIT:g}; numbers 'robust' clips from 3 on.",) if names else ()
 
 
 def _folds(problem: Problem, options: Options) -> list[Rows]:

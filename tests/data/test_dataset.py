@@ -118,6 +118,16 @@ def test_folds_of_a_large_table_share_one_copy_where_an_affine_map_lies_between(
         assert fold or torch.equal(one, other)
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_folds_share_no_copy_of_numbers_that_are_clipped(tensor, monkeypatch):
+    X = table()[["a", "b"]].to_numpy(copy=True)
+    X[0, 0] = 1e9  # beyond the limits of the two folds that do not train on it
+    monkeypatch.setattr(scaling, "SHARED_BEYOND", 0)
+    data, _ = build(torch.from_numpy(X) if tensor else as_table(X))
+    assert data.copies == (0, 1, 2) and data.x[:, 0, 0].abs().max() == 20
+    assert scaling.limited_features(data.x) == [0]
+
+
 @pytest.mark.parametrize("model", ["mlp", "logistic"])
 def test_a_search_on_one_copy_is_that_on_copies(model, monkeypatch):
     options = {"n_trials": 2, "cv": 3, "scoring": "neg_log_loss", "dtype": "float64", "verbose": 0}

@@ -349,3 +349,18 @@ def test_the_layout_does_not_depend_on_the_order_of_rows():
     table = frame()
     shuffled = table.sample(frac=1, random_state=3)
     assert fit_layout(as_table(shuffled)) == fit_layout(as_table(table))
+
+
+@pytest.mark.parametrize("numbers", ["standard", "piecewise"])
+def test_numbers_far_from_those_of_the_training_rows_count_as_20_standard_deviations(numbers):
+    raw = np.random.default_rng(0).normal(5, 2, (500, 2))
+    raw[7, 1] = 1e4  # 22 standard deviations, among the training rows
+    layout, end = fit_layout(as_table(raw)), raw.mean(0) + 20 * raw.std(0)
+    statistics = fit_statistics(raw, layout, np.arange(500), numbers=numbers)
+    x = transform(np.array([[1e39, 0.0], end, raw[7]]), statistics).astype(np.float32)
+    np.testing.assert_allclose(x[0, : x.shape[1] // 2], x[1, : x.shape[1] // 2], rtol=1e-6)
+    np.testing.assert_allclose(x[1, x.shape[1] // 2 :], x[2, x.shape[1] // 2 :], rtol=1e-6)
+    if numbers == "standard":
+        np.testing.assert_allclose(x[1], 20, rtol=1e-6)
+        far = torch.tensor([[1e39, -1e39]], dtype=torch.float64)
+        assert transform(far, statistics).tolist() == [[20, -20]]

@@ -195,3 +195,15 @@ def test_of_several_heads_the_first_predicts(frame, several):
 def test_repr(frame):
     assert repr(make_model(frame)) == "TunedModel(MLP, 2 classes, 'outcome' from 4 columns)"
     assert repr(make_model(frame, classes=None)) == "TunedModel(MLP, regression, 'outcome' from 4 columns)"
+
+
+def test_numbers_too_large_to_compute_with_are_clipped_as_in_training_or_told_with_their_row(frame):
+    frame.loc[[2, 29], "income"] = 1e39, 1e30
+    learned = frame.assign(income=rows()["income"])
+    for numbers in ("standard", "piecewise", "none"):
+        model = make_model(learned, classes=None, numbers=numbers)
+        if numbers != "none":
+            first, last = model.predict(frame.assign(age=40.0, city="Rome", member=True))[[2, 29]]
+            assert np.isclose(first, last)
+    with refused(r"column 'income' has a number of size 1e\+39 in row 2, too large for the float32 in which"):
+        model.predict(frame)
