@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gputune.cli.arguments import study_file
-from gputune.report.facts import best_trial, seconds_text, states_text
+from gputune.report.facts import FAILED, best_trial, seconds_text, states_text, why_failed
 from gputune.study.claims import Claims
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial
@@ -65,12 +65,29 @@ def trials_table(study: Study, *, width: int) -> str:
     measure = study_measure(study)
     rows = trial_rows(study.trials, measure, _LISTINGS, width=width, others=other_measures(study))
     title = f"{count(len(study.trials), 'trial')} by {measure.title}, {mean_words(study, errors=PLUS_MINUS in rows)}"
-    return f"{paragraph(title, width)}\n\n{rows}"
+    failures = [
+        paragraph(f"trial {trial.number}: {why_failed(study, trial)}", width, first="  ", then=" " * 4)
+        for trial in study.trials
+        if trial.state == "failed"
+    ]
+    if failures:
+        more = [f"  and {len(failures) - FAILED} more, of which --format json tells"] * (
+            len(failures) > FAILED
+        )
+        failures = ["\n\nFailed:", *failures[:FAILED], *more]
+    return f"{paragraph(title, width)}\n\n{rows}" + "\n".join(failures)
 
 
 def trials_json(study: Study) -> str:
-    """Return a list of objects with the keys ``FIELDS``; scores in scikit-learn's sign, null for NaN."""
-    return json.dumps([_plain(trial) for trial in study.trials], indent=1, default=_name, allow_nan=False)
+    """Return a list of objects with the keys ``FIELDS``; scores in scikit-learn's sign, null for NaN.
+
+    A failed trial has a "reason" too.
+    """
+    rows = [_plain(trial) for trial in study.trials]
+    for row, trial in zip(rows, study.trials):
+        if trial.state == "failed":
+            row["reason"] = why_failed(study, trial)
+    return json.dumps(rows, indent=1, default=_name, allow_nan=False)
 
 
 def trials_csv(study: Study) -> str:
@@ -100,7 +117,8 @@ def best_text(study: Study) -> str:
         f", {one.name} {one.text(best.scores[name])}" for name, one in other_measures(study).items()
     )
     score = f"{measure.title} {measure.with_error(best.score, best.std_error)}{others}"
-    title = f"trial {best.number}: {score}, epoch {best.best_epoch}"
+    early = f", {best.state}" if best.state != "complete" else ""
+    title = f"trial {best.number}: {score}{f', epoch {best.best_epoch}' * (best.best_epoch > 0)}{early}"
     pareto = pareto_text(study, width=shutil.get_terminal_size().columns, most=len(study.trials))
     return "\n\n".join(part for part in (title, parameters, pareto) if part)
 
@@ -177,7 +195,7 @@ def _cells(trial: Trial, measure: Measure, layout: Sequence[str], others: Mappin
         "trial": str(trial.number),
         SCORE: measure.text(trial.score),
         SCORE_AND_ERROR: measure.with_error(trial.score, trial.std_error),
-        "epoch": str(trial.best_epoch) if math.isfinite(trial.score) else "-",
+        "epoch": str(trial.best_epoch) if trial.best_epoch and math.isfinite(trial.score) else "-",
         "state": trial.state,
         "seconds": f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-",
     }

@@ -185,8 +185,16 @@ def states_text(states: States) -> str:
     return ", ".join(f"{number} {said}" for said, number in counts.items() if number) or "none"
 
 
-DIVERGED = 20
-"""Diverged trials that are listed."""
+def why_failed(study: Study, trial: Trial) -> str:
+    """Return why a failed trial has no score."""
+    why = trial.detail.get("error", trial.detail.get("reason"))
+    if why is None and study.record.face == "loop":
+        why = "a NaN or infinite score was returned or reported"
+    return clean(f"diverged in epoch {trial.best_epoch + 1}" if why is None else why)
+
+
+FAILED = 20
+"""Failed trials that are listed."""
 
 
 @dataclass(frozen=True)
@@ -195,14 +203,14 @@ class Endings:
 
     states     (state, words, trials, share in percent) of those that there are
     rungs      (epoch, trials that were pruned, trials that trained on) of successive halving
-    diverged   (number, first epoch with a loss that is no number, parameters) of the first of them
-    failed     how many diverged
+    failures   (number, why it has no score, parameters) of the first of them
+    failed     how many have none
     spent      trial-epochs that were trained, and those of training all to the end
     """
 
     states: tuple[tuple[str, str, int, float], ...]
     rungs: tuple[tuple[int, int, int], ...]
-    diverged: tuple[tuple[int, int, str], ...]
+    failures: tuple[tuple[int, str, str], ...]
     failed: int
     spent: tuple[int, int]
 
@@ -210,7 +218,7 @@ class Endings:
 def endings(study: Study) -> Endings:
     """Return how the trials ended."""
     trials, counts = study.trials, Counter(trial.state for trial in study.trials)
-    failed = [trial for trial in trials if trial.state == "failed" and "error" not in trial.detail]
+    failed = [trial for trial in trials if trial.state == "failed"]
     pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
     trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
     return Endings(
@@ -218,9 +226,13 @@ def endings(study: Study) -> Endings:
             (s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]
         ),
         rungs=tuple((epoch, n, int((trained > epoch).sum())) for epoch, n in sorted(pruned.items())),
-        diverged=tuple(
-            (t.number, t.best_epoch + 1, ", ".join(f"{clean(k)} = {short(v)}" for k, v in t.params.items()))
-            for t in failed[:DIVERGED]
+        failures=tuple(
+            (
+                t.number,
+                why_failed(study, t),
+                ", ".join(f"{clean(k)} = {short(v)}" for k, v in t.params.items()),
+            )
+            for t in failed[:FAILED]
         ),
         failed=len(failed),
         spent=study.spent,

@@ -73,7 +73,7 @@ def _columns(study: Study, rows: int) -> list[Column]:
     measure = score_view(study).measure
     sign, decimals = (-1.0 if measure.lower_is_better else 1.0), measure.decimals
     scores = _rounded("score", measure.name, [sign * trial.score for trial in trials], decimals)
-    epochs = [trial.best_epoch if math.isfinite(trial.score) else None for trial in trials]
+    epochs = [trial.best_epoch or None if math.isfinite(trial.score) else None for trial in trials]
     columns: list[Column] = [
         {"key": "number", "label": "trial", "values": [trial.number for trial in trials]},
         _words("state", "state", [trial.state for trial in trials]),

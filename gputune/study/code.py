@@ -7,6 +7,7 @@ that folder cannot be had (a container without HOME) nothing outlives the proces
 written is not used. Whoever removes the file withdraws all that it holds.
 """
 
+import dis
 import functools
 import hashlib
 import inspect
@@ -58,7 +59,7 @@ def _bytecode(value: Any) -> str:
 def digest_of_code(value: object) -> str:
     """Return the SHA-256 of what a function or a callable object does, the same in every process.
 
-    That is its source, its defaults and what it has closed over; of an object its class and attributes, of a module its
+    That is its source, its defaults, what it has closed over and what it reads of its module; of an object its class and attributes, of a module its
     parameters and buffers too. Of what is torch's it is the name alone, and so it is of an object that is not called.
     """
     return hashlib.sha256("\0".join(_parts(value, ())).encode()).hexdigest()
@@ -87,7 +88,7 @@ def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
         held = value.__func__, value.__self__
     elif isinstance(value, type) or inspect.isroutine(value):
         yield from map(_source, value.__mro__[:-1] if isinstance(value, type) else [value])
-        held = _closure(value)
+        held = [*_closure(value), *_module_values(value)]
     else:
         held = type(value), _attributes(value)
     if isinstance(held, list | tuple):
@@ -109,6 +110,27 @@ def _closure(function: Any) -> list[object]:
         except ValueError:  # it is empty
             continue
     return values
+
+
+def _module_values(function: Any) -> Iterator[object]:
+    """Yield names and values of numbers, texts and arrays of their module that a function, or a class's methods, read.
+
+    What one of them sets is left out: a counter of calls is no other code.
+    """
+    if isinstance(function, type):
+        for part in filter(inspect.isfunction, vars(function).values()):
+            yield from _module_values(part)
+        return
+    around, parts = getattr(function, "__globals__", {}), [getattr(function, "__code__", None)]
+    uses: dict[str, set[str]] = {"LOAD_GLOBAL": set(), "STORE_GLOBAL": set()}
+    for code in filter(inspect.iscode, parts):  # it grows
+        parts += code.co_consts
+        for step in dis.get_instructions(code):
+            if step.opname in uses:
+                uses[step.opname].add(step.argval)
+    for name in sorted((uses["LOAD_GLOBAL"] - uses["STORE_GLOBAL"]) & around.keys()):
+        if isinstance(around[name], (*_PLAIN, Tensor, np.ndarray, np.generic)):
+            yield from (name, around[name])
 
 
 def _attributes(value: Any) -> dict[str, object]:

@@ -307,17 +307,18 @@ class Study:
 
 
 def check_metric(study: Study, metric: object, method: str) -> str:
-    """Return the name of one of a study's metrics; InputError, in the words of a ``method``, where it is none."""
+    """Return the name of a metric, of neg_log_loss also log_loss; InputError, in a ``method``'s words, for another."""
     if not study.metrics:
         raise InputError(
             f"{method}({metric!r}) needs a study of several metrics, and this one has {study.record.scoring!r} alone."
         )
-    if metric not in study.metrics:
-        raise InputError(
-            f"{method}(...) must be one of the study's metrics, {', '.join(map(repr, study.metrics))}, got {metric!r}."
-            f"{did_you_mean(metric, study.metrics)}"
-        )
-    return str(metric)
+    for name in (metric, f"neg_{metric}"):  # tables are headed by what they show, the loss itself
+        if name in study.metrics:
+            return str(name)
+    raise InputError(
+        f"{method}(...) must be one of the study's metrics, {', '.join(map(repr, study.metrics))}, got {metric!r}."
+        f"{did_you_mean(metric, study.metrics)}"
+    )
 
 
 def numbered(study: Study, number: object, caller: str) -> Trial:

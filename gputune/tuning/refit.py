@@ -139,7 +139,9 @@ class Search:
         """
         target, record, loss = self.problem.target, self.study.record, self.objective
         groups = (record.source or {}).get("groups")
-        unread = [*self.options.drop, *([groups] if isinstance(groups, str) else [])]
+        # A series that was the target is named as its column, which frames to be predicted may still have.
+        names = groups, getattr(self.problem.source.y, "name", None)
+        unread = [*self.options.drop, *(name for name in names if isinstance(name, str))]
         return TunedModel(
             module=module,
             layout=self.problem.layout,

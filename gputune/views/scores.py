@@ -225,7 +225,8 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
 
     Its curves, plots, page and tables are by that metric. Raises InputError for a name that is none of ``metrics``.
     """
-    place = study.metrics.index(check_metric(study, metric, "ranked_by"))
+    metric = check_metric(study, metric, "ranked_by")
+    place = study.metrics.index(metric)
     if place == 0:
         return study
     order = [place, *(other for other in range(len(study.metrics)) if other != place)]

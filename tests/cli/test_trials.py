@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,7 +42,32 @@ def test_a_table_has_a_line_for_each_trial(study):
         "    0  0.8000 ± 0.1000      7  complete     1.25  0.001     64",
         "    1                -      -  failed       1.25  0.001     64",
         "    2                -      -  waiting         -    0.5     32",
+        "",
+        "Failed:",
+        "  trial 1: diverged in epoch 8",
     ]
+
+
+def test_a_failed_trial_says_why_and_one_without_reports_has_no_epoch():
+    errors = [{"error": "ValueError: no"}, *[{"reason": "out of memory"}] * 20]
+    failed = [replace(trial(n, math.nan, state="failed"), detail=d) for n, d in enumerate([{}, *errors])]
+    done = replace(trial(22, 0.8), best_epoch=0)
+    study = replace(make_study([*failed, done]), meta={**META, "face": "loop"})
+    lines = trials_table(study, width=80).split("\n")
+    nan, raised, big, *_ = lines[lines.index("Failed:") + 1 :]
+    assert "trial 0: a NaN or infinite score was returned or reported" in nan
+    assert "trial 1: ValueError: no" in raised and "trial 2: out of memory" in big
+    assert lines[-1] == "  and 2 more, of which --format json tells"
+    row = next(line.split() for line in lines if line.split()[:1] == ["22"])
+    assert row[1:5] == ["0.8000", "±", "0.1000", "-"]
+    assert best_text(study).split("\n")[0] == "trial 22: accuracy 0.8000 ± 0.1000"
+    assert json.loads(trials_json(study))[1]["reason"] == "ValueError: no"
+
+
+def test_the_best_trial_says_that_it_was_sent_away():
+    assert best_text(make_study([trial(0, 0.8, state="pruned")])).startswith(
+        "trial 0: accuracy 0.8000 ± 0.1000, epoch 7, pruned\n"
+    )
 
 
 @pytest.mark.parametrize(("width", "gone"), [(61, ["seconds"]), (52, ["±", "seconds"])])
@@ -85,7 +111,7 @@ def test_a_long_name_is_in_the_title_alone():
 
 def test_json_has_null_for_nan(study):
     rows = json.loads(trials_json(study), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert [list(row) for row in rows] == [list(FIELDS)] * 3
+    assert [list(row) for row in rows] == [list(FIELDS), [*FIELDS, "reason"], list(FIELDS)]
     assert rows[0] == {
         "number": 0, "params": {"lr": 0.001, "width": 64}, "score": 0.8, "fold_scores": [0.8 - 0.1, 0.8 + 0.1],
         "best_epoch": 7, "state": "complete", "seconds": 1.25, "origin": "random",

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import sqlite3
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -795,3 +796,8 @@ def test_a_sampler_whose_batches_are_halved():
         in text
     )
     assert "after epoch 3" in text and "Descent" not in text
+    pruned = tuple(trial for trial in study.trials if trial.state == "pruned")
+    alone = replace(study, trials=pruned, curves=study.curves[: len(pruned)])
+    assert f"The best 5 of {len(pruned)} trials, pruned as all with a score are, by" in closing(
+        alone
+    )

@@ -129,7 +129,9 @@ def test_how_the_trials_ended(study, html):
     on = {r: int((np.isfinite(study.curves).any(2).sum(1) > r).sum()) for r in (3, 9)}
     assert rungs == [(str(r), str(left[r]), str(on[r])) for r in (3, 9)]
     failed = next(trial for trial in study.trials if trial.state == "failed")
-    assert f'<td class="number">{failed.number}</td><td class="number">{failed.best_epoch + 1}</td>' in html
+    assert (
+        f'<td class="number">{failed.number}</td><td>diverged in epoch {failed.best_epoch + 1}</td>' in html
+    )
 
 
 def test_the_table_has_every_trial_best_first(study, html):

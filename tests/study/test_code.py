@@ -32,6 +32,16 @@ class Powered(nn.Module):
         return powered(self._power)(outputs, y)
 
 
+def reading(power, what):
+    """The loss, or a module of it, in a file that has set the power."""
+    file = {"POWER": power, "torch": torch, "CALLS": power, "__name__": "file"}
+    text = (
+        "def loss(o, y):\n global CALLS\n CALLS += 1\n return [abs(a - b) ** POWER for a, b in zip(o, y)]\n"
+    )
+    exec(text + "class Loss(torch.nn.Module):\n def forward(self, o, y): return (o - y) ** POWER", file)
+    return file[what]
+
+
 B = torch.tensor([1.0, 2.0])
 # fmt: off
 LAMBDAS = [lambda o, y: o - y, lambda o, y: y - o, lambda o, y: (lambda z: z + 1)(o), lambda o, y: (lambda z: z + 2)(o)]
@@ -51,6 +61,8 @@ PAIRS = {
     "a function of torch's": (lambda: functional.mse_loss, lambda: functional.logsigmoid),
     "a partial": (lambda: functools.partial(powered, 2), lambda: functools.partial(powered, 3)),
     "a module": (lambda: Powered(2), lambda: Powered(3)),
+    "a module's value": (lambda: reading(2, "loss"), lambda: reading(B, "loss")),
+    "that of a class": (lambda: reading(2, "Loss")(), lambda: reading(3, "Loss")()),
     "a method": (lambda: Powered(2).forward, lambda: Powered(3).forward),
 }
 
@@ -68,6 +80,13 @@ class Net(nn.Linear):
 
 def stepped(of):
     return lambda module, batch: of(module(batch[0]), batch[1])
+
+
+def test_a_value_that_a_function_sets_itself_is_no_other_code():
+    one = reading(2, "loss")
+    before = digest_of_code(one)
+    one([1], [2])
+    assert one.__globals__["CALLS"] == 3 and digest_of_code(one) == before
 
 
 @pytest.mark.parametrize("argument", ["loss", "training_step", "augment"])

@@ -637,6 +637,14 @@ def test_a_random_state_object_is_used_once(iris):
             "patience is for .*, and method='halving' decides itself how long a trial trains; leave patience out",
         ),
         ({"patience": 3, "method": "hypergradient"}, "and method='hypergradient' decides itself"),
+        ({"patience": 3, "method": "median"}, "and method='median' decides itself"),
+        (
+            {
+                "patience": 3,
+                "method": gputune.OptunaSampler(optuna.samplers.RandomSampler(), halving=gputune.Halving()),
+            },
+            "and method='optuna' decides itself",
+        ),
         ({"patience": 3, "epoch": "last"}, "patience is for .*, and epoch='last' scores the last one"),
         ({"patience": 3, "model": "logistic"}, "and the logistic regression solved .* has no epochs"),
         ({"timeout": -1}, "timeout is a number of seconds above 0, or None, got -1"),
