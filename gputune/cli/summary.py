@@ -194,7 +194,7 @@ def _best_trials(ending: Ending, width: int) -> str:
     shown = (finished or scored)[:BEST]  # a score that a pruned trial had early is no match for them
     begun = sum(trial.state != "waiting" for trial in study.trials)
     best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
-    best += "" if finished else ", sent away early as all with a score are,"
+    best += "" if finished else ", pruned as all with a score are,"
     title = f"{best} by {study_measure(study).title}, {mean_words(study, errors=study.record.folds > 1)}:"
     layout = (
         ("trial", SCORE_AND_ERROR, "epoch") if study.record.max_epochs > 1 else ("trial", SCORE_AND_ERROR)

@@ -59,8 +59,9 @@ def _bytecode(value: Any) -> str:
 def digest_of_code(value: object) -> str:
     """Return the SHA-256 of what a function or a callable object does, the same in every process.
 
-    That is its source, its defaults, what it has closed over and what it reads of its module; of an object its class and attributes, of a module its
-    parameters and buffers too. Of what is torch's it is the name alone, and so it is of an object that is not called.
+    That is its source, its defaults, what it has closed over and what it reads of its file; of an object its class and
+    attributes, of a module its parameters and buffers too. Of what is torch's it is the name alone, and so it is of an
+    object that is not called.
     """
     return hashlib.sha256("\0".join(_parts(value, ())).encode()).hexdigest()
 

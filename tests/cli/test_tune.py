@@ -798,6 +798,4 @@ def test_a_sampler_whose_batches_are_halved():
     assert "after epoch 3" in text and "Descent" not in text
     pruned = tuple(trial for trial in study.trials if trial.state == "pruned")
     alone = replace(study, trials=pruned, curves=study.curves[: len(pruned)])
-    assert f"The best 5 of {len(pruned)} trials, pruned as all with a score are, by" in closing(
-        alone
-    )
+    assert f"The best 5 of {len(pruned)} trials, pruned as all with a score are, by" in closing(alone)
