@@ -89,7 +89,8 @@ def _range(raw: np.ndarray | Tensor) -> np.ndarray:
         ends = torch.stack(torch.where(raw.isnan(), 0.0, raw).aminmax(dim=0)).cpu().double().numpy()
     else:
         ends = np.stack([np.fmin.reduce(raw), np.fmax.reduce(raw)])
-    return np.nan_to_num(ends)
+    known: np.ndarray = np.nan_to_num(ends)
+    return known
 
 
 def _is_limited(ends: np.ndarray, statistics: Statistics) -> bool:

@@ -224,12 +224,12 @@ class TunedModel(ModelContent):
         """
         self.module.eval()  # the caller may have trained it on
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        outputs = []
+        outputs: list[Tensor] = []
         with torch.inference_mode():
             for part in self._batches(self._inputs(X)):
                 rows = encode(part, self.layout, self.statistics, self.dtype)
                 if isinstance(part, Table) and not rows[0].isfinite().all():
-                    raise self._too_large(part, rows[0], first_row=sum(map(len, outputs)))
+                    raise self._too_large(part, rows[0], first_row=sum(len(output) for output in outputs))
                 inputs = [x.to(device) for x in rows]
                 try:
                     output = self._checked(call_module(self.module, inputs, self._names), len(part))
