@@ -13,12 +13,8 @@ from unittest import mock
 
 # In the process that is forked, by its import of this file: all that a search may import.
 IMPORTS = [
-    "gputune.cli.main",
-    "gputune.cli.tune",
-    "gputune.tuning.pipeline",
-    "sklearn.datasets",
-    "scipy.stats",
-]
+    "gputune.cli.main", "gputune.cli.tune", "gputune.tuning.pipeline", "sklearn.datasets", "scipy.stats",
+]  # fmt: skip
 FORKS = multiprocessing.get_context("forkserver")
 HERE = os.path.dirname(__file__)
 

@@ -123,16 +123,10 @@ class StackedNets:
     def alone(self, p: int, *, width: int | None = None) -> "StackedNets":
         """Member p by itself, with the steps that it takes, unpadded if no width is given."""
         return StackedNets(
-            int(self.totals[p]),
-            widths=self.widths[p : p + 1],
-            width=width,
-            sizes=self.batch_sizes[p : p + 1],
-            cosine=self.cosine[p : p + 1],
-            seeds=self.seeds[p : p + 1],
-            loss=self.loss,
-            activation=self.activation,
-            dtype=self.dtype,
-        )
+            int(self.totals[p]), widths=self.widths[p : p + 1], width=width, sizes=self.batch_sizes[p : p + 1],
+            cosine=self.cosine[p : p + 1], seeds=self.seeds[p : p + 1], loss=self.loss,
+            activation=self.activation, dtype=self.dtype,
+        )  # fmt: skip
 
     def own(self, weights: Tensor, p: int) -> Tensor:
         """The entries of member p, without its padding."""
@@ -212,12 +206,9 @@ def tables_of(
         "beta2": 0.98,
     }
     shape = {
-        "lr": (segments, 2),
-        "momentum": (segments, 1),
-        "weight_decay": (1, 2),
-        "beta1": (1, 1),
+        "lr": (segments, 2), "momentum": (segments, 1), "weight_decay": (1, 2), "beta1": (1, 1),
         "beta2": (min(2, segments), 2),
-    }
+    }  # fmt: skip
     tables = {}
     for name in HYPERPARAMETERS:
         table = torch.full((members, *shape[name]), base[name], dtype=torch.float64)

@@ -44,16 +44,10 @@ META = {
 
 
 HOSTILE = (
-    "</script><script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    '"><svg onload=alert(1)>',
-    "'-alert(1)-'",
-    "{{ 7 * 7 }}{% raw %}",
-    "</style><style>*{display:none}",
-    "a\x00\x1b[2J\u202eb",
-    "</title><h1>",
-    "]]><!--",
-)
+    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>',
+    "'-alert(1)-'", "{{ 7 * 7 }}{% raw %}", "</style><style>*{display:none}", "a\x00\x1b[2J\u202eb",
+    "</title><h1>", "]]><!--",
+)  # fmt: skip
 
 
 def study_of(params, scores=None, *, epochs=1, **meta):

@@ -16,27 +16,18 @@ def candidates(numbers):
 def result(number, *, epochs=3, folds=2, state="complete", **changed):
     curve = np.random.default_rng(number).normal(size=(epochs, folds))
     values = {
-        "number": number,
-        "state": state,
-        "score": float(curve[-1].mean()),
-        "fold_scores": tuple(curve[-1].tolist()),
-        "best_epoch": epochs,
-        "seconds": 0.1 + number,
-        "curve": curve,
-    }
+        "number": number, "state": state, "score": float(curve[-1].mean()),
+        "fold_scores": tuple(curve[-1].tolist()), "best_epoch": epochs, "seconds": 0.1 + number, "curve": curve,
+    }  # fmt: skip
     return Result(**{**values, **changed})
 
 
 def bits(result):
     numbers = np.array([result.score, *result.fold_scores, result.seconds])
     return (
-        result.number,
-        result.state,
-        result.best_epoch,
-        numbers.tobytes(),
-        result.curve.tobytes(),
+        result.number, result.state, result.best_epoch, numbers.tobytes(), result.curve.tobytes(),
         result.curve.shape,
-    )
+    )  # fmt: skip
 
 
 def make_study(path, trials=0, results=(), meta=None):

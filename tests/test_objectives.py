@@ -551,11 +551,7 @@ def test_a_study_knows_its_loss(tmp_path):
         (SEVERAL, {"task": "multilabel"}, r"task='multilabel' does not fit y, an array of shape \(60, 2\)"),
         (LABELS[:, 0], {"task": "multilabel"}, "needs several columns of 0 and 1 in y, got one"),
         (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
-        (
-            TWO,
-            {"model": OneLogit, "loss": nn.BCELoss()},
-            "BCELoss takes probabilities, .* give loss='bce', which",
-        ),
+        (TWO, {"model": OneLogit, "loss": nn.BCELoss()}, "BCELoss takes probabilities, .* give loss='bce', which"),
         (TWO, {"model": OneLogit, "loss": "cross_entropy"}, r"got \(31, 1\) .* or one with loss='bce'"),
         (
             TWO,
@@ -565,11 +561,7 @@ def test_a_study_knows_its_loss(tmp_path):
         (TWO, {"loss": "bce", "model": lambda n_features: Net(n_features, 2)}, "take loss='cross_entropy'"),
         (SEVERAL, {"scoring": "accuracy"}, "does not fit a regression task; choose for example r2"),
         (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
-        (
-            X,
-            {"task": "custom", "loss": poisson, "scoring": "r2"},
-            "scoring='r2' does not fit a custom target",
-        ),
+        (X, {"task": "custom", "loss": poisson, "scoring": "r2"}, "scoring='r2' does not fit a custom target"),
         (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
         (LABELS[:, 0], {"model": "mlp", "loss": "cross_entropy"}, "loss is for a module of your own"),
         (SEVERAL, {"loss": lambda o, y: o[:, :3] @ y}, "the loss .*<lambda> raised RuntimeError: .* shape"),
@@ -578,27 +570,11 @@ def test_a_study_knows_its_loss(tmp_path):
             {"loss": lambda o, y: o},
             r"must return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)",
         ),
-        (
-            SEVERAL[:, 0],
-            {"loss": nn.CrossEntropyLoss()},
-            "CrossEntropyLoss is of classes, and y is one number a row",
-        ),
-        (
-            SEVERAL[:, 0],
-            {"loss": functional.cross_entropy},
-            "y is numbers here; task='classification' takes it",
-        ),
-        (
-            LABELS[:, 0],
-            {"loss": functional.mse_loss},
-            "y is classes here; task='regression' takes it the other way",
-        ),
+        (SEVERAL[:, 0], {"loss": nn.CrossEntropyLoss()}, "CrossEntropyLoss is of classes, and y is one number a row"),
+        (SEVERAL[:, 0], {"loss": functional.cross_entropy}, "y is numbers here; task='classification' takes it"),
+        (LABELS[:, 0], {"loss": functional.mse_loss}, "y is classes here; task='regression' takes it the other way"),
         (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
-        (
-            SEVERAL,
-            {"loss": lambda o, y: (o - y).detach().square().mean(1)},
-            "gives no gradient: what it returns",
-        ),
+        (SEVERAL, {"loss": lambda o, y: (o - y).detach().square().mean(1)}, "gives no gradient: what it returns"),
         (
             SEVERAL,
             {"training_step": lambda m: 0},
@@ -606,11 +582,7 @@ def test_a_study_knows_its_loss(tmp_path):
         ),
         (SEVERAL, {"augment": lambda x: x}, r"raised TypeError: .* called as augment\(x, generator\)"),
         (SEVERAL, {"scoring": lambda o, y: o @ y}, "It is called as scoring.outputs, y., with tensors"),
-        (
-            LABELS,
-            {"loss": nn.CrossEntropyLoss()},
-            "is of one class a row, .* give loss=torch.nn.BCEWithLogits",
-        ),
+        (LABELS, {"loss": nn.CrossEntropyLoss()}, "is of one class a row, .* give loss=torch.nn.BCEWithLogits"),
         (
             LABELS[:, 0],
             {"model": lambda n_features: Net(n_features, 7), "training_step": lambda m, b: m(b[0]).mean()},
@@ -634,7 +606,7 @@ def test_a_study_knows_its_loss(tmp_path):
             "differentiates a loss that has a name",
         ),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused(y, options, message):
     with refused(message):
         score(y, **options)

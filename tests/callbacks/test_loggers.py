@@ -18,14 +18,8 @@ from study_rows import candidates, result
 X, Y = load_iris(return_X_y=True)
 SPACE = {"lr": [1e-3, 1e-2, 3e-2], "activation": ["relu", "tanh"], "width": 8}
 FAST = {
-    "max_epochs": 3,
-    "cv": 3,
-    "verbose": 0,
-    "workers": 1,
-    "n_trials": 5,
-    "space": SPACE,
-    "include_default": False,
-}
+    "max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1, "n_trials": 5, "space": SPACE, "include_default": False,
+}  # fmt: skip
 
 
 def tune(callback, **options):

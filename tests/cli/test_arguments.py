@@ -12,15 +12,7 @@ from gputune.cli.translation import flags, in_flags
 from gputune.study.record import IDENTITY
 from gputune.types import defaults_in_words
 
-PYTHON_ALONE = {
-    "X",
-    "y",
-    "sample_weight",
-    "epoch",
-    "callbacks",
-    "training_step",
-    "augment",
-}
+PYTHON_ALONE = {"X", "y", "sample_weight", "epoch", "callbacks", "training_step", "augment"}  # fmt: skip
 OF_METHODS = {
     field.name
     for method in (gputune.Halving, gputune.Median, gputune.Hypergradient)

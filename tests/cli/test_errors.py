@@ -57,15 +57,8 @@ def test_a_file_without_a_header(bugs):
 def test_an_id_as_the_target(bugs):
     write_table(bugs, name=[f"n{i}" for i in range(40)])
     refused(
-        "tune",
-        bugs,
-        "--target",
-        "name",
-        *FAST,
-        "--test-size",
-        "0",
-        words=["--cv 2 cannot split these 40 rows"],
-    )
+        "tune", bugs, "--target", "name", *FAST, "--test-size", "0", words=["--cv 2 cannot split these 40 rows"],
+    )  # fmt: skip
 
 
 def test_unknown_format(bugs):
@@ -76,15 +69,11 @@ def test_unknown_format(bugs):
     ("columns", "options", "words"),
     [
         ({"kind": ["ant"] * 40}, [], ["kind", "at least two classes", "'ant'", "check"]),
-        (
-            {"kind": [*kinds(38), "", "NA"]},
-            [],
-            ["kind has 2 missing values", "line 40", "leave those rows out"],
-        ),
+        ({"kind": [*kinds(38), "", "NA"]}, [], ["kind has 2 missing values", "line 40", "leave those rows out"]),
         ({"kind": kinds(20)}, ["--cv", "17"], ["--cv 17", "got 16", "use fewer"]),
         ({"kind": kinds(), "d": [*range(38), "inf", "-inf"]}, [], ["'d'", "infinite", "row 38", "clip it"]),
     ],
-)
+)  # fmt: skip
 def test_a_table_that_cannot_be_searched(bugs, columns, options, words):
     write_table(bugs, len(columns["kind"]), **columns)
     refused_tune(bugs, *options, words=words)
@@ -190,18 +179,14 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
         ("--target-transform", "lg", ["must be 'log' or 'log1p', got 'lg'. Did you mean 'log'?"]),
         ("--optimizer", "lamb", ["'lamb'", "adamw"]),
         ("--scoring", "acuracy", ["'acuracy'", "Did you mean 'accuracy'?"]),
-        (
-            "--scoring",
-            "neg_loss",
-            ["--scoring neg_loss is of a module's loss", "; choose another --scoring."],
-        ),
+        ("--scoring", "neg_loss", ["--scoring neg_loss is of a module's loss", "; choose another --scoring."]),
         ("--scoring", "r2", ["--scoring r2", "binary", "accuracy"]),
         ("--task", "ranking", ["'ranking'", "classification"]),
         ("--task", "regression", ["--task regression", "kind", "text", "convert it"]),
         ("--model", "mpl", ["'mpl'", "mlp"]),
         ("--model", "net.py:Net", ["net.py", "does not exist", "check the path"]),
     ],
-)
+)  # fmt: skip
 def test_bad_options(bugs, option, value, words):
     refused_tune(bugs, option, value, words=[option, *words])
     assert not bugs.with_name("gputune-out").exists()
@@ -210,10 +195,7 @@ def test_bad_options(bugs, option, value, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            ["--drop", "aa,b"],
-            ["--drop has 'aa'", "columns of the table are 'a', 'b', 'c', 'kind'", "mean 'a'?"],
-        ),
+        (["--drop", "aa,b"], ["--drop has 'aa'", "columns of the table are 'a', 'b', 'c', 'kind'", "mean 'a'?"]),
         (["--drop", "kind"], ["--drop has 'kind', which is the target or the groups; name other columns"]),
         (["--drop", "a,b,c"], ["--drop must leave a column to predict from, got 'a', 'b', 'c'"]),
         (["--kind", "d=number"], ["--kind has 'd'"]),
@@ -230,7 +212,7 @@ def test_bad_options(bugs, option, value, words):
         (["--include", "lr=x"], ["lr must be a finite number", "'lr=x'"]),
         (["--sampler", "tpe", "--method", "median"], ["--sampler tpe goes with --method random or halving"]),
     ],
-)
+)  # fmt: skip
 def test_columns_weights_and_configurations(bugs, options, words):
     refused_tune(bugs, *options, words=words)
 

@@ -109,27 +109,11 @@ class Net(nn.Linear):
 def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value, more):
     (tmp_path / "net.py").write_text(NET)
     command = [
-        "tune",
-        folder / "t.csv",
-        "--target",
-        target,
-        "--drop",
-        "id",
-        "--model",
-        f"{tmp_path}/net.py:Net",
-    ]
+        "tune", folder / "t.csv", "--target", target, "--drop", "id", "--model", f"{tmp_path}/net.py:Net",
+    ]  # fmt: skip
     command += [
-        "--loss",
-        loss,
-        "--scoring",
-        "neg_loss",
-        "--space",
-        value,
-        *more,
-        "--out",
-        tmp_path / target,
-        *FAST,
-    ]
+        "--loss", loss, "--scoring", "neg_loss", "--space", value, *more, "--out", tmp_path / target, *FAST,
+    ]  # fmt: skip
     code, out, err = run(*command)
     assert (code, err) == (0, "") and "Held-out loss (lower is better): " in out
     model, table = gputune.load_model(tmp_path / target / "model"), pl.read_csv(folder / "t.csv").drop("id")
@@ -154,18 +138,10 @@ def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value
 @pytest.mark.parametrize(
     ("task", "loss", "words"),
     [
-        (
-            "binary",
-            "my:loss",
-            "and this model was trained on my:loss; choose another, for example neg_log_loss",
-        ),
-        (
-            "custom",
-            "",
-            "no score that has a name is of a custom target; gputune predict writes what the model",
-        ),
+        ("binary", "my:loss", "and this model was trained on my:loss; choose another, for example neg_log_loss"),
+        ("custom", "", "no score that has a name is of a custom target; gputune predict writes what the model"),
     ],
-)
+)  # fmt: skip
 def test_a_loss_of_ones_own_is_no_score(task, loss, words):
     model = SimpleNamespace(task=task, info={"loss": loss}, spec={"kind": "module"})
     with refused(words):
@@ -177,14 +153,8 @@ def test_a_score_of_a_class_without_a_row_is_none(folder, tmp_path, name):
     rows = pl.read_csv(folder / "t.csv", schema_overrides={"id": str}).filter(pl.col("kind") == "ant")
     rows.write_csv(tmp_path / "ants.csv")
     command = [
-        "evaluate",
-        folder / "kind" / "model",
-        tmp_path / "ants.csv",
-        "--scoring",
-        name,
-        "--positive",
-        "bee",
-    ]
+        "evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--scoring", name, "--positive", "bee",
+    ]  # fmt: skip
     code, out, _ = run(*command)
     assert code == 0 and f"No {name}: none of these rows is of the positive class." in out
     score = json.loads(run(*command, "--format", "json")[1])["scores"][name]
@@ -224,18 +194,8 @@ def test_a_score_that_cannot_be_had(folder, options, words):
 @pytest.mark.parametrize(
     ("target", "change", "options", "words"),
     [
-        (
-            "kind",
-            pl.when(pl.col("id") != 2).then("kind"),
-            [],
-            "kind has 1 missing value (the first in line 4);",
-        ),
-        (
-            "price",
-            pl.when(pl.col("id") != 2).then("price"),
-            [],
-            "price has 1 missing value (the first in line 4);",
-        ),
+        ("kind", pl.when(pl.col("id") != 2).then("kind"), [], "kind has 1 missing value (the first in line 4);"),
+        ("price", pl.when(pl.col("id") != 2).then("price"), [], "price has 1 missing value (the first in line 4);"),
         ("price", pl.lit("dear").alias("price"), [], "needs numbers in price, got text such as 'dear'"),
         (
             "price",
@@ -252,7 +212,7 @@ def test_a_score_that_cannot_be_had(folder, options, words):
             "no class that the model knows: it holds '0', '1', and the model's classes are 'ant', 'bee'",
         ),
     ],
-)
+)  # fmt: skip
 def test_rows_that_cannot_be_evaluated(folder, tmp_path, target, change, options, words):
     pl.read_csv(folder / "t.csv").with_columns(change).write_csv(tmp_path / "new.csv")
     code, out, err = run("evaluate", folder / target / "model", tmp_path / "new.csv", *options)

@@ -136,24 +136,12 @@ def test_no_row_of_another_type_ends_in_a_traceback(whole, study):
     [
         ("meta", {"value": "[1]"}, r"option 'folds' cannot be read \(\[1\] is of another type\)"),
         ("trials", {"params": "1"}, r"trial 0 cannot be read \(parameters 1 are no object\)"),
-        (
-            "results",
-            {"best_epoch": 2**40},
-            r"the result of trial 0 cannot be read \(its best epoch or seconds",
-        ),
-        (
-            "results",
-            {"detail": '{"usable":1}'},
-            r"the result of trial 0 cannot be read \(its detail is",
-        ),
+        ("results", {"best_epoch": 2**40}, r"the result of trial 0 cannot be read \(its best epoch or seconds"),
+        ("results", {"detail": '{"usable":1}'}, r"the result of trial 0 cannot be read \(its detail is"),
         ("results", {"score": b"123"}, r"the result of trial 0 cannot be read \(3 bytes are no float64"),
-        (
-            "meta",
-            {"value": '{"array":{"dtype":"<U400000000","shape":[1],"items":["a"]}}'},
-            "holds nothing as long",
-        ),
+        ("meta", {"value": '{"array":{"dtype":"<U400000000","shape":[1],"items":["a"]}}'}, "holds nothing as long"),
     ],
-)
+)  # fmt: skip
 def test_what_is_odd_is_named_when_the_study_is_opened(whole, study, table, changed, words):
     write(whole, study, table, changed, "folds" if table == "meta" else 0)
     with pytest.raises(

@@ -294,17 +294,13 @@ def test_what_the_file_does_not_hold_is_named(bugs, monkeypatch):
         (("bugs.csv", "kind"), {"sample_weight": np.ones(40)}, "sample_weight"),
         (("bugs.csv", "kind"), {"scoring": make_scorer(accuracy_score)}, "scoring, a function"),
         (("bugs.csv", "kind"), {"space": {"lr": Odd()}}, "space, with an object of your own"),
-        (
-            ("bugs.csv", "kind"),
-            {"groups": np.arange(40) % 5, "cv": GroupKFold(2)},
-            "groups, which were in memory",
-        ),
+        (("bugs.csv", "kind"), {"groups": np.arange(40) % 5, "cv": GroupKFold(2)}, "groups, which were in memory"),
         (
             ("bugs.csv", "kind"),
             {"method": gputune.OptunaSampler(RandomSampler(seed=0))},
             "method, with a sampler of Optuna's",
         ),
-    ]
+    ]  # fmt: skip
     for data, options, words in cases:
         gputune.tune("mlp", *data, study="my.db", **{**common, **options})
         refused(f"does not hold: {words}. Repeat the call of gputune.tune(..., study='my.db')")

@@ -161,11 +161,8 @@ def test_no_name_steers_the_terminal():
 def test_best_shows_parameters_in_full():
     study = make_study([trial(0, 0.5), trial(1, 0.8, {"lr": 0.009637248262359661, "width": 64})])
     assert best_text(study).split("\n") == [
-        "trial 1: accuracy 0.8000 ± 0.1000, epoch 7",
-        "",
-        "parameter  value",
-        "lr         0.009637248262359661",
+        "trial 1: accuracy 0.8000 ± 0.1000, epoch 7", "", "parameter  value", "lr         0.009637248262359661",
         "width      64",
-    ]
+    ]  # fmt: skip
     found = json.loads(best_json(study))
     assert (found["scoring"], found["number"], found["params"]) == ("accuracy", 1, study.best_params)

@@ -56,12 +56,9 @@ def test_a_table_is_no_array(X):
         (IMAGES.where(IMAGES[3, 0, 1, 1] != IMAGES, torch.nan), "got NaN or an infinite value in row 3"),
         (IMAGES.to("meta"), "X lies on the device 'meta', which holds no values"),
         (IMAGES.to(torch.float8_e4m3fn), "floats of 16 bits or more, got torch.float8_e4m3fn; pass X.half()"),
-        (
-            {"a": _objects([[1], [2, 3]])},
-            r"X\['a'\] must hold .* got object; its rows may be of unlike shapes",
-        ),
+        ({"a": _objects([[1], [2, 3]])}, r"X\['a'\] must hold .* got object; its rows may be of unlike shapes"),
     ],
-)
+)  # fmt: skip
 def test_bad_arrays_are_refused(X, message):
     with pytest.raises(InputError, match=message):
         as_arrays(X)
@@ -72,20 +69,14 @@ def test_bad_arrays_are_refused(X, message):
     [
         (list(IMAGES), r"X is a list of 6 arrays of shape \(2, 3, 3\); pass one array, torch.stack\(X\)"),
         (list(IMAGES.numpy()), r"pass one array, numpy.stack\(X\)"),
-        (
-            [*IMAGES, torch.zeros(2, 3, 4)],
-            r"unlike shapes: X\[0\] has \(2, 3, 3\), X\[6\] \(2, 3, 4\); pad or crop",
-        ),
+        ([*IMAGES, torch.zeros(2, 3, 4)], r"unlike shapes: X\[0\] has \(2, 3, 3\), X\[6\] \(2, 3, 4\); pad or crop"),
         (_objects([[[1.0, 2.0]], [[1.0]]]), r"X is a list of 2 arrays of unlike shapes"),
         ([IDS, IMAGES], "where they are inputs of the module, pass a tuple of them"),
         ((IDS, IDS.tolist()), r"X\[1\] must be an array or a tensor, one for each input, got list"),
-        (
-            {"a": IDS, "b": [1] * 6},
-            r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)",
-        ),
+        ({"a": IDS, "b": [1] * 6}, r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)"),
         (["a text", "another"], "X is a list of 2 texts; give the words numbers"),
     ],
-)
+)  # fmt: skip
 def test_what_is_nearly_arrays_is_refused_by_name(X, message):
     with pytest.raises(InputError, match=message):
         read_source(X, [0] * 6, module=True)
@@ -145,12 +136,8 @@ class TestFiles:
 
     def test_several_inputs_are_keywords(self, tmp_path):
         np.savez(
-            tmp_path / "d.npz",
-            image=IMAGES.numpy(),
-            ids=IDS.numpy(),
-            label=np.arange(6) % 2,
-            who=np.arange(6),
-        )
+            tmp_path / "d.npz", image=IMAGES.numpy(), ids=IDS.numpy(), label=np.arange(6) % 2, who=np.arange(6),
+        )  # fmt: skip
         source = read_source(tmp_path / "d.npz", "label", "who", module=True)
         assert source.X.names == ("image", "ids") and source.groups.tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -247,10 +234,7 @@ class TestDatasets:
     @pytest.mark.parametrize(
         ("dataset", "message"),
         [
-            (
-                Stream(),
-                "Stream, which has no length; pass a map-style Dataset",
-            ),
+            (Stream(), "Stream, which has no length; pass a map-style Dataset"),
             (Items([(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]), "cannot be stacked"),
             (Items([torch.zeros(2, 2)] * 3), "are no pairs"),
             (Items([]), r"X is a Items without items"),
@@ -259,7 +243,7 @@ class TestDatasets:
                 "item 2 of X, a Items, raised KeyError: 2",
             ),
         ],
-    )
+    )  # fmt: skip
     def test_bad_ones_are_refused(self, dataset, message):
         with pytest.raises(InputError, match=message):
             read_dataset(dataset, None)
@@ -315,13 +299,10 @@ class TestLayout:
         ("X", "message"),
         [
             ({"ids": IDS}, "X has no input 'image'; those seen in training are 'ids', 'image'"),
-            (
-                {"ids": IDS, "image": IMAGES[:, :1]},
-                r"must be what was seen in training, .*float32 \(rows, 2, 3, 3\)",
-            ),
+            ({"ids": IDS, "image": IMAGES[:, :1]}, r"must be what was seen in training, .*float32 \(rows, 2, 3, 3\)"),
             ({"ids": IDS.float(), "image": IMAGES}, "must be what was seen in training"),
         ],
-    )
+    )  # fmt: skip
     def test_others_are_refused(self, X, message):
         with pytest.raises(InputError, match=message):
             self.LAYOUT.raw(X)

@@ -135,19 +135,14 @@ def test_values_of_another_kind_that_fit():
 @pytest.mark.parametrize(
     ("wanted", "kind", "values", "message"),
     [
-        (
-            "number",
-            "category",
-            ["1", "abc"],
-            "must be a number as it was for training, got text such as 'abc'",
-        ),
+        ("number", "category", ["1", "abc"], "must be a number as it was for training, got text such as 'abc'"),
         ("number", "date", [0.0], "must be a number as it was for training, got a date"),
         ("boolean", "number", [2.0], "must be a boolean as it was for training, got a number"),
         ("date", "number", [1.0], "must be a date as it was for training, got a number"),
         ("date", "category", ["soon"], "must be a date as it was for training, got text such as 'soon'"),
         ("category", "date", [0.0], r"must be a category \(text\) as it was for training, got a date"),
     ],
-)
+)  # fmt: skip
 def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
     column = Column("c", wanted, parts=("value",))
     with pytest.raises(InputError, match=f"column 'c' {message}"):
@@ -165,12 +160,9 @@ def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
             ["1,234.5"] * 10 + ["2,500"] * 10,
             "read as text because of commas as in '1,234.5'; write numbers without them, decimals with a point",
         ),
-        (
-            ["31/12/2020"] * 5 + ["01.02.2021"] * 15,
-            "read as text; write dates like '01.02.2021' as year-month-day",
-        ),
+        (["31/12/2020"] * 5 + ["01.02.2021"] * 15, "read as text; write dates like '01.02.2021' as year-month-day"),
     ],
-)
+)  # fmt: skip
 def test_text_that_was_meant_otherwise_is_said(texts, note):
     values = np.array(texts, dtype=object)
     _, notes = fit_column("a", "category", values, max_levels=32, min_count=1)

@@ -271,26 +271,15 @@ def test_rows_of_arrays_that_are_not_gathered_train_as_their_copies(kind):
     for arrays in (as_arrays(X).select(kept), as_arrays({name: x[kept] for name, x in X.items()})):
         statistics = fit_channels(arrays, [train for train, _ in FOLDS], "standard")
         data = make_dataset(
-            arrays,
-            statistics,
-            target,
-            FOLDS,
-            weights=weights,
-            like=torch.empty(0),
-            standardise=kind != "column",
-        )
+            arrays, statistics, target, FOLDS, weights=weights, like=torch.empty(0), standardise=kind != "column",
+        )  # fmt: skip
         per_fold = data.y[None] if kind == "classes" else data.y
         seen = ScorerRows(arrays, None)
         for f, fold in enumerate(data.folds):
             for rows in (fold.train, fold.valid):
                 found.append(
-                    [
-                        *data.rows(f, rows),
-                        per_fold[f % len(per_fold)][rows],
-                        data.target[rows],
-                        data.weights[f, rows],
-                    ]
-                )
+                    [*data.rows(f, rows), per_fold[f % len(per_fold)][rows], data.target[rows], data.weights[f, rows]]
+                )  # fmt: skip
             found[-1] += map(torch.from_numpy, seen.rows(fold).values())
     lazy, copied = found[: len(found) // 2], found[len(found) // 2 :]
     assert all(torch.equal(a, b) for x, y in zip(lazy, copied) for a, b in zip(x, y, strict=True))

@@ -305,14 +305,10 @@ def test_left_out_columns_are_named_and_need_not_be_there_again():
     n = 120
     table = pd.DataFrame(
         {
-            "id": [f"p{i}" for i in range(n)],
-            "row": np.arange(n),
-            "same": 3,
-            "word": "x",
-            "empty": np.nan,
+            "id": [f"p{i}" for i in range(n)], "row": np.arange(n), "same": 3, "word": "x", "empty": np.nan,
             "x": np.random.default_rng(0).normal(size=n),
         }
-    )
+    )  # fmt: skip
     layout = fit_layout(as_table(table))
     assert layout.feature_names == ("row", "x")
     assert layout.notes == (

@@ -137,17 +137,13 @@ def test_bundled_sets(name):
         ("t.csv", "a,b\n", "no rows"),
         ("t.csv", "a,b,a\n1,2,3\n", "more than one 'a'"),
         ("t.csv", "a,b\n1,inf\n", "column 'b' has an infinite value in row 0"),
-        (
-            "t.csv",
-            "a,b\n1,2\n1,2,3\n",
-            "t.csv' has 3 fields in line 3, and 2 in its header line; write equally",
-        ),
+        ("t.csv", "a,b\n1,2\n1,2,3\n", "t.csv' has 3 fields in line 3, and 2 in its header line; write equally"),
         ("t.csv", 'a,b\n"1\n2",2\n\n1\n', "t.csv' has 1 field in line 5, and 2 in its header line"),
         ("t.tsv", "a\tb\tc\n1\t2\t3\n1\t2\n", "has 2 fields in line 3, and 3 in its header line"),
         ("t.parquet", "nothing", "could not be read as Parquet"),
         ("t.xlsx", "a", "a table is read from .csv"),
     ],
-)
+)  # fmt: skip
 def test_bad_files(tmp_path, name, text, message):
     with pytest.raises(InputError, match=message):
         read_table(write(tmp_path, text, name))

@@ -90,13 +90,8 @@ def test_missing_values():
 
 def test_numbers_as_categories():
     assert [text_of(value) for value in (1, 1.0, 1.5, True, "a", NAN)] == [
-        "1",
-        "1",
-        "1.5",
-        "True",
-        "a",
-        "nan",
-    ]
+        "1", "1", "1.5", "True", "a", "nan",
+    ]  # fmt: skip
 
 
 def column(*values):

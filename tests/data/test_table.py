@@ -153,24 +153,12 @@ def test_select_and_drop():
     [
         (csr_matrix(np.eye(3)), "sparse matrix"),
         (csr_array(np.eye(3)), "sparse matrix"),
-        (
-            np.zeros((2, 2, 2)),
-            r"two-dimensional .*\(2, 2, 2\); pass X.reshape\(len\(X\), -1\), which the forward",
-        ),
-        (
-            [np.zeros((3, 2)), np.zeros((3, 4))],
-            r"X is a list of 2 inputs, of shapes \(3, 2\), \(3, 4\).*hstack\(X\)",
-        ),
+        (np.zeros((2, 2, 2)), r"two-dimensional .*\(2, 2, 2\); pass X.reshape\(len\(X\), -1\), which the forward"),
+        ([np.zeros((3, 2)), np.zeros((3, 4))], r"X is a list of 2 inputs, of shapes \(3, 2\), \(3, 4\).*hstack\(X\)"),
         ((torch.zeros(3, 2), torch.zeros(3)), r"X is a tuple of 2 inputs, of shapes \(3, 2\), \(3,\)"),
-        (
-            {"a": np.zeros((3, 2))},
-            r"X is a dict; pass one table .*pandas.DataFrame\(X\).*hstack\(list\(X.values",
-        ),
+        ({"a": np.zeros((3, 2))}, r"X is a dict; pass one table .*pandas.DataFrame\(X\).*hstack\(list\(X.values"),
         (TensorDataset(torch.zeros(3, 2)), "X is a TensorDataset; pass its tensors: X, y = dataset.tensors"),
-        (
-            DataLoader(TensorDataset(torch.zeros(3, 2))),
-            "X is a DataLoader, .*batch_size is a key",
-        ),
+        (DataLoader(TensorDataset(torch.zeros(3, 2))), "X is a DataLoader, .*batch_size is a key"),
         (Subset(TensorDataset(torch.zeros(3, 2)), [0]), "X is a Subset, a torch Dataset; pass all its rows"),
         ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),
         (np.zeros(3), r"two-dimensional .*\(3,\)"),
@@ -194,7 +182,7 @@ def test_select_and_drop():
         (np.zeros(2, dtype=[("a", float)]), "structured array"),
         (np.ma.masked_array(np.zeros((2, 2)), mask=np.eye(2)), "masked array"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_table(X, message):
     with pytest.raises(InputError, match=message):
         as_table(X)

@@ -13,13 +13,8 @@ from problems import fill, needs_compiled_code
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONFIGS = fill(*({"lr": lr, "width": 64, "batch_size": 32} for lr in (1e-3, 1e-2)))
 WORK = {
-    "kind": "mlp",
-    "configs": CONFIGS,
-    "rows": [320, 320],
-    "n_features": 64,
-    "n_outputs": 10,
-    "epochs": 50,
-}
+    "kind": "mlp", "configs": CONFIGS, "rows": [320, 320], "n_features": 64, "n_outputs": 10, "epochs": 50,
+}  # fmt: skip
 
 pytestmark = [pytest.mark.cpu, needs_compiled_code]
 

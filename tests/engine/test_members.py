@@ -25,12 +25,8 @@ pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C comp
 class Net(nn.Sequential):
     def __init__(self, n_features, n_outputs):
         inside = (
-            nn.Linear(n_features, 7, bias=False),
-            nn.BatchNorm1d(7),
-            nn.ReLU(),
-            nn.Dropout(0.2),
-            nn.LayerNorm(7),
-        )
+            nn.Linear(n_features, 7, bias=False), nn.BatchNorm1d(7), nn.ReLU(), nn.Dropout(0.2), nn.LayerNorm(7),
+        )  # fmt: skip
         super().__init__(*inside, nn.Linear(7, n_outputs))
 
 

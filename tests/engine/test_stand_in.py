@@ -66,13 +66,10 @@ FORBIDDEN = {
     "mask": (lambda t: t[t > 0], "aten.index.Tensor.*shape of its result depends on numbers"),
     "nonzero": (lambda t: t.nonzero(), "aten.nonzero.*shape of its result depends on numbers"),
     "random numbers": (lambda t: t.add_(torch.rand_like(t)), "rand_like.*draws random numbers"),
-    "a generator of the host": (
-        lambda t: t.uniform_(generator=torch.Generator()),
-        "uniform_.*draws random numbers",
-    ),
+    "a generator of the host": (lambda t: t.uniform_(generator=torch.Generator()), "uniform_.*draws random numbers"),
     "dropout": (lambda t: torch.nn.functional.dropout(t), "bernoulli_.*draws random numbers"),
     "resize": (lambda t: t.resize_(8), "moves or resizes a tensor"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)

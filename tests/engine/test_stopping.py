@@ -84,14 +84,8 @@ def test_a_search_cut_short_goes_on_to_the_same_ends(iris, tmp_path, when):
     whole = gputune.tune("mlp", *iris, patience=3, **SEARCH)
     stops = StopAfter(when)
     cut = gputune.tune(
-        "mlp",
-        *iris,
-        patience=3,
-        study=tmp_path / "s.db",
-        callbacks=[stops],
-        checkpoint_seconds=1e-9,
-        **SEARCH,
-    )
+        "mlp", *iris, patience=3, study=tmp_path / "s.db", callbacks=[stops], checkpoint_seconds=1e-9, **SEARCH,
+    )  # fmt: skip
     assert "stopped" in {trial.state for trial in cut.trials}
     again = gputune.tune("mlp", *iris, patience=3, study=tmp_path / "s.db", **SEARCH)
     np.testing.assert_allclose(again.curves, whole.curves, atol=1e-6)

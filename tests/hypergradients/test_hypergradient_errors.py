@@ -37,12 +37,9 @@ def run(module=None, loss=functional.cross_entropy, *, batches=None, valid=None,
     given = data()
     options = {"hyperparameters": {"lr": 0.1}, "optimizer": "sgd", "seed": 0} | options
     return hypergradient(
-        network() if module is None else module,
-        loss,
-        given[0] if batches is None else batches,
-        given[1] if valid is None else valid,
-        **options,
-    )
+        network() if module is None else module, loss, given[0] if batches is None else batches,
+        given[1] if valid is None else valid, **options,
+    )  # fmt: skip
 
 
 def refused(*words, **arguments):
@@ -426,12 +423,9 @@ def differentiates_twice(operation):
             ("cannot be differentiated twice", "_cdist_backward"),
             marks=pytest.mark.skipif(differentiates_twice(cdist), reason="newer versions of torch can"),
         ),
-        (
-            weight_norm(nn.Linear(4, 4)),
-            ("cannot be differentiated twice (WeightNormInterface)", "weight_norm"),
-        ),
+        (weight_norm(nn.Linear(4, 4)), ("cannot be differentiated twice (WeightNormInterface)", "weight_norm")),
     ),
-)
+)  # fmt: skip
 def test_operations_without_a_second_derivative(middle, words, mode):
     module = network(middle)
     refused(*words, "mode='fd'", module=module, mode=mode)

@@ -349,18 +349,12 @@ def test_minibatches_that_are_no_tensors():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"module": models.MLP(2, 3)},
-            r"minimum of a convex problem: .* got MLP; train it with another optimizer",
-        ),
-        (
-            {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
-            "loss must be torch.nn.functional.cross_entropy",
-        ),
+        ({"module": models.MLP(2, 3)}, r"minimum of a convex problem: .* got MLP; train it with another optimizer"),
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss must be torch.nn.functional.cross_entropy"),
         ({"module": models.LogisticRegression(2, 2)}, r"y must be class codes 0 \.\. 1, one integer a row"),
         ({"batches": [(x, y.double()) for x, y in rows()[0]]}, "y must be class codes"),
     ],
-)
+)  # fmt: skip
 def test_what_is_not_that_convex_problem(options, message):
     with refused(message):
         differentiate(**options)

@@ -181,12 +181,9 @@ def test_one_step_back_from_the_next_minibatch_is_the_formula_of_hypergradient_d
     g = slope(two, w.clone().requires_grad_(), 0, graph=False)
     l2 = g + decay * w
     u = {
-        "sgd": l2,
-        "momentum": l2,
-        "nesterov": (1 + momentum) * l2,
-        "adam": l2 / (l2.abs() + 1e-8),
+        "sgd": l2, "momentum": l2, "nesterov": (1 + momentum) * l2, "adam": l2 / (l2.abs() + 1e-8),
         "adamw": g / (g.abs() + 1e-8) + decay * w,
-    }[optimizer]
+    }[optimizer]  # fmt: skip
     following = slope(two, (w - tables["lr"].view(1, 1) * u).requires_grad_(), 1, graph=False)
     expected = -(following * u).sum()
     assert abs(found.gradients["lr"].item() - expected) <= 1e-12 * abs(expected)

@@ -406,10 +406,7 @@ ERRORS = [
     ({"hypergrad_lr": 1.0}, "hypergrad_lr must be a finite number >= 0 and < 1, got 1.0"),
     ({"hypergrad_lr": -0.1}, "hypergrad_lr must be a finite number >= 0 and < 1, got -0.1"),
     ({"hypergrad_lr": -1, "rule": "additive"}, "hypergrad_lr must be a finite number >= 0, got -1"),
-    (
-        {"rule": "additive"},
-        "hypergrad_lr must be given with rule='additive', whose unit depends on the model",
-    ),
+    ({"rule": "additive"}, "hypergrad_lr must be given with rule='additive', whose unit depends on the model"),
     ({"rule": "normalized"}, "hypergrad_lr must be given with rule='normalized'"),
     ({"rule": "greedy"}, "rule must be one of multiplicative, additive, normalized, got 'greedy'"),
     ({"rule": None}, "rule must be one of multiplicative, additive, normalized, got None"),
@@ -418,7 +415,7 @@ ERRORS = [
     ({"lr_max": math.inf}, "lr_max must be a finite number, got inf. For example 0.1"),
     ({"lr_min": 0.2}, "lr must be within lr_min and lr_max, got lr=0.1, lr_min=0.2, lr_max=None"),
     ({"lr_max": 0.05}, "lr must be within lr_min and lr_max, got lr=0.1, lr_min=0.0, lr_max=0.05"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [SGDHD, AdamHD, AdamWHD])
@@ -446,17 +443,13 @@ def test_bad_values_are_refused(kind, keys, message):
     ("kind", "keys", "message"),
     [
         (SGDHD, {"momentum": 1.0}, "momentum must be a finite number >= 0 and < 1, got 1.0"),
-        (
-            SGDHD,
-            {"nesterov": True},
-            "momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9.",
-        ),
+        (SGDHD, {"nesterov": True}, "momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9."),
         (AdamHD, {"betas": (0.9, 1.0)}, "betas[1] must be a finite number >= 0 and < 1, got 1.0"),
         (AdamHD, {"betas": 0.9}, "betas must be two numbers in [0, 1), got 0.9"),
         (AdamWHD, {"betas": (0.9,)}, "betas must be two numbers in [0, 1), got (0.9,)"),
         (AdamWHD, {"eps": -1.0}, "eps must be a finite number >= 0, got -1.0"),
     ],
-)
+)  # fmt: skip
 def test_bad_values_of_one_class_are_refused(kind, keys, message):
     with pytest.raises(InputError) as error:
         kind([torch.ones(1, requires_grad=True)], lr=0.1, **keys)

@@ -201,27 +201,21 @@ def test_a_slope_survives_the_study():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"hyperparameters": ()},
-            r"some of lr, momentum, weight_decay, beta1, beta2, C, each once, got \(\)",
-        ),
+        ({"hyperparameters": ()}, r"some of lr, momentum, weight_decay, beta1, beta2, C, each once, got \(\)"),
         ({"hyperparameters": ("lr", "lr")}, "each once"),
         ({"hyperparameters": "width"}, r"got \('width',\)"),
         ({"outer_steps": 0}, "outer_steps=...\\) must be an integer >= 1, got 0"),
         ({"outer_steps": True}, "must be an integer >= 1, got True"),
         ({"segments": 1.5}, "segments=...\\) must be an integer >= 1, got 1.5"),
         ({"per_layer": "yes"}, "per_layer=...\\) must be True or False, got 'yes'"),
-        (
-            {"first_step": 0.1, "smallest_step": 0.2},
-            "at most the first step, .* smallest_step=0.2 and a .* 0.1",
-        ),
+        ({"first_step": 0.1, "smallest_step": 0.2}, "at most the first step, .* smallest_step=0.2 and a .* 0.1"),
         ({"smallest_step": 1.6}, "and a first step of 1.5. For example"),
         ({"smallest_step": 1.2, "segments": 2}, "smallest_step=1.2 and a first step of 1. For example"),
         ({"step": "adam"}, "must be 'sign' or 'normalized', got 'adam'"),
         ({"first_step": 0}, "first_step=...\\) must be a finite number > 0, got 0"),
         ({"smallest_step": math.inf}, "smallest_step=...\\) must be a finite number > 0, got inf"),
     ],
-)
+)  # fmt: skip
 def test_bad_options_are_named(options, message):
     with refused(message):
         gputune.Hypergradient(**options)

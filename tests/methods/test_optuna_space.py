@@ -20,16 +20,11 @@ KEYS = legal_keys("mlp", "adamw")
 @pytest.mark.parametrize(
     "distribution",
     [
-        FloatDistribution(0.0, 0.5),
-        FloatDistribution(1e-4, 1e-1, log=True),
-        FloatDistribution(0.0, 0.6, step=0.2),
-        IntDistribution(4, 64),
-        IntDistribution(4, 64, log=True),
-        IntDistribution(16, 64, step=16),
-        CategoricalDistribution([16, 32, 64]),
-        CategoricalDistribution([0.5]),
+        FloatDistribution(0.0, 0.5), FloatDistribution(1e-4, 1e-1, log=True),
+        FloatDistribution(0.0, 0.6, step=0.2), IntDistribution(4, 64), IntDistribution(4, 64, log=True),
+        IntDistribution(16, 64, step=16), CategoricalDistribution([16, 32, 64]), CategoricalDistribution([0.5]),
     ],
-)
+)  # fmt: skip
 def test_a_distribution_of_optunas_there_and_back(distribution):
     (there,) = to_scipy([{"x": distribution}])
     assert as_optuna(describe(there["x"])) == distribution

@@ -92,17 +92,14 @@ def test_an_empty_list_is_refused(choices):
             {"width": (32, 64)},
             r"a tuple is the layers of one network, got \(32, 64\)\. Write \[32, 64\] for .*\[\(32, 64\)\]",
         ),
-        (
-            {"width": [8, (4, 2)], "depth": [1]},
-            "no 'depth' beside a width that is a tuple.* Write a list of spaces",
-        ),
+        ({"width": [8, (4, 2)], "depth": [1]}, "no 'depth' beside a width that is a tuple.* Write a list of spaces"),
         ({"width": [17.3]}, r"^space\['width'\] must be an integer >= 1, got 17.3. Use a list"),
         ({"width": "32"}, r"^space\['width'\] must be an integer >= 1, got the text '32'"),
         ({"width": np.ones((2, 2))}, r"must be 1-D, got an array of shape \(2, 2\)"),
         ({"activation": ["relu", "swish"]}, r"^space\['activation'\] must be one of relu, .*got 'swish'"),
         ({"activation": stats.randint(0, 4)}, "must be a list of words out of relu, .*got a distribution."),
     ],
-)
+)  # fmt: skip
 def test_bad_choices_are_refused_before_any_draw(space, message):
     with refused(message):
         check(space)

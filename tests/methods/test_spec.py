@@ -67,10 +67,7 @@ def test_both_ends_of_an_integer_range_are_drawn():
 @pytest.mark.parametrize(
     "text, message",
     [
-        (
-            "width",
-            r"A space is written KEY=SPEC, got 'width'\. Examples: width=32",
-        ),
+        ("width", r"A space is written KEY=SPEC, got 'width'\. Examples: width=32"),
         ("=3", "A space is written KEY=SPEC, got '=3'"),
         ("width=", "A space is written KEY=SPEC, got 'width='"),
         ("width=a..b", "two finite numbers, got 'width=a..b'. Examples"),
@@ -87,7 +84,7 @@ def test_both_ends_of_an_integer_range_are_drawn():
         ("width=wide", "width must be an integer >= 1, got the text 'wide' in 'width=wide'. Examples"),
         ("lr=0.1..0.2,0.5", "lr must be a finite number > 0, got the text '0.1..0.2' in"),
     ],
-)
+)  # fmt: skip
 def test_malformed_text_gets_the_remedy(text, message):
     with refused(message):
         parse_spec(text)

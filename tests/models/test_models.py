@@ -54,17 +54,13 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
         (MLP, {"n_features": 3, "dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),
         (LogisticRegression, {"n_features": -1}, "n_features must be at least 0"),
         (CNN, {"input_shape": (64,)}, r"a CNN takes images, .*got rows of shape \(64,\): reshape X"),
-        (
-            CNN,
-            {"input_shape": (8, 8, 3)},
-            "images of 4 x 4 or more, got 8 x 3: .*check the order of the axes",
-        ),
+        (CNN, {"input_shape": (8, 8, 3)}, "images of 4 x 4 or more, got 8 x 3: .*check the order of the axes"),
         (CNN, {"input_shape": (8, 8), "channels": 0}, "channels must be at least 1"),
         (GRU, {"input_shape": (1, 2, 3)}, r"a GRU takes sequences, .*got rows of shape \(1, 2, 3\)"),
         (GRU, {"input_shape": (6,)}, "need n_tokens, the largest id plus 1"),
         (GRU, {"input_shape": (6, 2), "n_tokens": 5}, "and numbers, .*, none"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model(n_outputs=2, **arguments)

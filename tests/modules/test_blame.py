@@ -56,22 +56,10 @@ class Columns(nn.Module):
 @pytest.mark.parametrize(
     ("module", "X", "message"),
     [
-        (
-            Words,
-            changed(IDS, 27, 9),
-            r"X has the id 9 in row 27, and the embedding 'code' of Words has 9 places",
-        ),
-        (
-            Words,
-            changed(IDS, 27, -1),
-            r"X has the id -1 in row 27, .* for ids 0 to 8; give such ids other numbers",
-        ),
+        (Words, changed(IDS, 27, 9), r"X has the id 9 in row 27, and the embedding 'code' of Words has 9 places"),
+        (Words, changed(IDS, 27, -1), r"X has the id -1 in row 27, .* for ids 0 to 8; give such ids other numbers"),
         (Words, (changed(IDS, 3, 20), ROWS), r"X\[0\] has the id 20 in row 3, .* give it num_embeddings=21"),
-        (
-            Words,
-            changed(changed(IDS, 3, 12), 27, 20),
-            "has the id 20 in row 27, .* num_embeddings=21 or more",
-        ),
+        (Words, changed(changed(IDS, 3, 12), 27, 20), "has the id 20 in row 27, .* num_embeddings=21 or more"),
         (Words, {"ids": changed(IDS, 3, 9), "weight": ROWS}, r"X\['ids'\] has the id 9 in row 3"),
         (Words, changed(IDS.repeat(1, 20), 8, 9), "X has the id 9 in row 8"),
         (Folded, changed(IDS, 3, 9), "X has the id 9, and the embedding 'code'"),
@@ -82,7 +70,7 @@ class Columns(nn.Module):
         ),
         (Words, IDS.numpy(), "For token ids pass a tensor of integers"),
     ],
-)
+)  # fmt: skip
 def test_an_id_without_a_place_is_named(module, X, message):
     with pytest.raises(InputError, match=message):
         tune(module, X)
@@ -286,20 +274,14 @@ class Image(nn.Module):
     [
         (IMAGES, r"channels of X seem to come last, .* X.transpose\(0, 3, 1, 2\)"),
         (IMAGES[..., 0], r"X lacks the axis of the channels, .* after the rows: pass X\[:, None\]"),
-        (
-            IMAGES.permute(0, 3, 1, 2).mul(255).byte(),
-            r"x.float\(\), or numbers='standard' makes floats of bytes",
-        ),
+        (IMAGES.permute(0, 3, 1, 2).mul(255).byte(), r"x.float\(\), or numbers='standard' makes floats of bytes"),
         (IMAGES.permute(0, 3, 1, 2) > 0.5, r"begin the forward with x.float\(\)\."),
-        (
-            IMAGES.permute(0, 3, 1, 2).long(),
-            r"Integers, .* come as they are: begin the forward with x.float\(\)\.",
-        ),
+        (IMAGES.permute(0, 3, 1, 2).long(), r"Integers, .* come as they are: begin the forward with x.float\(\)\."),
         (IMAGES.flatten(1), r"a row of X is 48 numbers: pass X.reshape\(-1, channels, height, width\)"),
         ((IMAGES, IMAGES), "Several inputs are passed in order, .* leave y out"),
         (IDS.to(torch.uint8)[:, None, None, :3].expand(-1, 3, 3, -1), "numbers='standard'"),
     ],
-)
+)  # fmt: skip
 def test_what_a_convolution_does_not_take_comes_with_a_remedy(X, message):
     with pytest.raises(InputError, match=message):
         tune(Image, X)

@@ -296,13 +296,8 @@ def search(model, **words):
     X, y = rows()
     space = {"lr": [1e-3, 1e-2], "batch_size": [16]}
     options = {
-        "space": space,
-        "cv": 2,
-        "max_epochs": 4,
-        "n_trials": 2,
-        "include_default": False,
-        "verbose": 0,
-    }
+        "space": space, "cv": 2, "max_epochs": 4, "n_trials": 2, "include_default": False, "verbose": 0,
+    }  # fmt: skip
     return gputune.tune(model, X, y, **options | words)
 
 

@@ -18,10 +18,7 @@ LAYERS = {
     "layer norm": (nn.LayerNorm((2, 4)), (5, 3, 2, 4)),
     "layer norm of a vector": (nn.LayerNorm(4, elementwise_affine=False), (4,)),
     "group norm": (nn.GroupNorm(2, 4), (5, 4)),
-    "group norm of images": (
-        nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4, affine=False)),
-        (5, 2, 3, 3),
-    ),
+    "group norm of images": (nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4, affine=False)), (5, 2, 3, 3)),
     "conv1d": (nn.Conv1d(4, 6, 3, groups=2, stride=2), (5, 4, 9)),
     "conv2d": (nn.Conv2d(2, 4, 3, padding="same", padding_mode="zeros"), (5, 2, 6, 7)),
     "conv2d of one image": (nn.Conv2d(2, 4, 3, bias=False), (2, 6, 7)),
@@ -32,7 +29,7 @@ LAYERS = {
     "batch norm in evaluation": (nn.BatchNorm1d(4).eval(), (5, 4)),
     "batch norm of images": (nn.BatchNorm2d(4, affine=False), (5, 4, 3, 3)),
     "batch norm alone": (nn.BatchNorm1d(4, track_running_stats=False), (5, 4, 3)),
-}
+}  # fmt: skip
 
 
 def computed(layer: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -32,9 +32,7 @@ STEPS = {
     "nothing": lambda t, x: None,
     "views": lambda t, x: t[:, 1:].copy_((x * 3).view(4, 2).T.reshape(2, 4)[:, 1:]),
     "a copy of another type": lambda t, x: t.add_((x > t).to(x.dtype)),
-    "arithmetic": lambda t, x: t.copy_(
-        (2 - x) / (x + 3) - x.neg().abs() * x.square() + x**3 + (x + 1) ** 0.3
-    ),
+    "arithmetic": lambda t, x: t.copy_((2 - x) / (x + 3) - x.neg().abs() * x.square() + x**3 + (x + 1) ** 0.3),
     "functions": lambda t, x: t.copy_(
         x.exp()
         + (x + 1).log()
@@ -75,9 +73,7 @@ STEPS = {
         + slope(lambda v: F.softplus(v, 20, 9), x)
         + slope(F.selu, x)
     ),
-    "conditions": lambda t, x: t.copy_(
-        torch.where((x > 0) & ~(x > 0.5), x, -x).masked_fill(x.eq(x[0, 0]), 7.0)
-    ),
+    "conditions": lambda t, x: t.copy_(torch.where((x > 0) & ~(x > 0.5), x, -x).masked_fill(x.eq(x[0, 0]), 7.0)),
     "moments": lambda t, x: t.lerp_(x, 0.1).addcmul_(x, x, value=2.0).lerp_(x, x),
     "sums": lambda t, x: t.copy_(x.sum(1, keepdim=True) + x.mean(0) + x.sum() + x.mean(-1)[:, None]),
     "products": lambda t, x: t.copy_(
@@ -112,7 +108,7 @@ STEPS = {
     ),
     "remainders": lambda t, x: t.copy_(x + torch.remainder(IDS[:, :1] * 7 - 5, 3)),
     "long passes": lambda t, x: BIG.mul_(0.9).add_(x[0, 0]).addcmul_(BIG, BIG).sub_(t.fill_(0.5)[0, 0]),
-}
+}  # fmt: skip
 
 
 def taken(code, step, memories, library):
@@ -159,13 +155,11 @@ REFUSED = {
     "torch.bfloat16": lambda t, x: t.copy_(x.bfloat16() * 2),
     "a product of torch.float64": lambda t, x: t.copy_(x.double() @ x.double().mT @ x.double()),
     "nll_loss_forward.default of other": lambda t, x: t.copy_(F.cross_entropy(x, IDS[0, :2], x[0])),
-    "native_batch_norm.default of other": lambda t, x: t.copy_(
-        F.batch_norm(x[None], None, None, training=True)[0]
-    ),
+    "native_batch_norm.default of other": lambda t, x: t.copy_(F.batch_norm(x[None], None, None, training=True)[0]),
     "embedding_dense_backward.default of other": lambda t, x: t.copy_(
         torch.ops.aten.embedding_dense_backward(x, IDS[0, :2], 2, 0, False)
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)

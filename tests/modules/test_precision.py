@@ -49,14 +49,8 @@ def largest(a, b):
 
 
 SMALL = {
-    "n_trials": 1,
-    "cv": 2,
-    "max_epochs": 6,
-    "epoch": "last",
-    "precision": "bf16",
-    "workers": 1,
-    "verbose": 0,
-}
+    "n_trials": 1, "cv": 2, "max_epochs": 6, "epoch": "last", "precision": "bf16", "workers": 1, "verbose": 0,
+}  # fmt: skip
 SPACE = {k: [v] for k, v in CONFIG.items() if k != "optimizer"}
 
 
@@ -117,11 +111,9 @@ def test_attention_and_recurrence_train(backend):
 def test_workers_and_a_loss_of_ones_own_are_rounded_too():
     options = {**SMALL, "n_trials": 2, "optimizer": "sgd", "loss": nn.CrossEntropyLoss(), "memory": "1KB"}
     one, two = (
-        gputune.tune(
-            Images, IMAGES, LABELS, space=SPACE | {"lr": [0.1, 0.2]}, **{**options, "workers": workers}
-        )
+        gputune.tune(Images, IMAGES, LABELS, space=SPACE | {"lr": [0.1, 0.2]}, **{**options, "workers": workers})
         for workers in (1, 2)
-    )
+    )  # fmt: skip
     assert [t.score for t in one.trials] == [t.score for t in two.trials]
 
 

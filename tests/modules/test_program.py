@@ -34,16 +34,14 @@ STEPS = {
     "two results": lambda t, x: t.copy_(torch.nn.functional.layer_norm(x + t, (4,))),
     "a part of a result": lambda t, x: t.copy_(torch.stack([x + 1, x * 2])[1]),
     "numbers of the host": lambda t, x: t.add_(torch.tensor([1.0, 2.0, 3.0, 4.0]).mul_(2)) * x,
-    "memory made and filled": lambda t, x: t.add_(
-        torch.zeros(2, 4).add_(x).index_add_(0, torch.tensor([1]), x[:1])
-    ),
+    "memory made and filled": lambda t, x: t.add_(torch.zeros(2, 4).add_(x).index_add_(0, torch.tensor([1]), x[:1])),
     "constants": lambda t, x: t.add_(torch.ones(4).cumsum(0) * x),
     "an activation": lambda t, x: t.add_(torch.relu(x - 0.5) + torch.full_like(x, float("inf")).reciprocal()),
     "a copy of another type": lambda t, x: t.add_((x > t).to(torch.float32)),
     "a slope of a selection": lambda t, x: t.add_(torch.func.grad(lambda v: (v[1] ** 2).sum())(x)),
     "what nobody reads": lambda t, x: (x.exp(), t.add_(x)),
     "nothing": lambda t, x: None,
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -125,13 +123,9 @@ class Small(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Linear(n_features, 8),
-            nn.LayerNorm(8),
-            nn.GELU(),
-            nn.Linear(8, 8),
-            nn.ReLU(),
+            nn.Linear(n_features, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU(),
             nn.Linear(8, n_outputs),
-        )
+        )  # fmt: skip
 
     def forward(self, x):
         return self.body(x)
@@ -185,11 +179,8 @@ def test_a_module_trains_to_the_same_bits(task, optimizer, monkeypatch):
     monkeypatch.setattr(CpuRecorder, "repays", 1)
     data = make_data(task, weights=task == "regression")
     configs = fill(
-        *(
-            {"optimizer": optimizer, "lr": rate, "weight_decay": rate, "batch_size": 9}
-            for rate in (1e-3, 1e-2, 0.1)
-        )
-    )
+        *({"optimizer": optimizer, "lr": rate, "weight_decay": rate, "batch_size": 9} for rate in (1e-3, 1e-2, 0.1))
+    )  # fmt: skip
     with torch.no_grad():
         found, expected = (chunk_of(data, configs, recorded=recorded) for recorded in (True, False))
         for epoch in range(4):
@@ -209,11 +200,9 @@ def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes)
     data = make_data(folds=3)  # folds of 40 and 41 rows
     with torch.no_grad():
         found, expected = (
-            chunk_of(
-                data, fill({"batch_size": 9}, {"batch_size": 9, "lr": 0.1}), recorded=recorded, module=Drawing
-            )
+            chunk_of(data, fill({"batch_size": 9}, {"batch_size": 9, "lr": 0.1}), recorded=recorded, module=Drawing)
             for recorded in (True, False)
-        )
+        )  # fmt: skip
         for epoch in range(4):
             for chunk in (found, expected):
                 chunk.advance(epoch)

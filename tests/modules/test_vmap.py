@@ -334,11 +334,8 @@ class Detached(Mixing):
 
 @pytest.mark.parametrize(
     ("module_class", "message"),
-    [
-        (Frozen, "Frozen has nothing to train"),
-        (Detached, "Detached has nothing to train"),
-    ],
-)
+    [(Frozen, "Frozen has nothing to train"), (Detached, "Detached has nothing to train")],
+)  # fmt: skip
 def test_what_cannot_be_trained_alone_is_refused(module_class, message):
     (config,) = fill({})
     with pytest.raises(InputError, match=message):

@@ -61,16 +61,8 @@ def test_an_epoch_is_the_same(epochs, tmp_path, way, dtype):
             pytest.skip(f"{program} is not installed")
     double = ["-DDOUBLE"] if dtype == torch.float64 else []
     words = [
-        compiler,
-        *flags.split(),
-        *double,
-        "-I",
-        FOLDER,
-        HERE / "members_main.c",
-        "-o",
-        tmp_path / "main",
-        "-lm",
-    ]
+        compiler, *flags.split(), *double, "-I", FOLDER, HERE / "members_main.c", "-o", tmp_path / "main", "-lm",
+    ]  # fmt: skip
     subprocess.run([*words, "-lpthread"], check=True)
     numbers, before, after = epochs[dtype]
     with (tmp_path / "in").open("wb") as file:

@@ -42,10 +42,7 @@ class Mine(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (
-            "Radam",
-            "^optimizer must be one of sgd, .*or a class of torch.optim.*'Radam'. Did you mean 'RAdam'",
-        ),
+        ("Radam", "^optimizer must be one of sgd, .*or a class of torch.optim.*'Radam'. Did you mean 'RAdam'"),
         ("adamm", "Did you mean 'adam'"),
         (3, "got 3. For example .adamw"),
         (
@@ -53,14 +50,11 @@ class Mine(torch.optim.SGD):
             "^optimizer must be the class, not an instance, .* pass torch.optim.Adam; .* lr and optimizer__",
         ),
         (Mine, "got .*test_classes.Mine. For"),
-        (
-            "LBFGS",
-            "^optimizer cannot be torch.optim.LBFGS, which evaluates its loss several times .*choose another",
-        ),
+        ("LBFGS", "^optimizer cannot be torch.optim.LBFGS, which evaluates its loss several times .*choose another"),
         (torch.optim.SparseAdam, "cannot be torch.optim.SparseAdam, which takes sparse gradients alone"),
         ("Optimizer", "got 'Optimizer'"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_optimizer_is_refused(given, words):
     with refused(words):
         optimizer_word(given, "optimizer")

@@ -130,14 +130,9 @@ def test_rates_that_a_module_does_not_have(iris, space, message):
 def test_hypergradients_do_not_know_rates_of_parameters(iris):
     with refused("lr_factor__bias=0.1; leave it out"):
         gputune.tune(
-            Net,
-            *iris,
-            space={"lr_factor__bias": 0.1},
-            n_trials=1,
-            method="hypergradient",
-            max_epochs=2,
+            Net, *iris, space={"lr_factor__bias": 0.1}, n_trials=1, method="hypergradient", max_epochs=2,
             verbose=0,
-        )
+        )  # fmt: skip
 
 
 def test_dropout_is_that_of_torch_in_law():

@@ -50,13 +50,10 @@ def test_a_high_accuracy_of_one_class_is_remarked():
     [
         ((50, 50), None),
         ((99, 1), "'a' has an accuracy of 0.99"),
-        (
-            (80, 10, 10),
-            "'a' has an accuracy of 0.8000 already: balanced_accuracy, f1_macro, roc_auc_ovr or neg_log",
-        ),
+        ((80, 10, 10), "'a' has an accuracy of 0.8000 already: balanced_accuracy, f1_macro, roc_auc_ovr or neg_log"),
         ((40, 30, 30), None),
     ],
-)
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:y has classes with fewer rows")
 def test_an_accuracy_is_remarked_where_one_class_makes_it(counts, words):
     y = np.repeat(list("abc")[: len(counts)], np.array(counts) * 2)

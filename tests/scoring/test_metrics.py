@@ -147,20 +147,14 @@ def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
         ([], r"scoring needs at least one score, got \[\]; name one, or leave it out"),
         ({}, r"scoring needs at least one score, got \{\}; name one"),
         (["accuracy", "acuracy"], "scorer names or a callable, got 'acuracy'. Did you mean 'accuracy'?"),
-        (
-            ["f1_macro", "accuracy", "f1_macro"],
-            "scoring names 'f1_macro' twice; leave one out, or give a dict",
-        ),
-        (
-            ["accuracy", 3],
-            r"scoring holds scikit-learn scorer names and callables, .*, got 3 in it; replace it",
-        ),
+        (["f1_macro", "accuracy", "f1_macro"], "scoring names 'f1_macro' twice; leave one out, or give a dict"),
+        (["accuracy", 3], r"scoring holds scikit-learn scorer names and callables, .*, got 3 in it; replace it"),
         ({"a": "accuracy", 2: "f1_macro"}, "scoring, a dict, has texts as keys, got 2; name each score"),
         (["accuracy", "r2"], "scoring='r2' does not fit a binary task; choose for example accuracy"),
         ({"accuracy", "f1"}, r"or \(outputs, y\), or a list or dict of them, got \{"),
         (["accuracy", lambda outputs, y: 0.0], "scoring='.*<lambda>' has no name by which study="),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_list_of_metrics_is_refused(tmp_path, scoring, words):
     with pytest.raises(InputError, match=words):
         search(scoring=scoring, study=tmp_path / "study.db")

@@ -112,15 +112,12 @@ def test_augmentation_draws_the_same_for_each_fold():
         (("mse", None, None, "custom"), "does not fit a custom target; choose a loss of your own"),
         ((None, None, None, "custom"), "a custom target has no loss of its own"),
         (("mse", print, None, "regression"), "training_step returns the loss itself"),
-        (
-            (nn.MSELoss(), None, None, "multiclass"),
-            "MSELoss is of numbers.*task='regression'.*loss='cross_entropy'",
-        ),
+        ((nn.MSELoss(), None, None, "multiclass"), "MSELoss is of numbers.*task='regression'.*loss='cross_entropy'"),
         ((nn.L1Loss, None, None, "binary"), "L1Loss is of numbers, .* loss='cross_entropy' or 'bce'"),
         ((None, 3, None, "regression"), "training_step must be a function, got 3"),
         ((None, None, "flip", "regression"), "augment must be a function, got 'flip'"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_objective_is_refused(arguments, message):
     with refused(message):
         make_objective(*arguments)

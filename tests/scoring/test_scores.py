@@ -198,12 +198,7 @@ def test_the_positive_class_may_be_given_as_text(classes, text, code):
     [
         ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
         ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
-        (
-            "f1",
-            NAMED,
-            "Yes",
-            r"positive must be one of the classes 'no' and 'yes', got 'Yes'. Did you mean 'yes'\?",
-        ),
+        ("f1", NAMED, "Yes", r"positive must be one of the classes 'no' and 'yes', got 'Yes'. Did you mean 'yes'\?"),
         ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
         ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
         ("f1_macro", [*"abc"], "a", r"positive='a' needs a target of two classes, got a multiclass"),
@@ -215,7 +210,7 @@ def test_the_positive_class_may_be_given_as_text(classes, text, code):
         (None, NAMED, "no", "scoring='accuracy' knows no positive class"),
         (metrics.make_scorer(metrics.f1_score), NAMED, "no", "knows no positive class; leave it out"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_positive_class_is_named(scoring, classes, positive, message):
     task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
     with refused(message):
@@ -269,13 +264,9 @@ def test_outputs_that_are_not_finite_score_nan():
         ("r2", "binary", "scoring='r2' does not fit a binary task; .* neg_log_loss, roc_auc, f1"),
         ("accuracy", "regression", "does not fit a regression task; choose for example r2"),
         ("roc_auc", "multiclass", "choose 'roc_auc_ovr'"),
-        (
-            3,
-            "binary",
-            r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3",
-        ),
+        (3, "binary", r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3"),
     ],
-)
+)  # fmt: skip
 def test_bad_scoring_is_named(scoring, task, message):
     with refused(message):
         make_scoring(scoring, task, np.array([0, 1]))

@@ -66,13 +66,10 @@ def test_every_engine_trains_the_same_work(script, work, word, monkeypatch):
         (["--engines", "sklearn,keras"], "argument --engines: must be of sklearn, torch, "),
         (["--engines", "sklearn:0"], "sklearn: must have a number of trials of at least 1 after it, got '0'"),
         (["--engines", "gputune:3"], "gputune trains the whole list, and a part of it where another engine"),
-        (
-            ["--work", "broad"],
-            "must be narrow or wide, or one of them and a number of trials as in narrow:128",
-        ),
+        (["--work", "broad"], "must be narrow or wide, or one of them and a number of trials as in narrow:128"),
         (["--work", "wide:x"], "as in narrow:128, got 'wide:x'"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_option_is_named(script, capsys, option, message):
     with pytest.raises(SystemExit) as stopped:
         script("benchmark.__main__").main(option)

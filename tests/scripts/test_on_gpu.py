@@ -40,12 +40,9 @@ def test_what_is_missing_is_named(on_gpu, monkeypatch):
     monkeypatch.setattr(on_gpu.shutil, "which", lambda name: None)
     missing = {name: missing for name, _, _, missing in on_gpu.steps("cuda", tiny=True)}
     assert missing == {
-        "check": "",
-        "tests": "pytest is not installed",
-        "sanitizer-memcheck": "it is not installed",
-        "sanitizer-racecheck": "it is not installed",
-        "rivals": "",
-    }
+        "check": "", "tests": "pytest is not installed", "sanitizer-memcheck": "it is not installed",
+        "sanitizer-racecheck": "it is not installed", "rivals": "",
+    }  # fmt: skip
 
 
 def test_all_steps_have_their_time(on_gpu):

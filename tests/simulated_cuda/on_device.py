@@ -537,22 +537,15 @@ class Seen(Net):
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [
-        (Seen, "random"),
-        *(pytest.param("mlp", name, marks=pytest.mark.long) for name in ("halving", "hypergradient")),
-    ],
-)
+    [(Seen, "random"), *(pytest.param("mlp", name, marks=pytest.mark.long) for name in ("halving", "hypergradient"))],
+)  # fmt: skip
 def test_all_gpus_of_a_machine_train(model, method, iris, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SEEN", str(tmp_path))
     monkeypatch.setattr(pools, "begin_worker", cuda.begin_worker)
     monkeypatch.setattr(plan, "_GPUS_PAY", 0)
     options = {
-        **FAST,
-        "workers": "auto",
-        "verbose": 1,
-        "method": method,
-        "space": {"lr": [1e-3, 2e-3, 4e-3, 8e-3]},
-    }
+        **FAST, "workers": "auto", "verbose": 1, "method": method, "space": {"lr": [1e-3, 2e-3, 4e-3, 8e-3]},
+    }  # fmt: skip
     options |= {"scoring": "neg_log_loss", "n_trials": 2 if method == "hypergradient" else 4}
     study = gputune.tune(model, *iris, **options, device="cuda")
     assert "on 2 GPUs" in capsys.readouterr().err

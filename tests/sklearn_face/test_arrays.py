@@ -129,20 +129,12 @@ def test_a_search_on_images_is_scikit_learns_loop_over_fit(X, training):
     [
         (NeuralNetClassifier(GatedConv, **TRAINING), GRID, IMAGES),
         (NeuralNetClassifier(Recurrent, **TRAINING), {"module__layer": [nn.GRU, nn.LSTM]}, IDS),
-        (
-            NeuralNetClassifier(TwoInputs, **TRAINING),
-            {"lr": [0.03, 0.3]},
-            SliceDict(image=IMAGES, age=AGES),
-        ),
+        (NeuralNetClassifier(TwoInputs, **TRAINING), {"lr": [0.03, 0.3]}, SliceDict(image=IMAGES, age=AGES)),
         (NeuralNetClassifier(make_conv, **TRAINING), GRID, IMAGES),
-        (
-            NeuralNetClassifier(functools.partial(Conv, channels=2), **TRAINING),
-            {"lr": [0.03, 0.3]},
-            IMAGES,
-        ),
+        (NeuralNetClassifier(functools.partial(Conv, channels=2), **TRAINING), {"lr": [0.03, 0.3]}, IMAGES),
     ],
     ids=["one by one", "token ids", "two inputs", "function", "partial"],
-)
+)  # fmt: skip
 def test_any_module_is_searched_as_scikit_learns_loop_does(net, grid, X, training):
     both_grids(net, grid, X, CLASSES)
     assert len(training) == 1
@@ -255,10 +247,7 @@ def test_hypergradients_go_through_running_statistics():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: SliceDict(a=IMAGES, b=AGES[:3]),
-            r"SliceDict needs inputs of one length, got {'a': 60, 'b': 3}",
-        ),
+        (lambda: SliceDict(a=IMAGES, b=AGES[:3]), r"SliceDict needs inputs of one length, got {'a': 60, 'b': 3}"),
         (lambda: SliceDict(a=[1, 2]), r"SliceDict: 'a' must be an array or tensor .*got \[1, 2\]"),
         (lambda: SliceDict(), "SliceDict needs inputs of one length, got none"),
         (lambda: CONV.fit({"image": [1, 2]}, CLASSES), "must hold arrays or tensors, got {'image': list}"),
@@ -267,17 +256,14 @@ def test_hypergradients_go_through_running_statistics():
         (lambda: CONV.fit(IMAGES, CLASSES).predict(IMAGES[:, :, :5]), "X must be what was seen in training"),
         (lambda: CONV.fit(IMAGES, CLASSES).predict(AGES), "X must be what was seen in training"),
         (lambda: CONV.fit(IMAGES, np.stack([CLASSES] * 2, 1)), r"labels in several columns.*shape \(60, 2\)"),
-        (
-            lambda: CONV.fit(IMAGES, csr_matrix(LABELS)),
-            r"only dense targets are supported; pass y.toarray\(\)",
-        ),
+        (lambda: CONV.fit(IMAGES, csr_matrix(LABELS)), r"only dense targets are supported; pass y.toarray\(\)"),
         (lambda: CONV.fit(IMAGES[:50], CLASSES), "inconsistent numbers of samples"),
         (lambda: CONV.fit(IMAGES[:, :, :2], CLASSES), "module: the forward of Conv.*raised"),
         (lambda: MLPClassifier().fit(IMAGES, CLASSES), "Found array with dim 4"),
         (lambda: GridSearchCV(CONV, {}).fit((IMAGES, AGES), CLASSES), "tuple of 2 inputs.*SliceDict"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)
+)  # fmt: skip
 def test_what_is_no_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -14,20 +14,12 @@ from gputune.sklearn import (
 )
 
 MLP = {
-    "hidden_layer_sizes": (16,),
-    "learning_rate_init": 0.05,
-    "max_iter": 15,
-    "batch_size": 32,
-    "random_state": 0,
-}
+    "hidden_layer_sizes": (16,), "learning_rate_init": 0.05, "max_iter": 15, "batch_size": 32, "random_state": 0,
+}  # fmt: skip
 NET = {
-    "module": Net,
-    "module__hidden": 16,
-    "optimizer": "adam",
-    "max_epochs": 15,
-    "batch_size": 32,
+    "module": Net, "module__hidden": 16, "optimizer": "adam", "max_epochs": 15, "batch_size": 32,
     "random_state": 0,
-}
+}  # fmt: skip
 # Where scikit-learn's own fit takes over: for labels, for one class, in partial_fit.
 WARNS = ("ignore:Got `batch_size` less than 1", "ignore:Stochastic Optimizer")
 # One of each class of which the others are a spelling or a sibling.
@@ -37,10 +29,7 @@ ESTIMATORS = [
     MLPRegressor(**MLP),
     NeuralNetClassifier(**NET, lr=0.05),
 ]
-OTHERS = [
-    MLPClassifier(**MLP, alpha=1e-3),
-    NeuralNetRegressor(**NET, lr=0.02),
-]
+OTHERS = [MLPClassifier(**MLP, alpha=1e-3), NeuralNetRegressor(**NET, lr=0.02)]  # fmt: skip
 
 
 # scikit-learn 1.6 asks scipy for names that later releases have deprecated.

@@ -103,13 +103,8 @@ def test_a_fit_is_the_plain_loop():
     common = {"batch_size": 40, "weight_decay": 0.1}
     engine = common | {"width": (12, 7), "lr": 0.01, "optimizer": "adam"}
     fitted = MLPRegressor(
-        hidden_layer_sizes=(12, 7),
-        solver="adam",
-        learning_rate_init=0.01,
-        max_iter=6,
-        random_state=3,
-        **common,
-    )
+        hidden_layer_sizes=(12, 7), solver="adam", learning_rate_init=0.01, max_iter=6, random_state=3, **common,
+    )  # fmt: skip
     fitted.fit(X, y, sample_weight=weights)
     mean = np.average(y, weights=weights)
     scale = np.sqrt(np.average((y - mean) ** 2, weights=weights))
@@ -132,12 +127,8 @@ def test_a_fit_is_the_plain_loop():
 def test_alpha_decays_the_weights_as_scikit_learns():
     X, y = IRIS
     common = {
-        "hidden_layer_sizes": (8,),
-        "activation": "tanh",
-        "solver": "sgd",
-        "momentum": 0.0,
-        "alpha": 30.0,
-    }
+        "hidden_layer_sizes": (8,), "activation": "tanh", "solver": "sgd", "momentum": 0.0, "alpha": 30.0,
+    }  # fmt: skip
     start, step = (
         MLPClassifier(**common, batch_size=150, learning_rate_init=lr, max_iter=1, random_state=0)
         .fit(X, y)
@@ -265,13 +256,8 @@ def test_what_has_not_ended_in_time_is_no_fit():
     X, y = IRIS
     spaces = [{"max_iter": 1}, {"max_iter": 2}, {"max_iter": 2, "hidden_layer_sizes": (128,)}]
     fits = together(
-        MLPClassifier(hidden_layer_sizes=(8, 8)),
-        spaces,
-        X,
-        y,
-        unequal_folds(150),
-        deadline=time.monotonic() - 1,
-    )
+        MLPClassifier(hidden_layer_sizes=(8, 8)), spaces, X, y, unequal_folds(150), deadline=time.monotonic() - 1,
+    )  # fmt: skip
     assert fits.error(0, 0) is None  # a chunk that runs ends its epoch
     assert all(isinstance(fits.error(f, i), TimeoutError) for f in range(3) for i in (1, 2))
 

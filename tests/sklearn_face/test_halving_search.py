@@ -211,10 +211,7 @@ def test_a_schedule_runs_to_the_end_of_the_last_rung():
 @pytest.mark.parametrize(
     ("search", "error"),
     [
-        (
-            HalvingRandomSearchCV(MLP, {"max_iter": [1, 2]}, n_candidates=2),
-            "part of the searched parameters",
-        ),
+        (HalvingRandomSearchCV(MLP, {"max_iter": [1, 2]}, n_candidates=2), "part of the searched parameters"),
         (
             HalvingRandomSearchCV(LogisticRegression(), {"C": [1.0]}, max_resources=9, resource="max_epochs"),
             "Cannot use resource=max_epochs",
@@ -223,17 +220,14 @@ def test_a_schedule_runs_to_the_end_of_the_last_rung():
             HalvingRandomSearchCV(MLP, RATES, resource="max_epochs"),
             "MLPClassifier has no parameter 'max_epochs': give max_iter",
         ),
-        (
-            HalvingRandomSearchCV(MLP, RATES, resource=None),
-            "The 'resource' parameter of HalvingRandomSearchCV",
-        ),
+        (HalvingRandomSearchCV(MLP, RATES, resource=None), "The 'resource' parameter of HalvingRandomSearchCV"),
         (HalvingRandomSearchCV(MLP, RATES, device=3), "The 'device' parameter of HalvingRandomSearchCV"),
         (
             HalvingRandomSearchCV(MLP, RATES, min_resources=999),
             "min_resources_=999 is greater than max_resources_=200",
         ),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_scikit_learns(search, error):
     with pytest.raises(ValueError, match=error):
         search.fit(X, Y)

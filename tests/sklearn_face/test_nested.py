@@ -169,10 +169,7 @@ def test_other_estimators_are_left_to_scikit_learn():
     ("search", "error"),
     [
         (HypergradientSearchCV(MLP, {}), "must be a RandomizedSearchCV or a GridSearchCV of gputune"),
-        (
-            HalvingRandomSearchCV(MLP, {"learning_rate_init": [0.1]}),
-            "must be a RandomizedSearchCV or a GridSearchCV",
-        ),
+        (HalvingRandomSearchCV(MLP, {"learning_rate_init": [0.1]}), "must be a RandomizedSearchCV or a GridSearchCV"),
         (
             model_selection.GridSearchCV(MLP, {"learning_rate_init": [0.1]}),
             "must be a RandomizedSearchCV or a GridSearchCV",
@@ -183,7 +180,7 @@ def test_other_estimators_are_left_to_scikit_learn():
             "study='study.db' keeps one; set study=None",
         ),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_nested_is_refused(search, error):
     with pytest.raises(InputError, match=error):
         nested_cv(search, X, Y)

@@ -116,45 +116,27 @@ REFUSED = [
     ({"module": dict}, "module must be a torch.nn.Module class, .*got <class 'dict'>"),
     ({"module": lambda n_outputs: n_outputs}, "module: <lambda> must return a torch.nn.Module, got int"),
     ({"module": Probabilities}, "module: Probabilities returns probabilities.*leave out the softmax"),
-    (
-        {"module": PlainNet, "module__outputs": 5},
-        r"module: PlainNet must return a tensor of shape \(rows, 3\)",
-    ),
+    ({"module": PlainNet, "module__outputs": 5}, r"module: PlainNet must return a tensor of shape \(rows, 3\)"),
     ({"module": PlainNet, "module__inputs": 5}, "module: the forward of PlainNet.*raised"),
     ({"module__width": 5}, r"module__width is no argument of Net\(n_features, n_outputs, hidden=16"),
     ({"module__n_features": 5}, "module__n_features is given by the data"),
     ({"optimizer": torch.optim.LBFGS}, "optimizer cannot be torch.optim.LBFGS"),
     ({"optimizer": "Rprop", "optimizer__weight_decay": 0.1}, "optimizer__weight_decay=0.1: 'Rprop' has none"),
-    (
-        {"optimizer": "RAdam", "optimizer__beta": 0.1},
-        "^optimizer__beta is no hyperparameter .*optimizer__betas",
-    ),
+    ({"optimizer": "RAdam", "optimizer__beta": 0.1}, "^optimizer__beta is no hyperparameter .*optimizer__betas"),
     ({"optimizer": "lamb"}, "got 'lamb'"),
     ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has none"),
     ({"criterion": nn.NLLLoss, "module": Probabilities}, "leave out the softmax"),
     ({"criterion": "hinge"}, "criterion must be one of 'cross_entropy', .*got 'hinge'"),
     ({"criterion": 3}, "criterion must be one of .*got 3"),
     ({"criterion": "huber"}, "criterion='huber' does not fit a multiclass target; choose 'cross_entropy'"),
-    (
-        {"criterion__delta": 1},
-        "^criterion__delta is none of criterion='cross_entropy', which takes label_smoo",
-    ),
-    (
-        {"criterion": nn.CrossEntropyLoss, "criterion__label_smoothing": 2},
-        "^criterion__label_smoothing must be",
-    ),
-    (
-        {"criterion": nn.NLLLoss, "criterion__delta": 1},
-        "^criterion__delta is no argument of the loss .*NLLLoss",
-    ),
-    (
-        {"criterion": lambda outputs, y: outputs},
-        r"the loss .*lambda.* must return row losses of shape \(rows,\)",
-    ),
+    ({"criterion__delta": 1}, "^criterion__delta is none of criterion='cross_entropy', which takes label_smoo"),
+    ({"criterion": nn.CrossEntropyLoss, "criterion__label_smoothing": 2}, "^criterion__label_smoothing must be"),
+    ({"criterion": nn.NLLLoss, "criterion__delta": 1}, "^criterion__delta is no argument of the loss .*NLLLoss"),
+    ({"criterion": lambda outputs, y: outputs}, r"the loss .*lambda.* must return row losses of shape \(rows,\)"),
     ({"lr": 0}, "lr must be"),
     ({"batch_size": -1}, "batch_size must be"),
     ({"max_epochs": 0}, "max_epochs must be"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("params", "message"), REFUSED, ids=[message for _, message in REFUSED])

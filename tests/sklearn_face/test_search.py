@@ -61,13 +61,10 @@ def both_random(estimator=MLP, space=RATES, **options):
             ],
         ),
         (LogisticRegression(), {"C": loguniform(1e-2, 1e2), "l1_ratio": [0.0, 1.0]}),
-        (
-            NeuralNetClassifier(Net, max_epochs=3, random_state=1),
-            {"module__hidden": [4, 8], "lr": [0.1, 0.01]},
-        ),
+        (NeuralNetClassifier(Net, max_epochs=3, random_state=1), {"module__hidden": [4, 8], "lr": [0.1, 0.01]}),
     ],
     ids=lambda v: type(v).__name__,
-)
+)  # fmt: skip
 def test_scores_are_those_of_scikit_learns_search(estimator, space, training):
     options = {"scoring": SCORES, "refit": "neg_log_loss", "n_iter": 8, "return_train_score": True}
     if isinstance(space, dict) and "module__hidden" in space:

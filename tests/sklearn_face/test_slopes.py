@@ -88,13 +88,10 @@ def test_training_is_weighted_and_the_loss_is_not():
     splits, h = list(StratifiedKFold(3).split(X, Y)), 1e-5
     up, down = (
         np.mean(
-            [
-                loss_by_hand(MLP, {"learning_rate_init": 0.02 * np.exp(s)}, *split, weights=WEIGHTS)
-                for split in splits
-            ]
+            [loss_by_hand(MLP, {"learning_rate_init": 0.02 * np.exp(s)}, *split, weights=WEIGHTS) for split in splits]
         )
         for s in (h, -h)
-    )
+    )  # fmt: skip
     assert 0.02 * found.slopes["lr"].mean() == pytest.approx((up - down) / (2 * h), rel=1e-6)
 
 

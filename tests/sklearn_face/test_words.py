@@ -24,13 +24,8 @@ def test_the_defaults_are_scikit_learns(ours, theirs):
     assert list(inspect.signature(ours).parameters)[:2] == list(inspect.signature(theirs).parameters)[:2]
     r = recipe()
     expected = {
-        "width": 100,
-        "depth": 1,
-        "lr": 1e-3,
-        "optimizer": "adam",
-        "batch_size": 200,
-        "schedule": "constant",
-    }
+        "width": 100, "depth": 1, "lr": 1e-3, "optimizer": "adam", "batch_size": 200, "schedule": "constant",
+    }  # fmt: skip
     assert {k: r.config[k] for k in expected} == expected
     assert (r.epochs, r.seed, r.alpha, r.kind, r.patience) == (200, 0, 1e-4, "mlp", Patience(1e-4, 10))
 
@@ -98,15 +93,12 @@ REFUSED = [
         {"solver": "lbfgs", "dropout": 0.5},
         "dropout=0.5 is gputune's own, and solver='lbfgs' is left to scikit-learn's",
     ),
-    (
-        {"activation": "logistic", "weight_decay": 0.5},
-        "weight_decay=0.5 is gputune's own, and activation='logistic'",
-    ),
+    ({"activation": "logistic", "weight_decay": 0.5}, "weight_decay=0.5 is gputune's own, and activation='logistic'"),
     ({"warm_start": True, "activation": "gelu"}, "activation='gelu' is gputune's own, and warm_start=True"),
     ({"shuffle": False, "device": "cuda"}, "device='cuda' is gputune's own, and shuffle=False"),
     ({"early_stopping": True, "solver": "adamw"}, "solver='adamw' is gputune's own, and early_stopping=True"),
     ({"solver": "sgd", "learning_rate": "one_cycle", "loss": "poisson"}, "and loss='poisson' is left to"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("params", "message"), REFUSED, ids=[str(params) for params, _ in REFUSED])

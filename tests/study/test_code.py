@@ -49,10 +49,7 @@ LAMBDAS = [lambda o, y: o - y, lambda o, y: y - o, lambda o, y: (lambda z: z + 1
 PAIRS = {
     "a closure": (lambda: powered(2), lambda: powered(3)),
     "a tensor": (lambda: powered(2, torch.ones(2)), lambda: powered(2, torch.zeros(2))),
-    "a lambda": (
-        lambda: lambda o, y: o - y,
-        lambda: lambda o, y: y - o,
-    ),
+    "a lambda": (lambda: lambda o, y: o - y, lambda: lambda o, y: y - o),
     "lambdas of a line": (lambda: LAMBDAS[0], lambda: LAMBDAS[1]),
     "inner lambdas": (lambda: LAMBDAS[2], lambda: LAMBDAS[3]),
     "a weight": (lambda: nn.CrossEntropyLoss(weight=B), lambda: nn.CrossEntropyLoss(weight=B + 1)),
@@ -64,7 +61,7 @@ PAIRS = {
     "a module's value": (lambda: reading(2, "loss"), lambda: reading(B, "loss")),
     "that of a class": (lambda: reading(2, "Loss")(), lambda: reading(3, "Loss")()),
     "a method": (lambda: Powered(2).forward, lambda: Powered(3).forward),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())

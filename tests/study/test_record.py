@@ -14,21 +14,13 @@ def test_a_record_gives_its_options_back():
         record.absent
         == {
             *(
-                "face",
-                "distributions",
-                "positive",
-                "objective",
-                "code",
-                "target_transform",
-                "metrics",
-                "patience",
-                "max_levels",
-                "arguments",
+                "face", "distributions", "positive", "objective", "code", "target_transform", "metrics",
+                "patience", "max_levels", "arguments",
             ),
             "baseline",
         }
         and not record.lost
-    )
+    )  # fmt: skip
 
 
 def test_what_a_damaged_file_lacks_is_said_and_is_empty():
@@ -63,14 +55,7 @@ def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
 
 @pytest.mark.parametrize(
     ("value", "fits"),
-    [
-        ([], True),
-        ([3, -(2**63)], True),
-        ((2**63 - 1,), True),
-        ([1, 2**63], False),
-        ([1, True], False),
-        (1, False),
-    ],
-)
+    [([], True), ([3, -(2**63)], True), ((2**63 - 1,), True), ([1, 2**63], False), ([1, True], False), (1, False)],
+)  # fmt: skip
 def test_whole_numbers_have_64_bits(value, fits):
     assert has_form(value, [int]) is fits

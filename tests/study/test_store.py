@@ -84,14 +84,11 @@ def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(path, monkeypat
     ("changed", "message"),
     [
         ({"state": "running"}, r"Result\(state=...\) must be one of .*, got 'running'"),
-        (
-            {"fold_scores": (1.0,)},
-            r"curve=...\) must be \(epochs, F\) .* got shape \(3, 2\) and 1 fold_scores",
-        ),
+        ({"fold_scores": (1.0,)}, r"curve=...\) must be \(epochs, F\) .* got shape \(3, 2\) and 1 fold_scores"),
         ({"fold_scores": ()}, "0 fold_scores in trial 4"),
         ({"curve": np.zeros(3)}, r"got shape \(3,\)"),
     ],
-)
+)  # fmt: skip
 def test_a_result_that_contradicts_itself_is_refused(changed, message):
     with refused(message):
         result(4, **changed)
@@ -377,13 +374,10 @@ def test_a_file_with_other_tables_or_of_another_version_is_refused(path, stateme
         ("UPDATE trials SET origin = 'include'", "trial 0 does not fit its checksum"),
         ("UPDATE results SET score = zeroblob(8)", "the result of trial 0 does not fit its checksum"),
         ("UPDATE results SET best_epoch = 2", "the result of trial 0 does not fit its checksum"),
-        (
-            "UPDATE results SET curve = substr(curve, 1, 16)",
-            "the result of trial 0 does not fit its checksum",
-        ),
+        ("UPDATE results SET curve = substr(curve, 1, 16)", "the result of trial 0 does not fit its checksum"),
         ("UPDATE results SET number = 1", "the result of trial 1 does not fit its checksum"),
     ],
-)
+)  # fmt: skip
 def test_a_changed_value_is_never_returned(path, statement, what):
     make_study(path, 2, [result(0)], META)
     change(path, statement)

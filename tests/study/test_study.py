@@ -58,13 +58,10 @@ def test_best_params_are_a_copy():
     [
         ([], r"the study has no trials; search with n_trials >= 1"),
         ([(NAN, "waiting")] * 2, r"none of the 2 trials has been trained yet; run the search"),
-        (
-            [(NAN, "failed")] * 3 + [(NAN, "waiting")],
-            "4 trials 3 diverged, 1 have not been trained; lower",
-        ),
+        ([(NAN, "failed")] * 3 + [(NAN, "waiting")], "4 trials 3 diverged, 1 have not been trained; lower"),
         ([(NAN, "failed")] * 2, "2 trials 2 diverged; lower"),
     ],
-)
+)  # fmt: skip
 def test_a_search_without_a_best_trial_says_why(trials, message):
     found = study(*[trial(n, score, state=state) for n, (score, state) in enumerate(trials)])
     for get in ("best_trial", "best_params", "best_score"):

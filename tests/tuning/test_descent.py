@@ -141,16 +141,8 @@ def test_the_solved_logistic_regression_descends_on_c():
     X, y = load_breast_cancer(return_X_y=True)
     space = {"C": loguniform(1e-3, 1e3), "l1_ratio": [0.0, 1.0]}
     study = gputune.tune(
-        "logistic",
-        X,
-        y,
-        space=space,
-        n_trials=4,
-        cv=3,
-        method="hypergradient",
-        verbose=0,
-        include_default=False,
-    )
+        "logistic", X, y, space=space, n_trials=4, cv=3, method="hypergradient", verbose=0, include_default=False,
+    )  # fmt: skip
     grid = gputune.tune(
         "logistic", X, y, scoring="neg_log_loss", cv=3, verbose=0, n_trials=0, include_default=False,
         include=[{"C": C, "l1_ratio": r} for C in np.logspace(-2, 1, 4) for r in (0.0, 1.0)],

@@ -277,11 +277,7 @@ def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
         ({}, {"size": 0}, r"ensemble\(size=0\) must be a whole number from 1 on"),
         ({}, {"candidates": True}, r"ensemble\(candidates=True\) must be a whole number"),
         ({}, {"refit": 1.5}, r"ensemble\(refit=1.5\) must be 'all', 'folds' or a whole number from 1 on"),
-        (
-            {},
-            {"refit": "fold"},
-            r"ensemble\(refit='fold'\) must be 'all', 'folds' or a whole number from 1 on",
-        ),
+        ({}, {"refit": "fold"}, r"ensemble\(refit='fold'\) must be 'all', 'folds' or a whole number from 1 on"),
         ({"n_trials": 1}, {}, "needs two finished trials, and the study has 1; search on, or use best_model"),
         ({}, {"candidates": 1}, r"ensemble\(candidates=1\) must be a whole number from 2 on"),
         (
@@ -291,7 +287,7 @@ def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
         ),
         ({"method": "hypergradient", "n_trials": 1}, {}, "this study holds the points of descents"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_an_ensemble_is_said(how, asked, message):
     study = gputune.tune("mlp", *IRIS, **{**HOW, **how})
     with pytest.raises(gputune.InputError, match=message):
@@ -303,14 +299,9 @@ def test_a_target_of_the_users_own_has_no_mean():
         return ((outputs - y) ** 2).mean(-1)
 
     study = gputune.tune(
-        Net,
-        IRIS[0],
-        torch.randn(150, 3),
-        task="custom",
-        loss=loss,
-        space={"lr": [0.1, 0.01]},
+        Net, IRIS[0], torch.randn(150, 3), task="custom", loss=loss, space={"lr": [0.1, 0.01]},
         **{**HOW, "n_trials": 2},
-    )
+    )  # fmt: skip
     with pytest.raises(gputune.InputError, match="this study has a custom target"):
         study.ensemble()
 
@@ -326,17 +317,8 @@ def test_a_target_of_the_users_own_has_no_mean():
 def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
     out = tmp_path / "out"
     command = [
-        "tune",
-        "sklearn:iris",
-        "--trials",
-        "4",
-        "--epochs",
-        "3",
-        "--out",
-        str(out),
-        "--ensemble",
-        *typed,
-    ]
+        "tune", "sklearn:iris", "--trials", "4", "--epochs", "3", "--out", str(out), "--ensemble", *typed,
+    ]  # fmt: skip
     assert main(command) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert words in text and "On the same folds always" in text

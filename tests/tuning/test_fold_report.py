@@ -18,12 +18,8 @@ from refused import refused
 
 RNG = np.random.default_rng(0)
 HOW = {
-    "n_trials": 2,
-    "max_epochs": 8,
-    "verbose": 0,
-    "workers": 1,
-    "cv": KFold(3, shuffle=True, random_state=0),
-}
+    "n_trials": 2, "max_epochs": 8, "verbose": 0, "workers": 1, "cv": KFold(3, shuffle=True, random_state=0),
+}  # fmt: skip
 FRAME = pd.DataFrame(
     {"idle": RNG.normal(size=150), "city": RNG.choice(["a", "b"], 150), "big": RNG.normal(size=150)}
 )

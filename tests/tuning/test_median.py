@@ -84,14 +84,11 @@ def test_the_command_says_what_was_spent(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            ["--method", "median", "--factor", "2"],
-            "--factor belongs to --method halving, got --method median",
-        ),
+        (["--method", "median", "--factor", "2"], "--factor belongs to --method halving, got --method median"),
         (["--method", "halving", "--every", "2"], "--every belongs to --method median, got --method halving"),
         (["--min-epochs", "2"], "--min-epochs belongs to --method halving, got --method random"),
     ],
-)
+)  # fmt: skip
 def test_options_of_another_method_are_refused(tmp_path, options, words):
     code, _, err = run("tune", "sklearn:iris", *FAST, *options, "--out", tmp_path / "o")
     assert code == 2 and words in err

@@ -223,13 +223,8 @@ def test_none_is_left_of_trials_that_ended_before_the_last_stop(iris, tmp_path, 
     method = gputune.Halving(min_epochs=1) if method == "halving" else gputune.Median(min_epochs=1, every=2)
     space = {"lr": [1e-4, 1e-3, 1e-2, 1e-1, 3e-4, 3e-3], "width": [8]}
     call = {
-        **COMMON,
-        "space": space,
-        "n_trials": 6,
-        "include_default": False,
-        "max_epochs": 9,
-        "method": method,
-    }
+        **COMMON, "space": space, "n_trials": 6, "include_default": False, "max_epochs": 9, "method": method,
+    }  # fmt: skip
     call |= {"study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
     monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
     for at in (3, 2):

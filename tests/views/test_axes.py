@@ -58,16 +58,8 @@ def test_few_values_are_their_own_ticks():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [
-        (0, "0"),
-        (0.001, "0.001"),
-        (2e4, "20000"),
-        (1e-5, "1e-5"),
-        (2.5e8, "2.5e8"),
-        (1e6, "1e6"),
-        (-3e-7, "-3e-7"),
-    ],
-)
+    [(0, "0"), (0.001, "0.001"), (2e4, "20000"), (1e-5, "1e-5"), (2.5e8, "2.5e8"), (1e6, "1e6"), (-3e-7, "-3e-7")],
+)  # fmt: skip
 def test_numbers_are_short(value, text):
     assert number_text(value) == text
 

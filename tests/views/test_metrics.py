@@ -25,11 +25,9 @@ def study_by(pairs, states=()):
         [{"lr": 0.1 * (n + 1)} for n in range(len(pairs))], [a for a, _ in pairs], metrics=METRICS
     )
     trials = [
-        replace(
-            t, score=a, fold_scores=(a,), metrics={"accuracy": (a,), "neg_log_loss": (b,)}, state=s or t.state
-        )
+        replace(t, score=a, fold_scores=(a,), metrics={"accuracy": (a,), "neg_log_loss": (b,)}, state=s or t.state)
         for t, (a, b), s in zip(made.trials, pairs, [*states, *[None] * len(pairs)])
-    ]
+    ]  # fmt: skip
     curves = np.array(pairs)[:, None, None, :]
     return type(made)(meta=made.meta, trials=trials, curves=curves)
 
