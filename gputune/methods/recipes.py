@@ -122,32 +122,32 @@ def _realmlp_tabarena(goal: Goal) -> list[dict[str, Choices]]:
 PORTFOLIOS: Mapping[str, Sequence[Config]] = {
     "mlp": [
         {
-            "lr": 0.00394, "batch_size": 64, "weight_decay": 0.00079,
-            "width": 256, "depth": 2, "dropout": 0.4, "activation": "gelu",
+            "lr": 0.0197, "batch_size": 128, "weight_decay": 0.0177, "width": 128, "depth": 2,
+            "dropout": 0.0, "activation": "relu", "schedule": "constant", "ema": 0.99, "numbers": "standard",
         },
         {
-            "lr": 0.00615, "batch_size": 64, "weight_decay": 1.37e-05,
-            "width": 64, "depth": 3, "dropout": 0.4, "activation": "gelu",
+            "lr": 0.00257, "batch_size": 64, "weight_decay": 0.114, "width": 256, "depth": 1,
+            "dropout": 0.0, "activation": "gelu", "schedule": "cosine", "ema": 0.0, "numbers": "piecewise",
         },
         {
-            "lr": 0.00106, "batch_size": 32, "weight_decay": 0.00133,
-            "width": 128, "depth": 1, "dropout": 0.0, "activation": "relu",
+            "lr": 0.0037, "batch_size": 32, "weight_decay": 0.000865, "width": 256, "depth": 3,
+            "dropout": 0.2, "activation": "relu", "schedule": "constant", "ema": 0.99, "numbers": "standard",
         },
         {
-            "lr": 0.00133, "batch_size": 64, "weight_decay": 0.0171,
-            "width": 32, "depth": 2, "dropout": 0.4, "activation": "silu",
+            "lr": 0.00374, "batch_size": 128, "weight_decay": 0.00403, "width": 128, "depth": 1,
+            "dropout": 0.4, "activation": "relu", "schedule": "constant", "ema": 0.99, "numbers": "standard",
         },
         {
-            "lr": 0.00258, "batch_size": 64, "weight_decay": 0.00106,
-            "width": 256, "depth": 2, "dropout": 0.0, "activation": "gelu",
+            "lr": 0.00441, "batch_size": 32, "weight_decay": 7.89e-05, "width": 128, "depth": 2,
+            "dropout": 0.1, "activation": "relu", "schedule": "cosine", "ema": 0.0, "numbers": "quantile",
         },
         {
-            "lr": 0.000598, "batch_size": 128, "weight_decay": 0.193,
-            "width": 128, "depth": 3, "dropout": 0.2, "activation": "relu",
+            "lr": 0.0047, "batch_size": 256, "weight_decay": 6.07e-05, "width": 256, "depth": 1,
+            "dropout": 0.4, "activation": "silu", "schedule": "constant", "ema": 0.0, "numbers": "piecewise",
         },
         {
-            "lr": 0.00476, "batch_size": 64, "weight_decay": 0.00522,
-            "width": 64, "depth": 3, "dropout": 0.0, "activation": "silu",
+            "lr": 0.00267, "batch_size": 256, "weight_decay": 0.000267, "width": 256, "depth": 3,
+            "dropout": 0.1, "activation": "gelu", "schedule": "constant", "ema": 0.0, "numbers": "piecewise",
         },
     ],
 }  # fmt: skip

@@ -16,7 +16,9 @@
     python scripts/benchmark --modules [--rows GRU LSTM]
                                                  modules of a user's own beside a plain loop on all cores and Optuna
     python scripts/benchmark --optuna            Optuna's TPE beside random search, and what asking costs
-    python scripts/benchmark --tables --data FILE.py   RealMLP, an MLP and boosted trees on tables of your own
+    python scripts/benchmark --tables --data FILE.py   networks and boosted trees on tables of your own
+    python scripts/benchmark --portfolio --data FILE.py   a short list of good configurations, chosen over them
+    python scripts/benchmark --realmlp --data FILE.py   RealMLP's space here and in pytabkit
 
 The engines are sklearn, torch (a plain loop), compile (its step through torch.compile), optuna, ray, skorch, jax and
 gputune. One whose package is missing is named in the report and left out: pip install optuna "ray[tune]" skorch jax.
@@ -46,7 +48,9 @@ STUDIES = {
     "profile": "32 trials of width 256, of 128; 10,000 of 16",
     "optuna": "a search of 160 trials for each of 10 seeds",
     "modules": "nine modules of a user's own beside a plain loop and Optuna",
-    "tables": "RealMLP, an MLP and boosted trees; 8 trials, 32 epochs",
+    "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",
+    "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
+    "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",
 }
 """What else is measured, each by the module of that name: what the option says of it."""
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,8 @@ def test_a_million_rows_in_four_gibibytes(script):
     assert script("benchmark.studies.grid").in_fresh_process(1, 5, 1, 1_000_000).peak < 4096
 
 
-@pytest.mark.long
-def test_tables(study, tmp_path_factory):
+@pytest.fixture
+def flowers(tmp_path_factory):
     data = tmp_path_factory.mktemp("data") / "data.py"
     data.write_text(
         "from sklearn.datasets import load_iris\n"
@@ -86,12 +87,47 @@ def test_tables(study, tmp_path_factory):
         "    X['kind'] = y.map(lambda code: f'kind {code % 2}')\n"
         "    return X, y, 'multiclass'\n"
     )
-    small = {"NAMES": ("iris",), "EPOCHS": 1, "LONG": 1, "TRIALS": 1, "ROWS": 100, "MOST": 1}
-    _, whole, text = study("tables", "--data", str(data), **small)
-    assert [one["trials"] for one in whole["results"]] == [1] * 5
-    assert "| table | boosting | mlp | realmlp, default | realmlp | mlp, as long |" in text
+    return ("--data", str(data))
+
+
+@pytest.mark.long
+def test_tables(study, flowers):
+    small = {
+        "NAMES": ("iris",),
+        "SEARCHES": dict.fromkeys(("mlp", "realmlp default", "realmlp"), (2, 1)),
+        "SECONDS": 1,
+    }
+    _, whole, text = study("tables", *flowers, "--repeats", "1", **small)
+    ways = [
+        one["way"] for one in whole["results"] if "LightGBM" not in one["way"] and "Cat" not in one["way"]
+    ]
+    networks = [
+        "mlp",
+        "mlp ensemble",
+        "realmlp default",
+        "realmlp default ensemble",
+        "realmlp",
+        "realmlp ensemble",
+    ]
+    assert ways == ["default HistGradientBoosting", *networks] and all(
+        one["score"] > 0.3 for one in whole["results"]
+    )
+    assert "| iris | " in text and "accuracy" in text
     with pytest.raises(SystemExit, match="--tables needs --data FILE.py"):
         study("tables")
+
+
+@pytest.mark.long
+def test_portfolio(study, flowers):
+    small = {"NAMES": ("iris", "again"), "WIDE_TRIALS": 4, "TRIALS": 3, "EPOCHS": 2, "SIZE": 2}
+    _, whole, text = study("portfolio", *flowers, **small)
+    assert len(whole["configurations"]) == 2 and whole["configurations"][0]["numbers"] and "| mean | " in text
+
+
+@pytest.mark.skipif(find_spec("pytabkit") is not None, reason="pytabkit is here, and would train")
+def test_realmlp_needs_its_authors_package(study, flowers):
+    with pytest.raises(SystemExit, match="--realmlp needs pytabkit: pip install pytabkit"):
+        study("realmlp", *flowers)
 
 
 HALVING = ("--epochs", "4", "--repeats", "2")

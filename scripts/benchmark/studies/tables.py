@@ -1,34 +1,44 @@
-"""Which model for a table: scores of a tuned MLP, RealMLP and boosted trees on rows that nothing was fitted on."""
+"""Which model for a table: networks and boosted trees, scored on rows that nothing was fitted on."""
 
 import importlib.util
+import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from statistics import median
+from time import perf_counter, process_time
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 import gputune
-from benchmark.report import describe_machine, page, publish, table
+from benchmark.engines import trees
+from benchmark.report import describe_machine, file_stem, page, publish, table
 
-NAMES = ("california", "adult", "churn", "wine_quality")
-TRIALS, EPOCHS, FOLDS = 8, 32, 3
-LONG = 256  # epochs of RealMLP's recipe
-ROWS, HELD_OUT = 1_150, 4_000
-MOST = 512  # trials of an MLP that are to take as long
+NAMES = (
+    "california", "adult", "churn", "kc_house", "phoneme", "letter", "pendigits", "wine_quality", "german_credit",
+    "heart_2020", "protein",
+)  # fmt: skip
+LOGARITHMS = ("kc_house",)  # prices, of which the logarithm is predicted
+RARE = 0.1  # share of the rarer class below which ROC AUC is the score
+ROWS, HELD_OUT, SPLITS, FOLDS = 2_000, 5_000, 3, 3
+SECONDS = 60.0  # of tuning LightGBM
+SEARCHES = {"mlp": (32, 64), "realmlp default": (1, 256), "realmlp": (8, 256)}  # trials and epochs
 
 HOW = """\
-Of each table {rows:,} rows are searched on and up to {held_out:,} held out, both drawn by seed 0. A search has
-{trials} trials, {folds} folds and at most {epochs} epochs, and its best trial is trained again on all {rows:,} rows:
-"mlp" is the default space of the plain MLP, "mlp, as long" as many of its trials as take about the time of RealMLP's
-search, "realmlp" its published space, "realmlp, default" its recipe alone, with the {long} epochs of its authors.
-"boosting" is scikit-learn's HistGradientBoosting at its defaults. A cell is the score on the held-out rows (RMSE, less
-is better, of {numbers}; else accuracy), and the seconds of search and training. One seed: differences below about
-{noise} of the accuracy are noise.
+Of each table {rows:,} rows (four fifths of a smaller one) are searched on and up to {held_out:,} others
+scored, both drawn anew for each split. A cell is the median over {splits} splits (fewer where it says so) of
+the score, and of the seconds of wall clock of searching, choosing and training. RMSE, less is better, of
+{numbers} (of kc_house that of the logarithm of the price); ROC AUC of {rare}; else accuracy. "mlp" is a
+search of {mlp[0]} trials of {mlp[1]} epochs in its default space, "realmlp" of {realmlp[0]} trials of
+{realmlp[1]} epochs in its published one, each in {folds} folds; "realmlp default" is its published
+configuration alone. "ensemble" is that of the trials of the search, and its seconds count the search.
+"LightGBM tuned" is Optuna's TPE with early stopping in as many folds for {seconds:.0f} seconds. One thread
+each.
 """
 
 Load = Callable[[str], tuple[pd.DataFrame, pd.Series, str]]
@@ -36,31 +46,71 @@ Load = Callable[[str], tuple[pd.DataFrame, pd.Series, str]]
 
 @dataclass(frozen=True)
 class Result:
-    """One way on one table."""
+    """One way on one split of a table: its score, seconds of wall clock and of the processor, trials searched."""
 
     table: str
+    split: int
+    group: str
     way: str
     score: float
+    scoring: str
     seconds: float
+    cpu: float
     trials: int
 
 
+@dataclass(frozen=True)
+class Split:
+    """Rows to search on and rows to score; ``task`` is binary, multiclass or regression."""
+
+    X: pd.DataFrame
+    y: pd.Series
+    X_test: pd.DataFrame
+    y_test: pd.Series
+    task: str
+
+    @property
+    def scoring(self) -> str:
+        """The score's name in scikit-learn."""
+        if self.task == "regression":
+            return "neg_root_mean_squared_error"
+        rare = self.task == "binary" and self.y.value_counts(normalize=True).min() < RARE
+        return "roc_auc" if rare else "accuracy"
+
+    def score(self, model: Any) -> float:
+        """Return the score of a model on the rows that are held out; an RMSE is positive."""
+        truth = self.y_test.to_numpy()
+        if self.scoring == "roc_auc":
+            return float(roc_auc_score(truth, model.predict_proba(self.X_test)[:, 1]))
+        predicted = np.asarray(model.predict(self.X_test)).ravel()
+        gap = predicted - truth if self.task == "regression" else predicted == truth
+        return float(np.sqrt(np.mean(gap**2)) if self.task == "regression" else np.mean(gap))
+
+
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 0."""
-    load, found = loader(options.data), list[Result]()
-    words = {"trials": options.trials if options.trials != 64 else TRIALS, "epochs": options.epochs or EPOCHS}
-    for name in NAMES:
-        found += one_table(name, load, **words)
-    machine = describe_machine(with_card=False)
-    numbers = " and ".join(name for name in NAMES if load(name)[2] == "regression")
-    how = HOW.format(
-        long=LONG, rows=ROWS, held_out=HELD_OUT, folds=FOLDS, noise="0.006", numbers=numbers, **words
-    )
-    ways = list(dict.fromkeys(one.way for one in found))
-    cells = {(one.table, one.way): f"{one.score:.4f} ({one.seconds:.0f} s)" for one in found}
-    rows = [[name, *(cells[name, way] for way in ways)] for name in NAMES]
-    text = page("Which model for a table", machine, how, table(["table", *ways], rows))
-    return publish(options.out, "tables", machine, text, **words, results=[asdict(one) for one in found])
+    """Measure what the results lack, write after each table, and print; return 0."""
+    load, machine = loader(options.data), describe_machine(with_card=False)
+    machine["versions"] |= trees.versions()
+    file = options.out / f"{file_stem(machine, 'tables')}.json"
+    results = [Result(**one) for one in json.loads(file.read_text())["results"]] if file.exists() else []
+    for number in range(options.repeats or SPLITS):
+        for name in NAMES:
+            for group, measure in WAYS.items():
+                if options.rows and group not in options.rows:
+                    continue
+                if any((one.split, one.table, one.group) == (number, name, group) for one in results):
+                    continue
+                split = split_of(name, load, number)
+                for way, model, trials, *costs in measure(split):
+                    score = split.score(model)
+                    results.append(
+                        Result(name, number, group, f"{group}{way}", score, split.scoring, *costs, trials)
+                    )
+                    print(results[-1], flush=True)
+                publish(
+                    options.out, "tables", machine, words(machine, results), results=[*map(asdict, results)]
+                )
+    return 0
 
 
 def loader(path: Path | None) -> Load:
@@ -77,50 +127,103 @@ def loader(path: Path | None) -> Load:
     return load
 
 
-def one_table(name: str, load: Load, *, trials: int, epochs: int) -> list[Result]:
-    """Return what each way gives on one table."""
+def split_of(name: str, load: Load, number: int) -> Split:
+    """Return the rows of a table that a split searches on, and those that it scores."""
     X, y, task = load(name)
-    kept = np.random.default_rng(0).permutation(len(X))[: ROWS + HELD_OUT]
-    parts = train_test_split(X.iloc[kept], y.iloc[kept], train_size=ROWS, random_state=0)
+    y = np.log(y) if name in LOGARITHMS else y
+    rows = min(ROWS, len(X) * 4 // 5)
+    classes = None if task == "regression" else y
+    parts = train_test_split(X, y, train_size=rows, stratify=classes, random_state=number)
     X, X_test, y, y_test = (part.reset_index(drop=True) for part in parts)
-    numbers = task == "regression"
-    found: list[Result] = []
+    return Split(X, y, X_test[:HELD_OUT], y_test[:HELD_OUT], task)
 
-    def judge(way: str, predict: Callable[[pd.DataFrame], np.ndarray], begin: float, trials: int = 1) -> None:
-        seconds = perf_counter() - begin
-        gap = predict(X_test) - y_test.to_numpy() if numbers else predict(X_test) == y_test.to_numpy()
-        score = float(np.sqrt(np.mean(gap**2)) if numbers else np.mean(gap))
-        found.append(Result(name, way, score, seconds, trials))
-        print(f"{name}: {way}: {score:.4f}, {trials} trials, {seconds:.1f} s", flush=True)
 
-    def search(way: str, model: str, n_trials: int, epochs: int = epochs) -> None:
-        begin = perf_counter()
-        scoring = "neg_root_mean_squared_error" if numbers else "accuracy"
-        task = "regression" if numbers else "classification"
-        backend = "auto" if model == "mlp" else "stacked"  # not timed beside members one by one
+class Clock:
+    """Seconds of wall clock and of the processor since it was made."""
+
+    def __init__(self) -> None:
+        self.begin = perf_counter(), process_time()
+
+    def __call__(self) -> tuple[float, float]:
+        return perf_counter() - self.begin[0], process_time() - self.begin[1]
+
+
+Models = Iterator[tuple[str, Any, int, float, float]]
+"""What the way is called beside its group's name, its model, its trials, the seconds of wall clock and processor."""
+
+
+def defaults(split: Split) -> Models:
+    """Yield boosted trees as their libraries' defaults have them."""
+    for name, model in trees.with_defaults(split.X, split.y, split.task):
+        clock = Clock()
+        yield f" {name}", model.fit(split.X, split.y), 1, *clock()
+
+
+def tuned(split: Split) -> Models:
+    """Yield LightGBM, tuned, where it is installed."""
+    if "lightgbm" not in trees.versions():
+        print("LightGBM tuned: left out, pip install lightgbm")
+        return
+    clock = Clock()
+    model, trials, best = trees.tuned(
+        split.X, split.y, split.task, split.scoring, folds=FOLDS, seconds=SECONDS
+    )
+    print(f"the best of {trials} trials was trial {best}")
+    yield "", model, trials, *clock()
+
+
+def network(model: str, way: str) -> Callable[[Split], Models]:
+    """Return what yields the best trial of a search and the ensemble of its trials, where there are several."""
+
+    def models(split: Split) -> Models:
+        n_trials, epochs = SEARCHES[way]
+        clock = Clock()
         study = gputune.tune(
             model,
-            X,
-            y,
+            split.X,
+            split.y,
             n_trials=n_trials,
             cv=FOLDS,
             max_epochs=epochs,
-            scoring=scoring,
-            task=task,
-            backend=backend,
+            scoring=split.scoring,
+            task="regression" if split.task == "regression" else "classification",
             verbose=0,
         )
-        judge(way, study.best_model().predict, begin, n_trials)
+        searched = clock()
+        yield "", study.best_model(), n_trials, *clock()
+        if n_trials > 1:
+            clock = Clock()
+            ensemble = study.ensemble(verbose=0)
+            yield " ensemble", ensemble, n_trials, *(a + b for a, b in zip(searched, clock()))
 
-    begin = perf_counter()
-    boosting = HistGradientBoostingRegressor if numbers else HistGradientBoostingClassifier
-    text = [column for column in X.columns if X[column].dtype.kind not in "ifb"]
-    kinds = {column: pd.CategoricalDtype(sorted(X[column].dropna().unique())) for column in text}
-    trees = boosting(categorical_features="from_dtype", random_state=0).fit(X.astype(kinds), y)
-    judge("boosting", lambda rows: trees.predict(rows.astype(kinds)), begin)
-    search("mlp", "mlp", trials)
-    search("realmlp, default", "realmlp", 1, LONG)
-    search("realmlp", "realmlp", trials)
-    times = {one.way: one.seconds for one in found}
-    search("mlp, as long", "mlp", min(MOST, max(trials, round(trials * times["realmlp"] / times["mlp"]))))
-    return found
+    return models
+
+
+WAYS: dict[str, Callable[[Split], Models]] = {
+    "default": defaults,
+    "LightGBM tuned": tuned,
+    **{way: network(way.split()[0], way) for way in SEARCHES},
+}
+
+
+def words(machine: dict[str, Any], results: list[Result]) -> str:
+    """Return the page: the medians over the splits of each table and way."""
+    ways = list(dict.fromkeys(one.way for one in results))
+    tables = {one.table: one.scoring for one in results}
+    splits = max(one.split for one in results) + 1
+
+    def cell(name: str, way: str) -> str:
+        found = [one for one in results if (one.table, one.way) == (name, way)]
+        if not found:
+            return ""
+        few = f", {len(found)} splits" if len(found) < splits else ""
+        return f"{median(one.score for one in found):.4f} ({median(one.seconds for one in found):.0f} s{few})"
+
+    how = HOW.format(
+        rows=ROWS, held_out=HELD_OUT, splits=splits, folds=FOLDS, seconds=SECONDS,
+        numbers=" and ".join(name for name, scoring in tables.items() if scoring.startswith("neg")),
+        rare=" and ".join(name for name, scoring in tables.items() if scoring == "roc_auc") or "none",
+        **SEARCHES,
+    )  # fmt: skip
+    rows = [[name, *(cell(name, way) for way in ways)] for name in tables]
+    return page("Which model for a table", machine, how, table(["table", *ways], rows))

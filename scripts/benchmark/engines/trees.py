@@ -1,0 +1,147 @@
+"""Boosted trees for a table: scikit-learn's, LightGBM's and CatBoost's, at their defaults and tuned by Optuna."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.metrics import get_scorer
+from sklearn.model_selection import KFold, StratifiedKFold
+
+ROUNDS, PATIENCE = 2_000, 50  # of boosting, at most and without a better score on a fold's validation rows
+
+
+LIBRARIES = ("lightgbm", "catboost")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that are installed."""
+    return {name: version(name) for name in (*LIBRARIES, "optuna") if find_spec(name)}
+
+
+@dataclass(frozen=True)
+class OfTable:
+    """An estimator of rows in which text is a category and a date three numbers."""
+
+    estimator: Any
+    levels: dict[str, pd.CategoricalDtype]
+    as_text: bool = False
+
+    def rows(self, X: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows as the estimator takes them."""
+        dates = [name for name in self.levels if name.startswith("date")]
+        out = X.astype({name: kind for name, kind in self.levels.items() if name not in dates})
+        for name in dates:
+            when = pd.to_datetime(out.pop(name))
+            out = out.assign(year=when.dt.year, month=when.dt.month, day=when.dt.day)
+        if self.as_text:
+            text = [name for name in self.levels if name not in dates]
+            out = out.assign(
+                **{name: out[name].astype(object).fillna("missing").astype(str) for name in text}
+            )
+        return out
+
+    def fit(self, X: pd.DataFrame, y: pd.Series) -> "OfTable":
+        """Fit and return itself."""
+        self.estimator.fit(self.rows(X), y)
+        return self
+
+    def predict(self, X: pd.DataFrame) -> np.ndarray:
+        """Return the classes or numbers of the rows."""
+        return np.asarray(self.estimator.predict(self.rows(X)))
+
+    def predict_proba(self, X: pd.DataFrame) -> np.ndarray:
+        """Return the probabilities of the classes."""
+        return np.asarray(self.estimator.predict_proba(self.rows(X)))
+
+
+def levels_of(X: pd.DataFrame) -> dict[str, pd.CategoricalDtype]:
+    """Return the categories of each column of text."""
+    text = [name for name in X.columns if X[name].dtype.kind not in "ifb"]
+    return {name: pd.CategoricalDtype(sorted(X[name].dropna().unique())) for name in text}
+
+
+def with_defaults(X: pd.DataFrame, y: pd.Series, task: str) -> Iterator[tuple[str, OfTable]]:
+    """Yield the name of each library that is installed and its trees as its defaults say."""
+    numbers, levels = task == "regression", levels_of(X)
+    histogram = HistGradientBoostingRegressor if numbers else HistGradientBoostingClassifier
+    yield (
+        "HistGradientBoosting",
+        OfTable(histogram(categorical_features="from_dtype", random_state=0), levels),
+    )
+    if find_spec("lightgbm"):
+        from lightgbm import LGBMClassifier, LGBMRegressor
+
+        light = LGBMRegressor if numbers else LGBMClassifier
+        yield "LightGBM", OfTable(light(n_jobs=1, random_state=0, verbose=-1), levels)
+    if find_spec("catboost"):
+        from catboost import CatBoostClassifier, CatBoostRegressor
+
+        cat = CatBoostRegressor if numbers else CatBoostClassifier
+        text = [name for name in levels if not name.startswith("date")]
+        made = cat(thread_count=1, random_seed=0, verbose=0, allow_writing_files=False, cat_features=text)
+        yield "CatBoost", OfTable(made, levels, as_text=True)
+
+
+def tuned(
+    X: pd.DataFrame, y: pd.Series, task: str, scoring: str, *, folds: int, seconds: float
+) -> tuple[OfTable, int, int]:
+    """Return LightGBM tuned for so many seconds by Optuna's TPE, how many trials it had and which was the best.
+
+    The space is that of AutoGluon's search of LightGBM; each fold stops early, and the best trial is fitted on all rows
+    with the folds' mean number of rounds.
+    """
+    import lightgbm
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    numbers, levels = task == "regression", levels_of(X)
+    kind = lightgbm.LGBMRegressor if numbers else lightgbm.LGBMClassifier
+    parts = (KFold if numbers else StratifiedKFold)(folds, shuffle=True, random_state=0)
+    rows, judge = OfTable(None, levels).rows(X), get_scorer(scoring)
+    metric = {"roc_auc": "auc", "accuracy": "binary_error" if task == "binary" else "multi_error"}.get(
+        scoring, "rmse"
+    )
+
+    def params(trial: optuna.Trial) -> dict[str, Any]:
+        return {
+            "learning_rate": trial.suggest_float("learning_rate", 5e-3, 0.1, log=True),
+            "num_leaves": trial.suggest_int("num_leaves", 2, 200, log=True),
+            "min_child_samples": trial.suggest_int("min_child_samples", 1, 64, log=True),
+            "colsample_bytree": trial.suggest_float("colsample_bytree", 0.4, 1.0),
+            "subsample": trial.suggest_float("subsample", 0.7, 1.0),
+            "extra_trees": trial.suggest_categorical("extra_trees", [False, True]),
+            "reg_alpha": trial.suggest_float("reg_alpha", 1e-5, 1.0, log=True),
+            "reg_lambda": trial.suggest_float("reg_lambda", 1e-5, 2.0, log=True),
+        }
+
+    fixed = {"subsample_freq": 1, "n_jobs": 1, "random_state": 0, "verbose": -1}
+
+    def objective(trial: optuna.Trial) -> float:
+        chosen, scores, rounds = params(trial), [], []
+        for train, valid in parts.split(rows, None if numbers else y):
+            one = kind(n_estimators=ROUNDS, metric=metric, **chosen, **fixed)
+            stop = lightgbm.early_stopping(PATIENCE, verbose=False)
+            one.fit(
+                rows.iloc[train],
+                y.iloc[train],
+                eval_set=[(rows.iloc[valid], y.iloc[valid])],
+                callbacks=[stop],
+            )
+            scores.append(judge(one, rows.iloc[valid], y.iloc[valid]))
+            rounds.append(one.best_iteration_ or ROUNDS)
+        trial.set_user_attr("rounds", round(float(np.mean(rounds))))
+        return float(np.mean(scores))
+
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))
+    begin = perf_counter()
+    while perf_counter() - begin < seconds:
+        study.optimize(objective, n_trials=1)
+    best = study.best_trial
+    final = kind(n_estimators=best.user_attrs["rounds"], **best.params, **fixed)
+    return OfTable(final, levels).fit(X, y), len(study.trials), best.number

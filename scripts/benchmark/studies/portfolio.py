@@ -1,0 +1,139 @@
+"""A short list of good configurations of the MLP: chosen greedily over tables, judged on a table left out."""
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import loguniform
+
+import gputune
+from benchmark.report import describe_machine, page, publish, table
+from benchmark.studies.tables import NAMES, Split, loader, split_of
+
+WIDE_TRIALS, TRIALS, EPOCHS, FOLDS, SIZE, DRAWS = 96, 48, 32, 3, 7, 2_000
+WIDE = {
+    "lr": loguniform(1e-4, 3e-2),
+    "batch_size": [32, 64, 128, 256],
+    "weight_decay": loguniform(1e-5, 0.3),
+    "width": [32, 64, 128, 256],
+    "depth": [1, 2, 3, 4],
+    "dropout": [0.0, 0.1, 0.2, 0.4],
+    "activation": ["relu", "silu", "gelu"],
+    "schedule": ["constant", "cosine"],
+    "ema": [0.0, 0.99],
+    "numbers": ["standard", "quantile", "piecewise"],
+}
+"""What the list is chosen from."""
+
+HOW = """\
+{wide_trials} configurations of the wide space ({wide}) and {trials} of the MLP's default space, each in
+{folds} folds of {epochs} epochs on {rows:,} rows of each table (--data); a fold is scored at the epoch that
+the others choose. A configuration's regret on a table is how far its score is from the best of all, in units
+of the distance between the best and the median. The list has {size} configurations, chosen greedily to make
+the mean over the tables of the smallest regret small, beside the default configuration. A row is a table: the
+regret of the default configuration with the list that the other tables choose, and with {size} drawn from the
+default space (mean of {draws:,} draws).
+"""
+
+
+def run(options: Namespace) -> int:
+    """Measure, print and write; return 0."""
+    load, scores, configs = loader(options.data), [], []
+    for name in NAMES:
+        split = split_of(name, load, 0)
+        wide, plain = search(split, WIDE), search(split, None)
+        scores.append(np.concatenate([honest(wide), honest(plain)[1:], honest(plain)[:1]]))
+        configs = [trial.params for trial in wide.trials]
+        print(name, np.nanmax(scores[-1]), wide.best_params, flush=True)
+    regrets = np.stack([regret(one) for one in scores])
+    outside = [left_out(regrets, place) for place in range(len(NAMES))]
+    chosen = greedy(regrets[:, :WIDE_TRIALS], regrets[:, -1])
+    return write(options, [configs[place] for place in chosen], outside, regrets[:, -1])
+
+
+def search(split: Split, space: Mapping[str, Any] | None) -> gputune.Study:
+    """Return the search of a space on the rows of a split; the default configuration is the first of its trials."""
+    return gputune.tune(
+        "mlp",
+        split.X,
+        split.y,
+        space=space,
+        n_trials=TRIALS + 1 if space is None else WIDE_TRIALS,
+        include_default=space is None,
+        cv=FOLDS,
+        max_epochs=EPOCHS,
+        scoring=split.scoring,
+        task="regression" if split.task == "regression" else "classification",
+        verbose=0,
+    )
+
+
+def honest(study: gputune.Study) -> NDArray[np.float64]:
+    """Return the score of each trial: of each fold that at the epoch which the others choose, and their mean.
+
+    The best epoch of the mean flatters trials whose curves are rough: a refit does not meet the same luck.
+    """
+    curves = np.nan_to_num(study.curves, nan=-np.inf)  # (trials, epochs, folds)
+    folds = range(curves.shape[2])
+    chosen = [np.delete(curves, fold, axis=2).mean(axis=2).argmax(axis=1) for fold in folds]
+    rows = np.arange(len(curves))
+    return np.mean([curves[rows, epoch, fold] for fold, epoch in zip(folds, chosen)], axis=0)
+
+
+def regret(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how far each score is from the best, where the median is 1; one that diverged is 10."""
+    scores = np.where(np.isfinite(scores), scores, np.nan)
+    best, middle = np.nanmax(scores), np.nanmedian(scores)
+    return np.nan_to_num((best - scores) / max(best - middle, 1e-12), nan=10.0, posinf=10.0).clip(0, 10)
+
+
+def greedy(regrets: NDArray[np.float64], start: NDArray[np.float64]) -> list[int]:
+    """Return SIZE places of configurations, of regrets (tables, configurations), to be tried beside ``start``."""
+    chosen: list[int] = []
+    least = start
+    for _ in range(SIZE):
+        chosen.append(int(np.minimum(regrets, least[:, None]).mean(axis=0).argmin()))
+        least = np.minimum(least, regrets[:, chosen[-1]])
+    return chosen
+
+
+def left_out(regrets: NDArray[np.float64], place: int) -> tuple[float, float]:
+    """Return the regret on one table of the list that the others choose, and of as many draws."""
+    others = np.delete(regrets, place, axis=0)
+    chosen = greedy(others[:, :WIDE_TRIALS], others[:, -1])
+    own, start = regrets[place], regrets[place, -1]
+    rng = np.random.default_rng(0)
+    drawn = own[WIDE_TRIALS + rng.integers(0, TRIALS, size=(DRAWS, SIZE))].min(axis=1)
+    return float(min(start, own[chosen].min())), float(np.minimum(start, drawn).mean())
+
+
+def write(
+    options: Namespace,
+    configs: list[dict[str, Any]],
+    outside: list[tuple[float, float]],
+    default: NDArray[np.float64],
+) -> int:
+    """Publish the page; return 0."""
+    machine = describe_machine(with_card=False)
+    rows = [
+        [name, *(f"{number:.3f}" for number in (one, *pair))]
+        for name, one, pair in zip(NAMES, default, outside)
+    ]
+    means = np.mean([[one, *pair] for one, pair in zip(default, outside)], axis=0)
+    rows.append(["mean", *(f"{number:.3f}" for number in means)])
+    how = HOW.format(
+        wide_trials=WIDE_TRIALS, trials=TRIALS, folds=FOLDS, epochs=EPOCHS, rows=2_000, size=SIZE, draws=DRAWS,
+        wide=", ".join(WIDE),
+    )  # fmt: skip
+    text = page(
+        "A short list for the MLP",
+        machine,
+        how,
+        table(["table", "default", "with the list", "with draws"], rows),
+        "\n".join(f"- {json.dumps(one)}" for one in configs),
+    )
+    results = [dict(zip(("table", "default", "list", "draws"), row)) for row in rows]
+    return publish(options.out, "portfolio", machine, text, results=results, configurations=configs)

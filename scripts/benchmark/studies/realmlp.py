@@ -1,0 +1,131 @@
+"""The same configurations of RealMLP's space here and in its authors' package, pytabkit: seconds and scores."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import KFold, StratifiedKFold
+
+import gputune
+from benchmark.report import describe_machine, page, publish, table
+from benchmark.studies import tables
+from benchmark.studies.tables import Clock, Split, loader, split_of
+
+NAMES = ("california", "churn")
+ROWS, CONFIGURATIONS, EPOCHS, FOLDS = 5_000, 8, 64, 3
+NAMES_OF = {
+    "num_emb_type": "module__embedding", "add_front_scale": "module__scaling", "lr": "lr", "p_drop": "dropout",
+    "wd": "weight_decay", "plr_sigma": "module__sigma", "act": "module__activation",
+    "ls_eps": "loss__label_smoothing",
+}  # fmt: skip
+"""What is drawn, in the words of pytabkit and here."""
+
+HOW = """\
+{configurations} configurations that pytabkit draws from its space (seeds 0 to {last}), each trained for
+{epochs} epochs in {folds} folds of {rows:,} rows and then once on all of them at the best epoch of the folds'
+mean; the mean and the best score on up to {held_out:,} other rows (RMSE of california, else accuracy), and
+the seconds of all {configurations}. pytabkit trains the folds of one configuration at the same time, and the
+configurations one after the other. One thread each, in turn on the same core.
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """All configurations of one table in one package; ``scores`` on the rows held out, in their order."""
+
+    table: str
+    package: str
+    seconds: float
+    cpu: float
+    scores: list[float]
+
+
+def run(options: Namespace) -> int:
+    """Measure, print and write; return 0."""
+    if find_spec("pytabkit") is None:
+        raise SystemExit("--realmlp needs pytabkit: pip install pytabkit")
+    load, results = loader(options.data), list[Result]()
+    tables.ROWS = ROWS
+    machine = describe_machine(with_card=False)
+    machine["versions"] |= {"pytabkit": version("pytabkit")}
+    for name in options.rows or NAMES:
+        split = split_of(name, load, 0)
+        for package, measure in {"gputune": here, "pytabkit": there}.items():
+            clock = Clock()
+            scores = list(measure(split, configurations(split.task)))
+            results.append(Result(name, package, *clock(), scores))
+            print(results[-1], flush=True)
+    rows = [[one.table, one.package, f"{one.seconds:.0f}", *summary(one)] for one in results]
+    how = HOW.format(
+        configurations=CONFIGURATIONS, last=CONFIGURATIONS - 1, epochs=EPOCHS, folds=FOLDS, rows=ROWS,
+        held_out=tables.HELD_OUT,
+    )  # fmt: skip
+    text = page(
+        "RealMLP's space", machine, how, table(["table", "package", "seconds", "mean score", "best"], rows)
+    )
+    return publish(options.out, "realmlp", machine, text, results=[asdict(one) for one in results])
+
+
+def summary(one: Result) -> tuple[str, str]:
+    """Return the mean score with its standard error, and the best one."""
+    best = min(one.scores) if one.table == "california" else max(one.scores)
+    error = np.std(one.scores, ddof=1) / np.sqrt(len(one.scores))
+    return f"{np.mean(one.scores):.4f} ± {error:.4f}", f"{best:.4f}"
+
+
+def configurations(task: str) -> list[dict[str, Any]]:
+    """Return what pytabkit draws."""
+    from pytabkit.models.alg_interfaces.nn_interfaces import RealMLPParamSampler
+
+    sampler = RealMLPParamSampler(task != "regression")
+    return [sampler.sample_params(seed) for seed in range(CONFIGURATIONS)]
+
+
+def here(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
+    """Yield the score of each configuration, searched together."""
+    included = [
+        {ours: _plain(one[theirs]) for theirs, ours in NAMES_OF.items() if theirs in one}
+        | {"module__width": int(one["hidden_sizes"][0]), "module__depth": len(one["hidden_sizes"])}
+        for one in drawn
+    ]
+    study = gputune.tune(
+        "realmlp",
+        split.X,
+        split.y,
+        include=included,
+        include_default=False,
+        n_trials=len(included),
+        cv=FOLDS,
+        max_epochs=EPOCHS,
+        scoring=split.scoring,
+        task="regression" if split.task == "regression" else "classification",
+        verbose=0,
+    )
+    for number in range(len(included)):
+        yield split.score(study.best_model(trial=number))
+
+
+def there(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
+    """Yield the score of each configuration, trained by pytabkit one after the other."""
+    from pytabkit import RealMLP_TD_Classifier, RealMLP_TD_Regressor
+
+    numbers = split.task == "regression"
+    kind = RealMLP_TD_Regressor if numbers else RealMLP_TD_Classifier
+    parts = (KFold if numbers else StratifiedKFold)(FOLDS, shuffle=True, random_state=0)
+    valid = [place for _, place in parts.split(split.X, None if numbers else split.y)]
+    least = min(map(len, valid))  # pytabkit wants folds of one length
+    for one in drawn:
+        model = kind(
+            **{key: _plain(value) for key, value in one.items() if key in (*NAMES_OF, "hidden_sizes")},
+            n_cv=FOLDS, n_refit=1, n_epochs=EPOCHS, n_threads=1, device="cpu", random_state=0,
+        )  # fmt: skip
+        model.fit(split.X, split.y.to_numpy(), val_idxs=np.stack([place[:least] for place in valid]))
+        yield split.score(model)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
