@@ -233,7 +233,7 @@ def test_it_is_saved_loaded_and_exported_as_any_model(model, data, how, tmp_path
     np.testing.assert_allclose(np.squeeze(outputs[-1]), predict(X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["mlp", "realmlp"])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("realmlp", marks=pytest.mark.long)])
 def test_its_members_may_prepare_numbers_each_otherwise(model, monkeypatch, tmp_path):
     frame = pd.DataFrame(IRIS[0]).assign(kind=np.where(IRIS[0][:, 0] > 5, "large", "small"))
     frame.iloc[::9, 1] = np.nan
