@@ -58,7 +58,10 @@ def rows(study):
             marks=pytest.mark.long,
         ),
         {"space": LR, "method": SAMPLER},
-        {"space": LR, "method": gputune.Hypergradient(outer_steps=1), "n_trials": 3},
+        pytest.param(
+            {"space": LR, "method": gputune.Hypergradient(outer_steps=1), "n_trials": 3},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["random", "halving", "median", "sampler", "hypergradient"],
 )
