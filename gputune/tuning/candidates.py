@@ -5,8 +5,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from math import isfinite
 
+from torch import Tensor
+
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
+from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import (
     first_candidates,
@@ -25,7 +28,8 @@ from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Store
 from gputune.tuning.model_choice import ModelChoice
 from gputune.tuning.options import Options
-from gputune.types import DEFAULTS, Config
+from gputune.tuning.problem import Problem
+from gputune.types import DEFAULTS, NUMBERS, Config
 
 
 def checked_space(choice: ModelChoice, options: Options) -> Space:
@@ -74,8 +78,23 @@ def open_store(options: Options) -> Iterator[Store | None]:
         yield store
 
 
+def _portfolio(problem: Problem | None, options: Options) -> list[Config]:
+    """Return the good configurations that a space of a name begins with, those that the rows and the method can have.
+
+    Numbers of a tensor are prepared in two ways, and a descent knows no averages of weights.
+    """
+    if problem is None or not isinstance(options.space, str) or isinstance(options.method, Hypergradient):
+        return []
+    ways = ("standard", "none") if isinstance(problem.raw, Tensor) else NUMBERS
+    return [one for one in PORTFOLIOS.get(options.space, ()) if one.get("numbers", "standard") in ways]
+
+
 def first_trials(
-    space: Space, choice: ModelChoice, options: Options, store: Store | None = None
+    space: Space,
+    choice: ModelChoice,
+    options: Options,
+    store: Store | None = None,
+    problem: Problem | None = None,
 ) -> tuple[Candidate, ...]:
     """Draw the trials of this call: default, portfolio, included, random, of which those in the study come first."""
     first = first_candidates(
@@ -84,7 +103,7 @@ def first_trials(
         include=options.include,
         include_default=options.include_default,
         defaults=_defaults(choice, options),
-        portfolio=PORTFOLIOS.get(options.space, ()) if isinstance(options.space, str) else (),
+        portfolio=_portfolio(problem, options),
     )
     if not draws_at_once(options):
         return first

@@ -154,7 +154,7 @@ def _prepare(
     options = replace(options, numbers=problem.numbers)
     folds = _folds(problem, options)
     with no_collecting():
-        trials = first_trials(space, choice, options, store)
+        trials = first_trials(space, choice, options, store, problem)
         configs = [choice.complete(trial.params, options.schedule) for trial in trials]
     data = _dataset(problem, folds, options, choice, configs, progress)
     first = trials[0].params if trials else draw(space, 1, options.random_state)[0]

@@ -229,6 +229,10 @@ def test_the_space_of_the_mlp_by_its_name_begins_with_a_portfolio(iris, tmp_path
     assert [trial.params for trial in at_once.trials] == [trial.params for trial in more.trials]
     for listed, trial in zip(PORTFOLIOS["mlp"], at_once.trials[1:]):
         assert listed.items() <= trial.params.items()
+    tensors = gputune.tune("mlp", torch.tensor(iris[0]), iris[1], n_trials=9, **how).trials
+    assert {trial.params.get("numbers", "standard") for trial in tensors} == {"standard"}
+    descent = gputune.tune("mlp", *iris, n_trials=2, method=gputune.Hypergradient(outer_steps=1), **how)
+    assert "portfolio" not in {trial.origin for trial in descent.trials}
     plain = gputune.tune("mlp", *iris, n_trials=2, include_default=False, **how)
     assert [trial.origin for trial in plain.trials] == ["random", "random"]
 
