@@ -64,7 +64,8 @@ def trials_table(study: Study, *, width: int) -> str:
     """Return one line a trial in the order of their numbers, under a title; fewer columns where it is narrow."""
     measure = study_measure(study)
     rows = trial_rows(study.trials, measure, _LISTINGS, width=width, others=other_measures(study))
-    title = f"{count(len(study.trials), 'trial')} by {measure.title}, {mean_words(study, errors=PLUS_MINUS in rows)}"
+    folds = f", {mean_words(study, errors=PLUS_MINUS in rows)}" * (study.record.face != "loop")
+    title = f"{count(len(study.trials), 'trial')} by {measure.title}{folds}"
     failures = [
         paragraph(f"trial {trial.number}: {why_failed(study, trial)}", width, first="  ", then=" " * 4)
         for trial in study.trials

@@ -54,6 +54,7 @@ def test_a_failed_trial_says_why_and_one_without_reports_has_no_epoch():
     done = replace(trial(22, 0.8), best_epoch=0)
     study = replace(make_study([*failed, done]), meta={**META, "face": "loop"})
     lines = trials_table(study, width=80).split("\n")
+    assert lines[0] == "23 trials by accuracy"
     nan, raised, big, *_ = lines[lines.index("Failed:") + 1 :]
     assert "trial 0: a NaN or infinite score was returned or reported" in nan
     assert "trial 1: ValueError: no" in raised and "trial 2: out of memory" in big
