@@ -39,7 +39,7 @@ INLINE void multiply(float *c, const float (&a)[4], const float (&b)[2])
 #endif
 
 enum { ACROSS, ALONG };
-/* A factor, whose numbers (i, k) are summed over k: k goes along its rows, or across them. ROW numbers are from row to row. */
+/* A factor, whose numbers (i, k) are summed over k: k goes along its rows, or across them; a row has ROW numbers. */
 template <bool IS_ALONG, int ROW> struct Factor {
     enum { ALONG = IS_ALONG };
     const real *from;
@@ -49,14 +49,15 @@ template <bool IS_ALONG, int ROW> struct Factor {
     template <int N> INLINE void read(real (&to)[N][4], int i, int step, int k) const
     {
         UNROLL for (int n = 0; n < (ALONG ? N : 4); n++) {
-            const auto side_by_side = load<ALONG ? 4 : N>(ALONG ? &from[(i + n * step) * ROW + k] : &from[(k + n) * ROW + i]);
+            const int begin = ALONG ? (i + n * step) * ROW + k : (k + n) * ROW + i;
+            const auto side_by_side = load<ALONG ? 4 : N>(from + begin);
             UNROLL for (int j = 0; j < (ALONG ? 4 : N); j++) (ALONG ? to[n][j] : to[j][n]) = side_by_side.at[j];
         }
     }
 };
 
-/* The product of a (M, inner) and b (inner, N). A worker, which is a thread, or a warp with its tensor core, has MINE tiles
-   of TALL x SPAN numbers. A thread has NUMBERS of a tile, RUN of them side by side. */
+/* The product of a (M, inner) and b (inner, N). A worker, which is a thread, or a warp with its tensor core, has MINE
+   tiles of TALL x SPAN numbers. A thread has NUMBERS of a tile, RUN of them side by side. */
 template <int M, int N, class A, class B> struct Product {
 #if TF32
     enum { WORKERS = THREADS / 32, TALL = 16, SPAN = 8 * times(N / 8, M / 16, WORKERS), NUMBERS = SPAN / 2, RUN = 2 };

@@ -124,7 +124,8 @@ ALWAYS_INLINE void gather(Shared &s, const Work &w, int64_t f, const Part &now)
         UNROLL for (int n = 0; n < AT_ONCE; n++) {
             const int i = first + n * THREADS, k = i % IN;
             if (i >= numbers) break;
-            if (w.center && i / IN < now.rows && k < INPUTS) value[n] = scaled(value[n], w.center[f * INPUTS + k], w.scale[f * INPUTS + k]);
+            if (w.center && i / IN < now.rows && k < INPUTS)
+                value[n] = scaled(value[n], w.center[f * INPUTS + k], w.scale[f * INPUTS + k]);
             s.x[i / IN * Layer<0>::INPUT_ROW + k] = value[n];
         }
     }
