@@ -24,8 +24,7 @@ from gputune.views.scores import measures, other_measures, pareto_trials, ranked
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 
-PLUS_MINUS = "±"
-SCORE, SCORE_AND_ERROR = "score", f"score {PLUS_MINUS} error"
+SCORE, SCORE_AND_ERROR = "score", "score ± error"
 """Columns that are named as the measure when they are shown, unless its name is long; titles have it in full."""
 
 _LONGEST = 17
@@ -64,7 +63,7 @@ def trials_table(study: Study, *, width: int) -> str:
     """Return one line a trial in the order of their numbers, under a title; fewer columns where it is narrow."""
     measure = study_measure(study)
     rows = trial_rows(study.trials, measure, _LISTINGS, width=width, others=other_measures(study))
-    folds = f", {mean_words(study, errors=PLUS_MINUS in rows)}" * (study.record.face != "loop")
+    folds = f", {mean_words(study, errors='±' in rows)}" * (study.record.face != "loop")
     title = f"{count(len(study.trials), 'trial')} by {measure.title}{folds}"
     failures = [
         paragraph(f"trial {trial.number}: {why_failed(study, trial)}", width, first="  ", then=" " * 4)
@@ -142,7 +141,7 @@ def study_measure(study: Study) -> Measure:
 def mean_words(study: Study, *, errors: bool) -> str:
     """Return what a score is over the folds, and what stands behind the plus-minus sign where there is one."""
     folds = study.record.folds or study.curves.shape[2]
-    return f"mean{f' {PLUS_MINUS} standard error' * errors} over {count(folds, 'fold')}"
+    return f"mean{' ± standard error' * errors} over {count(folds, 'fold')}"
 
 
 def trial_rows(

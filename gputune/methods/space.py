@@ -3,14 +3,12 @@
 check_space(...)    what the user wrote -> a list of dicts that scikit-learn's ParameterSampler draws from
 check_own_space(...), check_own_include(...)  the same of a user's own loop, whose keys and values are any
 check_include(...)  the configurations that the user wants run -> the same in their ranges
-parse_specs(...)    the command line's KEY=SPEC -> a space
 space_text(...)     a checked space as text that is the same in every process
 space_to_json(...)  a checked space as plain values for a study file: by names of scipy.stats, never by a pickle
 """
 
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from inspect import isroutine
 from typing import Any
 
@@ -39,7 +37,6 @@ from gputune.methods.distributions import (
     distribution_text,
     from_optuna,
     is_distribution,
-    log_int,
 )
 from gputune.study.values import to_json
 from gputune.types import ONLINE, Config, Json
@@ -270,86 +267,3 @@ def to_scipy(space: object) -> object:
     if not isinstance(space, Mapping):
         return space
     return {name: from_optuna(value) for name, value in space.items()}
-
-
-_EXAMPLES = (
-    "Examples: width=32,64,128 (a list), width=16..256 (all integers between), width=16..256:log, "
-    "lr=1e-4..1e-1:log, dropout=0..0.5, activation=relu,tanh."
-)
-
-
-def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object]:
-    """Return the space of several ``KEY=SPEC``, for ``check_space``; a key given twice is an InputError."""
-    space: dict[str, object] = {}
-    for text in texts:
-        key, value = parse_spec(text)
-        if key in space:
-            join = f"Join them: {key}=A,B." if flag == "--space" else "Leave one out."
-            raise InputError(f"{flag} must name a key once, got {key!r} twice. {join}")
-        space[key] = value
-    return space
-
-
-def parse_spec(text: str) -> tuple[str, object]:
-    """Return the key and the value of one ``KEY=SPEC``, as ``check_space`` takes it.
-
-    ``a,b,c`` is a list, ``a..b`` uniform between (all integers, both ends included, for an integer key),
-    ``a..b:log`` log-uniform, anything else one fixed value. A ``module__*`` value is read as a number, as
-    true or false, else as a word; its range is of integers when both ends are written so. ``(a,b)``, of these or of
-    ``width``, is one value, a tuple. Raises InputError.
-    """
-    key, equals, spec = (part.strip() for part in text.partition("="))
-    if not equals or not key or not spec:
-        raise InputError(f"A space is written KEY=SPEC, got {text!r}. {_EXAMPLES}")
-    ends = re.fullmatch(r"([^,]*?)\.\.([^:,]*)(:.*)?", spec)
-    if ends and (key in RANGES or None not in (_number(ends[1]), _number(ends[2]))):
-        return key, _parse_range(key, ends[1], ends[2], (ends[3] or "").strip(), text)
-    values = [_parse_value(key, part.strip(), text) for part in re.split(r",(?![^()]*\))", spec)]
-    return key, values if len(values) > 1 or isinstance(values[0], tuple) else values[0]
-
-
-def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str) -> object:
-    low, high = _number(low_text), _number(high_text)
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError(f"A range is LOW..HIGH with two finite numbers, got {text!r}. {_EXAMPLES}")
-    if scale not in ("", ":log"):
-        raise InputError(f"A range may end in ':log', not in {scale!r}, got {text!r}. {_EXAMPLES}")
-    if low >= high:
-        raise InputError(
-            f"A range needs LOW < HIGH, got {text!r}. "
-            f"Swap the ends, or write {key}={low_text.strip()} for one value."
-        )
-    if scale and low <= 0:
-        example = f"{high / 1000:g}..{high:g}" if high > 0 else "1e-4..1e-1"
-        raise InputError(f"A log range needs LOW > 0, got {text!r}. For example {key}={example}:log.")
-    written_as_integers = isinstance(low, int) and isinstance(high, int)
-    if RANGES[key].integer if key in RANGES else written_as_integers:
-        if low != int(low) or high != int(high):
-            raise InputError(f"A range of {key} needs integer ends, got {text!r}. {_EXAMPLES}")
-        low, high = int(low), int(high)
-        return log_int(low, high) if scale else stats.randint(low, high + 1)
-    return stats.loguniform(low, high) if scale else stats.uniform(low, high - low)
-
-
-def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[object, ...]:
-    if not text:
-        raise InputError(f"A list needs a value at each place, got {spec!r}. {_EXAMPLES}")
-    if key in WORDS:
-        return text
-    if (key not in RANGES or key == "width") and text[0] == "(" and text[-1] == ")":
-        return tuple(_parse_value(key, part.strip(), spec) for part in text[1:-1].split(","))
-    number = _number(text)
-    if number is not None:
-        return number
-    if key in RANGES:
-        raise InputError(f"{key} must be {RANGES[key].rule}, got the text {text!r} in {spec!r}. {_EXAMPLES}")
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def _number(text: str) -> int | float | None:
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            pass
-    return None

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+from gputune.cli.options import parse_spec, parse_specs
 from gputune.methods.config import legal_keys
 from gputune.methods.distributions import distribution_text, log_int
-from gputune.methods.space import check_space, parse_spec, parse_specs
+from gputune.methods.space import check_space
 from refused import refused
 
 
