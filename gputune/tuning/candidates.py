@@ -53,8 +53,9 @@ def _check_named(space: str, choice: ModelChoice) -> None:
         return  # which ``named_space`` says
     if choice.searched != "mlp" if space in PORTFOLIOS else not choice.recipe:
         model, words = ("mlp", "the MLP") if space in PORTFOLIOS else ("realmlp", "RealMLP")
+        given = "realmlp" if choice.recipe else choice.name
         raise InputError(
-            f"space={space!r} is of {words}, got model={choice.name!r}; choose model={model!r}, or a space of keys."
+            f"space={space!r} is of {words}, got model={given!r}; choose model={model!r}, or a space of keys."
         )
     if space in PORTFOLIOS and choice.optimizer != "adamw":
         raise InputError(
