@@ -27,18 +27,21 @@ LOGARITHMS = ("kc_house",)  # prices, of which the logarithm is predicted
 RARE = 0.1  # share of the rarer class below which ROC AUC is the score
 ROWS, HELD_OUT, SPLITS, FOLDS = 2_000, 5_000, 3, 3
 SECONDS = 60.0  # of tuning LightGBM
-SEARCHES = {"mlp": (32, 64), "realmlp default": (1, 256), "realmlp": (8, 256)}  # trials and epochs
+SEARCHES = {
+    "mlp": (32, 64), "mlp portfolio": (32, 64), "realmlp default": (1, 256), "realmlp": (8, 256)
+}  # fmt: skip
+"""Trials and epochs."""
 
 HOW = """\
 Of each table {rows:,} rows (four fifths of a smaller one) are searched on and up to {held_out:,} others
 scored, both drawn anew for each split. A cell is the median over {splits} splits (fewer where it says so) of
 the score, and of the seconds of wall clock of searching, choosing and training. RMSE, less is better, of
 {numbers} (of kc_house that of the logarithm of the price); ROC AUC of {rare}; else accuracy. "mlp" is a
-search of {mlp[0]} trials of {mlp[1]} epochs in its default space, "realmlp" of {realmlp[0]} trials of
-{realmlp[1]} epochs in its published one, each in {folds} folds; "realmlp default" is its published
-configuration alone. "ensemble" is that of the trials of the search, and its seconds count the search.
-"LightGBM tuned" is Optuna's TPE with early stopping in as many folds for {seconds:.0f} seconds. One thread
-each.
+search of {mlp[0]} trials of {mlp[1]} epochs in its default space, "mlp portfolio" the same of space="mlp",
+"realmlp" of {realmlp[0]} trials of {realmlp[1]} epochs in its published one, each in {folds} folds; "realmlp
+default" is its published configuration alone. "ensemble" is that of the trials of the search, and its seconds
+count the search. "LightGBM tuned" is Optuna's TPE with early stopping in as many folds for {seconds:.0f}
+seconds. One thread each.
 """
 
 Load = Callable[[str], tuple[pd.DataFrame, pd.Series, str]]
@@ -182,6 +185,7 @@ def network(model: str, way: str) -> Callable[[Split], Models]:
             model,
             split.X,
             split.y,
+            space="mlp" if way == "mlp portfolio" else None,
             n_trials=n_trials,
             cv=FOLDS,
             max_epochs=epochs,
