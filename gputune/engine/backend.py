@@ -143,7 +143,7 @@ def trains_as(
 
     ``unstackable`` says why members of a user's module cannot be stacked; a class of torch.optim trains each alone. Of
     a module that can be stacked, whose inside is unknown, no code is compiled, unless it is ``coded``; its steps are
-    recorded in place of that, as are those of optimizers, clipping and averages that the compiled code does not know.
+    recorded in place of that, as are those of optimizers and clipping that the compiled code does not know.
     What a kernel knows depends on the ``data`` and on their device too; where a kernel, or a recording, has failed on a
     GPU, this process makes none any more.
     """
@@ -159,7 +159,7 @@ def trains_as(
             return "kernel"
         backend = "graph"
     if backend == "compiled":
-        if config["optimizer"] in OPTIMIZERS and is_plain(config):
+        if config["optimizer"] in OPTIMIZERS and is_plain({**config, "ema": 0.0}):
             return "compiled" if config["depth"] <= _DEEPEST else "eager"
         backend = "graph"
     if backend == "graph" and CudaRecorder.failure and data is not None and data.device.type == "cuda":

@@ -52,7 +52,8 @@ class CompiledChunk:
         self.nanoseconds = torch.zeros(2, dtype=torch.int64)
         self.flat = network.start()
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
-        self._moments = [torch.zeros_like(self.flat) for _ in range(moments)]
+        self.averages = any(config["ema"] for config in configs)
+        self._moments = [torch.zeros_like(self.flat) for _ in range(moments + self.averages)]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
         valid = [len(fold.valid) for fold in data.folds]
         self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
@@ -84,8 +85,9 @@ class CompiledChunk:
             "longest": int(self.lengths.max()),
             "horizon": self.horizon,
         }
-        rows = {"lr": "lr", "decay": "weight_decay", "momentum": "momentum", "dropout": "dropout"}
+        rows = {"decay": "weight_decay", **{key: key for key in ("lr", "momentum", "dropout", "ema")}}
         sizes = [min(config["batch_size"], self.numbers["longest"]) for config in self.configs]
+        first, second, *_ = [*self._moments[: len(self._moments) - self.averages], None, None]
         self.sizes = np.array(sizes, dtype=np.int64)
         self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))  # (F, C)
         self.arrays: dict[str, Array] = {
@@ -95,8 +97,9 @@ class CompiledChunk:
             "sizes": self.placed(self.sizes),
             "schedule": self.placed([tuple(SCHEDULES).index(c["schedule"]) for c in self.configs]),
             "theta": self.flat,
-            "first": self._moments[0] if self._moments else None,
-            "second": self._moments[1] if len(self._moments) > 1 else None,
+            "first": first,
+            "second": second,
+            "average": self._moments[-1] if self.averages else None,
             # The longest first, and of those one fold after another, whose rows are then in the cache.
             "queue": self.placed(np.argsort(-self.steps.flatten(), kind="stable")),
             "draws": None,
@@ -123,12 +126,12 @@ class CompiledChunk:
 
     @property
     def scored(self) -> Tensor:
-        """What is scored and saved: the parameters."""
-        return self.flat
+        """What is scored and saved: the parameters, or their average."""
+        return self._moments[-1] if self.averages else self.flat
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
-        """The optimizer's flat buffers."""
+        """The optimizer's flat buffers, and the average."""
         return tuple(self._moments)
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
@@ -178,7 +181,7 @@ class CompiledChunk:
             for epoch in ([] if written is None else written)
         ]
         if counted is None:
-            params = self.network.blocks.views(self.flat)
+            params = self.network.blocks.views(self.scored)
             scores = np.stack(
                 [self.validation.scores(self.network, params, trials, one) for one in outputs], 1
             )

@@ -115,7 +115,7 @@ def _compiled_cost(population: Population, data: Dataset) -> Cost:
     scored = sum(len(fold.valid) for fold in data.folds) * data.n_outputs
     terms = 4 * max(len(fold.valid) for fold in data.folds) * data.n_outputs  # while one fold is scored
     return Cost(
-        trial_bytes=item * (3 * folds * size + scored + terms),
+        trial_bytes=item * ((3 + bool(population.configs[0]["ema"])) * folds * size + scored + terms),
         state_bytes=folds * item * size * _kept_buffers(population),
         trial_seconds=folds * float((-(-longest // rows) * step_seconds).mean()),
         step_seconds=0.0,

@@ -58,8 +58,8 @@ _NUMBERS = (
 )  # fmt: skip
 _BEFORE = ("x", "center", "scale", "copies", "y", "weights", "present", "order", "lengths")
 _AFTER = (
-    "widths", "sizes", "schedule", "lr", "decay", "momentum", "dropout", "draws", "draw_start", "draw_rows", "theta",
-    "first", "second", "valid", "valid_start", "scored", "accuracy", "nanoseconds", "queue",
+    "widths", "sizes", "schedule", "lr", "decay", "momentum", "dropout", "ema", "draws", "draw_start", "draw_rows",
+    "theta", "first", "second", "average", "valid", "valid_start", "scored", "accuracy", "nanoseconds", "queue",
 )  # fmt: skip
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")

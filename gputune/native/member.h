@@ -6,16 +6,17 @@
 #define PAD 16            /* columns come in whole vectors of any width */
 #define SCORED_ROWS 64    /* validation rows at a time: their activations stay in the cache */
 #define GRADIENT 4096     /* numbers of a gradient between its product and its use */
+#define ROLES 4           /* the parameters, both moments, the average of the parameters */
 
 typedef struct {
     long in, out, row;            /* true sizes, and the length of a row of the weight: out and its padding */
-    real *weight[3], *bias[3];    /* of the parameters and of both moments; weights in panels of padded(in) rows */
+    real *weight[ROLES], *bias[ROLES]; /* of each role, NULL: none; weights in panels of padded(in) rows */
 } Layer;
 
 typedef struct {
-    int layers, roles;
+    int layers;
     Layer layer[MOST_LAYERS];
-    real *state, *end;                              /* of what is copied in and out */
+    real *state, *average, *end;                    /* of what is copied in and out; the average is the last of it */
     real *h[MOST_LAYERS + 1], *z[MOST_LAYERS + 1];  /* input of each layer, and what it was before the activation */
     real *kept[MOST_LAYERS + 1];                    /* what dropout multiplies it by */
     real *slope, *below, *turned, *packed, *gradient, *share, *work;
@@ -25,21 +26,30 @@ typedef struct {
 static long padded(long n) { return (n + PAD - 1) / PAD * PAD; }
 static long most(long a, long b) { return a > b ? a : b; }
 
+/* The flat buffer of a role, NULL: none. */
+static real *flat_of(const Work *w, int role) {
+    real *flat[ROLES] = {w->theta, w->first, w->second, w->average};
+    return flat[role];
+}
+
 /* Give every tensor of a member its place in one block of memory that begins at ``at``, and return its end. From 0 that
    is the size of the block. */
 static real *lay_out(const Work *w, Space *s, real *at) {
     long rows = SCORED_ROWS, widest = padded(w->inputs), hidden = padded(w->width);
     for (long c = 0; c < w->trials; c++) rows = most(rows, w->sizes[c]);
     s->layers = (int)w->layers;
-    s->roles = w->second ? 3 : w->first ? 2 : 1;
     s->state = at;
-    for (int role = 0; role < s->roles; role++)
+    for (int role = 0; role < ROLES; role++) {
+        if (role == ROLES - 1) s->average = at;
         for (int l = 0; l < s->layers; l++) {
+            s->layer[l].weight[role] = s->layer[l].bias[role] = 0;
+            if (!flat_of(w, role)) continue;
             long row = l + 1 < s->layers ? hidden : padded(w->outputs), in = padded(l ? hidden : w->inputs);
             widest = most(widest, row);
             s->layer[l].weight[role] = at, at += in * row;
             s->layer[l].bias[role] = at, at += row;
         }
+    }
     s->end = at;
     int apart = w->activation != RELU; /* whose slope can be told from h, even where dropout has scaled it */
     for (int l = 0; l <= s->layers; l++) {
@@ -72,12 +82,11 @@ static void move_row(const Layer *layer, int role, long i, real *flat, int back)
 
 /* Copy one member from the flat buffers, or back: weight0 (F, D, C, H), bias0 (F, C, H), the others (F, C, in, out). */
 static void move(const Work *w, Space *s, long f, long c, int back) {
-    real *from[3] = {w->theta, w->first, w->second};
     const int64_t *hidden = w->widths + c * (w->layers - 1);
     if (!back) memset(s->state, 0, (char *)s->end - (char *)s->state);
-    for (int role = 0; role < s->roles; role++) {
-        real *block = from[role];
-        for (int l = 0; l < s->layers; l++) {
+    for (int role = 0; role < ROLES; role++) {
+        real *block = flat_of(w, role);
+        for (int l = 0; block && l < s->layers; l++) {
             int last = l + 1 == s->layers;
             long wide = last ? w->outputs : w->width, in = l ? w->width : w->inputs;
             Layer *layer = &s->layer[l];

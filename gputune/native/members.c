@@ -53,6 +53,16 @@ static int64_t now(void) {
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
+/* Move the average after a step. After the first, and of a member without ema, it is the parameters themselves. */
+static void move_average(const Work *w, Space *s, long c, int first) {
+    long n = s->end - s->average;
+    real share = (real)(1 - w->ema[c]), *restrict average = s->average;
+    const real *restrict theta = s->state;
+    if (first || w->ema[c] == 0) memcpy(average, theta, n * sizeof(real));
+    else
+        for (long i = 0; i < n; i++) average[i] += share * (theta[i] - average[i]);
+}
+
 static void train_member(const Work *w, Space *s, long f, long c, const int32_t *stop) {
     int64_t begin = now();
     long n = w->lengths[f], size = w->sizes[c] < n ? w->sizes[c] : n, steps = (n + size - 1) / size;
@@ -66,8 +76,10 @@ static void train_member(const Work *w, Space *s, long f, long c, const int32_t 
         forward(w, s, rows, dropping);
         loss_slope(w, s, f, which, rows);
         backward(w, s, rates(w, c, (double)w->epoch * steps + step + 1, (double)w->horizon * steps), rows, dropping);
+        if (w->average) move_average(w, s, c, !w->epoch && !step);
     }
     move(w, s, f, c, 1);
+    memcpy(s->state, s->average, (char *)s->end - (char *)s->average); /* which is scored, where there is one */
     int64_t trained = now();
     if (w->scored || w->accuracy) score(w, s, f, c);
     __atomic_fetch_add(w->nanoseconds, trained - begin, __ATOMIC_RELAXED);

@@ -73,15 +73,15 @@ static void descend(Layer *layer, Space *s, Rates by, const real *h, long across
         for (long i = 0; i < layer->in; i += count) {
             long some = layer->in - i < count ? layer->in - i : count, at = j * padded(layer->in) + i * width;
             product(some, width, rows, h + i, 1, across, own, rows, 0, s->gradient, width);
-            update(by, some * width, layer->weight[0] + at, s->roles > 1 ? layer->weight[1] + at : 0,
-                   s->roles > 2 ? layer->weight[2] + at : 0, s->gradient);
+            real *first = layer->weight[1], *second = layer->weight[2];
+            update(by, some * width, layer->weight[0] + at, first ? first + at : 0,
+                   second ? second + at : 0, s->gradient);
         }
     }
     memset(s->gradient, 0, layer->row * sizeof(real));
     for (long i = 0; i < rows; i++)
         for (long j = 0; j < layer->row; j++) s->gradient[j] += slope[i * layer->row + j];
-    update(by, layer->row, layer->bias[0], s->roles > 1 ? layer->bias[1] : 0, s->roles > 2 ? layer->bias[2] : 0,
-           s->gradient);
+    update(by, layer->row, layer->bias[0], layer->bias[1], layer->bias[2], s->gradient);
 }
 
 /* b (columns, rows) = a (rows, columns) transposed, block by block. */

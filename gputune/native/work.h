@@ -18,11 +18,12 @@ typedef struct {
     int64_t longest;
     const int64_t *widths;                             /* (C, hidden layers) */
     const int64_t *sizes, *schedule;                   /* (C) */
-    const double *lr, *decay, *momentum, *dropout;    /* (C) */
+    const double *lr, *decay, *momentum, *dropout, *ema; /* (C) */
     const float *draws;           /* of dropout, one after another; NULL: none */
     const int64_t *draw_start;    /* (steps): where those of a step begin */
     const int64_t *draw_rows;     /* (steps): how many rows they are for, in each layer */
     real *theta, *first, *second; /* flat buffers; the moments may be NULL */
+    real *average;                /* of the parameters, as they lie there; NULL: none, and theta is scored */
     const int64_t *valid;         /* validation rows of all folds */
     const int64_t *valid_start;   /* (F + 1) */
     real *scored;                 /* outputs on them, (C, m, K) fold after fold; NULL: none */

@@ -68,7 +68,12 @@ def test_company_and_threads_change_no_bit(activation):
     data = make_data(n=200, dtype=torch.float32)
     scoring = scoring_of(data, "neg_log_loss")
     sizes = [(3, 8), (16, 64), (9, 200), (12, 33), (16, 16)]
-    configs = fill(*({"width": w, "batch_size": b, "activation": activation} for w, b in sizes))
+    configs = fill(
+        *(
+            {"width": w, "batch_size": b, "activation": activation, "ema": ema}
+            for (w, b), ema in zip(sizes, (0, 0.9, 0.5, 0, 0.99))
+        )
+    )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -153,17 +158,27 @@ def test_every_schedule():
 
 
 @pytest.mark.parametrize("first", ["eager", "compiled"])
-@pytest.mark.parametrize("optimizer", ["adamw", "nesterov", "sgd"])
-def test_a_state_goes_from_one_backend_to_the_other(first, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "ema"), [("adamw", 0.0), ("adamw", 0.9), ("nesterov", 0.0), ("sgd", 0.5)]
+)
+def test_a_state_goes_from_one_backend_to_the_other(first, optimizer, ema):
     data = make_data()
     configs = ({"width": 8, "schedule": "cosine"}, {"width": 13, "batch_size": 11})
-    configs = fill(*configs, optimizer=optimizer)
+    configs = fill(*({**config, "ema": ema} for config in configs), optimizer=optimizer)
     second = "eager" if first == "compiled" else "compiled"
     whole = run(data, configs, backend=first, epochs=6)
     half = run(data, configs, backend=first, epochs=3, horizon=6)
     rest = run(data, configs, backend=second, epochs=6, begin=half.state)
     for f, c in itertools.product(range(2), range(2)):
         assert largest_difference(rest.member(f, c), whole.member(f, c)) <= 1e-10
+
+
+def test_averages_that_go_on_have_the_same_bits():
+    data = make_data(dtype=torch.float32)
+    configs = fill(*({"width": 8, "batch_size": 9, "ema": ema} for ema in (0.5, 0.99)))
+    whole, half = run(data, configs, epochs=4), run(data, configs, epochs=2, horizon=4)
+    rest = run(data, configs, epochs=4, begin=half.state)
+    assert torch.equal(rest.scored, whole.scored) and not torch.equal(whole.scored, whole.flat)
 
 
 def test_an_interruption_is_heard_in_the_middle_of_an_epoch(monkeypatch):
@@ -241,7 +256,13 @@ def test_a_search_has_the_same_table_either_way(method):
     rng = np.random.RandomState(0)
     X = rng.randn(90, 4)
     y = (X[:, 0] + X[:, 1] ** 2 > 0.5).astype(int)
-    space = {"lr": [1e-3, 1e-2], "width": [8, 20], "batch_size": [8, 16, 30], "dropout": [0.0, 0.2]}
+    space = {
+        "lr": [1e-3, 1e-2],
+        "width": [8, 20],
+        "batch_size": [8, 16, 30],
+        "dropout": [0.0, 0.2],
+        "ema": [0.0, 0.9],
+    }
     common = {"n_trials": 9, "max_epochs": 9, "cv": 2, "dtype": "float64", "verbose": 0}
     common |= {"space": space, "method": method, "scoring": "neg_log_loss"}
     eager, fast = (gputune.tune("mlp", X, y, backend=b, **common) for b in ("eager", "compiled"))

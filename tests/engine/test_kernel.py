@@ -70,6 +70,7 @@ def test_the_wheel_of_nvrtc_is_named(version, wheel, card, monkeypatch):
     [
         ({}, {}, ""),
         ({"clip_norm": 1.0}, {}, "clip_norm"),
+        ({"ema": 0.9}, {}, "ema"),
         ({"beta2": 0.9}, {}, "beta2"),
         ({"optimizer": "rmsprop"}, {}, "the optimizer 'rmsprop' (sgd, nesterov, adam, adamw)"),
         ({"depth": 5}, {}, "5"),

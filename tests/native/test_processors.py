@@ -43,7 +43,7 @@ def epochs():
         patch.setattr("problems.BACKEND", "compiled")
         rates = [{"lr": 1e-2, "dropout": 0.2}, {"lr": 1e-3, "dropout": 0.5, "weight_decay": 0.1}]
         sizes = [{"width": 19, "batch_size": 16}, {"width": 12, "batch_size": 7}]
-        configs = [{**one, **other, "activation": "gelu", "depth": 2} for one, other in zip(rates, sizes)]
+        configs = [{**one, **other, "activation": "gelu", "ema": 0.9} for one, other in zip(rates, sizes)]
         for dtype in (torch.float32, torch.float64):
             data = make_data(dtype=dtype, weights=True)
             train_together(data, fill(*configs), epochs=1, scoring=scoring_of(data, "neg_log_loss"))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import problems
 import reference
 from gputune.engine.train import train
 from gputune.modules.construction import hidden_sides
@@ -153,6 +154,17 @@ def unlike(optimizer, *more):
 
 @pytest.mark.parametrize("optimizer", [*NEW, "sgd", "adamw"])
 def test_members_of_a_network_equal_a_plain_loop(optimizer):
+    assert_equals_plain_loop(optimizer)
+
+
+@problems.needs_compiled_code
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+def test_averages_of_compiled_members_equal_a_plain_loop(optimizer, monkeypatch):
+    monkeypatch.setattr(problems, "BACKEND", "compiled")
+    assert_equals_plain_loop(optimizer)
+
+
+def assert_equals_plain_loop(optimizer):
     data = make_data(folds=2)
     sizes = ({"width": 5, "depth": 3, "activation": "tanh"}, {"width": 16, "depth": 1, "activation": "tanh"})
     configs = unlike(optimizer, *sizes)
