@@ -93,7 +93,7 @@ def test_a_table_that_cannot_be_searched(bugs, columns, options, words):
         ("lr=,", ["value at each place", "'lr=,'", "Examples: "]),
         ("lr=fast", ["lr", "number", "'fast'", "Examples: "]),
         ("width=8.5", ["width", "integer", "8.5"]),
-        ("width", ["--space must be KEY=SPEC, or one of realmlp, ", "'width'"]),
+        ("width", ["--space must be KEY=SPEC, or one of mlp, realmlp, ", "'width'"]),
         ("dropout=1", ["dropout", "[0, 1)", "got 1"]),
         ("activation=relo", ["--space activation must", "Did you mean 'relu'?"]),
         ("optimizer=adaam", ["--space optimizer must", "Did you mean 'adam'?"]),

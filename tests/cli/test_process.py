@@ -77,7 +77,7 @@ LIBRARIES = {"joblib", "matplotlib", "narwhals", "pandas", "polars", "scipy", "s
 
 def test_import_and_status_wait_for_no_library(tmp_path):
     own = [name for name in modules_of("import gputune") if name.startswith("gputune")]
-    assert sorted(own) == ["gputune", "gputune.errors", "gputune.version"]
+    assert sorted(own) == ["gputune", "gputune.errors", "gputune.garbage", "gputune.version"]
     with Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}) as store:
         store.add_trials(candidates(range(1)))
     code = "import sys; from gputune.cli.main import main; main(sys.argv[1:])"
