@@ -61,7 +61,7 @@ def test_gputune_on_a_gpu(device, pytestconfig):
 
 PARTS = """
 test_laws.py test_module_laws.py test_arrays.py test_objectives.py test_readme.py
-test_memory.py test_tf32.py test_docs.py
+test_memory.py test_tf32.py test_docs.py test_garbage.py test_scratch.py
 engine population optimizers modules hypergradients scoring views data native callbacks methods models cli replay
 tuning study report check executors sklearn_face scripts
 """.split()
