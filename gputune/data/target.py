@@ -327,7 +327,7 @@ def _classes(values: np.ndarray, task: str | None, name: str) -> Target:
     classes, codes = np.unique(values, return_inverse=True)
     if len(classes) < 2:
         raise InputError(
-            f"{name} must have at least two classes, got only {classes[0].item()!r}, of which there is nothing to learn; "
+            f"{name} must have at least two classes, got only {classes[0].item()!r}; "
             "add rows of another class, or check the target's column."
         )
     fitting: Task = "binary" if len(classes) == 2 else "multiclass"
