@@ -100,19 +100,13 @@ def trial_numbers(trial: Trial) -> dict[str, float]:
 
 def best_score(study: Study) -> float:
     """Return the best finite score of trials that no rung pruned, -inf where there is none."""
-    return max(
-        (t.score for t in study.trials if math.isfinite(t.score) and t.state != "pruned"), default=-math.inf
-    )
+    return max((t.score for t in study.trials if math.isfinite(t.score) and t.state != "pruned"), default=-math.inf)
 
 
 def study_options(study: Study) -> Json:
     """Return the options of a search that a person compares searches by."""
     record = study.record
-    values = {
-        name: getattr(record, name)
-        for name, part in PARTS.items()
-        if part.logged and name not in record.absent
-    }
+    values = {name: getattr(record, name) for name, part in PARTS.items() if part.logged and name not in record.absent}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -151,9 +145,7 @@ class MLflow(Callback):
 
     def on_trials_end(self, trials: Study) -> None:
         now = int(time.time() * 1000)
-        values = [
-            (key, v, trial.number) for trial in trials.trials for key, v in trial_numbers(trial).items()
-        ]
+        values = [(key, v, trial.number) for trial in trials.trials for key, v in trial_numbers(trial).items()]
         self.best, self.done = max(self.best, best_score(trials)), self.done + len(trials.trials)
         if math.isfinite(self.best):
             values.append(("best_score", self.best, self.done))
@@ -167,9 +159,7 @@ class MLflow(Callback):
         if math.isfinite(self.best):
             best = study.best_trial
             known = {"trial": best.number, **plain_params(best.params)}
-            client.log_batch(
-                self.run_id, params=self._params({f"best/{key}": value for key, value in known.items()})
-            )
+            client.log_batch(self.run_id, params=self._params({f"best/{key}": value for key, value in known.items()}))
         unfinished = any(trial.state in ("waiting", "stopped") for trial in study.trials)
         client.set_terminated(self.run_id, "KILLED" if unfinished else "FINISHED")
 
@@ -199,9 +189,7 @@ class TensorBoard(Callback):
         self.trial_epochs, self.best = 0, -math.inf
         self.search = SummaryWriter(self.folder / "search")
         known = study_options(study)
-        described = [
-            f"{key}: {known[key]}" for key in ("model", "scoring", "positive", "space") if key in known
-        ]
+        described = [f"{key}: {known[key]}" for key in ("model", "scoring", "positive", "space") if key in known]
         self.search.add_text("study", "  \n".join(described))
 
     def on_epoch(self, curves: np.ndarray) -> None:

@@ -84,9 +84,7 @@ class SearchInterrupted(KeyboardInterrupt):
     at_once whether a second signal ended the running epoch too
     """
 
-    def __init__(
-        self, message: str, *, study: Any, signal: int, report: str = "", at_once: bool = False
-    ) -> None:
+    def __init__(self, message: str, *, study: Any, signal: int, report: str = "", at_once: bool = False) -> None:
         super().__init__(message)
         self.study, self.signal, self.report, self.at_once = study, signal, report, at_once
 

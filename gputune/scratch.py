@@ -71,9 +71,7 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
         try:
             folder = Path(tempfile.mkdtemp(prefix=_start(prefix), dir=parent))
         except OSError as error:  # whose path is of a name that nobody has chosen
-            raise OSError(
-                error.errno, f"no file can be made in this folder: {error.strerror}", str(parent)
-            ) from error
+            raise OSError(error.errno, f"no file can be made in this folder: {error.strerror}", str(parent)) from error
         if sys.platform == "win32":
             return folder, None
         lock = os.open(folder, os.O_RDONLY)

@@ -56,9 +56,7 @@ def nearest(
     text = str(word).lower()
     near = [name for name in by_case if name in _swapped(text)] or get_close_matches(text, by_case, 1, cutoff)
     if not near and len(text) >= _PREFIX:
-        near = [n for n in by_case if n.startswith(text)] or [
-            n for n in by_case if text in re.split("[_-]", n)
-        ]
+        near = [n for n in by_case if n.startswith(text)] or [n for n in by_case if text in re.split("[_-]", n)]
     return by_case[near[0]] if near else None
 
 
@@ -147,16 +145,13 @@ def measure_of(scoring: str, best: float, positive: object = None, label: str = 
     return Measure(clean(shown), name.startswith("neg_"), decimals, positive)
 
 
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = (), indent: str = ""
-) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = (), indent: str = "") -> str:
     """Return lines of aligned cells, to the right but for the columns named in ``left``."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[j]) for line in lines) for j in range(len(header))]
     aligns = ["<" if name in left else ">" for name in header]
     return "\n".join(
-        (indent + GAP.join(f"{cell:{a}{w}}" for cell, a, w in zip(line, aligns, widths))).rstrip()
-        for line in lines
+        (indent + GAP.join(f"{cell:{a}{w}}" for cell, a, w in zip(line, aligns, widths))).rstrip() for line in lines
     )
 
 

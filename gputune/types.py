@@ -94,9 +94,7 @@ def defaults_in_words() -> str:
     trained = f"lr {rate(LR_FACTORS)} (log; sgd and nesterov {rate(PLAIN_LR_FACTORS)}), {of('batch_size')}"
     values = ", ".join(f"{key} {value}" for key, value in DEFAULTS.items())
     decays = f"weight_decay {default_weight_decay('adamw'):g} (adamw and its kin) or 0"
-    momenta = (
-        f"momentum {default_momentum('nesterov'):g} (nesterov), {default_momentum('muon'):g} (muon) or 0"
-    )
+    momenta = f"momentum {default_momentum('nesterov'):g} (nesterov), {default_momentum('muon'):g} (muon) or 0"
     return "\n".join(
         [
             f"The default space of mlp: {trained}, {of('weight_decay')}, {of('width')}.",

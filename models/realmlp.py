@@ -30,9 +30,7 @@ class NumberEmbedding(nn.Module):
         self.kind = kind
         drawn, out = (waves, size - 1) if kind == "pbld" else (waves // 2, size)
         self.frequency = nn.Parameter(sigma * torch.randn(n_numbers, drawn))
-        self.phase = (
-            nn.Parameter(math.pi * (2 * torch.rand(n_numbers, drawn) - 1)) if kind == "pbld" else None
-        )
+        self.phase = nn.Parameter(math.pi * (2 * torch.rand(n_numbers, drawn) - 1)) if kind == "pbld" else None
         self.weight = nn.Parameter((2 * torch.rand(n_numbers, waves, out) - 1) / math.sqrt(waves))
         self.offset = nn.Parameter((2 * torch.rand(n_numbers, out) - 1) / math.sqrt(waves))
 
@@ -126,9 +124,7 @@ class RealMLP(nn.Module):
         self._split(list(feature_groups or [0] * n_features), one_hot)
         number, kept = len(self.numbers), len(self.plain)
         embedded = embedding != "none" and number > 0
-        self.embedding = (
-            NumberEmbedding(number, embedding, sigma=sigma, waves=waves, size=size) if embedded else None
-        )
+        self.embedding = NumberEmbedding(number, embedding, sigma=sigma, waves=waves, size=size) if embedded else None
         self.categories = nn.ParameterList(torch.randn(len(own), category_size) for own in self.levels)
         inputs = number * (size if embedded else 1) + kept + len(self.levels) * category_size
         self.scale = nn.Parameter(torch.ones(inputs)) if scaling else None
@@ -143,9 +139,7 @@ class RealMLP(nn.Module):
 
     def _split(self, groups: Sequence[int], one_hot: int) -> None:
         """Say which features are numbers, which stay as they are, and which are the levels of a large category."""
-        members = {
-            group: [j for j, of in enumerate(groups) if of == group] for group in sorted({*groups} - {0})
-        }
+        members = {group: [j for j, of in enumerate(groups) if of == group] for group in sorted({*groups} - {0})}
         self.levels = [own for own in members.values() if len(own) > one_hot]
         plain = sorted(j for own in members.values() if len(own) <= one_hot for j in own)
         # Buffers: places that are lists would be sent to a GPU at every step.

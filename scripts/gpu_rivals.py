@@ -136,9 +136,7 @@ def jax_vmap(members):
 def main():
     """Print what was measured; what raised an error says so."""
     global SECONDS
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=20)

@@ -38,9 +38,7 @@ HEAD = "| environment | Python | torch | numpy | scikit-learn | pandas | polars 
 def main() -> None:
     """Try the environments one after another, and write each row when it is there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "names", nargs="*", choices=[*ENVIRONMENTS, []], default=[], help="environments (all)"
-    )
+    parser.add_argument("names", nargs="*", choices=[*ENVIRONMENTS, []], default=[], help="environments (all)")
     parser.add_argument("--keep", type=Path, help="folder in which the environments are made and stay")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -66,9 +64,7 @@ def tried(name: str, folder: Path) -> str:
     versions = subprocess.check_output([inside, "-c", shown], text=True).split()
     tests = [f"tests/{part}" for part in PARTS]
     words = [folder / "bin" / "pytest", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", *tests]
-    ran = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
-    )
+    ran = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     print(ran.stdout)
     return line(name, *versions, result(ran.stdout))
 

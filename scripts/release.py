@@ -30,9 +30,7 @@ def main() -> int:
     """Build, check, install and use; return 0, or raise where something is not as it must be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the packages")
-    parser.add_argument(
-        "--no-install", action="store_true", help="build and check, without the two environments"
-    )
+    parser.add_argument("--no-install", action="store_true", help="build and check, without the two environments")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tools = environment(Path(folder, "tools"))
@@ -65,9 +63,7 @@ def environment(folder: Path) -> Path:
 
 def run(python: Path, *words: "str | Path", **options: object) -> str:
     """Run a Python and return what it prints, in both streams; raise with that where it fails."""
-    done = subprocess.run(
-        [python, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )  # type: ignore[call-overload]
+    done = subprocess.run([python, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)  # type: ignore[call-overload]
     require(done.returncode == 0, f"{' '.join(map(str, words))} failed:\n{done.stdout}")
     return done.stdout
 
@@ -92,9 +88,7 @@ def build(tools: Path, out: Path) -> tuple[Path, Path]:
 def date(source: Path, moment: int) -> None:
     """Give every file in a source package one date, which setuptools leaves as it was on the disk."""
     with tarfile.open(source) as old:
-        members = [
-            (member, old.extractfile(member) if member.isfile() else None) for member in old.getmembers()
-        ]
+        members = [(member, old.extractfile(member) if member.isfile() else None) for member in old.getmembers()]
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as new:
             for member, content in sorted(members, key=lambda pair: pair[0].name):
@@ -114,9 +108,7 @@ def check(wheel: Path) -> None:
         sum(libraries.values()) <= LARGEST,
         f"the libraries take {sum(libraries.values()):,} of {LARGEST:,} bytes",
     )
-    foreign = [
-        name for name in sizes if not re.match(r"gputune/|gputune-[^/]+\.dist-info/", name) or "/test" in name
-    ]
+    foreign = [name for name in sizes if not re.match(r"gputune/|gputune-[^/]+\.dist-info/", name) or "/test" in name]
     require(not foreign, f"{wheel.name} holds {foreign}")
 
 

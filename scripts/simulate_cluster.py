@@ -106,9 +106,7 @@ class Watch:
 def search(*, trials: int, epochs: int, study: Path | None = None) -> gputune.Study:
     """Search on digits on the cluster to which this process is connected."""
     X, y = load_digits(return_X_y=True)
-    return gputune.tune(
-        "mlp", X, y, n_trials=trials, max_epochs=epochs, cv=5, workers="ray", study=study, verbose=0
-    )
+    return gputune.tune("mlp", X, y, n_trials=trials, max_epochs=epochs, cv=5, workers="ray", study=study, verbose=0)
 
 
 def measure(*, trials: int, epochs: int) -> Measured:

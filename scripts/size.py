@@ -65,9 +65,7 @@ def main() -> None:
     old_files, old_lines = (files, lines) if contents is None else sizes(contents)
     rooms = sorted(files.keys() | old_files.keys())
     product = [room for room in rooms if room.startswith(("gputune", "models"))]
-    print(
-        f"{'':<24}{'files':>6}{'':>7}{'lines':>8}   {f'against {commit}' if commit else 'against nothing known'}"
-    )
+    print(f"{'':<24}{'files':>6}{'':>7}{'lines':>8}   {f'against {commit}' if commit else 'against nothing known'}")
     for name, parts in [*((room, [room]) for room in rooms), ("product, all", product)]:
         n, size, n_old, size_old = (sum(c[p] for p in parts) for c in (files, lines, old_files, old_lines))
         print(f"{name:<24}{n:>6}{n - n_old:>+7}{size:>8}{size - size_old:>+8}")

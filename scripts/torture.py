@@ -80,9 +80,7 @@ def ended_well(work: Work, *arguments: object) -> bool:
     return end(begin(work, *arguments)) == 0
 
 
-def kill(
-    work: Work, *arguments: object, method: tuple[type, str], least: int, most: int, pause: float
-) -> None:
+def kill(work: Work, *arguments: object, method: tuple[type, str], least: int, most: int, pause: float) -> None:
     """Begin some work, and kill it so many seconds after the call of a method that makes ``least``.
 
     It waits for that before it makes more than ``most`` calls, so that the kill comes in time however slow we are.
@@ -424,9 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", type=_part, metavar="PART", help="default: all of them")
     for option, default, says in (
         ("--kills", 60, "times that a search is killed"),

@@ -55,12 +55,8 @@ def own_state(tmp_path_factory, pytestconfig):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         found = tmp_path_factory.mktemp("found")
-        patch.setattr(
-            "gputune.engine.findings.cache_folder", lambda: found
-        )  # not what the user's check found
-        patch.setattr(
-            "gputune.executors.pools.IDLE_SECONDS", 900
-        )  # a worker that a test starts serves others
+        patch.setattr("gputune.engine.findings.cache_folder", lambda: found)  # not what the user's check found
+        patch.setattr("gputune.executors.pools.IDLE_SECONDS", 900)  # a worker that a test starts serves others
         # Waiting for the disk costs 50 ms a study, and no test cuts the power; intervals take most of a score's time.
         patch.setattr(database, "PRAGMAS", ("synchronous = OFF", *PRAGMAS[1:]))
         patch.setattr("gputune.cli.evaluation._SAMPLES", 40)
@@ -93,9 +89,7 @@ def another_user(tmp_path, monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--all", action="store_true", help="run the tests marked as long too, and fuzz for longer"
-    )
+    parser.addoption("--all", action="store_true", help="run the tests marked as long too, and fuzz for longer")
     parser.addoption("--write-durations", action="store_true", help=f"write {DURATIONS.name} anew")
     parser.addoption("--gpu", action="store_true", help="run the tests of a GPU, and those alone")
     parser.addoption(
@@ -109,9 +103,7 @@ def pytest_configure(config):
     if not (config.getoption("--gpu") or config.getoption("--auto-gpu")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if config.getoption("--auto-gpu"):  # of the oracle's own fork_rng()
-        config.addinivalue_line(
-            "filterwarnings", "ignore:CUDA reports that you have .* available:UserWarning"
-        )
+        config.addinivalue_line("filterwarnings", "ignore:CUDA reports that you have .* available:UserWarning")
     examples = 1000 if config.getoption("--all") else 40
     settings.register_profile(
         "gputune", max_examples=examples, deadline=None, derandomize=True, database=None,

@@ -149,10 +149,7 @@ class StackedNets:
         return Clock(np.minimum(done, self.totals - 1), None if active.all() else active, factor)
 
     def outputs(self, weights: Tensor, x: Tensor) -> Tensor:
-        parts = [
-            part.view(self.members, *shape)
-            for part, shape in zip(weights.split(self.entries, 1), self.shapes)
-        ]
+        parts = [part.view(self.members, *shape) for part, shape in zip(weights.split(self.entries, 1), self.shapes)]
         hidden = self.activation(torch.baddbmm(parts[1][:, None], x, parts[0]))
         return torch.baddbmm(parts[3][:, None], hidden, parts[2])
 

@@ -50,10 +50,7 @@ def make_data(task="multiclass", *, n=61, d=5, k=3, folds=2, dtype=torch.float64
     g = torch.Generator().manual_seed(7)
     x = torch.randn(folds if copies else 1, n, d, generator=g, dtype=torch.float64).to(dtype)
     position = torch.arange(n)
-    cut = [
-        Fold(train=position[position % folds != f], valid=position[position % folds == f])
-        for f in range(folds)
-    ]
+    cut = [Fold(train=position[position % folds != f], valid=position[position % folds == f]) for f in range(folds)]
     if task == "regression":
         target = torch.randn(n, generator=g, dtype=torch.float64)
         center, scale = torch.linspace(0.1, 0.3, folds).double(), torch.linspace(1, 1.5, folds).double()

@@ -66,9 +66,9 @@ def forward_with_dropout(module, x, rate, seed, epoch, step):
     """The plain MLP with the keyed masks in place of ``nn.Dropout``'s own draw."""
     for number, layer in enumerate(module.layers[:-1]):
         x = module.act(layer(x))
-        draw = torch.rand(
-            len(x), padded_width(module.width), generator=stream(seed, "dropout", epoch, step, number)
-        )[:, : module.width]
+        draw = torch.rand(len(x), padded_width(module.width), generator=stream(seed, "dropout", epoch, step, number))[
+            :, : module.width
+        ]
         x = torch.where(draw >= rate, x / (1 - rate), torch.zeros_like(x))
     return module.layers[-1](x)
 

@@ -22,9 +22,7 @@ def rows(n=30):
     }
 
 
-def make_model(
-    frame, *, classes=("no", "yes"), dtype=torch.float32, numbers="standard", module=None, spec=None
-):
+def make_model(frame, *, classes=("no", "yes"), dtype=torch.float32, numbers="standard", module=None, spec=None):
     """A TunedModel for the frame; ``classes=None`` is a regression with center 100 and scale 10."""
     table = as_table(frame)
     layout = fit_layout(table)

@@ -83,9 +83,7 @@ def test_several_inputs_go_by_name_and_in_order():
     ordered = gputune.tune(IdsAndNumbers, (IDS, number), LABELS, **SMALL)
     assert [t.score for t in named.trials] == [t.score for t in ordered.trials]
     rows = {"ids": IDS, "number": number}
-    np.testing.assert_array_equal(
-        named.best_model().predict(rows), ordered.best_model().predict((IDS, number))
-    )
+    np.testing.assert_array_equal(named.best_model().predict(rows), ordered.best_model().predict((IDS, number)))
 
 
 def test_a_study_of_a_file_goes_on(tmp_path):
@@ -163,9 +161,7 @@ def test_a_dataset_is_predicted_as_its_tensors_are():
         (several, two, Pairs(two, LABELS)),
     ):
         np.testing.assert_array_equal(of.predict_proba(dataset), of.predict_proba(X))
-    with pytest.raises(
-        InputError, match="X must be what was seen in training, .* got a list; pass such arrays"
-    ):
+    with pytest.raises(InputError, match="X must be what was seen in training, .* got a list; pass such arrays"):
         model.predict([[[1, 2], [3]]])
 
 

@@ -10,11 +10,7 @@ import pytest
 from forked import Fork
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    page
-    for page in sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-    if "```python" in page.read_text()
-]
+PAGES = [page for page in sorted((Path(__file__).parents[1] / "docs").glob("*.md")) if "```python" in page.read_text()]
 
 WHOLE = re.compile(r"-?\d+")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -25,9 +21,7 @@ def is_timed(page):
     return page.name == "scikit-learn.md"
 
 
-@pytest.fixture(
-    params=[pytest.param(page, id=page.name, marks=[pytest.mark.cpu] * is_timed(page)) for page in PAGES]
-)
+@pytest.fixture(params=[pytest.param(page, id=page.name, marks=[pytest.mark.cpu] * is_timed(page)) for page in PAGES])
 def page(request):
     return request.param
 

@@ -86,9 +86,7 @@ def test_several_numbers_are_each_standardised():
     assert study.best_model().predict(X).shape == (60, 2)
 
 
-@pytest.mark.parametrize(
-    "scoring", ["neg_root_mean_squared_error", "neg_median_absolute_error", "explained_variance"]
-)
+@pytest.mark.parametrize("scoring", ["neg_root_mean_squared_error", "neg_median_absolute_error", "explained_variance"])
 def test_scores_of_several_numbers_are_those_of_scikit_learn(scoring):
     from sklearn.metrics import get_scorer
 
@@ -113,9 +111,7 @@ def test_several_labels():
     logits, y = outputs_of(module), LABELS[:20].numpy()
     guess = (logits > 0).numpy()
     assert score(LABELS) == pytest.approx(accuracy_score(y, guess))
-    assert score(LABELS, scoring="f1_samples") == pytest.approx(
-        f1_score(y, guess, average="samples", zero_division=0)
-    )
+    assert score(LABELS, scoring="f1_samples") == pytest.approx(f1_score(y, guess, average="samples", zero_division=0))
     assert score(LABELS, scoring="f1_macro") == pytest.approx(f1_score(y, guess, average="macro"))
     assert score(LABELS, scoring="roc_auc") == pytest.approx(roc_auc_score(y, logits.sigmoid().numpy()))
     two = score(LABELS[:, :2], scoring="roc_auc")
@@ -163,9 +159,7 @@ def one_logit():
 
 @pytest.mark.parametrize("model", [OneLogit, FLAT], ids=["column", "flat"])
 @pytest.mark.parametrize("backend", ["eager", "graph", "loop"])
-@pytest.mark.parametrize(
-    "loss", [None, "bce", nn.BCEWithLogitsLoss(), own_bce], ids=["none", "bce", "torch", "own"]
-)
+@pytest.mark.parametrize("loss", [None, "bce", nn.BCEWithLogitsLoss(), own_bce], ids=["none", "bce", "torch", "own"])
 def test_one_logit_of_two_classes_is_what_a_plain_loop_makes(model, backend, loss, one_logit):
     study = gputune.tune(model, X, TWO, scoring="neg_log_loss", loss=loss, **ONE | {"backend": backend})
     found = study.best_model() if loss is None else None
@@ -240,9 +234,7 @@ def test_a_sigmoid_before_the_binary_cross_entropy_is_said():
         def forward(self, x):
             return super().forward(x).sigmoid()[:, 0]
 
-    with pytest.warns(
-        gputune.InputWarning, match="and the cross-entropy wants logits: leave out the sigmoid"
-    ):
+    with pytest.warns(gputune.InputWarning, match="and the cross-entropy wants logits: leave out the sigmoid"):
         gputune.tune(Ends, X, TWO, **ONE)
 
 
@@ -390,9 +382,7 @@ def test_a_column_is_seen_as_it_was_given(task, steps):
     def score(outputs, y):
         return -float(loss(outputs, y))
 
-    how = (
-        {"training_step": lambda module, batch: loss(module(batch[0]), batch[1])} if steps else {"loss": loss}
-    )
+    how = {"training_step": lambda module, batch: loss(module(batch[0]), batch[1])} if steps else {"loss": loss}
     column, rows = (
         gputune.tune(model, X, y, task=task, scoring=score, **how, **ONE).trials[0].score
         for model, y in ((OneLogit, FAR[:, None]), (lambda n_features: Single(n_features, 1), FAR))
@@ -443,9 +433,7 @@ def test_a_softmax_before_the_cross_entropy_is_said():
         def forward(self, x):
             return super().forward(x).softmax(1)
 
-    with pytest.warns(
-        gputune.InputWarning, match="Softmax returns probabilities, and the cross-entropy wants logits"
-    ):
+    with pytest.warns(gputune.InputWarning, match="Softmax returns probabilities, and the cross-entropy wants logits"):
         gputune.tune(Softmax, X, (X[:, 0] > 0).long(), **ONE)
 
 
@@ -482,9 +470,7 @@ def test_a_training_step_of_two_heads(heads):
     y = (X[:, 0] > 0).long()
     found = score(y, model=heads, training_step=step, scoring="neg_log_loss")
     module = plain_loop(lambda: heads(5, 2), y, lambda m, x, t: step(m, (x, t)))
-    assert found == pytest.approx(
-        -float(functional.cross_entropy(first_output(outputs_of(module)), y[:20])), abs=1e-8
-    )
+    assert found == pytest.approx(-float(functional.cross_entropy(first_output(outputs_of(module)), y[:20])), abs=1e-8)
     study = gputune.tune(heads, X, y, training_step=step, **ONE)
     assert study.best_model().predict(X).shape == (60,)
 

@@ -53,9 +53,7 @@ def test_the_readme_links_every_page_and_names_every_script():
     named = {line for line in TEXT.splitlines() if line.startswith("| `scripts/` |")}.pop()
     scripts = ROOT / "scripts"
     files = [path for folder in ("", "examples", "reproduce") for path in (scripts / folder).glob("*.py")]
-    names = [str(path.relative_to(scripts)) for path in files] + [
-        p.parent.name for p in scripts.glob("*/__main__.py")
-    ]
+    names = [str(path.relative_to(scripts)) for path in files] + [p.parent.name for p in scripts.glob("*/__main__.py")]
     parts = re.compile(r"reproduce/baydin2018_\w+")  # imported by the script of that name
     assert [name for name in names if f"`{name}`" not in named and not parts.match(name)] == []
 

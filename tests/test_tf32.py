@@ -81,9 +81,7 @@ def test_a_gpu_before_ampere_has_none(monkeypatch):
     monkeypatch.setattr(Options, "device_here", lambda options: CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    with pytest.raises(
-        gputune.InputError, match="needs .* 8.0 .* and Tesla T4 has 7.5, where it would do nothing"
-    ):
+    with pytest.raises(gputune.InputError, match="needs .* 8.0 .* and Tesla T4 has 7.5, where it would do nothing"):
         Options(tf32=True)
 
 

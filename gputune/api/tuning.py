@@ -303,7 +303,5 @@ def search(
     options = Options(**{**given, "max_epochs": 1 if max_epochs is None else max_epochs})
     if options.target_score is not None and direction == "minimize":
         options = replace(options, target_score=-options.target_score)
-    run = partial(
-        search_loop, objective, options, direction=direction, max_epochs=max_epochs, study_type=Study
-    )
+    run = partial(search_loop, objective, options, direction=direction, max_epochs=max_epochs, study_type=Study)
     return study_so_far(run, verbose)

@@ -65,9 +65,7 @@ class Report:
         header = ["law", "backend", "largest difference", "allowed", "time", ""]
         laws = table(header, cells, left=("law", "backend", ""))
         failures = [
-            f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}"
-            for row in self.rows
-            if not row.ok
+            f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}" for row in self.rows if not row.ok
         ]
         return "\n".join([f"{self.device}; {self.facts}", "", laws, "", *failures, *self._speeds()])
 

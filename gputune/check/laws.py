@@ -239,18 +239,13 @@ def _second_gpu(device: torch.device, backend: Backend) -> float:
     """Members on each of the other GPUs from the plain loop."""
     others = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
     differences = [
-        from_plain_loop(CASES["adamw"], other, backend)
-        for other in others
-        if other.index != (device.index or 0)
+        from_plain_loop(CASES["adamw"], other, backend) for other in others if other.index != (device.index or 0)
     ]
     return max(differences, default=0.0)
 
 
 LAWS: tuple[Law, ...] = (
-    *(
-        Law(f"members equal the plain loop: {name}", partial(from_plain_loop, case))
-        for name, case in CASES.items()
-    ),
+    *(Law(f"members equal the plain loop: {name}", partial(from_plain_loop, case)) for name, case in CASES.items()),
     Law("float32 against the plain loop in float64", partial(from_plain_loop, _ROUNDED), ROUNDED),
     Law("the kernel's members equal the loop's", partial(_by_kernel, _ROUNDED), ROUNDED, ("kernel",)),
     Law("a module equals the plain loop", partial(from_plain_loop, _MODULE), backends=("eager", "graph")),
@@ -262,9 +257,7 @@ LAWS: tuple[Law, ...] = (
     Law("scores equal scikit-learn's", _scores),
     Law("the solved logistic regression equals scikit-learn's", _solved, 1e-6, ()),
     Law("hypergradient: reverse equals forward", partial(_hypergradient, "reverse", "forward"), backends=()),
-    Law(
-        "hypergradient: reverse equals finite differences", partial(_hypergradient, "reverse", "fd"), 1e-5, ()
-    ),
+    Law("hypergradient: reverse equals finite differences", partial(_hypergradient, "reverse", "fd"), 1e-5, ()),
     Law("members that leave change nothing", leave),
     Law("memory that runs out halves the chunk", run_out_of_memory),
     Law("the other GPUs give the same", _second_gpu, backends=("eager", "graph"), gpus=2),

@@ -155,9 +155,7 @@ class Case:
             train = torch.arange(_ROWS) % _FOLDS != f
             if self.absent and f == 0:  # this fold learns nothing of the last class
                 train &= codes < _CLASSES - 1
-            positions = (
-                mask.nonzero()[:, 0].to(device) for mask in (train, torch.arange(_ROWS) % _FOLDS == f)
-            )
+            positions = (mask.nonzero()[:, 0].to(device) for mask in (train, torch.arange(_ROWS) % _FOLDS == f))
             folds.append(Fold(*positions))
         if self.absent:
             present = torch.ones(_FOLDS, _CLASSES, dtype=torch.bool, device=device)

@@ -226,9 +226,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
                 "write it again every few seconds, a page that reloads itself, until the search has ended",
             ),
             _Flag("--confusion", "a confusion matrix of what the best trial predicts on its folds"),
-            _Flag(
-                "--importance", "what each column is worth, by shuffling it; the best trial trains once more"
-            ),
+            _Flag("--importance", "what each column is worth, by shuffling it; the best trial trains once more"),
             _BY,
             _TRUST,
         ],

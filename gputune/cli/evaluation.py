@@ -191,11 +191,7 @@ class Evaluation:
         """Return plain values; scores in scikit-learn's sign, null where they are undefined."""
         scores = {
             name: {
-                **(
-                    {"score": None, "why": one.why}
-                    if one.why
-                    else {"score": one.score, "interval": one.interval}
-                ),
+                **({"score": None, "why": one.why} if one.why else {"score": one.score, "interval": one.interval}),
                 "positive": positive,
             }
             for name, (one, positive) in self.scores.items()
@@ -211,9 +207,7 @@ class Evaluation:
         undefined += self._of_rows()
         parts += [paragraph(sentence, width) for sentence in undefined]
         if self.classes:
-            parts += (
-                [self._of_classes(), self._matrix()] if len(self.classes) <= _SHOWN else [self._of_classes()]
-            )
+            parts += [self._of_classes(), self._matrix()] if len(self.classes) <= _SHOWN else [self._of_classes()]
         return "\n\n".join([f"{count(self.rows, 'row')}", *parts])
 
     def _of_rows(self) -> list[str]:
@@ -257,9 +251,7 @@ def _score_row(name: str, one: HeldOut, positive: object) -> list[str]:
     return [measure.title, measure.text(one.score), f"{low} to {high}"]
 
 
-def evaluation(
-    model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object
-) -> Evaluation:
+def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object) -> Evaluation:
     """Return the scores of a model on rows with their target: those asked for, or else the usual ones of its task.
 
     Raises InputError for a score that there is not, or that is none of the task, for missing columns, and where the
@@ -297,13 +289,9 @@ def evaluation(
 def _without_score(model: TunedModel) -> str:
     """Return why a model has no score of a name, or none by its loss."""
     if model.task == "custom":
-        return (
-            "no score that has a name is of a custom target; gputune predict writes what the model returns."
-        )
+        return "no score that has a name is of a custom target; gputune predict writes what the model returns."
     built_in = f"is a built-in {model.spec['kind']}"
-    was = (
-        built_in if model.spec["kind"] != "module" else f"was trained on {model.info.get('loss', 'another')}"
-    )
+    was = built_in if model.spec["kind"] != "module" else f"was trained on {model.info.get('loss', 'another')}"
     return (
         f"scoring='neg_loss' is of a module and of a loss that has a name, {', '.join(LOSSES)}, and this model {was}; "
         f"choose another, for example {_SCORES[model.task][-1]}."

@@ -23,9 +23,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
     "halving": {
         "factor": Rule("--factor F", "with --method halving: the best 1/F go on from a rung (3)", "number"),
         "min_epochs": _MIN_EPOCHS,
-        "brackets": Rule(
-            "--brackets N", "with --method halving: brackets, each with its first rung later (1)", "1.."
-        ),
+        "brackets": Rule("--brackets N", "with --method halving: brackets, each with its first rung later (1)", "1.."),
     },
     "median": {
         "min_epochs": _MIN_EPOCHS,

@@ -43,8 +43,7 @@ def predict(arguments: Namespace) -> str:
     formulas = {cell for row in [header, *rows] for cell in row if isinstance(cell, str) and is_formula(cell)}
     if formulas and not arguments.raw:
         warn(
-            f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before it; --raw leaves it "
-            "out."
+            f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before it; --raw leaves it out."
         )
         rows = [[f"'{cell}" if cell in formulas else cell for cell in row] for row in rows]
         header = [f"'{cell}" if cell in formulas else cell for cell in header]
@@ -73,9 +72,7 @@ def _loaded(arguments: Namespace) -> TunedModel:
     if arguments.model is not None:
         path, colon, name = arguments.model.rpartition(":")
         if not colon:
-            raise InputError(
-                f"--model must be FILE.py:NAME, where the class is now, got {arguments.model!r}."
-            )
+            raise InputError(f"--model must be FILE.py:NAME, where the class is now, got {arguments.model!r}.")
         module = class_from_file(path, name)
     return load_model(arguments.folder, module, trust_code=arguments.trust_code)
 
@@ -93,9 +90,7 @@ def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object],
         half = model._half_width(arguments.interval)
         outputs = model._outputs(file)
         columns = [part.tolist() for part in (model._predicted(outputs), *model._ends(outputs, half))]
-        return [f"{model.target}{end}" for end in ("", "_lower", "_upper")], [
-            list(row) for row in zip(*columns)
-        ]
+        return [f"{model.target}{end}" for end in ("", "_lower", "_upper")], [list(row) for row in zip(*columns)]
     values = (model.predict_proba(file) if arguments.proba else model.predict(file)).tolist()
     rows = [value if isinstance(value, list) else [value] for value in values]
     if arguments.proba and model.classes is not None:
@@ -123,9 +118,7 @@ def evaluate(arguments: Namespace) -> str:
 def _answered(model: TunedModel, file: str) -> Source:
     """Return the rows of a file with their target. Raises InputError for a target that cannot be scored."""
     source = _rows_and_target(model, file)
-    refuse_missing(
-        np.asarray(source.y), model.target, "fill it, or leave those rows out", partial(line_of, file)
-    )
+    refuse_missing(np.asarray(source.y), model.target, "fill it, or leave those rows out", partial(line_of, file))
     if model.classes is None:
         check_target(source.y, task=model.task, n_rows=len(source.X), name=model.target)
     return source

@@ -168,8 +168,7 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
         raise InputError(f"A range may end in ':log', not in {scale!r}, got {text!r}. {_EXAMPLES}")
     if low >= high:
         raise InputError(
-            f"A range needs LOW < HIGH, got {text!r}. "
-            f"Swap the ends, or write {key}={low_text.strip()} for one value."
+            f"A range needs LOW < HIGH, got {text!r}. Swap the ends, or write {key}={low_text.strip()} for one value."
         )
     if scale and low <= 0:
         example = f"{high / 1000:g}..{high:g}" if high > 0 else "1e-4..1e-1"

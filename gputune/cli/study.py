@@ -71,9 +71,7 @@ def trials_table(study: Study, *, width: int) -> str:
         if trial.state == "failed"
     ]
     if failures:
-        more = [f"  and {len(failures) - FAILED} more, of which --format json tells"] * (
-            len(failures) > FAILED
-        )
+        more = [f"  and {len(failures) - FAILED} more, of which --format json tells"] * (len(failures) > FAILED)
         failures = ["\n\nFailed:", *failures[:FAILED], *more]
     return f"{paragraph(title, width)}\n\n{rows}" + "\n".join(failures)
 
@@ -113,9 +111,7 @@ def best_text(study: Study) -> str:
     best, measure = study.best_trial, study_measure(study)
     rows = [[clean(key), clean(getattr(value, "__name__", value))] for key, value in best.params.items()]
     parameters = table(["parameter", "value"], rows, left=["parameter", "value"])
-    others = "".join(
-        f", {one.name} {one.text(best.scores[name])}" for name, one in other_measures(study).items()
-    )
+    others = "".join(f", {one.name} {one.text(best.scores[name])}" for name, one in other_measures(study).items())
     score = f"{measure.title} {measure.with_error(best.score, best.std_error)}{others}"
     early = f", {best.state}" if best.state != "complete" else ""
     title = f"trial {best.number}: {score}{f', epoch {best.best_epoch}' * (best.best_epoch > 0)}{early}"
@@ -160,9 +156,7 @@ def trial_rows(
     Where none fits, the parameters of a trial share the last column of the last layout, on several lines.
     """
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    values = [
-        [short(trial.params[name]) if name in trial.params else "-" for name in names] for trial in trials
-    ]
+    values = [[short(trial.params[name]) if name in trial.params else "-" for name in names] for trial in trials]
     score = measure.name if len(measure.name) <= _LONGEST else SCORE
     for layout in layouts:
         header = [score if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]

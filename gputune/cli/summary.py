@@ -60,16 +60,12 @@ def ensemble_words(
         return f"{text} and is the model that is saved."
     scores = f"{measure.text(held_out.score)} on the held-out rows, the best trial alone {measure.text(best.score)}"
     saved = "ensemble" if is_saved else "best trial"
-    return (
-        f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little optimistic."
-    )
+    return f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little optimistic."
 
 
 def summary_text(ending: Ending, *, width: int) -> str:
     """Return the lines that end ``gputune tune`` and ``train``."""
-    trials = (
-        _best_trials(ending, width) if ending.trial is None else _one_trial(ending.study, ending.trial, width)
-    )
+    trials = _best_trials(ending, width) if ending.trial is None else _one_trial(ending.study, ending.trial, width)
     parts = [_understood(ending, width), trials, _scores(ending, width)]
     return "\n\n".join([*parts, _whereabouts(ending, width)])
 
@@ -196,9 +192,7 @@ def _best_trials(ending: Ending, width: int) -> str:
     best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
     best += "" if finished else ", pruned as all with a score are,"
     title = f"{best} by {study_measure(study).title}, {mean_words(study, errors=study.record.folds > 1)}:"
-    layout = (
-        ("trial", SCORE_AND_ERROR, "epoch") if study.record.max_epochs > 1 else ("trial", SCORE_AND_ERROR)
-    )
+    layout = ("trial", SCORE_AND_ERROR, "epoch") if study.record.max_epochs > 1 else ("trial", SCORE_AND_ERROR)
     others = other_measures(study)
     rows = trial_rows(shown, study_measure(study), [layout], width=width, indent="  ", others=others)
     pareto = pareto_text(study, width=width, most=BEST)
@@ -318,6 +312,4 @@ def _kept(ending: Ending, width: int) -> list[str]:
 
 def _labelled(lines: list[tuple[str, str]], width: int) -> str:
     then = " " * _LABEL
-    return "\n".join(
-        paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines
-    )
+    return "\n".join(paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines)

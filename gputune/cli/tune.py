@@ -233,9 +233,7 @@ def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate:
     if not intervals:
         flag, what, fits = "--calibrate", "one class", target.task in ("binary", "multiclass")
     if not fits:
-        raise InputError(
-            f"{flag} is for {what} to be predicted, and the target is {target.in_words}; leave it out."
-        )
+        raise InputError(f"{flag} is for {what} to be predicted, and the target is {target.in_words}; leave it out.")
     if isinstance(options.method, Hypergradient):
         raise InputError(
             f"{flag} trains a trial on its folds again, which the points of a descent do not; leave it out."

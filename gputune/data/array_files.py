@@ -74,14 +74,10 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
             there = f"which are {quoted(values)}" if values else "and it holds none"
             got = repr(name) if isinstance(name, str | None) else f"an object of type {type(name).__name__}"
             word = "target" if option == "y" else option
-            raise InputError(
-                f"{word}={got} is none of the arrays of {str(path)!r}, {there}; name one of them."
-            )
+            raise InputError(f"{word}={got} is none of the arrays of {str(path)!r}, {there}; name one of them.")
     target, of_groups = values.pop(y), None if groups is None else np.asarray(values.pop(groups))
     if not values:
-        raise InputError(
-            f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from."
-        )
+        raise InputError(f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from.")
     return values if len(values) > 1 else next(iter(values.values())), target, of_groups
 
 

@@ -94,9 +94,7 @@ def as_arrays(X: object) -> Arrays | None:
         return _checked(X, None)
     if isinstance(X, np.ndarray) and not np.ma.isMaskedArray(X) and X.ndim > 2:
         return _checked((X,), None)
-    if isinstance(X, Tensor) and (
-        X.dim() > 2 or (X.dim() == 2 and not X.is_floating_point() | X.is_complex())
-    ):
+    if isinstance(X, Tensor) and (X.dim() > 2 or (X.dim() == 2 and not X.is_floating_point() | X.is_complex())):
         return _checked((X,), None)
     return None
 
@@ -109,9 +107,7 @@ def _checked(values: Sequence[object], names: tuple[str, ...] | None) -> Arrays:
     lengths = {label: len(x) for label, x in zip(labels, parts)}
     if len(set(lengths.values())) > 1:
         words = ", ".join(f"{label} {length}" for label, length in lengths.items())
-        raise InputError(
-            f"the inputs of X must have one row for each of the same cases, got lengths {words}."
-        )
+        raise InputError(f"the inputs of X must have one row for each of the same cases, got lengths {words}.")
     arrays = Arrays(parts, names)
     for number, label in enumerate(labels):
         _check_finite(arrays, number, label)
@@ -125,9 +121,7 @@ def _tensor(value: Any, label: str) -> Tensor:
         value = _shared(value)
     _check_kind(value, label)
     if value.dim() == 0 or 0 in value.shape:
-        raise InputError(
-            f"{label} must have rows, and none of its axes may be empty, got shape {tuple(value.shape)}."
-        )
+        raise InputError(f"{label} must have rows, and none of its axes may be empty, got shape {tuple(value.shape)}.")
     tensor: Tensor = value.detach()
     return tensor.to(_TAKEN_AS.get(tensor.dtype, tensor.dtype))
 
@@ -139,9 +133,7 @@ def _check_kind(value: Tensor, label: str) -> None:
             f"{label} is a nested tensor, whose rows are of unlike shapes; pass {label}.to_padded_tensor(0.0)."
         )
     if value.layout is not torch.strided:
-        raise InputError(
-            f"{label} is a sparse tensor, and only dense input is supported; pass {label}.to_dense()."
-        )
+        raise InputError(f"{label} is a sparse tensor, and only dense input is supported; pass {label}.to_dense().")
     if value.is_meta:
         raise InputError(f"{label} lies on the device 'meta', which holds no values; pass one that has them.")
     if value.is_complex():
@@ -149,9 +141,7 @@ def _check_kind(value: Tensor, label: str) -> None:
     if value.is_quantized:
         raise InputError(f"{label} is quantized, {value.dtype}; pass {label}.dequantize() or .int_repr().")
     if value.is_floating_point() and value.dtype.itemsize < 2:
-        raise InputError(
-            f"{label} must hold floats of 16 bits or more, got {value.dtype}; pass {label}.half()."
-        )
+        raise InputError(f"{label} must hold floats of 16 bits or more, got {value.dtype}; pass {label}.half().")
 
 
 def _remedy(array: np.ndarray) -> str:
@@ -201,9 +191,7 @@ class ArrayLayout:
     def of(arrays: Arrays) -> "ArrayLayout":
         """Return the layout of arrays."""
         shapes = tuple(tuple(x.shape[1:]) for x in arrays.parts)
-        return ArrayLayout(
-            shapes, tuple(str(x.dtype).removeprefix("torch.") for x in arrays.parts), arrays.names
-        )
+        return ArrayLayout(shapes, tuple(str(x.dtype).removeprefix("torch.") for x in arrays.parts), arrays.names)
 
     def raw(self, X: object) -> Arrays:
         """Return X as the arrays that were seen in training; InputError for other names, shapes or kinds."""
@@ -297,15 +285,10 @@ def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> t
     three or more, each column of a row with one, all numbers of a row with two. Scale 1 where a channel is constant.
     """
     if numbers not in ("standard", "none"):
-        raise InputError(
-            f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'."
-        )
-    fitted = [
-        _fit(arrays, part, folds) if numbers == "standard" else None for part in range(len(arrays.parts))
-    ]
+        raise InputError(f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'.")
+    fitted = [_fit(arrays, part, folds) if numbers == "standard" else None for part in range(len(arrays.parts))]
     return tuple(
-        ArrayStatistics(tuple(None if of_part is None else of_part[f] for of_part in fitted))
-        for f in range(len(folds))
+        ArrayStatistics(tuple(None if of_part is None else of_part[f] for of_part in fitted)) for f in range(len(folds))
     )
 
 
@@ -316,9 +299,7 @@ def channel_axes(row: tuple[int, ...]) -> tuple[int, ...]:
     return (row[0], *[1] * (len(row) - 1)) if len(row) > 2 else (1,) * len(row)
 
 
-def _fit(
-    arrays: Arrays, part: int, folds: Sequence[np.ndarray]
-) -> list[tuple[np.ndarray, np.ndarray]] | None:
+def _fit(arrays: Arrays, part: int, folds: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]] | None:
     """Return mean and scale of an input's channels in each fold, by sums of every row that are made once."""
     x = arrays.parts[part]
     if x.dtype != torch.uint8 and not x.is_floating_point():

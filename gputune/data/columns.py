@@ -89,9 +89,7 @@ class Column:
 
     def to_json(self) -> Json:
         """Return plain JSON types."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @staticmethod
     def from_json(value: Json) -> "Column":
@@ -130,9 +128,7 @@ def fit_column(
     return column, (*notes, *identifier)
 
 
-def _fit_category(
-    name: str, values: np.ndarray, *, max_levels: int, min_count: int
-) -> tuple[Column, tuple[str, ...]]:
+def _fit_category(name: str, values: np.ndarray, *, max_levels: int, min_count: int) -> tuple[Column, tuple[str, ...]]:
     counts = Counter(value for value in values if value is not None)
     known = sum(counts.values())
     missing = known < len(values)
@@ -243,9 +239,7 @@ def _read(texts: np.ndarray) -> tuple[Kind, np.ndarray]:
 
 def _misfit(column: Column, got: str) -> InputError:
     kind = _WORDS[column.kind]
-    return InputError(
-        f"column {column.name!r} must be a {kind} as it was for training, got {got}; convert it."
-    )
+    return InputError(f"column {column.name!r} must be a {kind} as it was for training, got {got}; convert it.")
 
 
 _WORDS = {"number": "number", "boolean": "boolean", "category": "category (text)", "date": "date"}
@@ -288,9 +282,7 @@ def checked_tensor(X: Tensor) -> Tensor:
         return X.double()
     infinite = X.isinf().any(0).nonzero().flatten().tolist()
     if infinite:
-        raise InputError(
-            f"column 'x{infinite[0]}' has an infinite value; replace it by NaN (missing) or clip it."
-        )
+        raise InputError(f"column 'x{infinite[0]}' has an infinite value; replace it by NaN (missing) or clip it.")
     return X.float() if X.dtype.itemsize < 4 else X
 
 

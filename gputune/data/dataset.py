@@ -49,9 +49,7 @@ class ScorerRows:
             rows.flags.writeable = False
         return rows
 
-    def encoded(
-        self, X: object, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
+    def encoded(self, X: object, statistics: Statistics | ArrayStatistics, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return rows like those of X as the members of a fold see them, each (m, ...), on the CPU."""
         if isinstance(self.layout, Layout):
             X = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)
@@ -68,9 +66,7 @@ def encode(
     assert isinstance(statistics, ArrayStatistics)
     scaling = scaling_of([statistics], torch.empty(0, dtype=dtype))
     return tuple(
-        x.to(dtype if x.is_floating_point() else x.dtype)
-        if scale is None
-        else scale(x[None].cpu(), slice(0, 1))[0]
+        x.to(dtype if x.is_floating_point() else x.dtype) if scale is None else scale(x[None].cpu(), slice(0, 1))[0]
         for x, scale in zip(layout.raw(X).gathered(), scaling)
     )
 
@@ -184,8 +180,7 @@ class Dataset:
         """Return rows of all inputs as a fold reads them, each (m, ...)."""
         copy, folds = self.copies[fold], slice(fold, fold + 1)
         return tuple(
-            self.read(number, self._taken(x[copy], positions)[None], folds)[0]
-            for number, x in enumerate(self.inputs)
+            self.read(number, self._taken(x[copy], positions)[None], folds)[0] for number, x in enumerate(self.inputs)
         )
 
     def training_rows(self, fold: int) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -137,9 +137,7 @@ class Layout:
     def _raw_tensor(self, X: Tensor, position: dict[str, int]) -> Tensor:
         unfit = [column.name for column in self.columns if column.kind not in ("number", "boolean")]
         if unfit:
-            raise InputError(
-                f"a tensor holds numbers only, but {quoted(unfit)} are text or dates; pass a data frame."
-            )
+            raise InputError(f"a tensor holds numbers only, but {quoted(unfit)} are text or dates; pass a data frame.")
         source = [position[column.name] for column in self.columns for _ in column.feature_names]
         indicator = [flag for c in self.columns for flag in (*[False] * len(c.parts), *[True] * c.missing)]
         if source == list(range(X.shape[1])) and not any(indicator):
@@ -184,9 +182,7 @@ def fit_layout(
             fit_column(name, kind, values, max_levels=max_levels, min_count=min_count, keep=keep)
             for name, kind, values in zip(X.names, X.kinds, X.columns)
         ]
-    notes = _sentences(
-        [*amounts, *[(column.name, reason) for column, reasons in fitted for reason in reasons]]
-    )
+    notes = _sentences([*amounts, *[(column.name, reason) for column, reasons in fitted for reason in reasons]])
     used = tuple(column for column, _ in fitted if column.feature_names)
     if not used:
         raise InputError(f"X has no usable column. {' '.join(notes)}")
@@ -199,8 +195,7 @@ def _sentences(reasons: list[tuple[str, str]]) -> tuple[str, ...]:
     for name, reason in reasons:
         grouped.setdefault(reason, []).append(name)
     return tuple(
-        f"Column{'s' if len(names) > 1 else ''} {quoted(names)}: {reason}."
-        for reason, names in grouped.items()
+        f"Column{'s' if len(names) > 1 else ''} {quoted(names)}: {reason}." for reason, names in grouped.items()
     )
 
 
@@ -297,9 +292,7 @@ def fit_statistics(
         ends = np.where(layout.numeric, [[-LIMIT], [LIMIT]], OPEN[2:])
     if numbers.startswith("piecewise") and not isinstance(raw, Tensor):
         of_rows = target[rows] if numbers == "piecewise-tree" and target is not None else None
-        parts = [
-            _bins(part[:, j], of_rows) if is_number else OPEN for j, is_number in enumerate(layout.numeric)
-        ]
+        parts = [_bins(part[:, j], of_rows) if is_number else OPEN for j, is_number in enumerate(layout.numeric)]
         center, scale, least, most = np.concatenate(parts, axis=1)
         places = layout.places(numbers)
         reach = np.where(layout.numeric, LIMIT * deviation, np.inf)[places]
@@ -313,9 +306,7 @@ def check_numbers(numbers: str, raw: np.ndarray | Tensor) -> None:
     if numbers not in NUMBERS:
         raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
     if isinstance(raw, Tensor) and numbers not in ("standard", "none"):
-        raise InputError(
-            f"numbers={numbers!r} is not there for tensors; pass a NumPy array or numbers='standard'."
-        )
+        raise InputError(f"numbers={numbers!r} is not there for tensors; pass a NumPy array or numbers='standard'.")
 
 
 def _bins(values: np.ndarray, target: np.ndarray | None) -> np.ndarray:

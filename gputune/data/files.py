@@ -42,24 +42,18 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
         return _read_bundled(str(source).removeprefix("sklearn:"))
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no file {str(source)!r}; give a CSV or Parquet file or 'sklearn:iris'."
-        )
+        raise FileNotFoundError(f"there is no file {str(source)!r}; give a CSV or Parquet file or 'sklearn:iris'.")
     if path.is_dir():
         raise InputError(f"{str(source)!r} is a folder; {_of_folder(path)}.")
     if not path.is_file():  # a pipe would be waited for, a device has no end
-        raise InputError(
-            f"{str(source)!r} is a pipe or a device and no file; write its rows into a file first."
-        )
+        raise InputError(f"{str(source)!r} is a pipe or a device and no file; write its rows into a file first.")
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _read_parquet(path)
     if name.removesuffix(".gz").endswith((".csv", ".tsv")):
         return _read_text(path, kinds, tabs=name.removesuffix(".gz").endswith(".tsv"))
     remedy = _OF_IMAGES if path.suffix.lower() in _IMAGES else "convert it first"
-    raise InputError(
-        f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}."
-    )
+    raise InputError(f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}.")
 
 
 def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]:

@@ -145,9 +145,7 @@ def _shuffled(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, s
     return splitter
 
 
-def _split(
-    splitter: Splitter, target: Target, X: object, groups: np.ndarray | None
-) -> list[tuple[object, object]]:
+def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | None) -> list[tuple[object, object]]:
     rows = np.zeros((len(target), 1)) if X is None else X
     try:
         with warnings.catch_warnings():
@@ -170,9 +168,7 @@ def _pairs(cv: Iterable[Any]) -> list[tuple[object, object]]:
     pairs = list(cv)
     for f, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InputError(
-                f"cv must hold pairs of (train, valid) rows, got {type(pair).__name__} for fold {f}."
-            )
+            raise InputError(f"cv must hold pairs of (train, valid) rows, got {type(pair).__name__} for fold {f}.")
     return [(train, valid) for train, valid in pairs]
 
 
@@ -185,8 +181,7 @@ def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
         raise InputError(f"fold {fold} of cv has no {use} rows; use fewer folds or other groups.")
     if rows.ndim != 1 or rows.dtype.kind not in "biu":
         raise InputError(
-            f"the {use} rows of fold {fold} must be positions or a mask, "
-            f"got {rows.dtype} of shape {rows.shape}."
+            f"the {use} rows of fold {fold} must be positions or a mask, got {rows.dtype} of shape {rows.shape}."
         )
     if rows.dtype.kind == "b":
         if len(rows) != n_rows or not rows.any():
@@ -224,9 +219,7 @@ def _warn_of_overlap(folds: list[Rows]) -> None:
         )
 
 
-def hold_out(
-    target: Target, *, test_size: float, groups: object = None, cv: object = None, seed: int
-) -> Rows:
+def hold_out(target: Target, *, test_size: float, groups: object = None, cv: object = None, seed: int) -> Rows:
     """Return the rows to tune on and the rows kept apart, both sorted, int64; the latter empty for size 0.
 
     ``test_size`` is a share of the rows, rounded up as in scikit-learn. Where ``cv`` is a TimeSeriesSplit, the
@@ -256,9 +249,7 @@ def hold_out(
     else:
         rest, test = np.empty(0), np.arange(n_rows)
     if len(rest) == 0:
-        raise InputError(
-            f"test_size={test_size} leaves none of the {n_rows} rows to train on; use a smaller one."
-        )
+        raise InputError(f"test_size={test_size} leaves none of the {n_rows} rows to train on; use a smaller one.")
     return np.sort(rest).astype(np.int64), np.sort(test).astype(np.int64)
 
 

@@ -163,9 +163,7 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
         case "O":
             values = [None if is_missing(value) else value for value in column]
             return from_values(values, name=name, untyped=True)
-    raise InputError(
-        f"column {name!r} holds {column.dtype}, which is no number, boolean, text or date; convert it."
-    )
+    raise InputError(f"column {name!r} holds {column.dtype}, which is no number, boolean, text or date; convert it.")
 
 
 def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
@@ -218,9 +216,7 @@ _OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
 """What Python's objects are read as, where all values of a column are of one of these types."""
 
 
-_AMOUNT = re.compile(
-    r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)"
-)
+_AMOUNT = re.compile(r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)")
 _PLAIN = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 _DASHES = ("-", "--", "–", "—")
 _THOUSANDS = 4  # digits from which on a number has a comma, where its column has any

@@ -28,9 +28,7 @@ class Scaling:
 
     def of_fold(self, fold: int) -> "Scaling":
         """Return the scaling of one fold alone, on the CPU."""
-        return replace(
-            self, center=self.center[fold : fold + 1].cpu(), scale=self.scale[fold : fold + 1].cpu()
-        )
+        return replace(self, center=self.center[fold : fold + 1].cpu(), scale=self.scale[fold : fold + 1].cpu())
 
     def __call__(self, rows: Tensor, folds: slice) -> Tensor:
         """Return rows (F, ..., *row) of some folds, scaled."""
@@ -74,8 +72,7 @@ def _from_first(
     """
     first = statistics[0]
     if any(
-        s.ranked.size or s.clipped.size or s.places.size or (s.fill != s.center)[lost].any()
-        for s in statistics
+        s.ranked.size or s.clipped.size or s.places.size or (s.fill != s.center)[lost].any() for s in statistics
     ) or any(map(partial(_is_limited, _range(raw)), statistics)):
         return None
     center = [(s.center - first.center) / first.scale for s in statistics]

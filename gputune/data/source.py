@@ -184,9 +184,7 @@ def _source_of(table: Table, y: Any, groups: Any, origin: Origin | None, origina
         if isinstance(y, str) and groups == y:
             raise InputError(f"groups and the target must be two columns, got {groups!r} for both.")
         if groups not in table.names:
-            raise InputError(
-                f"groups={groups!r} is not a column of the table; the columns are {quoted(table.names)}."
-            )
+            raise InputError(f"groups={groups!r} is not a column of the table; the columns are {quoted(table.names)}.")
         table, groups = table.drop(groups), table.column(groups)
     name = y if isinstance(y, str) else "y"
     if isinstance(y, str):
@@ -197,14 +195,10 @@ def _source_of(table: Table, y: Any, groups: Any, origin: Origin | None, origina
 def _refuse_columns(drop: Sequence[str], kinds: Mapping[str, Kind]) -> None:
     for name, value in (("drop", list(drop)), ("kinds", dict(kinds))):
         if value:
-            raise InputError(
-                f"{name} is for tables, whose columns have names, got {value!r}; leave {name} out."
-            )
+            raise InputError(f"{name} is for tables, whose columns have names, got {value!r}; leave {name} out.")
 
 
-def _choose_columns(
-    table: Table, drop: Sequence[str], kinds: Mapping[str, Kind], *, kept: Sequence[str]
-) -> Table:
+def _choose_columns(table: Table, drop: Sequence[str], kinds: Mapping[str, Kind], *, kept: Sequence[str]) -> Table:
     """Return a table with columns read as ``kinds`` say, and without those to ``drop``; target and groups stay."""
     for argument, names in (("drop", drop), ("kinds", kinds)):
         for name in names:

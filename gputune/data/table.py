@@ -142,18 +142,12 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
     if target not in table.names:
         near = nearest(target, table.names, cutoff=0.5)
         hint = f"did you mean {near!r}? The" if near else "the"
-        raise InputError(
-            f"target={target!r} is not a column of the table; {hint} columns are {quoted(table.names)}."
-        )
+        raise InputError(f"target={target!r} is not a column of the table; {hint} columns are {quoted(table.names)}.")
     if len(table.names) == 1:
-        raise InputError(
-            f"the target {target!r} is the only column of the table; there is nothing to predict it from."
-        )
+        raise InputError(f"the target {target!r} is the only column of the table; there is nothing to predict it from.")
     kind, values = table.kind(target), table.column(target)
     if kind == "date":
-        raise InputError(
-            f"the target {target!r} holds dates, which cannot be predicted; turn it into a number first."
-        )
+        raise InputError(f"the target {target!r} holds dates, which cannot be predicted; turn it into a number first.")
     if kind != "category" and not np.isnan(values).any():
         if kind == "boolean":
             values = values.astype(bool)
@@ -190,9 +184,7 @@ def _from_array(X: object) -> Table:
     if array.dtype.names is not None:
         raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
     if array.ndim != 2:
-        raise InputError(
-            f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}."
-        )
+        raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}.")
     names = [f"x{j}" for j in range(array.shape[1])]
     return checked_table(names, [from_column(column, name) for column, name in zip(array.T, names)])
 
@@ -231,8 +223,8 @@ def checked_table(
         if kind != "category" and np.isinf(values).any():
             row = int(np.isinf(values).argmax())
             raise InputError(
-                f"column {name!r} has an infinite value in row {row}, where the first is row 0; clip it, or leave it empty if "
-                "it is no target."
+                f"column {name!r} has an infinite value in row {row}, where the first is row 0; clip it, "
+                "or leave it empty if it is no target."
             )
     read = {
         name: found

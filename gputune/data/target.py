@@ -111,9 +111,7 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     if task == "custom" or values.ndim > 1:
         return _several(values[:, None] if column else values, task, name)
     if task == "multilabel":
-        raise InputError(
-            f"task='multilabel' needs several columns of 0 and 1 in {name}, got one; leave task out."
-        )
+        raise InputError(f"task='multilabel' needs several columns of 0 and 1 in {name}, got one; leave task out.")
     if task == "regression" or (task is None and not _are_classes(values, name)):
         return Target("regression", _numbers(values, name), None, name, column)
     return _classes(values, task, name)
@@ -178,9 +176,7 @@ def _values(values: np.ndarray, name: str) -> np.ndarray:
     return values
 
 
-def refuse_missing(
-    values: np.ndarray, name: str, remedy: str, place: Callable[[int], str] = "row {}".format
-) -> None:
+def refuse_missing(values: np.ndarray, name: str, remedy: str, place: Callable[[int], str] = "row {}".format) -> None:
     """Raise InputError where one of the values (n,), of any type, is missing; ``place`` says where a row stands."""
     numbers = values.dtype.kind in "biuf"
     lost = np.isnan(values) if numbers else np.array([is_missing(value) for value in values], dtype=bool)
@@ -199,14 +195,10 @@ def target_array(y: object, name: str) -> np.ndarray:
     from scipy.sparse import issparse
 
     if issparse(y):
-        raise InputError(
-            f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray()."
-        )
+        raise InputError(f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray().")
     if isinstance(y, Tensor):
         if y.is_meta:
-            raise InputError(
-                f"{name} lies on the device 'meta', which holds no values; pass one that has them."
-            )
+            raise InputError(f"{name} lies on the device 'meta', which holds no values; pass one that has them.")
         values = y.detach().cpu()
         short = values.is_floating_point() and values.dtype.itemsize < 4  # which NumPy lacks
         return np.asarray((values.float() if short else values).numpy())
@@ -220,9 +212,7 @@ def target_array(y: object, name: str) -> np.ndarray:
     except ValueError as error:
         raise InputError(f"{name} must be one value a row, got rows of unlike length.") from error
     # Lists such as ["a", None] or [1, True] would become text or integers of their own accord.
-    return (
-        np.asarray(y, dtype=object) if not isinstance(y, np.ndarray) and array.dtype.kind in "UO" else array
-    )
+    return np.asarray(y, dtype=object) if not isinstance(y, np.ndarray) and array.dtype.kind in "UO" else array
 
 
 def _series(series: "nw.Series[Any]") -> np.ndarray:
@@ -251,9 +241,7 @@ def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
     """Return the target of several columns, or one that is taken as it is."""
     _check_numbers(values, task, name)
     if task == "custom":
-        return Target(
-            "custom", values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name
-        )
+        return Target("custom", values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name)
     if task == "multilabel" and values.ndim == 2 and np.isin(values, (0, 1)).all():
         return Target("multilabel", values.astype(np.float64), None, name)
     if task == "regression" and values.ndim == 2:
@@ -332,7 +320,5 @@ def _classes(values: np.ndarray, task: str | None, name: str) -> Target:
         )
     fitting: Task = "binary" if len(classes) == 2 else "multiclass"
     if task in ("binary", "multiclass") and task != fitting:
-        raise InputError(
-            f"task={task!r} does not fit {name}, which has {len(classes)} classes; use task={fitting!r}."
-        )
+        raise InputError(f"task={task!r} does not fit {name}, which has {len(classes)} classes; use task={fitting!r}.")
     return Target(fitting, codes.astype(np.int64), classes, name)

@@ -86,9 +86,7 @@ class FittedTransform:
         """Return what ``to_json`` wrote. Raises ValueError for what it did not."""
         if isinstance(value, str):
             return FittedTransform(transform_from_json(value))
-        return FittedTransform(
-            transform_from_json(value["transformer"]), np.asarray(value["ends"], np.float64)
-        )
+        return FittedTransform(transform_from_json(value["transformer"]), np.asarray(value["ends"], np.float64))
 
 
 def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTransform:

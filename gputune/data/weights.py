@@ -33,9 +33,7 @@ class Weights:
         if weights is None or (weights == 1.0).all():
             return None
         if weights[train].sum() <= 0:
-            raise InputError(
-                "the weights of a fold's training rows add up to 0; give some of them a positive weight."
-            )
+            raise InputError("the weights of a fold's training rows add up to 0; give some of them a positive weight.")
         return weights
 
 
@@ -80,9 +78,7 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
     if class_weight == "balanced":
         return "balanced"
     if not isinstance(class_weight, Mapping):
-        raise InputError(
-            f"class_weight must be None, 'balanced' or a dict from class to weight, got {class_weight!r}."
-        )
+        raise InputError(f"class_weight must be None, 'balanced' or a dict from class to weight, got {class_weight!r}.")
     classes = target.classes.tolist()
     weights = np.ones(len(classes))
     texts = {text_of(one): one for one in classes}  # a command line has nothing else
@@ -92,9 +88,7 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
             known = ", ".join(map(repr, classes[:8]))
             raise InputError(f"class_weight has the class {label!r}, which {target.name} has not: {known}.")
         if not isinstance(weight, int | float | np.number) or not (np.isfinite(weight) and weight >= 0):
-            raise InputError(
-                f"class_weight must be finite and not negative, got {weight!r} for the class {label!r}."
-            )
+            raise InputError(f"class_weight must be finite and not negative, got {weight!r} for the class {label!r}.")
         weights[classes.index(label)] = weight
     return weights
 

@@ -229,9 +229,7 @@ def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) 
             f"{torch.cuda.get_device_name(device)} has {major}.{minor}, where it would do nothing; leave tf32 out."
         )
     if workers not in ("auto", 1):
-        raise InputError(
-            f"tf32=True is for a search in one process, got workers={workers!r}; leave one of them out."
-        )
+        raise InputError(f"tf32=True is for a search in one process, got workers={workers!r}; leave one of them out.")
 
 
 def check_precision(precision: Precision, dtype: str, device: torch.device, *, descends: bool) -> None:
@@ -242,10 +240,6 @@ def check_precision(precision: Precision, dtype: str, device: torch.device, *, d
     if dtype != "float32":
         raise InputError(f"{option} goes with dtype='float32', got dtype={dtype!r}; leave one of them out.")
     if descends:
-        raise InputError(
-            f"{option} rounds what method='hypergradient' differentiates; leave one of them out."
-        )
+        raise InputError(f"{option} rounds what method='hypergradient' differentiates; leave one of them out.")
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError(
-            f"{option} needs a GPU that computes in bfloat16, which this one does not; leave it out."
-        )
+        raise InputError(f"{option} needs a GPU that computes in bfloat16, which this one does not; leave it out.")

@@ -22,9 +22,7 @@ class BestOutputs:
         self.places: dict[int, int] = {}
         self.values: Tensor | None = None
 
-    def take(
-        self, epoch: int, trials: Sequence[int], means: NDArray[np.float64], outputs: Sequence[Tensor]
-    ) -> None:
+    def take(self, epoch: int, trials: Sequence[int], means: NDArray[np.float64], outputs: Sequence[Tensor]) -> None:
         """Take the outputs (T, m, K) of each fold, of those ``trials`` whose fold means (T,) are better than before."""
         rows = np.flatnonzero(means > self.means[list(trials)])
         if not rows.size:

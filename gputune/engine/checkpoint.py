@@ -138,9 +138,7 @@ class CheckpointFolder:
             raise ValueError("is of other configurations")
         curves = tensors.pop("curves").numpy()
         buffers = tuple(tensors[str(i)] for i in range(len(tensors)))
-        return Checkpoint(
-            trials, tuple(facts["alive"]), curves, State(facts["epoch"], buffers), facts["seconds"]
-        )
+        return Checkpoint(trials, tuple(facts["alive"]), curves, State(facts["epoch"], buffers), facts["seconds"])
 
     def drop(self, ended: Iterable[int]) -> None:
         """Remove the files of which no trial trains any more, and the folder with the last of them."""

@@ -44,9 +44,7 @@ class DeviceChoice:
     why: str = ""
 
 
-_SOLVED = DeviceChoice(
-    CPU, "the logistic regression is solved in many small products, which wait for each other"
-)
+_SOLVED = DeviceChoice(CPU, "the logistic regression is solved in many small products, which wait for each other")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +74,8 @@ class Work:
         groups = populations(self.configs, self.kind, rows=rows, own_steps=lambda config: alone)
         seconds = 0.0
         for group in groups:
-            steps = [
-                sum(-(-n // min(config["batch_size"], n)) for n in self.rows) for config in group.configs
-            ]
-            work = (
-                work_of_a_step(c, self.n_features, self.n_outputs, rows, self.kind) for c in group.configs
-            )
+            steps = [sum(-(-n // min(config["batch_size"], n)) for n in self.rows) for config in group.configs]
+            work = (work_of_a_step(c, self.n_features, self.n_outputs, rows, self.kind) for c in group.configs)
             seconds += speed.member * sum(n * each for n, each in zip(steps, work))
             seconds += speed.step * max(steps) / len(self.rows)
         return self.repeats * self.epochs * seconds
@@ -184,9 +178,7 @@ def _data(device: torch.device) -> Dataset:
         copies=(0,) * FOLDS,
         y=y,
         weights=None,
-        folds=tuple(
-            Fold(positions[positions % FOLDS != f], positions[positions % FOLDS == f]) for f in range(FOLDS)
-        ),
+        folds=tuple(Fold(positions[positions % FOLDS != f], positions[positions % FOLDS == f]) for f in range(FOLDS)),
         present=None,
         center=nothing,
         scale=nothing + 1,
@@ -217,9 +209,7 @@ def _seconds_of_a_step(data: Dataset, trials: int, backend: Backend) -> float:
 
 _STEPS = 3  # of one shape, which is recorded in the first of the epochs
 _WORTH_SECONDS = 3.0  # of all members one by one: less is trained before it could be told
-_CODE_SECONDS = (
-    6.0  # of all members the faster way: on two cores, from there one or two of building code are repaid
-)
+_CODE_SECONDS = 6.0  # of all members the faster way: on two cores, from there one or two of building code are repaid
 _TRIALS = 4
 _TIMED_NUMBERS = 1 << 22  # of the parameters of all members that are timed in compiled code
 _MARGIN = 1.1  # a difference below this is noise
@@ -261,9 +251,7 @@ def _coded_seconds(job: Job, data: Dataset, group: Population) -> float:
     if network.blocks.size > _TIMED_NUMBERS:
         chunk = group.part(0, _TRIALS)
         network = job.network(data, chunk)
-    if trains_as(job.backend, chunk.kind, chunk.configs[0]) != "graph" or not isinstance(
-        network, StackedModule
-    ):
+    if trains_as(job.backend, chunk.kind, chunk.configs[0]) != "graph" or not isinstance(network, StackedModule):
         return math.inf
     try:
         with computing(1), torch.no_grad():
@@ -286,9 +274,7 @@ def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> fl
             raise _Enough
 
     # Over a long horizon a recording pays, as it will in the search.
-    short = replace(
-        job, epochs=_EPOCHS, horizon=10**6, scoring=None, checkpointing=None, backend=backend, fits=Fits()
-    )
+    short = replace(job, epochs=_EPOCHS, horizon=10**6, scoring=None, checkpointing=None, backend=backend, fits=Fits())
     with computing(1), suppress(_Enough):
         train_chunk(short, data, chunk, note)
     size = int(chunk.configs[0]["batch_size"])

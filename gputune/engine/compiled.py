@@ -182,9 +182,7 @@ class CompiledChunk:
         ]
         if counted is None:
             params = self.network.blocks.views(self.scored)
-            scores = np.stack(
-                [self.validation.scores(self.network, params, trials, one) for one in outputs], 1
-            )
+            scores = np.stack([self.validation.scores(self.network, params, trials, one) for one in outputs], 1)
         else:
             scores = counted.movedim(2, 0).cpu().numpy().copy()
         self.validation.outputs = outputs

@@ -61,16 +61,12 @@ def trial_cost(
     steps, rows = -(-longest // min(batch_sizes)), max(batch_sizes)
     layers, size, units = _shape(population, data, parameters)
     units = max(units, _WIDE_LAYERS * widest)
-    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.row_numbers) // max(
-        1, len(batch_sizes)
-    )
+    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.row_numbers) // max(1, len(batch_sizes))
     dropout = 2 * rows * units if config["dropout"] else 0
     buffers = _BUFFERS + (config["optimizer"] in ONLINE) + bool(config["ema"])  # one more: the last direction
     # Outputs on the validation rows, in the scores' working precision and once more for their terms.
     scored = 5 * max(len(fold.valid) for fold in data.folds) * data.n_outputs
-    member_seconds = (
-        _PARAMETER_SECONDS * size + 3 * _PRODUCT_SECONDS * rows * size + _ACTIVATION_SECONDS * rows * units
-    )
+    member_seconds = _PARAMETER_SECONDS * size + 3 * _PRODUCT_SECONDS * rows * size + _ACTIVATION_SECONDS * rows * units
     return Cost(
         trial_bytes=folds * item * (buffers * size + activations + dropout) + item * scored,
         state_bytes=folds * item * size * _kept_buffers(population),

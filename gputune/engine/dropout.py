@@ -24,9 +24,7 @@ _SEED_BITS = (1 << 32) - 1  # those that PyTorch's generator of a CPU keeps
 class Draws:
     """The draws of some steps ahead, (steps, layers, B, H) on the device; B are the steps' ``rows``."""
 
-    def __init__(
-        self, rows: Sequence[int], *, layers: int, width: int, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, rows: Sequence[int], *, layers: int, width: int, seed: int, device: torch.device) -> None:
         self.rows, self.seed = rows, seed
         shape = (layers, max(rows), width)
         self.ahead = max(1, min(len(rows), _DRAW_BYTES // (4 * math.prod(shape))))
@@ -78,9 +76,7 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
         return None
     seeds, out = [0, 12345, _SEED_BITS], torch.zeros((3, 1500), device=device)
     draw_uniform(compiled[0], seeds, [1500] * 3, out)
-    expected = [
-        torch.rand(1500, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds
-    ]
+    expected = [torch.rand(1500, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
     if torch.equal(out.cpu(), torch.stack(expected)):
         return compiled[0]
     warn(

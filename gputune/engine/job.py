@@ -148,9 +148,7 @@ class Job:
         objective = self.objective or make_objective(None, None, None, data.task)
         looped = trains_as(self.backend, chunk.kind, chunk.configs[0], traits.loop_reason) == "loop"
         kind = LoopedModule if looped else StackedModule
-        return kind(
-            self.module_class, chunk.configs, shape, seed=self.seed, traits=traits, objective=objective
-        )
+        return kind(self.module_class, chunk.configs, shape, seed=self.seed, traits=traits, objective=objective)
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
         """Train one chunk and return its curves."""
@@ -158,9 +156,7 @@ class Job:
         trained = train_chunk(self, data, chunk, progress)
         seconds = time.monotonic() - begin + _begun(chunk).seconds
         outputs = trained.outputs_of(chunk.index)
-        return Outcome(
-            chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent, outputs=outputs
-        )
+        return Outcome(chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent, outputs=outputs)
 
 
 @dataclass(frozen=True)

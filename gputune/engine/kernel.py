@@ -74,9 +74,7 @@ class KernelChunk(CompiledChunk):
         kept = self.arrays["scored"], self.arrays["accuracy"]
         room = sum(array.nbytes for array in kept if array is not None) // self.epochs
         room += 8 * self.lengths.size * int(self.lengths.max())
-        several = (
-            self.scoring is None or self.scoring.on_outputs
-        )  # else members are asked as each epoch leaves them
+        several = self.scoring is None or self.scoring.on_outputs  # else members are asked as each epoch leaves them
         many = 1
         if several and self.draws is None and self.pace < math.inf:  # whose draws are those of one epoch
             many = max(1, min(most, int(self.pace * _SECONDS / self.turns[-1]), _ROOM_BYTES // room))

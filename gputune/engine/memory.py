@@ -114,9 +114,7 @@ class Need:
     trial: int
 
 
-def measure_need(
-    job: Job, data: Dataset, population: Population, peak: Peak, *, most: int = _TRIALS
-) -> Need | None:
+def measure_need(job: Job, data: Dataset, population: Population, peak: Peak, *, most: int = _TRIALS) -> Need | None:
     """Train two small chunks for a few steps, score them on all validation rows, and return what that took.
 
     The chunks have at most ``most`` trials, those with the largest and the smallest batches among them. Returns None

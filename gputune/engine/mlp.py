@@ -143,10 +143,7 @@ class StackedMLP:
         return row_losses(outputs, y)
 
     def layers(self) -> dict[str, int]:
-        return {
-            block.name: int(block.name.removeprefix("weight").removeprefix("bias"))
-            for block in self.blocks.blocks
-        }
+        return {block.name: int(block.name.removeprefix("weight").removeprefix("bias")) for block in self.blocks.blocks}
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         space = self._workspace(batch.x.shape[1])
@@ -260,9 +257,7 @@ class _Workspace:
         self.linear = [members(width) for width in net.sizes[1 : net.depth + 1]] or [members(first)]
         # relu and tanh are recovered from their value, so it may overwrite its argument
         in_place = net.activation in ("relu", "tanh")
-        self.active = (
-            self.linear[: net.depth] if in_place else [members(net.hidden) for _ in range(net.depth)]
-        )
+        self.active = self.linear[: net.depth] if in_place else [members(net.hidden) for _ in range(net.depth)]
         dropping = net.depth if net.rates is not None else 0
         self.dropped = [members(net.hidden) for _ in range(dropping)]
         self.keep = empty(dropping, trials, rows, net.hidden)

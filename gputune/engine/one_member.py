@@ -214,9 +214,7 @@ class Space:
         storage = self.copies.get(tensor.untyped_storage().data_ptr())
         if storage is None:
             return None
-        return torch.empty(0, dtype=tensor.dtype).set_(
-            storage, tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
+        return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def load(self, fold: int, trial: int, rows: Sequence[Tensor], step: int) -> None:
         """Take a member, its rows as they are before a step of this epoch."""

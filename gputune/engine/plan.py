@@ -24,16 +24,12 @@ from gputune.types import Backend
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
 _COMPILED_BYTES = 64 << 20  # of compiled members: an epoch is then long beside what is done between two
-_CODED_BYTES = (
-    256 << 20
-)  # the same of a user's module, whose chunks each take some tenths of a second to begin
+_CODED_BYTES = 256 << 20  # the same of a user's module, whose chunks each take some tenths of a second to begin
 _FEW = 3  # trials of the first chunk, which is there for an early answer
 _FREE_SHARE = 0.8  # of the GPU memory that is free
 _MEASURED_SHARE = 0.5  # of the limit, beyond which an estimate of a population's memory is not enough
 _WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
-_GPUS_PAY = (
-    600.0  # and a second GPU: its process takes some 10 s to start, and a core is far slower than a GPU
-)
+_GPUS_PAY = 600.0  # and a second GPU: its process takes some 10 s to start, and a core is far slower than a GPU
 _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, where nothing can be cut
 
 

@@ -49,17 +49,11 @@ class Reuse:
     def take_timed(self, data: Dataset, configs: Sequence[Config], **options: object) -> StackedChunk | None:
         """Return the chunk that was timed, where it is that of these trials; it is kept no longer."""
         timed, self.timed = self.timed, None
-        if (
-            timed is None
-            or timed.configs != list(configs)
-            or not timed.made_with(data, recorded=False, **options)
-        ):
+        if timed is None or timed.configs != list(configs) or not timed.made_with(data, recorded=False, **options):
             return None
         return timed
 
-    def take(
-        self, network: Network, data: Dataset, configs: Sequence[Config], **options: Any
-    ) -> StackedChunk:
+    def take(self, network: Network, data: Dataset, configs: Sequence[Config], **options: Any) -> StackedChunk:
         """Return a chunk of these trials at their start: one that was kept where it can be, or a new one."""
         kept = self.chunks.pop(_key(network), None)
         if kept is not None and kept.made_with(data, **options) and kept.holds(len(configs)):
@@ -112,9 +106,7 @@ def _constants(network: Network) -> object:
         return None
     config = network.configs[0]
     takes_numbers = not network.objective.is_named
-    return arguments_text(config), [
-        (k, repr(v)) for k, v in config.items() if takes_numbers and k.startswith("loss__")
-    ]
+    return arguments_text(config), [(k, repr(v)) for k, v in config.items() if takes_numbers and k.startswith("loss__")]
 
 
 def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:

@@ -200,9 +200,7 @@ class StackedChunk:
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        scores = self.validation.scores(
-            self._network, self._network.blocks.views(self._scored), len(self.slots)
-        )
+        scores = self.validation.scores(self._network, self._network.blocks.views(self._scored), len(self.slots))
         if self._places is not None:
             of_epochs = self.validation.outputs
             self.validation.outputs = [[one[self._places] for one in outputs] for outputs in of_epochs]

@@ -245,9 +245,7 @@ def _goes_on(scores: np.ndarray) -> np.ndarray:
     return going
 
 
-def _train_epochs(
-    chunk: Chunk, data: Dataset, epoch: int, *, scored: bool
-) -> tuple[np.ndarray | None, Spent]:
+def _train_epochs(chunk: Chunk, data: Dataset, epoch: int, *, scored: bool) -> tuple[np.ndarray | None, Spent]:
     """Train an epoch, or several; return the scores after them, None where there are none, and the seconds of both."""
     begun = _time(data.device)
     with _explaining(chunk, data, epoch):

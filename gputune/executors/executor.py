@@ -161,9 +161,7 @@ class _Queue(Generic[Chunk, Result]):
         if self.losses[chunk.index] < LOSSES:
             self.lost.append(chunk)
             trials = count(len(chunk.index), "trial")
-            return (
-                f"{self.executor.worker} was lost while it trained {trials}, now handed out again: {reason}"
-            )
+            return f"{self.executor.worker} was lost while it trained {trials}, now handed out again: {reason}"
         outcomes = self.executor.give_up(chunk, LOSSES, reason)
         if isinstance(outcomes, Exception):
             self.error = self.error or outcomes

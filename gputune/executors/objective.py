@@ -94,9 +94,7 @@ class Report:
         self._task.reports.add(self.number, score)
         if self._task.stop.is_over():
             self._end("stopped")
-        if self._task.rule is not None and self._task.rule(
-            self.number, len(self._values), self._task.reports
-        ):
+        if self._task.rule is not None and self._task.rule(self.number, len(self._values), self._task.reports):
             self._end("pruned")
 
     def _end(self, state: State) -> None:
@@ -150,9 +148,7 @@ class Task:
         self.reports.write(number, (), ended=False)
         try:
             with _seeded(self.seed):
-                score = self.sign * _number(
-                    self.objective(dict(params), report), "what the objective returns"
-                )
+                score = self.sign * _number(self.objective(dict(params), report), "what the objective returns")
         except TrialEnd:
             pass
         except Exception as failure:

@@ -26,9 +26,7 @@ Value = TypeVar("Value")
 def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = True) -> bytes:
     """Pickle a value for a worker; ``parts`` are the classes and functions in it that may have to go as code."""
     known = _importable if here else _installed
-    modules = {
-        sys.modules.get(getattr(getattr(part, "func", part), "__module__", None) or "") for part in parts
-    }
+    modules = {sys.modules.get(getattr(getattr(part, "func", part), "__module__", None) or "") for part in parts}
     hidden = [m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)]
     if not here:  # the whole package, which its files import from each other
         hidden = list({sys.modules.get(m.__name__.partition(".")[0], m) for m in hidden})

@@ -50,9 +50,7 @@ def pickle_job(job: Job, *, here: bool = True) -> bytes:
     """
     metrics = () if job.scoring is None else (job.scoring, *job.scoring.others)
     scorers = [function for metric in metrics for function in (metric.scorer, metric.of_outputs)]
-    functions = (
-        () if job.objective is None else (job.objective.loss, job.objective.step, job.objective.augment)
-    )
+    functions = () if job.objective is None else (job.objective.loss, job.objective.step, job.objective.augment)
     return pickled_with_code(job, (job.module_class, *scorers, *functions), here=here)
 
 
@@ -174,9 +172,7 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
         except Exception as error:
             if not _travels(error):
                 name = type(error).__qualname__
-                raise RuntimeError(
-                    f"{name} (which cannot be pickled) in a worker process: {error}"
-                ) from error
+                raise RuntimeError(f"{name} (which cannot be pickled) in a worker process: {error}") from error
             raise
 
 

@@ -57,9 +57,7 @@ def make_task(ray: ModuleType) -> Any:
     return ray.remote(chunk)
 
 
-def run_in_task(
-    common: list[Any], population: bytes, left: float | None, threads: int, device: str
-) -> Outcomes:
+def run_in_task(common: list[Any], population: bytes, left: float | None, threads: int, device: str) -> Outcomes:
     """Train one chunk in a worker of the cluster, in as many parts as its memory makes necessary.
 
     ``common`` holds references to the data and to the packed job; ``left`` are seconds until the deadline.
@@ -133,9 +131,7 @@ class RayCluster:
         """Return the bytes that one task may take: of the GPU, or of the main memory of the smallest node."""
         if self.free is not None:
             return self.free
-        of_nodes = [
-            (node.get("memory", 0), _tasks_on(node, self.threads, self.device)) for node in self._nodes()
-        ]
+        of_nodes = [(node.get("memory", 0), _tasks_on(node, self.threads, self.device)) for node in self._nodes()]
         return int(min(memory // tasks for memory, tasks in of_nodes if tasks))
 
     def executor(self, job: Job, data: Dataset, plan: Plan) -> "RayTasks":

@@ -125,9 +125,7 @@ def mapped_file(tensor: Tensor) -> MappedFile | None:
 
 def _in_file(path: str, begin: int, array: np.ndarray) -> MappedFile | None:
     file = _identity(path)
-    return (
-        None if file is None else MappedFile(path, file, begin, array.dtype.str, array.shape, array.strides)
-    )
+    return None if file is None else MappedFile(path, file, begin, array.dtype.str, array.shape, array.strides)
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:

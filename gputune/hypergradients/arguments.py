@@ -48,9 +48,7 @@ def check_optimizer(optimizer: object) -> tuple[str, float]:
     if optimizer == "momentum":
         return "sgd", HEAVY_BALL
     if not isinstance(optimizer, str) or optimizer not in HYPERPARAMETERS_OF:
-        words = ", ".join(
-            ("sgd", "momentum", *(name for name in HYPERPARAMETERS_OF if name != "sgd"), "exact")
-        )
+        words = ", ".join(("sgd", "momentum", *(name for name in HYPERPARAMETERS_OF if name != "sgd"), "exact"))
         raise InputError(f"optimizer must be one of {words}, got {optimizer!r}.")
     return optimizer, default_momentum(optimizer)
 
@@ -191,9 +189,7 @@ def _checked_sgd(group: Group) -> Group:
 def _checked_adam(group: Group) -> Group:
     betas = group["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise InputError(
-            f"betas must be two numbers in [0, 1), got {betas!r}. For example betas=(0.9, 0.999)."
-        )
+        raise InputError(f"betas must be two numbers in [0, 1), got {betas!r}. For example betas=(0.9, 0.999).")
     named = {f"betas[{i}]": beta for i, beta in enumerate(betas)}
     return {
         "betas": tuple(_number(named, name, "0.9", high=1.0) for name in named),

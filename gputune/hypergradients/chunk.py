@@ -43,16 +43,12 @@ class PopulationTraining:
     member there.
     """
 
-    def __init__(
-        self, network: Network, data: Dataset, configs: Sequence[Config], *, seed: int, epochs: int
-    ) -> None:
+    def __init__(self, network: Network, data: Dataset, configs: Sequence[Config], *, seed: int, epochs: int) -> None:
         self.network, self.data = network, data
         self.folds, self.trials = data.n_folds, len(configs)
         sizes = [config["batch_size"] for config in configs]
         target = data.y if data.y.is_floating_point() else data.y[None]
-        self.batches = Batches(
-            data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows
-        )
+        self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows)
         self.each = int(self.batches.steps.max())
         self.steps = epochs * self.each
         self.totals = (epochs * self.batches.steps).flatten()
@@ -135,9 +131,7 @@ class PopulationTraining:
         """Return the scores (C, F) of all members on the validation rows of their fold."""
         params = self._named(weights)
         columns = [
-            scoring.metrics(
-                self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f)
-            )
+            scoring.metrics(self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f))
             for f in range(self.folds)
         ]
         return np.asarray(torch.stack(columns, 1).cpu().numpy())
@@ -159,8 +153,7 @@ class PopulationTraining:
         """Return the parameters (F, C, ...) that rows (P, N) hold."""
         parts = torch.split(weights, self.sizes, 1)
         return {
-            name: part.view(self.folds, self.trials, *shape)
-            for (name, shape), part in zip(self.shapes.items(), parts)
+            name: part.view(self.folds, self.trials, *shape) for (name, shape), part in zip(self.shapes.items(), parts)
         }
 
     def member(self, weights: Tensor, fold: int, trial: int) -> nn.Module:
@@ -212,9 +205,7 @@ class HypergradientJob(Job):
         except _OverError as over:
             epochs = over.epochs
         seconds = time.monotonic() - begin
-        return Slopes(
-            chunk.index, curves, epochs, seconds, *_by_trial(result, self.hyperparameters, data.n_folds)
-        )
+        return Slopes(chunk.index, curves, epochs, seconds, *_by_trial(result, self.hyperparameters, data.n_folds))
 
     def _differentiate(self, problem: InnerProblem[PopulationTraining], watch: Watch) -> Hypergradients:
         if self.mode == "differences":
@@ -238,8 +229,7 @@ class HypergradientJob(Job):
         for name in HYPERPARAMETERS:
             default = {"beta1": BETA1, "beta2": BETA2}.get(name, 0.0)
             rows = [
-                _table(config.get(name, default), whole if name in self.hyperparameters else None)
-                for config in configs
+                _table(config.get(name, default), whole if name in self.hyperparameters else None) for config in configs
             ]
             members = np.tile(np.stack(rows), (training.folds, 1, 1))
             tables[name] = torch.as_tensor(members, dtype=training.data.dtype, device=training.data.device)
@@ -265,9 +255,7 @@ class _OverError(Exception):
         self.epochs = epochs
 
 
-def inner_problem(
-    job: HypergradientJob, data: Dataset, chunk: Population
-) -> InnerProblem[PopulationTraining]:
+def inner_problem(job: HypergradientJob, data: Dataset, chunk: Population) -> InnerProblem[PopulationTraining]:
     """Return the training of a chunk over the whole horizon, at the hyperparameters of its configurations."""
     data = data.of(chunk.configs[0])
     network = job.network(data, chunk)

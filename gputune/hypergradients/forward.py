@@ -114,9 +114,7 @@ class Dual:
         return Dual(root, torch.addcdiv(root.new_zeros(()), self.tangents, root, value=0.5))
 
 
-def forward(
-    problem: InnerProblem[Training], names: Sequence[str], *, watch: Watch | None = None
-) -> Hypergradients:
+def forward(problem: InnerProblem[Training], names: Sequence[str], *, watch: Watch | None = None) -> Hypergradients:
     """Return the hypergradients of ``names`` by carrying a tangent of the state along for each of their entries."""
     training, tables, state = problem.training, problem.tables, problem.start()
     # Those of the first segments first: at every step, the ones that have begun are a prefix.
@@ -139,9 +137,7 @@ def forward(
 class _Tangents:
     """The tangents (d, P, N) of the parameters and moments, one for each hyperparameter that has begun."""
 
-    def __init__(
-        self, problem: InnerProblem[Training], columns: list[tuple[str, int, int]], state: State
-    ) -> None:
+    def __init__(self, problem: InnerProblem[Training], columns: list[tuple[str, int, int]], state: State) -> None:
         self.problem, self.columns = problem, columns
         none = state.weights.new_zeros(0, *state.weights.shape)
         self.weights, self.moments = none, [none for _ in state.moments]

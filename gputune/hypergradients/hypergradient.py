@@ -169,9 +169,7 @@ def _differentiate(
         return "reverse", reason, reverse(problem, names, truncate=request.truncate, checkpoint=blocks)
 
 
-def _choose(
-    request: _Request, need: Need, problem: InnerProblem[ModuleTraining], number: int
-) -> tuple[ExactMode, str]:
+def _choose(request: _Request, need: Need, problem: InnerProblem[ModuleTraining], number: int) -> tuple[ExactMode, str]:
     """Return the mode, the one asked for where it fits or the fastest that fits, and why."""
     budget = request.budget or free_bytes(problem.tables["lr"].device)
     steps = min(request.truncate or problem.training.steps, problem.training.steps)
@@ -234,8 +232,7 @@ def _check_choice(mode: object, truncate: int | None, checkpoint: bool) -> None:
         raise InputError(f"checkpoint must be True or False, got {checkpoint!r}.")
     if mode in ("forward", "fd") and (truncate is not None or checkpoint):
         raise InputError(
-            f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, or use "
-            "mode='reverse'."
+            f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, or use mode='reverse'."
         )
 
 

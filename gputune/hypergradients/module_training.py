@@ -28,9 +28,7 @@ Pair = tuple[Any, Any]
 class ModuleTraining:
     """One minibatch a step, in training mode; the validation pair in evaluation mode. One member, P = 1."""
 
-    def __init__(
-        self, module: nn.Module, loss: Loss, batches: Sequence[Pair], valid: Pair, *, seed: int
-    ) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, batches: Sequence[Pair], valid: Pair, *, seed: int) -> None:
         self.module, self.batches, self.valid, self.seed = module, batches, valid, seed
         self.objective = Stateless(_Objective(module, loss))
         self.steps = len(batches)
@@ -154,9 +152,7 @@ def _blaming(name: str, pair: Pair) -> Iterator[None]:
             remedy = f"If {name} holds several pairs (x, y), put them into one with torch.cat."
         if any(isinstance(part, np.ndarray) for part in pair):
             remedy = "Make x and y tensors with torch.from_numpy."
-        raise InputError(
-            f"{name}: the module or the loss raised {type(error).__name__}: {text}. {remedy}"
-        ) from error
+        raise InputError(f"{name}: the module or the loss raised {type(error).__name__}: {text}. {remedy}") from error
 
 
 class _Objective(nn.Module):

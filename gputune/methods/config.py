@@ -153,9 +153,7 @@ def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
     if module:
         return f"An argument of the module is written '{MODULE_PREFIX}{key}'."
     if "lr" not in keys and key in legal_keys("logistic", "adamw"):
-        return (
-            f"The solved logistic regression has no {key}; optimizer='adamw' trains it by gradient descent."
-        )
+        return f"The solved logistic regression has no {key}; optimizer='adamw' trains it by gradient descent."
     if "C" not in keys and key in legal_keys("logistic", "exact"):
         return f"Only the logistic regression solved with optimizer='exact' has {key}."
     return "Leave it out."
@@ -237,9 +235,7 @@ def check_value(key: str, value: object, name: str) -> Any:
 def _check_layers(widths: tuple[object, ...], name: str) -> tuple[float | int, ...]:
     """Return the units of each hidden layer, where they are not all alike."""
     if not widths:
-        raise InputError(
-            f"{name} must have the units of each hidden layer, got {widths!r}. For example (100, 50)."
-        )
+        raise InputError(f"{name} must have the units of each hidden layer, got {widths!r}. For example (100, 50).")
     return tuple(_check_number(RANGES["width"], units, f"each layer of {name}") for units in widths)
 
 

@@ -200,9 +200,7 @@ def choices_from_json(values: Json) -> Choices:
         return makers[word](*values[word])
     law = getattr(stats, str(values["scipy"]), None)
     if not isinstance(law, stats.rv_continuous | stats.rv_discrete):
-        raise InputError(
-            f"scipy.stats has no distribution {values['scipy']!r}; use the scipy that made the study."
-        )
+        raise InputError(f"scipy.stats has no distribution {values['scipy']!r}; use the scipy that made the study.")
     distribution: Distribution = law(**values["with"])
     return distribution
 

@@ -69,9 +69,7 @@ class OptunaSampler:
             )
         check_count(self.batch, "OptunaSampler(batch=...)")
         if self.halving is not None and not isinstance(self.halving, Halving):
-            raise InputError(
-                f"OptunaSampler(halving=...) must be gputune.Halving(...) or None, got {self.halving!r}."
-            )
+            raise InputError(f"OptunaSampler(halving=...) must be gputune.Halving(...) or None, got {self.halving!r}.")
 
 
 class OptunaStudy:
@@ -141,11 +139,7 @@ class OptunaStudy:
 
 def fold_means(curve: np.ndarray) -> dict[int, float]:
     """Return epoch -> fold mean, from 1, of the epochs that were scored in every fold."""
-    return {
-        epoch: mean
-        for epoch, mean in enumerate(first_metric(curve, axes=2).mean(1).tolist(), 1)
-        if mean == mean
-    }
+    return {epoch: mean for epoch, mean in enumerate(first_metric(curve, axes=2).mean(1).tolist(), 1) if mean == mean}
 
 
 def state_of(optuna: ModuleType, state: str) -> object:
@@ -296,9 +290,7 @@ def widened(study: Study, key: str) -> Described:
     low, high = min([law["low"], *inside]), max([law["high"], *inside])
     plain = {"kind": law["kind"], "low": low, "high": high, "log": law.get("log", False)}
     step = law.get("step")
-    on_grid = step is not None and all(
-        _is_multiple(value - low, step) for value in (law["low"], high, *inside)
-    )
+    on_grid = step is not None and all(_is_multiple(value - low, step) for value in (law["low"], high, *inside))
     return plain | ({"step": step} if on_grid else {})
 
 

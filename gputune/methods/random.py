@@ -43,9 +43,7 @@ def draw(
     return [check(config, name="a draw of space") for config in sampler]
 
 
-def _draw_on(
-    known: Sequence[Config], space: Space, n_trials: int, seed: int, check: ConfigCheck
-) -> list[Config]:
+def _draw_on(known: Sequence[Config], space: Space, n_trials: int, seed: int, check: ConfigCheck) -> list[Config]:
     """Return what ``draw`` does, without the first draws where ``known`` are these.
 
     The generator passes them over in a fraction of the time. Since ``known`` has no configuration twice, they are the
@@ -161,9 +159,7 @@ def notes(
     sentences = []
     missing = _missing({}, space, defaults)
     if include_default and missing:
-        sentences.append(
-            f"No default configuration is run, because {', '.join(missing)} has no default value."
-        )
+        sentences.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
     for trial in trials:
         if trial.origin == "default" and (moved := _moved(trial.params, space, defaults)):
             sentences.append(
@@ -172,29 +168,21 @@ def notes(
     return (*sentences, *_without_effect(trials, str(defaults["optimizer"])))
 
 
-def remarks(
-    trials: Sequence[Candidate], space: Space, *, n_trials: int, include_default: bool
-) -> tuple[str, ...]:
+def remarks(trials: Sequence[Candidate], space: Space, *, n_trials: int, include_default: bool) -> tuple[str, ...]:
     """Return the sentences, if any, that tell the user once how the ``trials`` are other than ``n_trials``."""
     sentences = []
     default = [trial.number for trial in trials if trial.origin == "default"]
     if default and not include_default:
-        sentences.append(
-            f"Trial {default[0]} is the default configuration, which an earlier call asked for: it stays."
-        )
+        sentences.append(f"Trial {default[0]} is the default configuration, which an earlier call asked for: it stays.")
     n_draws, counted = _n_draws(space, n_trials), n_counted(trials)
     if n_draws < n_trials:
         sentences.append(
             f"The space has {count(n_draws, 'configuration')}, fewer than n_trials={n_trials}: all of them are run."
         )
     elif counted < n_trials:
-        sentences.append(
-            f"{n_trials - counted} of {n_trials} configurations repeat another one and are not run again."
-        )
+        sentences.append(f"{n_trials - counted} of {n_trials} configurations repeat another one and are not run again.")
     elif counted > n_trials:
-        sentences.append(
-            f"The study holds {counted} configurations, more than n_trials={n_trials}: all stay in it."
-        )
+        sentences.append(f"The study holds {counted} configurations, more than n_trials={n_trials}: all stay in it.")
     return tuple(sentences)
 
 
@@ -302,9 +290,7 @@ def _is_fixed(choices: Choices) -> bool:
 
 def is_inside(config: Config, space: Space) -> bool:
     """Whether a configuration could have been drawn from the space."""
-    return any(
-        config.keys() == part.keys() and all(_holds(part[key], config[key]) for key in part) for part in space
-    )
+    return any(config.keys() == part.keys() and all(_holds(part[key], config[key]) for key in part) for part in space)
 
 
 def _holds(choices: Choices, value: object) -> bool:

@@ -92,8 +92,7 @@ def _named_dicts(space: object, *, remedy: str) -> dict[str, Mapping[Any, object
     dicts = [space] if isinstance(space, Mapping) else space
     if not isinstance(dicts, list | tuple) or not all(isinstance(d, Mapping) for d in dicts):
         raise InputError(
-            f"space must be a dict or a list of dicts, got {space!r}. "
-            "For example space={'lr': [0.01, 0.001]}."
+            f"space must be a dict or a list of dicts, got {space!r}. For example space={{'lr': [0.01, 0.001]}}."
         )
     if not dicts or not all(dicts):
         raise InputError(f"space must have at least one key, got {space!r}. {remedy}")
@@ -140,9 +139,7 @@ def check_own_include(include: object, space: Space) -> list[Config]:
 
 def _dicts(include: object) -> Sequence[Mapping[str, object]]:
     if not isinstance(include, list | tuple) or not all(isinstance(config, Mapping) for config in include):
-        raise InputError(
-            f"include must be a list of dicts, got {include!r}. For example include=[{{'lr': 0.01}}]."
-        )
+        raise InputError(f"include must be a list of dicts, got {include!r}. For example include=[{{'lr': 0.01}}].")
     return include
 
 
@@ -151,9 +148,7 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
         _check_distribution(key, value, name)
         return value
     if isinstance(value, np.ndarray) and value.ndim > 1:
-        raise InputError(
-            f"{name} must be 1-D, got an array of shape {value.shape}. Give a list of the choices."
-        )
+        raise InputError(f"{name} must be 1-D, got an array of shape {value.shape}. Give a list of the choices.")
     if isinstance(value, np.ndarray) and value.ndim == 1:
         value = list(value)
     if isinstance(value, set | frozenset):
@@ -161,9 +156,7 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return [check_value(key, value, name)]
     if not len(value):
-        raise InputError(
-            f"{name} must have at least one value, got an empty list. Add one, or leave the key out."
-        )
+        raise InputError(f"{name} must have at least one value, got an empty list. Add one, or leave the key out.")
     if key == "width" and isinstance(value, tuple):
         raise InputError(
             f"{name} must be a list, since a tuple is the layers of one network, got {value!r}. "
@@ -186,9 +179,7 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
         )
     law = value if unfrozen else getattr(value, "dist", None)
     real = isinstance(law, stats.rv_continuous) or (isinstance(value, Steps) and not value.whole)
-    if not isinstance(value, OwnDistribution) and not isinstance(
-        law, stats.rv_continuous | stats.rv_discrete
-    ):
+    if not isinstance(value, OwnDistribution) and not isinstance(law, stats.rv_continuous | stats.rv_discrete):
         return  # someone's own class: only its draws can be checked
     low, high = float(np.min(value.support()[0])), float(np.max(value.support()[1]))
     if math.isnan(low) or math.isnan(high):
@@ -203,8 +194,7 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
 def _check_support(rule: Range, value: object, low: float, high: float, real: bool, name: str) -> None:
     if real and rule.integer:
         raise InputError(
-            f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws real numbers. "
-            f"{INTEGER_REMEDY}"
+            f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws real numbers. {INTEGER_REMEDY}"
         )
     # A continuous draw meets an end of its support with probability zero, so an end may lie on the bound.
     if real and not isinstance(value, Steps):

@@ -38,19 +38,13 @@ def explain(error: Exception, network: Network, flat: Tensor, data: Dataset, epo
             row = _narrowed(run, rows)
             if len(row) == 1 and _fails_on_any(run, fold.train, row):
                 return _of_no_row(cause, network, epoch, "No single row of X is at fault, others fail too")
-            place = (
-                f"row {int(row[0])}"
-                if len(row) == 1
-                else f"some of rows {int(row.min())} to {int(row.max())}"
-            )
+            place = f"row {int(row[0])}" if len(row) == 1 else f"some of rows {int(row.min())} to {int(row.max())}"
             return InputError(
                 f"model: {name_of(network.builder)} raised {type(cause).__name__} in fold {f}, after "
                 f"{count(epoch, 'epoch')}: {str(cause) or 'without a message'}. It fails on {place} of X, of the "
                 f"{kind} rows of that fold; mend the forward or the loss for such rows, or leave them out."
             )
-    inside = (
-        frame for frame, _ in traceback.walk_tb(cause.__traceback__) if frame.f_code.co_name == "forward"
-    )
+    inside = (frame for frame, _ in traceback.walk_tb(cause.__traceback__) if frame.f_code.co_name == "forward")
     if any(isinstance(frame.f_locals.get("self"), nn.Module) for frame in inside):
         return _of_no_row(cause, network, epoch, "In evaluation mode it fails on no row of X")
     return error
@@ -59,16 +53,12 @@ def explain(error: Exception, network: Network, flat: Tensor, data: Dataset, epo
 def _fails_on_any(fails: Callable[[Tensor], bool], rows: Tensor, row: Tensor) -> bool:
     """Whether other rows fail too, one by one: as many as are enough to tell."""
     others = rows[rows != row.to(rows.device)]
-    return len(others) > 0 and all(
-        fails(other) for other in torch.split(others[:: max(1, len(others) // 8)], 1)
-    )
+    return len(others) > 0 and all(fails(other) for other in torch.split(others[:: max(1, len(others) // 8)], 1))
 
 
 def _of_no_row(cause: Exception, network: ModuleNetwork, epoch: int, finding: str) -> InputError:
     """Return the error of a forward that no row of X makes fail."""
-    words = ", ".join(
-        f"module__{key}={value!r}" for key, value in module_arguments(network.configs[0]).items()
-    )
+    words = ", ".join(f"module__{key}={value!r}" for key, value in module_arguments(network.configs[0]).items())
     return InputError(
         f"model: {name_of(network.builder)}({words}) raised {type(cause).__name__} after {count(epoch, 'epoch')}: "
         f"{str(cause) or 'without a message'}. {finding}; mend its forward"

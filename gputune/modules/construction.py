@@ -30,9 +30,7 @@ def name_of(builder: Builder) -> str:
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
-def build_module(
-    builder: Builder, arguments: Config, shape: Shape, *, seed: int, columns: str = ""
-) -> nn.Module:
+def build_module(builder: Builder, arguments: Config, shape: Shape, *, seed: int, columns: str = "") -> nn.Module:
     """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails."""
     row = (shape.n_features,) if shape.input_shape is None else shape.input_shape
     sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
@@ -140,9 +138,7 @@ def _check_made(module: object, builder: Builder) -> None:
 
 
 def _unbegun(builder: Builder) -> InputError:
-    return InputError(
-        f"model: an __init__ of {name_of(builder)} does not call super().__init__(); let it do so first."
-    )
+    return InputError(f"model: an __init__ of {name_of(builder)} does not call super().__init__(); let it do so first.")
 
 
 def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:
@@ -206,9 +202,7 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     named = {k for k, kind in kinds.items() if kind in (_EITHER, _KEYWORD)}
     for name in arguments:
         if name not in named and not open_ended:
-            raise InputError(
-                f"module__{name} is no argument of {name_of(builder)}{signature}; remove it or rename it."
-            )
+            raise InputError(f"module__{name} is no argument of {name_of(builder)}{signature}; remove it or rename it.")
         if name in sizes:
             raise InputError(f"module__{name} is given by the data; leave it out.")
     alone = open_ended and parameters.keys() == signature.parameters.keys()
@@ -278,6 +272,5 @@ def materialise(module: nn.Module, inputs: Sequence[InputKind], names: Sequence[
 def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
     """Return two rows of zeros of each input, floats in single precision, in which modules are constructed."""
     return [
-        torch.zeros(2, *shape, dtype=torch.float32 if dtype.is_floating_point else dtype)
-        for shape, dtype in inputs
+        torch.zeros(2, *shape, dtype=torch.float32 if dtype.is_floating_point else dtype) for shape, dtype in inputs
     ]

@@ -41,18 +41,13 @@ def _of_channels(error: str, inputs: Sequence[Tensor]) -> str:
     lacking = any(f"expected {axes}D input (got {axes - 1}D" in error for axes in (4, 5))
     if lacking or f"expected input[1, {len(inputs[0])}, " in error:
         return " X lacks the axis of the channels, which torch's layers want after the rows: pass X[:, None]."
-    if (
-        re.search(r"Expected \dD \(unbatched\) or \dD \(batched\) input to conv[23]d", error)
-        and inputs[0].dim() == 2
-    ):
+    if re.search(r"Expected \dD \(unbatched\) or \dD \(batched\) input to conv[23]d", error) and inputs[0].dim() == 2:
         return (
             f" A convolution takes images, and a row of X is {inputs[0].shape[1]} numbers: pass "
             "X.reshape(-1, channels, height, width)."
         )
     wanted = re.search(r"to have (\d+) channels, but got", error)
-    last = next(
-        (x for x in inputs if wanted and x.dim() > 2 and x.shape[-1] in {1, 3, 4, int(wanted[1])}), None
-    )
+    last = next((x for x in inputs if wanted and x.dim() > 2 and x.shape[-1] in {1, 3, 4, int(wanted[1])}), None)
     if last is None:
         return ""
     order = (0, last.dim() - 1, *range(1, last.dim() - 1))
@@ -62,9 +57,7 @@ def _of_channels(error: str, inputs: Sequence[Tensor]) -> str:
     )
 
 
-_MOST_COLUMNS = (
-    64  # of which each may go to an embedding of its own; of longer rows only the outermost ids are tried
-)
+_MOST_COLUMNS = 64  # of which each may go to an embedding of its own; of longer rows only the outermost ids are tried
 
 
 def check_ids(module: nn.Module, data: Dataset, name: str) -> None:

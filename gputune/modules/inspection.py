@@ -216,9 +216,7 @@ def _compared(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]
             return f"it has other buffers after a step {_DIFFERS}", ()
         if not _close(together[0][c], outputs.view(together[0][c].shape)):
             return f"it gives other outputs {_DIFFERS}", ()
-    return "", tuple(
-        k for k in stacked.first if all(g[k] is None for _, gradients, _ in alone for g in gradients)
-    )
+    return "", tuple(k for k in stacked.first if all(g[k] is None for _, gradients, _ in alone for g in gradients))
 
 
 Gradients = Mapping[str, Tensor | None]
@@ -243,9 +241,7 @@ def _seen_alone(
     return outputs, gradients, kept_of(module, tuple(stacked.kept))
 
 
-def _seen_together(
-    stacked: StackedModule, flat: Tensor, trial: ModuleTrial
-) -> tuple[Tensor, list[Params], Params]:
+def _seen_together(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -> tuple[Tensor, list[Params], Params]:
     """Return what ``_seen_alone`` does, of two stacked members: outputs (2, B, ...), tensors (1, 2, ...)."""
     params, gradients = stacked.blocks.views(flat), []
     with torch.no_grad():
@@ -279,12 +275,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     """Equal up to rounding beside the largest number in any pair."""
     pairs = [(a.double(), b.double()) for a, b in pairs]
-    largest = max(
-        [float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) for _, b in pairs if b.numel()], default=0.0
-    )
-    return all(
-        torch.allclose(a.view(b.shape), b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True) for a, b in pairs
-    )
+    largest = max([float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) for _, b in pairs if b.numel()], default=0.0)
+    return all(torch.allclose(a.view(b.shape), b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True) for a, b in pairs)
 
 
 def _first_sentence(error: Exception) -> str:

@@ -44,9 +44,7 @@ class LoopedModule(ModuleNetwork):
         self.own: Mapping[tuple[int, int], nn.Module] = {}
         rows = [Block("trained", (*self.members, sum(self.sizes)), 1)]
         self.trained = Blocks(rows)
-        self.blocks = Blocks(
-            [*rows, *[Block("kept", (*self.members, sum(self.kept_sizes)), 1)] * bool(self.kept)]
-        )
+        self.blocks = Blocks([*rows, *[Block("kept", (*self.members, sum(self.kept_sizes)), 1)] * bool(self.kept)])
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
@@ -57,9 +55,7 @@ class LoopedModule(ModuleNetwork):
 
     def as_row(self, tensors: Params) -> Tensor:
         """Return tensors of one member as its row."""
-        return torch.cat(
-            [_real(w).flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()]
-        )
+        return torch.cat([_real(w).flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()])
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
         """Return the tensors of one member, in their own shapes and dtypes."""
@@ -132,9 +128,7 @@ _Rows = tuple[tuple[Tensor, ...], Tensor, Tensor | None]
 class _Alone(Optimizer):
     """The optimizer of one member that adapts its own rate, or whose steps no class of torch.optim takes."""
 
-    def __init__(
-        self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
-    ) -> None:
+    def __init__(self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int) -> None:
         sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
         whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
         parts = {"trained": theta.shape} if whole else {k: w.shape for k, w in network.leaves(theta).items()}
@@ -148,9 +142,7 @@ class _Alone(Optimizer):
 class _Member:
     """A plain module whose trained parameters and their gradients are views of two rows, and its optimizer."""
 
-    def __init__(
-        self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int
-    ) -> None:
+    def __init__(self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int) -> None:
         self.network, self.config = network, config
         self.module = network.plain(network.shape.device)
         self.row = network.as_row({name: start[name] for name in network.first})
@@ -241,9 +233,7 @@ class LoopChunk:
         self.validation = Validation(data, scoring)
         self.alive = list(range(len(configs)))
         self.lengths = np.array([len(fold.train) for fold in data.folds])
-        self.sizes = np.minimum.outer(
-            self.lengths, np.array([min(c["batch_size"], 2**62) for c in configs])
-        )  # (F, C)
+        self.sizes = np.minimum.outer(self.lengths, np.array([min(c["batch_size"], 2**62) for c in configs]))  # (F, C)
         self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
         self.members = [
             [_Member(network, c, start, steps=int(steps), horizon=horizon) for c, steps in zip(configs, row)]

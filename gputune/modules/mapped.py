@@ -73,9 +73,7 @@ def _group_norm(
     return _called(_map_group_norm, input, weight, bias, num_groups, eps)
 
 
-def _embedding(
-    ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
-) -> Tensor:
+def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     if padding_idx is None or not _is_mapped(weight):
         return functional.embedding(ids, weight, padding_idx, *args, **kwargs)
     # torch's rule gives the row of the padding a gradient, which it has not.
@@ -139,17 +137,13 @@ def _called(rule: Callable[..., tuple[Tensor, int]], *args: Any) -> Tensor:
     interpreter = retrieve_current_functorch_interpreter()
     assert isinstance(interpreter, VmapInterpreter)
     level = interpreter.level()
-    given = [
-        torch._C._functorch._unwrap_batched(x, level) if isinstance(x, Tensor) else (x, None) for x in args
-    ]
+    given = [torch._C._functorch._unwrap_batched(x, level) if isinstance(x, Tensor) else (x, None) for x in args]
     with interpreter.lower():
         result, axis = rule(interpreter.batch_size(), [axis for _, axis in given], *(x for x, _ in given))
     return torch._C._functorch._add_batch_dim(result, axis, level)
 
 
-def _map_linear(
-    members: int, axes: Axes, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, int]:
+def _map_linear(members: int, axes: Axes, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
     first = [_first(t, axis, members) for t, axis in zip((x, weight, bias), axes)]
     shape, rows = first[0].shape[:-1], first[0].flatten(1, -2) if first[0].dim() > 2 else first[0][:, None]
     result: Tensor = _Linear.apply(rows, *first[1:])  # type: ignore[no-untyped-call]
@@ -244,9 +238,7 @@ def _map_convolution(
     return _by_members(outputs, members), 1
 
 
-def _map_pool(
-    members: int, axes: Axes, function: Any, x: Tensor, args: Any, kwargs: Any
-) -> tuple[Tensor, int]:
+def _map_pool(members: int, axes: Axes, function: Any, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, int]:
     rows = _by_channels(x, axes[1], members)
     outputs = function(rows, *args, **kwargs)
     if outputs.requires_grad and rows.is_contiguous(memory_format=torch.channels_last):

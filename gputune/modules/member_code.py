@@ -53,9 +53,7 @@ class MemberCode:
         names = ", ".join(f"step_{i}" for i in self.functions.values())
         table = f"static const Function STEPS[] = {{{names}}};"
         double = ["#define DOUBLE"] * (self.dtype == torch.float64)
-        return "\n".join(
-            [*double, '#include "steps.h"', *kernels, *steps, table, '#include "steps_end.h"', ""]
-        )
+        return "\n".join([*double, '#include "steps.h"', *kernels, *steps, table, '#include "steps_end.h"', ""])
 
 
 def _lines(writer: Writer, op: Operation) -> Iterator[Line]:

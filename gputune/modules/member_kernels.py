@@ -175,10 +175,7 @@ class Line:
     def call(self, begin: str = "", n: str = "") -> str:
         """Return the call in C, for ``n`` numbers from ``begin`` on."""
         moves = self.steps if begin else [0] * len(self.pointers)
-        pointers = [
-            f"(void *)((char *){p} + {begin} * {step})" if step else p
-            for p, step in zip(self.pointers, moves)
-        ]
+        pointers = [f"(void *)((char *){p} + {begin} * {step})" if step else p for p, step in zip(self.pointers, moves)]
         return f"{self.kernel}({', '.join([*pointers, *self.numbers, *[n or str(self.n)] * bool(self.n)])});"
 
 

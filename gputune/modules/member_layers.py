@@ -20,11 +20,7 @@ def _product(writer: Writer, given: Given, op: Operation, out: Place) -> Iterato
     a, b = (
         given[name]
         for name in (
-            ("batch1", "batch2")
-            if "batch1" in given
-            else ("mat1", "mat2")
-            if "mat1" in given
-            else ("self", "mat2")
+            ("batch1", "batch2") if "batch1" in given else ("mat1", "mat2") if "mat1" in given else ("self", "mat2")
         )
     )
     added = given["self"] if a is not given["self"] else None
@@ -88,8 +84,7 @@ def _reduced(writer: Writer, given: Given, op: Operation, out: Place) -> Iterato
         last = f"i{len(outer.sizes) - 1}"
         row = f"#pragma GCC ivdep\nfor (long {last} = 0; {last} < {outer.sizes[-1]}; {last}++)"
         body = front.nest(
-            f"{row} {to} = 0;\n{inner.nest(f'{row} {to} += {at};', '')}"
-            + (f"\n{row} {to} /= n0;" if mean else ""),
+            f"{row} {to} = 0;\n{inner.nest(f'{row} {to} += {at};', '')}" + (f"\n{row} {to} /= n0;" if mean else ""),
             "",
         )
     else:
@@ -126,9 +121,7 @@ def _log_softmax_slope(writer: Writer, given: Given, op: Operation, out: Place) 
     yield from _along(writer, given, op, out, body, ["grad_output", "output"])
 
 
-def _along(
-    writer: Writer, given: Given, op: Operation, out: Place, body: str, names: Sequence[str]
-) -> Iterator[Line]:
+def _along(writer: Writer, given: Given, op: Operation, out: Place, body: str, names: Sequence[str]) -> Iterator[Line]:
     """Yield a call whose body works along one axis, for all others."""
     places = [out, *(given[name] for name in names)]
     if any(place.dtype != writer.dtype for place in places):

@@ -109,16 +109,12 @@ class ModuleNetwork:
         self.first = {k: w.detach() for k, w in own.items() if w.requires_grad and k not in traits.unused}
         changing = dict.fromkeys(traits.changing)
         if hasattr(self.template, "start_from"):  # which may set any buffer
-            changing |= dict.fromkeys(
-                k for k, _ in self.template.named_buffers() if k in self.template.state_dict()
-            )
+            changing |= dict.fromkeys(k for k, _ in self.template.named_buffers() if k in self.template.state_dict())
         self.kept = kept_of(self.template, tuple(changing))
         tensors: Params = {**own, **dict(self.template.named_buffers())}
         self.fixed = {k: w.detach() for k, w in tensors.items() if k not in self.first | self.kept}
         self.members = (shape.folds, len(configs))
-        self.loss_values = self.objective.values(
-            self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
-        )
+        self.loss_values = self.objective.values(self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device))
         self.widest = max(traits.widest, shape.n_features)
         self._lay_out()
 
@@ -226,9 +222,7 @@ class StackedModule(ModuleNetwork):
         kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
         inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
         with torch.enable_grad(), self._drawing(batch):
-            members_losses, after = self._losses(
-                leaves | kept, [for_members(x, trials) for x in inputs], batch
-            )
+            members_losses, after = self._losses(leaves | kept, [for_members(x, trials) for x in inputs], batch)
             share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
             # A mean of the user's own has no rows to weight, which was refused where there are weights.
             loss = (members_losses * share).sum() if members_losses.dim() == 3 else members_losses.sum()

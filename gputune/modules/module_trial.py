@@ -218,9 +218,7 @@ class ModuleTrial:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         usual = _of_shape(found, n_outputs, binary=self.objective.binary)
         if self.objective.step is not None:
-            usual += (
-                " With task='custom' and scoring=callable(outputs, y) a training_step may have any outputs."
-            )
+            usual += " With task='custom' and scoring=callable(outputs, y) a training_step may have any outputs."
         raise InputError(
             f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} for {rows} "
             f"rows; its last layer must have n_outputs outputs (logits for classes).{usual}"

@@ -61,9 +61,7 @@ def _without_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]
     rest = []
     for op in trace.operations:
         reads = [] if op.name in _FACTORIES else op.reads
-        constant = (
-            all(place.memory in constants for place in reads) and len(op.results) == 1 and not op.writes
-        )
+        constant = all(place.memory in constants for place in reads) and len(op.results) == 1 and not op.writes
         if constant and op.makes[0].memory not in changed:
             constants[op.makes[0].memory] = _computed(op, constants)
         else:
@@ -300,11 +298,7 @@ class _Source:
             return self._tensor(value)
         if isinstance(value, list):
             return f"[{', '.join(map(self._text, value))}]"
-        if (
-            value is None
-            or isinstance(value, bool | int | str)
-            or (isinstance(value, float) and isfinite(value))
-        ):
+        if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
             return repr(value)
         return self._name(value, "c")
 

@@ -119,9 +119,7 @@ def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     return {
         path: part
         for path, part in module.named_modules()
-        if isinstance(part, _BatchNorm)
-        and type(part).forward is _BatchNorm.forward
-        and part.running_mean is not None
+        if isinstance(part, _BatchNorm) and type(part).forward is _BatchNorm.forward and part.running_mean is not None
     }
 
 
@@ -208,9 +206,7 @@ def _run_direction(rnn: nn.RNNBase, x: Tensor, start: list[Tensor], layer: int, 
     project = getattr(rnn, f"weight_hr_{suffix}") if rnn.proj_size else None
     if not start:
         size = rnn.proj_size or rnn.hidden_size
-        start = [x.new_zeros(x.shape[1], size)] + [x.new_zeros(x.shape[1], rnn.hidden_size)] * (
-            rnn.mode == "LSTM"
-        )
+        start = [x.new_zeros(x.shape[1], size)] + [x.new_zeros(x.shape[1], rnn.hidden_size)] * (rnn.mode == "LSTM")
     times = range(len(x)) if side == 0 else range(len(x) - 1, -1, -1)
     if rnn.mode == "LSTM":
         outputs, ends = _lstm(functional.linear(x, w_ih, _sum(b_ih, b_hh)), w_hh, start, times, project)

@@ -131,9 +131,7 @@ class _Tracing(DispatchMode):
         self.outside: dict[int, torch.UntypedStorage] = {}
         self.sizes: dict[int, int] = {}
         self.kept: list[Tensor] = []  # what the step makes, so that no memory is given twice
-        self.written: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # bytes that were there before, and what they were
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # bytes that were there before, and what they were
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -164,10 +162,7 @@ class _Tracing(DispatchMode):
             self.kept.append(tensor)
             self.sizes[memory_of(tensor)] = tensor.untyped_storage().nbytes()
         fresh = {memory_of(tensor) for tensor in made}
-        results = [
-            Place.of(part) if isinstance(part, Tensor) and memory_of(part) in fresh else None
-            for part in parts
-        ]
+        results = [Place.of(part) if isinstance(part, Tensor) and memory_of(part) in fresh else None for part in parts]
         encoded = [_encoded(value) for value in args], {k: _encoded(v) for k, v in kwargs.items()}
         self.operations.append(
             Operation(func, *encoded, results if made else [], [Place.of(tensor) for tensor in targets])
@@ -198,9 +193,7 @@ def _check_plain(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or tensor.is_conj() or tensor.is_neg():
-            raise TraceError(
-                f"a tensor of {tensor.layout} on {tensor.device} is not a plain one in main memory"
-            )
+            raise TraceError(f"a tensor of {tensor.layout} on {tensor.device} is not a plain one in main memory")
 
 
 def _targets(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:

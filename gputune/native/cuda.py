@@ -29,9 +29,7 @@ def source(path: Path, dtype: torch.dtype) -> str:
 
 
 @cache
-def kernels(
-    path: Path, names: tuple[str, ...], device: torch.device, dtype: torch.dtype
-) -> tuple[Kernel, ...] | None:
+def kernels(path: Path, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> tuple[Kernel, ...] | None:
     """Return the kernels of a file for a GPU; None, with a warning, where they cannot be compiled."""
 
     def compile_all() -> tuple[Kernel, ...]:
@@ -57,9 +55,7 @@ def attempt(name: str, device: torch.device, compile_it: Callable[[], Code]) -> 
         return None, why
 
 
-def launch(
-    kernel: Kernel, threads: int, args: Sequence[Tensor | int], *, block: int = 256, shared: int = 0
-) -> None:
+def launch(kernel: Kernel, threads: int, args: Sequence[Tensor | int], *, block: int = 256, shared: int = 0) -> None:
     """Launch a kernel that goes through its work with a stride, in at least so many threads where there is room.
 
     The tensors are contiguous, on one GPU; a block has ``shared`` bytes of memory beside what the code says.

@@ -46,9 +46,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(next(built[level] for level in LEVELS if level <= best and level in built)))
         loaded.train_members.restype = ctypes.c_int
     except (OSError, AttributeError) as error:
-        raise NotBuiltError(
-            f"gputune's compiled code cannot be loaded, install gputune anew: {error}"
-        ) from error
+        raise NotBuiltError(f"gputune's compiled code cannot be loaded, install gputune anew: {error}") from error
     return loaded
 
 

@@ -81,9 +81,7 @@ def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> s
         if text in (*OPTIMIZERS, *more):
             return text
         if short in _REFUSED:
-            raise InputError(
-                f"{name} cannot be torch.optim.{short}, which {_REFUSED[short]}; choose another."
-            )
+            raise InputError(f"{name} cannot be torch.optim.{short}, which {_REFUSED[short]}; choose another.")
         if short in CLASSES or short in _RULES:
             return _RULES.get(short, short)
     if isinstance(value, torch.optim.Optimizer):
@@ -190,15 +188,9 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
     except Exception as error:
         shown = ", ".join(f"{name}={value!r}" for name, value in words.items())
         lone = [
-            name
-            for name, value in given.items()
-            if isinstance(known[name].default, tuple) > isinstance(value, tuple)
+            name for name, value in given.items() if isinstance(known[name].default, tuple) > isinstance(value, tuple)
         ]
-        remedy = (
-            f" Several numbers are one value as a tuple in a list, [{known[lone[0]].default}]."
-            if lone
-            else ""
-        )
+        remedy = f" Several numbers are one value as a tuple in a list, [{known[lone[0]].default}]." if lone else ""
         raise InputError(
             f"optimizer: torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: {error}. Mend the "
             f"values.{remedy}"
@@ -211,9 +203,7 @@ def _words_of_rule(config: Config, known: Collection[str], dtype: torch.dtype) -
     words: Config = {"weight_decay": min(config["weight_decay"], torch.finfo(dtype).max)}
     if "betas" in known:
         return words | {"betas": (BETA1, config["beta2"]), "fused": True}
-    return words | {
-        "foreach": True
-    }  # the fused SGD fails where a parameter has its first gradient after others
+    return words | {"foreach": True}  # the fused SGD fails where a parameter has its first gradient after others
 
 
 def _check_argument(kind: Class, name: str, known: Mapping[str, inspect.Parameter]) -> None:
@@ -263,9 +253,7 @@ class RowUpdate:
     of the rule for stacked members.
     """
 
-    def __init__(
-        self, config: Config, row: Tensor, parameters: Sequence[Tensor], *, steps: int, horizon: int
-    ) -> None:
+    def __init__(self, config: Config, row: Tensor, parameters: Sequence[Tensor], *, steps: int, horizon: int) -> None:
         self.config, self.row, self.counts = config, row, bool(parameters)
         self.parameters = list(parameters) or [row]
         self.optimizer = make_optimizer(config, self.parameters)
@@ -284,9 +272,7 @@ class RowUpdate:
         """
         states = [self._tensors(self.optimizer, w) for w in self.parameters]
         rows = [
-            torch.cat(
-                [self._as_row(s[i] if i < len(s) else None, w) for s, w in zip(states, self.parameters)]
-            )
+            torch.cat([self._as_row(s[i] if i < len(s) else None, w) for s, w in zip(states, self.parameters)])
             for i in range(max(map(len, states)))
         ]
         if not self.counts:  # without a momentum the class keeps none, and the rule what is of no use

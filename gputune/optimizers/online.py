@@ -18,9 +18,7 @@ from gputune.types import Config
 class OnlineUpdate:
     """The optimizer of one chunk, as ``Update`` is; ``rate`` (F, C) holds the members' rates, on the device."""
 
-    def __init__(
-        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
-    ) -> None:
+    def __init__(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int) -> None:
         self.horizon = horizon
         self.optimizer, self.rule = configs[0]["optimizer"], configs[0]["hypergrad_rule"]
         moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
@@ -52,9 +50,7 @@ class OnlineUpdate:
         self.rate.copy_(self.blocks.first(rate))
         self.norm.copy_(self.blocks.first(norm))
 
-    def select(
-        self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor
-    ) -> None:
+    def select(self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor) -> None:
         """Go on with the trials ``keep`` alone, of which all else is given."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self.last = self.blocks.select(self.last, keep)

@@ -147,9 +147,7 @@ def _layout(blocks: Blocks) -> list[int]:
 class Optimizer:
     """What changes the parameters of one chunk in place, and holds all state of it."""
 
-    def __init__(
-        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
-    ) -> None:
+    def __init__(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int) -> None:
         make = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
         self.update: Update | OnlineUpdate = make(configs, blocks, flat, steps=steps, horizon=horizon)
         self.average = torch.zeros_like(flat) if any(config["ema"] for config in configs) else None
@@ -174,9 +172,7 @@ class Optimizer:
             self.average.copy_(average)
         self.update.resume(buffers)
 
-    def select(
-        self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor
-    ) -> None:
+    def select(self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor) -> None:
         """Go on with the trials ``keep`` alone, of which all else is given."""
         if self.average is not None:
             self.average = self.blocks.select(self.average, keep)

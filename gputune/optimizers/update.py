@@ -86,9 +86,7 @@ class Update:
     ``steps`` (F, C) are those that the members take in an epoch, and a schedule runs over ``horizon`` epochs.
     """
 
-    def __init__(
-        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
-    ) -> None:
+    def __init__(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int) -> None:
         self.horizon = horizon
         self.optimizer = configs[0]["optimizer"]
         self.adaptive = self.optimizer in ("adam", "adamw")
@@ -124,9 +122,7 @@ class Update:
         names = [block.name for block in self.blocks.blocks]
         factors = {name: [factor_of(config, prefixes, name) for config in configs] for name in names}
         return {
-            k: self.clock.per_trial(numbers).to(self.dtype)
-            for k, numbers in factors.items()
-            if set(numbers) != {1.0}
+            k: self.clock.per_trial(numbers).to(self.dtype) for k, numbers in factors.items() if set(numbers) != {1.0}
         }
 
     def _amount(self, configs: Sequence[Config], key: str, dtype: torch.dtype | None = None) -> Amount:
@@ -145,9 +141,7 @@ class Update:
         for moment, kept in zip(self.moments, buffers, strict=True):
             moment.copy_(kept)
 
-    def select(
-        self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor
-    ) -> None:
+    def select(self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor) -> None:
         """Go on with the trials ``keep`` alone, of which all else is given."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self._set_trials(configs, blocks, flat, steps)
@@ -241,9 +235,7 @@ class Update:
             return amount
         return (amount * self.clock.factor("weight_decay_schedule")).to(self.dtype)
 
-    def _add(
-        self, total: Tensor, tensor: Tensor, amount: Amount, factors: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def _add(self, total: Tensor, tensor: Tensor, amount: Amount, factors: Mapping[str, Tensor] | None = None) -> None:
         """total += amount * tensor, with ``factors`` on the amount in some blocks."""
         if isinstance(amount, Tensor):
             self.blocks.add_product_(total, tensor, amount, factors)

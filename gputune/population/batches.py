@@ -287,9 +287,7 @@ def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:
     A shorter fold repeats its first row at its end.
     """
     lengths = [len(fold.train) for fold in data.folds]
-    drawn = {
-        n: torch.randperm(n, generator=stream(seed, "rows", n, epoch), device="cpu") for n in set(lengths)
-    }
+    drawn = {n: torch.randperm(n, generator=stream(seed, "rows", n, epoch), device="cpu") for n in set(lengths)}
     order = torch.stack([fold.train[:1].expand(max(lengths)) for fold in data.folds])
     for f, (fold, n) in enumerate(zip(data.folds, lengths)):
         order[f, :n] = fold.train[drawn[n].to(data.device)]

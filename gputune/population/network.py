@@ -165,11 +165,7 @@ def is_one_logit(outputs: Tensor, task: Task, axes: int) -> bool:
 
 def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
     """Return outputs with two logits a row where they are one of two classes, other outputs as they are."""
-    return (
-        two_logits(outputs.reshape(*outputs.shape[:axes], 1))
-        if is_one_logit(outputs, task, axes)
-        else outputs
-    )
+    return two_logits(outputs.reshape(*outputs.shape[:axes], 1)) if is_one_logit(outputs, task, axes) else outputs
 
 
 def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
@@ -213,8 +209,6 @@ class Ensemble(nn.Module):
             return (weights * outputs).sum(0)
         if self.task == "multilabel":
             # log p - log (1 - p) of the mean probability p, both as sums in logarithms
-            yes, no = (
-                (weights.log() + functional.logsigmoid(sign * outputs)).logsumexp(0) for sign in (1, -1)
-            )
+            yes, no = ((weights.log() + functional.logsigmoid(sign * outputs)).logsumexp(0) for sign in (1, -1))
             return yes - no
         return (weights.log() + outputs.log_softmax(-1)).logsumexp(0)

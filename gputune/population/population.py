@@ -149,9 +149,7 @@ def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
     return (optimizer, config["depth"], width, config["activation"], config["dropout"] > 0)
 
 
-def _by_batch_size(
-    members: list[int], configs: Sequence[Config], *, rows: int, exact: bool
-) -> list[list[int]]:
+def _by_batch_size(members: list[int], configs: Sequence[Config], *, rows: int, exact: bool) -> list[list[int]]:
     by_size: dict[int, list[int]] = defaultdict(list)
     for i in members:
         by_size[min(configs[i]["batch_size"], rows)].append(i)

@@ -82,9 +82,7 @@ def curves_chart(study: Study) -> Chart | None:
         f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are drawn: the next best, "
         "and the rest evenly by rank."
     )
-    return Chart(
-        drawing(frame.width, frame.height, title, *parts), (note,) if len(drawn) < len(others) else ()
-    )
+    return Chart(drawing(frame.width, frame.height, title, *parts), (note,) if len(drawn) < len(others) else ())
 
 
 def _curve_line(curves: LearningCurves, row: int, frame: Frame, most: int | None = None) -> str:
@@ -176,9 +174,7 @@ def _pareto(study: Study, name: str) -> Chart:
         path("line c0", line_path(x[front.order], y[front.order])),
         *(_unbeaten(study, front, row, float(x[row]), float(y[row])) for row in front.order[:POINTS]),
     ]
-    far = (
-        np.hypot(x - frame.across(front.values[:, 0]), y - frame.down(front.values[:, 1])) > 12
-    )  # more than a margin
+    far = np.hypot(x - frame.across(front.values[:, 0]), y - frame.down(front.values[:, 1])) > 12  # more than a margin
     notes = [
         f"{len(drawn)} of {len(study.trials)} trials are drawn." if len(drawn) == POINTS else "",
         f"{count(int(far.sum()), 'trial')} beyond the axes, drawn at the edge." if far.any() else "",
@@ -190,8 +186,7 @@ def _pareto(study: Study, name: str) -> Chart:
 def _unbeaten(study: Study, front: ParetoFront, row: int, x: float, y: float) -> Markup:
     """Return the mark of a trial that no other one beats."""
     scores = [
-        f"{measure.name} {measure.size(value)}"
-        for measure, value in zip(front.measures, front.values[row].tolist())
+        f"{measure.name} {measure.size(value)}" for measure, value in zip(front.measures, front.values[row].tolist())
     ]
     title = element("title", f"trial {study.trials[row].number}: {', '.join(scores)}")
     return element("circle", title, class_="ring", cx=x, cy=y, r=5)
@@ -274,9 +269,7 @@ def path_charts(study: Study) -> tuple[tuple[str, Chart], ...]:
     return tuple((name, _path_chart(drawn, values, y, name)) for name, y, values in lines)
 
 
-def _path_chart(
-    starts: Sequence[DescentPath], values: Sequence[NDArray[np.float64]], y: Scale, name: str
-) -> Chart:
+def _path_chart(starts: Sequence[DescentPath], values: Sequence[NDArray[np.float64]], y: Scale, name: str) -> Chart:
     drawn = starts[:STARTS]
     last = max(1, *(int(one.steps[-1]) for one in drawn))
     frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y).with_room()

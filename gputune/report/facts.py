@@ -52,9 +52,7 @@ def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
             rows.append(Fact(f"best {measure.title}", measure.text(best.score), f"trial {best.number}"))
         else:
             note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
-            score = Fact(
-                f"best cross-validated {measure.title}", measure.with_error(best.score, best.std_error), note
-            )
+            score = Fact(f"best cross-validated {measure.title}", measure.with_error(best.score, best.std_error), note)
             tried = sum(math.isfinite(trial.score) for trial in study.trials)
             rows += [score, _held_out(model, measure, tried)]
         if (baseline := record.baseline) is not None:
@@ -78,11 +76,7 @@ def _held_out(model: Json | None, measure: Measure, tried: int) -> Fact:
     if model is None or score is None or not math.isfinite(score):
         return Fact(name, "–", f"not known here; {optimistic}")
     rows, members = count(model["held_out_rows"], "row"), model.get("ensemble")
-    what = (
-        "the model"
-        if members is None
-        else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
-    )
+    what = "the model" if members is None else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
     return Fact(name, measure.text(score), f"{what} on {rows} nothing was fitted on; {optimistic}")
 
 
@@ -150,17 +144,13 @@ def _transform(recorded: str | Json | None) -> object:
     """Return the transformation of the target as it is written in Python."""
     if not isinstance(recorded, Mapping) or "params" not in recorded:
         return recorded if recorded is None or isinstance(recorded, str) else recorded.get("object")
-    return (
-        f"{recorded['class']}({', '.join(f'{key}={value!r}' for key, value in recorded['params'].items())})"
-    )
+    return f"{recorded['class']}({', '.join(f'{key}={value!r}' for key, value in recorded['params'].items())})"
 
 
 def _method(method: str | Mapping[str, object]) -> str:
     if isinstance(method, str):
         return method
-    options = [
-        f"{key}={_option(value)}" for key, value in method.items() if key != "name" and value is not None
-    ]
+    options = [f"{key}={_option(value)}" for key, value in method.items() if key != "name" and value is not None]
     return f"{method.get('name')}: {', '.join(options)}"
 
 
@@ -222,9 +212,7 @@ def endings(study: Study) -> Endings:
     pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
     trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
     return Endings(
-        states=tuple(
-            (s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]
-        ),
+        states=tuple((s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]),
         rungs=tuple((epoch, n, int((trained > epoch).sum())) for epoch, n in sorted(pruned.items())),
         failures=tuple(
             (

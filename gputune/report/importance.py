@@ -91,11 +91,7 @@ class Parallel:
         return [
             {"column": a.column, "low": a.scale.low, "high": a.scale.high, "log": a.scale.log}
             if a.column in numbers
-            else {
-                "heights": [
-                    None if h != h else round(1000 * h) for h in a.heights[self.ranked[:rows]].tolist()
-                ]
-            }
+            else {"heights": [None if h != h else round(1000 * h) for h in a.heights[self.ranked[:rows]].tolist()]}
             for a in self.axes
         ]
 
@@ -233,11 +229,7 @@ def columns_chart(study: Study, report: FoldReport) -> Chart | None:
     measure = score_view(study).measure
     name = f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
     drops, errors = report.drops[:COLUMNS], report.errors[:COLUMNS]
-    chart = bars(
-        labels, drops, errors, "Importance of the columns", name, decimals=max(2, measure.decimals - 1)
-    )
+    chart = bars(labels, drops, errors, "Importance of the columns", name, decimals=max(2, measure.decimals - 1))
     left_out = len(report.columns) - len(labels)
-    notes = (
-        (f"The {len(labels)} most important columns; {left_out} others are left out.",) if left_out else ()
-    )
+    notes = (f"The {len(labels)} most important columns; {left_out} others are left out.",) if left_out else ()
     return Chart(chart.svg, notes)

@@ -191,20 +191,14 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
         "class_weight": _class_weight(script, record.class_weight),
         "target_transform": _transform(script, record.target_transform),
         "sample_weight": "None" if record.sample_weight is None else script.argument("sample_weight"),
-        **{
-            part.argument: script.literal(getattr(record, name))
-            for name, part in PARTS.items()
-            if part.argument
-        },
+        **{part.argument: script.literal(getattr(record, name)) for name, part in PARTS.items() if part.argument},
         "positive": script.literal(scoring[1]),
         **({"epoch": "'last'"} if record.descends else {}),
         "device": script.literal(record.device),
         "verbose": "0",
     }
     defaults = {
-        **dict.fromkeys(
-            ("positive", "patience", "class_weight", "sample_weight", "target_transform"), "None"
-        ),
+        **dict.fromkeys(("positive", "patience", "class_weight", "sample_weight", "target_transform"), "None"),
         "columns": "'keep'" if record.spec["kind"] == "module" else "'drop-constant'",
         "numbers": "'standard'",
         "max_levels": str(SearchRecord.max_levels),

@@ -123,22 +123,15 @@ class Frame:
         frame = replace(self, left=left)
         if not frame.slants(letters):
             return frame
-        ticks = [
-            (float(frame.across(value)), _LETTER * len(cut(words, letters))) for value, words in self.x.ticks
-        ]
+        ticks = [(float(frame.across(value)), _LETTER * len(cut(words, letters))) for value, words in self.x.ticks]
         reach = max(_COS * length - x for x, length in ticks)
         below = 40 + _SIN * max(length for _, length in ticks)
         more = max(0.0, below - self.bottom)
-        return replace(
-            frame, left=left + max(0.0, reach), bottom=self.bottom + more, height=self.height + more
-        )
+        return replace(frame, left=left + max(0.0, reach), bottom=self.bottom + more, height=self.height + more)
 
     def slants(self, letters: int) -> bool:
         """Whether the ticks of the x axis, of so many letters at most, have no room side by side."""
-        return (
-            sum(len(cut(words, letters)) for _, words in self.x.ticks) * 7
-            > self.width - self.right - self.left
-        )
+        return sum(len(cut(words, letters)) for _, words in self.x.ticks) * 7 > self.width - self.right - self.left
 
     def across(self, values: ArrayLike) -> NDArray[np.float64]:
         """Return where values lie from the left."""

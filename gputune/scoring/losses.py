@@ -143,9 +143,7 @@ class NamedLoss:
 
 _CLASSES: tuple[Task, ...] = ("binary", "multiclass")
 LOSSES: Mapping[str, NamedLoss] = {
-    "cross_entropy": NamedLoss(
-        _cross_entropy, _CLASSES, {"label_smoothing": LossNumber(0.0, 0, 1, closed=True)}
-    ),
+    "cross_entropy": NamedLoss(_cross_entropy, _CLASSES, {"label_smoothing": LossNumber(0.0, 0, 1, closed=True)}),
     "mse": NamedLoss(_mse, ("regression",), {}),
     "mae": NamedLoss(_mae, ("regression",), {}),
     "huber": NamedLoss(_huber, ("regression",), {"delta": LossNumber(1.0, 0, torch.inf)}),

@@ -36,9 +36,7 @@ def make_metrics(
     of_class = [_is_of_class(scorer, task) for scorer in scorers.values()]
     metrics = [
         # What none of them takes is refused with the first.
-        make_scoring(
-            scorer, task, classes, positive if own or not any(of_class) else None, objective, n_labels
-        )
+        make_scoring(scorer, task, classes, positive if own or not any(of_class) else None, objective, n_labels)
         for scorer, own in zip(scorers.values(), of_class)
     ]
     metrics = [replace(metric, label=label) for label, metric in zip(scorers, metrics)]
@@ -67,9 +65,7 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
             raise InputError(f"scoring, a dict, has texts as keys, got {label!r}; name each score.")
     labels = [label for label, _ in pairs]
     if twice := [label for label in labels if labels.count(label) > 1]:
-        raise InputError(
-            f"scoring names {twice[0]!r} twice; leave one out, or give a dict that has a name for each."
-        )
+        raise InputError(f"scoring names {twice[0]!r} twice; leave one out, or give a dict that has a name for each.")
     return dict(pairs)
 
 

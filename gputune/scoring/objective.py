@@ -116,18 +116,14 @@ class Objective:
 
     def _check_argument(self, name: str, value: object) -> None:
         if self.step is not None:
-            raise InputError(
-                f"space: {LOSS_PREFIX}{name} has no loss to go to beside training_step; leave it out."
-            )
+            raise InputError(f"space: {LOSS_PREFIX}{name} has no loss to go to beside training_step; leave it out.")
         if isinstance(self.loss, str):
             arguments = LOSSES[self.loss].arguments
             if name not in arguments:
                 takes = f"takes {', '.join(arguments)}" if arguments else "takes no numbers"
                 raise InputError(f"space: {LOSS_PREFIX}{name} is none of loss={self.loss!r}, which {takes}.")
             if not arguments[name].holds(value):
-                raise InputError(
-                    f"space: {LOSS_PREFIX}{name} must be {arguments[name].rule()}, got {value!r}."
-                )
+                raise InputError(f"space: {LOSS_PREFIX}{name} must be {arguments[name].rule()}, got {value!r}.")
             return
         if isinstance(self.loss, nn.Module):
             raise InputError(
@@ -256,9 +252,7 @@ def pairs_all_rows(function: Callable[[Tensor, Tensor], Any], outputs: Tensor, y
     """
     if outputs.shape != (len(y), 1) or y.dim() != 1 or len(y) < 2:
         return False
-    steps = (
-        torch.arange(len(y), device=y.device) % 2
-    )  # rows that are all equal would not change with any order
+    steps = torch.arange(len(y), device=y.device) % 2  # rows that are all equal would not change with any order
     outputs = outputs.double() + 0.01 * steps[:, None] * bool((outputs == outputs[:1]).all())
     y = steps.to(y.dtype) if bool((y == y[:1]).all()) else y
     y = y.double() if y.is_floating_point() else y
@@ -274,9 +268,7 @@ def pairs_all_rows(function: Callable[[Tensor, Tensor], Any], outputs: Tensor, y
         return None  # it takes no such shapes
 
     def same(other: Tensor | None) -> bool:
-        return (
-            whole is not None and other is not None and torch.allclose(whole, other, rtol=1e-12, atol=1e-14)
-        )
+        return whole is not None and other is not None and torch.allclose(whole, other, rtol=1e-12, atol=1e-14)
 
     whole, n = mean(outputs, y), len(y)
     aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((n,), (n, 1))]
@@ -311,9 +303,7 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
         if value is not None and not callable(value):
             raise InputError(f"{name} must be a function, got {value!r}.")
     if step is not None and loss is not None:
-        raise InputError(
-            "training_step returns the loss itself, so loss has nothing to do; leave one of them out."
-        )
+        raise InputError("training_step returns the loss itself, so loss has nothing to do; leave one of them out.")
     binary = task == "binary"
     loss = loss_fitting(loss, task)
     if loss is None and step is None and task == "custom":
@@ -325,9 +315,7 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
         return Objective(LOSS_OF_TASK.get(task, ""), step, augment, task == "custom", binary)
     if not isinstance(loss, str):
         if not callable(loss):
-            raise InputError(
-                f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}."
-            )
+            raise InputError(f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}.")
         return Objective(loss, step, augment, task == "custom", binary)
     if loss not in LOSSES:
         raise InputError(
@@ -336,9 +324,7 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
         )
     if task not in LOSSES[loss].tasks:
         fitting = ", ".join(repr(name) for name, of in LOSSES.items() if task in of.tasks)
-        raise InputError(
-            f"loss={loss!r} does not fit a {task} target; choose {fitting or 'a loss of your own'}."
-        )
+        raise InputError(f"loss={loss!r} does not fit a {task} target; choose {fitting or 'a loss of your own'}.")
     return Objective(loss, step, augment, binary=binary)
 
 

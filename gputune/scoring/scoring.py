@@ -90,9 +90,7 @@ class Scoring:
             result = self._through_sklearn(data, fold, *self.positive_last(outputs, target), finite, member)
         return torch.where(finite & result.isfinite(), result, torch.nan)
 
-    def _of_outputs(
-        self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor
-    ) -> Tensor:
+    def _of_outputs(self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor) -> Tensor:
         assert self.of_outputs is not None
         if self.is_loss:
             y = data.y if data.y.dim() == 1 and not data.y.is_floating_point() else data.y[fold % len(data.y)]
@@ -260,11 +258,7 @@ def _takes_outputs(scorer: Callable[..., object]) -> bool:
         parameters = inspect.signature(scorer).parameters.values()
     except (TypeError, ValueError):
         return False
-    needed = [
-        p
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(needed) == 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
@@ -306,9 +300,7 @@ def positive_code(
             )
         return 1 if of_a_class else None
     if task != "binary":
-        raise InputError(
-            f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out."
-        )
+        raise InputError(f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out.")
     if not of_a_class:
         same = ": it is the same for both" if scoring == "roc_auc" else ""
         raise InputError(

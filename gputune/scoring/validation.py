@@ -57,9 +57,7 @@ class Validation:
             else:
                 blocks = [network.outputs(params, fold, part) for part in self._parts(fold, block)]
                 outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-            columns.append(
-                self.scoring.metrics(self.data, fold, outputs, partial(network.member, params, fold))
-            )
+            columns.append(self.scoring.metrics(self.data, fold, outputs, partial(network.member, params, fold)))
             if self.scoring.kept_bytes:
                 kept.append(outputs)
         self.outputs = [kept]
@@ -108,8 +106,7 @@ def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Map
     if scoring.positive is not None and classes is not None:
         # The best f1 without a model is that of the positive class for all rows.
         of_class = {
-            f"always {label!r}": _mean_score(data, scoring, code)
-            for code, label in enumerate(classes.tolist())
+            f"always {label!r}": _mean_score(data, scoring, code) for code, label in enumerate(classes.tolist())
         }
         best = max(of_class, key=of_class.__getitem__)
         ranks = len({*of_class.values()}) == 1  # no matter which class: a score of ranks
@@ -122,9 +119,7 @@ def _mean_score(data: Dataset, scoring: Scoring, always: int | None = None) -> f
     """Return the mean score over the folds of one answer for all rows; ``always`` is the code of a class."""
     scores = []
     # The answer is in the target's own units.
-    data = replace(
-        data, center=torch.zeros_like(data.center), scale=torch.ones_like(data.scale), transforms=()
-    )
+    data = replace(data, center=torch.zeros_like(data.center), scale=torch.ones_like(data.scale), transforms=())
     for f, fold in enumerate(data.folds):
         target = data.target[fold.train]
         if data.task == "regression":
@@ -137,9 +132,7 @@ def _mean_score(data: Dataset, scoring: Scoring, always: int | None = None) -> f
             if always is not None:
                 share = torch.zeros_like(share).index_fill_(0, torch.tensor(always, device=share.device), 1.0)
             answer = outputs_of(share, data.task)
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of scores that one answer for all rows leaves undefined
+        with warnings.catch_warnings(action="ignore"):  # of scores that one answer for all rows leaves undefined
             scores.append(scoring(data, f, answer.expand(1, len(fold.valid), -1))[0])
     return float(torch.stack(scores).mean())
 
@@ -162,9 +155,7 @@ def remark_on_accuracy(baseline: Mapping[str, str | float] | None, scoring: Scor
     if not str(baseline["answer"]).startswith("always"):  # of labels each has its own
         return ()
     two = scoring.classes is not None and len(scoring.classes) == 2
-    others = (
-        "balanced_accuracy, roc_auc, average_precision" if two else "balanced_accuracy, f1_macro, roc_auc_ovr"
-    )
+    others = "balanced_accuracy, roc_auc, average_precision" if two else "balanced_accuracy, f1_macro, roc_auc_ovr"
     return (
         f"{baseline['answer']} has an accuracy of {baseline['score']:.4f} already: {others} or neg_log_loss as scoring "
         "tell more",

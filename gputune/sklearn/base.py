@@ -79,9 +79,7 @@ def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., N
     kind = inspect.Parameter.KEYWORD_ONLY
     added = [inspect.Parameter(name, kind) for name in defaults if name not in own.parameters]
     parameters = [*own.parameters.values(), *added]
-    signature = own.replace(
-        parameters=[p.replace(default=defaults.get(p.name, p.default)) for p in parameters]
-    )
+    signature = own.replace(parameters=[p.replace(default=defaults.get(p.name, p.default)) for p in parameters])
 
     def __init__(self: object, *values: object, **params: object) -> None:
         bound = signature.bind(self, *values, **params)
@@ -226,9 +224,7 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
         y = _check_y(y, multi_output=several, y_numeric=numeric, estimator=estimator)
         check_consistent_length(arrays.parts[0], y)
     else:
-        table, y = validate_data(
-            estimator, X, y, dtype=FLOATS, order="C", y_numeric=numeric, multi_output=several
-        )
+        table, y = validate_data(estimator, X, y, dtype=FLOATS, order="C", y_numeric=numeric, multi_output=several)
         arrays, names = Arrays((as_tensor(table),)), getattr(estimator, "feature_names_in_", None)
     weights = None
     if sample_weight is not None:
@@ -297,9 +293,7 @@ def fit_together(
         try:
             recipe = candidate._recipe(draw)
             recipe = recipe if states is None else recipe.resumed(states[i])
-            recipes[i] = (
-                recipe if patient or not isinstance(recipe, Recipe) else replace(recipe, patience=None)
-            )
+            recipes[i] = recipe if patient or not isinstance(recipe, Recipe) else replace(recipe, patience=None)
         except (TypeError, ValueError) as error:
             results |= {(fold, i): error for fold in range(len(folds))}
     trains = {}
@@ -311,9 +305,7 @@ def fit_together(
             results |= {(fold, i): refusal for i in recipes}
     if recipes and trains:
         index = list(recipes)
-        fits = candidates[0]._fit_recipes(
-            list(recipes.values()), rows, trains, workers=workers, deadline=deadline
-        )
+        fits = candidates[0]._fit_recipes(list(recipes.values()), rows, trains, workers=workers, deadline=deadline)
         results |= {(fold, index[trial]): fitted for (fold, trial), fitted in fits.items()}
     return results
 

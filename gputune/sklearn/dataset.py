@@ -157,8 +157,7 @@ def make_dataset(
     device = x[0].device
     weigh = np.ones(len(rows.y), dtype=bool) if rows.weights is None else rows.weights > 0
     folds = tuple(
-        Fold(as_tensor(train).to(device), as_tensor(train[weigh[train] & watched]).to(device))
-        for train in group.trains
+        Fold(as_tensor(train).to(device), as_tensor(train[weigh[train] & watched]).to(device)) for train in group.trains
     )
     y, center, scale = _targets(rows, group, standardise)
     weights = None
@@ -291,9 +290,7 @@ class SliceDict(dict[str, Any]):
     rows. Raises InputError for what is no array, and for unequal lengths.
     """
 
-    def __init__(
-        self, inputs: Mapping[str, object] | Iterable[tuple[str, object]] = (), **more: object
-    ) -> None:
+    def __init__(self, inputs: Mapping[str, object] | Iterable[tuple[str, object]] = (), **more: object) -> None:
         super().__init__(inputs, **more)
         for name, value in self.items():
             if not isinstance(value, np.ndarray | Tensor) or value.ndim == 0:

@@ -201,9 +201,7 @@ def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
         chunks = [_resumed_chunk(chunk, batch) for chunk in chunks]
     plan = replace(plan, chunks=tuple(chunks), threads=min(plan.threads, torch.get_num_threads()))
     patiences = {i: r.patience for i, r in enumerate(batch.recipes) if r.patience is not None}
-    job = trainer.job(
-        MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None, patiences=patiences
-    )
+    job = trainer.job(MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None, patiences=patiences)
     late = TimeoutError("the time was over before this fit had ended; give it more.")
     members |= {(f, i): late for chunk in chunks for f in range(data.n_folds) for i in chunk.index}
     for outcome in trainer.train(job, plan):

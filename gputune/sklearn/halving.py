@@ -32,9 +32,7 @@ class HalvingRun(SearchRun):
         by_key: dict[Hashable, list[Fit]] = {}
         for fit in fits:
             by_key.setdefault(keys[fit.trial], []).append(fit)
-        self.states = {
-            key: state for key, members in by_key.items() if (state := self._state(members)) is not None
-        }
+        self.states = {key: state for key, members in by_key.items() if (state := self._state(members)) is not None}
 
     def _key(self, params: Mapping[str, object]) -> Hashable:
         """Return what a candidate keeps from rung to rung: scikit-learn copies its dict, and not its values."""

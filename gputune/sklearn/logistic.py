@@ -58,9 +58,7 @@ SolveGroup = tuple[list[int], FoldGroup]
 """Positions of penalties that differ in C and l1_ratio alone, and folds of the same classes: solved together."""
 
 
-def solve_groups(
-    penalties: Sequence[Penalty], rows: Rows, folds: Mapping[int, NDArray[np.int64]]
-) -> list[SolveGroup]:
+def solve_groups(penalties: Sequence[Penalty], rows: Rows, folds: Mapping[int, NDArray[np.int64]]) -> list[SolveGroup]:
     """Return what is solved together of penalties on the training rows of folds, by number."""
     alike: dict[Hashable, list[int]] = defaultdict(list)
     for i, p in enumerate(penalties):
@@ -132,9 +130,7 @@ def _weights(
     weights = np.zeros(len(rows.y))
     weights[train] = of_rows * per_class[codes]
     if not ((weights >= 0).all() and weights.any()):
-        raise ValueError(
-            f"class_weight={class_weight!r} must leave weights >= 0, and one training row above 0."
-        )
+        raise ValueError(f"class_weight={class_weight!r} must leave weights >= 0, and one training row above 0.")
     return weights
 
 
@@ -205,9 +201,7 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
     def _recipe(self, draw: DrawSeed) -> Penalty:
         del draw  # the solution is unique
         if (reason := self._left_to_scikit_learn(None)) is not None:
-            raise InputError(
-                f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone."
-            )
+            raise InputError(f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone.")
         self._checked_params()
         C, l1_ratio = _penalty(self.C, self.l1_ratio, self.penalty)
         if not (self.class_weight is None or isinstance(self.class_weight, Mapping)) and not (
@@ -248,9 +242,7 @@ def _penalty(C: Any, l1_ratio: Any, penalty: object) -> tuple[float, float]:
     l1_ratio = check_value("l1_ratio", 0 if l1_ratio is None else l1_ratio, "l1_ratio")
     if penalty is None:
         if C != 1.0 or l1_ratio != 0.0:
-            warn(
-                f"Setting penalty=None will ignore the C and l1_ratio parameters, got C={C} and l1_ratio={l1_ratio}."
-            )
+            warn(f"Setting penalty=None will ignore the C and l1_ratio parameters, got C={C} and l1_ratio={l1_ratio}.")
         return math.inf, 0.0
     meant = {"elasticnet": l1_ratio, "l2": 0.0, "l1": 1.0, "auto": l1_ratio, _PENALTY: l1_ratio}
     if not isinstance(penalty, str) or penalty not in meant:
@@ -264,10 +256,6 @@ def _penalty(C: Any, l1_ratio: Any, penalty: object) -> tuple[float, float]:
 
 
 def _tolerance(value: object) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | np.number)
-        or not 0 < float(value) < math.inf
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < float(value) < math.inf:
         raise InputError(f"tol must be a number > 0, got {value!r}. For example 1e-10.")
     return float(value)

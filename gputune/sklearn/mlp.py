@@ -128,16 +128,10 @@ class _MLP(TrainedEstimator):
     def _recipe(self, draw: DrawSeed) -> Recipe:
         self._validate_params()
         if (reason := self._setting_of_scikit_learn()) is not None:
-            raise InputError(
-                f"{reason} is left to scikit-learn's own {type(self).__name__}, which trains alone."
-            )
+            raise InputError(f"{reason} is left to scikit-learn's own {type(self).__name__}, which trains alone.")
         layers, alpha = _layers(self.hidden_layer_sizes), self._alpha()
-        optimizer = _NESTEROVS.get(self.solver, (self.solver, self.solver))[
-            0 if self.nesterovs_momentum else 1
-        ]
-        schedule = (
-            self.learning_rate if self.learning_rate in SCHEDULES else "constant"
-        )  # which is for sgd alone
+        optimizer = _NESTEROVS.get(self.solver, (self.solver, self.solver))[0 if self.nesterovs_momentum else 1]
+        schedule = self.learning_rate if self.learning_rate in SCHEDULES else "constant"  # which is for sgd alone
         momentum = check_value("momentum", self.momentum, "momentum")
         values = {
             "width": ("hidden_layer_sizes", tuple(layers) if len({*layers}) > 1 else layers[0]),
@@ -209,9 +203,7 @@ class _MLP(TrainedEstimator):
         table = validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False) if check_input else X
         hidden, activation = as_tensor(as_dense(table)), MLP_ACTIVATIONS[self.activation]()
         for weight, bias in zip(self.coefs_[:-1], self.intercepts_[:-1]):
-            hidden = activation(
-                hidden @ as_tensor(weight).to(hidden.dtype) + as_tensor(bias).to(hidden.dtype)
-            )
+            hidden = activation(hidden @ as_tensor(weight).to(hidden.dtype) + as_tensor(bias).to(hidden.dtype))
         outputs: NDArray[np.floating] = hidden.numpy() @ self.coefs_[-1] + self.intercepts_[-1]
         THEIR_ACTIVATIONS[self.out_activation_](outputs)
         return outputs

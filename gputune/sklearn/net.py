@@ -142,9 +142,7 @@ class _NeuralNet(TrainedEstimator):
             "weight_decay": ("optimizer__weight_decay", decay),
             "momentum": ("optimizer__momentum", momentum),
         }
-        arguments = {
-            _in_engines_words(name): check_value(name, value, name) for name, value in self._arguments.items()
-        }
+        arguments = {_in_engines_words(name): check_value(name, value, name) for name, value in self._arguments.items()}
         config = engine_config(values, optimizer=optimizer) | arguments
         check_optimizer(config, "module")
         return Recipe(

@@ -144,9 +144,7 @@ class Recorder:
                 with using_hook(self), suppress(Exception):
                     fitted = _silent(clone(candidate))
                     _fit(fitted, *rows)
-                    if (
-                        self.held_out and self.place not in self.left
-                    ):  # only now are the steps those of this fold
+                    if self.held_out and self.place not in self.left:  # only now are the steps those of this fold
                         self._hold_out(fitted, X, y, train, test)
         return self.events
 
@@ -156,9 +154,7 @@ class Recorder:
         )
         labels = [within.rows.labels(train.index) for train in trains]
         reasons = [[candidate._left_to_scikit_learn(y) for y in labels] for candidate in candidates]
-        self.left = {
-            (t, f): why for t, row in enumerate(reasons) for f, why in enumerate(row) if why is not None
-        }
+        self.left = {(t, f): why for t, row in enumerate(reasons) for f, why in enumerate(row) if why is not None}
         return [
             Fit(trial, fold, candidate, len(train.index), train, valid if self.held_out else None)
             for trial, candidate in enumerate(candidates)
@@ -237,9 +233,7 @@ def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> P
             X = step.transform(X)
     rows = check_rows(clone(last), X, y)
     weights = None if train.rows.weights is None else np.ones(len(rows.X))
-    if len(rows.X.parts) == len(
-        train.rows.X.parts
-    ):  # a transformer may give other precisions than in training
+    if len(rows.X.parts) == len(train.rows.X.parts):  # a transformer may give other precisions than in training
         parts = tuple(x.to(part.dtype) for x, part in zip(rows.X.parts, train.rows.X.parts))
         rows = replace(rows, X=Arrays(parts, rows.X.names))
     rows = replace(rows, weights=weights)

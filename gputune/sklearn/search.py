@@ -263,9 +263,7 @@ def _origins(results: Json) -> list[str | tuple[int, int]]:
 
 
 def _meta(search: BaseSearchCV, metrics: Sequence[str]) -> Json:
-    several = (
-        [{"name": name, "scorer": name, "positive": None} for name in metrics] if len(metrics) > 1 else []
-    )
+    several = [{"name": name, "scorer": name, "positive": None} for name in metrics] if len(metrics) > 1 else []
     return {
         "metrics": several,
         "face": "sklearn",

@@ -185,9 +185,7 @@ def descended_parameters(hyperparameters: str | Sequence[str] | None, estimator:
     words = list(offered)[:1] if words is None else [str(word).removeprefix(prefix) for word in words]
     names = [offered.get(word) for word in words]
     if not names or None in names or len(set(names)) < len(names):
-        several = [
-            " or ".join(w for w in offered if offered[w] == n) for n in dict.fromkeys(offered.values())
-        ]
+        several = [" or ".join(w for w in offered if offered[w] == n) for n in dict.fromkeys(offered.values())]
         raise InputError(
             f"hyperparameters: a descent of {type(last).__name__} moves some of {', '.join(several)}, each named once, "
             f"got {hyperparameters!r}."

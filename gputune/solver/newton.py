@@ -154,9 +154,7 @@ def _unseen(objective: Tensor, slope: Tensor) -> Tensor:
 def _replaced(point: Point, members: Tensor, by: Point) -> Point:
     """The point with some members' state taken from another."""
     state = ("weight", "logits", "chance", "loss", "slope", "error")
-    return replace(
-        point, **{name: getattr(point, name).index_copy(0, members, getattr(by, name)) for name in state}
-    )
+    return replace(point, **{name: getattr(point, name).index_copy(0, members, getattr(by, name)) for name in state})
 
 
 def proximal_newton_step(rows: Rows, point: Point, tolerance: float) -> Point:

@@ -62,9 +62,7 @@ class Point:
         return Point(*(getattr(self, name)[members] for name in self.__dataclass_fields__))
 
 
-def rows_of(
-    x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool = False
-) -> Rows:
+def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool = False) -> Rows:
     """The rows of inputs (n, D), centred where there is an intercept, with shares (n,) > 0 that sum to one.
 
     ``rotate`` takes the columns along the principal axes of the rows (no more than there are rows), on which the

@@ -84,9 +84,7 @@ class Problem:
     def __post_init__(self) -> None:
         """Raise InputError for a C or l1_ratio out of range."""
         if self.C.shape != self.l1_ratio.shape or self.C.ndim != 1 or not bool((self.C > 0).all()):
-            raise InputError(
-                f"solve needs C > 0, one for each l1_ratio (inf = no penalty), got C={self.C.tolist()}."
-            )
+            raise InputError(f"solve needs C > 0, one for each l1_ratio (inf = no penalty), got C={self.C.tolist()}.")
         if not bool(((self.l1_ratio >= 0) & (self.l1_ratio <= 1)).all()):
             raise InputError(f"solve needs l1_ratio from 0 (l2) to 1 (l1), got {self.l1_ratio.tolist()}.")
 
@@ -221,9 +219,7 @@ def _chunks(which: Tensor, C: Tensor, rows: Rows) -> tuple[Tensor, ...]:
     return torch.split(members, max(1, numbers // (rows.outputs * len(rows.design))))
 
 
-def _write(
-    solution: Solution, members: Tensor, kept: Tensor, weight: Tensor, center: Tensor, scale: Tensor
-) -> None:
+def _write(solution: Solution, members: Tensor, kept: Tensor, weight: Tensor, center: Tensor, scale: Tensor) -> None:
     """Put weights (m, K', D or D + 1) into the rows of the classes kept, the inputs' centring and scale undone."""
     inputs = len(center)
     coef = weight[..., :inputs]
@@ -244,9 +240,7 @@ class Descent:
     converged: Tensor  # (m,) bool
 
 
-def descend(
-    rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: float, max_steps: int
-) -> Descent:
+def descend(rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: float, max_steps: int) -> Descent:
     """Step all members until each has converged or changes no more; who is done leaves and costs nothing."""
     point = origin(rows, ridge, lasso)
     steps, residual = torch.zeros_like(ridge, dtype=torch.int64), torch.zeros_like(ridge)

@@ -163,9 +163,7 @@ class Claims:
                         connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (number, lock))
             return answer
 
-    def _is_free(
-        self, connection: sqlite3.Connection, number: int, trials: Sequence[int]
-    ) -> tuple[bool, Owner | None]:
+    def _is_free(self, connection: sqlite3.Connection, number: int, trials: Sequence[int]) -> tuple[bool, Owner | None]:
         query = "SELECT 1 FROM results WHERE number = ? AND state != 'stopped'"
         with sqlite_errors(self.path):
             if trials and all(connection.execute(query, (n,)).fetchone() for n in trials):

@@ -64,9 +64,7 @@ def check_file(path: Path) -> None:
     """Raise FileNotFoundError where there is no file."""
     if not path.is_file():
         inside = next(iter(sorted(path.glob("*.db"))), None) if path.is_dir() else None
-        remedy = (
-            f"this is a folder, give {inside or 'the file in it'!s}" if path.is_dir() else "check the path"
-        )
+        remedy = f"this is a folder, give {inside or 'the file in it'!s}" if path.is_dir() else "check the path"
         raise FileNotFoundError(errno.ENOENT, f"there is no study file; {remedy}", str(path))
 
 
@@ -162,13 +160,9 @@ def _in_words(error: sqlite3.Error, path: Path) -> Exception:
                 f"{name}: another process has held its lock for {BUSY_SECONDS:g} s; wait for it or end it",
             )
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
-            return PermissionError(
-                errno.EACCES, f"{name} may not be written ({error}); check the rights of its folder"
-            )
+            return PermissionError(errno.EACCES, f"{name} may not be written ({error}); check the rights of its folder")
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
-            return OSError(
-                errno.EIO, f"{name}: {error}; check the disk, the rights of its folder and limits on files"
-            )
+            return OSError(errno.EIO, f"{name}: {error}; check the disk, the rights of its folder and limits on files")
     return damaged(path, str(error))
 
 
@@ -212,9 +206,7 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(100)
     if not header:
-        raise StudyCorruptError(
-            f"{str(path)!r} is not a gputune study: it is empty; remove it, or check the path."
-        )
+        raise StudyCorruptError(f"{str(path)!r} is not a gputune study: it is empty; remove it, or check the path.")
     if len(header) < 100 or header[:16] != b"SQLite format 3\x00":
         raise _foreign(path, "it is no SQLite file")
     if int.from_bytes(header[68:72], "big") != APPLICATION_ID:

@@ -172,18 +172,14 @@ def encoded(model: ModelContent, table: Table | Arrays) -> Any:
     layout = model.layout
     if not isinstance(layout, Layout):
         assert isinstance(table, Arrays)
-        parts = tuple(
-            x.to(getattr(torch, dtype)) for x, dtype in zip(layout.raw(table).gathered(), layout.dtypes)
-        )
+        parts = tuple(x.to(getattr(torch, dtype)) for x, dtype in zip(layout.raw(table).gathered(), layout.dtypes))
         return Arrays(parts, layout.names).as_given()
     assert isinstance(table, Table)
     features = layout.raw(table)  # it checks the columns, also where only some of it is wanted
     if not takes_columns(layout):
         return features
     columns = layout.columns
-    return np.stack(
-        [convert(table.column(c.name), table.kind(c.name), c).astype(np.float64) for c in columns], axis=1
-    )
+    return np.stack([convert(table.column(c.name), table.kind(c.name), c).astype(np.float64) for c in columns], axis=1)
 
 
 def description(model: ModelContent) -> Json:
@@ -227,8 +223,7 @@ def _examples(layout: Layout | ArrayLayout, columns: int) -> tuple[Tensor, ...]:
     if isinstance(layout, Layout):
         return (torch.zeros(2, columns, dtype=torch.float64),)
     return tuple(
-        torch.zeros(2, *shape, dtype=getattr(torch, dtype))
-        for shape, dtype in zip(layout.shapes, layout.dtypes)
+        torch.zeros(2, *shape, dtype=getattr(torch, dtype)) for shape, dtype in zip(layout.shapes, layout.dtypes)
     )
 
 
@@ -239,9 +234,7 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     if path.suffix not in writers:
         raise InputError(f"export(path={str(path)!r}) must end in .onnx or .pt2; choose one of them.")
     if path.exists():
-        raise InputError(
-            f"export(path={str(path)!r}) exists already; give a path that is free, or remove it."
-        )
+        raise InputError(f"export(path={str(path)!r}) exists already; give a path that is free, or remove it.")
     if not path.parent.is_dir():
         raise no_folder(f"export(path={str(path)!r})", path)
     if model.transform is not None and not isinstance(model.transform.how, str):

@@ -112,9 +112,7 @@ class Ledger:
         planned = {number for chunk in self.plan if chunk.stage == stage for number in chunk.trials}
         return [trial for trial in trials if trial.number not in planned]
 
-    def _freeze(
-        self, trials: Sequence[Candidate], stage: int, parts: Sequence[tuple[Sequence[int], int]]
-    ) -> None:
+    def _freeze(self, trials: Sequence[Candidate], stage: int, parts: Sequence[tuple[Sequence[int], int]]) -> None:
         first = 1 + max((chunk.number for chunk in self.plan), default=-1)
         new = [
             Chunk(number, stage, tuple(trials[position].number for position in part), threads)
@@ -157,9 +155,7 @@ class Ledger:
         """Whether the file has a trial without a result that stays, of this process or of another one."""
         return self.store is not None and self.store.waiting() > 0
 
-    def finish(
-        self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
-    ) -> None:
+    def finish(self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})) -> None:
         """Keep the results of one chunk, all or none; those that are kept already stay as they are.
 
         ``outputs`` by number are kept too where a trial is complete and they are those of its best epoch.
@@ -224,11 +220,7 @@ def _value(record: SearchRecord, name: str) -> object:
 
 def _without_steps(value: object) -> object:
     """Return a value without what may grow when a search goes on: the steps of a descent."""
-    return (
-        {key: part for key, part in value.items() if key != "outer_steps"}
-        if isinstance(value, dict)
-        else value
-    )
+    return {key: part for key, part in value.items() if key != "outer_steps"} if isinstance(value, dict) else value
 
 
 def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> list[str]:
@@ -261,9 +253,7 @@ def _in_words(there: object, here: object) -> str:
 
 
 @contextmanager
-def open_ledger(
-    path: str | Path | None, record: SearchRecord, store: Store | None = None
-) -> Iterator[Ledger]:
+def open_ledger(path: str | Path | None, record: SearchRecord, store: Store | None = None) -> Iterator[Ledger]:
     """Open the ledger of a new search, or of the search that ``path`` holds, which ``store`` is where it is open.
 
     Raises InputError where the file holds another search, and says what differs; at the end StudyCorruptError where

@@ -75,9 +75,7 @@ class TunedModel(ModelContent):
         labels: np.ndarray = self.classes[outputs.argmax(1).numpy()]
         return labels
 
-    def predict_interval(
-        self, X: object, level: float = 0.9
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def predict_interval(self, X: object, level: float = 0.9) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the lower and the upper ends, (n,) each, of intervals that hold about a share ``level`` of the values.
 
         The prediction before the target is transformed back, plus and minus the ceil((m + 1) level)-th smallest of the
@@ -98,9 +96,7 @@ class TunedModel(ModelContent):
 
     def _half_width(self, level: float) -> float:
         if self.task != "regression" or not isinstance(self.center, float):
-            what = (
-                "several numbers a row" if self.task == "regression" else "no number but classes or its own"
-            )
+            what = "several numbers a row" if self.task == "regression" else "no number but classes or its own"
             raise InputError(
                 f"predict_interval is of one number a row, and this model predicts {what}: "
                 f"{'search for one column at a time' if self.task == 'regression' else 'use predict_proba'}."
@@ -314,8 +310,7 @@ class TunedModel(ModelContent):
             return output
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(
-            f"{type(self.module).__name__} must return a tensor of shape {(rows, K)}, got {got}; "
-            "correct its forward()."
+            f"{type(self.module).__name__} must return a tensor of shape {(rows, K)}, got {got}; correct its forward()."
         )
 
     def _repr_html_(self) -> str:
@@ -336,9 +331,7 @@ class TunedModel(ModelContent):
 
     def __repr__(self) -> str:
         what = self.task if self.classes is None else f"{len(self.classes)} classes"
-        return (
-            f"TunedModel({type(self.module).__name__}, {what}, {self.target!r} from {self.layout.in_words()})"
-        )
+        return f"TunedModel({type(self.module).__name__}, {what}, {self.target!r} from {self.layout.in_words()})"
 
 
 @entry

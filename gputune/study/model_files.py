@@ -154,9 +154,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
             "was."
         ) from error
     if changed:
-        warn(
-            f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise."
-        )
+        warn(f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise.")
     network.eval()
     return ModelContent(
         network,
@@ -255,9 +253,7 @@ def _check_free(folder: Path) -> None:
             )
 
 
-def _preprocessing(
-    layout: Json, statistics: Json
-) -> tuple[Layout | ArrayLayout, Statistics | ArrayStatistics]:
+def _preprocessing(layout: Json, statistics: Json) -> tuple[Layout | ArrayLayout, Statistics | ArrayStatistics]:
     if "shapes" in layout:
         return ArrayLayout.from_json(layout), ArrayStatistics.from_json(statistics)
     return Layout.from_json(layout), Statistics.from_json(statistics)
@@ -276,15 +272,11 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 def _full_spec(model: ModelContent) -> Json:
     """Return how the module is built again; of a user's class with the file where it lies now."""
-    if (
-        model.spec["kind"] != "module" or "made" in model.spec
-    ):  # by a function, of which the module knows nothing
+    if model.spec["kind"] != "module" or "made" in model.spec:  # by a function, of which the module knows nothing
         return model.spec
     source, file = class_source(_module_type(model)), source_file(_module_type(model))
     beside = {"file": file} if file is not None and "import" in source else {}
-    kept: Config = {
-        key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns") if key in model.spec
-    }
+    kept: Config = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns") if key in model.spec}
     return {**kept, **source, **beside}
 
 
@@ -293,16 +285,12 @@ def _module_type(model: ModelContent) -> type[nn.Module]:
     return type(model.module.members[0] if isinstance(model.module, Ensemble) else model.module)
 
 
-def _module_class(
-    spec: Mapping[str, object], module: Builder | None, folder: Path, *, trust_code: bool
-) -> Builder:
+def _module_class(spec: Mapping[str, object], module: Builder | None, folder: Path, *, trust_code: bool) -> Builder:
     kind = str(spec["kind"])
     if module is not None and not is_builder(module):
         raise InputError(f"load_model(module=...) must be a subclass of torch.nn.Module, got {module!r}.")
     if module is not None and kind in BUILT_IN:
-        raise InputError(
-            f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module out."
-        )
+        raise InputError(f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module out.")
     if known := module or BUILT_IN.get(kind):
         return known
     with blaming(folder / DESCRIPTION):

@@ -176,9 +176,7 @@ def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = Fal
     package, _, name = place.partition(":")
     module_class = _of_main(name, file, trust_code) if package == MAIN else _imported(place, file, trust_code)
     if not or_changed and is_changed(module_class, source):
-        raise InputError(
-            f"the module class {place!r} has changed since the search was begun; restore its source."
-        )
+        raise InputError(f"the module class {place!r} has changed since the search was begun; restore its source.")
     return module_class
 
 
@@ -198,9 +196,7 @@ def _of_file(path: Path, name: str, sha256: str | None, *, trust_code: bool, or_
     digest = _sha256(content)
     changed = sha256 not in (None, digest)
     if changed and not or_changed:
-        raise InputError(
-            f"the module file {str(path)!r} has changed since the model was trained; restore it."
-        )
+        raise InputError(f"the module file {str(path)!r} has changed since the model was trained; restore it.")
     if not trust_code:
         more = "; it has changed since the model was saved" if changed else ""
         _check_remembered(((str(path), digest),), name, more)

@@ -123,9 +123,7 @@ class SearchRecord:
     distributions: dict[str, Json] = _part(dict, form={"": {"kind": str}})
     method: str | Json = _part("", "method", form=METHOD, logged=True)
     task: str = _argument("", "task", logged=True)
-    target_transform: str | Json | None = _part(
-        None, "target_transform", form=(str, dict, None), training=True
-    )
+    target_transform: str | Json | None = _part(None, "target_transform", form=(str, dict, None), training=True)
     classes: Sequence[str | bool | float] | None = _part(None, form=([(str, bool, float)], None))
     source: Json | None = _part(None, form=(SOURCE, None))
     fingerprint: Json = _part(dict, "data", form=FINGERPRINT, training=True)
@@ -143,9 +141,7 @@ class SearchRecord:
     code: dict[str, str] = _part(dict, "code", form={"": str})
     scoring: str = _part("", "scoring", training=True, logged=True)
     metrics: Sequence[Json] = _part(list, "scoring", form=METRICS)
-    positive: str | bool | float | None = _argument(
-        None, "positive", form=(str, bool, float, None), logged=True
-    )
+    positive: str | bool | float | None = _argument(None, "positive", form=(str, bool, float, None), logged=True)
     baseline: Json | None = _part(None, form=({"answer": str, "score": float}, None))
     epoch: str = _argument("", "epoch", training=False)
     patience: int | None = _argument(None, "patience", form=(int, None), training=False)
@@ -218,17 +214,13 @@ class SearchRecord:
 
 def lost_option(path: Path | None, name: str) -> StudyCorruptError:
     """Return the error of a study whose file has lost an option that is needed."""
-    place, call = (
-        ("", "") if path is None else (f" {str(path)!r}", f": gputune.Study.open({str(path)!r}).trials")
-    )
+    place, call = ("", "") if path is None else (f" {str(path)!r}", f": gputune.Study.open({str(path)!r}).trials")
     return StudyCorruptError(
         f"study{place} has lost the option {name!r} of its search. Its trials can be read{call}; search again for more."
     )
 
 
-PARTS: Mapping[str, Part] = {
-    one.name: one.metadata["part"] for one in fields(SearchRecord) if "part" in one.metadata
-}
+PARTS: Mapping[str, Part] = {one.name: one.metadata["part"] for one in fields(SearchRecord) if "part" in one.metadata}
 """What each field is for."""
 
 DIRECTIONS = {"objective": "maximize", "neg_objective": "minimize"}
@@ -248,17 +240,13 @@ def has_form(value: object, form: object) -> bool:
     match form:
         case tuple():
             return any(has_form(value, one) for one in form)
-        case [kind] if kind is int and isinstance(
-            value, list | tuple
-        ):  # a chunk has as many as it has trials
+        case [kind] if kind is int and isinstance(value, list | tuple):  # a chunk has as many as it has trials
             whole = {int}.issuperset(map(type, value))
             return whole and (not value or -(2**63) <= min(value) <= max(value) < 2**63)
         case list():
             return isinstance(value, list | tuple) and all(has_form(item, form[0]) for item in value)
         case {"": inner}:
-            return isinstance(value, dict) and all(
-                type(k) is str and has_form(v, inner) for k, v in value.items()
-            )
+            return isinstance(value, dict) and all(type(k) is str and has_form(v, inner) for k, v in value.items())
         case dict():
             return isinstance(value, dict) and all(
                 has_form(value[key], inner) if (key := name.rstrip("?")) in value else name.endswith("?")

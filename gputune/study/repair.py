@@ -47,9 +47,7 @@ class Repaired:
             f"results  of {self.finished} of the {trials} trials; what has none is trained when the search goes on",
         ]
         if not self.is_whole_search:
-            lines.append(
-                "Options are lost: the trials can be read, and the search cannot go on in this file."
-            )
+            lines.append("Options are lost: the trials can be read, and the search cannot go on in this file.")
         return "\n".join(lines)
 
 
@@ -114,9 +112,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _saved(connection: sqlite3.Connection, table: str) -> Rows:
     """Return the whole rows of a table by their rowids; none where the file has lost the table."""
     with suppress(sqlite3.Error):
-        schema = connection.execute(
-            "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?", (table,)
-        )
+        schema = connection.execute("SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?", (table,))
         if schema.fetchall() == [(TABLES[table],)]:
             reached = _reached(connection, table)
             return {rowid: row for rowid, row in reached.items() if _is_whole(table, row)}

@@ -138,9 +138,7 @@ class Store:
         """Freeze chunks of the plan, all or none. Raises InputError for a number that is taken."""
         self._insert("plan", [chunk.to_row() for chunk in chunks])
 
-    def finish(
-        self, results: Iterable[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
-    ) -> None:
+    def finish(self, results: Iterable[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})) -> None:
         """Write the results of one chunk, all or none; when this returns they are on the disk.
 
         Outputs by the numbers of these trials are kept beside them, up to a limit, for which the worst are dropped.
@@ -254,9 +252,7 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _rows(
-        self, table: str, make: Callable[..., Value], numbers: Collection[int] | None = None
-    ) -> list[Value]:
+    def _rows(self, table: str, make: Callable[..., Value], numbers: Collection[int] | None = None) -> list[Value]:
         """Return what the rows of a table, or those of some numbers, say; StudyCorruptError where one is damaged."""
         some = "" if numbers is None else "WHERE rowid IN (SELECT value FROM json_each(?))"
         given = () if numbers is None else (json.dumps(list(numbers)),)
@@ -302,9 +298,7 @@ class Store:
             for row in rows:
                 try:
                     if table == "results":
-                        self._connection.execute(
-                            "DELETE FROM results WHERE number = ? AND state = 'stopped'", row[:1]
-                        )
+                        self._connection.execute("DELETE FROM results WHERE number = ? AND state = 'stopped'", row[:1])
                     insert(self._connection, table, (*row, checksum(*row)))
                 except sqlite3.IntegrityError as error:
                     never_added = error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY

@@ -158,9 +158,7 @@ class Study:
         Raises InputError for a study without a file, or where something lies at ``path`` already.
         """
         if self.file is None:
-            raise InputError(
-                "backup() copies the file of a study, and this one is in memory; search with study=PATH."
-            )
+            raise InputError("backup() copies the file of a study, and this one is in memory; search with study=PATH.")
         with Store.open(self.file) as store:
             store.backup(path)
 
@@ -259,9 +257,7 @@ class Study:
             columns[f"fold_{f}"] = [t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials]
         for name in self.metrics:
             columns[f"score_{name}"] = [t.scores.get(name, math.nan) for t in trials]
-        columns |= {
-            name.removesuffix("_text"): column(name) for name in ("best_epoch", "seconds", "origin_text")
-        }
+        columns |= {name.removesuffix("_text"): column(name) for name in ("best_epoch", "seconds", "origin_text")}
         for name in dict.fromkeys(name for t in trials for name in t.params):
             columns[f"params_{name}"] = [t.params.get(name) for t in trials]
         return columns

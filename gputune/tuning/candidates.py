@@ -109,9 +109,7 @@ def first_trials(
     if not draws_at_once(options):
         return first
     known = first + _stored_draws(store, options, space)[: max(0, options.n_trials - n_counted(first))]
-    return known + top_up(
-        known, space, options.n_trials, options.random_state, earlier=earlier_configs(options)
-    )
+    return known + top_up(known, space, options.n_trials, options.random_state, earlier=earlier_configs(options))
 
 
 def earlier_configs(options: Options) -> list[Config]:
@@ -136,11 +134,7 @@ def with_earlier(options: Options, space: Space) -> Options:
     """
     configs: list[Mapping[str, object]] = []
     for study in options.warm_start:
-        name = (
-            "warm_start: a study in memory"
-            if study.file is None
-            else f"warm_start: study {str(study.file)!r}"
-        )
+        name = "warm_start: a study in memory" if study.file is None else f"warm_start: study {str(study.file)!r}"
         trials = [trial for trial in study.ranking() if trial.state == "complete" and isfinite(trial.score)]
         if not trials:
             raise InputError(f"{name} has no finished trial; leave it out.")
@@ -156,9 +150,7 @@ def with_earlier(options: Options, space: Space) -> Options:
     return replace(options, include=[*options.include, *configs])
 
 
-def notes_on(
-    trials: Sequence[Candidate], space: Space, choice: ModelChoice, options: Options
-) -> tuple[str, ...]:
+def notes_on(trials: Sequence[Candidate], space: Space, choice: ModelChoice, options: Options) -> tuple[str, ...]:
     """Return what the user should know of the trials of this call, a sentence each."""
     defaults = _defaults(choice, options)
     return notes(trials, space, include_default=options.include_default, defaults=defaults)
@@ -184,9 +176,7 @@ def remarks_on(ledger: Ledger, space: Space, options: Options) -> tuple[str, ...
     """Return how the trials of a ledger are other than what this call asks for, a sentence each."""
     if not draws_at_once(options):
         return ()
-    return remarks(
-        ledger.candidates, space, n_trials=options.n_trials, include_default=options.include_default
-    )
+    return remarks(ledger.candidates, space, n_trials=options.n_trials, include_default=options.include_default)
 
 
 def _missing(

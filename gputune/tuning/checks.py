@@ -103,9 +103,7 @@ def workers(name: str, value: object) -> object:
     if value == "ray":
         return Ray()
     if isinstance(value, str) and value != "auto":
-        raise InputError(
-            f"{name} must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got {value!r}."
-        )
+        raise InputError(f"{name} must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got {value!r}.")
     return value if isinstance(value, Ray) or value == "auto" else whole(name, value)
 
 
@@ -150,14 +148,10 @@ def seed(name: str, random_state: object) -> int:
 
     if isinstance(random_state, int | np.integer) and not isinstance(random_state, bool):
         if not 0 <= random_state < 2**32:
-            raise InputError(
-                f"random_state must be in [0, 2**32), as scikit-learn has it, got {random_state}."
-            )
+            raise InputError(f"random_state must be in [0, 2**32), as scikit-learn has it, got {random_state}.")
         return int(random_state)
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(2**31))
     if random_state is None or isinstance(random_state, np.random.Generator):
         return int(np.random.default_rng(random_state).integers(2**31))
-    raise InputError(
-        f"random_state is an integer, a numpy RandomState or Generator, or None, got {random_state!r}."
-    )
+    raise InputError(f"random_state is an integer, a numpy RandomState or Generator, or None, got {random_state!r}.")

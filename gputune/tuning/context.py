@@ -116,9 +116,7 @@ class Context:
         for remark in (*self.remarks, *self.remarks_on(configs)):
             self.progress.say(f"note: {remark}", once=True)
         with self.profile.clock("planning"):
-            make = partial(
-                self.trainer.plan, groups, epochs=epochs, parameters=parameters, measure=self._need
-            )
+            make = partial(self.trainer.plan, groups, epochs=epochs, parameters=parameters, measure=self._need)
             plan = make()
             if self._time(plan, groups, epochs):
                 plan = make()
@@ -134,12 +132,7 @@ class Context:
     def _time(self, plan: Plan, groups: Sequence[Population], epochs: int) -> bool:
         """Time the ways of a user's module where one may be chosen, and return whether any trains in another one."""
         builder, data = self.choice.module_class, self.data
-        if (
-            builder is None
-            or self.options.backend != "auto"
-            or data.device.type != "cpu"
-            or self.trainer.cluster
-        ):
+        if builder is None or self.options.backend != "auto" or data.device.type != "cpu" or self.trainer.cluster:
             return False
         has_news = False
         stacked = [chunk for chunk, way in zip(plan.chunks, plan.ways) if way != "loop"]
@@ -157,9 +150,7 @@ class Context:
                 group = next(group for group in groups if chunks[0].index[0] in group.index)
                 self.timed[key] = fastest_way(job, data, group, member_steps=steps)
                 if slow := self.timed[key][0]:
-                    self.progress.say(
-                        f"note: {self.choice.name} trains one by one, which is faster here: {slow}"
-                    )
+                    self.progress.say(f"note: {self.choice.name} trains one by one, which is faster here: {slow}")
             slow, coded = self.timed[key]
             for arguments in {chunk.arguments for chunk in chunks}:
                 has_news |= note_fastest(builder, data, arguments, slow=slow, coded=coded)
@@ -232,9 +223,7 @@ class Context:
             return []
         checkpoints = self.checkpoints.read(dict(zip(numbers, configs)))
         if begun := {number for checkpoint in checkpoints for number in checkpoint.trials}:
-            self.progress.say(
-                f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True
-            )
+            self.progress.say(f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True)
         return checkpoints
 
     def ended(self, results: Sequence[Result]) -> None:
@@ -316,6 +305,4 @@ class Context:
         traits_of_class = known_traits(self.choice.module_class, self.data).values()
         reasons = dict.fromkeys(traits.unstackable for traits in traits_of_class if traits.unstackable)
         name = self.choice.name
-        return tuple(
-            f"{name} trains one by one, since its members cannot be stacked: {reason}" for reason in reasons
-        )
+        return tuple(f"{name} trains one by one, since its members cannot be stacked: {reason}" for reason in reasons)

@@ -123,9 +123,7 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
     starts = {c.number: c for c in ledger.candidates if isinstance(c.origin, str)}
     ranges = {name: range_of(space, (name,)) for name in names}
     bounds = {name: ends for name, ends in ranges.items() if ends is not None}
-    paths = {
-        number: Descent(method, names, _complete(c.params, context), bounds) for number, c in starts.items()
-    }
+    paths = {number: Descent(method, names, _complete(c.params, context), bounds) for number, c in starts.items()}
     outer = method.outer_steps
     most, plural = len(starts) * (outer + 1), "" if len(starts) == 1 else "s"
     context.progress.say(
@@ -203,9 +201,7 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
             context.finish(ledger, _results(recorded, mode, context, outcome))
 
 
-def _results(
-    recorded: RecordedPlan, mode: SlopeMode, context: Context, outcome: Outcome | GivenUp
-) -> list[Result]:
+def _results(recorded: RecordedPlan, mode: SlopeMode, context: Context, outcome: Outcome | GivenUp) -> list[Result]:
     if isinstance(outcome, GivenUp):
         return [given_up(recorded.trials[outcome.index[0]].number, context.no_curve, outcome.reason)]
     assert isinstance(outcome, Slopes)
@@ -251,9 +247,7 @@ def _solve_together(ledger: Ledger, points: list[Candidate], context: Context) -
     data = context.data.of(configs[0])
     solution, derivative = implicit_chunk(data, configs, memory=context.trainer.memory)
     curves = score_solution(data, len(points), solution, context.scoring)
-    losses, slopes = (
-        t.view(data.n_folds, -1).T.cpu().numpy() for t in (derivative.value, derivative.gradient)
-    )
+    losses, slopes = (t.view(data.n_folds, -1).T.cpu().numpy() for t in (derivative.value, derivative.gradient))
     outcome = Slopes(
         tuple(range(len(points))),
         curves,
@@ -276,9 +270,7 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
     for number, config in configs.items():
         optimizer = config["optimizer"]
         if not context.choice.solved and (reason := undifferentiated(config)):
-            raise InputError(
-                f"method='hypergradient' cannot differentiate what trial {number} has: {reason}."
-            )
+            raise InputError(f"method='hypergradient' cannot differentiate what trial {number} has: {reason}.")
         for name in names:
             if not context.choice.solved and name not in HYPERPARAMETERS_OF[optimizer]:
                 raise InputError(

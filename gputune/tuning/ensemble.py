@@ -105,9 +105,7 @@ def _parts(search: Search, whole: Dataset) -> list[Dataset]:
     return parts
 
 
-def _columns(
-    search: Search, data: Dataset, trials: Sequence[Trial]
-) -> tuple[list[list[int]], Statistics | None]:
+def _columns(search: Search, data: Dataset, trials: Sequence[Trial]) -> tuple[list[list[int]], Statistics | None]:
     """Return the first column and the end of what each trial reads of the inputs of an ensemble, and what makes these.
 
     Where all trials prepare numbers alike they read all columns, of the data itself: [], None.
@@ -256,9 +254,7 @@ class Predictions:
     scoring: Scoring
 
     @staticmethod
-    def of(
-        members: Sequence[Sequence[nn.Module]], data: Sequence[Dataset], scoring: Scoring
-    ) -> "Predictions":
+    def of(members: Sequence[Sequence[nn.Module]], data: Sequence[Dataset], scoring: Scoring) -> "Predictions":
         """Return the predictions of members (M, F), each of its own data."""
         values = [
             torch.stack([_predicted(folds[f], own, f) for folds, own in zip(members, data)])
@@ -284,9 +280,7 @@ class Predictions:
         of_rows = means_of_rows(data, errors)[:, 0]
         ascending: NDArray[np.float64] = np.sort(of_rows[np.isfinite(of_rows)])
         many = min(len(ascending), _RESIDUALS)
-        kept: NDArray[np.float64] = ascending[
-            np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1
-        ]
+        kept: NDArray[np.float64] = ascending[np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1]
         return kept
 
     def temperature(self, weights: Tensor) -> float:

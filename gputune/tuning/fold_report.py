@@ -74,19 +74,13 @@ def refit_with_folds(
     called = f"best_model({'intervals' if intervals else 'calibrate'}=True)"
     check_folds_train(study, called)
     if intervals and study.record.task != "regression":
-        raise InputError(
-            f"{called} is for a number to be predicted, and the study is of classes; leave it out."
-        )
+        raise InputError(f"{called} is for a number to be predicted, and the study is of classes; leave it out.")
     one = numbered(study, trial, "best_model")
     search = recalled(study, X, y, check=check, trust_code=trust_code)
     if search.rows != study.record.fingerprint:
-        raise InputError(
-            f"{called} needs the rows of the search, whose folds it trains on; leave out check=False."
-        )
+        raise InputError(f"{called} needs the rows of the search, whose folds it trains on; leave out check=False.")
     if intervals and search.problem.target.n_outputs > 1:
-        raise InputError(
-            f"{called} is for one number a row, and the target has several; search for one at a time."
-        )
+        raise InputError(f"{called} is for one number a row, and the target has several; search for one at a time.")
     predictions, alone = predictions_of(search, [one], Progress(0)), torch.ones(1)
     model = refitted(search, one)
     if calibrated:
@@ -153,9 +147,7 @@ def check_fold_report(study: Study, *, confusion: bool) -> None:
     check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
     if confusion and (study.record.classes is None or study.record.task == "multilabel"):
         what = "several labels" if study.record.task == "multilabel" else "numbers"
-        raise InputError(
-            f"report(confusion=True) is of classes, and the study predicts {what}; leave confusion out."
-        )
+        raise InputError(f"report(confusion=True) is of classes, and the study predicts {what}; leave confusion out.")
 
 
 def _confusion(predictions: Predictions) -> NDArray[np.int64]:
@@ -168,9 +160,7 @@ def _confusion(predictions: Predictions) -> NDArray[np.int64]:
     return counts.reshape(K, K).astype(np.int64)
 
 
-def _drops(
-    members: list[nn.Module], data: Dataset, scoring: Scoring, sizes: list[int]
-) -> NDArray[np.float64]:
+def _drops(members: list[nn.Module], data: Dataset, scoring: Scoring, sizes: list[int]) -> NDArray[np.float64]:
     """Return how much the score falls when a column of so many features is shuffled, (columns, shuffles of folds).
 
     Source: Breiman (2001), Random forests; as sklearn.inspection.permutation_importance, on the rows of each fold.

@@ -77,9 +77,7 @@ def is_interactive() -> bool:
 
 
 @contextmanager
-def _stopping_on(
-    signals: Sequence[int], numbers: list[int], stop: Stop, say: Callable[[str], None]
-) -> Iterator[None]:
+def _stopping_on(signals: Sequence[int], numbers: list[int], stop: Stop, say: Callable[[str], None]) -> Iterator[None]:
     """Let signals stop what runs inside, where they would do what is usual; note in ``numbers`` those that came.
 
     Python lets the main thread alone set handlers; in another one nothing is changed.

@@ -97,9 +97,7 @@ def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
     check_n_trials(options.n_trials)
     first = included(check_own_include(options.include, space))
     if not first and not options.n_trials:
-        raise InputError(
-            "n_trials must be >= 1 where nothing is included, got n_trials=0. For example n_trials=64."
-        )
+        raise InputError("n_trials must be >= 1 where nothing is included, got n_trials=0. For example n_trials=64.")
     if isinstance(options.method, OptunaSampler):
         check_askable(space)
     if not draws_at_once(options):
@@ -121,9 +119,7 @@ def _check_earlier(options: Options, direction: Direction) -> None:
 def _check_objective(objective: object, direction: object) -> None:
     """Raise InputError for what cannot be called as an objective, or a direction that is none."""
     if not callable(objective):
-        raise InputError(
-            f"objective must be a function of (params, report) that returns a score, got {objective!r}."
-        )
+        raise InputError(f"objective must be a function of (params, report) that returns a score, got {objective!r}.")
     try:
         inspect.signature(objective).bind({}, None)
     except TypeError as error:
@@ -237,9 +233,7 @@ class _Loop:
         """Train what waits, and what Optuna's sampler proposes where one is asked."""
         if isinstance(options.method, OptunaSampler):
             method, progress = options.method, self.progress
-            sample(
-                self.ledger, space, method, options, progress, train=self.train, epochs=1, check=plain_config
-            )
+            sample(self.ledger, space, method, options, progress, train=self.train, epochs=1, check=plain_config)
         else:
             self.train()
 

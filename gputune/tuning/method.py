@@ -46,9 +46,7 @@ def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
         return
     else:
         why = f"method={method_name(method)!r} decides itself how long a trial trains"
-    raise InputError(
-        f"patience is for trials that train on from their best epoch, and {why}; leave patience out."
-    )
+    raise InputError(f"patience is for trials that train on from their best epoch, and {why}; leave patience out.")
 
 
 def method_name(method: Method) -> str:

@@ -129,8 +129,7 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
         return "module", model
     if isinstance(model, nn.Module):
         raise InputError(
-            "model must be the class, not an instance, since every trial builds its own: pass "
-            f"{type(model).__name__}."
+            f"model must be the class, not an instance, since every trial builds its own: pass {type(model).__name__}."
         )
     raise InputError(
         f"model must be {', '.join(map(repr, (*BUILT_IN, *NAMED)))}, a torch.nn.Module class, a function that makes "

@@ -128,9 +128,7 @@ class Options:
         f"constant (default), {', '.join(SCHEDULES[1:])}",
         check=checks.one_of(*SCHEDULES),
     )
-    random_state: int = _search(
-        0, "--seed S", "of everything that is drawn (0)", takes="0..", check=checks.seed
-    )
+    random_state: int = _search(0, "--seed S", "of everything that is drawn (0)", takes="0..", check=checks.seed)
     timeout: float | None = _search(
         None, "--timeout SEC", "stop training after so many seconds",
         takes="number", check=partial(checks.seconds, none=", or None"), resume=True,
@@ -144,9 +142,7 @@ class Options:
         takes="1..", check=partial(checks.whole, none=", or None"), kept=True, resume=True,
     )  # fmt: skip
 
-    task: "TaskWord | None" = _rows(
-        None, "--task T", "classification or regression, where the guess is wrong"
-    )
+    task: "TaskWord | None" = _rows(None, "--task T", "classification or regression, where the guess is wrong")
     target_transform: "TargetTransform | None" = _rows(
         None, "--target-transform T",
         "predict log (of numbers above 0) or log1p (above -1) of the target; scores and predictions are in its units",
@@ -206,9 +202,7 @@ class Options:
         check=checks.one_of("float32", "float64"),
         kept=True,
     )
-    tf32: bool = _machine(
-        False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", kept=True
-    )
+    tf32: bool = _machine(False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", kept=True)
     precision: Precision = _machine(
         "full", "--precision P",
         "of what a module computes while it trains: full, or bf16 for matrix products and convolutions (full)",
@@ -251,9 +245,7 @@ class Options:
             from gputune.methods.descent import Hypergradient
 
             check_tf32(self.tf32, self.dtype, self.workers, device)
-            check_precision(
-                self.precision, self.dtype, device, descends=isinstance(self.method, Hypergradient)
-            )
+            check_precision(self.precision, self.dtype, device, descends=isinstance(self.method, Hypergradient))
 
     @property
     def is_on_cluster(self) -> bool:

@@ -139,9 +139,7 @@ def search(
     return check_ending(study, numbers)
 
 
-def _prepare(
-    choice: ModelChoice, source: Source, options: Options, progress: Progress, store: Store | None
-) -> _Setup:
+def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Progress, store: Store | None) -> _Setup:
     """Understand a call. Raises InputError for what cannot be searched."""
     checked_space(choice, options)  # refused before the rows are encoded
     if options.patience is not None:
@@ -241,9 +239,7 @@ def _dataset(
     repeats = max(1.0, options.n_trials / max(1, len(configs)))  # of what a sampler draws later
     chosen = problem.device_choice(folds, options, choice, configs, repeats=repeats)
     if chosen.why:
-        progress.say(
-            f"note: trials train on the CPU and not on the GPU, which device='cuda' takes: {chosen.why}"
-        )
+        progress.say(f"note: trials train on the CPU and not on the GPU, which device='cuda' takes: {chosen.why}")
     data = problem.dataset(folds, options, choice, chosen.device)
     if not has_function(options.scoring):
         return data
@@ -346,9 +342,7 @@ def _scoring(options: Options, problem: Problem) -> Scoring:
 def _say_what_was_understood(setup: _Setup, progress: Progress, notes: Sequence[str]) -> None:
     problem, target = setup.problem, setup.problem.target
     override = f"; {target.override}" if target.override else ""
-    progress.say(
-        f"{setup.choice.name} on {problem.in_words()}; target {target.name!r}: {target.in_words}{override}"
-    )
+    progress.say(f"{setup.choice.name} on {problem.in_words()}; target {target.name!r}: {target.in_words}{override}")
     objective = problem.objective
     if objective is not None and not objective.is_named and target.task == "regression":
         values = f"it is (mean {target.values.mean():.4g}, standard deviation {target.values.std():.4g})"

@@ -72,9 +72,7 @@ class Problem:
         )
         return device_for(options.device, work)
 
-    def dataset(
-        self, folds: Sequence[Rows], options: Options, choice: ModelChoice, device: torch.device
-    ) -> Dataset:
+    def dataset(self, folds: Sequence[Rows], options: Options, choice: ModelChoice, device: torch.device) -> Dataset:
         """Return the data of some folds on a device, and what prepares numbers in other ways."""
         # The solver's tolerance lies beyond single precision.
         dtype = torch.float64 if choice.solved else DTYPES[options.dtype]
@@ -121,9 +119,7 @@ class Problem:
         """
         parts = [part.get("numbers", [self.numbers]) for part in space]
         ways = [way for choices in parts if isinstance(choices, list) for way in choices]
-        asked = {*ways, *(str(config["numbers"]) for config in configs if "numbers" in config)} - {
-            self.numbers
-        }
+        asked = {*ways, *(str(config["numbers"]) for config in configs if "numbers" in config)} - {self.numbers}
         for way in sorted(asked):
             if isinstance(self.raw, Arrays):
                 raise InputError(

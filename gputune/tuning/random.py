@@ -67,16 +67,12 @@ def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> li
 
 def _run(ledger: Ledger, recorded: RecordedPlan, context: Context) -> None:
     numbers = [trial.number for trial in recorded.trials]
-    plan = _with_begun(
-        recorded.plan, context.checkpoints_of(numbers, recorded.configs), numbers, recorded.configs
-    )
+    plan = _with_begun(recorded.plan, context.checkpoints_of(numbers, recorded.configs), numbers, recorded.configs)
     context.progress.plan(plan)
     checkpointing = context.checkpointing(numbers)
     patience = context.options.patience
     job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing, patience=patience)
-    for outcome in context.train(
-        job, plan, claim=lambda population: ledger.claim(recorded.chunk(population))
-    ):
+    for outcome in context.train(job, plan, claim=lambda population: ledger.claim(recorded.chunk(population))):
         if isinstance(outcome, GivenUp):
             number = numbers[outcome.index[0]]
             context.finish(ledger, [given_up(number, context.no_curve, outcome.reason)])
@@ -113,15 +109,11 @@ def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context
     context.profile.trained(outcome.spent)
     if not context.is_over():
         context.progress.spare(len(outcome.index) * (context.epochs - outcome.epochs))
-    results = [
-        _result(trials[i], curve, outcome, context.options) for i, curve in zip(outcome.index, outcome.curves)
-    ]
+    results = [_result(trials[i], curve, outcome, context.options) for i, curve in zip(outcome.index, outcome.curves)]
     context.finish(ledger, results, {trials[i].number: one for i, one in outcome.outputs.items()})
 
 
-def wait_for_others(
-    ledger: Ledger, chunks: Sequence[Chunk], progress: Progress, is_over: Callable[[], bool]
-) -> None:
+def wait_for_others(ledger: Ledger, chunks: Sequence[Chunk], progress: Progress, is_over: Callable[[], bool]) -> None:
     """Wait for what other processes are training."""
     who, remedy = ledger.who_has(chunks)
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
@@ -175,9 +167,7 @@ def _without(chunk: Population, taken: set[int]) -> Population:
     stays = [c for c, i in enumerate(chunk.index) if i not in taken]
     if len(stays) == len(chunk.index):
         return chunk
-    return Population(
-        chunk.kind, tuple(chunk.index[c] for c in stays), tuple(chunk.configs[c] for c in stays)
-    )
+    return Population(chunk.kind, tuple(chunk.index[c] for c in stays), tuple(chunk.configs[c] for c in stays))
 
 
 _BATCH = "batch "

@@ -47,9 +47,7 @@ def search_record(
     choice, options, data, scoring = context.choice, context.options, context.data, context.scoring
     cluster, metrics = context.trainer.cluster, [scoring, *scoring.others]
     classes = None if problem.target.classes is None else problem.target.classes.tolist()
-    positives = [
-        None if classes is None or metric.positive is None else classes[metric.positive] for metric in metrics
-    ]
+    positives = [None if classes is None or metric.positive is None else classes[metric.positive] for metric in metrics]
     return SearchRecord(
         model=choice.name,
         spec=choice.spec,
@@ -74,14 +72,11 @@ def search_record(
         cv=repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
         folds=data.n_folds,
         splits=digest_of(*(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))),
-        objective=""
-        if problem.objective is None
-        else problem.objective.name_unless_default(problem.target.task),
+        objective="" if problem.objective is None else problem.objective.name_unless_default(problem.target.task),
         code={} if problem.objective is None else _code(problem.objective),
         scoring=scoring.name,
         metrics=[
-            {"name": one.label, "scorer": one.name, "positive": positive}
-            for one, positive in zip(metrics, positives)
+            {"name": one.label, "scorer": one.name, "positive": positive} for one, positive in zip(metrics, positives)
         ]
         if scoring.others
         else [],
@@ -110,17 +105,14 @@ def _arguments(options: Options, source: Source, space: Space, folds: Sequence[R
         word
         for word, lost in {
             "X and y, which were in memory": source.origin is None,
-            "groups, which were in memory": source.groups is not None
-            and not (source.origin or {}).get("groups"),
+            "groups, which were in memory": source.groups is not None and not (source.origin or {}).get("groups"),
             "scoring, a function": has_function(options.scoring),
             "loss, a function": callable(options.loss),
             "training_step, a function": options.training_step is not None,
             "augment, a function": options.augment is not None,
             "class_weight": not _is_storable(options.class_weight),
             "sample_weight": options.sample_weight is not None,
-            "target_transform, an object of your own": not is_known(
-                transform_to_json(options.target_transform)
-            ),
+            "target_transform, an object of your own": not is_known(transform_to_json(options.target_transform)),
             "space, with an object of your own": values is None,
             "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
         }.items()

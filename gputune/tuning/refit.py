@@ -159,11 +159,7 @@ class Search:
                 "scoring": record.scoring,
                 "positive": record.ranked_class,
                 "loss": record.objective,
-                **(
-                    {"loss_arguments": loss.fixed}
-                    if loss is not None and loss.is_named and loss.fixed
-                    else {}
-                ),
+                **({"loss_arguments": loss.fixed} if loss is not None and loss.is_named and loss.fixed else {}),
                 "trials": len(self.study.trials),
                 "rows": self.rows["rows"],
                 "fingerprint": self.rows,
@@ -306,9 +302,7 @@ def _reread(study: Study, *, module: bool) -> Source:
     try:
         return read_again(origin, module=module)
     except FileNotFoundError as error:
-        raise InputError(
-            f"best_model() cannot read {origin['path']!r} again: it is gone. Pass X and y."
-        ) from error
+        raise InputError(f"best_model() cannot read {origin['path']!r} again: it is gone. Pass X and y.") from error
 
 
 def _other_rows(study: Study, problem: Problem, rows: Mapping[str, object], *, are_given: bool) -> str:

@@ -178,9 +178,7 @@ class _RungSearch:
     def _keep_outputs(self, new: Mapping[int, Outputs]) -> None:
         """Take outputs of better epochs; where all take too much the worst trials go without."""
         self.outputs |= new
-        means = {
-            t.number: first_metric(t.curve, axes=2).mean(1) for t in self.running if t.number in self.outputs
-        }
+        means = {t.number: first_metric(t.curve, axes=2).mean(1) for t in self.running if t.number in self.outputs}
         scores = {number: float(np.nanmax(mean)) for number, mean in means.items()}
         sizes = {number: one.values.nbytes for number, one in self.outputs.items()}
         for number in beyond_limit(sizes, scores):

@@ -78,9 +78,7 @@ class Trainer:
                 "or choose device='cpu'."
             )
 
-    def choosing(
-        self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]
-    ) -> "Trainer":
+    def choosing(self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]) -> "Trainer":
         """Return the trainer with the backend that is asked for or, of "auto", the fastest for configurations.
 
         Where training is slower than it could be, or not as was asked for, that is said.
@@ -100,9 +98,7 @@ class Trainer:
         if word in ("compiled", "graph") and not some_fast and ways != {"loop"}:
             how = "in recorded steps" if module and word == "compiled" else "eagerly"
             models = "MLPs and linear models with " if word == "compiled" else ""
-            say(
-                f"note: all trials train {how}: backend={word!r} knows {models}sgd, nesterov, adam or adamw alone"
-            )
+            say(f"note: all trials train {how}: backend={word!r} knows {models}sgd, nesterov, adam or adamw alone")
         return replace(self, backend=backend)
 
     def _kernel(self, word: BackendWord, configs: Sequence[Config]) -> Backend:
@@ -120,9 +116,7 @@ class Trainer:
                 return "kernel"
             why = f"does not know {parts[0]}"
         if word == "kernel":
-            raise InputError(
-                f"backend='kernel' {why}; choose backend='graph', which records steps, or 'auto'."
-            )
+            raise InputError(f"backend='kernel' {why}; choose backend='graph', which records steps, or 'auto'.")
         return "graph"
 
     def compile(self, configs: Sequence[Config], say: Callable[[str], object]) -> None:
@@ -182,9 +176,7 @@ class Trainer:
         )
         return self._placed(plan)
 
-    def plan_differentiated(
-        self, configs: Sequence[Config], job: HypergradientJob
-    ) -> tuple[Plan, HypergradientJob]:
+    def plan_differentiated(self, configs: Sequence[Config], job: HypergradientJob) -> tuple[Plan, HypergradientJob]:
         """Return the chunks in which configurations are differentiated, and the job with its budget of bytes.
 
         Raises InputError where they cannot be.

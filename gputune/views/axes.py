@@ -140,8 +140,7 @@ class Axis:
 def parallel_axes(study: Study, shown: Scores) -> list[Axis]:
     """Return an axis for each hyperparameter that varied, and the last one for the score."""
     columns = [
-        (f"params_{one.name}", one.label, parameter_scale(one, most=7), one.values)
-        for one in varied_parameters(study)
+        (f"params_{one.name}", one.label, parameter_scale(one, most=7), one.values) for one in varied_parameters(study)
     ]
     columns.append(("score", shown.measure.name, score_scale(shown), shown.values))
     return [Axis(key, label, scale, np.clip(scale(values), 0, 1)) for key, label, scale, values in columns]

@@ -226,9 +226,7 @@ def plot_importance(study: Study, ax: "Axes | None" = None, *, seed: int = 0) ->
     return ax
 
 
-def plot_contour(
-    study: Study, x: str | None = None, y: str | None = None, ax: "Axes | None" = None
-) -> "Axes":
+def plot_contour(study: Study, x: str | None = None, y: str | None = None, ax: "Axes | None" = None) -> "Axes":
     """Draw the score as filled contours; without ``x`` and ``y`` over the two most important hyperparameters.
 
     Between trials the score is interpolated linearly, on the logarithm where that is the scale; trials at one place are

@@ -105,9 +105,7 @@ def standardised(work: Work) -> list[Fold]:
     parts = []
     for train, valid in work.folds:
         scaler = StandardScaler().fit(work.X[train])
-        parts.append(
-            (scaler.transform(work.X[train]), work.y[train], scaler.transform(work.X[valid]), work.y[valid])
-        )
+        parts.append((scaler.transform(work.X[train]), work.y[train], scaler.transform(work.X[valid]), work.y[valid]))
     return parts
 
 
@@ -186,9 +184,7 @@ def _run_one(
     return call(read_folds(path), job), os.getpid(), begin, compiled()
 
 
-def _fit_one(
-    fit: Fit, trials: Sequence[Trial], epochs: int, folds: list[Fold], job: tuple[int, int]
-) -> float:
+def _fit_one(fit: Fit, trials: Sequence[Trial], epochs: int, folds: list[Fold], job: tuple[int, int]) -> float:
     trial, fold = job
     return fit(folds[fold], trials[trial], epochs)
 

@@ -98,9 +98,7 @@ def with_tune() -> float:
         return nn.Sequential(nn.Linear(n_features, width), nn.ReLU(), nn.Linear(width, n_outputs))
 
     space = {"lr": loguniform(1e-4, 1e-1), "module__width": [32, 64, 128], "batch_size": 32}
-    study = gputune.tune(
-        net, X, y, space=space, cv=[fold], n_trials=TRIALS, method="median", max_epochs=20, verbose=0
-    )
+    study = gputune.tune(net, X, y, space=space, cv=[fold], n_trials=TRIALS, method="median", max_epochs=20, verbose=0)
     return study.best_score
 
 

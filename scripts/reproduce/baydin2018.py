@@ -99,9 +99,7 @@ def compare(data: Data, models: Sequence[str], *, epochs: int, seeds: int, width
     return runs
 
 
-def train(
-    model: str, optimizer: Optimizer, data: Data, *, epochs: int, seed: int, width: int, bar: tqdm
-) -> Run:
+def train(model: str, optimizer: Optimizer, data: Data, *, epochs: int, seed: int, width: int, bar: tqdm) -> Run:
     """Train one model; the seed fixes the starting weights and the batches of every epoch."""
     torch.manual_seed(seed)
     network = build(model, data.X.shape[1], width)
@@ -175,8 +173,7 @@ def _notes(data: Data, width: int) -> str:
         return f"{tuned}\nThe published numbers are of MNIST and are shown for MNIST only: --data openml or --data DIR."
     other = "" if width == WIDTH else f" The published MLP has {WIDTH} units a layer, so it is not shown."
     return (
-        f"{tuned}\nPublished: result files of github.com/gbaydin/hypergradient-descent; '-' where none is known."
-        f"{other}"
+        f"{tuned}\nPublished: result files of github.com/gbaydin/hypergradient-descent; '-' where none is known.{other}"
     )
 
 
@@ -254,9 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", metavar="DIR|openml", help="MNIST; default: scikit-learn's digits")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))

@@ -76,9 +76,7 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """
     try:
         raw = path.read_bytes()
-        if (
-            raw[:2] == b"\x1f\x8b"
-        ):  # some browsers decompress a file and leave its name, so the name says nothing
+        if raw[:2] == b"\x1f\x8b":  # some browsers decompress a file and leave its name, so the name says nothing
             raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"--data: {path} must be readable, got: {error}. {GET_FILES}") from error

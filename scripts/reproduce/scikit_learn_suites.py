@@ -174,9 +174,7 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
     ]
     for suite, (applies, failed) in results.items():
         classes = ", ".join(f"`{name}`" for name in suite.classes)
-        lines.append(
-            f"| `sklearn/{suite.path}` | {classes} | {len(applies) - len(failed)} of {len(applies)} |"
-        )
+        lines.append(f"| `sklearn/{suite.path}` | {classes} | {len(applies) - len(failed)} of {len(applies)} |")
     for suite, (_, failed) in results.items():
         if not failed:
             continue
@@ -189,12 +187,8 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "suites", nargs="*", choices=[[], *(suite.name for suite in SUITES)], help="default: all"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", choices=[[], *(suite.name for suite in SUITES)], help="default: all")
     parser.add_argument("-k", default="", metavar="WORDS", help="only tests with these words, as of pytest")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the page here")
     options = parser.parse_args(arguments)

@@ -41,9 +41,7 @@ class Listener(Callback):
 
 
 def tune(*callbacks, **options):
-    return gputune.tune(
-        "mlp", X, Y, callbacks=callbacks, **{"space": SPACE, "n_trials": 7, **FAST, **options}
-    )
+    return gputune.tune("mlp", X, Y, callbacks=callbacks, **{"space": SPACE, "n_trials": 7, **FAST, **options})
 
 
 METHODS = {
@@ -114,9 +112,7 @@ def test_one_that_raises_loses_nothing_and_is_not_called_again(moment, tmp_path)
 
     setattr(Broken, moment, fail)
     other, path = Listener(), tmp_path / "study.db"
-    with pytest.warns(
-        UserWarning, match=rf"Broken\.{moment} raised RuntimeError: no such server. It is not called"
-    ):
+    with pytest.warns(UserWarning, match=rf"Broken\.{moment} raised RuntimeError: no such server. It is not called"):
         study = tune(Broken(), other, study=path)
     assert Broken.calls == 1
     assert len(other.trials) == 7 and len(other.ends) == 1

@@ -95,9 +95,7 @@ def test_mlflow(tmp_path, monkeypatch):
         client = mlflow.MlflowClient(tracking_uri=uri)
         (run,) = client.search_runs([client.get_experiment_by_name("iris").experiment_id])
         assert run.info.status == "FINISHED" and run.info.run_name == "first"
-        assert run.data.params["model"] == "mlp" and run.data.params["best/trial"] == str(
-            study.best_trial.number
-        )
+        assert run.data.params["model"] == "mlp" and run.data.params["best/trial"] == str(study.best_trial.number)
         assert run.data.params["best/lr"] == str(study.best_params["lr"])
         assert run.data.metrics["best_score"] == study.best_score
         scores = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "score")}
@@ -154,8 +152,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
         rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
         config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         summary |= {
-            item.key or "/".join(item.nested_key): json.loads(item.value_json)
-            for item in record.summary.update
+            item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update
         }
     rows = {row["trial"]: row for row in rows if row}
     assert config["model"] == "mlp" and config["folds"] == 3

@@ -61,9 +61,7 @@ def test_the_loop_is_the_oracle(name):
             torch.testing.assert_close(tensor, expected[key], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(
-    "law", [law for law in LAWS if "plain loop" in law.name or "members that" in law.name]
-)
+@pytest.mark.parametrize("law", [law for law in LAWS if "plain loop" in law.name or "members that" in law.name])
 def test_a_step_that_is_wrong_is_found(law, monkeypatch):
     """As if an update were off by a millionth: by a thousandth in single precision."""
     train_chunk = members.train_chunk
@@ -127,9 +125,7 @@ def test_speeds_alone_forget_no_law(folder):
     assert read_findings(CPU) == Findings({"eager": "a law"}, {"eager": Speed(1, 2), "graph": Speed(3, 4)})
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"failed": {}}', '{"failed": {}, "speeds": {"eager": {"a": 1}}}']
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"failed": {}}', '{"failed": {}, "speeds": {"eager": {"a": 1}}}'])
 def test_a_file_that_says_nothing_is_no_finding(text, folder):
     keep_findings(CPU, Findings({}, {})).write_text(text)
     assert read_findings(CPU) == Findings()

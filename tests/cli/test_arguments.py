@@ -14,9 +14,7 @@ from gputune.types import defaults_in_words
 
 PYTHON_ALONE = {"X", "y", "sample_weight", "epoch", "callbacks", "training_step", "augment"}  # fmt: skip
 OF_METHODS = {
-    field.name
-    for method in (gputune.Halving, gputune.Median, gputune.Hypergradient)
-    for field in fields(method)
+    field.name for method in (gputune.Halving, gputune.Median, gputune.Hypergradient) for field in fields(method)
 } - {"min_trials", "step", "first_step", "smallest_step"}
 
 
@@ -54,10 +52,7 @@ def test_the_default_space_is_in_every_help(capsys):
     for command in ("tune", "train"):
         with pytest.raises(SystemExit):
             make_parser().parse_args([command, "--help"])
-        assert (
-            defaults_in_words().split()
-            == capsys.readouterr().out.split()[-len(defaults_in_words().split()) :]
-        )
+        assert defaults_in_words().split() == capsys.readouterr().out.split()[-len(defaults_in_words().split()) :]
     assert defaults_in_words() in gputune.tune.__doc__
 
 

@@ -130,9 +130,7 @@ def test_what_a_module_says_is_not_written_in_flags(bugs):
         "    def __init__(self, n_features, n_outputs): super().__init__(n_features, n_outputs)\n"
         "    def forward(self, x): raise RuntimeError('given groups=1, study=2 and max_epochs=3')\n"
     )
-    words = [
-        "--model: the forward of Net raised RuntimeError: given groups=1, study=2 and max_epochs=3. It must"
-    ]
+    words = ["--model: the forward of Net raised RuntimeError: given groups=1, study=2 and max_epochs=3. It must"]
     refused_tune(bugs, "--model", "net.py:Net", words=words)
 
 
@@ -287,9 +285,7 @@ def test_a_damaged_model_folder(bugs, model, tmp_path):
 
 def test_predict_does_not_write_over_its_input(bugs, model):
     before = bugs.read_text()
-    refused(
-        "predict", model, bugs, "--out", bugs, words=["--out", "is the file that is read", "another name"]
-    )
+    refused("predict", model, bugs, "--out", bugs, words=["--out", "is the file that is read", "another name"])
     refused("predict", model, bugs, "--out", bugs.parent, words=["--out", "is a folder", "name of a file"])
     assert bugs.read_text() == before
     refused(

@@ -40,9 +40,7 @@ def folder(tmp_path_factory):
 
 
 def evaluated(folder, target, *options):
-    code, out, err = run(
-        "evaluate", folder / target / "model", folder / "t.csv", "--format", "json", *options
-    )
+    code, out, err = run("evaluate", folder / target / "model", folder / "t.csv", "--format", "json", *options)
     assert code == 0, err
     return json.loads(out)
 

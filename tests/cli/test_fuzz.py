@@ -31,9 +31,7 @@ def searched(X, y):
             return None
 
 
-NAMES = st.text(min_size=0, max_size=6) | st.sampled_from(
-    ["😀", "a b", "x\ny", "; DROP TABLE", "=1+1", "y", ""]
-)
+NAMES = st.text(min_size=0, max_size=6) | st.sampled_from(["😀", "a b", "x\ny", "; DROP TABLE", "=1+1", "y", ""])
 CELLS = st.one_of(
     st.floats(width=32),
     st.integers(-(2**70), 2**70),
@@ -56,14 +54,8 @@ def frames(draw):
         one = draw(CELLS)
         numbers = draw(st.lists(st.floats(), min_size=rows, max_size=rows))
         mixed = draw(st.lists(CELLS, min_size=rows, max_size=rows))
-        columns.append(
-            {"mixed": mixed, "constant": [one] * rows, "numbers": numbers, "missing": [None] * rows}[kind]
-        )
-    frame = (
-        pandas.concat([pandas.Series(c, dtype=object) for c in columns], axis=1)
-        if columns
-        else pandas.DataFrame()
-    )
+        columns.append({"mixed": mixed, "constant": [one] * rows, "numbers": numbers, "missing": [None] * rows}[kind])
+    frame = pandas.concat([pandas.Series(c, dtype=object) for c in columns], axis=1) if columns else pandas.DataFrame()
     frame.columns = names
     return frame, draw(st.lists(st.sampled_from(["a", "b"]) | CELLS, min_size=rows, max_size=rows))
 
@@ -85,9 +77,7 @@ def test_tables_that_are_searched_all_the_same():
     duplicate = pandas.DataFrame({"x": draw.normal(size=20), "constant": 1.0, "none": None, "word": "same"})
     duplicate["x again"] = duplicate["x"]
     assert searched(duplicate, y) == 20
-    odd = pandas.DataFrame(
-        draw.normal(size=(20, 4)), columns=["😀", "a\tb", "عربي", "'; DROP TABLE trials; --"]
-    )
+    odd = pandas.DataFrame(draw.normal(size=(20, 4)), columns=["😀", "a\tb", "عربي", "'; DROP TABLE trials; --"])
     assert searched(odd, y) == 20
 
 
@@ -126,9 +116,7 @@ def command_lines(draw):
         "export": ["out/model"],
     }
     base = needed.get(command, ["out"]) if draw(st.booleans()) else []
-    options = [
-        name for parser in PARSERS.values() for action in parser._actions for name in action.option_strings
-    ]
+    options = [name for parser in PARSERS.values() for action in parser._actions for name in action.option_strings]
     words = st.sampled_from(WORDS) | st.text(max_size=3)
     return [command, *base, *draw(st.lists(st.sampled_from(options) | words, max_size=5))]
 

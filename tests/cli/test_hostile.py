@@ -97,9 +97,7 @@ def test_no_option_of_another_type_ends_in_a_traceback(whole, study, pytestconfi
 def test_no_option_of_another_type_ends_a_resume_in_a_traceback(whole, study):
     arguments = json.loads(dict(options(whole))["arguments"])
     kept = [{**arguments, "kept": {**arguments["kept"], name: [1]}} for name in (*arguments["kept"], "pairs")]
-    cases = [
-        ("arguments", json.dumps(value)) for value in (*kept, {**arguments, "space": None, "folds": [[]]})
-    ]
+    cases = [("arguments", json.dumps(value)) for value in (*kept, {**arguments, "space": None, "folds": [[]]})]
     cases += [(key, value) for key, text in options(whole) for value in parts(json.loads(text))][::8]
     cases += [(key, '"x"') for key, text in options(whole) if text.startswith('"')]
     for key, value in cases:
@@ -144,9 +142,7 @@ def test_no_row_of_another_type_ends_in_a_traceback(whole, study):
 )  # fmt: skip
 def test_what_is_odd_is_named_when_the_study_is_opened(whole, study, table, changed, words):
     write(whole, study, table, changed, "folds" if table == "meta" else 0)
-    with pytest.raises(
-        gputune.StudyCorruptError, match=rf"study\.db' is damaged: .*{words}.* gputune repair "
-    ):
+    with pytest.raises(gputune.StudyCorruptError, match=rf"study\.db' is damaged: .*{words}.* gputune repair "):
         gputune.Study.open(study)
 
 

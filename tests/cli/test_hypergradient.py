@@ -115,6 +115,4 @@ def test_a_second_look_at_a_point_is_no_second_row(tmp_path):
 
 def test_the_epochs_are_said_to_be_what_the_derivative_looks_through():
     code, text, _ = run("tune", "--help")
-    assert code == 0 and "with --method hypergradient also what the derivative looks through" in " ".join(
-        text.split()
-    )
+    assert code == 0 and "with --method hypergradient also what the derivative looks through" in " ".join(text.split())

@@ -182,9 +182,7 @@ def test_a_closed_or_full_stream_ends_in_an_exit_code(tmp_path, streams, code):
     with Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}) as store:
         store.add_trials(candidates(range(1)))
     command = [sys.executable, "-P", "-c", START, "status", "study.db"]
-    ran = subprocess.run(
-        ["sh", "-c", f'exec "$@" {streams}', "sh", *command], cwd=tmp_path, stderr=subprocess.PIPE
-    )
+    ran = subprocess.run(["sh", "-c", f'exec "$@" {streams}', "sh", *command], cwd=tmp_path, stderr=subprocess.PIPE)
     assert ran.returncode == code
     assert ran.stderr == b"" or ran.stderr.startswith(b"gputune: error: standard output does not take")
     assert ran.stderr.count(b"\n") <= 1
@@ -219,9 +217,7 @@ def own_process(monkeypatch):
 
 def test_sigterm_while_the_best_is_trained_again_ends_in_words(tmp_path, monkeypatch, capsys, own_process):
     monkeypatch.setattr(Study, "best_model", lambda study, **more: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(
-        sys, "argv", ["gputune", "tune", "sklearn:iris", "--out", str(tmp_path / "out"), *FAST]
-    )
+    monkeypatch.setattr(sys, "argv", ["gputune", "tune", "sklearn:iris", "--out", str(tmp_path / "out"), *FAST])
     assert main() == 143
     assert "interrupted: 3 of 3 trials are finished; all is kept in" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # from here on nothing is left to be done

@@ -20,9 +20,7 @@ def test_the_page_has_the_held_out_score_of_the_model_beside_the_study(tmp_path)
     model, study = gputune.load_model(out / "model"), gputune.Study.open(out / "study.db")
     assert (tmp_path / "report.html").read_text() == page(study, model=model.info)
     score = model.info["held_out_score"]
-    assert f'<dd class="value">{score:.4f}</dd><dd class="about">the model on 12 rows' in page(
-        study, model=model.info
-    )
+    assert f'<dd class="value">{score:.4f}</dd><dd class="about">the model on 12 rows' in page(study, model=model.info)
     study.report(tmp_path / "same.html", model=model)
     assert (tmp_path / "same.html").read_text() == (tmp_path / "report.html").read_text()
 

@@ -128,9 +128,7 @@ def test_more_trials_and_a_study_from_python(bugs):
         "mlp", "bugs.csv", "kind", space=space, n_trials=2, cv=2, max_epochs=2, study="my.db", verbose=0
     )
     code, out, err = run("resume", "my.db", "--trials", "4")
-    assert (
-        (code, err) == (0, "") and "gputune.Study.open('my.db').best_model()" in out and "Model " not in out
-    )
+    assert (code, err) == (0, "") and "gputune.Study.open('my.db').best_model()" in out and "Model " not in out
     more = gputune.Study.open("my.db")
     assert more.trials[:2] == study.trials and len(more.trials) == 4
     assert sorted(p.name for p in bugs.parent.iterdir()) == ["bugs.csv", "my.db"]
@@ -178,9 +176,7 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
     for command in commands:
         assert run(*command, "--trust-code")[::2] == (0, "")
     assert run(*commands[0])[::2] == (0, "")  # it was trained
-    words = (
-        r"\(32 rows then, 40 now\). Pass those, or leave X and y out to read '.*bugs.csv' again; check=False"
-    )
+    words = r"\(32 rows then, 40 now\). Pass those, or leave X and y out to read '.*bugs.csv' again; check=False"
     with pytest.raises(gputune.InputError, match=words):  # of which 8 were held out
         gputune.Study.open("gputune-out/study.db").best_model("bugs.csv", "kind")
     (bugs.parent / "net.py").write_text(NET + "# a word\n")
@@ -189,9 +185,7 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
     assert code == 0 and "warning: " in err and "its parameters still fit" in err
     (bugs.parent / "net.py").rename(bugs.parent / "moved.py")
     for command in commands[:2]:
-        assert (
-            "does not exist; check the path. Or say where the class is now: --model FILE" in run(*command)[2]
-        )
+        assert "does not exist; check the path. Or say where the class is now: --model FILE" in run(*command)[2]
     there = ("--model", "moved.py:Net")
     assert run(*commands[0], *there)[::2] == (0, "")
     Path("model.pt2").unlink()
@@ -238,9 +232,7 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
     bugs.write_text("\n".join([*whole, whole[-1]]) + "\n")
     assert "(40 rows then, 41 now); restore the file" in run("resume", "gputune-out")[2]
     words = run("tune", "bugs.csv", "--target", "kind", *FAST)[2]
-    assert (
-        "this command in: data (40 rows and 4 columns there, 41 rows and 4 columns here). Give this" in words
-    )
+    assert "this command in: data (40 rows and 4 columns there, 41 rows and 4 columns here). Give this" in words
     bugs.write_text("\n".join(whole) + "\n")
     assert run("resume", "gputune-out")[0] == run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
 
@@ -310,12 +302,8 @@ def test_what_the_file_does_not_hold_is_named(bugs, monkeypatch):
     refused("is of RandomizedSearchCV", "a search of that face is not resumed")
     (bugs.parent / "my.db").unlink()
     Store.create("my.db", {"model": "mlp"}).close()
-    refused(
-        "has lost options of its search and cannot go on; search again, into another folder. `gputune trials`"
-    )
-    with pytest.raises(
-        gputune.InputError, match=r"has lost options .*\(model, target, .*Its trials can be read"
-    ):
+    refused("has lost options of its search and cannot go on; search again, into another folder. `gputune trials`")
+    with pytest.raises(gputune.InputError, match=r"has lost options .*\(model, target, .*Its trials can be read"):
         gputune.tune("mlp", "bugs.csv", "kind", **common, study="my.db")
 
 
@@ -381,9 +369,7 @@ def test_folds_come_back_in_order():
 )  # fmt: skip
 def test_a_space_is_made_again_from_plain_values(space):
     checked = check_space(space, keys=legal_keys("mlp", "adamw"), module=False)
-    again = check_space(
-        space_from_json(space_to_json(checked)), keys=legal_keys("mlp", "adamw"), module=False
-    )
+    again = check_space(space_from_json(space_to_json(checked)), keys=legal_keys("mlp", "adamw"), module=False)
     assert space_text(again) == space_text(checked)
 
 

@@ -92,9 +92,7 @@ def test_malformed_text_gets_the_remedy(text, message):
 
 
 def test_several_specs_make_one_space():
-    space = parse_specs(
-        ["lr=1e-4..1e-1:log", "width=16..256", "activation=relu,tanh", "dropout=0..0.5", "depth=2"]
-    )
+    space = parse_specs(["lr=1e-4..1e-1:log", "width=16..256", "activation=relu,tanh", "dropout=0..0.5", "depth=2"])
     assert list(space) == ["lr", "width", "activation", "dropout", "depth"]
     assert check_space(space, keys=legal_keys("mlp", "adamw"), module=False)[0]["depth"] == [2]
     with refused(r"must name a key once, got 'lr' twice\. Join them: lr=A,B"):

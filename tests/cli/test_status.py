@@ -112,9 +112,8 @@ def test_what_was_cut_short_is_not_finished_and_what_is_too_big_did_not_diverge(
         failed = result(2, state="failed", score=float("nan"))
         store.finish([result(0), result(1, state="stopped"), failed])
         store.finish([replace(failed, number=3, detail={"reason": "out of memory"})])
-    assert (
-        "Trials   3 of 4 trials finished: 1 complete, 1 cut short, 1 diverged, 1 too big for the memory\n"
-        in status(path)
+    assert "Trials   3 of 4 trials finished: 1 complete, 1 cut short, 1 diverged, 1 too big for the memory\n" in status(
+        path
     )
 
 

@@ -103,9 +103,7 @@ def test_a_loss_is_shown_positive_and_stays_negative_in_json():
 
 
 def test_a_long_name_is_in_the_title_alone():
-    lines = trials_table(
-        make_study([trial(0, -0.31)], scoring="neg_root_mean_squared_error"), width=80
-    ).split("\n")
+    lines = trials_table(make_study([trial(0, -0.31)], scoring="neg_root_mean_squared_error"), width=80).split("\n")
     assert "root_mean_squared_error (lower is better)" in " ".join(lines)
     assert ["trial", "score", "epoch"] in [line.split()[:3] for line in lines]
 

@@ -75,9 +75,7 @@ def test_a_space_by_its_name(tmp_path):
 def test_tune_says_what_it_understood(tuned):
     folder, out = tuned
     lines = out.split("\n")
-    assert " ".join(out.split()).startswith(
-        f"Data {folder / 'bugs.csv'}: 48 rows to search on and 12 held out"
-    )
+    assert " ".join(out.split()).startswith(f"Data {folder / 'bugs.csv'}: 48 rows to search on and 12 held out")
     assert "Columns  2 numbers, 2 categories, made into 4 features" in lines
     assert "Task     2 classes of 'kind': ant, bee" in lines
     assert "Search   mlp trained with adamw; 3 trials x 2 folds x 2 epochs" in lines
@@ -137,10 +135,7 @@ def test_tune_ends_with_the_saved_models_own_honest_score(tuned):
     said = " ".join(out.split())
     assert f"Held-out accuracy: {score:.4f}, the saved model's own score on 12 rows" in said
     assert "that nothing was fitted on (95 % of bootstrap samples: " in said
-    assert (
-        f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the best of 3"
-        in said
-    )
+    assert f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the best of 3" in said
 
 
 def gputune_frame(columns):
@@ -211,9 +206,7 @@ def test_more_trials_are_added_to_a_study(tmp_path):
 
 def test_a_loss_is_shown_as_what_it_measures(tmp_path):
     table = write_table(tmp_path / "bugs.csv", kind=kinds())
-    code, out, _ = run(
-        "tune", table, "--target", "kind", "--scoring", "neg_log_loss", "--out", tmp_path / "o", *FAST
-    )
+    code, out, _ = run("tune", table, "--target", "kind", "--scoring", "neg_log_loss", "--out", tmp_path / "o", *FAST)
     study = gputune.Study.open(tmp_path / "o" / "study.db")
     held = gputune.load_model(tmp_path / "o" / "model").info["held_out_score"]
     said = " ".join(out.split())
@@ -280,9 +273,7 @@ def test_without_held_out_rows_no_honest_score_is_left(tmp_path):
 
 
 def test_a_number_is_a_regression_with_all_options(tmp_path):
-    table = write_table(
-        tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)], site=[i // 8 for i in range(40)]
-    )
+    table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)], site=[i // 8 for i in range(40)])
     code, out, err = run(
         "tune", table, "--target", "price", "--task", "regression", "--groups", "site", "--cv", "2",
         "--space", "width=4,8", "lr=1e-3..1e-1:log", "--space", "dropout=0..0.5", "--optimizer", "sgd",
@@ -298,9 +289,7 @@ def test_a_number_is_a_regression_with_all_options(tmp_path):
     study = gputune.Study.open(tmp_path / "o" / "study.db")
     assert set(study.best_params) == {"width", "lr", "dropout"}
     assert study.meta["columns"] == "keep"
-    assert (
-        study.meta["numbers"] == "quantile" and study.meta["dtype"] == "float64" and study.meta["seed"] == 3
-    )
+    assert study.meta["numbers"] == "quantile" and study.meta["dtype"] == "float64" and study.meta["seed"] == 3
 
 
 def test_columns_as_they_are_said_to_be(tmp_path):
@@ -326,9 +315,7 @@ def test_columns_as_they_are_said_to_be(tmp_path):
     code, out, err = run("predict", tmp_path / "o" / "model", table)
     assert [label for (label,) in read_csv(out)[1:]] == model.predict(rows).tolist() and err == ""
     assert run("resume", tmp_path / "o", "--trials", "2")[0] == 0
-    with pytest.raises(
-        gputune.InputError, match="drop is for tables, whose columns have names, got \\['a'\\]"
-    ):
+    with pytest.raises(gputune.InputError, match="drop is for tables, whose columns have names, got \\['a'\\]"):
         gputune.tune("mlp", torch.zeros(40, 2), np.arange(40) % 2, drop=["a"])
     for name, value in {
         "drop": "a list of columns, for example",
@@ -382,11 +369,7 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     assert (code, out) == (0, "")
     assert gputune.load_model("gputune-train/model").info["params"] == first.params
     code, _, err = run("resume", "gputune-train")
-    assert (
-        code == 2
-        and "no search that could go on; repeat the command" in err
-        and "with --trials 8 or more" in err
-    )
+    assert code == 2 and "no search that could go on; repeat the command" in err and "with --trials 8 or more" in err
     assert run("resume", "gputune-train", "--trials", "2", "-q") == (0, "", "")
     diverged = ["--optimizer", "sgd", "--set", "lr=1e30", "--out", "o"]
     code, _, err = run(*command, *diverged)
@@ -429,9 +412,7 @@ def test_the_solved_logistic_regression(tmp_path):
     code, out, _ = run("tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path, *FAST)
     assert code == 0
     assert "Search   logistic, solved to convergence; 3 trials x 2 folds\n" in out
-    code, out, _ = run(
-        "tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path / "b", *FAST, "--trials", "1"
-    )
+    code, out, _ = run("tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path / "b", *FAST, "--trials", "1")
     assert code == 0
     assert "The best trial by accuracy" in out and "optimistic" not in out
 
@@ -708,9 +689,7 @@ def test_a_regression_is_predicted_in_full_precision(tmp_path):
 )
 def test_images_that_a_model_does_not_take_are_written_again(tmp_path, monkeypatch, model, message):
     monkeypatch.chdir(tmp_path)
-    np.savez(
-        "digits.npz", image=np.random.default_rng(0).random((40, 8, 7), np.float32), kind=np.arange(40) % 2
-    )
+    np.savez("digits.npz", image=np.random.default_rng(0).random((40, 8, 7), np.float32), kind=np.arange(40) % 2)
     head = "def __init__(self, n_outputs):\n        super().__init__(nn.{}, nn.Flatten(), nn.Linear(2, n_outputs))\n"
     layers = {"Net": "Conv2d(1, 2, 3)", "Last": "Conv1d(7, 2, 3)"}
     bodies = [f"class {name}(nn.Sequential):\n    {head.format(layer)}" for name, layer in layers.items()]
@@ -732,9 +711,7 @@ def test_one_logit_of_two_classes(tmp_path):
     assert header == ["ant", "bee"] and all(abs(sum(map(float, row)) - 1) < 1e-9 for row in rows)
 
 
-def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were_asked_for(
-    tmp_path, monkeypatch
-):
+def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were_asked_for(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "net.py").write_text(
         "import os\nfrom torch import nn\n\n"
@@ -791,10 +768,7 @@ def test_a_sampler_whose_batches_are_halved():
     study = made_batches(40, halving=Halving(min_epochs=3))
     text = closing(study)
     assert any(trial.state == "pruned" for trial in study.trials)
-    assert (
-        "Sampler Optuna's TPESampler proposed 39 trials in 5 batches Halving of 40 trials these were pruned"
-        in text
-    )
+    assert "Sampler Optuna's TPESampler proposed 39 trials in 5 batches Halving of 40 trials these were pruned" in text
     assert "after epoch 3" in text and "Descent" not in text
     pruned = tuple(trial for trial in study.trials if trial.state == "pruned")
     alone = replace(study, trials=pruned, curves=study.curves[: len(pruned)])

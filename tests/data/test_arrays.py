@@ -37,9 +37,7 @@ def test_arrays_are_taken_as_they_are(X, parts, names):
     assert arrays.select(np.array([4, 1])).gathered()[0].equal(arrays.parts[0][[4, 1]])
 
 
-@pytest.mark.parametrize(
-    "X", [torch.rand(6, 2), np.zeros((6, 2)), np.arange(12).reshape(6, 2), [[1, 2]], "file"]
-)
+@pytest.mark.parametrize("X", [torch.rand(6, 2), np.zeros((6, 2)), np.arange(12).reshape(6, 2), [[1, 2]], "file"])
 def test_a_table_is_no_array(X):
     assert as_arrays(X) is None
 
@@ -214,9 +212,7 @@ class TestDatasets:
         assert torch.equal(X, IMAGES) and y.tolist() == [0, 1, 2, 3, 4, 5]
 
     def test_the_tensors_of_a_tensor_dataset_are_taken_as_they_lie(self):
-        X, _ = read_dataset(
-            TensorDataset(IMAGES, IDS[:, 0]), None, bar=lambda numbers: pytest.fail("items were read")
-        )
+        X, _ = read_dataset(TensorDataset(IMAGES, IDS[:, 0]), None, bar=lambda numbers: pytest.fail("items were read"))
         assert X.data_ptr() == IMAGES.data_ptr()
 
     def test_a_loader_is_refused(self):

@@ -37,9 +37,7 @@ def test_few_rows_keep_their_levels():
     column, notes, _ = fit("category", ["a", "b", "a"])
     assert column.feature_names == ("c=a", "c=b")
     assert notes == ()
-    np.testing.assert_array_equal(
-        column.features("category", text("b", "zzz", None)), [[0, 1], [0, 0], [0, 0]]
-    )
+    np.testing.assert_array_equal(column.features("category", text("b", "zzz", None)), [[0, 1], [0, 0], [0, 0]])
 
 
 def test_a_missing_category_is_a_level():
@@ -87,9 +85,7 @@ def test_numbers_and_booleans_with_missing_values():
 
 
 def test_parts_of_a_date():
-    days = np.array(
-        ["1969-12-31T23:30:00", "2024-02-29T00:00:00", "2023-03-01T12:00:00"], dtype="datetime64[s]"
-    )
+    days = np.array(["1969-12-31T23:30:00", "2024-02-29T00:00:00", "2023-03-01T12:00:00"], dtype="datetime64[s]")
     column, _, values = fit("date", days.astype(np.int64).astype(float))
     assert column.feature_names == ("c.days", "c.month", "c.day", "c.weekday", "c.hour")
     features = column.features("date", values)

@@ -100,9 +100,7 @@ LARGE = [
 
 
 @pytest.mark.parametrize(("numbers", "copies", "tensor"), LARGE)
-def test_folds_of_a_large_table_share_one_copy_where_an_affine_map_lies_between(
-    numbers, copies, tensor, monkeypatch
-):
+def test_folds_of_a_large_table_share_one_copy_where_an_affine_map_lies_between(numbers, copies, tensor, monkeypatch):
     X = table()[["a", "b"]].assign(t=1e9 + np.arange(N)) if tensor else table()
     X = torch.from_numpy(X.to_numpy()) if tensor else as_table(X)
     own, _ = build(X, numbers=numbers)

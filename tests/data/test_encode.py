@@ -101,12 +101,10 @@ def test_quantile_numbers_equal_scikit_learns(n):
     part = raw[train]
     mean = np.where(np.isnan(part), 0, part).sum(0) / (~np.isnan(part)).sum(0)
     filled = np.where(np.isnan(raw), mean, raw)
-    expected = QuantileTransformer(
-        n_quantiles=min(1000, len(train)), output_distribution="normal", subsample=None
-    ).fit(part)
-    np.testing.assert_allclose(
-        x[:, layout.numeric], expected.transform(filled)[:, layout.numeric], rtol=0, atol=1e-9
+    expected = QuantileTransformer(n_quantiles=min(1000, len(train)), output_distribution="normal", subsample=None).fit(
+        part
     )
+    np.testing.assert_allclose(x[:, layout.numeric], expected.transform(filled)[:, layout.numeric], rtol=0, atol=1e-9)
 
 
 def test_quantiles_of_tiny_numbers_and_of_a_column_constant_in_the_rows():

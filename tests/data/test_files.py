@@ -92,9 +92,7 @@ def test_fields_of_text(tmp_path, text, columns):
     assert table.names == tuple("abc"[: len(columns)])
     for found, values, (kind, expected) in zip(table.kinds, table.columns, columns):
         assert found == kind
-        np.testing.assert_array_equal(
-            values, np.array(expected, dtype=object if kind == "category" else float)
-        )
+        np.testing.assert_array_equal(values, np.array(expected, dtype=object if kind == "category" else float))
 
 
 @pytest.mark.parametrize("short", [0, 500])  # rows up to which a column is read value by value
@@ -183,9 +181,7 @@ def test_a_packed_file_is_unpacked_as_far_as_there_is_memory(monkeypatch, tmp_pa
     (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 10_000_000, 1))
     monkeypatch.setattr(files, "free_memory", lambda: 16 << 20)
     monkeypatch.setattr(files.gzip, "open", Counting)
-    with pytest.raises(
-        InputError, match="bomb.csv.gz' needs about .* of memory or more, and 16.0 MiB are free"
-    ):
+    with pytest.raises(InputError, match="bomb.csv.gz' needs about .* of memory or more, and 16.0 MiB are free"):
         read_table(tmp_path / "bomb.csv.gz")
     assert Counting.unpacked < 4 << 20  # of 40 MB
 

@@ -77,9 +77,7 @@ def test_splitters_are_taken_as_they_are(cv):
 
 
 def test_group_splitters():
-    assert equal(
-        folds(LeaveOneGroupOut(), groups=GROUPS), list(LeaveOneGroupOut().split(np.zeros(N), groups=GROUPS))
-    )
+    assert equal(folds(LeaveOneGroupOut(), groups=GROUPS), list(LeaveOneGroupOut().split(np.zeros(N), groups=GROUPS)))
     names = [f"g{group}" for group in GROUPS]
     assert equal(folds(4, groups=names), folds(4, groups=np.array(names, dtype=object)))
     assert equal(folds(4, groups=torch.tensor(GROUPS)), folds(4, groups=GROUPS))
@@ -117,9 +115,7 @@ def test_a_rare_class_is_one_warning_of_ours():
 
 
 def test_validation_on_training_rows_is_a_warning():
-    with pytest.warns(
-        UserWarning, match=r"1 of 2 folds \(the first is fold 1\) validate on rows that they train on"
-    ):
+    with pytest.warns(UserWarning, match=r"1 of 2 folds \(the first is fold 1\) validate on rows that they train on"):
         folds([(range(20), range(20, 40)), (range(25), range(20, 40))])
 
 
@@ -200,9 +196,7 @@ def test_bad_folds(cv, groups, message):
 
 
 def test_bad_groups():
-    with pytest.raises(
-        InputError, match=r"groups must have one value a row, shape \(40,\), got shape \(3,\)"
-    ):
+    with pytest.raises(InputError, match=r"groups must have one value a row, shape \(40,\), got shape \(3,\)"):
         folds(2, groups=[1, 2, 3])
     with pytest.raises(InputError, match=r"groups has 2 missing values \(the first in row 1\)"):
         check_groups(np.array(["a", None, np.nan], dtype=object), 3)

@@ -220,9 +220,7 @@ def test_the_target_is_a_plain_array(column, kind, values):
 
 def test_bad_targets():
     table = as_table(pd.DataFrame({"income": [1, 2], "when": pd.to_datetime(["2020-01-01"] * 2)}))
-    with pytest.raises(
-        InputError, match=r"target='incme' is not.*did you mean 'income'. The columns are 'income'"
-    ):
+    with pytest.raises(InputError, match=r"target='incme' is not.*did you mean 'income'. The columns are 'income'"):
         split_target(table, "incme")
     with pytest.raises(InputError, match=r"target='zzz' is not a column.*the columns are 'income', 'when'"):
         split_target(table, "zzz")

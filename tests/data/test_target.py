@@ -85,9 +85,7 @@ def test_twenty_whole_numbers_that_repeat_are_classes(dtype):
 @pytest.mark.parametrize("dtype", [int, float])
 def test_more_whole_numbers_that_repeat_often_are_a_warning(dtype):
     y = np.repeat(np.arange(30), 10).astype(dtype)
-    with pytest.warns(
-        InputWarning, match=r"y has 30 distinct whole numbers in 300 rows, .* task='classification'"
-    ):
+    with pytest.warns(InputWarning, match=r"y has 30 distinct whole numbers in 300 rows, .* task='classification'"):
         assert check(y).task == "regression"
     assert check(y, task="regression").task == "regression"
     assert check(y, task="classification").n_outputs == 30
@@ -253,9 +251,7 @@ def test_bad_weights(sample, classes, message):
 
 
 def test_weights_of_a_regression_and_weights_that_are_all_zero():
-    with pytest.raises(
-        InputError, match="class_weight needs classes, got class_weight='balanced' for a regression"
-    ):
+    with pytest.raises(InputError, match="class_weight needs classes, got class_weight='balanced' for a regression"):
         check_weights(None, "balanced", check_target([0.5, 1.5], n_rows=2))
     weights = check_weights(np.isin(np.arange(10), TRAIN, invert=True), None, TARGET)
     with pytest.raises(InputError, match="training rows add up to 0"):

@@ -35,9 +35,7 @@ TRANSFORMERS = {"log": FunctionTransformer(np.log, np.exp), "log1p": FunctionTra
 @pytest.mark.parametrize("backend", ["compiled", "eager"])
 def test_a_fold_equals_a_plain_loop_on_the_transformed_target(transform, backend):
     params = {"lr": 0.01, "batch_size": 8, "width": 16}
-    study = gputune.tune(
-        "mlp", X, Y, space=params, target_transform=transform, dtype="float64", backend=backend, **HOW
-    )
+    study = gputune.tune("mlp", X, Y, space=params, target_transform=transform, dtype="float64", backend=backend, **HOW)
     config = complete(params, optimizer="adamw", schedule="constant")
     of_rows = study.oof_predictions()
     for f, (train, valid) in enumerate(FOLDS):
@@ -83,9 +81,7 @@ def test_models_are_saved_and_studies_opened(transform, tmp_path):
     with refused("differs from this call in: target_transform"):
         gputune.tune("mlp", X, Y, **{**how, "target_transform": "log1p"})
     opened.report(tmp_path / "report.html")
-    assert f"target_transform={repr(transform)[:9]}" in (tmp_path / "report.html").read_text().replace(
-        "&#39;", "'"
-    )
+    assert f"target_transform={repr(transform)[:9]}" in (tmp_path / "report.html").read_text().replace("&#39;", "'")
 
 
 def test_several_numbers_a_loss_of_ones_own_and_an_ensemble():
@@ -192,9 +188,7 @@ def test_what_is_refused(transform, y, words):
 
 
 def test_a_descent_and_a_function_without_a_name_are_refused(tmp_path):
-    with refused(
-        "method='hypergradient' descends on the squared error .* target_transform='log': choose another"
-    ):
+    with refused("method='hypergradient' descends on the squared error .* target_transform='log': choose another"):
         gputune.tune("mlp", X, Y, target_transform="log", method="hypergradient", **HOW)
     nameless = FunctionTransformer(lambda y: y / 2, lambda y: y * 2)
     with refused("has no name by which study='.*' could know it again"):

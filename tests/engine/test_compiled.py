@@ -158,9 +158,7 @@ def test_every_schedule():
 
 
 @pytest.mark.parametrize("first", ["eager", "compiled"])
-@pytest.mark.parametrize(
-    ("optimizer", "ema"), [("adamw", 0.0), ("adamw", 0.9), ("nesterov", 0.0), ("sgd", 0.5)]
-)
+@pytest.mark.parametrize(("optimizer", "ema"), [("adamw", 0.0), ("adamw", 0.9), ("nesterov", 0.0), ("sgd", 0.5)])
 def test_a_state_goes_from_one_backend_to_the_other(first, optimizer, ema):
     data = make_data()
     configs = ({"width": 8, "schedule": "cosine"}, {"width": 13, "batch_size": 11})
@@ -242,9 +240,7 @@ def test_words_for_the_backend():
     assert choose_backend("auto", cpu, torch.float32) == ("compiled", "")
     assert choose_backend("eager", cpu, torch.float32) == ("eager", "")
     assert choose_backend("auto", gpu, torch.float32) == ("graph", "")
-    with pytest.raises(
-        InputError, match="trains on the CPU, and the device is 'cuda:0'; choose device='cpu'"
-    ):
+    with pytest.raises(InputError, match="trains on the CPU, and the device is 'cuda:0'; choose device='cpu'"):
         choose_backend("compiled", gpu, torch.float32)
     words = "'auto', 'eager', 'compiled', 'graph', 'stacked', 'loop', 'kernel'"
     with pytest.raises(InputError, match=f"backend must be one of {words}, got 'fast'"):

@@ -127,10 +127,7 @@ def test_compiled_code_that_failed_its_laws_is_not_used(capsys, iris, monkeypatc
     keep_findings(CPU, Findings({"compiled": "a law"}, {}))
     study = gputune.tune("mlp", *iris, n_trials=2, max_epochs=2, cv=2, device="cpu")
     said = capsys.readouterr().err
-    assert (
-        "note: trials train in recorded steps, slower than compiled ones: gputune check found that 'a law'"
-        in said
-    )
+    assert "note: trials train in recorded steps, slower than compiled ones: gputune check found that 'a law'" in said
     assert len(study.trials) == 2
 
 
@@ -145,9 +142,7 @@ def test_a_search_says_where_it_trains_and_why(machine, capsys, iris):
     """On a machine whose GPU would be taken if it were asked for."""
     study = gputune.tune("mlp", *iris, n_trials=2, max_epochs=2, cv=2)
     said = capsys.readouterr().err
-    assert (
-        "note: trials train on the CPU and not on the GPU, which device='cuda' takes: compiled code" in said
-    )
+    assert "note: trials train on the CPU and not on the GPU, which device='cuda' takes: compiled code" in said
     assert len(study.trials) == 2 and read_findings(CPU).speeds["compiled"] == SPEEDS["cpu"]
 
 

@@ -108,9 +108,7 @@ def test_l2_is_newton_cg_at_its_limit(name):
         assert np.abs(solution.intercept[c].numpy() - reference.intercept_).max() < 1e-6
 
 
-@pytest.mark.filterwarnings(
-    "ignore::sklearn.exceptions.ConvergenceWarning"
-)  # saga stops far from the optimum
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # saga stops far from the optimum
 @pytest.mark.parametrize("l1_ratio", [1.0, 0.4])
 @pytest.mark.parametrize("name", LOADERS)
 def test_l1_and_elastic_net_are_optimal(name, l1_ratio):

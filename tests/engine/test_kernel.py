@@ -37,9 +37,7 @@ def test_it_has_to_be_asked_for(card):
 
 
 def test_it_is_no_backend_of_a_cpu(iris):
-    words = (
-        "backend='kernel' trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'."
-    )
+    words = "backend='kernel' trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'."
     with refused(re.escape(words)):
         gputune.tune("mlp", *iris, backend="kernel", device="cpu", verbose=0)
 
@@ -58,9 +56,7 @@ def test_the_wheel_of_nvrtc_is_named(version, wheel, card, monkeypatch):
 
     monkeypatch.setattr(_utils, "_get_gpu_rtc_library", fail)
     monkeypatch.setattr(torch.version, "cuda", version)
-    words = (
-        f"NVRTC library. pip install 'nvidia-cuda-{wheel}.*' brings the library. Or choose backend='graph'."
-    )
+    words = f"NVRTC library. pip install 'nvidia-cuda-{wheel}.*' brings the library. Or choose backend='graph'."
     with refused(re.escape(words)):
         choose_backend("kernel", GPU, torch.float32)
 
@@ -128,9 +124,7 @@ def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
         (180.0, 9, 130, 2),  # of 64 bytes each
     ],
 )
-def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(
-    pace, most, room, epochs, chunk, monkeypatch
-):
+def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(pace, most, room, epochs, chunk, monkeypatch):
     monkeypatch.setattr(kernel, "_ROOM_BYTES", room)
     chunk.pace, chunk.scoring, chunk.lengths = pace, None, np.array([4])
     chunk.arrays = {"accuracy": torch.empty((1, 4), dtype=torch.float64), "scored": None}

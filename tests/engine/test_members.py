@@ -154,9 +154,7 @@ def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
         ({"optimizer": "adamwhd"}, nullcontext()),
         (
             {"objective": Objective("mse", augment=lambda x, g: x)},
-            pytest.warns(
-                RuntimeWarning, match="'adamw' train in recorded steps, slower .*: a function of the user's"
-            ),
+            pytest.warns(RuntimeWarning, match="'adamw' train in recorded steps, slower .*: a function of the user's"),
         ),
     ],
 )
@@ -165,9 +163,7 @@ def test_what_is_in_no_code_trains_in_another_way(given, says):
     configs = fill({"lr": 0.01, "batch_size": 9}, optimizer=given.pop("optimizer", "adamw"))
     network = StackedModule(Net, configs, shape_of(data), seed=0, traits=replace(TRAITS, coded=True), **given)
     with says:
-        trained = train(
-            network, data, configs, seed=0, epochs=1, horizon=1, scoring=scoring_of(data), backend="graph"
-        )
+        trained = train(network, data, configs, seed=0, epochs=1, horizon=1, scoring=scoring_of(data), backend="graph")
     assert np.isfinite(trained.curves).all()
 
 

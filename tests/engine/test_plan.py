@@ -19,9 +19,7 @@ from refused import refused
 
 
 def groups(data, *configs, kind="mlp", optimizer="adamw"):
-    return populations(
-        fill(*configs, optimizer=optimizer), kind, rows=max(len(fold.train) for fold in data.folds)
-    )
+    return populations(fill(*configs, optimizer=optimizer), kind, rows=max(len(fold.train) for fold in data.folds))
 
 
 ONCE = {"epochs": 1, "memory": None, "workers": 1}
@@ -93,9 +91,7 @@ class Net(nn.Linear):
         self.still = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
 
 
-@pytest.mark.parametrize(
-    "backend", sorted({"eager", choose_backend("auto", torch.device("cpu"), torch.float64)[0]})
-)
+@pytest.mark.parametrize("backend", sorted({"eager", choose_backend("auto", torch.device("cpu"), torch.float64)[0]}))
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["mlp", "linear", "module"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

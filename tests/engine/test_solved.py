@@ -27,16 +27,12 @@ def test_scores_and_modules_equal_scikit_learn(task):
     for f, fold in enumerate(data.folds):
         x, y = data.x[f].numpy(), data.y.numpy()
         for c, config in enumerate(configs):
-            plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000).fit(
-                x[fold.train], y[fold.train]
-            )
+            plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000).fit(x[fold.train], y[fold.train])
             p = plain.predict_proba(x[fold.valid])
             loss = -np.log(p[np.arange(len(p)), y[fold.valid]]).mean()
             assert outcome.curves[c, 0, f] == pytest.approx(-loss, abs=1e-7)
             module = solved_module(solution, f * 2 + c)
-            np.testing.assert_allclose(
-                module(data.x[f, fold.valid]).softmax(-1).detach().numpy(), p, atol=1e-6
-            )
+            np.testing.assert_allclose(module(data.x[f, fold.valid]).softmax(-1).detach().numpy(), p, atol=1e-6)
 
 
 def test_one_fold_is_held_at_a_time_where_folds_are_large(monkeypatch):
@@ -61,9 +57,7 @@ def test_a_fold_with_rows_of_one_class_alone_predicts_that_class(only):
     data = make_data("binary")
     rows = torch.nonzero(data.y == only)[:, 0]
     present = torch.tensor([[only == 0, only == 1]])
-    data = dataclasses.replace(
-        data, folds=(Fold(train=rows, valid=torch.arange(61)),), copies=(0,), present=present
-    )
+    data = dataclasses.replace(data, folds=(Fold(train=rows, valid=torch.arange(61)),), copies=(0,), present=present)
     outcome = solve_chunk(data, fill({"C": 1.0}), [0], make_scoring("accuracy", "binary", np.arange(2)))
     assert outcome.curves[0, 0, 0] == pytest.approx(float((data.y == only).double().mean()))
 

@@ -28,9 +28,7 @@ CPU = torch.device("cpu")
 
 
 def configs_of(count, optimizer="adamw", **more):
-    return fill(
-        *({"optimizer": optimizer, "lr": 1e-3 * (i + 1), "batch_size": 9, **more} for i in range(count))
-    )
+    return fill(*({"optimizer": optimizer, "lr": 1e-3 * (i + 1), "batch_size": 9, **more} for i in range(count)))
 
 
 def make_chunk(data, configs, *, recorded=True):
@@ -130,9 +128,7 @@ def test_nothing_waits_for_the_device_inside_an_epoch(counted, sizes, monkeypatc
     captures = counted.captures
     monkeypatch.setattr(Tensor := torch.Tensor, "numpy", lambda tensor: pytest.fail("numpy"))
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("tolist"))
-    monkeypatch.setattr(
-        StackedChunk, "_step", lambda chunk, shape, key: pytest.fail("a step was not replayed")
-    )
+    monkeypatch.setattr(StackedChunk, "_step", lambda chunk, shape, key: pytest.fail("a step was not replayed"))
     with NothingWaits():
         chunk.advance(4)
     assert counted.captures == captures > 0
@@ -302,9 +298,7 @@ def test_who_trains_as_a_graph():
 
 
 def test_steps_of_other_devices_are_not_recorded():
-    with pytest.raises(
-        InputError, match="a CPU or a CUDA device, and the device is 'meta'; choose one of these"
-    ):
+    with pytest.raises(InputError, match="a CPU or a CUDA device, and the device is 'meta'; choose one of these"):
         choose_backend("graph", torch.device("meta"), torch.float32)
 
 

@@ -88,9 +88,7 @@ def test_what_a_graph_cannot_do_is_refused_and_undone(name, total):
 
 def test_a_result_that_outlives_the_step_is_refused(total):
     kept = []
-    with pytest.raises(
-        CaptureError, match=r"aten.add.Tensor in a recorded step: its result outlives the step"
-    ):
+    with pytest.raises(CaptureError, match=r"aten.add.Tensor in a recorded step: its result outlives the step"):
         StandIn(CPU).capture(lambda: kept.append(total + 1))
 
 

@@ -47,13 +47,9 @@ def test_asking_where_the_folder_is_gone_is_no_error(tmp_path):
     assert stop.is_over()
 
 
-@pytest.mark.parametrize(
-    ("model", "backend"), [("mlp", "auto"), ("mlp", "eager"), (Net, "stacked"), (Net, "loop")]
-)
+@pytest.mark.parametrize(("model", "backend"), [("mlp", "auto"), ("mlp", "eager"), (Net, "stacked"), (Net, "loop")])
 def test_a_trial_ends_where_a_plain_loop_over_its_curve_ends_it(model, backend, iris):
-    full, short = (
-        gputune.tune(model, *iris, patience=patience, backend=backend, **SEARCH) for patience in (None, 3)
-    )
+    full, short = (gputune.tune(model, *iris, patience=patience, backend=backend, **SEARCH) for patience in (None, 3))
     lengths = []
     for trial, curve, of_full in zip(short.trials, short.curves, full.curves, strict=True):
         best, at, epoch = -np.inf, 0, 0

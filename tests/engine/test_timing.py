@@ -43,9 +43,7 @@ def found(member_steps):
 )
 def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, coded):
     monkeypatch.setattr(choice, "_coded_seconds", lambda job, data, chunk: code)
-    monkeypatch.setattr(
-        choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
-    )
+    monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked))
     assert found(steps) == (slow, coded)
 
 
@@ -72,8 +70,7 @@ def test_a_search_says_which_way_it_took(monkeypatch, capsys):
     alone = gputune.tune(Net, X, y, **options)
     said = capsys.readouterr().err
     assert (
-        "note: Net trains one by one, which is faster here: 2 ms so" in said
-        and "one by one" in said.split("plan:")[1]
+        "note: Net trains one by one, which is faster here: 2 ms so" in said and "one by one" in said.split("plan:")[1]
     )
     monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", True))
     coded = gputune.tune(Net, X, y, **options)
@@ -86,9 +83,7 @@ def test_a_search_says_which_way_it_took(monkeypatch, capsys):
 def test_what_is_built_to_be_timed_trains(monkeypatch):
     """It is made once, and gives what recorded steps give."""
     sources = []
-    monkeypatch.setattr(
-        members, "build", lambda source, dtype: sources.append(source) or build(source, dtype)
-    )
+    monkeypatch.setattr(members, "build", lambda source, dtype: sources.append(source) or build(source, dtype))
     for name, value in {"_WORTH_SECONDS": 0, "_CODE_SECONDS": 0, "_seconds": lambda *given: 1.0}.items():
         monkeypatch.setattr(choice, name, value)
     search = partial(gputune.tune, Net, make_data().x[0].float(), make_data().y, workers=1, verbose=0)

@@ -55,9 +55,7 @@ def test_the_state_of_a_chunk_whose_trials_all_diverged_is_empty():
     data = make_data("regression")
     configs = [{**c, "lr": 1e200, "optimizer": "sgd"} for c in configs_of("sgd", 5, 9)]
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    found = train(
-        network, data, configs, seed=0, epochs=3, horizon=3, scoring=make_scoring(None, data.task, None)
-    )
+    found = train(network, data, configs, seed=0, epochs=3, horizon=3, scoring=make_scoring(None, data.task, None))
     assert found.alive == () and {len(buffer) for buffer in found.state.buffers} == {0}
 
 
@@ -65,9 +63,7 @@ def test_rows_give_the_flat_buffer_back():
     data = make_data(folds=3)
     for kind in ("mlp", "linear"):
         network = StackedMLP(kind, configs_of("adam", 5, 9, 16), shape_of(data), seed=0)
-        flat = torch.randn(
-            network.blocks.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
+        flat = torch.randn(network.blocks.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         rows = network.blocks.to_rows(flat)
         assert rows.shape[:2] == (3, 3) and rows.numel() == flat.numel()
         assert torch.equal(network.blocks.from_rows(rows), flat)

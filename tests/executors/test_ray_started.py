@@ -59,9 +59,7 @@ def head(environment):
     """Start a head in a session of its own; return its address; end the session."""
     port, client_port = free_ports(2)
     ports = f"--port={port} --ray-client-server-port={client_port}"
-    words = (
-        f"-m ray.scripts.scripts start --head --block --num-cpus=2 --include-dashboard=false {ports}".split()
-    )
+    words = f"-m ray.scripts.scripts start --head --block --num-cpus=2 --include-dashboard=false {ports}".split()
     # In a folder without the sources: workers find the package that is installed.
     folder = Path(environment["RAY_TMPDIR"])
     with (folder / "said").open("w") as said:

@@ -166,9 +166,7 @@ class CtrlC(gputune.callbacks.Callback):
 )
 def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path, monkeypatch, method):
     sent = []
-    monkeypatch.setattr(
-        ray_cluster, "pickle_job", lambda job, **how: sent.append(job) or pickle_job(job, **how)
-    )
+    monkeypatch.setattr(ray_cluster, "pickle_job", lambda job, **how: sent.append(job) or pickle_job(job, **how))
     path = tmp_path / "study.db"
     given = {**FAST, "space": LR, "n_trials": 12, "method": method}
     given |= {"memory": 1024, "checkpoint_seconds": 1e-9}

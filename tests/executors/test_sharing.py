@@ -27,9 +27,7 @@ def mapped(tmp_path):
     return np.load(tmp_path / "x.npy", mmap_mode="r")
 
 
-@pytest.mark.parametrize(
-    "view", [lambda x: x, lambda x: x.transpose(0, 3, 1, 2), lambda x: x[3:], lambda x: x[:, ::2]]
-)
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.transpose(0, 3, 1, 2), lambda x: x[3:], lambda x: x[:, ::2]])
 def test_what_lies_in_a_file_is_mapped_again(mapped, view):
     data = replace(make_data(), inputs=(as_arrays(view(mapped)).parts[0][None],))
     sent = to_arrays(data, here=True)

@@ -145,9 +145,7 @@ def test_without_a_place_for_failures_a_chunk_that_is_given_up_is_an_error():
 
 def test_an_error_that_cannot_be_pickled_is_named(orders):
     (orders / "raise").touch()
-    with pytest.raises(
-        RuntimeError, match="Odd .which cannot be pickled. in a worker process: this and that"
-    ):
+    with pytest.raises(RuntimeError, match="Odd .which cannot be pickled. in a worker process: this and that"):
         search()
 
 
@@ -199,9 +197,7 @@ def test_a_worker_records_the_steps_of_like_chunks_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getppid", os.getpid)  # this process is the worker
     monkeypatch.setattr(CpuRecorder, "repays", 1)
     recorded, capture = [], CpuRecorder.capture
-    monkeypatch.setattr(
-        CpuRecorder, "capture", lambda self, *step: recorded.append(self) or capture(self, *step)
-    )
+    monkeypatch.setattr(CpuRecorder, "capture", lambda self, *step: recorded.append(self) or capture(self, *step))
     data, path, numbers = make_data(), str(tmp_path / "data"), []
     scoring = make_scoring(None, data.task, np.arange(3))
     job = Job(seed=0, epochs=2, horizon=2, scoring=scoring, module_class=Net, backend="graph")

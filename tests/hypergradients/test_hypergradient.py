@@ -222,10 +222,7 @@ def test_the_module_is_left_as_it_was(options):
     assert all((p.grad == 7).all() for p in module.parameters())
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(before, (tensor for pair in (*given[0], given[1]) for tensor in pair))
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, (tensor for pair in (*given[0], given[1]) for tensor in pair)))
 
 
 def test_the_module_is_left_as_it_was_after_an_error():
@@ -397,9 +394,7 @@ def test_modules(kind):
 @pytest.mark.parametrize("options", MODES[:4])
 def test_running_statistics_are_those_of_a_plain_loop(options):
     """Which torch's own modules keep; the slope is how the loop's own loss in evaluation mode moves with its rate."""
-    module = Image(
-        nn.Conv2d(1, 3, 2, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3)
-    )
+    module = Image(nn.Conv2d(1, 3, 2, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3))
     before = copy.deepcopy(module.double().train().state_dict())
     (batches, (x, y)), rate = data(), 0.3
 
@@ -422,13 +417,9 @@ def test_running_statistics_are_those_of_a_plain_loop(options):
 
 
 @pytest.mark.parametrize("options", MODES)
-@pytest.mark.parametrize(
-    "loss", (functional.mse_loss, functional.l1_loss, functional.huber_loss, nn.MSELoss())
-)
+@pytest.mark.parametrize("loss", (functional.mse_loss, functional.l1_loss, functional.huber_loss, nn.MSELoss()))
 def test_losses_of_a_regression(loss, options):
-    batches, valid = (
-        [(x, x.sin().sum(1, keepdim=True)) for x, _ in pairs] for pairs in (data()[0], [data()[1]])
-    )
+    batches, valid = ([(x, x.sin().sum(1, keepdim=True)) for x, _ in pairs] for pairs in (data()[0], [data()[1]]))
     given = batches, valid[0]
     expected = run(network(outputs=1), loss, given, mode="reverse")
     found = run(network(outputs=1), loss, given, **options)
@@ -495,9 +486,7 @@ def test_parameters_without_entries():
             return self.inner(x) + self.none.sum()
 
     found = run(Empty(), hyperparameters={"lr": [[0.1, 0.1, 0.1]]})
-    assert_close(
-        {"lr": found.gradient["lr"][:, 1:]}, run(network(), hyperparameters={"lr": [[0.1, 0.1]]}).gradient
-    )
+    assert_close({"lr": found.gradient["lr"][:, 1:]}, run(network(), hyperparameters={"lr": [[0.1, 0.1]]}).gradient)
     assert found.gradient["lr"][0, 0] == 0 and found.parameters["none"].shape == (0, 3)
 
 
@@ -569,9 +558,7 @@ def test_asked_for_modes_say_so():
 def test_the_ratio_flags_chaotic_training_and_nothing_else(mode):
     def ratio(optimizer, lr, steps):
         torch.manual_seed(0)
-        module = nn.Sequential(
-            nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)
-        ).double()
+        module = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)).double()
         given = data(steps, rows=32, inputs=10)
         return run(module, given=given, hyperparameters={"lr": lr}, optimizer=optimizer, mode=mode).ratio
 
@@ -586,9 +573,7 @@ def test_a_training_that_diverges_is_seen_to(options):
     def steep(output, y):
         return (output**4).sum()
 
-    with pytest.warns(
-        RuntimeWarning, match="the validation loss is (nan|inf): look for NaN in the minibatches"
-    ):
+    with pytest.warns(RuntimeWarning, match="the validation loss is (nan|inf): look for NaN in the minibatches"):
         result = run(network(), steep, hyperparameters={"lr": 10.0}, **options)
     assert not np.isfinite(result.value) and result.chaotic
     assert not result.gradient["lr"].isfinite() and not result.ratio <= CHAOTIC
@@ -610,9 +595,7 @@ def test_half_precision_runs():
 
 def test_a_result_is_shown_in_one_line():
     shown = repr(run(network(), hyperparameters={"lr": 0.1, "weight_decay": [0.1, 0.2]}))
-    assert (
-        shown.startswith("HypergradientResult(value ") and "weight_decay: (2,)" in shown and len(shown) < 160
-    )
+    assert shown.startswith("HypergradientResult(value ") and "weight_decay: (2,)" in shown and len(shown) < 160
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -462,9 +462,7 @@ def test_a_detached_path_is_no_second_derivative(mode):
     (
         network(Apply(Numeric.apply)),
         network(weight_norm(nn.Linear(4, 4))),
-        nn.Sequential(
-            nn.Linear(5, 3), Apply(Once.apply)
-        ),  # what is left of its second derivative is symmetric: 0
+        nn.Sequential(nn.Linear(5, 3), Apply(Once.apply)),  # what is left of its second derivative is symmetric: 0
     ),
 )
 def test_in_single_precision_most_are_seen_too(module):

@@ -93,9 +93,7 @@ def test_a_member_alone_is_the_member_in_the_batch(k):
     for p in range(18):
         f, c = divmod(p, 6)
         one = Solution(*(getattr(solution, name)[p : p + 1] for name in Solution.__dataclass_fields__))
-        alone = implicit(
-            (x[f : f + 1], y, weights[f : f + 1], valid[f : f + 1]), one, C[c : c + 1], ratio[c : c + 1]
-        )
+        alone = implicit((x[f : f + 1], y, weights[f : f + 1], valid[f : f + 1]), one, C[c : c + 1], ratio[c : c + 1])
         torch.testing.assert_close(alone.gradient, together.gradient[p : p + 1], rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(alone.value, together.value[p : p + 1], rtol=1e-12, atol=0)
 
@@ -185,9 +183,7 @@ def test_a_member_that_is_not_converged_is_nan_and_no_other():
 
 def test_no_curvature_left_is_nan():
     x = many(-1, 1)[None, :, None]
-    sure = Solution(
-        many(1e4)[None, None], many(0)[None], torch.tensor([1]), many(0), converged=torch.tensor([True])
-    )
+    sure = Solution(many(1e4)[None, None], many(0)[None], torch.tensor([1]), many(0), converged=torch.tensor([True]))
     data = x, torch.tensor([0, 1]), torch.ones(1, 2, dtype=torch.float64), [torch.tensor([0, 1])]
     found = implicit(data, sure, many(1.0), many(1.0))
     assert found.gradient.isnan().all()
@@ -254,9 +250,7 @@ def test_memory_for_not_even_one_member_is_told():
     # 18 x 18 numbers three times, 3 chances of 61 rows four times, 6 pairs of classes for 512 rows.
     needed = 8 * (3 * 18**2 + 4 * 3 * 61 + 512 * 6)
     implicit_chunk(data, [config, config], memory=needed)
-    message = (
-        rf"memory={needed - 1} bytes .* 3 outputs of 6 coefficients needs {needed} bytes; allow that much"
-    )
+    message = rf"memory={needed - 1} bytes .* 3 outputs of 6 coefficients needs {needed} bytes; allow that much"
     with refused(message):
         implicit_chunk(data, [config, config], memory=needed - 1)
 

@@ -26,8 +26,7 @@ def test_forward_mode_needs_no_more_for_more_steps():
 
 def test_reverse_mode_grows_with_the_steps_and_checkpointed_with_their_root():
     (few, many), (few_blocks, many_blocks) = (
-        [peak_of(mode, StackedNets(steps), "adam", ("lr",)) for steps in (16, 144)]
-        for mode in (reverse, checkpointed)
+        [peak_of(mode, StackedNets(steps), "adam", ("lr",)) for steps in (16, 144)] for mode in (reverse, checkpointed)
     )
     assert many > 8 * few
     assert 2.5 * few_blocks < many_blocks < 3.5 * few_blocks
@@ -35,9 +34,7 @@ def test_reverse_mode_grows_with_the_steps_and_checkpointed_with_their_root():
 
 
 def test_training_without_derivatives_keeps_nothing():
-    few, many = (
-        peak_of(lambda problem, _: problem.train(), StackedNets(steps), "adam", ()) for steps in (10, 100)
-    )
+    few, many = (peak_of(lambda problem, _: problem.train(), StackedNets(steps), "adam", ()) for steps in (10, 100))
     assert many == few
 
 

@@ -95,9 +95,7 @@ def test_unlike_members_together_equal_each_alone_unpadded(optimizer):
             torch.testing.assert_close(
                 training.own(found.weights, p), single.own(alone.weights, 0), rtol=1e-12, atol=1e-13
             )
-        torch.testing.assert_close(
-            together[2].ratio[p], forward(InnerProblem(single, rule, own), wanted).ratio[0]
-        )
+        torch.testing.assert_close(together[2].ratio[p], forward(InnerProblem(single, rule, own), wanted).ratio[0])
         torch.testing.assert_close(together[0].ratio[p], alone.ratio[0])
 
 
@@ -108,9 +106,7 @@ def test_a_member_that_diverges_leaves_the_others_bit_for_bit(optimizer, mode):
     calm = tables_of(optimizer, 3, segments=2)
     wild = {name: table.clone() for name, table in calm.items()}
     wild["lr"][1] = wild["weight_decay"][1] = 1e200
-    before, after = (
-        mode(InnerProblem(training, rule_of(optimizer), tables), wanted) for tables in (calm, wild)
-    )
+    before, after = (mode(InnerProblem(training, rule_of(optimizer), tables), wanted) for tables in (calm, wild))
     others = [0, 2]
     assert not usable(after)[1]
     assert usable(after)[others].all()
@@ -121,17 +117,11 @@ def test_a_member_that_diverges_leaves_the_others_bit_for_bit(optimizer, mode):
 
 def test_a_permutation_of_the_members_permutes_the_results():
     order, tables = torch.tensor([2, 0, 1]), tables_of("adam", 3)
-    first = reverse(
-        InnerProblem(StackedNets(5, widths=(4, 5, 6), seeds=(1, 2, 3)), "adam", tables), ("lr", "beta2")
-    )
+    first = reverse(InnerProblem(StackedNets(5, widths=(4, 5, 6), seeds=(1, 2, 3)), "adam", tables), ("lr", "beta2"))
     moved = {name: table[order] for name, table in tables.items()}
-    second = reverse(
-        InnerProblem(StackedNets(5, widths=(6, 4, 5), seeds=(3, 1, 2)), "adam", moved), ("lr", "beta2")
-    )
+    second = reverse(InnerProblem(StackedNets(5, widths=(6, 4, 5), seeds=(3, 1, 2)), "adam", moved), ("lr", "beta2"))
     for name in ("lr", "beta2"):
-        torch.testing.assert_close(
-            second.gradients[name], first.gradients[name][order], rtol=1e-12, atol=1e-15
-        )
+        torch.testing.assert_close(second.gradients[name], first.gradients[name][order], rtol=1e-12, atol=1e-15)
 
 
 class Silent(StackedNets):
@@ -332,9 +322,7 @@ def test_a_loss_that_is_linear_in_the_weights():
             return weights.sum(1)
 
     tables, training = tables_of("sgd", segments=2), Linear(4)
-    whole, blocks, tangents = (
-        mode(InnerProblem(training, "sgd", tables), ("lr", "weight_decay")) for mode in MODES
-    )
+    whole, blocks, tangents = (mode(InnerProblem(training, "sgd", tables), ("lr", "weight_decay")) for mode in MODES)
     assert_same(blocks.gradients, whole.gradients, tables)
     assert_same(tangents.gradients, whole.gradients, tables)
 
@@ -378,9 +366,7 @@ def test_a_member_that_diverges_leaves_the_differences_of_the_others():
     training, calm = StackedNets(6, widths=(6, 6, 6)), tables_of("adamw", 3, segments=2)
     wild = {name: table.clone() for name, table in calm.items()}
     wild["lr"][1] = wild["weight_decay"][1] = 1e200
-    before, after = (
-        differences(InnerProblem(training, "adamw", t), OF["adamw"], width=0.1) for t in (calm, wild)
-    )
+    before, after = (differences(InnerProblem(training, "adamw", t), OF["adamw"], width=0.1) for t in (calm, wild))
     assert chaotic(after.ratio).tolist() == [False, True, False]
     for name in OF["adamw"]:
         assert torch.equal(before.gradients[name][[0, 2]], after.gradients[name][[0, 2]])

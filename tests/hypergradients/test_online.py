@@ -382,11 +382,7 @@ def test_channels_last_and_contiguous_memory_agree():
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         g = torch.Generator().manual_seed(0)
-        w = (
-            torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64)
-            .to(memory_format=layout)
-            .requires_grad_()
-        )
+        w = torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64).to(memory_format=layout).requires_grad_()
         optimizer = AdamWHD([w], lr=0.1, hypergrad_lr=0.3)
         for _ in range(4):
             w.grad = torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64)

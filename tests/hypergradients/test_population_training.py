@@ -105,16 +105,12 @@ def test_forward_equals_reverse_with_members_of_unlike_length(optimizer):
     training = population(data, configs)
     assert len(set(training.totals.tolist())) > 1
     values = tables(configs, 3, segments=3)
-    found = [
-        mode(InnerProblem(training, optimizer, values), ("lr", "weight_decay")) for mode in (forward, reverse)
-    ]
+    found = [mode(InnerProblem(training, optimizer, values), ("lr", "weight_decay")) for mode in (forward, reverse)]
     found.append(reverse(InnerProblem(training, optimizer, values), ("lr", "weight_decay"), checkpoint=True))
     for other in found[1:]:
         for name in ("lr", "weight_decay"):
             scale = float(found[0].gradients[name].abs().max())
-            torch.testing.assert_close(
-                other.gradients[name], found[0].gradients[name], rtol=0, atol=1e-12 * scale
-            )
+            torch.testing.assert_close(other.gradients[name], found[0].gradients[name], rtol=0, atol=1e-12 * scale)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -140,18 +136,14 @@ def test_padded_units_have_no_slope_of_nan():
         fill({"optimizer": "adam", "width": 3}, {"optimizer": "adam", "width": 16}),
     )
     for mode in (forward, reverse):
-        found = mode(
-            InnerProblem(population(data, configs), "adam", tables(configs, 3)), ("lr", "beta1", "beta2")
-        )
+        found = mode(InnerProblem(population(data, configs), "adam", tables(configs, 3)), ("lr", "beta1", "beta2"))
         for table in found.gradients.values():
             assert table.isfinite().all() and table.abs().min() > 0
 
 
 def test_a_users_module_equals_its_plain_training():
     data = make_data("multiclass", weights=True, folds=3)
-    configs = fill(
-        {"optimizer": "adamw", "lr": 0.02, "batch_size": 10}, {"optimizer": "adamw", "batch_size": 10}
-    )
+    configs = fill({"optimizer": "adamw", "lr": 0.02, "batch_size": 10}, {"optimizer": "adamw", "batch_size": 10})
     network = StackedModule(Net, configs, shape_of(data), seed=0)
     training = PopulationTraining(network, data, configs, seed=0, epochs=3)
     values = tables(configs, 3)
@@ -161,9 +153,7 @@ def test_a_users_module_equals_its_plain_training():
     for f, c in itertools.product(range(3), range(2)):
         assert largest_difference(training.member(weights, f, c), plain.member(f, c)) <= 1e-12
     assert training.layer.tolist() == [0] * (6 * 5 + 6) + [1] * (3 * 6 + 3)
-    a, b = (
-        mode(InnerProblem(training, "adamw", values), ("lr",)).gradients["lr"] for mode in (forward, reverse)
-    )
+    a, b = (mode(InnerProblem(training, "adamw", values), ("lr",)).gradients["lr"] for mode in (forward, reverse))
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-15)
 
 

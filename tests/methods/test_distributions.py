@@ -76,9 +76,7 @@ class Named(stats.rv_continuous):
 
 
 def test_what_is_a_distribution():
-    assert (
-        is_distribution(log_int(1, 2)) and is_distribution(stats.uniform(0, 1)) and is_distribution(Ours(0))
-    )
+    assert is_distribution(log_int(1, 2)) and is_distribution(stats.uniform(0, 1)) and is_distribution(Ours(0))
     assert not is_distribution(Ours) and not is_distribution([1]) and not is_distribution("rvs")
 
 

@@ -105,9 +105,7 @@ def test_a_value_without_a_place_in_its_law_is_an_attribute():
     laws = {"weight_decay": {"kind": "float", "low": 1e-4, "high": 0.1, "log": True}}
     rows = [({"weight_decay": 0.0}, result(0)), ({"weight_decay": 0.01}, result(1))]
     written = made(rows, distributions=laws).to_optuna()
-    assert written.trials[0].params == {} and written.trials[0].user_attrs["other_params"] == {
-        "weight_decay": "0.0"
-    }
+    assert written.trials[0].params == {} and written.trials[0].user_attrs["other_params"] == {"weight_decay": "0.0"}
     assert written.trials[1].params == {"weight_decay": 0.01}
     assert "other_params" not in written.trials[1].user_attrs
 
@@ -188,7 +186,5 @@ def test_a_study_without_trials():
 
 def test_without_optuna(study, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(
-        MissingExtraError, match=r'to_optuna\(\) needs optuna.*pip install "gputune\[optuna\]"'
-    ):
+    with pytest.raises(MissingExtraError, match=r'to_optuna\(\) needs optuna.*pip install "gputune\[optuna\]"'):
         study.to_optuna()

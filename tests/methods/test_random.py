@@ -75,9 +75,7 @@ def test_a_shorter_draw_is_the_beginning_of_a_longer_one():
 def test_lists_with_too_few_points_give_all_of_them_without_a_warning():
     space = checked(LISTS)
     drawn = draw(space, 64, 0)
-    assert sorted((c["lr"], c["width"]) for c in drawn) == [
-        (a, b) for a in (0.001, 0.01, 0.1) for b in (8, 16)
-    ]
+    assert sorted((c["lr"], c["width"]) for c in drawn) == [(a, b) for a in (0.001, 0.01, 0.1) for b in (8, 16)]
     trials = search(space, 64, include_default=False)
     said = remarks(trials, space, n_trials=64, include_default=False)
     assert said == ("The space has 6 configurations, fewer than n_trials=64: all of them are run.",)
@@ -91,9 +89,7 @@ def test_lists_of_very_many_points():
     space = {"lr": many, "weight_decay": many, "width": many, "depth": many, "batch_size": many}
     assert len(draw(checked(space), 3, 0)) == 3
     space |= {"C": many, "module__k": many}
-    with refused(
-        r"space must have fewer than 2\*\*63 configurations .*got lists of \[\[1000, .*Use a distribution"
-    ):
+    with refused(r"space must have fewer than 2\*\*63 configurations .*got lists of \[\[1000, .*Use a distribution"):
         draw(checked(space, (*MLP, "C"), True), 3, 0)
 
 
@@ -200,17 +196,13 @@ def test_a_default_is_held_to_what_the_space_names(choices, default, held):
     space = checked({"module__k": choices}, MODULE, True)
     (trial,) = search(space, defaults=MLP_DEFAULTS | {"module__k": default})
     assert trial.params == {"module__k": held}
-    (said,) = notes([trial], space, include_default=True, defaults=MLP_DEFAULTS | {"module__k": default}) or (
-        "",
-    )
+    (said,) = notes([trial], space, include_default=True, defaults=MLP_DEFAULTS | {"module__k": default}) or ("",)
     moved = "" if held == default else "Trial 0 is the default configuration, held to the space: module__k="
     assert said.startswith(moved) and bool(said) == bool(moved)
 
 
 def test_alternatives_hold_the_default_where_the_fewest_values_are_others():
-    space = checked(
-        [{"depth": 5, "width": 9, "lr": [0.1]}, {"depth": 5, "width": [8, 16], "dropout": [0.0, 0.2]}]
-    )
+    space = checked([{"depth": 5, "width": 9, "lr": [0.1]}, {"depth": 5, "width": [8, 16], "dropout": [0.0, 0.2]}])
     assert search(space)[0].params == {"depth": 5, "dropout": 0.0, "lr": 1e-3, "width": 16}
     space = checked([{"optimizer": ["sgd"], "lr": [0.5]}, {"optimizer": ["adam"], "lr": [0.1, 0.2]}])
     assert params(search(space, include=[{"optimizer": "adam"}])) == [
@@ -295,9 +287,7 @@ def test_nothing_to_run_is_an_error_and_something_included_is_enough():
     space = checked(MIXED)
     assert [t.origin for t in search(space, 1)] == ["default"]
     assert [t.origin for t in search(space, 0, include=[{}])] == ["include"]
-    message = (
-        r"n_trials must be >= 1 where nothing else is to run, got n_trials=0 .* n_trials=1 for the default"
-    )
+    message = r"n_trials must be >= 1 where nothing else is to run, got n_trials=0 .* n_trials=1 for the default"
     with refused(message):
         search(space, 0)
 

@@ -54,9 +54,7 @@ def test_module_arguments_are_the_modules_business():
 
 
 def test_penalty_stays_a_key_of_the_space():
-    assert check({"penalty": ["l1", "l2", None], "C": [1]}, EXACT) == [
-        {"penalty": ["l1", "l2", "none"], "C": [1.0]}
-    ]
+    assert check({"penalty": ["l1", "l2", None], "C": [1]}, EXACT) == [{"penalty": ["l1", "l2", "none"], "C": [1.0]}]
     with refused(r"^space\[1\] must have one of 'penalty' and 'l1_ratio'"):
         check([{"C": 1}, {"penalty": "l1", "l1_ratio": 0.5}], EXACT)
 
@@ -210,9 +208,7 @@ def test_space_text_of_a_modules_arguments():
 
 def test_space_text_has_the_whole_of_an_array():
     values = np.arange(5000.0)
-    texts = [
-        space_text(check({"module__w": [v]}, (), True)) for v in (values, values + (values == 2500), values)
-    ]
+    texts = [space_text(check({"module__w": [v]}, (), True)) for v in (values, values + (values == 2500), values)]
     assert texts[0] == texts[2] != texts[1]
 
 

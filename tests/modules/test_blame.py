@@ -163,9 +163,7 @@ class Divides(nn.Linear):
 
 
 def test_outputs_that_are_not_finite_from_the_first_step_are_refused():
-    with pytest.raises(
-        InputError, match=r"model: Divides\(module__by=0.0\)|Divides\(by=0.0\) gives outputs that are"
-    ):
+    with pytest.raises(InputError, match=r"model: Divides\(module__by=0.0\)|Divides\(by=0.0\) gives outputs that are"):
         tune(Divides, ROWS, space={"module__by": [0.0]})
 
 
@@ -313,9 +311,7 @@ def norm():
 
 
 def test_what_lazy_layers_do_not_take_comes_with_a_remedy():
-    with pytest.raises(
-        InputError, match=r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"
-    ):
+    with pytest.raises(InputError, match=r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"):
         tune(partial(Lazy, first=norm), {"image": IMAGES[..., 0], "ids": IDS})
 
 

@@ -158,9 +158,7 @@ def looped(build, configs, data):
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
-        pytest.param(
-            name, optimizer, marks=() if name == "control flow" or optimizer == "adamw" else pytest.mark.long
-        )
+        pytest.param(name, optimizer, marks=() if name == "control flow" or optimizer == "adamw" else pytest.mark.long)
         for name in MODULES
         for optimizer in ("nesterov", "adamw", "adamhd", "NAdam")
     ],
@@ -168,9 +166,7 @@ def looped(build, configs, data):
 def test_a_member_equals_its_plain_loop(name, optimizer):
     build, reason = MODULES[name]
     data = make_data(weights=True)
-    configs = fill(
-        *({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr in (1e-3, 1e-2) for b in (7, 500))
-    )
+    configs = fill(*({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr in (1e-3, 1e-2) for b in (7, 500)))
     assert reason in traits_of(build, configs[0], data).unstackable
     for population in populations(configs, "module", rows=len(data.folds[0].train)):
         configs = list(population.configs)
@@ -234,9 +230,7 @@ def test_looped_equals_stacked(optimizer, schedule):
     """The same curves and members, for a module that can be either; each goes on from the other's state."""
 
     def build(n_features, n_outputs):
-        return nn.Sequential(
-            nn.Linear(n_features, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, n_outputs)
-        )
+        return nn.Sequential(nn.Linear(n_features, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, n_outputs))
 
     data = make_data("regression")
     configs = [
@@ -268,9 +262,7 @@ def test_halving_and_a_resume_change_nothing(optimizer):
         whole = train(looped(build, configs, data), data, configs, epochs=6, **words)
         begun = train(looped(build, configs, data), data, configs, epochs=2, **words)
         kept = configs[1:]
-        resumed = train(
-            looped(build, kept, data), data, kept, epochs=6, begin=begun.state.select([1, 2]), **words
-        )
+        resumed = train(looped(build, kept, data), data, kept, epochs=6, begin=begun.state.select([1, 2]), **words)
         for f in range(data.n_folds):
             for c in range(2):
                 one, other = resumed.member(f, c), whole.member(f, c + 1)
@@ -329,9 +321,7 @@ def alike(backbone, copies):
     }
 
 
-@pytest.mark.parametrize(
-    "words", [{"backend": "loop"}, {"backend": "stacked"}, {"optimizer": ["RAdam"]}], ids=repr
-)
+@pytest.mark.parametrize("words", [{"backend": "loop"}, {"backend": "stacked"}, {"optimizer": ["RAdam"]}], ids=repr)
 @pytest.mark.parametrize("name", ["attribute", "sequence", "same", "argument"])
 def test_a_pretrained_part_that_modules_share_is_copied_for_each_member(name, words):
     """Members and folds that train one parameter see each other's validation rows."""
@@ -368,9 +358,7 @@ def test_a_shared_part_that_cannot_be_copied_is_refused(how):
         backbone.lock = threading.Lock()
     else:
         backbone[0].weight.register_hook(lambda slope: 2 * slope)
-    with refused(
-        r"modules that share '0\.0\.weight', .* copy\.deepcopy of one raised .*Let it construct that part"
-    ):
+    with refused(r"modules that share '0\.0\.weight', .* copy\.deepcopy of one raised .*Let it construct that part"):
         search(alike(backbone, False)["sequence"])
 
 
@@ -380,9 +368,7 @@ def test_of_a_compiled_module_the_module_itself_trains():
     def compiled(n_features, n_outputs):
         return torch.compile(Gated(n_features, n_outputs))
 
-    with pytest.warns(
-        gputune.InputWarning, match=r"compiled returns torch\.compile\(module\): .*Leave torch"
-    ):
+    with pytest.warns(gputune.InputWarning, match=r"compiled returns torch\.compile\(module\): .*Leave torch"):
         found = search(compiled)
     assert [t.fold_scores for t in found.trials] == [t.fold_scores for t in search(Gated).trials]
 
@@ -393,14 +379,10 @@ class Convolutions(nn.Sequential):
             (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
             for a, b in ((3, 16), (16, 32), (32, 64))
         ]
-        super().__init__(
-            *[layer for part in parts for layer in part], nn.Flatten(), nn.Linear(1024, n_outputs)
-        )
+        super().__init__(*[layer for part in parts for layer in part], nn.Flatten(), nn.Linear(1024, n_outputs))
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=() if s == 5 else pytest.mark.long) for s in range(10)]
-)
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s == 5 else pytest.mark.long) for s in range(10)])
 def test_rounding_does_not_make_members_train_one_by_one(seed):
     """Of units that are on or off by rounding alone, images of some seeds have one."""
     torch.manual_seed(seed)
@@ -418,9 +400,7 @@ class Hiding(Remembering):
         return super().forward(functional.dropout(x, 0.2, self.training))
 
 
-@pytest.mark.parametrize(
-    ("build", "says"), [(Remembering, "it has"), (Hiding, "it draws random numbers, and has")]
-)
+@pytest.mark.parametrize(("build", "says"), [(Remembering, "it has"), (Hiding, "it draws random numbers, and has")])
 def test_a_gradient_that_differs_by_more_than_rounding_is_found_in_single_precision(build, says):
     traits = inspect_module(ModuleTrial(build, *fill({}), data_of(rows()[0], 3)))
     assert traits.unstackable == f"{says} another gradient when its members are stacked than alone"
@@ -452,9 +432,7 @@ def test_a_training_step_that_decides_by_a_draw_trains_one_by_one(capsys):
 def test_a_search_says_what_trains_one_by_one_and_why(capsys):
     study = search(Gated, verbose=1)
     said = capsys.readouterr().err
-    sentence = (
-        "note: Gated trains one by one, since its members cannot be stacked: its forward says: vmap: It looks"
-    )
+    sentence = "note: Gated trains one by one, since its members cannot be stacked: its forward says: vmap: It looks"
     assert said.count(sentence) == 1 and "2 trials in 2 chunks of 1" in said and ", one by one" in said
     assert any("one by one" in note for note in study.record.notes)
     assert isinstance(study.best_model().module, Gated)
@@ -472,25 +450,19 @@ class Free(nn.Linear):
 
 
 def test_what_cannot_be_had_is_refused():
-    with pytest.raises(
-        InputError, match="backend='stacked': the members of Gated cannot be stacked: .*backend='auto'"
-    ):
+    with pytest.raises(InputError, match="backend='stacked': the members of Gated cannot be stacked: .*backend='auto'"):
         search(Gated, backend="stacked")
     with pytest.raises(InputError, match="backend='loop' trains the members of a user's module"):
         search("mlp", backend="loop")
     with pytest.raises(InputError, match="Gated trains one by one, since.*Hypergradients need members"):
         search(Gated, method="hypergradient", space={"lr": loguniform(1e-3, 1e-1)})
-    with pytest.raises(
-        InputError, match="backend='stacked': torch.optim.RAdam takes the steps of one member"
-    ):
+    with pytest.raises(InputError, match="backend='stacked': torch.optim.RAdam takes the steps of one member"):
         search(Free, backend="stacked", optimizer="RAdam")
     with pytest.raises(InputError, match="cannot differentiate what trial 0 has: optimizer='RAdam'"):
         search(Free, method="hypergradient", optimizer="RAdam")
     with pytest.raises(InputError, match="trial 0 has: optimizer__eps=1e-06, which torch.optim's own class"):
         search(Free, method="hypergradient", space={"optimizer__eps": [1e-6], "lr": [1e-3]})
-    with pytest.raises(
-        InputError, match="torch.optim.RAdam takes the steps .*model='mlp' trains all members"
-    ):
+    with pytest.raises(InputError, match="torch.optim.RAdam takes the steps .*model='mlp' trains all members"):
         search("mlp", space={"optimizer": ["adam", "RAdam"]})
 
 
@@ -505,9 +477,7 @@ def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
     study = search(Free, **words)
     said = capsys.readouterr().err
     for name in ("RAdam", "Adam"):
-        sentence = (
-            f"trials train one by one, since torch.optim.{name} takes the steps of one member at a time"
-        )
+        sentence = f"trials train one by one, since torch.optim.{name} takes the steps of one member at a time"
         assert said.count(sentence) == 1 and any(sentence in note for note in study.record.notes)
     assert "8 trials in 8 chunks of 1" in said and ", one by one" in said
     again = gputune.Study.open(tmp_path / "study.db")

@@ -43,9 +43,7 @@ def test_a_mapped_layer_is_that_of_each_member(name):
     layer = layer.double()
     torch.manual_seed(0)
     x = torch.randn(MEMBERS, *shape, dtype=torch.float64, requires_grad=True)
-    tensors = {
-        k: torch.stack([t.detach() + 0.1 * m for m in range(MEMBERS)]) for k, t in layer.state_dict().items()
-    }
+    tensors = {k: torch.stack([t.detach() + 0.1 * m for m in range(MEMBERS)]) for k, t in layer.state_dict().items()}
     leaves = [x, *(t.requires_grad_() for k, t in tensors.items() if k in dict(layer.named_parameters()))]
 
     def results(mapped: bool) -> list[Tensor]:
@@ -77,9 +75,7 @@ def test_weights_that_all_members_share_are_mapped_as_torch_does():
     weight, x = torch.randn(3, 4), torch.randn(MEMBERS, 5, 4)
     indices = functional.max_pool2d(x[None], 2, return_indices=True)[1]
     with Mapped():
-        assert torch.equal(
-            vmap(lambda rows: functional.linear(rows, weight))(x), functional.linear(x, weight)
-        )
+        assert torch.equal(vmap(lambda rows: functional.linear(rows, weight))(x), functional.linear(x, weight))
         assert torch.equal(
             vmap(lambda rows: functional.max_pool2d(rows[None], 2, return_indices=True)[1])(x)[:, 0],
             indices[0],

@@ -20,9 +20,7 @@ SEEN = set()
 class Images(nn.Module):
     def __init__(self, n_outputs, p=0.0):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)
-        )
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2))
         self.drop, self.head = (
             nn.Dropout(p),
             nn.Sequential(nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, n_outputs)),
@@ -66,9 +64,7 @@ def test_members_equal_a_plain_loop_under_autocast(backend, p=0.3):
     space = {**SPACE, "module__p": [p]}
     study = gputune.tune(Images, IMAGES, LABELS, space=space, optimizer="sgd", backend=backend, **SMALL)
     member = study.best_model().module
-    rounded, start = (
-        plain(lambda kind=kind: kind(2, p), epochs) for kind, epochs in ((Autocast, 6), (Images, 0))
-    )
+    rounded, start = (plain(lambda kind=kind: kind(2, p), epochs) for kind, epochs in ((Autocast, 6), (Images, 0)))
     within = 0.0 if backend == "loop" else 2**-6 * largest(rounded, start)
     assert largest(member, rounded) <= within
     assert largest(member, plain(lambda: Images(2, p), 6)) > 1e-5

@@ -127,9 +127,7 @@ def test_a_capture_that_fails_is_the_last_one(cuda, monkeypatch):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
 
     cuda.end = end
-    with pytest.warns(
-        RuntimeWarning, match="recording a step on cuda:0 failed: .* when stream is capturing. Nothing"
-    ):
+    with pytest.warns(RuntimeWarning, match="recording a step on cuda:0 failed: .* when stream is capturing. Nothing"):
         for shape in ["shape"] * 5 + ["other"] * 5:
             replays.take(shape, lambda: steps.append(1))
     assert len(steps) == 10 + 1  # one was captured, and so not taken

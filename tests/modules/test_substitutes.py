@@ -12,9 +12,7 @@ PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [Tr
 LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)
 
 
-@pytest.mark.parametrize(
-    "more", [{}, {"scale": 0.3}, {"is_causal": True}, {"dropout_p": 0.4}, {"attn_mask": True}]
-)
+@pytest.mark.parametrize("more", [{}, {"scale": 0.3}, {"is_causal": True}, {"dropout_p": 0.4}, {"attn_mask": True}])
 def test_attention(more):
     query, key, value = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
     if "attn_mask" in more:
@@ -28,9 +26,7 @@ def test_attention(more):
 
 
 @pytest.mark.filterwarnings("error")  # torch warns of what it maps by a loop
-@pytest.mark.parametrize(
-    "masks", [{}, {"src_key_padding_mask": PADDING}, {"src_mask": LATER, "is_causal": True}]
-)
+@pytest.mark.parametrize("masks", [{}, {"src_key_padding_mask": PADDING}, {"src_mask": LATER, "is_causal": True}])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_transformer_is_mapped_over_members(training, masks):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2 if training else 0.0, batch_first=True).double()

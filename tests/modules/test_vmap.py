@@ -91,9 +91,7 @@ def test_a_module_equals_its_plain_loop(optimizer, weights):
 
 @pytest.mark.parametrize("p", [0.2, 0.5])
 def test_two_dropouts_equal_the_plain_modules_run(p):
-    configs = fill(
-        *({"batch_size": size, "module__p": p, "lr": lr} for lr in (1e-3, 1e-2) for size in (16, 7))
-    )
+    configs = fill(*({"batch_size": size, "module__p": p, "lr": lr} for lr in (1e-3, 1e-2) for size in (16, 7)))
     assert_module_equals_plain_loop(Residual, make_data(), configs, epochs=5)
 
 
@@ -107,9 +105,7 @@ class WithBatchNorm(nn.Module):
 
     def __init__(self, n_features, n_outputs, **words):
         super().__init__()
-        self.enter = nn.Sequential(
-            nn.Linear(n_features, 6, bias=False), nn.BatchNorm1d(6, **words), nn.Tanh()
-        )
+        self.enter = nn.Sequential(nn.Linear(n_features, 6, bias=False), nn.BatchNorm1d(6, **words), nn.Tanh())
         self.inner = nn.Sequential(
             nn.Conv1d(1, 2, 3, bias=False), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(8, n_outputs)
         )
@@ -125,9 +121,7 @@ NORMS = ({}, {"momentum": None}, {"affine": False}, {"momentum": 0.3, "eps": 1e-
 def test_batch_norm_equals_the_plain_loop(words, optimizer):
     data = make_data(weights=True)
     build = partial(WithBatchNorm, **words)
-    configs = fill(
-        *({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr in (1e-3, 1e-2) for b in (16, 7, 500))
-    )
+    configs = fill(*({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr in (1e-3, 1e-2) for b in (16, 7, 500)))
     assert traits_of(build, configs[0], data).changing
     assert_module_equals_plain_loop(build, data, configs, epochs=6, within=1e-9)
 
@@ -159,12 +153,8 @@ def test_a_last_minibatch_of_one_row_is_left_out_where_statistics_need_two():
 
 def test_minibatches_of_one_row_are_refused_where_statistics_need_two():
     X, y = torch.randn(20, 3), torch.arange(20) % 2
-    with pytest.raises(
-        InputError, match="WithBatchNorm cannot train on a minibatch of one row.*batch_size=1 gives"
-    ):
-        gputune.tune(
-            WithBatchNorm, X, y, space={"batch_size": [1]}, n_trials=1, cv=2, max_epochs=1, verbose=0
-        )
+    with pytest.raises(InputError, match="WithBatchNorm cannot train on a minibatch of one row.*batch_size=1 gives"):
+        gputune.tune(WithBatchNorm, X, y, space={"batch_size": [1]}, n_trials=1, cv=2, max_epochs=1, verbose=0)
 
 
 class WithBranch(nn.Module):
@@ -414,9 +404,7 @@ def test_a_code_that_the_tried_rows_have_not_is_named():
     network = StackedModule(Coded, fill({}), Shape(2, 2), seed=0)
     params = network.blocks.views(network.start())
     assert network.outputs(params, 0, [torch.tensor([[4.0, 1.0]])]).shape == (1, 1, 2)
-    with pytest.raises(
-        InputError, match=r"Coded raised IndexError: index out of range.*a place for every code"
-    ):
+    with pytest.raises(InputError, match=r"Coded raised IndexError: index out of range.*a place for every code"):
         network.outputs(params, 0, [torch.tensor([[5.0, 1.0]])])
 
 
@@ -487,9 +475,7 @@ def test_threads_take_turns_at_the_generator(monkeypatch):
 
         def __init__(self, n_features, n_outputs, interrupt=True):
             if interrupt and not others:
-                other = threading.Thread(
-                    target=lambda: others.append(build(False)) or contended.waited_for.set()
-                )
+                other = threading.Thread(target=lambda: others.append(build(False)) or contended.waited_for.set())
                 other.start()
                 others.append(other)
                 assert contended.waited_for.wait(60)

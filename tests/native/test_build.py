@@ -89,9 +89,7 @@ def test_a_cache_that_others_may_write_is_not_used(monkeypatch, folder, spoil):
     three()
     spoil(monkeypatch, folder)
     monkeypatch.setattr(built, "_kept", lambda *a: pytest.fail("looked for a library where others may write"))
-    with pytest.warns(
-        UserWarning, match="gputune/code is not used for compiled code.*chmod 700.*XDG_CACHE_HOME"
-    ):
+    with pytest.warns(UserWarning, match="gputune/code is not used for compiled code.*chmod 700.*XDG_CACHE_HOME"):
         assert three() == 3
 
 
@@ -121,9 +119,7 @@ def test_without_a_cache_to_write_to_it_is_built_for_this_process(monkeypatch, t
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_a_relative_cache_home_is_ignored_and_users_are_not_asked_for_where_there_are_none(
-    monkeypatch, tmp_path
-):
+def test_a_relative_cache_home_is_ignored_and_users_are_not_asked_for_where_there_are_none(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delattr(built.os, "geteuid")

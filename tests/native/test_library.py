@@ -66,9 +66,7 @@ def test_without_compiled_code_the_reason_is_said(monkeypatch, tmp_path, capsys)
     with pytest.raises(NotBuiltError, match="no compiled code.*install gcc or clang"):
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)
-    said = (
-        "note: trials train in recorded steps, slower than compiled ones: this installation of gputune has no"
-    )
+    said = "note: trials train in recorded steps, slower than compiled ones: this installation of gputune has no"
     assert said in capsys.readouterr().err
     with refused("backend='compiled' .* no compiled code.*choose 'auto'"):
         gputune.tune("mlp", ROWS, LABELS, backend="compiled", **SMALL)
@@ -111,7 +109,4 @@ def test_a_library_that_cannot_be_loaded_is_said_and_members_train_in_recorded_s
     with pytest.raises(NotBuiltError, match="cannot be loaded, install gputune anew: .*_float1"):
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)
-    assert (
-        "recorded steps, slower than compiled ones: gputune's compiled code cannot be"
-        in capsys.readouterr().err
-    )
+    assert "recorded steps, slower than compiled ones: gputune's compiled code cannot be" in capsys.readouterr().err

@@ -126,9 +126,7 @@ def without_class_2(data):
     rows = data.folds[1].train
     present = torch.ones(data.n_folds, 3, dtype=torch.bool)
     present[1, 2] = False
-    return replace(
-        data, folds=(data.folds[0], replace(data.folds[1], train=rows[data.y[rows] != 2])), present=present
-    )
+    return replace(data, folds=(data.folds[0], replace(data.folds[1], train=rows[data.y[rows] != 2])), present=present)
 
 
 def epoch_of(data, configs, scoring=None):
@@ -238,9 +236,7 @@ def test_tf32_is_off_by_rounded_factors(by_kernel):
 @needs_compiled_code
 def test_company_changes_no_bit(by_kernel):
     data = make_data(dtype=torch.float32)
-    configs = fill(
-        *({"width": 16, "batch_size": size} for size in (31, 9))
-    )  # whose tiles are not of the same size
+    configs = fill(*({"width": 16, "batch_size": size} for size in (31, 9)))  # whose tiles are not of the same size
     together, _ = train_together(data, configs, epochs=1)
     for c, config in enumerate(configs):
         alone, _ = train_together(data, [config], epochs=1)
@@ -265,13 +261,9 @@ def test_a_barrier_that_is_left_out_is_found(barrier, tf32, emulator):
     assert left != [whole] * 3
 
 
-def shape(
-    inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dropout=False, classes=True, tf32=False
-):
+def shape(inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dropout=False, classes=True, tf32=False):
     """A shape of members in single precision."""
-    return MemberKernel(
-        inputs, width, depth, outputs, activation, moments, classes, dropout, torch.float32, 64, tf32
-    )
+    return MemberKernel(inputs, width, depth, outputs, activation, moments, classes, dropout, torch.float32, 64, tf32)
 
 
 @pytest.mark.parametrize(
@@ -339,12 +331,8 @@ def test_its_machine_code_is_products(tf32, tmp_path):
     if shutil.which("nvdisasm") is None:
         pytest.skip("nvdisasm is not here")
     machine_code(shape(tf32=tf32), "90", tmp_path)
-    done = subprocess.run(
-        ["nvdisasm", "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
-    )
-    found = re.findall(
-        r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9]+)(\.128|\.64|\.1688\.F32\.TF32)?", done.stdout
-    )
+    done = subprocess.run(["nvdisasm", "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9]+)(\.128|\.64|\.1688\.F32\.TF32)?", done.stdout)
     counts = Counter("".join(word) for word in found)
     assert counts["BAR"] == len(EACH_BARRIER)
     if tf32:

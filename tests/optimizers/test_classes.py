@@ -127,8 +127,7 @@ def test_a_state_goes_on_bit_for_bit(name):
     }
     (config,) = fill({"optimizer": name, "lr": 0.01, "momentum": 0.5, **more.get(name, {})})
     one, other = (
-        [torch.linspace(-1, 2, 12).view(3, 4).requires_grad_(), torch.ones(3).requires_grad_()]
-        for _ in range(2)
+        [torch.linspace(-1, 2, 12).view(3, 4).requires_grad_(), torch.ones(3).requires_grad_()] for _ in range(2)
     )
     rule = RowUpdate(config, torch.empty(15), one, steps=9, horizon=1)
     steps(rule, one, [1.0, -0.5, 2.0])

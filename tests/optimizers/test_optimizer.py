@@ -134,9 +134,7 @@ def plain_loop(module, data, fold, config, epochs):
 def plain_mlp(data, config):
     from gputune.models import MLP
 
-    module = MLP(
-        data.n_features, data.n_outputs, width=config["width"], depth=config["depth"], activation="tanh"
-    )
+    module = MLP(data.n_features, data.n_outputs, width=config["width"], depth=config["depth"], activation="tanh")
     return reference.start(module.double(), 0)
 
 
@@ -182,9 +180,7 @@ class Net(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.first = nn.Conv1d(
-            1, 3, 3, padding=1, bias=False
-        )  # BatchNorm would make its slope rounding alone
+        self.first = nn.Conv1d(1, 3, 3, padding=1, bias=False)  # BatchNorm would make its slope rounding alone
         self.norm = nn.BatchNorm1d(3)
         self.second = nn.Conv1d(3, 4, 3, padding=1)
         self.third = nn.Linear(4, 7)
@@ -236,9 +232,7 @@ def test_the_steps_of_muon_are_those_of_torch_but_for_its_rounding():
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.eye(6, 4) + 0.1) for _ in range(2))
     one = Muon([ours], 0.02, 0.1, 0.95)
-    other = torch.optim.Muon(
-        [theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
+    other = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         for w, optimizer in ((ours, one), (theirs, other)):
             w.grad = (w.detach() - torch.arange(24.0).view(6, 4).sin()) ** 3

@@ -95,9 +95,7 @@ def test_factors_of_all_parameters_are_those_of_the_rates(optimizer):
     data, values = make_data(), {"batch_size": 61, "momentum": 0.5, "beta2": 0.9}
     (config,) = fill({**values, "lr": 0.01, "weight_decay": 0.2}, optimizer=optimizer)
     halves = [{f"lr_factor__{part}": 0.5, f"weight_decay_factor__{part}": 2} for part in ("weight", "bias")]
-    (other,) = fill(
-        {**values, "lr": 0.02, "weight_decay": 0.1, **halves[0], **halves[1]}, optimizer=optimizer
-    )
+    (other,) = fill({**values, "lr": 0.02, "weight_decay": 0.1, **halves[0], **halves[1]}, optimizer=optimizer)
     members = []
     for kind, each in itertools.product((StackedModule, LoopedModule), (config, other)):
         network = kind(Net, [each], shape_of(data), seed=0, traits=traits_of(Net, each, data))
@@ -122,9 +120,7 @@ def test_a_factor_is_the_product_of_those_that_are_named():
 )  # fmt: skip
 def test_rates_that_a_module_does_not_have(iris, space, message):
     with refused(message):
-        gputune.tune(
-            Net, *iris, space=space, n_trials=1, include_default=False, cv=2, max_epochs=1, verbose=0
-        )
+        gputune.tune(Net, *iris, space=space, n_trials=1, include_default=False, cv=2, max_epochs=1, verbose=0)
 
 
 def test_hypergradients_do_not_know_rates_of_parameters(iris):

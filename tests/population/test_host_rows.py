@@ -23,9 +23,7 @@ def test_minibatches_are_the_same(sizes, exact, monkeypatch):
         return begun(self, folds, step, rows, taken, last=last)
 
     monkeypatch.setattr(HostRows, "take", take)
-    here, there = (
-        Batches(d, sizes, data.y[None], seed=0, exact=exact) for d in (data, replace(data, on_host=True))
-    )
+    here, there = (Batches(d, sizes, data.y[None], seed=0, exact=exact) for d in (data, replace(data, on_host=True)))
     for epoch in range(2):
         here.begin(epoch)
         there.begin(epoch)

@@ -38,9 +38,7 @@ class Net(nn.Module):
 
     def __init__(self, n_features, n_outputs, hidden=6):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(n_features, hidden), nn.LayerNorm(hidden), nn.Tanh(), nn.Dropout(0.2)
-        )
+        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.LayerNorm(hidden), nn.Tanh(), nn.Dropout(0.2))
         self.head = nn.Linear(hidden, n_outputs)
 
     def forward(self, x):
@@ -115,9 +113,7 @@ def frame():
 
 
 def grouped():
-    return study_table(
-        tune(groups=np.arange(len(Y)) // 5, cv=4, scoring="neg_log_loss", include=[{"width": 9}])
-    )
+    return study_table(tune(groups=np.arange(len(Y)) // 5, cv=4, scoring="neg_log_loss", include=[{"width": 9}]))
 
 
 def included():
@@ -159,9 +155,7 @@ def command_line(folder):
     command("tune", table, *words.split(), "--out", place)
     shown = json.loads(command("best", place, "--format", "json"))
     predictions = command("predict", place / "model", table, "--proba").splitlines()[1:7]
-    rows = [
-        [part if part.startswith("kind") else float(part) for part in row.split(",")] for row in predictions
-    ]
+    rows = [[part if part.startswith("kind") else float(part) for part in row.split(",")] for row in predictions]
     study = gputune.Study.open(place / "study.db")
     return study_table(study) | {"shown": shown["params"], "rows": rows}
 
@@ -184,9 +178,7 @@ def in_words_of_tune(params):
     return dict(sorted((words.get(k, k), v[0] if isinstance(v, tuple) else v) for k, v in params.items()))
 
 
-MLP = face.MLPClassifier(
-    (6,), solver="adamw", max_iter=4, batch_size=16, learning_rate_init=0.01, random_state=0
-)
+MLP = face.MLPClassifier((6,), solver="adamw", max_iter=4, batch_size=16, learning_rate_init=0.01, random_state=0)
 MLP_RATES = {"learning_rate_init": RATES["lr"]}
 FACE = {"cv": 3, "random_state": 0}
 
@@ -205,9 +197,7 @@ def regressor_face():
 
 def halving_face():
     return searched(
-        face.HalvingRandomSearchCV(
-            MLP, MLP_RATES, n_candidates=6, resource="max_iter", max_resources=4, **FACE
-        )
+        face.HalvingRandomSearchCV(MLP, MLP_RATES, n_candidates=6, resource="max_iter", max_resources=4, **FACE)
     )
 
 
@@ -284,9 +274,7 @@ SEARCHES = {
     "nesterov": optimizer_of("nesterov", weight_decay=[0.0, 0.1]),
     "adam": optimizer_of("adam", weight_decay=[0.0, 0.1]),
     "sgdhd": optimizer_of("sgdhd"),
-    "adamwhd": optimizer_of(
-        "adamwhd", hypergrad_rule=["additive", "multiplicative"], hypergrad_lr=[1e-6, 1e-5]
-    ),
+    "adamwhd": optimizer_of("adamwhd", hypergrad_rule=["additive", "multiplicative"], hypergrad_lr=[1e-6, 1e-5]),
     "deep": deep,
     "weighted": weighted,
     "regression": regression,

@@ -88,9 +88,7 @@ def test_another_metric_than_the_one_that_chose_the_epochs():
 
 def test_the_rows_of_the_command_line_without_those_held_out(tmp_path):
     table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60), site=[i // 6 for i in range(60)])
-    assert (
-        run("tune", table, "--target", "kind", "--groups", "site", "--out", tmp_path / "out", *FAST)[0] == 0
-    )
+    assert run("tune", table, "--target", "kind", "--groups", "site", "--out", tmp_path / "out", *FAST)[0] == 0
     study = gputune.Study.open(tmp_path / "out/study.db")
     session = executed(study)
     assert_trains_it_again(study, session, session["rows"].X)
@@ -121,9 +119,7 @@ def test_a_module_a_scorer_and_a_splitter_of_ones_own():
     code = code_on(page(study))
     assert "# cv: the KFold of the search" in code and "Net" in code
     module = __name__
-    code = code.replace(f"from {module} import Net\n", "").replace(
-        f"from {module} import half_accuracy\n", ""
-    )
+    code = code.replace(f"from {module} import Net\n", "").replace(f"from {module} import half_accuracy\n", "")
     session = {"X": X, "y": y, "cv": cv, "Net": Net, "half_accuracy": half_accuracy}
     exec(compile(code, "page", "exec"), session)
     assert_trains_it_again(study, session, X)
@@ -186,9 +182,7 @@ def test_weights_that_no_file_holds_are_asked_for():
 def test_values_are_written_so_that_python_reads_them():
     study = made_study(3, folds=2)
     best = study.best_trial
-    best.params.update(
-        {"C": float("inf"), "module__act": nn.Tanh, "module__sizes": (4,), "text": 'it\'s\n"x"'}
-    )
+    best.params.update({"C": float("inf"), "module__act": nn.Tanh, "module__sizes": (4,), "text": 'it\'s\n"x"'})
     code = snippet(study)
     session = {}
     exec(code.partition("study = ")[0], session)

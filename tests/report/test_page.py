@@ -82,9 +82,7 @@ def test_the_held_out_score_is_that_of_the_studys_own_model(study):
     assert "0.8765" in Elements(page(study, model=info)).text
     assert "the model on 36 rows nothing was fitted on" in Elements(page(study, model=info)).text
     for other in ({**info, "score": 0.5}, {**info, "params": {"lr": 1.0}}):
-        with pytest.raises(
-            InputError, match=r"report\(model=...\) must be the tuned model of this study, got one of"
-        ):
+        with pytest.raises(InputError, match=r"report\(model=...\) must be the tuned model of this study, got one of"):
             page(study, model=other)
 
 
@@ -107,9 +105,7 @@ def test_every_section_is_there_and_reached_from_the_top(html):
 
 
 def test_a_chart_of_each_kind_is_drawn(study, html):
-    labels = [
-        value for tag, name, value in Elements(html).attributes if tag == "svg" and name == "aria-label"
-    ]
+    labels = [value for tag, name, value in Elements(html).attributes if tag == "svg" and name == "aria-label"]
     assert labels[0] == "Learning curves of the best 5 trials, mean and standard deviation over the folds"
     for name in study.best_params:
         assert f"Score against {name}" in labels
@@ -122,25 +118,19 @@ def test_how_the_trials_ended(study, html):
     for state in ("complete", "pruned", "failed"):
         number = sum(trial.state == state for trial in study.trials)
         assert number and re.search(rf"\b{number} (complete|pruned|diverged)", text)
-    rungs = re.findall(
-        r'<tr><td class="number">(3|9)</td><td class="number">(\d+)</td><td class="number">(\d+)', html
-    )
+    rungs = re.findall(r'<tr><td class="number">(3|9)</td><td class="number">(\d+)</td><td class="number">(\d+)', html)
     left = {r: sum(t.detail.get("rung") == r for t in study.trials) for r in (3, 9)}
     on = {r: int((np.isfinite(study.curves).any(2).sum(1) > r).sum()) for r in (3, 9)}
     assert rungs == [(str(r), str(left[r]), str(on[r])) for r in (3, 9)]
     failed = next(trial for trial in study.trials if trial.state == "failed")
-    assert (
-        f'<td class="number">{failed.number}</td><td>diverged in epoch {failed.best_epoch + 1}</td>' in html
-    )
+    assert f'<td class="number">{failed.number}</td><td>diverged in epoch {failed.best_epoch + 1}</td>' in html
 
 
 def test_the_table_has_every_trial_best_first(study, html):
     columns = {column["key"]: column for column in table_of(html)["columns"]}
     ranking = study.ranking()
     assert columns["number"]["values"] == [trial.number for trial in ranking]
-    assert columns["score"]["values"] == [
-        round(t.score, 4) if math.isfinite(t.score) else None for t in ranking
-    ]
+    assert columns["score"]["values"] == [round(t.score, 4) if math.isfinite(t.score) else None for t in ranking]
     states = columns["state"]
     assert [states["levels"][place] for place in states["values"]] == [trial.state for trial in ranking]
     assert columns["params_width"]["values"] == [trial.params["width"] for trial in ranking]
@@ -159,9 +149,7 @@ def test_it_needs_no_network(html):
     parsed = Elements(html)
     assert not re.search(r"https?:|//[a-z]", html.replace("application/json", ""))
     for tag, name, value in parsed.attributes:
-        assert name not in ("src", "srcset", "style", "action", "data", "xlink:href") and not name.startswith(
-            "on"
-        )
+        assert name not in ("src", "srcset", "style", "action", "data", "xlink:href") and not name.startswith("on")
         assert name != "href" or value.startswith("#"), (tag, value)
     loading = "link img iframe object embed base form image use foreignobject"
     assert not {*loading.split()} & {*parsed.tags}
@@ -225,9 +213,7 @@ def test_ten_thousand_trials_are_small_and_say_what_is_thinned():
     assert len(html.encode()) < 2_000_000
     text = Elements(html).text
     assert re.search(r"250 of the \d+ other curves are drawn", text)
-    assert re.search(
-        r"1500 of \d+ scored trials are drawn: the best 375, and the others evenly by rank", text
-    )
+    assert re.search(r"1500 of \d+ scored trials are drawn: the best 375, and the others evenly by rank", text)
     assert re.search(r"400 of \d+ scored trials have a line", text)
     assert len(table_of(html)["columns"][0]["values"]) == 10_000
 
@@ -335,9 +321,7 @@ def test_text_is_cut_in_its_middle():
 
 def test_elements_are_escaped():
     made = element("text", '<b>&"', class_='"><svg onload=x>', x=1.25, data_rank=3, none=None)
-    assert str(made) == (
-        '<text class="&#34;&gt;&lt;svg onload=x&gt;" x="1.2" data-rank="3">&lt;b&gt;&amp;&#34;</text>'
-    )
+    assert str(made) == ('<text class="&#34;&gt;&lt;svg onload=x&gt;" x="1.2" data-rank="3">&lt;b&gt;&amp;&#34;</text>')
 
 
 @pytest.mark.parametrize("words", ["relu", "a_very_long_schedule"])

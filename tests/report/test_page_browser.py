@@ -40,9 +40,7 @@ def opened(browser, tmp_path):
         study.report(tmp_path / "report.html")
         browser.get((tmp_path / "report.html").as_uri())
         # painted, not only parsed
-        browser.execute_async_script(
-            "const done = arguments[0]; requestAnimationFrame(() => setTimeout(done))"
-        )
+        browser.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => setTimeout(done))")
         assert browser.get_log("browser") == []
 
     return open_page
@@ -85,9 +83,7 @@ def drag(browser, axis, low, high):
 
 
 def axis_of(browser, name):
-    names = browser.execute_script(
-        "return [...document.querySelectorAll('.parallel .axis')].map((a) => a.ariaLabel)"
-    )
+    names = browser.execute_script("return [...document.querySelectorAll('.parallel .axis')].map((a) => a.ariaLabel)")
     return names.index(f"Brush on {name}")
 
 
@@ -107,9 +103,7 @@ def test_sorting_by_a_click(browser, opened, study):
     score = headings(browser).index("accuracy")
     browser.find_elements("css selector", ".trials thead button")[score].click()
     best_first = sorted((t.score for t in study.trials if math.isfinite(t.score)), reverse=True)
-    assert cells(browser, score) == [
-        f"{value:.4f}" for value in best_first[:25]
-    ]  # a first click shows the best
+    assert cells(browser, score) == [f"{value:.4f}" for value in best_first[:25]]  # a first click shows the best
     assert len(browser.find_elements("css selector", ".trials th[aria-sort]")) == 1
 
 
@@ -133,9 +127,7 @@ def test_trials_without_a_score_are_last_in_either_order(browser, opened, study)
     opened(study)
     place = headings(browser).index("accuracy")
     for _ in range(2):
-        browser.execute_script(
-            "document.querySelectorAll('.trials thead button')[arguments[0]].click()", place
-        )
+        browser.execute_script("document.querySelectorAll('.trials thead button')[arguments[0]].click()", place)
         assert "–" not in cells(browser, place)
     for _ in range(3):
         browser.execute_script("document.getElementById('after').click()")

@@ -37,12 +37,8 @@ def test_it_is_what_a_dummy_scores(load, scoring, dummy, answer):
 def test_a_high_accuracy_of_one_class_is_remarked():
     X, y = np.random.default_rng(0).normal(size=(60, 2)), np.array(["stayed"] * 54 + ["left"] * 6)
     notes = gputune.tune("mlp", X, y, cv=3, **HOW).record.notes
-    assert notes[-1].startswith(
-        "always 'stayed' has an accuracy of 0.9000 already: balanced_accuracy, roc_auc"
-    )
-    assert not any(
-        "already" in note for note in gputune.tune("mlp", X, y, cv=3, scoring="roc_auc", **HOW).record.notes
-    )
+    assert notes[-1].startswith("always 'stayed' has an accuracy of 0.9000 already: balanced_accuracy, roc_auc")
+    assert not any("already" in note for note in gputune.tune("mlp", X, y, cv=3, scoring="roc_auc", **HOW).record.notes)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +56,7 @@ def test_an_accuracy_is_remarked_where_one_class_makes_it(counts, words):
     study = gputune.tune("logistic", np.random.default_rng(0).normal(size=(len(y), 2)), y, cv=2, **HOW)
     found = [note for note in study.record.notes if "already" in note]
     assert len(found) == (words is not None) and all(words in note for note in found)
-    for scoring in (
-        found[0].split("already: ")[1].split(" as ")[0].replace(" or ", ", ").split(", ") if found else ()
-    ):
+    for scoring in found[0].split("already: ")[1].split(" as ")[0].replace(" or ", ", ").split(", ") if found else ():
         positive = "b" if scoring == "average_precision" else None
         gputune.tune("logistic", np.zeros((len(y), 1)) + np.arange(len(y))[:, None], y, cv=2, scoring=scoring,
                      positive=positive, **HOW)  # fmt: skip

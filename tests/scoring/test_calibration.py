@@ -31,9 +31,7 @@ def test_it_is_that_of_scikit_learn():
     y = RNG.integers(0, 3, 300)
     X = np.eye(3)[y] + RNG.normal(size=(300, 3))
     model = LogisticRegression(C=1e3).fit(X[:60], y[:60])
-    theirs = CalibratedClassifierCV(FrozenEstimator(model), method="temperature", cv=2, ensemble=False).fit(
-        X, y
-    )
+    theirs = CalibratedClassifierCV(FrozenEstimator(model), method="temperature", cv=2, ensemble=False).fit(X, y)
     logits = torch.tensor(model.decision_function(X))
     found = best_temperature(logits, torch.tensor(y))
     np.testing.assert_allclose((logits / found).softmax(1), theirs.predict_proba(X), atol=1e-5)

@@ -126,9 +126,7 @@ def test_the_positive_class_goes_to_the_metrics_that_are_of_one():
 
 def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
     """Also where another metric than the first is of a class."""
-    study = search(
-        scoring=["roc_auc", "f1"], y=WORDS, positive="ill", n_trials=2, study=tmp_path / "study.db"
-    )
+    study = search(scoring=["roc_auc", "f1"], y=WORDS, positive="ill", n_trials=2, study=tmp_path / "study.db")
     opened = gputune.Study.open(tmp_path / "study.db")
     model = study.best_model()
     assert (opened.best_model(X, WORDS).predict(X) == model.predict(X)).all()
@@ -160,9 +158,7 @@ def test_what_is_no_list_of_metrics_is_refused(tmp_path, scoring, words):
         search(scoring=scoring, study=tmp_path / "study.db")
 
 
-@pytest.mark.parametrize(
-    ("scoring", "words"), [(["accuracy", "f1"], "say which"), (["accuracy"], "no positive")]
-)
+@pytest.mark.parametrize(("scoring", "words"), [(["accuracy", "f1"], "say which"), (["accuracy"], "no positive")])
 def test_a_positive_class_that_is_missing_or_idle_is_refused(scoring, words):
     with pytest.raises(InputError, match=words):
         search(scoring=scoring, y=WORDS, positive=None if "f1" in scoring else "ill")

@@ -53,9 +53,7 @@ def test_named_losses_are_those_of_torch(name, function, y, config, options):
 
 def test_each_member_has_its_own_smoothing():
     smoothing = [0.0, 0.1, 0.4]
-    found = rows_of(
-        "cross_entropy", LOGITS, CODES, [{"loss__label_smoothing": s} for s in smoothing], "multiclass"
-    )
+    found = rows_of("cross_entropy", LOGITS, CODES, [{"loss__label_smoothing": s} for s in smoothing], "multiclass")
     for c, value in enumerate(smoothing):
         one = expected(functional.cross_entropy, LOGITS, CODES, label_smoothing=value)
         torch.testing.assert_close(found[:, c], one[:, c])
@@ -66,18 +64,14 @@ def test_smoothing_leaves_out_absent_classes():
     logits[..., 3] = -torch.inf
     codes = CODES.clamp_max(2)
     found = rows_of("cross_entropy", logits, codes, [{"loss__label_smoothing": 0.2}] * 3, "multiclass")
-    three = rows_of(
-        "cross_entropy", LOGITS[..., :3], codes, [{"loss__label_smoothing": 0.2}] * 3, "multiclass"
-    )
+    three = rows_of("cross_entropy", LOGITS[..., :3], codes, [{"loss__label_smoothing": 0.2}] * 3, "multiclass")
     torch.testing.assert_close(found, three)
 
 
 def test_quantiles_are_met_by_their_loss():
     y = torch.randn(2000, generator=G).double()
     at = torch.linspace(-2, 2, 401).double()
-    loss = rows_of(
-        "quantile", at[None, :, None, None].expand(1, 401, 2000, 1), y[None, None], [{"loss__q": 0.9}] * 401
-    )
+    loss = rows_of("quantile", at[None, :, None, None].expand(1, 401, 2000, 1), y[None, None], [{"loss__q": 0.9}] * 401)
     assert float(at[loss.mean(-1).argmin()]) == pytest.approx(float(y.quantile(0.9)), abs=0.02)
 
 
@@ -146,12 +140,8 @@ def test_a_step_has_no_loss_to_take_numbers():
 
 @pytest.mark.parametrize(("change", "found"), [(lambda x: x[:, :2], r"\(3, 2\)"), (print, "'NoneType'")])
 def test_augmentation_of_another_shape_is_refused(change, found):
-    with refused(
-        rf"augment: .* must return inputs of the shapes that it is given, \[\(3, 4\)\], got \[{found}\]"
-    ):
-        Objective("mse", augment=lambda x, generator: change(x)).augmented(
-            [torch.zeros(2, 3, 4)], None, 0, (0, 0)
-        )
+    with refused(rf"augment: .* must return inputs of the shapes that it is given, \[\(3, 4\)\], got \[{found}\]"):
+        Objective("mse", augment=lambda x, generator: change(x)).augmented([torch.zeros(2, 3, 4)], None, 0, (0, 0))
 
 
 def test_augmentation_returns_inputs_by_name_in_any_order():

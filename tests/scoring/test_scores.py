@@ -30,9 +30,7 @@ def logits_and_labels(k, *, ties=False, rows=40):
 
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(
-    "size", [1, 300]
-)  # 300 saturates the softmax, which then ties rows of unlike margins
+@pytest.mark.parametrize("size", [1, 300])  # 300 saturates the softmax, which then ties rows of unlike margins
 def test_classification_scores_equal_scikit_learn(k, ties, size):
     logits, y = logits_and_labels(k, ties=ties)
     logits = logits * size
@@ -150,9 +148,9 @@ OF_A_CLASS = {
     "recall": lambda y, guess, p, label: metrics.recall_score(y, guess, pos_label=label),
     "jaccard": lambda y, guess, p, label: metrics.jaccard_score(y, guess, pos_label=label),
     "average_precision": lambda y, guess, p, label: metrics.average_precision_score(y, p, pos_label=label),
-    "positive_likelihood_ratio": lambda y, guess, p, label: metrics.class_likelihood_ratios(
-        y == label, guess == label
-    )[0],
+    "positive_likelihood_ratio": lambda y, guess, p, label: metrics.class_likelihood_ratios(y == label, guess == label)[
+        0
+    ],
     "neg_negative_likelihood_ratio": lambda y, guess, p, label: (
         -metrics.class_likelihood_ratios(y == label, guess == label)[1]
     ),

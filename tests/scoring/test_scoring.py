@@ -25,9 +25,7 @@ def consistent(estimator, X, y):
     assert 0 < (X[:, 1] > 50).mean() < 1
     assert (estimator.predict(X[:4]) == guess[:4]).all()
     assert (estimator.predict(X[order]) == guess[order]).all()
-    np.testing.assert_allclose(
-        estimator.predict_proba(X[order]), estimator.predict_proba(X)[order], atol=1e-6
-    )
+    np.testing.assert_allclose(estimator.predict_proba(X[order]), estimator.predict_proba(X)[order], atol=1e-6)
     far = estimator.predict_proba(X * [1000, 1, 1])
     assert not np.allclose(far, estimator.predict_proba(X), atol=1e-3)
     return float((guess == y).mean())

@@ -178,9 +178,7 @@ def test_the_report_is_written(script, fake, tmp_path, capsys):
     text, said = page.read_text(), capsys.readouterr().out
     assert "## wide: 7 trials x 5 folds x 20 epochs" in text
     assert "| torch (measured on the first 3 trials) | 0.9500 |" in text
-    assert (
-        "| ray: ray.tune is not installed |" in text and "ray is left out: ray.tune is not installed" in said
-    )
+    assert "| ray: ray.tune is not installed |" in text and "ray is left out: ray.tune is not installed" in said
     assert text in said
 
 

@@ -28,9 +28,7 @@ def test_a_plain_python_imports_it(on_gpu, tmp_path, monkeypatch):
     search = "n_trials=1, max_epochs=1, cv=2, device='cpu'"
     code = f"import gputune.cli.report; print(gputune.tune('mlp', [[0.], [1.]] * 9, [0, 1] * 9, {search}))"
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Study(mlp, 1 trial" in done.stdout
 

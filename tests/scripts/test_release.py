@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts/release.py"
-LIBRARIES = {
-    f"gputune/native/_{kind}{level}.abi3.so": 1000 for kind in ("float", "double") for level in (1, 3, 4)
-}
+LIBRARIES = {f"gputune/native/_{kind}{level}.abi3.so": 1000 for kind in ("float", "double") for level in (1, 3, 4)}
 
 
 def make_wheel(folder, **files):
@@ -54,9 +52,7 @@ def test_a_source_package_of_another_hour_is_the_same_bytes(script, tmp_path):
         packed.append(path.read_bytes())
     assert packed[0] == packed[1]
     with tarfile.open(path) as tar:
-        assert [(m.name, m.mtime, tar.extractfile(m).read()) for m in tar] == [
-            (n, 1.7e9, b"abc") for n in "ab"
-        ]
+        assert [(m.name, m.mtime, tar.extractfile(m).read()) for m in tar] == [(n, 1.7e9, b"abc") for n in "ab"]
 
 
 def test_a_wheel_is_named_after_the_glibc_that_it_needs(script, tmp_path, monkeypatch):

@@ -41,6 +41,4 @@ def test_a_failure_needs_a_reason(suites, monkeypatch, tmp_path, capsys, name, c
     assert suites.main(["test_mlp", "--out", str(tmp_path)]) == code
     assert "test_mlp: 1 of 2" in capsys.readouterr().out
     page = (tmp_path / "scikit-learn-suites.md").read_text()
-    assert (
-        "| 1 of 2 |" in page and f"`{name}` | {'not known' if code else 'a training that diverges'}" in page
-    )
+    assert "| 1 of 2 |" in page and f"`{name}` | {'not known' if code else 'a training that diverges'}" in page

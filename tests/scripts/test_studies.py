@@ -61,10 +61,7 @@ def test_the_grid(script, study, monkeypatch):
     assert cases == [(2, 5, 2, 0), (4, 5, 2, 0), (2, 10, 2, 0), (2, 5, 4, 0), (1, 5, 1, 1000)]
     assert "| width | batch size | 1 trial | 2 trials |" in text
     assert re.search(r"^\| 16 \| 256 \| \S+x\S* \| \S+x\S* \|$", text, re.M)
-    assert (
-        "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text
-        and "| 1,000 | 0.5 | 500.0 | 310 | 10 |" in text
-    )
+    assert "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text and "| 1,000 | 0.5 | 500.0 | 310 | 10 |" in text
 
 
 def test_a_search_that_grows_by_rows(script):

@@ -8,9 +8,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 RNG = np.random.default_rng(0)
-X = pd.DataFrame(
-    {"a": RNG.normal(size=120), "c": pd.Series(RNG.choice(["red", "blue"], 120), dtype="category")}
-)
+X = pd.DataFrame({"a": RNG.normal(size=120), "c": pd.Series(RNG.choice(["red", "blue"], 120), dtype="category")})
 X.index = X.index[::-1]  # that of a task is any
 NUMBERS = X.a + (X.c == "red") + 0.1 * RNG.normal(size=120)
 CUTS = pd.Series(pd.cut(NUMBERS, [-np.inf, 0, 1, np.inf], labels=["low", "mid", "high"]), index=X.index)
@@ -22,15 +20,11 @@ METRICS = {"binary": "roc_auc", "multiclass": "log_loss", "regression": "root_me
 def run(script, problem_type, y, **more):
     """What ``ExperimentRunner`` does with a split: the method, what it gives, and its error on the test rows."""
     metric = SimpleNamespace(name=METRICS[problem_type])
-    method = script("tabarena_method").TabArenaMethod(
-        problem_type=problem_type, eval_metric=metric, **SEARCH, **more
-    )
+    method = script("tabarena_method").TabArenaMethod(problem_type=problem_type, eval_metric=metric, **SEARCH, **more)
     rows = X.iloc[TRAIN], y.iloc[TRAIN], X.iloc[TEST]
     lazy = {"lazy_load_function": lambda: rows} if problem_type == "binary" else {}
     out = method.fit_custom(*((None,) * 3 if lazy else rows), split_seed=1, **lazy)
-    assert (
-        out["predictions"].index.equals(X.iloc[TEST].index) and out["time_train_s"] > out["time_infer_s"] > 0
-    )
+    assert out["predictions"].index.equals(X.iloc[TEST].index) and out["time_train_s"] > out["time_infer_s"] > 0
     method.cleanup()
     return method, out
 

@@ -53,9 +53,7 @@ SEARCHES = {
 LONG = {"median"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SEARCHES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SEARCHES])
 def test_a_search_has_the_table_of_compiled_code(name, iris):
     model, options = SEARCHES[name]
     expected = search(iris, model, **options, device="cpu", backend="compiled")
@@ -166,9 +164,7 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
     search(iris, space=space, include_default=False, n_trials=4, max_epochs=1, verbose=1)
     said = capsys.readouterr().err
     assert "2 by the kernel, 2 recorded" in said
-    compiled = re.findall(
-        "compiling the kernel for members of (.*): some seconds, once on this machine", said
-    )
+    compiled = re.findall("compiling the kernel for members of (.*): some seconds, once on this machine", said)
     assert sorted(compiled) == ["4-16-16-3", "64-16-16-3"]
 
 
@@ -207,9 +203,7 @@ def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatc
         raise RuntimeError("Kernel compilation failed:\nmember.cu(3): error: x\nmore")
 
     monkeypatch.setattr(_utils, "_nvrtc_compile", fail)
-    said = re.escape(
-        f"member.cu cannot be compiled for {DEVICE}: Kernel compilation failed: member.cu(3): error: x."
-    )
+    said = re.escape(f"member.cu cannot be compiled for {DEVICE}: Kernel compilation failed: member.cu(3): error: x.")
     with pytest.warns(RuntimeWarning, match=f"{said} Nothing is lost"):
         study = search(iris, verbose=1)
     shown = capsys.readouterr().err

@@ -85,9 +85,7 @@ def moved(data, device):
     """A Dataset whose tensors are on a device."""
     folds = [dataclasses.replace(f, train=f.train.to(device), valid=f.valid.to(device)) for f in data.folds]
     tensors = {k: v.to(device) for k, v in vars(data).items() if isinstance(v, torch.Tensor)}
-    return dataclasses.replace(
-        data, inputs=tuple(x.to(device) for x in data.inputs), folds=tuple(folds), **tensors
-    )
+    return dataclasses.replace(data, inputs=tuple(x.to(device) for x in data.inputs), folds=tuple(folds), **tensors)
 
 
 CHECKS = checks_of(torch.device("cuda:1"))
@@ -118,9 +116,7 @@ def test_the_check_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "MANY", {"cpu": 5, "cuda": 5})
     monkeypatch.setattr(choice, "_ROWS", 40)  # a step an epoch
     code, out, _ = run("check", "--device", "cuda:1")
-    assert code == 0 and re.search(
-        r"a GPU that is not there; capability 9.0, [0-9.]+ GiB of 16.0 GiB free", out
-    )
+    assert code == 0 and re.search(r"a GPU that is not there; capability 9.0, [0-9.]+ GiB of 16.0 GiB free", out)
     assert "a recording that fails falls back" in out and "cuda:1" in out
     assert findings.read_findings(torch.device("cuda:1")).failed == {}
     assert set(findings.read_findings(torch.device("cuda:1")).speeds) == {"eager", "graph", "kernel"}
@@ -224,8 +220,7 @@ def test_a_module_is_built_without_a_context_on_other_gpus(iris):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.long) for name in ("graph", "hypergradient")]
-    + ["module that draws"],
+    [pytest.param(name, marks=pytest.mark.long) for name in ("graph", "hypergradient")] + ["module that draws"],
 )
 def test_the_default_device_of_torch_changes_nothing(name, iris):
     torch.set_default_device("cuda:1")
@@ -245,9 +240,7 @@ class Flat(Net):
 def test_rows_that_a_gpu_has_no_room_for_stay_on_the_host(device, monkeypatch):
     monkeypatch.setattr(dataset, "_DEVICE_SHARE", 0)
     rows = torch.rand(60, 2, 3, generator=torch.Generator().manual_seed(0))
-    same_search(
-        rows, [0, 1] * 30, lambda n_outputs: Flat(6, n_outputs), {"space": {"lr": [0.01, 0.1]}}, device
-    )
+    same_search(rows, [0, 1] * 30, lambda n_outputs: Flat(6, n_outputs), {"space": {"lr": [0.01, 0.1]}}, device)
 
 
 def test_what_pytorch_keeps_of_a_gpu_is_free(device, monkeypatch):
@@ -351,9 +344,7 @@ def test_a_step_with_all_options_is_the_same_recorded_and_as_it_is(optimizer):
     trials = [{**trial, **({"momentum": 0.0} if without else {})} for trial in ALL_OPTIONS]
     data = moved(make_data(weights=True, folds=3), "cuda:1")
     shared = data.weights[:1].expand(3, -1)  # one row of memory for all folds, as of an estimator
-    data = dataclasses.replace(
-        data, weights=shared, present=torch.tensor([[True, True, False], *[[True] * 3] * 2])
-    )
+    data = dataclasses.replace(data, weights=shared, present=torch.tensor([[True, True, False], *[[True] * 3] * 2]))
     both = [
         chunk("cuda:1", sizes=(9, 10, 13), trials=trials, data=data, optimizer=word, recorded=recorded)
         for recorded in (True, False)
@@ -368,8 +359,7 @@ def test_a_step_with_all_options_is_the_same_recorded_and_as_it_is(optimizer):
 
 def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
     drawn = [
-        dropout.Draws([7, 3], layers=2, width=400, seed=1, device=torch.device(where))
-        for where in (device, "cpu")
+        dropout.Draws([7, 3], layers=2, width=400, seed=1, device=torch.device(where)) for where in (device, "cpu")
     ]
     cuda.forget()
     for draws in drawn:
@@ -487,9 +477,7 @@ def test_a_replay_that_is_not_the_step_is_the_last_one(device, iris, monkeypatch
 
     monkeypatch.setattr(cuda.Graph, "replay", wrong)
     options = {"backend": "graph", "space": {"lr": [1e-3, 1e-2]}, "n_trials": 3}
-    with pytest.warns(
-        RuntimeWarning, match="a recorded step differs from the step itself by .* of its size. N"
-    ):
+    with pytest.warns(RuntimeWarning, match="a recorded step differs from the step itself by .* of its size. N"):
         same_search(*iris, "mlp", options, device)
     assert cuda.counts("replay") == {"": 1}
 
@@ -509,9 +497,7 @@ def test_a_gpu_that_has_failed_is_said(device, iris, monkeypatch):
 
     cuda.fail_next_capture = cuda.INVALID
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(
-        RuntimeError, match=f"{device} has failed, and this process cannot use it any more: CUDA"
-    ):
+    with pytest.raises(RuntimeError, match=f"{device} has failed, and this process cannot use it any more: CUDA"):
         gputune.tune("mlp", *iris, **FAST, backend="graph", device=device)
 
 

@@ -23,9 +23,7 @@ def device(pytestconfig):
     if sys.platform != "linux" or compiler is None:
         pytest.skip("the simulated device needs Linux and g++")
     if not torch.__version__.startswith(SUPPORTED) or torch.version.cuda is not None:
-        pytest.skip(
-            f"the simulated device needs a CPU build of torch {SUPPORTED}x, here is {torch.__version__}"
-        )
+        pytest.skip(f"the simulated device needs a CPU build of torch {SUPPORTED}x, here is {torch.__version__}")
     source = HERE / "device.cpp"
     built_from = hashlib.sha256(source.read_bytes() + f"{torch.__version__} {TORCH}".encode()).hexdigest()
     path = pytestconfig.cache.mkdir("simulated_cuda") / f"{built_from[:16]}.so"

@@ -164,9 +164,7 @@ class Graph:
 
 
 @contextmanager
-def _graph(
-    graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = ""
-) -> Iterator[None]:
+def _graph(graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "") -> Iterator[None]:
     """``torch.cuda.graph``. A capture that fails leaves the side stream current, as PyTorch's does."""
     global fail_next_capture, underway
     _synchronize()
@@ -239,9 +237,7 @@ class Kernel:
         _device.simulated_count(b"launch kernel")
         words = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
         size = {"blocks": grid, "threads": block, "shared": shared}
-        assert _emulator().launch(self.source, self.name, words, **size), (
-            "threads wait for others that have ended"
-        )
+        assert _emulator().launch(self.source, self.name, words, **size), "threads wait for others that have ended"
 
 
 def _refuse_in_capture() -> None:
@@ -315,9 +311,7 @@ _FUNCTIONS: dict[str, Any] = {
 
 
 def _state(device: Any) -> torch.Tensor:
-    _device.simulated_count(
-        f"context {_index(device)}".encode()
-    )  # a real GPU makes one where it has none yet
+    _device.simulated_count(f"context {_index(device)}".encode())  # a real GPU makes one where it has none yet
     return _generators[_index(device)].get_state()
 
 

@@ -62,16 +62,12 @@ def minus_squares(estimator, X, y):
 
 
 def both_grids(estimator, grid, X, y, **options):
-    ours, _, theirs, _ = both(
-        GridSearchCV, model_selection.GridSearchCV, estimator, grid, X, y, cv=2, **options
-    )
+    ours, _, theirs, _ = both(GridSearchCV, model_selection.GridSearchCV, estimator, grid, X, y, cv=2, **options)
     assert_same_results(ours, theirs, tolerance=1e-7)
     return ours, theirs
 
 
-@pytest.mark.parametrize(
-    "part", [{"training_step": cross_entropy}, {"augment": noise}, {"numbers": "standard"}]
-)
+@pytest.mark.parametrize("part", [{"training_step": cross_entropy}, {"augment": noise}, {"numbers": "standard"}])
 def test_a_step_of_ones_own_augmentation_and_scaling_are_the_fits(part):
     net = clone(CONV).set_params(**part)
     images = (np.clip(IMAGES, -1, 1) * 127 + 127).astype(np.uint8) if "numbers" in part else IMAGES
@@ -92,9 +88,7 @@ def test_scaling_is_that_of_a_scaler_in_front():
 
 
 def test_a_target_of_any_shape_with_a_criterion():
-    net = NeuralNet(
-        nn.Conv2d, module__in_channels=1, module__out_channels=1, module__kernel_size=3, **TRAINING
-    )
+    net = NeuralNet(nn.Conv2d, module__in_channels=1, module__out_channels=1, module__kernel_size=3, **TRAINING)
     maps = IMAGES[:, :, 1:-1, 1:-1] * 2
     with pytest.raises(InputError, match=r"a custom target has no loss of its own; give criterion=callable"):
         net.fit(IMAGES, maps)
@@ -103,9 +97,7 @@ def test_a_target_of_any_shape_with_a_criterion():
     assert ours.predict(IMAGES).shape == maps.shape and -ours.best_score_ < np.square(maps).mean()
 
 
-@pytest.mark.parametrize(
-    "net", [CONV, NeuralNetClassifier(GatedConv, **TRAINING)], ids=["stacked", "one by one"]
-)
+@pytest.mark.parametrize("net", [CONV, NeuralNetClassifier(GatedConv, **TRAINING)], ids=["stacked", "one by one"])
 def test_scikit_learns_cross_validate_takes_images(net):
     scores = model_selection.cross_validate(net, IMAGES, CLASSES, cv=3, return_train_score=True)
     assert len(scores["test_score"]) == 3 and np.isfinite(scores["train_score"]).all()
@@ -226,9 +218,7 @@ def test_inputs_come_as_a_dict_or_a_tuple():
     net = NeuralNetRegressor(TwoInputs, **TRAINING)
     named = net.fit({"image": IMAGES, "age": AGES}, y).predict({"age": AGES, "image": IMAGES})
     np.testing.assert_array_equal(net.fit((IMAGES, AGES), y).predict((IMAGES, AGES)), named)
-    search = RandomizedSearchCV(net, {"lr": [0.1, 0.3]}, n_iter=2, cv=2).fit(
-        {"image": IMAGES, "age": AGES}, y
-    )
+    search = RandomizedSearchCV(net, {"lr": [0.1, 0.3]}, n_iter=2, cv=2).fit({"image": IMAGES, "age": AGES}, y)
     assert search.predict(SliceDict(image=IMAGES, age=AGES)).shape == (60,)
 
 

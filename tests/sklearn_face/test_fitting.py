@@ -130,9 +130,7 @@ def test_alpha_decays_the_weights_as_scikit_learns():
         "hidden_layer_sizes": (8,), "activation": "tanh", "solver": "sgd", "momentum": 0.0, "alpha": 30.0,
     }  # fmt: skip
     start, step = (
-        MLPClassifier(**common, batch_size=150, learning_rate_init=lr, max_iter=1, random_state=0)
-        .fit(X, y)
-        .module_
+        MLPClassifier(**common, batch_size=150, learning_rate_init=lr, max_iter=1, random_state=0).fit(X, y).module_
         for lr in (1e-14, 0.1)
     )
     theirs = Theirs(**common, batch_size=150, learning_rate_init=0.1, random_state=0).partial_fit(
@@ -247,9 +245,7 @@ def test_other_processes_train_the_same():
         for trial in range(3):
             member = there.estimator(fold, trial)
             assert type(member.module_) is Net
-            np.testing.assert_array_equal(
-                member.predict_proba(X), here.estimator(fold, trial).predict_proba(X)
-            )
+            np.testing.assert_array_equal(member.predict_proba(X), here.estimator(fold, trial).predict_proba(X))
 
 
 def test_what_has_not_ended_in_time_is_no_fit():

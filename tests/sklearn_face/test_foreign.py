@@ -96,9 +96,7 @@ class Tokens(Net):
 
 
 def test_what_a_module_lacks_is_asked_for_as_a_parameter():
-    with pytest.raises(
-        InputError, match=r"asks for 'vocabulary', .*: pass module__vocabulary=\.\.\., give it"
-    ):
+    with pytest.raises(InputError, match=r"asks for 'vocabulary', .*: pass module__vocabulary=\.\.\., give it"):
         NeuralNetClassifier(Tokens).fit(X, Y)
 
 

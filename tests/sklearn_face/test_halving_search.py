@@ -71,9 +71,7 @@ def test_rungs_are_those_of_scikit_learns_search(solver):
 
 
 def test_training_goes_on_from_rung_to_rung(epochs):
-    HalvingRandomSearchCV(MLP, RATES, n_candidates=9, max_resources=9, cv=3, random_state=0, refit=False).fit(
-        X, Y
-    )
+    HalvingRandomSearchCV(MLP, RATES, n_candidates=9, max_resources=9, cv=3, random_state=0, refit=False).fit(X, Y)
     rungs = [(0, 9), *((epoch, 3) for epoch in (1, 2)), *((epoch, 1) for epoch in range(3, 9))]
     assert epochs == rungs
 
@@ -179,9 +177,7 @@ class FitsItself(MLPClassifier):
 
 
 def test_epochs_are_the_resource_in_scikit_learns_loop_too():
-    pipeline = make_pipeline(
-        StandardScaler(), FitsItself(hidden_layer_sizes=(8,), max_iter=3, random_state=0)
-    )
+    pipeline = make_pipeline(StandardScaler(), FitsItself(hidden_layer_sizes=(8,), max_iter=3, random_state=0))
     with pytest.warns(UserWarning, match="FitsItself has a fit of its own"):
         search = HalvingRandomSearchCV(
             pipeline,

@@ -39,9 +39,7 @@ X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)
 MLP = MLPClassifier((8,), solver="adamw", max_iter=4, batch_size=32, activation="tanh", random_state=0)
 ADAM = clone(MLP).set_params(solver="adam")
-SGD = clone(MLP).set_params(
-    solver="sgd", nesterovs_momentum=False, momentum=0.0, activation="relu", batch_size=16
-)
+SGD = clone(MLP).set_params(solver="sgd", nesterovs_momentum=False, momentum=0.0, activation="relu", batch_size=16)
 RATES = {"learning_rate_init": loguniform(1e-4, 1)}
 SPACE = RATES | {"hidden_layer_sizes": [4, 8, 20], "batch_size": [16, 32]}
 OPTIONS = {"n_iter": 3, "outer_steps": 4, "cv": 3, "random_state": 0}
@@ -101,10 +99,7 @@ def test_the_best_of_all_points_is_refitted(descended):
     own = [scores[search.cv_results_["start"] == start] for start in range(3)]
     assert all(path.max() > path[0] for path in own)  # every start came to something better
     assert scores.argmax() == search.best_index_ < len(scores) - 1  # which was not the last point
-    assert (
-        search.best_score_ == scores.max()
-        and search.best_params_ == search.cv_results_["params"][scores.argmax()]
-    )
+    assert search.best_score_ == scores.max() and search.best_params_ == search.cv_results_["params"][scores.argmax()]
     alone = clone(MLP).set_params(**search.best_params_).fit(X, Y)
     np.testing.assert_allclose(search.predict_proba(X), alone.predict_proba(X), atol=1e-9)
     # scikit-learn's word on ``score``: by ``scoring`` where it is given, else the refitted estimator's own.
@@ -118,18 +113,14 @@ def test_another_score_ranks_and_does_not_move(by_loss):
     many = descend(MLP, RATES, scoring=["accuracy", "neg_log_loss"], refit="accuracy")
     assert by_loss.cv_results_["params"] == many.cv_results_["params"]
     assert many.best_score_ == many.cv_results_["mean_test_accuracy"].max() > 0.5
-    np.testing.assert_array_equal(
-        many.cv_results_["mean_test_neg_log_loss"], by_loss.cv_results_["mean_test_score"]
-    )
+    np.testing.assert_array_equal(many.cv_results_["mean_test_neg_log_loss"], by_loss.cv_results_["mean_test_score"])
     assert many.multimetric_ and by_loss.scoring is None
 
 
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_regressions_descend_on_the_squared_error():
     diabetes = load_diabetes(return_X_y=True)
-    net = MLPRegressor(
-        hidden_layer_sizes=(8, 8), activation="tanh", max_iter=3, batch_size=64, random_state=0
-    )
+    net = MLPRegressor(hidden_layer_sizes=(8, 8), activation="tanh", max_iter=3, batch_size=64, random_state=0)
     search = descend(net, {"learning_rate_init": [1e-4]}, *diabetes, n_iter=1)
     scores = search.cv_results_["mean_test_score"]
     assert (np.diff(scores[:3]) > 0).all() and scores.max() < -1000  # in the target's own unit
@@ -154,9 +145,7 @@ def test_several_hyperparameters(step):
 
 
 def test_the_logistic_regression_moves_C():
-    search = descend(
-        LogisticRegression(), {"C": loguniform(1e-3, 1), "l1_ratio": [0, 0.5]}, n_iter=2, outer_steps=2
-    )
+    search = descend(LogisticRegression(), {"C": loguniform(1e-3, 1), "l1_ratio": [0, 0.5]}, n_iter=2, outer_steps=2)
     scores, starts = search.cv_results_["mean_test_score"], search.cv_results_["start"]
     assert all(scores[starts == s].max() > scores[starts == s][0] for s in range(2))
     assert_every_score_is_that_of_a_grid(search)
@@ -234,9 +223,7 @@ def test_folds_are_split_once_for_all_steps():
 @pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
 def test_a_point_that_diverges_steps_down():
     with pytest.warns(FitFailedWarning, match="12 fits failed out of a total of") as said:
-        search = descend(
-            SGD, [{"learning_rate_init": [1e300]}, {"learning_rate_init": [0.1]}], n_iter=2, outer_steps=3
-        )
+        search = descend(SGD, [{"learning_rate_init": [1e300]}, {"learning_rate_init": [0.1]}], n_iter=2, outer_steps=3)
     rates = path_of(search, int(search.cv_results_["params"][1]["learning_rate_init"] == 1e300))
     np.testing.assert_allclose(np.diff(np.log(rates)), -1.5)
     assert (
@@ -251,11 +238,7 @@ def test_a_configuration_that_is_refused_is_the_last_of_its_start():
     with pytest.warns(FitFailedWarning, match="3 fits failed") as said:
         search = descend(MLP, {"learning_rate_init": [0.01], "batch_size": [-1, 32]}, n_iter=2)
     refused = [params["batch_size"] == -1 for params in search.cv_results_["params"]]
-    assert (
-        sum(refused) == 1
-        and len(refused) > 3
-        and len([w for w in said if w.category is FitFailedWarning]) == 1
-    )
+    assert sum(refused) == 1 and len(refused) > 3 and len([w for w in said if w.category is FitFailedWarning]) == 1
 
 
 @pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
@@ -293,10 +276,7 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
     monkeypatch.setattr(descent.DescentRun, "train", late)
     with pytest.warns(FitFailedWarning, match="9 fits failed out of a total of 18"):
         search = descend(MLP, RATES, timeout=1000.0)
-    assert (
-        calls == [3, 3]
-        and np.isnan(search.cv_results_["mean_test_score"]).tolist() == [False] * 3 + [True] * 3
-    )
+    assert calls == [3, 3] and np.isnan(search.cv_results_["mean_test_score"]).tolist() == [False] * 3 + [True] * 3
     assert search.best_index_ < 3
 
 
@@ -379,16 +359,12 @@ def test_the_loss_holds_on_folds_that_hold_out_no_row_of_a_class(estimator):
         loss = log_loss(labels[test], fitted.predict_proba(X[test]), labels=["a", "b", "c"])
         assert scores[fold][search.best_index_] == pytest.approx(-loss, rel=1e-6)
     again = pickle.loads(pickle.dumps(search))
-    assert (
-        again.scorer_(again, X, labels) == search.scorer_(search, X, labels) and clone(search).scoring is None
-    )
+    assert again.scorer_(again, X, labels) == search.scorer_(search, X, labels) and clone(search).scoring is None
 
 
 def test_a_class_whose_rows_weigh_nothing_is_lacking():
     weights = (Y != 2).astype(float)
-    with pytest.raises(
-        InputError, match="class 2, of which it has no training row with sample_weight above 0"
-    ):
+    with pytest.raises(InputError, match="class 2, of which it has no training row with sample_weight above 0"):
         HypergradientSearchCV(MLP, RATES, **OPTIONS).fit(X, Y, sample_weight=weights)
 
 

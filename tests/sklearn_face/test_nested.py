@@ -38,9 +38,7 @@ SEARCHES = [
         random_state=1,
     ),
     RandomizedSearchCV(LogisticRegression(), {"C": loguniform(1e-2, 10)}, n_iter=4, random_state=0),
-    GridSearchCV(
-        make_pipeline(StandardScaler(), MLP), {"mlpclassifier__learning_rate_init": [0.001, 0.02, 0.1]}, cv=3
-    ),
+    GridSearchCV(make_pipeline(StandardScaler(), MLP), {"mlpclassifier__learning_rate_init": [0.001, 0.02, 0.1]}, cv=3),
 ]
 
 
@@ -120,9 +118,7 @@ def test_metadata_is_routed_as_in_cross_val_score():
         with pytest.raises(InputError, match="metadata routing is off, and it is on: give params="):
             nested_cv(search, X, Y, groups=GROUPS)
         with pytest.raises(UnsetMetadataPassedError, match="sample_weight"):
-            nested_cv(
-                GridSearchCV(LogisticRegression(), {"C": [1.0]}), X, Y, params={"sample_weight": WEIGHTS}
-            )
+            nested_cv(GridSearchCV(LogisticRegression(), {"C": [1.0]}), X, Y, params={"sample_weight": WEIGHTS})
 
 
 def test_what_a_scorer_cannot_weigh_is_warned_of_once_a_fit():
@@ -142,10 +138,7 @@ def test_a_search_without_a_seed_draws_anew_in_every_fold(training):
     np.random.seed(0)
     search = RandomizedSearchCV(LogisticRegression(), {"C": loguniform(1e-2, 10)}, n_iter=2, cv=2)
     found = nested_cv(search, X, Y, outer=3)
-    assert (
-        len({params["C"] for params in found.best_params}) == 3
-        and [call[:2] for call in training] == [(2, 2)] * 3
-    )
+    assert len({params["C"] for params in found.best_params}) == 3 and [call[:2] for call in training] == [(2, 2)] * 3
 
 
 def test_rows_that_are_wrong_fail_where_they_are():

@@ -67,9 +67,7 @@ def test_a_plain_module_of_skorch_is_built_with_its_own_arguments():
     fitted = NeuralNetClassifier(PlainNet, module__hidden=6, max_epochs=2).fit(*IRIS)
     assert fitted.module_.layers[0].out_features == 6
     X, y = make_regression(40, 7, random_state=0)
-    net = NeuralNetRegressor(
-        PlainNet, module__inputs=7, module__outputs=1, lr=0.1, max_epochs=60, random_state=0
-    )
+    net = NeuralNetRegressor(PlainNet, module__inputs=7, module__outputs=1, lr=0.1, max_epochs=60, random_state=0)
     assert net.fit(X, y).score(X, y) > 0.9
     assert NeuralNetRegressor(OneNumber, lr=0.3, max_epochs=60).fit(X, y).score(X, y) > 0.99
 
@@ -84,9 +82,7 @@ def test_the_criterion_may_be_the_cross_entropy(criterion):
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_one_logit_tells_two_classes_apart(criterion):
     X, y = IRIS[0], np.where(IRIS[1] == 0, "setosa", "other")
-    made = NeuralNetClassifier(OneNumber, criterion=criterion, lr=0.1, max_epochs=20, random_state=0).fit(
-        X, y
-    )
+    made = NeuralNetClassifier(OneNumber, criterion=criterion, lr=0.1, max_epochs=20, random_state=0).fit(X, y)
     assert made.score(X, y) == 1
     logits = made.module_(torch.as_tensor(X)).detach().numpy()
     np.testing.assert_allclose(made.predict_proba(X)[:, 1], 1 / (1 + np.exp(-logits)), rtol=1e-6)
@@ -149,9 +145,7 @@ def test_what_cannot_be_trained_is_refused_by_name(params, message):
 def test_module_arguments_reach_the_engine_in_a_search_of_unlike_ones():
     X, y = IRIS
     weights = [
-        NeuralNetClassifier(Net, module__hidden=h, max_epochs=1, random_state=0)
-        .fit(X, y)
-        .module_.first.weight
+        NeuralNetClassifier(Net, module__hidden=h, max_epochs=1, random_state=0).fit(X, y).module_.first.weight
         for h in (3, 3, 4)
     ]
     assert torch.equal(weights[0], weights[1]) and weights[2].shape == (4, 4)

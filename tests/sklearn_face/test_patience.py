@@ -25,9 +25,7 @@ from gputune.sklearn.dataset import as_dense
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)
-QUICK = MLPClassifier(
-    (8,), learning_rate_init=0.05, tol=0.02, n_iter_no_change=3, max_iter=60, random_state=0
-)
+QUICK = MLPClassifier((8,), learning_rate_init=0.05, tol=0.02, n_iter_no_change=3, max_iter=60, random_state=0)
 DIABETES = load_diabetes(return_X_y=True)
 
 
@@ -140,15 +138,11 @@ def test_a_search_says_which_candidates_it_does_not_train(scaled):
         estimator = make_pipeline(StandardScaler(), estimator)
         grid = {f"mlpclassifier__{name}": values for name, values in grid.items()}
     search = GridSearchCV(estimator, grid, cv=3)
-    with pytest.warns(
-        UserWarning, match=r"2 of 6 candidates .* one by one, because .* not train solver='lbfgs'\."
-    ):
+    with pytest.warns(UserWarning, match=r"2 of 6 candidates .* one by one, because .* not train solver='lbfgs'\."):
         search.fit(X, Y)
     results = search.cv_results_
     for params, score in zip(results["params"], results["mean_test_score"]):
-        assert cross_val_score(clone(estimator).set_params(**params), X, Y, cv=3).mean() == pytest.approx(
-            score
-        )
+        assert cross_val_score(clone(estimator).set_params(**params), X, Y, cv=3).mean() == pytest.approx(score)
     lbfgs = np.array(["lbfgs" in params.values() for params in results["params"]])
     assert (results["std_fit_time"][lbfgs] > 0).all() and (results["std_fit_time"][~lbfgs] == 0).all()
 
@@ -171,9 +165,7 @@ def test_partial_fit_goes_on_from_what_gputune_trained():
         fitted.partial_fit(X, Y)
     assert fitted.loss_ < before and len(fitted.loss_curve_) == epochs + 20 and not hasattr(fitted, "module_")
     assert not hasattr(MLPClassifier(solver="adamw"), "partial_fit")
-    with pytest.raises(
-        InputError, match="dropout=0.5 is gputune's own, and partial_fit is left to scikit-learn's"
-    ):
+    with pytest.raises(InputError, match="dropout=0.5 is gputune's own, and partial_fit is left to scikit-learn's"):
         MLPClassifier(dropout=0.5).partial_fit(X, Y, classes=[0, 1, 2])
 
 
@@ -183,9 +175,7 @@ def test_partial_fit_goes_on_from_what_gputune_trained():
 def test_the_module_and_the_coefficients_give_the_same(activation, target):
     fitted = clone(QUICK).set_params(activation=activation, hidden_layer_sizes=(8, 8)).fit(X, target)
     logits = fitted.module_(torch.from_numpy(X))
-    np.testing.assert_allclose(
-        fitted.predict_proba(X), logits.softmax(1).detach().numpy(), rtol=1e-9, atol=1e-12
-    )
+    np.testing.assert_allclose(fitted.predict_proba(X), logits.softmax(1).detach().numpy(), rtol=1e-9, atol=1e-12)
     assert fitted.coefs_[-1].shape == (8, 3 if target is Y else 1)
 
 
@@ -195,13 +185,9 @@ def test_the_module_and_the_coefficients_give_the_same(activation, target):
 )
 def test_sparse_x_is_what_it_is_as_an_array(estimator):
     dense = clone(estimator).fit(X, Y).predict_proba(X)
-    np.testing.assert_allclose(
-        clone(estimator).fit(csr_array(X), Y).predict_proba(csr_array(X)), dense, rtol=1e-9
-    )
+    np.testing.assert_allclose(clone(estimator).fit(csr_array(X), Y).predict_proba(csr_array(X)), dense, rtol=1e-9)
 
 
 def test_sparse_x_that_memory_does_not_hold_is_refused():
-    with pytest.raises(
-        InputError, match="a sparse matrix of 4000 rows and 1000000000000000 columns, which takes 3.2e"
-    ):
+    with pytest.raises(InputError, match="a sparse matrix of 4000 rows and 1000000000000000 columns, which takes 3.2e"):
         as_dense(csr_array((4000, 10**15)))

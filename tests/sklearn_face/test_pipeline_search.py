@@ -25,9 +25,7 @@ RATES = {"mlpclassifier__learning_rate_init": loguniform(1e-3, 1e-1)}
 def test_scores_are_those_of_scikit_learns_search(training):
     pipeline = make_pipeline(StandardScaler(), PCA(3), MLP)
     space = RATES | {"mlpclassifier__hidden_layer_sizes": [4, 8, 20]}
-    ours, _, theirs, _ = both_random(
-        pipeline, space, scoring=SCORES, refit="neg_log_loss", return_train_score=True
-    )
+    ours, _, theirs, _ = both_random(pipeline, space, scoring=SCORES, refit="neg_log_loss", return_train_score=True)
     assert_same_results(ours, theirs)
     assert training == [(4, 3, (300, 3))]  # the training rows of all folds, one after the other
     np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-9)
@@ -136,14 +134,10 @@ def test_an_unknown_parameter_is_an_error_before_anything_is_fitted(space, error
     assert scaler_fits == []
 
 
-@pytest.mark.parametrize(
-    ("step", "values"), [("mlpclassifier", [MLP, LogisticRegression()]), ("memory", [None])]
-)
+@pytest.mark.parametrize(("step", "values"), [("mlpclassifier", [MLP, LogisticRegression()]), ("memory", [None])])
 def test_a_search_over_the_last_step_itself_is_left_to_scikit_learn(step, values):
     pipeline = make_pipeline(StandardScaler(), MLP)
-    ours, said, theirs, _ = both_random(
-        pipeline, {step: values, "standardscaler__with_mean": [True, False]}, n_iter=2
-    )
+    ours, said, theirs, _ = both_random(pipeline, {step: values, "standardscaler__with_mean": [True, False]}, n_iter=2)
     assert_same_results(ours, theirs)
     ((kind, message),) = said
     assert kind is UserWarning and f"{step!r} is searched" in message

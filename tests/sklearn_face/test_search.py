@@ -137,9 +137,9 @@ def test_every_seed_of_the_estimator_is_understood():
     ours, _, theirs, _ = both_random(generator)
     assert_same_results(ours, theirs)
     fresh = clone(MLP).set_params(random_state=None)
-    search = RandomizedSearchCV(
-        fresh, {"learning_rate_init": [0.05], "dropout": [0.0, 0, 0.0]}, n_iter=3, cv=3
-    ).fit(X, Y)
+    search = RandomizedSearchCV(fresh, {"learning_rate_init": [0.05], "dropout": [0.0, 0, 0.0]}, n_iter=3, cv=3).fit(
+        X, Y
+    )
     assert np.ptp(search.cv_results_["mean_test_score"]) == 0  # one draw for all candidates
 
 
@@ -292,9 +292,7 @@ def test_a_device_is_that_of_all_fits_and_the_refit():
 def test_time_that_is_over_fails_the_fits(monkeypatch):
     monkeypatch.setattr(replay, "workers", lambda: 1)  # a process takes longer to start than this
     long = MLPClassifier((8,), max_iter=10**6, n_iter_no_change=10**6, random_state=0)  # no end of its own
-    search = RandomizedSearchCV(
-        long, {"learning_rate_init": [0.1, 0.2]}, n_iter=2, cv=2, timeout=0.2, refit=False
-    )
+    search = RandomizedSearchCV(long, {"learning_rate_init": [0.1, 0.2]}, n_iter=2, cv=2, timeout=0.2, refit=False)
     with pytest.raises(ValueError, match=r"All the 4 fits failed[\s\S]*TimeoutError: the time was over"):
         search.fit(X, Y)
 
@@ -307,11 +305,7 @@ def test_within_a_worker_of_joblib_no_other_processes_start():
 
 def test_a_scorer_may_fit_estimators_of_its_own():
     def scorer(model, X, y):
-        return (
-            model.score(X, y)
-            + clone(model).fit(X, y).score(X, y)
-            + LogisticRegression().fit(X, y).score(X, y)
-        )
+        return model.score(X, y) + clone(model).fit(X, y).score(X, y) + LogisticRegression().fit(X, y).score(X, y)
 
     ours, _, theirs, _ = both_random(scoring=lambda: scorer)
     assert_same_results(ours, theirs)

@@ -24,9 +24,7 @@ def path(tmp_path):
 def search_rates(path, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the fit that diverges
-        return GridSearchCV(MLP, {"learning_rate_init": [0.1, 1e300, 0.2]}, cv=3, study=path, **options).fit(
-            X, Y
-        )
+        return GridSearchCV(MLP, {"learning_rate_init": [0.1, 1e300, 0.2]}, cv=3, study=path, **options).fit(X, Y)
 
 
 def test_a_study_has_every_trial(path):
@@ -86,9 +84,9 @@ def test_the_score_is_the_one_that_chooses(path, scoring, refit, metric, name):
 
 
 def test_a_regression_is_scored_by_r2(path):
-    GridSearchCV(
-        gputune.sklearn.MLPRegressor(max_iter=1), {"learning_rate_init": [0.1]}, cv=2, study=path
-    ).fit(X, X[:, 0])
+    GridSearchCV(gputune.sklearn.MLPRegressor(max_iter=1), {"learning_rate_init": [0.1]}, cv=2, study=path).fit(
+        X, X[:, 0]
+    )
     assert gputune.Study.open(path).meta["scoring"] == "r2"
 
 
@@ -106,11 +104,7 @@ def test_any_estimator_and_any_value_can_be_kept(path):
 
 def test_what_only_a_study_of_tune_can_do_is_refused_by_name(path):
     search_rates(path)
-    with pytest.raises(
-        gputune.errors.InputError, match=r"best_model\(\) cannot refit a study of GridSearchCV"
-    ):
+    with pytest.raises(gputune.errors.InputError, match=r"best_model\(\) cannot refit a study of GridSearchCV"):
         gputune.Study.open(path).best_model(X, Y)
-    with pytest.raises(
-        gputune.errors.InputError, match="holds another search, which differs from this call in: model"
-    ):
+    with pytest.raises(gputune.errors.InputError, match="holds another search, which differs from this call in: model"):
         gputune.tune("mlp", X, Y, n_trials=1, max_epochs=1, study=path, verbose=0)

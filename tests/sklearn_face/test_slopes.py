@@ -26,9 +26,7 @@ DATA = {
 }
 MLP = MLPClassifier(hidden_layer_sizes=(6,), activation="tanh", max_iter=4, batch_size=24, random_state=0)
 SGD = clone(MLP).set_params(solver="sgd", nesterovs_momentum=False, momentum=0.0, learning_rate_init=0.2)
-REGRESSOR = MLPRegressor(
-    hidden_layer_sizes=(6, 6), activation="tanh", max_iter=3, batch_size=64, random_state=0
-)
+REGRESSOR = MLPRegressor(hidden_layer_sizes=(6, 6), activation="tanh", max_iter=3, batch_size=64, random_state=0)
 WEIGHTS = np.random.default_rng(0).uniform(0.2, 2.0, len(Y))
 
 
@@ -135,9 +133,7 @@ def test_a_pipeline_is_its_last_step_on_transformed_rows(last, weights):
     found = slopes_of(fits, SlopeRequest((name,), "exact"))
     for fold, (train, test) in enumerate(splits):
         scaled = StandardScaler().fit(X[train]).transform(X)
-        by_hand, _ = slopes(
-            last, [{word: 0.01}, {word: 0.1}], (name,), X=scaled, cv=[(train, test)], weights=weights
-        )
+        by_hand, _ = slopes(last, [{word: 0.01}, {word: 0.1}], (name,), X=scaled, cv=[(train, test)], weights=weights)
         for trial, one in enumerate(by_hand):
             assert found[trial].losses[fold] == pytest.approx(one.losses[0], rel=1e-10)
             np.testing.assert_allclose(found[trial].slopes[name][fold], one.slopes[name][0], rtol=1e-8)
@@ -149,14 +145,10 @@ def test_folds_whose_transformers_give_unlike_columns():
     pipeline = make_pipeline(OneHotEncoder(handle_unknown="ignore", sparse_output=False), MLP)
     splits = list(KFold(3).split(levels))
     y = np.arange(150) % 3
-    (found,), fits = slopes(
-        pipeline, [{"mlpclassifier__learning_rate_init": 0.05}], ("lr",), X=levels, y=y, cv=splits
-    )
+    (found,), fits = slopes(pipeline, [{"mlpclassifier__learning_rate_init": 0.05}], ("lr",), X=levels, y=y, cv=splits)
     assert {fit.train.rows.X.parts[0].shape[1] for fit in fits} == {5, 9}
     for fold, (train, test) in enumerate(splits):
-        expected = loss_by_hand(
-            pipeline, {"mlpclassifier__learning_rate_init": 0.05}, train, test, X=levels, y=y
-        )
+        expected = loss_by_hand(pipeline, {"mlpclassifier__learning_rate_init": 0.05}, train, test, X=levels, y=y)
         assert found.losses[fold] == pytest.approx(expected, rel=1e-10)
 
 
@@ -175,9 +167,7 @@ def test_the_training_is_the_one_that_was_made(random_state):
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_modules_of_the_user():
     net = NeuralNetClassifier(Net, optimizer="adam", max_epochs=2, batch_size=32, random_state=0)
-    (found,), fits = slopes(
-        net, [{"module__hidden": 5, "optimizer__weight_decay": 0.1}], ("lr", "weight_decay")
-    )
+    (found,), fits = slopes(net, [{"module__hidden": 5, "optimizer__weight_decay": 0.1}], ("lr", "weight_decay"))
     assert set(found.slopes) == {"lr", "weight_decay"} and np.isfinite(found.losses).all()
     fitted = clone(net)
     fits[0].finish(fitted)

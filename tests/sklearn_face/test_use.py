@@ -104,9 +104,7 @@ def test_sample_weights_are_routed(estimator):
     splits = list(check_cv(3, y, classifier=is_classifier(estimator)).split(X, y))
     with sklearn.config_context(enable_metadata_routing=True):
         asking = clone(estimator).set_fit_request(sample_weight=True).set_score_request(sample_weight=False)
-        routed = cross_validate(
-            asking, X, y, cv=splits, params={"sample_weight": weights}, return_estimator=True
-        )
+        routed = cross_validate(asking, X, y, cv=splits, params={"sample_weight": weights}, return_estimator=True)
     for (train, _), found in zip(splits, routed["estimator"]):
         by_hand = clone(estimator).fit(X[train], y[train], sample_weight=weights[train])
         unweighted = clone(estimator).fit(X[train], y[train])

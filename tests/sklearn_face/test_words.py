@@ -115,9 +115,7 @@ def test_a_random_state_is_what_scikit_learn_takes(state):
 
 def test_random_states_draw_as_in_scikit_learn():
     def fitted(state):
-        model = MLPRegressor(hidden_layer_sizes=(4, 4), max_iter=1, random_state=state).fit(
-            [[0.0], [1.0]], [0.0, 1.0]
-        )
+        model = MLPRegressor(hidden_layer_sizes=(4, 4), max_iter=1, random_state=state).fit([[0.0], [1.0]], [0.0, 1.0])
         return model.predict([[0.5]])
 
     state = np.random.RandomState(3)

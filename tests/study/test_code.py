@@ -35,9 +35,7 @@ class Powered(nn.Module):
 def reading(power, what):
     """The loss, or a module of it, in a file that has set the power."""
     file = {"POWER": power, "torch": torch, "CALLS": power, "__name__": "file"}
-    text = (
-        "def loss(o, y):\n global CALLS\n CALLS += 1\n return [abs(a - b) ** POWER for a, b in zip(o, y)]\n"
-    )
+    text = "def loss(o, y):\n global CALLS\n CALLS += 1\n return [abs(a - b) ** POWER for a, b in zip(o, y)]\n"
     exec(text + "class Loss(torch.nn.Module):\n def forward(self, o, y): return (o - y) ** POWER", file)
     return file[what]
 

@@ -281,9 +281,7 @@ CASES = [
 def test_images_and_sequences(case, suffix, tmp_path):
     module, X, y, names, options = case
     path = tmp_path / f"model{suffix}"
-    model = gputune.tune(
-        module, X, y, n_trials=1, cv=2, max_epochs=1, verbose=0, workers=1, **options
-    ).best_model()
+    model = gputune.tune(module, X, y, n_trials=1, cv=2, max_epochs=1, verbose=0, workers=1, **options).best_model()
     model.export(path)
     encoded = model.encoded(X)
     parts = list(encoded.values()) if isinstance(encoded, dict) else encoded

@@ -80,18 +80,14 @@ def test_what_is_refused(case):
             model.predict_interval(X, level)
     with refused(r"level=0.999\) needs more than the 600 rows .* a level of at most 0.9983"):
         model.predict_interval(X, 0.999)
-    with refused(
-        r"needs the residuals .* study.best_model\(intervals=True\), or with gputune resume FOLDER --int"
-    ):
+    with refused(r"needs the residuals .* study.best_model\(intervals=True\), or with gputune resume FOLDER --int"):
         replace(model, residuals=None).predict_interval(X)
     with refused(r"best_model\(intervals=True\) needs the rows of the search.* leave out check=False"):
         study.best_model(X, y, intervals=True, check=False)
     classes = gputune.tune("mlp", X[:40], X[:40, 0] > 0, **{**HOW, "max_epochs": 1})
     with refused("is for a number to be predicted, and the study is of classes; leave it out"):
         classes.best_model(intervals=True)
-    with refused(
-        "predict_interval is of one number a row, and this model predicts no number .* use predict_proba"
-    ):
+    with refused("predict_interval is of one number a row, and this model predicts no number .* use predict_proba"):
         classes.best_model().predict_interval(X)
     two = gputune.tune(MLP, X[:40], X[:40, :2], **{**HOW, "max_epochs": 1})
     with refused("is for one number a row, and the target has several; search for one at a time"):
@@ -99,9 +95,7 @@ def test_what_is_refused(case):
     with refused("this model predicts several numbers a row: search for one column at a time"):
         two.best_model().predict_interval(X)
     points = gputune.tune("mlp", X[:40], X[:40, 0], method=gputune.Hypergradient(outer_steps=1), **HOW)
-    with refused(
-        r"best_model\(intervals=True\) trains a trial again on its folds, and this study is of descents"
-    ):
+    with refused(r"best_model\(intervals=True\) trains a trial again on its folds, and this study is of descents"):
         points.best_model(intervals=True)
 
 
@@ -111,19 +105,11 @@ def test_the_command_line(tmp_path, monkeypatch):
     words = ["--trials", "1", "--epochs", "2", "--cv", "2", "--workers", "1", "--target-transform", "log"]
     assert run("tune", file, "--target", "price", *words, "--out", out)[::2] == (0, "")
     code, _, err = run("predict", out / "model", file, "--interval", "0.9")
-    assert (
-        code == 2
-        and "--interval needs the residuals" in err
-        and "make it with gputune resume FOLDER --int" in err
-    )
-    assert (
-        run("resume", out, "--intervals")[0] == run("resume", out, "--trials", "2")[0] == 0
-    )  # which keeps them
+    assert code == 2 and "--interval needs the residuals" in err and "make it with gputune resume FOLDER --int" in err
+    assert run("resume", out, "--intervals")[0] == run("resume", out, "--trials", "2")[0] == 0  # which keeps them
     outputs, calls = TunedModel._outputs, []
     monkeypatch.setattr(TunedModel, "_outputs", lambda model, X: calls.append(1) or outputs(model, X))
-    rows = list(
-        csv.reader(io.StringIO(run("predict", out / "model", file, "--interval", "0.9", "--keep", "a")[1]))
-    )
+    rows = list(csv.reader(io.StringIO(run("predict", out / "model", file, "--interval", "0.9", "--keep", "a")[1])))
     assert calls == [1]
     assert rows[0] == ["a", "price", "price_lower", "price_upper"] and len(rows) == 41
     assert all(0 < float(lower) < float(price) < float(upper) for _, price, lower, upper in rows[1:])
@@ -132,10 +118,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     code, _, err = run("predict", out / "model", file, "--interval", "0.9", "--proba")
     assert code == 2 and "--interval and --proba exclude each other" in err
     code, _, err = run("tune", file, "--target", "kind", "--intervals", "--out", tmp_path / "no")
-    assert (
-        code == 2
-        and "--intervals is for one number to be predicted, and the target is 2 classes; leave" in err
-    )
+    assert code == 2 and "--intervals is for one number to be predicted, and the target is 2 classes; leave" in err
     words = ["--target", "price", "--method", "hypergradient", "--intervals", "--out", tmp_path / "no"]
     code, _, err = run("tune", file, *words)
     assert code == 2 and "its folds again, which the points of a descent do not; leave it out" in err

@@ -294,9 +294,7 @@ def test_a_description_of_a_network_larger_than_its_tensors_takes_no_memory(fram
         load_model(folder)
 
 
-@pytest.mark.parametrize(
-    "classes", [["a", "b"], "ab", {"array": {"dtype": "<i8", "shape": [1, 2], "items": [0, 1]}}]
-)
+@pytest.mark.parametrize("classes", [["a", "b"], "ab", {"array": {"dtype": "<i8", "shape": [1, 2], "items": [0, 1]}}])
 def test_classes_that_are_no_list_of_labels_are_refused(frame, folder, classes):
     make_model(frame).save(folder)
     edit(folder, put("classes", classes))

@@ -52,9 +52,7 @@ def variadic(*sizes, n_outputs):
 def test_what_a_file_has_is_searched_resumed_saved_and_loaded(file, tmp_path, name):
     study = gputune.tune(f"{file}:{name}", X, Y, study=tmp_path / "s.db", **WORDS)
     model = gputune.Study.open(tmp_path / "s.db").best_model(X, Y)
-    assert (
-        model.module[0].out_features in (5, 6) if name == "make" else model.module.layers[0].in_features == 4
-    )
+    assert model.module[0].out_features in (5, 6) if name == "make" else model.module.layers[0].in_features == 4
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict_proba(X), study.best_model().predict_proba(X))
@@ -75,10 +73,7 @@ def test_a_partial_without_a_name_is_written_with_its_keywords(build, keywords, 
     found = find_class(source, trust_code=True)
     assert found.func is net and build_module(found, {}, Shape(2, 1), seed=0).layers[0].out_features == 7
     named = class_from_file(file, "rectified")
-    assert (
-        class_source(named)["class"] == "rectified"
-        and find_class(class_source(named), trust_code=True) is named
-    )
+    assert class_source(named)["class"] == "rectified" and find_class(class_source(named), trust_code=True) is named
 
 
 def test_a_partial_that_cannot_be_written_is_refused(file):
@@ -112,9 +107,7 @@ def test_a_builder_gets_what_its_signature_has():
     build_module(functools.partial(counted, num_classes=4), {}, Shape(3, 2), seed=0)
     sized = [(2, (3,), 5), ["n_features", "n_outputs", "width"], (4, (3,), 2)]
     calls = [*sized, (2, 3), (1, 3), (4, 3)]
-    assert seen == [
-        call for call in calls for _ in range(2)
-    ]  # the second to see whether modules share tensors
+    assert seen == [call for call in calls for _ in range(2)]  # the second to see whether modules share tensors
 
 
 @pytest.mark.parametrize(

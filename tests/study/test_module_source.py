@@ -48,9 +48,7 @@ number = 3
 
 @pytest.fixture
 def net(tmp_path):
-    (tmp_path / "beside.py").write_text(
-        "calls = []\ndef count():\n    calls.append(1)\n    return len(calls)\n"
-    )
+    (tmp_path / "beside.py").write_text("calls = []\ndef count():\n    calls.append(1)\n    return len(calls)\n")
     path = tmp_path / "net.py"
     path.write_text(NET)
     yield path
@@ -196,9 +194,7 @@ def test_a_package_that_has_changed_is_trusted_anew(package, monkeypatch, anothe
 
 
 @pytest.mark.parametrize("link", ["own_pack", "own_pack/nets.py"])
-def test_a_package_of_the_same_content_elsewhere_is_another_one(
-    package, monkeypatch, another_user, tmp_path, link
-):
+def test_a_package_of_the_same_content_elsewhere_is_another_one(package, monkeypatch, another_user, tmp_path, link):
     """Also by a link: what lies beside it, such as compiled code, would be run with it."""
     another_user()
     remember_code(find_class(SOURCE, trust_code=True))

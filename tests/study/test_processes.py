@@ -312,9 +312,7 @@ def test_another_process_that_looks_at_a_lock_for_a_moment_is_no_owner(path, mon
             claims_file, "lock_descriptor", lambda file, **how: next(answers, True) and lock(file, **how)
         )
         assert mine.take(CHUNKS[0])
-        assert (
-            next(answers, None) is None and len(left_over(path.parent)) == 3
-        )  # one lock file, two of SQLite
+        assert next(answers, None) is None and len(left_over(path.parent)) == 3  # one lock file, two of SQLite
     assert left_over(path.parent) == []
 
 

@@ -29,9 +29,7 @@ def test_what_a_damaged_file_lacks_is_said_and_is_empty():
     assert (record.method_name, record.descended, record.folds, record.seed) == ("", [], 0, None)
     later = ("positive", "objective", "code", "target_transform", "metrics", "patience", "max_levels")
     assert record.lost == [name for name in IDENTITY if name not in later]
-    with pytest.raises(
-        StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"
-    ):
+    with pytest.raises(StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"):
         raise lost_option("a.db", "seed")
     with pytest.raises(StudyCorruptError, match="study has lost the option 'seed' of its search. Its trials"):
         raise lost_option(None, "seed")
@@ -44,9 +42,7 @@ def test_the_hyperparameters_of_a_descent():
 
 
 def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
-    training = (
-        "spec optimizer schedule task target_transform fingerprint columns numbers class_weight sample_weight"
-    )
+    training = "spec optimizer schedule task target_transform fingerprint columns numbers class_weight sample_weight"
     training += " splits objective scoring positive max_epochs seed dtype"
     assert [name for name, part in PARTS.items() if part.training] == training.split()
     others = {"target", "space", "method", "epoch", "patience", "metrics", "code", "max_levels"}

@@ -82,9 +82,7 @@ def test_scikit_learn_explains_and_calibrates_it(model):
 
 
 def test_it_is_not_fitted_again(model):
-    with pytest.raises(
-        gputune.InputError, match=r"fitted already: wrap it in sklearn\.frozen\.FrozenEstimator"
-    ):
+    with pytest.raises(gputune.InputError, match=r"fitted already: wrap it in sklearn\.frozen\.FrozenEstimator"):
         model.fit(*IRIS)
 
 
@@ -97,7 +95,5 @@ def test_a_trial_of_a_number_is_trained_as_the_best_is(study, model):
 
 @pytest.mark.parametrize("trial", [3, -1, True, "0", 1.0])
 def test_a_number_of_no_trial_is_refused(study, trial):
-    with pytest.raises(
-        gputune.InputError, match="must be the number of a trial that has a score, for example"
-    ):
+    with pytest.raises(gputune.InputError, match="must be the number of a trial that has a score, for example"):
         study.best_model(trial=trial)

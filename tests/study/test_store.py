@@ -134,9 +134,7 @@ def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
         else:
             Store.create(tmp_path / "other.db", META).close()
             (tmp_path / "other.db").replace(path)
-        with pytest.raises(
-            OSError, match="was removed, moved or replaced while .* where it was moved, put it"
-        ):
+        with pytest.raises(OSError, match="was removed, moved or replaced while .* where it was moved, put it"):
             store.finish([result(1)])
         if what == "folder moved":
             (tmp_path / "elsewhere").rename(folder)
@@ -226,9 +224,7 @@ def test_a_study_in_a_folder_where_nothing_can_be_made_is_read(path, monkeypatch
             pass
 
     monkeypatch.setattr(database.os, "access", lambda *_: False)
-    monkeypatch.setattr(
-        database, "connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode)
-    )
+    monkeypatch.setattr(database, "connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode))
     with Store.open(path) as store:
         assert store.meta == {"a": 1}
 
@@ -236,9 +232,7 @@ def test_a_study_in_a_folder_where_nothing_can_be_made_is_read(path, monkeypatch
 def test_a_file_that_cannot_be_opened_is_no_damage(path):
     make_study(path)
     path.with_name("study.db-wal").mkdir()
-    with pytest.raises(
-        OSError, match=r"study\.db': unable to open database file; check the disk, the rights"
-    ):
+    with pytest.raises(OSError, match=r"study\.db': unable to open database file; check the disk, the rights"):
         Store.open(path)
 
 
@@ -291,9 +285,7 @@ def test_a_lock_that_is_held_too_long_is_named(path, monkeypatch):
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     with Store.create(path, {}) as first, Store.open(path) as second:
         first._connection.execute("BEGIN IMMEDIATE")
-        with pytest.raises(
-            TimeoutError, match=r"another process has held its lock for 0\.05 s; wait for it or end it"
-        ):
+        with pytest.raises(TimeoutError, match=r"another process has held its lock for 0\.05 s; wait for it or end it"):
             second.add_trials(candidates([0]))
         first._connection.execute("ROLLBACK")
         second.add_trials(candidates([0]))
@@ -327,9 +319,7 @@ def test_files_that_are_no_study_of_this_version(path):
     path.touch()
     with pytest.raises(FileNotFoundError, match=r"this is a folder, give .*/study\.db: "):
         Store.open(path.parent)
-    with pytest.raises(
-        StudyCorruptError, match=r"study\.db' is not .*: it is empty; remove it, or check the path"
-    ):
+    with pytest.raises(StudyCorruptError, match=r"study\.db' is not .*: it is empty; remove it, or check the path"):
         Store.open(path)
     path.write_bytes(b"number,score\n1,2\n" * 20)
     words = r"study\.db' is not a gputune study: it is no SQLite file; check the path\..* try gputune repair"
@@ -403,14 +393,10 @@ def test_what_is_counted_is_what_the_whole_study_has(path, scores, pruned):
     make_study(path, 8, results, META)
     study = Study.open(path)
     with Store.open(path) as store:
-        assert sorted(store.states()) == sorted(
-            (s, {}, n) for s, n in Counter(t.state for t in study.trials).items()
-        )
+        assert sorted(store.states()) == sorted((s, {}, n) for s, n in Counter(t.state for t in study.trials).items())
         finite = [trial.number for trial in study.ranking() if np.isfinite(trial.score)]
         assert [store.best(most) for most in (1, 3)] == [finite[:1], finite[:3]]
-        assert [c.number for c in store.candidates()] == list(range(8)) and store.check() == set(
-            range(len(scores))
-        )
+        assert [c.number for c in store.candidates()] == list(range(8)) and store.check() == set(range(len(scores)))
         assert [row[0] for row in store.trials([3, 1])] == [store.candidates()[n] for n in (1, 3)]
 
 

@@ -64,9 +64,7 @@ class StoreStates(RuleBasedStateMachine):
             self.handles[who].finish(new)
             self.results |= {found.number: found for found in new}
 
-    @rule(
-        who=st.integers(0, 1), number=NUMBERS, trials=st.lists(NUMBERS, min_size=1, max_size=3, unique=True)
-    )
+    @rule(who=st.integers(0, 1), number=NUMBERS, trials=st.lists(NUMBERS, min_size=1, max_size=3, unique=True))
     def freeze(self, who, number, trials):
         chunk = Chunk(number, 0, tuple(trials), 1)
         if number in self.plan:

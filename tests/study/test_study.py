@@ -133,9 +133,7 @@ def test_a_study_without_trials_is_an_empty_table():
 
 def test_to_pandas_without_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(
-        ImportError, match=r"to_pandas\(\) needs pandas: pip install pandas, or use to_polars"
-    ):
+    with pytest.raises(ImportError, match=r"to_pandas\(\) needs pandas: pip install pandas, or use to_polars"):
         study().to_pandas()
 
 
@@ -179,9 +177,7 @@ def test_curves_that_few_trials_fill_are_bounded_by_what_they_hold(tmp_path, mon
     make_study(tmp_path / "study.db", 9, [*(result(n, epochs=1) for n in range(7)), long, wide])
     monkeypatch.setattr(curves, "_LARGE", 2**20)
     found = Study.open(tmp_path / "study.db")
-    with refused(
-        r"of 9 trials, 2000 epochs and 2000 folds take 274\.7 MiB side by side, and hold 31\.\d KiB"
-    ):
+    with refused(r"of 9 trials, 2000 epochs and 2000 folds take 274\.7 MiB side by side, and hold 31\.\d KiB"):
         found.curves  # noqa: B018
 
 
@@ -217,11 +213,7 @@ def test_the_card_of_a_study():
 def test_the_card_of_a_study_without_a_result():
     assert "none" in made_study(0)._repr_html_()
     assert "4 waiting" in made_study(4, waiting=4)._repr_html_()
-    assert (
-        Study(meta={}, trials=(), curves=np.zeros((0, 0, 0)))
-        ._repr_html_()
-        .startswith("<div><strong>Study</strong>")
-    )
+    assert Study(meta={}, trials=(), curves=np.zeros((0, 0, 0)))._repr_html_().startswith("<div><strong>Study</strong>")
 
 
 def test_the_card_of_a_model():

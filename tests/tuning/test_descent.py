@@ -77,9 +77,7 @@ def test_rates_for_segments_and_layers_reach_the_best_params_and_the_refit(iris)
     optimizer = torch.optim.Adam(groups)
     steps = 10  # an epoch: 150 rows in batches of 16
     for epoch, step in itertools.product(range(4), range(steps)):
-        rows = torch.randperm(150, generator=reference.stream(0, "rows", 150, epoch))[
-            step * 16 : step * 16 + 16
-        ]
+        rows = torch.randperm(150, generator=reference.stream(0, "rows", 150, epoch))[step * 16 : step * 16 + 16]
         segment = int(epoch * steps + step >= 4 * steps // 2)
         for group, rate in zip(optimizer.param_groups, rates[segment]):
             group["lr"] = rate
@@ -219,9 +217,7 @@ def test_more_starts_join_a_study(iris, tmp_path):
     second = gputune.tune("mlp", *iris, n_trials=3, **common)
     assert [t.score for t in second.trials[: len(first.trials)]] == [t.score for t in first.trials]
     assert len(paths(second)) == 3
-    with pytest.raises(
-        InputError, match="holds another search, which differs from this call in: method, scoring"
-    ):
+    with pytest.raises(InputError, match="holds another search, which differs from this call in: method, scoring"):
         gputune.tune("mlp", *iris, n_trials=1, **{**common, "method": "random"})
 
 
@@ -234,16 +230,12 @@ def test_processes_give_what_one_process_gives(iris):
     }
     one, two = (gputune.tune("mlp", *iris, **{**common, "workers": n}) for n in (1, 2))
     for a, b in zip(one.trials, two.trials):
-        assert a.score == pytest.approx(b.score, rel=1e-4) and a.params["lr"] == pytest.approx(
-            b.params["lr"], rel=1e-4
-        )
+        assert a.score == pytest.approx(b.score, rel=1e-4) and a.params["lr"] == pytest.approx(b.params["lr"], rel=1e-4)
 
 
 def test_little_memory_cuts_chunks_and_changes_nothing(iris):
     common = {"space": LR, "n_trials": 4, "method": gputune.Hypergradient(outer_steps=1, segments=2), **FAST}
-    plenty, little, least = (
-        gputune.tune("mlp", *iris, **common, memory=memory) for memory in (None, "3MB", "800KB")
-    )
+    plenty, little, least = (gputune.tune("mlp", *iris, **common, memory=memory) for memory in (None, "3MB", "800KB"))
     for a, b, c in zip(plenty.trials, little.trials, least.trials):
         assert a.score == pytest.approx(b.score, rel=1e-5) and a.score == pytest.approx(c.score, rel=1e-5)
     with pytest.raises(InputError, match="memory does not suffice to differentiate one trial in 3 folds"):
@@ -271,9 +263,7 @@ def test_bad_methods_are_named(iris, method, options, message):
 @pytest.mark.filterwarnings("ignore:y has classes with fewer rows than the 3 folds")
 @pytest.mark.parametrize("options", [{}, {"scoring": "neg_log_loss"}])
 @pytest.mark.parametrize("model", ["mlp", "logistic"])
-def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(
-    iris, monkeypatch, model, options
-):
+def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(iris, monkeypatch, model, options):
     """Its loss is infinite at every point: no learning rate is to blame."""
     monkeypatch.setattr(Trainer, "train", None)
     monkeypatch.setattr(descent, "implicit_chunk", None)
@@ -287,9 +277,7 @@ def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(
         gputune.tune(model, X, names, **common, **options)
 
 
-@pytest.mark.parametrize(
-    "options", [{"segments": 2}, {"per_layer": True}, {"hyperparameters": "weight_decay"}]
-)
+@pytest.mark.parametrize("options", [{"segments": 2}, {"per_layer": True}, {"hyperparameters": "weight_decay"}])
 def test_the_solved_logistic_regression_has_c_alone(iris, options):
     with pytest.raises(InputError, match="the solved logistic regression has C alone"):
         gputune.tune("logistic", *iris, method=gputune.Hypergradient(**options), verbose=0)
@@ -314,18 +302,14 @@ def test_what_a_timeout_cut_short_goes_on_in_a_later_call(iris, tmp_path, monkey
 
 def test_a_longer_descent_goes_on_from_a_shorter_one(iris, tmp_path):
     common = {"space": {**LR, "lr": [1e-4]}, "n_trials": 1, "study": tmp_path / "s.db", **FAST}
-    first, second = (
-        gputune.tune("mlp", *iris, method=gputune.Hypergradient(outer_steps=n), **common) for n in (1, 3)
-    )
+    first, second = (gputune.tune("mlp", *iris, method=gputune.Hypergradient(outer_steps=n), **common) for n in (1, 3))
     assert [t.score for t in second.trials[:2]] == [t.score for t in first.trials]
     assert len(second.trials) > len(first.trials)
 
 
 def test_more_segments_than_steps_are_refused(iris):
     method = gputune.Hypergradient(segments=50)
-    with pytest.raises(
-        InputError, match=r"segments=...\) must be at most the number of steps, got 50 segments for"
-    ):
+    with pytest.raises(InputError, match=r"segments=...\) must be at most the number of steps, got 50 segments for"):
         gputune.tune("mlp", *iris, space=LR, n_trials=1, method=method, **FAST)
 
 

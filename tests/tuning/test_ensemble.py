@@ -77,9 +77,7 @@ def test_the_choice_is_the_greedy_one(predictions, folds):
 def test_a_fold_is_scored_by_what_the_others_choose(predictions):
     before = predictions.nested_scores(5)
     target = predictions.data.target
-    target[predictions.data.folds[1].valid] = (
-        0  # another answer on one fold changes the choices for the others alone
-    )
+    target[predictions.data.folds[1].valid] = 0  # another answer on one fold changes the choices for the others alone
     choice = greedy(predictions, 5, [0, 2])
     mean = sum(n * predictions.values[1][m] for m, n in choice.items())
     after = predictions.nested_scores(5)
@@ -90,9 +88,7 @@ def test_a_fold_is_scored_by_what_the_others_choose(predictions):
 def test_the_module_is_the_weighted_mean(task):
     members, x = [nn.Linear(4, 3).double() for _ in range(3)], torch.randn(5, 4).double()
     weights = torch.tensor([0.5, 0.3, 0.2]).double()
-    link = {"multiclass": lambda z: z.softmax(-1), "multilabel": torch.sigmoid, "regression": lambda z: z}[
-        task
-    ]
+    link = {"multiclass": lambda z: z.softmax(-1), "multilabel": torch.sigmoid, "regression": lambda z: z}[task]
     mean = sum(w * link(member(x)) for w, member in zip(weights, members))
     torch.testing.assert_close(link(Ensemble(members, weights.tolist(), task)(x)), mean)
 
@@ -164,9 +160,7 @@ def test_kept_predictions_are_those_of_members_that_train_again(model, data, how
     kept, again = (predictions_of(search_of(one), trials, Progress(0)) for one in (study, lacking))
     for one, other in zip(kept.values, again.values, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    first, second = (
-        {place: n / one.total() for place, n in one.items()} for one in (kept.choose(8), again.choose(8))
-    )
+    first, second = ({place: n / one.total() for place, n in one.items()} for one in (kept.choose(8), again.choose(8)))
     assert first == pytest.approx(second)
 
 
@@ -176,9 +170,7 @@ def test_a_file_keeps_them_and_what_goes_on_adds_its_own(tmp_path, capsys):
     study = gputune.tune("mlp", *IRIS, **how)
     model = gputune.Study.open(study.file).ensemble(*IRIS)
     assert "train on their folds" not in capsys.readouterr().err
-    np.testing.assert_array_equal(
-        model.predict_proba(IRIS[0]), study.ensemble(verbose=0).predict_proba(IRIS[0])
-    )
+    np.testing.assert_array_equal(model.predict_proba(IRIS[0]), study.ensemble(verbose=0).predict_proba(IRIS[0]))
 
 
 @pytest.mark.parametrize(
@@ -261,13 +253,9 @@ def test_from_a_file_it_is_the_same(study):
 
 def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
     opened = gputune.Study.open(study.file)
-    with pytest.raises(
-        gputune.InputError, match=r"^ensemble\(\) needs X and y: the study was searched on data in"
-    ):
+    with pytest.raises(gputune.InputError, match=r"^ensemble\(\) needs X and y: the study was searched on data in"):
         opened.ensemble()
-    with pytest.raises(
-        gputune.InputError, match=r"^ensemble\(X, y\): these are not the rows.* Pass those\.$"
-    ):
+    with pytest.raises(gputune.InputError, match=r"^ensemble\(X, y\): these are not the rows.* Pass those\.$"):
         opened.ensemble(IRIS[0][:100], IRIS[1][:100])
 
 
@@ -323,8 +311,6 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert words in text and "On the same folds always" in text
     is_ensemble = isinstance(gputune.load_model(Path(out) / "model").module, Ensemble)
-    assert is_ensemble == (
-        "the ensemble is saved, by these rows" in text or "is the model that is saved" in text
-    )
+    assert is_ensemble == ("the ensemble is saved, by these rows" in text or "is the model that is saved" in text)
     assert main(["resume", str(out)]) == 0  # what was saved as an ensemble is one again
     assert isinstance(gputune.load_model(out / "model").module, Ensemble) == is_ensemble

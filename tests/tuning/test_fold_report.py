@@ -20,9 +20,7 @@ RNG = np.random.default_rng(0)
 HOW = {
     "n_trials": 2, "max_epochs": 8, "verbose": 0, "workers": 1, "cv": KFold(3, shuffle=True, random_state=0),
 }  # fmt: skip
-FRAME = pd.DataFrame(
-    {"idle": RNG.normal(size=150), "city": RNG.choice(["a", "b"], 150), "big": RNG.normal(size=150)}
-)
+FRAME = pd.DataFrame({"idle": RNG.normal(size=150), "city": RNG.choice(["a", "b"], 150), "big": RNG.normal(size=150)})
 Y = 3 * FRAME.big + (FRAME.city == "a")
 
 
@@ -45,16 +43,12 @@ def test_the_matrix_is_that_of_the_predictions_out_of_fold(iris):
 def test_columns_as_scikit_learn_shuffles_them(scoring, transform):
     """Of another shuffle, and of the model that all rows have trained: near, not equal."""
     y = Y - Y.min()
-    study = gputune.tune(
-        "mlp", FRAME, y, scoring=scoring, target_transform=transform, **{**HOW, "max_epochs": 20}
-    )
+    study = gputune.tune("mlp", FRAME, y, scoring=scoring, target_transform=transform, **{**HOW, "max_epochs": 20})
     report = fold_report(study, importance=True)
     assert report.columns[0] == "big" and report.confusion.size == 0
     theirs = permutation_importance(study.best_model(), FRAME, y, scoring=scoring, random_state=0)
     drops = dict(zip(report.columns, report.drops))
-    np.testing.assert_allclose(
-        [drops[c] for c in FRAME], theirs.importances_mean, atol=0.25 * report.drops[0]
-    )
+    np.testing.assert_allclose([drops[c] for c in FRAME], theirs.importances_mean, atol=0.25 * report.drops[0])
     assert abs(drops["idle"]) < 0.1 * drops["big"] and report.errors.shape == (3,)
 
 
@@ -74,9 +68,7 @@ def test_many_rows_are_thinned(iris, monkeypatch):
     whole = fold_report(study, importance=True)
     monkeypatch.setattr("gputune.tuning.fold_report._ROWS", 20)
     thin = fold_report(study, importance=True)
-    assert {*thin.columns} == {*whole.columns} and not np.array_equal(
-        np.sort(thin.drops), np.sort(whole.drops)
-    )
+    assert {*thin.columns} == {*whole.columns} and not np.array_equal(np.sort(thin.drops), np.sort(whole.drops))
 
 
 def test_the_page_draws_them(iris, tmp_path):
@@ -87,9 +79,7 @@ def test_the_page_draws_them(iris, tmp_path):
     study.report(path, confusion=True, importance=True)
     text = path.read_text()
     matrix = fold_report(study, confusion=True).confusion
-    assert (
-        f"<title>bee predicted as cat: {matrix[1, 2]}</title>" in text and "Importance of the columns" in text
-    )
+    assert f"<title>bee predicted as cat: {matrix[1, 2]}</title>" in text and "Importance of the columns" in text
     gputune.tune("mlp", FRAME, Y, scoring="neg_mean_absolute_error", **HOW).report(path, importance=True)
     assert "rise of mean_absolute_error" in path.read_text() and "Confusion matrix" not in path.read_text()
 
@@ -97,17 +87,12 @@ def test_the_page_draws_them(iris, tmp_path):
 def test_many_classes_and_columns_are_left_out_with_a_note(iris):
     study, _ = iris
     none = np.zeros(0)
-    many = FoldReport(
-        0, np.eye(40, dtype=np.int64), tuple(f"c{i}" for i in range(31)), np.ones(31), np.zeros(31)
-    )
+    many = FoldReport(0, np.eye(40, dtype=np.int64), tuple(f"c{i}" for i in range(31)), np.ones(31), np.zeros(31))
     columns = columns_chart(study, many)
     assert columns.notes == ("The 30 most important columns; 1 others are left out.",)
     study.record.classes[:] = [f"a long name {i}" for i in range(40)]
     chart = confusion_chart(study, many)
-    assert (
-        chart.notes == ("The 25 most frequent classes; 15 others are left out.",)
-        and "rotate(-40" in chart.svg
-    )
+    assert chart.notes == ("The 25 most frequent classes; 15 others are left out.",) and "rotate(-40" in chart.svg
     empty = FoldReport(0, np.zeros((0, 0), np.int64), (), none, none)
     assert confusion_chart(study, empty) is None and columns_chart(study, empty) is None
 
@@ -128,16 +113,10 @@ def test_the_command_line(tmp_path):
 
 
 def test_what_is_refused():
-    images = gputune.tune(
-        CNN, RNG.normal(size=(24, 1, 8, 8)), RNG.integers(0, 2, 24), **{**HOW, "max_epochs": 1}
-    )
-    with refused(
-        r"report\(importance=True\) is of the columns of a table, and X is .*; leave importance out"
-    ):
+    images = gputune.tune(CNN, RNG.normal(size=(24, 1, 8, 8)), RNG.integers(0, 2, 24), **{**HOW, "max_epochs": 1})
+    with refused(r"report\(importance=True\) is of the columns of a table, and X is .*; leave importance out"):
         images.report("x.html", importance=True)
     descent = gputune.Hypergradient(outer_steps=1)
     points = gputune.tune("mlp", FRAME, Y > 0, method=descent, **HOW)
-    with refused(
-        r"report\(confusion=True\) trains a trial again on its folds, and this study is of descents"
-    ):
+    with refused(r"report\(confusion=True\) trains a trial again on its folds, and this study is of descents"):
         points.report("x.html", confusion=True)

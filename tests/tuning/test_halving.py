@@ -96,9 +96,7 @@ def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket():
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamwhd"])
 def test_every_optimizer_goes_on_from_its_state(iris, optimizer):
     common = {"space": {"lr": loguniform(1e-3, 0.1), "width": [8]}, "n_trials": 8, "dtype": "float64", **FAST}
-    full, halved = (
-        gputune.tune("mlp", *iris, method=m, optimizer=optimizer, **common) for m in ("random", "halving")
-    )
+    full, halved = (gputune.tune("mlp", *iris, method=m, optimizer=optimizer, **common) for m in ("random", "halving"))
     assert_begins_as(full, halved, atol=1e-9)
 
 
@@ -141,9 +139,7 @@ def test_a_full_disk_where_states_wait_is_named(iris, monkeypatch):
         raise SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr("gputune.engine.rung.save_file", full)
-    with pytest.raises(
-        OSError, match=r"no room for the states .* takes no more .*No space left.* let TMPDIR name"
-    ):
+    with pytest.raises(OSError, match=r"no room for the states .* takes no more .*No space left.* let TMPDIR name"):
         gputune.tune("mlp", *iris, n_trials=4, method="halving", memory=1000, **FAST)
 
 
@@ -187,9 +183,7 @@ def test_any_result_that_was_lost_comes_back(iris, tmp_path):
 
 def test_a_timeout_scores_what_was_trained(iris, monkeypatch):
     time_is_over(monkeypatch, 20)
-    study = gputune.tune(
-        "mlp", *iris, n_trials=4, method="halving", timeout=600, **{**FAST, "max_epochs": 100}
-    )
+    study = gputune.tune("mlp", *iris, n_trials=4, method="halving", timeout=600, **{**FAST, "max_epochs": 100})
     states = {trial.state for trial in study.trials}
     assert "stopped" in states and states <= {"stopped", "pruned", "waiting"}
     assert study.spent[1] == 4 * 100  # not the epochs that the longest came to

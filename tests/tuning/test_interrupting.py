@@ -77,9 +77,7 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, monkeypatc
     assert f"Trials   {done} complete" in out and f"{states.count('waiting')} waiting; " in out
     if workers == 1:  # one of the two goes on
         return
-    (go_on,) = (
-        line.removeprefix("Go on    gputune ") for line in out.splitlines() if line.startswith("Go on")
-    )
+    (go_on,) = (line.removeprefix("Go on    gputune ") for line in out.splitlines() if line.startswith("Go on"))
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*shlex.split(go_on))
     assert code == 0 and "Trials   12 complete; " in out, err
@@ -143,10 +141,7 @@ def test_a_folder_that_is_lost_ends_the_search_in_words(tmp_path):
     command = ["tune", "sklearn:iris", *MANY, "--workers", 1, "--out", "out"]
     code, _, err = finish(*command, cwd=tmp_path, first=at_finish(2, "shutil.rmtree('out')"))
     assert code == 1 and "Traceback" not in err
-    assert (
-        f"gputune: error: study '{tmp_path}/out/study.db' was removed, moved or replaced while it was at work"
-        in err
-    )
+    assert f"gputune: error: study '{tmp_path}/out/study.db' was removed, moved or replaced while it was at work" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -217,9 +212,7 @@ def test_a_programs_own_handler_stays():
 def test_another_thread_sets_no_handler():
     found = []
     thread = threading.Thread(
-        target=lambda: found.append(
-            gputune.tune("mlp", *load_iris(return_X_y=True), **SEARCH, max_epochs=2, verbose=0)
-        )
+        target=lambda: found.append(gputune.tune("mlp", *load_iris(return_X_y=True), **SEARCH, max_epochs=2, verbose=0))
     )
     thread.start()
     thread.join()

@@ -89,9 +89,7 @@ def test_a_sampler_of_optunas_proposes_and_hears():
     optuna = pytest.importorskip("optuna")
     method = gputune.OptunaSampler(optuna.samplers.TPESampler(seed=0, n_startup_trials=4), batch=4)
     study = search(method=method, n_trials=12, include=[{"lr": 0.1, "layers": (8,)}])
-    assert [trial.origin for trial in study.trials] == ["include"] + [
-        f"batch {i // 4 + 1}" for i in range(12)
-    ]
+    assert [trial.origin for trial in study.trials] == ["include"] + [f"batch {i // 4 + 1}" for i in range(12)]
     assert all(1e-3 <= trial.params["lr"] <= 1 and trial.state == "complete" for trial in study.trials)
 
 
@@ -108,9 +106,7 @@ def test_a_failed_trial_keeps_its_error_and_the_search_goes_on(capsys):
     assert failed[0].detail["error"].startswith("ValueError: too large (test_loops.py, line ")
     assert f"note: trial {failed[0].number} failed: ValueError: too large" in capsys.readouterr().err
     assert {t.state for t in study.trials if 0.01 < t.params["lr"] <= 0.05} <= {"failed"}
-    with pytest.raises(
-        gputune.SearchFailedError, match="8 of 8 trials raised an error, the first TypeError: what the"
-    ):
+    with pytest.raises(gputune.SearchFailedError, match="8 of 8 trials raised an error, the first TypeError: what the"):
         search(lambda params, report: None)
 
 
@@ -123,9 +119,7 @@ def test_a_value_that_is_no_number_ends_the_training():
         report(math.nan)
         raise AssertionError
 
-    with pytest.raises(
-        gputune.SearchFailedError, match="of 8 trials the objective .* reported NaN .* in 8; look at"
-    ):
+    with pytest.raises(gputune.SearchFailedError, match="of 8 trials the objective .* reported NaN .* in 8; look at"):
         search(objective)
     assert len(seen) == 8
 
@@ -280,9 +274,7 @@ def test_a_search_ends_when_it_is_good_enough(tmp_path, given, trained, capsys):
         "patience_trials": "2 trials in a row were no",
     }
     shown = capsys.readouterr().err
-    assert all(
-        (f"note: the search ends: {words[name]}" in shown) == (trained < 8) for name in words.keys() & given
-    )
+    assert all((f"note: the search ends: {words[name]}" in shown) == (trained < 8) for name in words.keys() & given)
 
 
 def test_the_best_of_earlier_studies_are_tried_first(tmp_path):
@@ -291,9 +283,7 @@ def test_the_best_of_earlier_studies_are_tried_first(tmp_path):
     shutil.copy(tmp_path / "old.db", tmp_path / "study.db")
     for warm in (old, tmp_path / "old.db", [str(tmp_path / "old.db")], tmp_path):
         new = search(warm_start=warm, random_state=1)
-        assert [(trial.params, trial.origin) for trial in new.trials[:5]] == [
-            (params, "include") for params in best
-        ]
+        assert [(trial.params, trial.origin) for trial in new.trials[:5]] == [(params, "include") for params in best]
         assert len(new.trials) == 13
     with refused(
         r"warm_start: study '.*old.db' was searched in another space, .* the keys layers, width; leave "

@@ -61,9 +61,7 @@ def test_rows_of_a_class_that_their_fold_has_not_seen_calibrate_nothing():
 def test_models_ranked_by_the_log_loss_are_calibrated():
     study = gputune.tune("mlp", *IRIS, cv=3, scoring="neg_log_loss", **HOW)
     assert study.best_model().temperature == study.best_model(calibrate=True).temperature != 1
-    assert (
-        study.best_model(*IRIS, check=False).temperature == 1 == study.best_model(calibrate=False).temperature
-    )
+    assert study.best_model(*IRIS, check=False).temperature == 1 == study.best_model(calibrate=False).temperature
     assert study.ensemble(verbose=0, size=1).temperature == study.best_model().temperature
     assert study.ensemble(verbose=0, calibrate=False).temperature == 1
     points = gputune.tune("mlp", *IRIS, cv=3, method=gputune.Hypergradient(outer_steps=1), **HOW)
@@ -73,9 +71,7 @@ def test_models_ranked_by_the_log_loss_are_calibrated():
 def test_what_cannot_be_calibrated_is_refused(study):
     numbers = gputune.tune("mlp", IRIS[0], IRIS[0][:, 0], cv=3, **HOW)
     for make in (numbers.best_model, numbers.ensemble):
-        with refused(
-            r"\(calibrate=True\) is for one class a row to be predicted, .* is of numbers; leave it out"
-        ):
+        with refused(r"\(calibrate=True\) is for one class a row to be predicted, .* is of numbers; leave it out"):
             make(calibrate=True)
     X, y = make_multilabel_classification(60, random_state=0)
     with refused("is for one class a row to be predicted, and the study is of several labels"):
@@ -85,9 +81,7 @@ def test_what_cannot_be_calibrated_is_refused(study):
     with refused(r"best_model\(calibrate=True\) needs the rows of the search.* leave out check=False"):
         study.best_model(IRIS[0], IRIS[1][::-1].copy(), calibrate=True, check=False)
     points = gputune.tune("mlp", *IRIS, cv=3, method=gputune.Hypergradient(outer_steps=1), **HOW)
-    with refused(
-        r"best_model\(calibrate=True\) trains a trial again on its folds, and this study is of descents"
-    ):
+    with refused(r"best_model\(calibrate=True\) trains a trial again on its folds, and this study is of descents"):
         points.best_model(calibrate=True)
 
 

@@ -104,11 +104,7 @@ def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_
         big = (trial.params.get("batch_size", 32), trial.params.get("width", 128)) == (16, 16)
         assert ("reason" in trial.detail) == big
         if big:
-            assert (
-                trial.state == "failed"
-                and math.isnan(trial.score)
-                and trial.number != found.best_trial.number
-            )
+            assert trial.state == "failed" and math.isnan(trial.score) and trial.number != found.best_trial.number
             assert trial.detail["reason"].startswith("out of memory: [enforce fail at alloc_cpu.cpp:127]")
         elif method == "random":
             assert trial.fold_scores == pytest.approx(other.fold_scores, abs=1e-4)
@@ -173,9 +169,7 @@ def test_parts_that_have_not_begun_when_time_is_over_wait(iris, tmp_path, monkey
 
 def test_a_search_of_which_nothing_fits_says_so(iris, monkeypatch):
     fail(monkeypatch, lambda number, trials: True)
-    with pytest.raises(
-        SearchFailedError, match="did not fit into memory even alone .* search smaller widths"
-    ):
+    with pytest.raises(SearchFailedError, match="did not fit into memory even alone .* search smaller widths"):
         gputune.tune("mlp", *iris, **COMMON)
 
 
@@ -187,9 +181,7 @@ def test_an_error_of_another_kind_is_raised(iris, monkeypatch):
 
 def test_the_bar_takes_back_what_was_lost(iris, monkeypatch):
     told = []
-    monkeypatch.setattr(
-        "gputune.tuning.progress.Progress.advance", lambda bar, number, curves: told.append(number)
-    )
+    monkeypatch.setattr("gputune.tuning.progress.Progress.advance", lambda bar, number, curves: told.append(number))
     fail(monkeypatch, lambda number, trials: number == 6)  # in the second epoch
     gputune.tune("mlp", *iris, **{**COMMON, "space": {"lr": [1e-3, 1e-2, 1e-1]}})
     assert sum(told) == 3 * 4 and told[:2] == [3, -3]
@@ -206,9 +198,7 @@ def test_the_search_of_scikit_learns_kind_is_halved_too(iris, monkeypatch):
         failed = fail(patch, lambda number, trials: number == 2)
         found = search()
     assert failed and failed[0] > 1
-    np.testing.assert_allclose(
-        found.cv_results_["mean_test_score"], whole.cv_results_["mean_test_score"], atol=1e-4
-    )
+    np.testing.assert_allclose(found.cv_results_["mean_test_score"], whole.cv_results_["mean_test_score"], atol=1e-4)
     fail(monkeypatch, lambda number, trials: True)
     with pytest.raises(MemoryError, match="One training alone does not fit; make it smaller"):
         search()

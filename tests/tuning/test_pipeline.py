@@ -88,9 +88,7 @@ def test_a_fold_equals_a_plain_loop_on_its_own_preprocessing(iris):
             with torch.no_grad():
                 losses.append(nn.functional.cross_entropy(module(x[rows]), torch.tensor(y)[rows]).item())
 
-        reference.train_mlp(
-            x[train], torch.tensor(y)[train], config, n_outputs=3, epochs=3, after_epoch=after_epoch
-        )
+        reference.train_mlp(x[train], torch.tensor(y)[train], config, n_outputs=3, epochs=3, after_epoch=after_epoch)
         np.testing.assert_allclose(-study.curves[0, :, f], losses, rtol=1e-9)
 
 
@@ -238,9 +236,7 @@ def test_the_space_of_the_mlp_by_its_name_begins_with_a_portfolio(iris, tmp_path
 
 
 def test_files_and_bundled_sets(tmp_path, iris):
-    frame = pl.DataFrame(iris[0], schema=["a", "b", "c", "d"]).with_columns(
-        kind=pl.Series(iris[1]).cast(pl.String)
-    )
+    frame = pl.DataFrame(iris[0], schema=["a", "b", "c", "d"]).with_columns(kind=pl.Series(iris[1]).cast(pl.String))
     frame.write_csv(tmp_path / "iris.csv")
     frame.write_parquet(tmp_path / "iris.parquet")
     files = (tmp_path / "iris.csv", tmp_path / "iris.parquet")
@@ -302,9 +298,7 @@ def test_the_levels_of_a_category_are_bounded(tmp_path):
     frame, y = pd.DataFrame({"city": [f"c{i % 6}" for i in range(60)]}), np.arange(60) % 2
     call = partial(gputune.tune, "mlp", frame, y, study=tmp_path / "study.db", **{**ONE, "max_epochs": 1})
     study = call(max_levels=3)
-    assert (
-        study.record.features == 4 and "max_levels bounds the others to the 3 most" in study.record.notes[0]
-    )
+    assert study.record.features == 4 and "max_levels bounds the others to the 3 most" in study.record.notes[0]
     model = gputune.Study.open(tmp_path / "study.db").best_model(frame, y)
     assert model.layout.feature_names == ("city=c0", "city=c1", "city=c2", "city=(other)")
     assert "max_levels=3," in snippet(study)
@@ -706,9 +700,7 @@ def test_more_bad_input(tmp_path, iris):
     with refused("y must name the target column of the file"):
         gputune.tune("mlp", tmp_path / "a.csv", y, **FAST)
     with refused("scoring='roc_auc_ovr' needs every class.*fold 0 lacks one"):
-        gputune.tune(
-            "mlp", X, y, scoring="roc_auc_ovr", **{**FAST, "cv": [(np.arange(100), np.arange(100, 150))]}
-        )
+        gputune.tune("mlp", X, y, scoring="roc_auc_ovr", **{**FAST, "cv": [(np.arange(100), np.arange(100, 150))]})
     with refused("scoring='r2' needs two validation rows"):
         gputune.tune("mlp", X, X[:, 0], **{**FAST, "cv": [(np.arange(149), [149])]})
 
@@ -808,9 +800,7 @@ def test_what_was_asked_for_and_cannot_be_is_refused(tmp_path, iris):
 
 def test_the_default_configuration_is_held_to_the_space_and_counts(iris, capsys):
     space = {"width": [16, 32], "momentum": [0.0, 0.5]}
-    study = gputune.tune(
-        "mlp", *iris, space=space, n_trials=3, include=[{"lr": 0.1}], **{**FAST, "verbose": 1}
-    )
+    study = gputune.tune("mlp", *iris, space=space, n_trials=3, include=[{"lr": 0.1}], **{**FAST, "verbose": 1})
     assert {trial.params["width"] for trial in study.trials} == {16, 32}
     assert [trial.origin for trial in study.trials] == ["default", "include", "random", "random"]
     assert study.trials[0].params == {"width": 32, "momentum": 0.0}
@@ -819,9 +809,7 @@ def test_the_default_configuration_is_held_to_the_space_and_counts(iris, capsys)
     said = capsys.readouterr().err
     for note in study.meta["notes"]:
         assert f"note: {note}\n" in said
-    assert held in study.meta["notes"] and study.meta["notes"][-1].startswith(
-        "'momentum' has no effect: adamw"
-    )
+    assert held in study.meta["notes"] and study.meta["notes"][-1].startswith("'momentum' has no effect: adamw")
     inside = gputune.tune("mlp", *iris, space={"width": [16, 128]}, n_trials=1, **FAST)
     assert inside.trials[0].params == {"width": 128} and inside.meta["notes"] == []
 
@@ -976,8 +964,6 @@ def test_verbose_is_a_number(verbose):
 def test_a_best_value_at_the_edge_is_a_note(capsys):
     X, y = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 2
     space = {"lr": [1e-9, 1e-8, 1e-7]}
-    study = gputune.tune(
-        "mlp", X, y, space=space, n_trials=3, max_epochs=1, cv=2, scoring="neg_log_loss", workers=1
-    )
+    study = gputune.tune("mlp", X, y, space=space, n_trials=3, max_epochs=1, cv=2, scoring="neg_log_loss", workers=1)
     (remark,) = edge_remarks(study)
     assert f"note: {remark}" in capsys.readouterr().err

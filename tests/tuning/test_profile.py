@@ -71,9 +71,7 @@ def test_the_speed_of_a_product_is_above_zero_and_leaves_the_threads_alone():
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--backend", "eager", "--workers", "2"], ["--method", "halving"]], ids=str
-)
+@pytest.mark.parametrize("more", [[], ["--backend", "eager", "--workers", "2"], ["--method", "halving"]], ids=str)
 def test_the_command(tmp_path, more):
     words = "tune sklearn:iris --trials 3 --epochs 3 --cv 2 --out".split()
     code, out, _ = run(*words, tmp_path / "out", "--profile", *more)

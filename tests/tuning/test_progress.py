@@ -32,9 +32,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
         shown.finished(4)
     lines = capsys.readouterr().err.split("\n")
     assert lines[0] == "trials 0/4, best -, 0/8 trial-epochs"
-    assert re.fullmatch(
-        r"trials 0/4, best accuracy 0\.5000, 12 members, 4/8 trial-epochs, 0 s left", lines[1]
-    )
+    assert re.fullmatch(r"trials 0/4, best accuracy 0\.5000, 12 members, 4/8 trial-epochs, 0 s left", lines[1])
     assert lines[2].startswith("trials 4/4, best accuracy 0.5000, 12 members, 4/8 trial-epochs")
     assert not any("|" in line for line in lines)
 

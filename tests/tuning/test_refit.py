@@ -43,14 +43,10 @@ def test_what_the_machine_has_is_kept(monkeypatch, devices, kept, expected):
 def test_a_refit_from_a_file_trains_as_one_from_memory(tmp_path, monkeypatch):
     iris = load_iris(return_X_y=True)
     how = {"backend": "eager", "device": "cpu", "numbers": "quantile", "schedule": "cosine", "max_epochs": 2}
-    study = gputune.tune(
-        "mlp", *iris, study=tmp_path / "study.db", n_trials=1, cv=2, verbose=0, workers=1, **how
-    )
+    study = gputune.tune("mlp", *iris, study=tmp_path / "study.db", n_trials=1, cv=2, verbose=0, workers=1, **how)
     trained = []
     choose = refit.choose_backend
-    monkeypatch.setattr(
-        refit, "choose_backend", lambda word, *where: trained.append(word) or choose(word, *where)
-    )
+    monkeypatch.setattr(refit, "choose_backend", lambda word, *where: trained.append(word) or choose(word, *where))
     models = [study.best_model(), gputune.Study.open(study.file).best_model(*iris)]
     assert set(trained) == {"eager"}
     first, second = (dict(model.module.named_parameters()) for model in models)
@@ -58,9 +54,7 @@ def test_a_refit_from_a_file_trains_as_one_from_memory(tmp_path, monkeypatch):
 
 
 def test_an_optimizer_of_a_later_version_is_refused_by_name():
-    with pytest.raises(
-        gputune.InputError, match="searched with optimizer='adamx', which this gputune does not have"
-    ):
+    with pytest.raises(gputune.InputError, match="searched with optimizer='adamx', which this gputune does not have"):
         recorded_model({"kind": "mlp"}, "adamx", trust_code=False)
 
 

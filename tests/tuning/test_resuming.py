@@ -142,9 +142,7 @@ def told_time(monkeypatch, *, epoch, writing):
     ("method", "writing"),
     [("random", 1.0), ("halving", 0.0), pytest.param("halving", 1.0, marks=pytest.mark.long)],
 )
-def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
-    iris, tmp_path, monkeypatch, method, writing
-):
+def test_no_more_is_repeated_than_the_time_between_two_checkpoints(iris, tmp_path, monkeypatch, method, writing):
     """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what writing took."""
     space = {"lr": loguniform(1e-4, 0.1), "width": [8, 20]}
     call = {**COMMON, **METHODS[method], "space": space, "cv": 3}
@@ -242,9 +240,7 @@ def test_what_goes_on_from_a_checkpoint_is_said(iris, tmp_path, capsys):
     assert "can go on" not in capsys.readouterr().err
     gputune.tune("mlp", *iris, **call)
     stopped = sum(trial.state == "stopped" for trial in cut.trials)
-    assert re.search(
-        rf"^{stopped} trials? can go on from where training was stopped$", capsys.readouterr().err, re.M
-    )
+    assert re.search(rf"^{stopped} trials? can go on from where training was stopped$", capsys.readouterr().err, re.M)
 
 
 def test_what_cannot_be_used_goes_with_the_last_trial(iris, tmp_path):

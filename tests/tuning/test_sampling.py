@@ -342,9 +342,7 @@ def test_nothing_is_kept_of_a_refused_search(tmp_path):
 
 def test_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna.samplers", None)
-    with pytest.raises(
-        MissingExtraError, match=r'OptunaSampler needs optuna.*pip install "gputune\[optuna\]"'
-    ):
+    with pytest.raises(MissingExtraError, match=r'OptunaSampler needs optuna.*pip install "gputune\[optuna\]"'):
         gputune.OptunaSampler(None)
     assert issubclass(MissingExtraError, ImportError) and issubclass(MissingExtraError, InputError)
 

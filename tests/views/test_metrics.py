@@ -21,9 +21,7 @@ METRICS = [
 
 def study_by(pairs, states=()):
     """Return a study of trials with these fold means of the accuracy and of minus the log loss."""
-    made = study_of(
-        [{"lr": 0.1 * (n + 1)} for n in range(len(pairs))], [a for a, _ in pairs], metrics=METRICS
-    )
+    made = study_of([{"lr": 0.1 * (n + 1)} for n in range(len(pairs))], [a for a, _ in pairs], metrics=METRICS)
     trials = [
         replace(t, score=a, fold_scores=(a,), metrics={"accuracy": (a,), "neg_log_loss": (b,)}, state=s or t.state)
         for t, (a, b), s in zip(made.trials, pairs, [*states, *[None] * len(pairs)])
@@ -50,9 +48,7 @@ def test_best_trials_are_those_that_no_other_one_beats(pairs, states, best):
     known = [t for t in study.trials if np.isfinite(list(t.scores.values())).all()]
     known = [t for t in known if t.state != "pruned"] or known
     scores = [np.array(list(t.scores.values())) for t in known]
-    expected = [
-        t.number for t, s in zip(known, scores) if not any((o >= s).all() and (o > s).any() for o in scores)
-    ]
+    expected = [t.number for t, s in zip(known, scores) if not any((o >= s).all() and (o > s).any() for o in scores)]
     assert sorted(best) == expected
 
 
@@ -94,9 +90,7 @@ def test_a_metric_that_a_study_has_not_is_refused(method):
     words = rf"{method}\(...\) must be one of the study's metrics, 'accuracy', 'neg_log_loss', got 'acuracy'. Did you"
     with pytest.raises(InputError, match=words):
         getattr(study_by([(0.9, -0.3)]), method)("acuracy")
-    with pytest.raises(
-        InputError, match=rf"{method}\('f1'\) needs a study of several metrics, and this one has 'acc"
-    ):
+    with pytest.raises(InputError, match=rf"{method}\('f1'\) needs a study of several metrics, and this one has 'acc"):
         getattr(study_of([{"a": 1}], [0.5]), method)("f1")
 
 

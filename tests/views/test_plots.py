@@ -96,13 +96,9 @@ def test_slices_of_all(study):
 
 
 def test_slices_that_cannot_be(study):
-    with pytest.raises(
-        InputError, match="have no hyperparameter 'rate'; choose one of activation, batch_size"
-    ):
+    with pytest.raises(InputError, match="have no hyperparameter 'rate'; choose one of activation, batch_size"):
         study.plot_slice("rate")
-    with pytest.raises(
-        InputError, match=r"plot_slice\(ax=...\) is one Axes and needs parameter=..., got none"
-    ):
+    with pytest.raises(InputError, match=r"plot_slice\(ax=...\) is one Axes and needs parameter=..., got none"):
         study.plot_slice(ax=plt.subplots()[1])
     with pytest.raises(InputError, match=r"plot_slice\(\) needs a hyperparameter in which two trials differ"):
         made_study(1).plot_slice()
@@ -186,9 +182,7 @@ def test_path(descent):
 def test_paths_that_cannot_be(study, descent):
     with pytest.raises(InputError, match=r"plot_path needs a study by hypergradients: tune\(..., method="):
         study.plot_path()
-    with pytest.raises(
-        InputError, match=r"plot_path\(parameter=...\) must be one of lr, weight_decay, got 'width'"
-    ):
+    with pytest.raises(InputError, match=r"plot_path\(parameter=...\) must be one of lr, weight_decay, got 'width'"):
         descent.plot_path("width")
 
 
@@ -243,9 +237,7 @@ def test_without_matplotlib_the_error_says_what_to_install(descent, plot, monkey
 
 
 @pytest.mark.parametrize("plot", ["plot_history", "plot_curves", "plot_parallel"])
-@pytest.mark.parametrize(
-    "made", [lambda: made_study(0), lambda: made_study(3, waiting=3)], ids=["empty", "waiting"]
-)
+@pytest.mark.parametrize("made", [lambda: made_study(0), lambda: made_study(3, waiting=3)], ids=["empty", "waiting"])
 def test_an_empty_study_is_drawn(plot, made):
     getattr(made(), plot)().figure.canvas.draw()
 

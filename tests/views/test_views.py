@@ -63,9 +63,7 @@ def test_which_scale_a_hyperparameter_has(values, space, log):
 
 
 def test_numbers_words_and_what_is_missing():
-    study = study_of(
-        [{"a": 1, "b": "x", "c": 0.5}, {"a": 3, "b": "y"}, {"a": 2, "b": "x", "c": math.inf}, {"b": None}]
-    )
+    study = study_of([{"a": 1, "b": "x", "c": 0.5}, {"a": 3, "b": "y"}, {"a": 2, "b": "x", "c": math.inf}, {"b": None}])
     a, b, c = parameters(study)
     np.testing.assert_array_equal(a.values, [1, 3, 2, math.nan])
     assert b.levels == ("x", "None", "y") and b.values.tolist() == [0, 2, 0, 1]
@@ -99,10 +97,7 @@ def test_curves_are_means_over_the_folds():
 
 def test_importance_finds_what_matters():
     rng = np.random.default_rng(0)
-    params = [
-        {"strong": float(s), "weak": float(w), "none": str(n)}
-        for s, w, n in rng.uniform(size=(300, 3)).round(2)
-    ]
+    params = [{"strong": float(s), "weak": float(w), "none": str(n)} for s, w, n in rng.uniform(size=(300, 3)).round(2)]
     scores = [3 * abs(p["strong"] - 0.5) + 0.3 * p["weak"] for p in params]
     found = importance(study_of(params, scores))
     assert found.names == ("strong", "weak", "none")
@@ -122,9 +117,7 @@ def test_importance_is_seeded_and_ranks_diverged_trials_last():
 
 def test_importance_of_noise_fits_nothing():
     rng = np.random.default_rng(1)
-    found = importance(
-        study_of([{"a": float(a)} for a in rng.uniform(size=200)], rng.normal(size=200).tolist())
-    )
+    found = importance(study_of([{"a": float(a)} for a in rng.uniform(size=200)], rng.normal(size=200).tolist()))
     assert found.fit < 0.1
 
 

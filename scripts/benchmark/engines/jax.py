@@ -40,9 +40,7 @@ def train(work: Work, cores: int) -> Outcome:
     # The widest of a batch size first, and larger groups before smaller ones.
     jobs = sorted((tuple(group) for group in groups.values()), key=lambda group: -_flops(work, group))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
-    with patch.dict(
-        os.environ, XLA_FLAGS=flags
-    ):  # the processes that are started compute with one thread each
+    with patch.dict(os.environ, XLA_FLAGS=flags):  # the processes that are started compute with one thread each
         one = functools.partial(train_group, work.trials, work.epochs)
         results, start, spent = run_jobs(one, jobs, work, processes(work, cores), compile_seconds)
     scores = work.no_scores()

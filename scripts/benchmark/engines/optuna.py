@@ -67,9 +67,7 @@ def search(method: str, work: Work, cores: int) -> list[Event]:
         return [Event(at - begin, candidate, score) for at, candidate, _, score in read(path)]
 
 
-def _train_together(
-    folds: str, path: str, epochs: int, pruned: bool, trial: optuna.Trial, params: Trial
-) -> float:
+def _train_together(folds: str, path: str, epochs: int, pruned: bool, trial: optuna.Trial, params: Trial) -> float:
     """Train one candidate on all folds, epoch by epoch, until the end or its pruning."""
     rows = read_folds(folds)
     runs, score = [trained(fold, params) for fold in rows], 0.0

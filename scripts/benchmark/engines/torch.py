@@ -152,9 +152,7 @@ def train_ray(work: Work, cores: int) -> Outcome:
         tempfile.TemporaryDirectory() as folder,
     ):
         try:
-            ray.init(
-                "local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="error"
-            )
+            ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="error")
             shared = ray.put(folds)
             results = tune.Tuner(
                 tune.with_resources(train_one, {"cpu": 1}),

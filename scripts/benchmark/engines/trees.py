@@ -41,9 +41,7 @@ class OfTable:
             out = out.assign(year=when.dt.year, month=when.dt.month, day=when.dt.day)
         if self.as_text:
             text = [name for name in self.levels if name not in dates]
-            out = out.assign(
-                **{name: out[name].astype(object).fillna("missing").astype(str) for name in text}
-            )
+            out = out.assign(**{name: out[name].astype(object).fillna("missing").astype(str) for name in text})
         return out
 
     def fit(self, X: pd.DataFrame, y: pd.Series) -> "OfTable":
@@ -104,9 +102,7 @@ def tuned(
     kind = lightgbm.LGBMRegressor if numbers else lightgbm.LGBMClassifier
     parts = (KFold if numbers else StratifiedKFold)(folds, shuffle=True, random_state=0)
     rows, judge = OfTable(None, levels).rows(X), get_scorer(scoring)
-    metric = {"roc_auc": "auc", "accuracy": "binary_error" if task == "binary" else "multi_error"}.get(
-        scoring, "rmse"
-    )
+    metric = {"roc_auc": "auc", "accuracy": "binary_error" if task == "binary" else "multi_error"}.get(scoring, "rmse")
 
     def params(trial: optuna.Trial) -> dict[str, Any]:
         return {

@@ -91,9 +91,7 @@ def run(options: Namespace) -> int:
         means=", ".join(f"{name} {mean:.4f}" for name, mean in means.items()),
     )  # fmt: skip
     numbers = {"cells": cells, "accuracy": means, "left_out": lacks, "growth": [vars(one) for one in grown]}
-    return publish(
-        options.out, "grid", machine, markdown(machine, how, cells, grown), epochs=epochs, **numbers
-    )
+    return publish(options.out, "grid", machine, markdown(machine, how, cells, grown), epochs=epochs, **numbers)
 
 
 def cell_work(trials: int, width: int, batch_size: int, epochs: int) -> Work:
@@ -186,9 +184,7 @@ def large(work: Work, rows: int) -> Work:
     """Return the work on a table of so many rows, with trials of one width and batch size."""
     X = np.random.default_rng(0).standard_normal((rows, COLUMNS), dtype=np.float32)
     parts = list(KFold(len(work.folds)).split(X))
-    return replace(
-        work, X=X, y=(X[:, 0] > X[:, 1]).astype(int), folds=parts, trials=[t | LARGE for t in work.trials]
-    )
+    return replace(work, X=X, y=(X[:, 0] > X[:, 1]).astype(int), folds=parts, trials=[t | LARGE for t in work.trials])
 
 
 def peak_mib() -> float:
@@ -201,9 +197,7 @@ def growth_table(grown: Sequence[Growth], *, by_rows: bool = False) -> str:
     """Return the report's table of the searches of digits, or of those of large tables."""
     if by_rows:
         found = [(g, f"{g.rows:,}", f"{g.seconds / g.rows * 1e6:.1f}") for g in grown if g.rows]
-        cells = [
-            (n, f"{g.seconds:.1f}", each, f"{g.peak:.0f}", f"{g.peak - g.before:.0f}") for g, n, each in found
-        ]
+        cells = [(n, f"{g.seconds:.1f}", each, f"{g.peak:.0f}", f"{g.peak - g.before:.0f}") for g, n, each in found]
         return table("rows|seconds|µs for each|peak MiB|above the start".split("|"), cells)
     head = "trials|folds|epochs|trials x folds x epochs|seconds|µs for each|peak MiB|above the start"
     rows = [

@@ -68,9 +68,7 @@ def run(options: Namespace) -> int:
             cells = zip(HEAD, found[-1].row())
             print(", ".join(f"{word} {value or 'no'}" for word, value in cells), flush=True)
     if any(one.run is not None and not abs(one.run - one.halving) <= AGREEMENT for one in found):
-        print(
-            "NO COMPARISON: halving as it is run ends with another score than its decisions on the full curves."
-        )
+        print("NO COMPARISON: halving as it is run ends with another score than its decisions on the full curves.")
         return 1
     text = markdown(machine, found, trials=TRIALS, epochs=epochs)
     numbers = {"trials": TRIALS, "epochs": epochs, "seeds": [asdict(one) for one in found]}

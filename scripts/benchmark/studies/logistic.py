@@ -113,17 +113,13 @@ def optimality(
             found = {}
             for name, model in {**models, "minimum": sharp}.items():
                 fitted = clone(model).set_params(C=float(C)).fit(X[train], y[train])
-                found[name] = objective(
-                    fitted.coef_, fitted.intercept_, X[train], y[train], float(C), penalty
-                )
+                found[name] = objective(fitted.coef_, fitted.intercept_, X[train], y[train], float(C), penalty)
             for name, own in gaps.items():
                 own.append(found[name] / min(found.values()) - 1)
     return {name: np.array(own) for name, own in gaps.items()}
 
 
-def objective(
-    coef: np.ndarray, intercept: np.ndarray, X: np.ndarray, y: np.ndarray, C: float, penalty: str
-) -> float:
+def objective(coef: np.ndarray, intercept: np.ndarray, X: np.ndarray, y: np.ndarray, C: float, penalty: str) -> float:
     """Return ``C * sum of losses + penalty``, scikit-learn's objective."""
     logits = X @ coef.T + intercept
     loss = float((logsumexp(logits, axis=1) - logits[np.arange(len(y)), y]).sum())

@@ -118,10 +118,7 @@ def write(
 ) -> int:
     """Publish the page; return 0."""
     machine = describe_machine(with_card=False)
-    rows = [
-        [name, *(f"{number:.3f}" for number in (one, *pair))]
-        for name, one, pair in zip(NAMES, default, outside)
-    ]
+    rows = [[name, *(f"{number:.3f}" for number in (one, *pair))] for name, one, pair in zip(NAMES, default, outside)]
     means = np.mean([[one, *pair] for one, pair in zip(default, outside)], axis=0)
     rows.append(["mean", *(f"{number:.3f}" for number in means)])
     how = HOW.format(

@@ -72,9 +72,7 @@ def measure(width: int, trials: int, epochs: int) -> Run:
 def read(said: str, width: int, trials: int) -> Run:
     """Return what the command's table says; the parts of training are printed as shares of it."""
     table = said[said.index("Where the time went:") :]
-    parts = {
-        name: float(number) for name, number in re.findall(r"^  (\S.*?) +([\d.]+) s +\d+%$", table, re.M)
-    }
+    parts = {name: float(number) for name, number in re.findall(r"^  (\S.*?) +([\d.]+) s +\d+%$", table, re.M)}
     seconds = sum(parts.values())
     training = parts.pop("training")
     for name, share in re.findall(r"^    (\S.*?) +(\d+)% of it$", table, re.M):

@@ -64,9 +64,7 @@ def run(options: Namespace) -> int:
         configurations=CONFIGURATIONS, last=CONFIGURATIONS - 1, epochs=EPOCHS, folds=FOLDS, rows=ROWS,
         held_out=tables.HELD_OUT,
     )  # fmt: skip
-    text = page(
-        "RealMLP's space", machine, how, table(["table", "package", "seconds", "mean score", "best"], rows)
-    )
+    text = page("RealMLP's space", machine, how, table(["table", "package", "seconds", "mean score", "best"], rows))
     return publish(options.out, "realmlp", machine, text, results=[asdict(one) for one in results])
 
 

@@ -106,22 +106,16 @@ def run(options: Namespace) -> int:
                 split = split_of(name, load, number)
                 for way, model, trials, *costs in measure(split):
                     score = split.score(model)
-                    results.append(
-                        Result(name, number, group, f"{group}{way}", score, split.scoring, *costs, trials)
-                    )
+                    results.append(Result(name, number, group, f"{group}{way}", score, split.scoring, *costs, trials))
                     print(results[-1], flush=True)
-                publish(
-                    options.out, "tables", machine, words(machine, results), results=[*map(asdict, results)]
-                )
+                publish(options.out, "tables", machine, words(machine, results), results=[*map(asdict, results)])
     return 0
 
 
 def loader(path: Path | None) -> Load:
     """Return ``load(name) -> X, y, task`` of a Python file. Raises SystemExit where there is none."""
     if path is None:
-        raise SystemExit(
-            "--tables needs --data FILE.py, a file with load(name) -> X, y, task of the tables' names."
-        )
+        raise SystemExit("--tables needs --data FILE.py, a file with load(name) -> X, y, task of the tables' names.")
     spec = importlib.util.spec_from_file_location("tables_data", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -168,9 +162,7 @@ def tuned(split: Split) -> Models:
         print("LightGBM tuned: left out, pip install lightgbm")
         return
     clock = Clock()
-    model, trials, best = trees.tuned(
-        split.X, split.y, split.task, split.scoring, folds=FOLDS, seconds=SECONDS
-    )
+    model, trials, best = trees.tuned(split.X, split.y, split.task, split.scoring, folds=FOLDS, seconds=SECONDS)
     print(f"the best of {trials} trials was trial {best}")
     yield "", model, trials, *clock()
 

@@ -136,9 +136,7 @@ def run(options: Namespace) -> int:
         for m in measured:
             print(f"{name}: {m.engine}: mean last-epoch accuracy {m.accuracy():.4f}", flush=True)
         if not agree(measured):
-            print(
-                f"NO SPEED: the mean accuracies differ by more than {AGREEMENT}, so the work was not the same."
-            )
+            print(f"NO SPEED: the mean accuracies differ by more than {AGREEMENT}, so the work was not the same.")
             return 1
         parts.append(summary(work, measured, lacks))
     machine = describe_machine()
@@ -245,9 +243,7 @@ def _section(part: dict[str, Any]) -> list[str]:
     ]
     if (speed := part["speed"]) is not None:
         on = "" if speed["trials"] == whole else f", on the first {counted(speed['trials'], 'trial')}"
-        texts.append(
-            f"gputune is {speed['ratio']:.2f}x as fast as the fastest other one, {speed['rival']}{on}."
-        )
+        texts.append(f"gputune is {speed['ratio']:.2f}x as fast as the fastest other one, {speed['rival']}{on}.")
     return texts
 
 
