@@ -96,7 +96,7 @@ def here(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
         split.y,
         include=included,
         include_default=False,
-        n_trials=len(included),
+        n_trials=0,
         cv=FOLDS,
         max_epochs=EPOCHS,
         scoring=split.scoring,
