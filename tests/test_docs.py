@@ -82,7 +82,7 @@ def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monk
 
 def test_python_blocks_are_formatted_for_the_page(page):
     for code, _ in python_blocks(page):
-        assert max(map(len, code.splitlines())) <= 110
+        assert max(map(len, code.splitlines())) <= 120
 
 
 def test_what_a_page_names_exists(page):
