@@ -92,7 +92,7 @@ class ModuleDraws:
         size = sum(sample.nbytes for sample in tensors(samples))
         self.ahead = max(1, min(len(self.rows), _DRAW_BYTES // max(1, size)))
         self.buffers = {
-            rows: [sample.new_empty((self.ahead, *sample.shape)) for sample in several]
+            rows: [sample.new_empty((self.ahead, *sample.shape), device=self.device) for sample in several]
             for rows, several in samples.items()
         }
 

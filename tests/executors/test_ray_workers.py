@@ -313,7 +313,7 @@ def test_tasks_on_nodes_with_gpus():
 
 def test_all_of_a_dataset_moves():
     data = make_data(weights=True)
-    moved = ray_cluster.moved(data, torch.device("meta"))
+    moved = ray_cluster.to_device(data, torch.device("meta"))
     tensors = [moved.x, moved.y, moved.weights, moved.center, moved.scale, moved.target]
     tensors += [rows for fold in moved.folds for rows in (fold.train, fold.valid)]
     assert {str(tensor.device) for tensor in tensors} == {"meta"} and moved.copies == data.copies
