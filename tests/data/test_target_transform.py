@@ -52,7 +52,9 @@ def test_a_fold_equals_a_plain_loop_on_the_transformed_target(transform, backend
         reference.train_mlp(x[train], y, config, n_outputs=1, epochs=3, after_epoch=after_epoch)
         plain = [r2_score(Y[valid], predicted) for predicted in scores]
         np.testing.assert_allclose(study.curves[0, :, f], plain, rtol=1e-8)
-        np.testing.assert_allclose(of_rows[valid], scores[study.best_trial.best_epoch - 1], rtol=1e-8)
+        np.testing.assert_allclose(
+            of_rows[valid], scores[study.best_trial.best_epoch - 1], rtol=1e-6
+        )  # kept in single precision
 
 
 def test_a_transformer_is_used_as_scikit_learn_uses_it():

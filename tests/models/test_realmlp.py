@@ -168,7 +168,9 @@ def test_a_space_has_a_name(name, goal):
 
 
 def test_a_space_that_has_no_name_here():
-    with refused("space must be a dict, a list of dicts, or one of realmlp, .*got 'realmpl'. Did you mean 'realmlp'"):
+    with refused(
+        "space must be a dict, a list of dicts, or one of mlp, realmlp, .*got 'realmpl'. Did you mean 'realmlp'"
+    ):
         gputune.tune("realmlp", TABLE, PRICE, space="realmpl", **SEARCH)
 
 
