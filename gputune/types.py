@@ -123,6 +123,8 @@ ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 Numbers = Literal["standard", "robust", "quantile", "piecewise", "piecewise-tree", "none"]
 NUMBERS = get_args(Numbers)
 """How the numbers of a table are prepared."""
+TENSOR_NUMBERS = ("standard", "none")
+"""Those of them that tensors, images and sequences can have."""
 
 
 def first_metric(scores: "np.ndarray", *, axes: int) -> "np.ndarray":

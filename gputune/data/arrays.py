@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gputune.errors import InputError
-from gputune.types import Json
+from gputune.types import TENSOR_NUMBERS, Json
 
 _BLOCK = 1 << 21
 """Numbers that are looked at at a time."""
@@ -284,7 +284,7 @@ def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> t
     "standard" gives the channels of floats and of bytes (uint8) mean 0 and variance 1: the first axis of a row with
     three or more, each column of a row with one, all numbers of a row with two. Scale 1 where a channel is constant.
     """
-    if numbers not in ("standard", "none"):
+    if numbers not in TENSOR_NUMBERS:
         raise InputError(f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'.")
     fitted = [_fit(arrays, part, folds) if numbers == "standard" else None for part in range(len(arrays.parts))]
     return tuple(

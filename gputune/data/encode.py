@@ -29,7 +29,7 @@ from gputune.data.quantiles import fit_quantiles, median_and_spread, normal_scor
 from gputune.data.table import Table, quoted
 from gputune.errors import InputError, warn
 from gputune.text import count
-from gputune.types import NUMBERS, Json, Numbers
+from gputune.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
 
 Columns = Literal["keep", "drop-constant"]
 LIMIT = 20.0
@@ -305,7 +305,7 @@ def check_numbers(numbers: str, raw: np.ndarray | Tensor) -> None:
     """Raise InputError for a way to prepare numbers that there is not, or not for tensors."""
     if numbers not in NUMBERS:
         raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
-    if isinstance(raw, Tensor) and numbers not in ("standard", "none"):
+    if isinstance(raw, Tensor) and numbers not in TENSOR_NUMBERS:
         raise InputError(f"numbers={numbers!r} is not there for tensors; pass a NumPy array or numbers='standard'.")
 
 

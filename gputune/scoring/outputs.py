@@ -22,6 +22,12 @@ class Outputs:
     values: NDArray[np.float32]
 
 
+def drop_beyond_limit(outputs: dict[int, Outputs], scores: Mapping[int, float]) -> None:
+    """Take out of the outputs of trials those of the worst, where all take too many bytes."""
+    for number in beyond_limit({number: one.values.nbytes for number, one in outputs.items()}, scores):
+        del outputs[number]
+
+
 def beyond_limit(sizes: Mapping[int, int], scores: Mapping[int, float]) -> list[int]:
     """Return the trials that go without where all take too many bytes: the worst, of equal ones the oldest."""
     order = sorted(sizes, key=lambda number: (scores[number], number), reverse=True)

@@ -10,7 +10,7 @@ from typing import Any
 from gputune.data.source import table_size
 from gputune.errors import InputError
 from gputune.garbage import no_collecting
-from gputune.scoring.outputs import Outputs, beyond_limit
+from gputune.scoring.outputs import Outputs, drop_beyond_limit
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damaged
@@ -170,9 +170,7 @@ class Ledger:
         self.kept += by_number
         if self.store is None:
             self.outputs |= outputs
-            sizes = {number: one.values.nbytes for number, one in self.outputs.items()}
-            for number in beyond_limit(sizes, {n: self.results[n].score for n in sizes}):
-                del self.outputs[number]
+            drop_beyond_limit(self.outputs, {number: self.results[number].score for number in self.outputs})
         if self.on_finish is not None and new:
             self.on_finish([(c, by_number[c.number]) for c in self.candidates if c.number in by_number])
 

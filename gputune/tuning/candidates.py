@@ -29,7 +29,7 @@ from gputune.study.store import Candidate, Store
 from gputune.tuning.model_choice import ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem
-from gputune.types import DEFAULTS, NUMBERS, Config
+from gputune.types import DEFAULTS, NUMBERS, TENSOR_NUMBERS, Config
 
 
 def checked_space(choice: ModelChoice, options: Options) -> Space:
@@ -86,7 +86,7 @@ def _portfolio(problem: Problem | None, options: Options) -> list[Config]:
     """
     if problem is None or not isinstance(options.space, str) or isinstance(options.method, Hypergradient):
         return []
-    ways = ("standard", "none") if isinstance(problem.raw, Tensor) else NUMBERS
+    ways = TENSOR_NUMBERS if isinstance(problem.raw, Tensor) else NUMBERS
     return [one for one in PORTFOLIOS.get(options.space, ()) if one.get("numbers", "standard") in ways]
 
 

@@ -21,7 +21,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population
-from gputune.scoring.outputs import Outputs, beyond_limit
+from gputune.scoring.outputs import Outputs, drop_beyond_limit
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, given_up
@@ -179,10 +179,7 @@ class _RungSearch:
         """Take outputs of better epochs; where all take too much the worst trials go without."""
         self.outputs |= new
         means = {t.number: first_metric(t.curve, axes=2).mean(1) for t in self.running if t.number in self.outputs}
-        scores = {number: float(np.nanmax(mean)) for number, mean in means.items()}
-        sizes = {number: one.values.nbytes for number, one in self.outputs.items()}
-        for number in beyond_limit(sizes, scores):
-            del self.outputs[number]
+        drop_beyond_limit(self.outputs, {number: float(np.nanmax(mean)) for number, mean in means.items()})
 
     def _give_up(self, trial: _RunningTrial, reason: str) -> None:
         """Finish a trial that cannot be trained."""

@@ -86,7 +86,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--out", type=Path, default=HERE / "results", help="folder of the two files")
     add("--adult", type=Path, metavar="FILE", help="with --halving, --quality: UCI's adult.data, also .gz")
-    add("--rows", nargs="+", metavar="WORDS", help="with --modules: only rows with one of these in their name")
+    add(
+        "--rows", nargs="+", metavar="WORDS",
+        help="with --modules: only rows with one of these in their name; with --tables: these ways; with --realmlp: "
+        "these tables",
+    )  # fmt: skip
     add("--data", type=Path, metavar="FILE.py", help="with --tables: has load(name) -> X, y, task")
     for name, says in STUDIES.items():
         add(f"--{name}", action="store_true", help=says)

@@ -11,7 +11,7 @@ from scipy.stats import loguniform
 
 import gputune
 from benchmark.report import describe_machine, page, publish, table
-from benchmark.studies.tables import NAMES, Split, loader, split_of
+from benchmark.studies.tables import NAMES, ROWS, Split, loader, split_of
 
 WIDE_TRIALS, TRIALS, EPOCHS, FOLDS, SIZE, DRAWS = 96, 48, 32, 3, 7, 2_000
 WIDE = {
@@ -122,7 +122,7 @@ def write(
     means = np.mean([[one, *pair] for one, pair in zip(default, outside)], axis=0)
     rows.append(["mean", *(f"{number:.3f}" for number in means)])
     how = HOW.format(
-        wide_trials=WIDE_TRIALS, trials=TRIALS, folds=FOLDS, epochs=EPOCHS, rows=2_000, size=SIZE, draws=DRAWS,
+        wide_trials=WIDE_TRIALS, trials=TRIALS, folds=FOLDS, epochs=EPOCHS, rows=ROWS, size=SIZE, draws=DRAWS,
         wide=", ".join(WIDE),
     )  # fmt: skip
     text = page(

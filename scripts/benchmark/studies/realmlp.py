@@ -12,8 +12,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 import gputune
 from benchmark.report import describe_machine, page, publish, table
-from benchmark.studies import tables
-from benchmark.studies.tables import Clock, Split, loader, split_of
+from benchmark.studies.tables import HELD_OUT, Clock, Split, loader, split_of
 
 NAMES = ("california", "churn")
 ROWS, CONFIGURATIONS, EPOCHS, FOLDS = 5_000, 8, 64, 3
@@ -27,7 +26,7 @@ NAMES_OF = {
 HOW = """\
 {configurations} configurations that pytabkit draws from its space (seeds 0 to {last}), each trained for
 {epochs} epochs in {folds} folds of {rows:,} rows and then once on all of them at the best epoch of the folds'
-mean; the mean and the best score on up to {held_out:,} other rows (RMSE of california, else accuracy), and
+mean; the mean and the best score on up to {held_out:,} other rows (RMSE of numbers, else accuracy), and
 the seconds of all {configurations}. pytabkit trains the folds of one configuration at the same time, and the
 configurations one after the other. One thread each, in turn on the same core.
 """
@@ -39,6 +38,7 @@ class Result:
 
     table: str
     package: str
+    scoring: str
     seconds: float
     cpu: float
     scores: list[float]
@@ -49,20 +49,19 @@ def run(options: Namespace) -> int:
     if find_spec("pytabkit") is None:
         raise SystemExit("--realmlp needs pytabkit: pip install pytabkit")
     load, results = loader(options.data), list[Result]()
-    tables.ROWS = ROWS
     machine = describe_machine(with_card=False)
     machine["versions"] |= {"pytabkit": version("pytabkit")}
     for name in options.rows or NAMES:
-        split = split_of(name, load, 0)
+        split = split_of(name, load, 0, ROWS)
         for package, measure in {"gputune": here, "pytabkit": there}.items():
             clock = Clock()
             scores = list(measure(split, configurations(split.task)))
-            results.append(Result(name, package, *clock(), scores))
+            results.append(Result(name, package, split.scoring, *clock(), scores))
             print(results[-1], flush=True)
     rows = [[one.table, one.package, f"{one.seconds:.0f}", *summary(one)] for one in results]
     how = HOW.format(
         configurations=CONFIGURATIONS, last=CONFIGURATIONS - 1, epochs=EPOCHS, folds=FOLDS, rows=ROWS,
-        held_out=tables.HELD_OUT,
+        held_out=HELD_OUT,
     )  # fmt: skip
     text = page("RealMLP's space", machine, how, table(["table", "package", "seconds", "mean score", "best"], rows))
     return publish(options.out, "realmlp", machine, text, results=[asdict(one) for one in results])
@@ -70,7 +69,7 @@ def run(options: Namespace) -> int:
 
 def summary(one: Result) -> tuple[str, str]:
     """Return the mean score with its standard error, and the best one."""
-    best = min(one.scores) if one.table == "california" else max(one.scores)
+    best = (min if one.scoring.startswith("neg") else max)(one.scores)  # an RMSE is positive
     error = np.std(one.scores, ddof=1) / np.sqrt(len(one.scores))
     return f"{np.mean(one.scores):.4f} ± {error:.4f}", f"{best:.4f}"
 

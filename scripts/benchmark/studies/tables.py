@@ -124,11 +124,11 @@ def loader(path: Path | None) -> Load:
     return load
 
 
-def split_of(name: str, load: Load, number: int) -> Split:
-    """Return the rows of a table that a split searches on, and those that it scores."""
+def split_of(name: str, load: Load, number: int, most: int = ROWS) -> Split:
+    """Return the rows of a table that a split searches on, at most so many, and those that it scores."""
     X, y, task = load(name)
     y = np.log(y) if name in LOGARITHMS else y
-    rows = min(ROWS, len(X) * 4 // 5)
+    rows = min(most, len(X) * 4 // 5)
     classes = None if task == "regression" else y
     parts = train_test_split(X, y, train_size=rows, stratify=classes, random_state=number)
     X, X_test, y, y_test = (part.reset_index(drop=True) for part in parts)
