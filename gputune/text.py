@@ -54,13 +54,13 @@ def nearest(
     if (other := others.get(str(word))) in by_case.values():
         return other
     text = str(word).lower()
-    near = [name for name in by_case if name in _swapped(text)] or get_close_matches(text, by_case, 1, cutoff)
+    near = [name for name in by_case if name in _transpositions(text)] or get_close_matches(text, by_case, 1, cutoff)
     if not near and len(text) >= _PREFIX:
         near = [n for n in by_case if n.startswith(text)] or [n for n in by_case if text in re.split("[_-]", n)]
     return by_case[near[0]] if near else None
 
 
-def _swapped(word: str) -> set[str]:
+def _transpositions(word: str) -> set[str]:
     """Return the words of which two neighbours have changed places: nearer than a spell checker's ratio says."""
     return {word[:i] + word[i : i + 2][::-1] + word[i + 2 :] for i in range(len(word) - 1)}
 

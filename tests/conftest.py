@@ -64,7 +64,7 @@ def own_state(tmp_path_factory, pytestconfig):
             patch.setattr("gputune.native.member_kernel.kept_binary", lambda name, source, make: make())
         if pytestconfig.getoption("--auto-gpu"):  # whatever is faster
             gpu = DeviceChoice(torch.device("cuda"))
-            patch.setattr("gputune.engine.choice._by_speed", lambda gpu, work: DeviceChoice(gpu))
+            patch.setattr("gputune.engine.choice._choice_by_speed", lambda gpu, work: DeviceChoice(gpu))
             patch.setattr("gputune.engine.choice._SOLVED", gpu)
             if simulated := sys.modules.get("simulated_cuda.torch_cuda"):
                 patch.setattr("gputune.executors.pools.begin_worker", simulated.begin_worker)

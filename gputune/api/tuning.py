@@ -223,11 +223,11 @@ def tune(
     """
     arguments = locals()
     options = Options(**{name: arguments[name] for name in RULES})
-    run = partial(_searched, choose_model(model, optimizer), options, X, y, groups)
+    run = partial(_search, choose_model(model, optimizer), options, X, y, groups)
     return study_so_far(run, verbose)
 
 
-def _searched(choice: ModelChoice, options: Options, X: object, y: object, groups: object) -> Study:
+def _search(choice: ModelChoice, options: Options, X: object, y: object, groups: object) -> Study:
     """Read the rows and search."""
     bar = partial(reading_bar, verbose=options.verbose)
     module = choice.takes_arrays

@@ -72,7 +72,7 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
     expected = job.run(data, chunk).curves
     small = _SmallMemory if device.type == "cpu" else Job
     job = small(**{name: getattr(job, name) for name in ("seed", "epochs", "horizon", "backend", "scoring")})
-    with _limited(device) if device.type == "cuda" else nullcontext():
+    with _memory_limit(device) if device.type == "cuda" else nullcontext():
         outcomes = run_in_parts(job, data, chunk)
     if not job.fits.trials:
         raise RuntimeError("memory did not run out")
@@ -85,7 +85,7 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
 
 
 @contextmanager
-def _limited(device: torch.device) -> Iterator[None]:
+def _memory_limit(device: torch.device) -> Iterator[None]:
     """Let this process have so much of a GPU's memory inside, beyond what its tensors take."""
     torch.cuda.empty_cache()
     _, whole = torch.cuda.mem_get_info(device)
@@ -188,7 +188,7 @@ def _scores(device: torch.device, backend: Backend) -> float:
     return float(np.max(worst))
 
 
-def _solved(device: torch.device, _backend: Backend) -> float:
+def _solver_difference(device: torch.device, _backend: Backend) -> float:
     """Class chances of the solved logistic regression from scikit-learn's, which ends with a residual of 1e-12."""
     case, worst = Case(({"C": 0.1}, {"C": 2.0})), []
     data, configs = case.data(torch.device("cpu")), case.complete()
@@ -255,7 +255,7 @@ LAWS: tuple[Law, ...] = (
     ),
     Law("recorded equals eager: a module", partial(from_eager, _MODULE), backends=("graph",)),
     Law("scores equal scikit-learn's", _scores),
-    Law("the solved logistic regression equals scikit-learn's", _solved, 1e-6, ()),
+    Law("the solved logistic regression equals scikit-learn's", _solver_difference, 1e-6, ()),
     Law("hypergradient: reverse equals forward", partial(_hypergradient, "reverse", "forward"), backends=()),
     Law("hypergradient: reverse equals finite differences", partial(_hypergradient, "reverse", "fd"), 1e-5, ()),
     Law("members that leave change nothing", leave),

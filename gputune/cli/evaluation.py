@@ -79,9 +79,9 @@ def held_out_score(
         how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
         outputs, target = model._outputs(test.X) if outputs is None else outputs, torch.from_numpy(y)
         if loss is not None:
-            outputs, target = _as_in_training(model, loss, outputs, target)
+            outputs, target = _training_outputs(model, loss, outputs, target)
         else:
-            outputs = _as_scored(model, outputs)
+            outputs = _outputs_to_score(model, outputs)
         if classes is not None and unseen:
             how, outputs, target = _with_unseen(how, outputs, target, len(classes))
         with warnings.catch_warnings(action="ignore"):  # of classes that no row is predicted as
@@ -93,16 +93,16 @@ def held_out_score(
     return HeldOut(score, rows, unseen, interval=_interval(how, outputs, target, score))
 
 
-def _as_scored(model: TunedModel, outputs: Tensor) -> Tensor:
+def _outputs_to_score(model: TunedModel, outputs: Tensor) -> Tensor:
     """Return outputs of the model as scores take them."""
     if model.task == "multilabel" or model.classes is not None:
         # The model's own logits, since those of rounded probabilities would tie, and break ties, otherwise.
         return outputs
-    predicted = torch.from_numpy(model._predicted(outputs))
+    predicted = torch.from_numpy(model._predict(outputs))
     return predicted if predicted.dim() > 1 else predicted[:, None]
 
 
-def _as_in_training(model: TunedModel, loss: Objective, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _training_outputs(model: TunedModel, loss: Objective, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a loss was of: standardised numbers, or of two classes one logit where it is of one."""
     if model.task == "regression":
         there = y.numpy() if model.transform is None else model.transform.forward(y.numpy())
@@ -280,7 +280,7 @@ def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, p
     if classes is None or model.task == "multilabel":
         return Evaluation(len(test.X), scores, [], [])
     code = {label: code for code, label in enumerate(classes)}
-    predicted = [code[label] for label in model._predicted(outputs).tolist()]
+    predicted = [code[label] for label in model._predict(outputs).tolist()]
     K = len(classes)
     matrix = np.bincount(y * K + predicted, minlength=K * K).reshape(K, K)
     return Evaluation(len(test.X), scores, classes, matrix.tolist())

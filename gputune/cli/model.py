@@ -32,7 +32,7 @@ def predict(arguments: Namespace) -> str:
     predicted column has "_given" behind its name. Unless ``--raw``, text that a
     spreadsheet takes for a formula has a ' before it, with one warning.
     """
-    model, file = _loaded(arguments), arguments.file
+    model, file = _load_model(arguments), arguments.file
     kept = read_columns(file, arguments.keep) if arguments.keep else []
     if kept:  # the model does not read them, which is no news
         model = replace(model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]})
@@ -66,7 +66,7 @@ def _kept_names(kept: list[str], predicted: list[object]) -> list[str]:
     return names
 
 
-def _loaded(arguments: Namespace) -> TunedModel:
+def _load_model(arguments: Namespace) -> TunedModel:
     """Return the saved model, its class from ``--model`` where that is given."""
     module = None
     if arguments.model is not None:
@@ -89,7 +89,7 @@ def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object],
     if arguments.interval is not None:
         half = model._half_width(arguments.interval)
         outputs = model._outputs(file)
-        columns = [part.tolist() for part in (model._predicted(outputs), *model._ends(outputs, half))]
+        columns = [part.tolist() for part in (model._predict(outputs), *model._ends(outputs, half))]
         return [f"{model.target}{end}" for end in ("", "_lower", "_upper")], [list(row) for row in zip(*columns)]
     values = (model.predict_proba(file) if arguments.proba else model.predict(file)).tolist()
     rows = [value if isinstance(value, list) else [value] for value in values]
@@ -102,20 +102,20 @@ def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object],
 
 def evaluate(arguments: Namespace) -> str:
     """Return the scores of a model on the rows of a file that has the right answers, as text or JSON."""
-    model = _loaded(arguments)
+    model = _load_model(arguments)
     positive = model.info.get("positive") if arguments.positive is None else arguments.positive
     if arguments.positive is not None and model.classes is None:
         raise InputError(
             f"--positive needs a model of classes, and {arguments.folder!r} predicts numbers; leave it out."
         )
-    test = _answered(model, arguments.file)
+    test = _rows_with_target(model, arguments.file)
     found = evaluation(model, test, arguments.scoring, positive)
     if arguments.format == "json":
         return json.dumps(found.to_json(), indent=1, allow_nan=False)
     return found.text(shutil.get_terminal_size().columns)
 
 
-def _answered(model: TunedModel, file: str) -> Source:
+def _rows_with_target(model: TunedModel, file: str) -> Source:
     """Return the rows of a file with their target. Raises InputError for a target that cannot be scored."""
     source = _rows_and_target(model, file)
     refuse_missing(np.asarray(source.y), model.target, "fill it, or leave those rows out", partial(line_of, file))
@@ -153,7 +153,7 @@ def _write(text: str, out: str, *, source: str) -> None:
 
 def export(arguments: Namespace) -> str:
     """Write the file and return one line on what it takes and gives."""
-    model = _loaded(arguments)
+    model = _load_model(arguments)
     model.export(arguments.out)
     known = description(model)
     takes = model.layout.in_words()

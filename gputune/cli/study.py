@@ -271,13 +271,13 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
         ("Study", clean(file)),
         ("Trials", f"{done}{f': {states_text(states)}' if states else ''}"),
         ("Best", _best(study, trains_on=trials["waiting"] > 0)),
-        *(("Running", line) for line in _running(file, study)),
+        *(("Running", line) for line in _running_lines(file, study)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
     ]
     return "\n".join(f"{name:9}{text}" for name, text in lines) + _best_curves(study, most), not left
 
 
-def _running(file: Path, study: Study) -> Iterator[str]:
+def _running_lines(file: Path, study: Study) -> Iterator[str]:
     """Yield for each process that trains how far it is, and the best fold mean that it has seen at any epoch."""
     with Claims(file) as claims:
         for owner, progress in claims.shown():

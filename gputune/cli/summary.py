@@ -72,7 +72,7 @@ def summary_text(ending: Ending, *, width: int) -> str:
 
 def stopped_text(ending: Ending, *, width: int) -> str:
     """Return what is there when Ctrl-C has ended ``gputune``: the table, and how to go on."""
-    parts, places = [_understood(ending, width)], [*_kept(ending, width)]
+    parts, places = [_understood(ending, width)], [*_trial_counts(ending, width)]
     if any(math.isfinite(trial.score) for trial in ending.study.trials):
         parts.append(_best_trials(ending, width))
     if ending.model_folder is not None:
@@ -100,7 +100,7 @@ def _understood(ending: Ending, width: int) -> str:
         ("Search", _search(ending.study)),
         *_method(ending.study),
     ]
-    return _labelled([*lines, *(("Note", note) for note in record.notes)], width)
+    return _label_lines([*lines, *(("Note", note) for note in record.notes)], width)
 
 
 def _inputs(ending: Ending) -> tuple[str, str]:
@@ -144,12 +144,12 @@ def _method(study: Study) -> list[tuple[str, str]]:
     if method["name"] == "hypergradient":
         return [("Descent", _descent(study, method["outer_steps"]))]
     if method["name"] == "optuna":
-        halving = [("Halving", _pruned(study))] if method["halving"] else []
-        return [("Sampler", _proposed(study, method["sampler"])), *halving]
-    return [(method["name"].capitalize(), _pruned(study))]
+        halving = [("Halving", _pruning_text(study))] if method["halving"] else []
+        return [("Sampler", _proposal_text(study, method["sampler"])), *halving]
+    return [(method["name"].capitalize(), _pruning_text(study))]
 
 
-def _proposed(study: Study, sampler: str) -> str:
+def _proposal_text(study: Study, sampler: str) -> str:
     """How many trials Optuna's sampler proposed, in how many batches."""
     origins = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
     number = len(set(origins))
@@ -157,7 +157,7 @@ def _proposed(study: Study, sampler: str) -> str:
     return f"Optuna's {clean(sampler)} proposed {count(len(origins), 'trial')} in {batches}"
 
 
-def _pruned(study: Study) -> str:
+def _pruning_text(study: Study) -> str:
     """The rungs at which trials left, and how much training that saved."""
     left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
     if not left:
@@ -217,7 +217,7 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
         best = f"best {measure.text(trial.score)} after epoch {trial.best_epoch} of {record.max_epochs}"
         first, last = (measure.text(float(curve[epoch])) for epoch in (0, -1))
         lines.append(("Curve", f"{blocks(curve, width=40)} first {first}, last {last}, {best}"))
-    return _labelled(lines, width)
+    return _label_lines(lines, width)
 
 
 def _first_looks(trials: Sequence[Trial]) -> list[Trial]:
@@ -243,7 +243,7 @@ def _scores(ending: Ending, width: int) -> str:
     if score is not None and score.unseen:
         verb = "counts" if score.unseen == 1 else "count"
         text += f" {count(score.unseen, 'row')} of a class that no row of the search has {verb} as wrong."
-    about_best = (_unfinished(ending.study), *edge_remarks(ending.study)) if ending.trial is None else ()
+    about_best = (_unfinished_text(ending.study), *edge_remarks(ending.study)) if ending.trial is None else ()
     sentences = (text, _optimistic(ending), _without_model(ending.study), *map(clean, about_best))
     words = " ".join(sentence for sentence in sentences if sentence)
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
@@ -264,7 +264,7 @@ def _without_model(study: Study) -> str:
     return f"On the same folds {clean(baseline['answer'])} scores {score} without a model."
 
 
-def _unfinished(study: Study) -> str:
+def _unfinished_text(study: Study) -> str:
     epochs = study.record.max_epochs
     if not study.record.descends and study.best_trial.best_epoch == epochs > 1:
         return f"It was best after the last of {epochs} epochs: more of them may be better."
@@ -293,7 +293,7 @@ def _whereabouts(ending: Ending, width: int) -> str:
         places = _model_and_next(ending.model_folder)
     if any(trial.state == "waiting" for trial in ending.study.trials):
         places.append(_ENDING.sub("", _go_on(ending)))
-    return "\n".join([*_kept(ending, width), *places])
+    return "\n".join([*_trial_counts(ending, width), *places])
 
 
 def _model_and_next(folder: Path) -> list[str]:
@@ -301,15 +301,15 @@ def _model_and_next(folder: Path) -> list[str]:
     return [f"{'Model':{_LABEL}}{model}", f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE"]
 
 
-def _kept(ending: Ending, width: int) -> list[str]:
+def _trial_counts(ending: Ending, width: int) -> list[str]:
     """How many trials there are of each state, and their file."""
     states = states_text(states_of(ending.study))
-    trials = _labelled([("Trials", f"{states}; {seconds_text(ending.seconds)} in all")], width)
+    trials = _label_lines([("Trials", f"{states}; {seconds_text(ending.seconds)} in all")], width)
     # Not filled: a path must stay in one piece.
-    ended = [_labelled([("Ended", ending.ended)], width)] if ending.ended else []
+    ended = [_label_lines([("Ended", ending.ended)], width)] if ending.ended else []
     return [*ended, trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
 
 
-def _labelled(lines: list[tuple[str, str]], width: int) -> str:
+def _label_lines(lines: list[tuple[str, str]], width: int) -> str:
     then = " " * _LABEL
     return "\n".join(paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines)

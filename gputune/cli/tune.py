@@ -118,7 +118,7 @@ class _Run:
         # Only the command ``tune`` keeps rows apart, and a model beside the study.
         self.keeps_model = "test_size" in (rest.origin or {})
         self.folder = model_folder(self.place)
-        saved = _saved(self.folder) if arguments.command == "resume" else {}
+        saved = _read_description(self.folder) if arguments.command == "resume" else {}
         self.has_ensemble = bool(getattr(arguments, "ensemble", None)) or _is_ensemble(saved)
         self.intervals = bool(arguments.intervals) or saved.get("residuals") is not None
         self.calibrate = True if arguments.calibrate or saved.get("temperature", 1.0) != 1.0 else None
@@ -127,10 +127,10 @@ class _Run:
     def finish(self) -> str:
         """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""
         with _explaining_interrupts(self.place):
-            ending = self._ending(self._search())
+            ending = self._make_ending(self._search())
             if self.keeps_model:
                 with self.profile.clock("training the best on all rows"):
-                    trial = _trained(ending.study) if self.arguments.command == "train" else None
+                    trial = _requested_trial(ending.study) if self.arguments.command == "train" else None
                     ending = replace(self._with_best(ending, trial), trial=trial)
                 if self.has_ensemble:
                     ending = self._with_ensemble(ending)
@@ -146,13 +146,13 @@ class _Run:
         try:
             return run(profile=self.profile, words=in_flags, study_type=Study)
         except SearchInterrupted as stop:
-            ending = self._ending(stop.study)
+            ending = self._make_ending(stop.study)
             saves = self.keeps_model and self.arguments.command != "train"
             saves = saves and stop.signal == CTRL_C and not stop.at_once
             stop.report = self._text(self._with_best_so_far(ending) if saves else ending, stopped_text)
             raise
 
-    def _ending(self, study: Study) -> Ending:
+    def _make_ending(self, study: Study) -> Ending:
         file = getattr(self.arguments, "file", None) or (study.record.source or {})["path"]
         return Ending(file, study, self.recorded.source, self.shown, typed=self.arguments.typed)
 
@@ -164,7 +164,7 @@ class _Run:
         """Train the best trial, or another one, on all rows and save its model."""
         number = None if trial is None else trial.number
         model = ending.study.best_model(trial=number, intervals=self.intervals, calibrate=self.calibrate)
-        model, held_out = self._scored(model, ending.study)
+        model, held_out = self._score_model(model, ending.study)
         model.save(self.folder)
         return replace(ending, held_out=held_out, model_folder=model_folder(self.shown))
 
@@ -175,7 +175,7 @@ class _Run:
         ensemble of an earlier call stays.
         """
         scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
-        if scored and not _is_ensemble(_saved(self.folder)):
+        if scored and not _is_ensemble(_read_description(self.folder)):
             words = "training the best trial so far on all rows (Ctrl-C: do without)"
             Progress(self.recorded.options.verbose).say(words)
             with suppress(DivergedError, KeyboardInterrupt):
@@ -188,7 +188,7 @@ class _Run:
         try:
             with self.profile.clock("an ensemble"):
                 model = study.ensemble(calibrate=self.calibrate, verbose=self.arguments.verbose)
-                model, held_out = self._scored(model, study)
+                model, held_out = self._score_model(model, study)
                 is_saved = held_out is None or best is None or held_out.score > best.score
                 if is_saved:
                     model.save(self.folder)
@@ -202,7 +202,7 @@ class _Run:
         words = ensemble_words(study, model, held_out, best, is_saved=is_saved)
         return replace(ending, held_out=held_out if is_saved else best, ensemble=words)
 
-    def _scored(self, model: TunedModel, study: Study) -> tuple[TunedModel, HeldOut | None]:
+    def _score_model(self, model: TunedModel, study: Study) -> tuple[TunedModel, HeldOut | None]:
         """Return the model with its score on the held-out rows, where there are some."""
         test, record = self.recorded.test, study.record
         if test is None:
@@ -212,7 +212,7 @@ class _Run:
         return replace(model, info={**model.info, **scored}), held_out
 
 
-def _saved(folder: Path) -> Json:
+def _read_description(folder: Path) -> Json:
     """Return the description of the model in a folder; {} where it holds none that can be read."""
     try:
         return read_description(folder / DESCRIPTION)
@@ -240,7 +240,7 @@ def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate:
         )
 
 
-def _trained(study: Study) -> Trial:
+def _requested_trial(study: Study) -> Trial:
     """Return the trial that the command asked for. Raises SearchFailedError where it diverged."""
     choice, _, options, _ = study.data
     params = first_trials(checked_space(choice, options), choice, options)[0].params

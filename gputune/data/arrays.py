@@ -89,17 +89,17 @@ def as_arrays(X: object) -> Arrays | None:
     Raises InputError for unequal lengths, no rows, complex or missing or infinite numbers.
     """
     if isinstance(X, Mapping) and all(isinstance(value, Tensor | np.ndarray) for value in X.values()):
-        return _checked(tuple(X.values()), tuple(map(str, X)))
+        return _check_arrays(tuple(X.values()), tuple(map(str, X)))
     if isinstance(X, tuple) and all(isinstance(value, Tensor | np.ndarray) for value in X):
-        return _checked(X, None)
+        return _check_arrays(X, None)
     if isinstance(X, np.ndarray) and not np.ma.isMaskedArray(X) and X.ndim > 2:
-        return _checked((X,), None)
+        return _check_arrays((X,), None)
     if isinstance(X, Tensor) and (X.dim() > 2 or (X.dim() == 2 and not X.is_floating_point() | X.is_complex())):
-        return _checked((X,), None)
+        return _check_arrays((X,), None)
     return None
 
 
-def _checked(values: Sequence[object], names: tuple[str, ...] | None) -> Arrays:
+def _check_arrays(values: Sequence[object], names: tuple[str, ...] | None) -> Arrays:
     if not values:
         raise InputError("X is empty; pass at least one array or tensor of rows.")
     labels = Arrays((torch.empty(0),) * len(values), names).labels
@@ -118,7 +118,7 @@ def _tensor(value: Any, label: str) -> Tensor:
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
             raise InputError(f"{label} must hold numbers or booleans, got {value.dtype}; {_remedy(value)}.")
-        value = _shared(value)
+        value = _tensor_of(value)
     _check_kind(value, label)
     if value.dim() == 0 or 0 in value.shape:
         raise InputError(f"{label} must have rows, and none of its axes may be empty, got shape {tuple(value.shape)}.")
@@ -153,7 +153,7 @@ def _remedy(array: np.ndarray) -> str:
     return "convert it"
 
 
-def _shared(array: np.ndarray) -> Tensor:
+def _tensor_of(array: np.ndarray) -> Tensor:
     """Return a tensor over the memory of an array, which may be a file's that cannot be written; nothing writes."""
     # torch has no long double.
     dtype = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
@@ -203,7 +203,7 @@ class ArrayLayout:
                 raise InputError(
                     f"X must be what was seen in training, {self}, got a {type(X).__name__}; pass such arrays."
                 ) from error
-            arrays = _checked((array,), None)
+            arrays = _check_arrays((array,), None)
         if self.names is not None and arrays.names is not None:
             arrays = self._by_name(arrays, self.names)
         layout = ArrayLayout.of(arrays)

@@ -131,12 +131,12 @@ class Dataset:
         numbers = config.get("numbers", self.numbers)
         if numbers == self.numbers:
             return self
-        if numbers not in self._prepared:
-            self._prepared[numbers] = replace(self, numbers=numbers, **vars(self.preparations[numbers]))
-        return self._prepared[numbers]
+        if numbers not in self._prepared_datasets:
+            self._prepared_datasets[numbers] = replace(self, numbers=numbers, **vars(self.preparations[numbers]))
+        return self._prepared_datasets[numbers]
 
     @cached_property
-    def _prepared(self) -> dict[str, "Dataset"]:
+    def _prepared_datasets(self) -> dict[str, "Dataset"]:
         return {}
 
     @property
@@ -180,7 +180,7 @@ class Dataset:
         """Return rows of all inputs as a fold reads them, each (m, ...)."""
         copy, folds = self.copies[fold], slice(fold, fold + 1)
         return tuple(
-            self.read(number, self._taken(x[copy], positions)[None], folds)[0] for number, x in enumerate(self.inputs)
+            self.read(number, self._take(x[copy], positions)[None], folds)[0] for number, x in enumerate(self.inputs)
         )
 
     def training_rows(self, fold: int) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -189,7 +189,7 @@ class Dataset:
         y = self.y if self.task in ("binary", "multiclass") else self.y[fold % len(self.y)]
         return self.rows(fold, train), y[train]
 
-    def _taken(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _take(self, x: Tensor, positions: Tensor) -> Tensor:
         """Return rows of an input (n, ...) on the device."""
         if not self.on_host:
             return x.index_select(0, positions)

@@ -39,7 +39,7 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     does not fit into the memory that is free, duplicate column names, or an infinite value.
     """
     if str(source).startswith("sklearn:"):
-        return _read_bundled(str(source).removeprefix("sklearn:"))
+        return _read_bundled_table(str(source).removeprefix("sklearn:"))
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(source)!r}; give a CSV or Parquet file or 'sklearn:iris'.")
@@ -92,7 +92,7 @@ def _of_folder(folder: Path) -> str:
     return _OF_IMAGES if any(path.suffix.lower() in _IMAGES for path in files) else "give the file in it"
 
 
-def _read_bundled(name: str) -> Table:
+def _read_bundled_table(name: str) -> Table:
     if name not in BUNDLED:
         raise InputError(f"'sklearn:NAME' knows {', '.join(BUNDLED)}, got 'sklearn:{name}'.")
     from sklearn import datasets
@@ -106,7 +106,7 @@ def _read_bundled(name: str) -> Table:
 
 
 @contextmanager
-def _blaming(path: Path, form: str, rule: str = "") -> Iterator[None]:
+def _read_errors(path: Path, form: str, rule: str = "") -> Iterator[None]:
     """Raise InputError, with the first line of what the reader says, for a file that is damaged or of another form."""
     from polars import exceptions
 
@@ -123,7 +123,7 @@ def _blaming(path: Path, form: str, rule: str = "") -> Iterator[None]:
 def _read_parquet(path: Path) -> Table:
     import polars as pl
 
-    with _blaming(path, "Parquet"), path.open("rb") as file:  # polars takes no name that is not UTF-8
+    with _read_errors(path, "Parquet"), path.open("rb") as file:  # polars takes no name that is not UTF-8
         about = pl.scan_parquet(file)
         rows, columns = about.select(pl.len()).collect().item(), len(about.collect_schema())
         _check_room(path, rows * columns * 8 + columns * _COLUMN_BYTES, free_memory())
@@ -144,7 +144,7 @@ def _read_fields(path: Path, *, tabs: bool) -> tuple[list[str], Any]:
     import polars as pl
 
     rule = "; it must be UTF-8 text with one header line and equally many fields in every line."
-    with _blaming(path, "a text table", rule):
+    with _read_errors(path, "a text table", rule):
         with _open_text(path) as file:
             header = next((line for line in file if line.strip()), b"")
         separator = _separator(header, tabs=tabs)

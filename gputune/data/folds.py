@@ -54,7 +54,7 @@ def make_folds(
     groups = check_groups(groups, n_rows)
     refuse_groups_in_time(cv, groups)
     if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
-        pairs = _split(_shuffled(int(cv), target, n_rows, groups, seed), target, X, groups)
+        pairs = _split(_fold_splitter(int(cv), target, n_rows, groups, seed), target, X, groups)
     elif isinstance(cv, Splitter) and not isinstance(cv, str):
         pairs = _split(cv, target, X, groups)
     elif isinstance(cv, Iterable) and not isinstance(cv, str):
@@ -129,7 +129,7 @@ def check_groups(groups: object, n_rows: int) -> np.ndarray | None:
     return values
 
 
-def _shuffled(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, seed: int) -> Splitter:
+def _fold_splitter(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, seed: int) -> Splitter:
     """Return the splitter that a number of folds stands for."""
     if cv < 2:
         raise InputError(f"cv must be at least 2 folds, got {cv}.")
@@ -242,7 +242,7 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
     elif groups is not None:
         rest, test = _whole_groups(groups, test_size, random_state)
     elif target.classes is not None:
-        rest, test = _stratified(target, n_test, random_state)
+        rest, test = _stratified_rows(target, n_test, random_state)
     elif n_test < n_rows:
         splitter = ShuffleSplit(1, test_size=n_test, random_state=random_state)
         rest, test = next(splitter.split(np.zeros(n_rows)))
@@ -264,7 +264,7 @@ def _whole_groups(groups: np.ndarray, test_size: float, random_state: int) -> Ro
     return rest, test
 
 
-def _stratified(target: Target, n_test: int, random_state: int) -> Rows:
+def _stratified_rows(target: Target, n_test: int, random_state: int) -> Rows:
     counts = np.bincount(target.values, minlength=target.n_outputs)
     if (counts == 1).all():
         raise InputError(

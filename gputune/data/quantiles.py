@@ -90,8 +90,8 @@ _TAIL_BELOW = (
 
 def normal_scores_of(values: Tensor, quantiles: Tensor) -> Tensor:
     """Return (n, R) normal scores of float64 values (n, R) by their quantiles (Q, R): those of ``normal_scores``."""
-    above = _interpolated(values, quantiles)
-    below = 1.0 - _interpolated(-values, -quantiles.flip(0))
+    above = _interpolate(values, quantiles)
+    below = 1.0 - _interpolate(-values, -quantiles.flip(0))
     rank = (above + below) / 2
     rank = torch.where(values <= quantiles[0], 0.0, rank)
     return normal_deviate(torch.where(values >= quantiles[-1], 1.0, rank))
@@ -123,7 +123,7 @@ def _double(number: float) -> Tensor:
     return torch.tensor(number, dtype=torch.float64)
 
 
-def _interpolated(values: Tensor, quantiles: Tensor) -> Tensor:
+def _interpolate(values: Tensor, quantiles: Tensor) -> Tensor:
     """Return (n, R) ranks between 0 and 1, linear between quantiles; anything beyond the outermost ones.
 
     The last quantile that is not above a value is found by binary search, since ONNX has no searchsorted.

@@ -77,7 +77,7 @@ def _from_first(
         return None
     center = [(s.center - first.center) / first.scale for s in statistics]
     scale = [s.scale / first.scale for s in statistics]
-    return Scaling(_stacked(center, like), _stacked(scale, like), missing=bool(lost.any()))
+    return Scaling(_stack(center, like), _stack(scale, like), missing=bool(lost.any()))
 
 
 def _range(raw: np.ndarray | Tensor) -> np.ndarray:
@@ -103,7 +103,7 @@ def limited_features(x: Tensor) -> list[int]:
     return places
 
 
-def _stacked(parts: Sequence[np.ndarray], like: Tensor) -> Tensor:
+def _stack(parts: Sequence[np.ndarray], like: Tensor) -> Tensor:
     return torch.as_tensor(np.stack(parts)).to(like)
 
 
@@ -116,7 +116,7 @@ def scaling_of(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None,
         if channels[0] is None:
             return None
         center, scale = zip(*channels)
-        return Scaling(_stacked(center, like), _stacked(scale, like))
+        return Scaling(_stack(center, like), _stack(scale, like))
 
     return tuple(map(of, zip(*(fitted.channels for fitted in statistics))))
 

@@ -26,7 +26,7 @@ class Weights:
 
     def for_fold(self, target: Target, train: np.ndarray) -> np.ndarray | None:
         """Return (n,) float64 for all rows, those outside ``train`` too; None where all are one."""
-        per_class = _balanced(target, train, self.rows) if isinstance(self.classes, str) else self.classes
+        per_class = _balanced_weights(target, train, self.rows) if isinstance(self.classes, str) else self.classes
         weights = self.rows
         if per_class is not None:
             weights = per_class[target.values] * (1.0 if weights is None else weights)
@@ -93,7 +93,7 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
     return weights
 
 
-def _balanced(target: Target, train: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+def _balanced_weights(target: Target, train: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
     """Return n / (classes present * rows of the class), (K,), rows counted with their sample weight.
 
     A class without a training row in the fold weighs 1 (it takes no part). Source: scikit-learn's

@@ -92,7 +92,7 @@ def device_for(word: str, work: Work) -> DeviceChoice:
         return DeviceChoice(CPU)
     if work.solved:
         return _SOLVED
-    return _by_speed(gpu, work) if _compiles(work) else DeviceChoice(gpu)
+    return _choice_by_speed(gpu, work) if _compiles(work) else DeviceChoice(gpu)
 
 
 def device_for_solver(word: str) -> DeviceChoice:
@@ -108,7 +108,7 @@ def _compiles(work: Work) -> bool:
     return all(trains_as(backend, work.kind, config) == "compiled" for config in work.configs)
 
 
-def _by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
+def _choice_by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
     backend, _ = choose_backend("auto", gpu, work.dtype)
     if why := read_findings(gpu).why_not(backend):
         return DeviceChoice(CPU, why)
@@ -233,7 +233,7 @@ def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: flo
         return "", False
     stacked = _seconds(job, few, group.part(0, min(_TRIALS, len(group.index))), job.backend)
     known = min(alone, stacked)
-    if known * member_steps > _CODE_SECONDS and _MARGIN * _coded_seconds(job, data, group) < known:
+    if known * member_steps > _CODE_SECONDS and _MARGIN * _compiled_seconds(job, data, group) < known:
         return "", True
     job.fits.reuse.timed = None
     if stacked < _MARGIN * alone:
@@ -242,7 +242,7 @@ def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: flo
     return slow, False
 
 
-def _coded_seconds(job: Job, data: Dataset, group: Population) -> float:
+def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
     """Return the seconds of one step of one member in compiled code, which is built here; infinity where none is.
 
     The chunk that is timed is that of all trials, unless they are large, and trains afterwards.

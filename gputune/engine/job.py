@@ -154,7 +154,7 @@ class Job:
         """Train one chunk and return its curves."""
         begin = time.monotonic()
         trained = train_chunk(self, data, chunk, progress)
-        seconds = time.monotonic() - begin + _begun(chunk).seconds
+        seconds = time.monotonic() - begin + _as_begun_chunk(chunk).seconds
         outputs = trained.outputs_of(chunk.index)
         return Outcome(chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent, outputs=outputs)
 
@@ -187,7 +187,7 @@ def train_chunk(
 
     With ``after_epoch`` that alone decides when it ends, and no checkpoint is written.
     """
-    begun, data = _begun(chunk), data.of(chunk.configs[0])
+    begun, data = _as_begun_chunk(chunk), data.of(chunk.configs[0])
     return train(
         job.network(data, chunk),
         data,
@@ -206,7 +206,7 @@ def train_chunk(
     )
 
 
-def _begun(chunk: Population) -> BegunChunk:
+def _as_begun_chunk(chunk: Population) -> BegunChunk:
     return chunk if isinstance(chunk, BegunChunk) else BegunChunk(chunk.kind, chunk.index, chunk.configs)
 
 

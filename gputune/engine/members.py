@@ -123,7 +123,7 @@ class MemberChunk(StackedChunk):
             torch.set_flush_denormal(True)  # each thread has its own setting
             spaces: dict[OneMember, Space] = {}
             with torch.no_grad():
-                for f, c in _shared(queue):
+                for f, c in _share_queue(queue):
                     if stop.is_set():
                         return
                     one = self.members[f]
@@ -154,7 +154,7 @@ class MemberChunk(StackedChunk):
 _taking = threading.Lock()
 
 
-def _shared(queue: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _share_queue(queue: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield what is left of a queue that other threads take from too."""
     while True:
         with _taking:

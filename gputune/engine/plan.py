@@ -86,7 +86,7 @@ class Plan:
         return (
             f"{count(sum(sizes), 'trial')} in {count(len(sizes), 'chunk')} of {trials}, about "
             f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, {place}"
-            f"{self._how()}{self._waiting()}"
+            f"{self._how()}{self._waiting_text()}"
         )
 
     def _how(self) -> str:
@@ -102,7 +102,7 @@ class Plan:
             return f", {words[self.ways[0]]}"
         return "".join(f", {self.ways.count(way)} {word}" for way, word in words.items() if way in self.ways)
 
-    def _waiting(self) -> str:
+    def _waiting_text(self) -> str:
         """Where the states lie that wait for their next rung, in words."""
         if self.cache_bytes is None:
             return ""
@@ -172,7 +172,7 @@ def _among_workers(pieces: "list[_Piece]", data: Dataset, workers: int | None, g
     if workers is None:
         most, pays = (gpus, _GPUS_PAY) if on_gpu else (cores(), _WORKERS_PAY)
         workers = most if total > pays else 1
-    pieces = _shared(pieces, workers) if on_gpu else _balanced(pieces, workers)
+    pieces = _share_out(pieces, workers) if on_gpu else _balance(pieces, workers)
     workers = min(workers, len(pieces))
     # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
     threads = cores() if workers == 1 and total > _THREADS_PAY else 1
@@ -221,7 +221,7 @@ class _Piece:
         return [replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts]
 
 
-def _balanced(pieces: list[_Piece], workers: int) -> list[_Piece]:
+def _balance(pieces: list[_Piece], workers: int) -> list[_Piece]:
     """Return the pieces with those halved that would keep one worker long after the others."""
     share = sum(piece.seconds for piece in pieces) / (2 * workers)
     done: list[_Piece] = []
@@ -235,7 +235,7 @@ def _balanced(pieces: list[_Piece], workers: int) -> list[_Piece]:
     return done
 
 
-def _shared(pieces: list[_Piece], workers: int) -> list[_Piece]:
+def _share_out(pieces: list[_Piece], workers: int) -> list[_Piece]:
     """Return the pieces with a part for each GPU of those that are long, and no more: a short chunk is no faster."""
     share = sum(piece.seconds for piece in pieces) / (2 * workers)
     return [part for piece in pieces for part in piece.cut(workers if piece.seconds > share else 1)]

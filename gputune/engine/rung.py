@@ -81,7 +81,7 @@ class StateCache:
     def look(self, trial: int) -> State:
         """Return the state of a trial, which stays."""
         state = self.states[trial]
-        return state if isinstance(state, State) else self._loaded(state)
+        return state if isinstance(state, State) else self._load(state)
 
     def take(self, trials: Sequence[int]) -> State:
         """Return the states of some trials, all after one number of epochs, and keep them no longer."""
@@ -90,7 +90,7 @@ class StateCache:
             self.drop(trial)
         return State.stack(states)
 
-    def _loaded(self, path: Path) -> State:
+    def _load(self, path: Path) -> State:
         with safe_open(path, framework="pt") as file:
             count = len(list(file.keys()))
             buffers = tuple(file.get_tensor(str(i)) for i in range(count))

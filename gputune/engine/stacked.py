@@ -87,7 +87,7 @@ class StackedChunk:
             self.batches.prepare()
             recorder = RECORDERS[device.type](device)
             tolerance = _TOLERANCES[self._network.shape.precision, self._flat.dtype]
-            self.steps = Replays(recorder, self._expected(), self._state, tolerance)
+            self.steps = Replays(recorder, self._expected_steps(), self._state, tolerance)
         try:
             self.draws = self._network.draws(self.batches, ahead=self.recorded)
         except TraceError:
@@ -95,7 +95,7 @@ class StackedChunk:
         self._places: Tensor | None = None  # of the trials that are alive, None: of all
         self._seen: Network = self._network
 
-    def _expected(self) -> Counter[Hashable]:
+    def _expected_steps(self) -> Counter[Hashable]:
         """How many steps of each shape a whole training takes."""
         return Counter({shape: n * self.horizon for shape, n in Counter(self.batches.shapes).items()})
 
@@ -128,7 +128,7 @@ class StackedChunk:
         self.configs, self.slots = list(configs), list(range(len(configs)))
         self.alive, self._places, self._seen = list(self.slots), None, self._network
         if isinstance(self.steps, Replays):
-            self.steps.expected = self._expected()
+            self.steps.expected = self._expected_steps()
 
     @property
     def network(self) -> Network:

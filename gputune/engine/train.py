@@ -248,12 +248,12 @@ def _goes_on(scores: np.ndarray) -> np.ndarray:
 def _train_epochs(chunk: Chunk, data: Dataset, epoch: int, *, scored: bool) -> tuple[np.ndarray | None, Spent]:
     """Train an epoch, or several; return the scores after them, None where there are none, and the seconds of both."""
     begun = _time(data.device)
-    with _explaining(chunk, data, epoch):
+    with _row_errors(chunk, data, epoch):
         chunk.advance(epoch)
     trained = _time(data.device)
     scores = None
     if scored:
-        with _explaining(chunk, data, epoch + 1):
+        with _row_errors(chunk, data, epoch + 1):
             scores = chunk.scores()
     in_steps, in_scores = _seconds(begun, trained), _seconds(trained, _time(data.device))
     share = in_steps * chunk.scoring_share
@@ -279,7 +279,7 @@ def _seconds(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event")
 
 
 @contextmanager
-def _explaining(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
+def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
     """Let an error inside, where a row of X is to blame, name that row."""
     try:
         yield

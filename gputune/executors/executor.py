@@ -113,12 +113,12 @@ class _Queue(Generic[Chunk, Result]):
         self._fill()
         while task is not None and (chunk := self._take()) is not None:
             yield from task(chunk)
-            yield from self._finished(progress)
+            yield from self._collect_results(progress)
             if self.stopping.is_over():
                 break
         while self.running or self.done:
             self.executor.wait()
-            yield from self._finished(progress)
+            yield from self._collect_results(progress)
         if self.error is not None and not self.stopping.asked:
             raise self.error
 
@@ -140,12 +140,12 @@ class _Queue(Generic[Chunk, Result]):
                 if chunk is None:
                     return
                 self.running.add(chunk.index)
-                if not self.executor.submit(chunk, self._ended):
+                if not self.executor.submit(chunk, self._end_chunk):
                     self.running.discard(chunk.index)
                     self.waiting.appendleft(chunk)
                     return
 
-    def _ended(self, chunk: Chunk, result: Sequence[Result] | Exception) -> None:
+    def _end_chunk(self, chunk: Chunk, result: Sequence[Result] | Exception) -> None:
         with self.lock:
             self.running.discard(chunk.index)
             content = self._lose(chunk, str(result)) if isinstance(result, LostWorkerError) else result
@@ -168,7 +168,7 @@ class _Queue(Generic[Chunk, Result]):
             return []
         return outcomes
 
-    def _finished(self, progress: Progress) -> Iterator[Result]:
+    def _collect_results(self, progress: Progress) -> Iterator[Result]:
         """Yield what the workers have done by now. An error of theirs is raised here."""
         while self.done:
             result = self.done.popleft()

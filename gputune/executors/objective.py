@@ -147,7 +147,7 @@ class Task:
         begin, report, error, score = time.monotonic(), Report(self, number), "", math.nan
         self.reports.write(number, (), ended=False)
         try:
-            with _seeded(self.seed):
+            with _seed_generators(self.seed):
                 score = self.sign * _number(self.objective(dict(params), report), "what the objective returns")
         except TrialEnd:
             pass
@@ -176,7 +176,7 @@ def _in_words(error: Exception) -> str:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seed_generators(seed: int) -> Iterator[None]:
     """Let the generators of Python, NumPy and torch begin alike in every trial, and put them back."""
     before = random.getstate(), np.random.get_state()
     try:

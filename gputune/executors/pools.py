@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 def pickled_with_code(value: object, parts: Iterable[object], *, here: bool = True) -> bytes:
     """Pickle a value for a worker; ``parts`` are the classes and functions in it that may have to go as code."""
-    known = _importable if here else _installed
+    known = _importable if here else _is_installed
     modules = {sys.modules.get(getattr(getattr(part, "func", part), "__module__", None) or "") for part in parts}
     hidden = [m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)]
     if not here:  # the whole package, which its files import from each other
@@ -50,7 +50,7 @@ def _importable(name: str) -> bool:
     return True
 
 
-def _installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     """Whether a module belongs to Python, to gputune, or to a package that was installed."""
     top = name.partition(".")[0]
     if top == "gputune" or top in sys.stdlib_module_names or top in sys.builtin_module_names:

@@ -161,7 +161,7 @@ def worker_processes(job: Job, data: Dataset, devices: Sequence[torch.device]) -
 def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.device) -> Outcomes:
     """Train one chunk on a device; nothing comes of it where it is over before it has begun."""
     with training:
-        job = _unpacked(packed)
+        job = _unpack_job(packed)
         if job.is_over():
             return []
         try:
@@ -177,7 +177,7 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
 
 
 @functools.lru_cache(maxsize=1)
-def _unpacked(packed: bytes) -> Job:
+def _unpack_job(packed: bytes) -> Job:
     """Return a job: one object for all chunks of a search, so that steps that were recorded for one serve the next."""
     job: Job = pickle.loads(packed)
     return job

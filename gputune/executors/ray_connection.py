@@ -79,7 +79,7 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator[RayCluster]:
         yield RayCluster(ray, device=device, cpus=workers.cpus)
         return
     try:
-        with _signals_kept():
+        with _keep_signals():
             _connect(ray, workers.address)
         yield RayCluster(ray, device=device, cpus=workers.cpus)
     finally:
@@ -95,7 +95,7 @@ def _connect(ray: ModuleType, address: str) -> None:
         return
     hint = ""
     try:
-        if (place := _host_and_port(_known(address))) is not None:
+        if (place := _host_and_port(_resolve_address(address))) is not None:
             socket.create_connection(place, timeout=_SECONDS).close()
         hint = f" {_TOKEN}"  # someone is there; Ray does not say when it was the token that was missing
         ray.init(address=address, **quiet)
@@ -107,7 +107,7 @@ def _connect(ray: ModuleType, address: str) -> None:
         ) from error
 
 
-def _known(address: str) -> str:
+def _resolve_address(address: str) -> str:
     """Return the address that Ray will take: for "auto" the one that it has noted, whose head may be long gone."""
     if address != "auto":
         return address
@@ -122,7 +122,7 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
+def _keep_signals() -> Iterator[None]:
     """Put back what the process does on SIGTERM, which Ray changes when it connects."""
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -164,7 +164,7 @@ def check_group(group: Group) -> Group:
             f"lr must be within lr_min and lr_max, got lr={numbers['lr']}, lr_min={group['lr_min']}, "
             f"lr_max={group['lr_max']}. Begin with a rate between them; None is no bound."
         )
-    return numbers | (_checked_sgd(group) if "momentum" in group else _checked_adam(group))
+    return numbers | (_check_sgd(group) if "momentum" in group else _check_adam(group))
 
 
 def _hypergrad_lr(group: Group, scaled: bool) -> float:
@@ -179,14 +179,14 @@ def _hypergrad_lr(group: Group, scaled: bool) -> float:
     return _number(group, "hypergrad_lr", "0.02", high=1.0 if scaled else math.inf)
 
 
-def _checked_sgd(group: Group) -> Group:
+def _check_sgd(group: Group) -> Group:
     momentum = _number(group, "momentum", "0.9", high=1.0)
     if group["nesterov"] and not momentum:
         raise InputError("momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9.")
     return {"momentum": momentum}
 
 
-def _checked_adam(group: Group) -> Group:
+def _check_adam(group: Group) -> Group:
     betas = group["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise InputError(f"betas must be two numbers in [0, 1), got {betas!r}. For example betas=(0.9, 0.999).")

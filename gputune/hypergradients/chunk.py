@@ -83,7 +83,7 @@ class PopulationTraining:
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         """Return each member's minibatch loss (P,); 0 for a member that has no step now."""
-        params = self._named(weights)
+        params = self._params_of(weights)
         losses = [weights.new_zeros(self.trials)] * self.folds
         for part in self.batches.at(*divmod(step, self.each)):
             losses[part.folds] = list(self._part(params, part))
@@ -92,16 +92,16 @@ class PopulationTraining:
     def statistics(self, weights: Tensor, step: int) -> Tensor:
         """Return the running statistics (P, kept) after this step; as they are, of a member that has none now."""
         assert isinstance(self.network, StackedModule)
-        params = self._named(weights)
+        params = self._params_of(weights)
         after = {name: list(params[name]) for name in self.remembered}
         for part in self.batches.at(*divmod(step, self.each)):
-            found = self.network.with_statistics(*self._given(params, part), part.key)[1]
+            found = self.network.with_statistics(*self._part_inputs(params, part), part.key)[1]
             for name, folds in after.items():
                 folds[part.folds] = list(found[name].to(weights).view(-1, self.trials, *self.shapes[name]))
         rows = [torch.stack(folds).view(self.folds * self.trials, -1) for folds in after.values()]
         return torch.cat(rows, 1)
 
-    def _given(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
+    def _part_inputs(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
         """Return parameters and inputs of the members of one part of a step, each (P, ...)."""
         whole = batch.folds == slice(0, self.folds)  # a slice of everything would be copied on the way back
         weights = {name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()}
@@ -110,15 +110,15 @@ class PopulationTraining:
 
     def _part(self, params: Params, batch: Batch) -> Tensor:
         """Return the losses (F, C) of the folds of one part of a step."""
-        outputs = self.network.differentiable(*self._given(params, batch), batch.key)
-        outputs = self._masked(outputs.view(-1, self.trials, *outputs.shape[1:]), batch.folds)
+        outputs = self.network.differentiable(*self._part_inputs(params, batch), batch.key)
+        outputs = self._mask_absent(outputs.view(-1, self.trials, *outputs.shape[1:]), batch.folds)
         y = batch.y.view(len(outputs), -1, *batch.y.shape[1:])  # (F, 1 or C, B, ...)
         share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
         return (self.network.row_losses(outputs, y) * share).sum(-1)
 
     def validation(self, weights: Tensor) -> Tensor:
         """Return the loss (P,) on the validation rows: cross-entropy, or squared error in the target's own units."""
-        params = self._named(weights)
+        params = self._params_of(weights)
         losses = []
         for f, fold in enumerate(self.data.folds):
             y = self.data.y[f % len(self.data.y)] if self.data.y.is_floating_point() else self.data.y
@@ -129,7 +129,7 @@ class PopulationTraining:
     @torch.no_grad()
     def scores(self, weights: Tensor, scoring: Scoring) -> np.ndarray:
         """Return the scores (C, F) of all members on the validation rows of their fold."""
-        params = self._named(weights)
+        params = self._params_of(weights)
         columns = [
             scoring.metrics(self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f))
             for f in range(self.folds)
@@ -141,15 +141,15 @@ class PopulationTraining:
         weights = {name: w[fold] for name, w in params.items()}
         inputs = [x.expand(self.trials, *x.shape) for x in rows]
         outputs = self.network.differentiable(weights, inputs, None)
-        return self._masked(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
+        return self._mask_absent(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
 
-    def _masked(self, outputs: Tensor, folds: slice) -> Tensor:
+    def _mask_absent(self, outputs: Tensor, folds: slice) -> Tensor:
         """Give -inf to the classes that take no part in a fold, of outputs (F, C, B, K)."""
         if self.data.present is None:
             return outputs
         return outputs.masked_fill(~self.data.present[folds, None, None], -torch.inf)
 
-    def _named(self, weights: Tensor) -> Params:
+    def _params_of(self, weights: Tensor) -> Params:
         """Return the parameters (F, C, ...) that rows (P, N) hold."""
         parts = torch.split(weights, self.sizes, 1)
         return {
@@ -161,7 +161,7 @@ class PopulationTraining:
         blocks = self.network.blocks
         flat = weights.new_empty(blocks.size)
         views = blocks.by_member(flat)
-        for name, value in self._named(weights).items():
+        for name, value in self._params_of(weights).items():
             views[name].copy_(value)
         return self.network.member(blocks.views(flat), fold, trial)
 

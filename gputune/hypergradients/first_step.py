@@ -64,7 +64,7 @@ def _try(training: Training) -> None:
     # autograd.grad walks only the paths to what it differentiates by, and the node that torch puts in the place of a
     # missing derivative is on none of them.
     missing = any(type(node).__name__ == "Error" for node in nodes(gradient))
-    if missing or not _symmetric(gradient, weights) or not _as_measured(training, gradient, weights):
+    if missing or not _symmetric(gradient, weights) or not _agrees_with_difference(training, gradient, weights):
         raise InputError(
             f"module or loss has an operation that cannot be differentiated twice{_suspects(training)}: the second "
             "derivative that torch takes is incomplete. The usual causes are weight_norm, a .detach() of what depends "
@@ -87,7 +87,7 @@ def _symmetric(gradient: Tensor, weights: Tensor) -> bool:
     return not bool((once - twice).abs() > torch.finfo(weights.dtype).eps ** (1 / 3) * once)
 
 
-def _as_measured(training: Training, gradient: Tensor, weights: Tensor) -> bool:
+def _agrees_with_difference(training: Training, gradient: Tensor, weights: Tensor) -> bool:
     """Tell whether the derivative of a gradient is how the gradient changes, over a tiny distance.
 
     Two distances tell how far the measurement can be trusted: a kink (of a relu) between them, or operations of lower

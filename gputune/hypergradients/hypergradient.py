@@ -79,7 +79,7 @@ def hypergradient(
     check_module(module)
     if not callable(loss):
         raise InputError(f"loss must be a function loss(module(x), y), got {loss!r}.")
-    batches = _checked_batches(batches)
+    batches = _check_batches(batches)
     _check_pair("valid", valid)
     _check_choice(mode, truncate, checkpoint)
     request = _Request(mode, truncate, checkpoint, parse_memory(memory))
@@ -91,7 +91,7 @@ def hypergradient(
             seed = int(torch.randint(2**62, ()))
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
     tables = check_hyperparameters(hyperparameters, rule, training)
-    others = {**default_tables(rule, momentum, training.start()), **_fixed(fixed, tables, rule, training)}
+    others = {**default_tables(rule, momentum, training.start()), **_fixed_tables(fixed, tables, rule, training)}
     problem = InnerProblem(training, rule, {**others, **tables})
     found_by, reason, slopes = _differentiate(problem, list(tables), request)
     shapes = {name: torch.as_tensor(value).shape for name, value in hyperparameters.items()}
@@ -126,7 +126,7 @@ def _warn(result: HypergradientResult) -> None:
     warn(text, RuntimeWarning)
 
 
-def _fixed(
+def _fixed_tables(
     fixed: Mapping[str, object] | None, searched: Tables, rule: str, training: ModuleTraining
 ) -> dict[str, Tensor]:
     """Return the tables of the hyperparameters that are not differentiated."""
@@ -206,7 +206,7 @@ def _choose(request: _Request, need: Need, problem: InnerProblem[ModuleTraining]
     return mode, f"{reason}; {words}"
 
 
-def _checked_batches(batches: Iterable[Pair]) -> list[Pair]:
+def _check_batches(batches: Iterable[Pair]) -> list[Pair]:
     if not isinstance(batches, Iterable):
         raise InputError(f"batches must be the minibatches (x, y), got {type(batches).__name__}.")
     pairs = list(batches)

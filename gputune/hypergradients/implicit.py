@@ -235,8 +235,8 @@ def differentiate_minimum(
     The objective is that of sklearn.linear_model.LogisticRegression; computed in float64. Raises InputError where
     the problem is not that convex one, DivergedError where it has no minimum that could be reached.
     """
-    C, classes = _checked(module, loss, hyperparameters)
-    problem, places = _joined(batches, valid, C, classes)
+    C, classes = _check_problem(module, loss, hyperparameters)
+    problem, places = _join(batches, valid, C, classes)
     solution = solve(problem)
     if not bool(solution.converged):
         raise DivergedError(
@@ -256,7 +256,7 @@ def differentiate_minimum(
     )
 
 
-def _joined(
+def _join(
     batches: Sequence[tuple[Tensor, Tensor]], valid: tuple[Tensor, Tensor], C: float, classes: int
 ) -> tuple[Problem, Tensor]:
     """Return the problem of all minibatches, and the positions of the validation rows, which weigh nothing in it."""
@@ -273,7 +273,7 @@ def _joined(
     return Problem(x.double()[None], _codes(y, classes), weights, *rates, n_classes=classes), places
 
 
-def _checked(module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]) -> tuple[float, int]:
+def _check_problem(module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]) -> tuple[float, int]:
     """Return C and the number of classes; raise InputError where there is no convex problem."""
     if not isinstance(module, LogisticRegression) or module.n_outputs < 2:
         raise InputError(

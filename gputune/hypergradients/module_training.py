@@ -64,13 +64,13 @@ class ModuleTraining:
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         """Return the loss (1,) of one minibatch; draws of dropout depend on the seed and the step alone."""
-        return self._trained(weights, step)[0]
+        return self._training_pair(weights, step)[0]
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
         """Return the running statistics (1, kept) after a step from these weights, differentiable in them."""
-        return self._trained(weights, step)[1]
+        return self._training_pair(weights, step)[1]
 
-    def _trained(self, weights: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _training_pair(self, weights: Tensor, step: int) -> tuple[Tensor, Tensor]:
         with keyed_draws(self.device, self.seed, "hypergradient", step):
             return self._loss(weights, self.batches[step], f"batches[{step}]", training=True)
 
@@ -83,7 +83,7 @@ class ModuleTraining:
         """Return the loss (1,) of a pair and the running statistics (1, kept) after it."""
         tensors = {**self.parameters(weights), **self.fixed}
         state = {f"module.{key}": tensor for key, tensor in tensors.items()}
-        with _blaming(name, pair), self.objective.holding(state) as objective:
+        with _module_errors(name, pair), self.objective.holding(state) as objective:
             self.module.train(training)
             differentiate_statistics(self.module)
             loss = objective(*map(_normal, pair))
@@ -132,7 +132,7 @@ class ModuleTraining:
 
 
 @contextmanager
-def _blaming(name: str, pair: Pair) -> Iterator[None]:
+def _module_errors(name: str, pair: Pair) -> Iterator[None]:
     """Raise InputError, with the pair (x, y) that it was about, for what a module or a loss raises."""
     try:
         yield

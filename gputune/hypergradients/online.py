@@ -125,7 +125,7 @@ class _Online(Optimizer):
             scaled = rule == "multiplicative"
             change = _share(lr * h, grad_norm * norm) if scaled else _share(h, group["grad_norm"] * norm)
             group["grad_norm"] = grad_norm
-        group["lr"] = _bounded(group, lr + group["hypergrad_lr"] * change)
+        group["lr"] = _clamp(group, lr + group["hypergrad_lr"] * change)
 
 
 class SGDHD(_Online):
@@ -317,7 +317,7 @@ def _share(part: float, whole: float) -> float:
     return share if math.isfinite(share) else 0.0
 
 
-def _bounded(group: Group, lr: float) -> float:
+def _clamp(group: Group, lr: float) -> float:
     """Return the rate within the bounds that the group has."""
     low, high = (-math.inf if group["lr_min"] is None else group["lr_min"]), group["lr_max"]
     return float(max(lr, low) if high is None else min(max(lr, low), high))

@@ -171,13 +171,13 @@ class Descent:
         else:
             moves = self._normalized_step(slope)
         unclear = not slope.usable or not any(move.any() for move in moves.values())
-        after = self._moved(before, moves)
+        after = self._move(before, moves)
         while not _alike(after, before) and any(_alike(after, place) for place in self.visited):
             # Steps of 1, 1/2 and 1/2 lead back.
             moves = {name: move / 2 for name, move in moves.items()}
             self.steps = {name: np.where(moves[name] != 0, s / 2, s) for name, s in self.steps.items()}
             self.length /= 2
-            after = self._moved(before, moves)
+            after = self._move(before, moves)
         self.visited.append(before)
         # A solution, of C alone, is as smooth from near as from afar.
         again = slope.mode == "exact" and self.names != ("C",)
@@ -230,7 +230,7 @@ class Descent:
             moves["lr"] = self._by_sign("lr", np.ones(slope.slopes["lr"].shape))
         return moves
 
-    def _moved(self, before: dict[str, Table], moves: dict[str, Table]) -> dict[str, Table]:
+    def _move(self, before: dict[str, Table], moves: dict[str, Table]) -> dict[str, Table]:
         """Return the coordinates after a move, held within the bounds."""
         after = {}
         for name in self.names:

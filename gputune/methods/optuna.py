@@ -95,7 +95,7 @@ class OptunaStudy:
     def ask(self, params: Config | None = None) -> tuple["optuna.Trial", Config]:
         """Return Optuna's trial and its configuration: what the sampler proposes, or ``params`` in its place."""
         if params is not None:
-            self.study.enqueue_trial(self._labelled(params))
+            self.study.enqueue_trial(self._label_choices(params))
         trial = self.study.ask(self.distributions)
         proposed = {
             key: of_label(value, choices) if isinstance(choices := self.choices[key], list) else value
@@ -121,7 +121,7 @@ class OptunaStudy:
             trial = self.optuna.trial.create_trial(
                 state=state_of(self.optuna, result.state),
                 value=None if result.state == "failed" else result.score,
-                params=self._labelled(params),
+                params=self._label_choices(params),
                 distributions=self.distributions,
                 intermediate_values=fold_means(result.curve),
             )
@@ -130,7 +130,7 @@ class OptunaStudy:
         self.study.add_trial(trial)
         return True
 
-    def _labelled(self, params: Config) -> Config:
+    def _label_choices(self, params: Config) -> Config:
         return {
             key: label(params[key]) if isinstance(self.choices[key], list) else params[key]
             for key in self.distributions
@@ -198,7 +198,7 @@ def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna
             if trial.state == "waiting":
                 written.enqueue_trial(inside, user_attrs=_attributes(trial, inside))
             else:
-                written.add_trial(_finished(optuna, trial, curve, inside, distributions))
+                written.add_trial(_frozen_trial(optuna, trial, curve, inside, distributions))
     return written
 
 
@@ -234,7 +234,7 @@ def _storage(optuna: ModuleType, storage: object) -> object:
         ) from error
 
 
-def _finished(
+def _frozen_trial(
     library: ModuleType,
     trial: Trial,
     curve: np.ndarray,
@@ -283,7 +283,7 @@ def widened(study: Study, key: str) -> Described:
     Where the study does not know it (a law that Optuna lacks), it is uniform over what the trials hold.
     """
     values = [label(trial.params[key]) for trial in study.trials if key in trial.params]
-    law = study.record.distributions.get(key) or _guessed(values)
+    law = study.record.distributions.get(key) or _guess_law(values)
     if law["kind"] == "choices":
         return {"kind": "choices", "choices": labels([*law["choices"], *values])}
     inside = [value for value in values if _holds(law, value)]
@@ -294,7 +294,7 @@ def widened(study: Study, key: str) -> Described:
     return plain | ({"step": step} if on_grid else {})
 
 
-def _guessed(values: Sequence[object]) -> Described:
+def _guess_law(values: Sequence[object]) -> Described:
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) < len(values) or not all(map(math.isfinite, numbers)):
         return {"kind": "choices", "choices": labels(list(values))}

@@ -94,11 +94,11 @@ def first_candidates(
     """
     check_n_trials(n_trials)
     configs: list[tuple[Config, Origin]] = []
-    if include_default and n_trials and not _missing({}, space, defaults):
+    if include_default and n_trials and not _missing_keys({}, space, defaults):
         configs.append((_fill({}, space, defaults), "default"))
         configs += [(_fill(config, space, defaults), "portfolio") for config in portfolio[: n_trials - 1]]
     for i, config in enumerate(check_include(include, keys=KEYS, module=True)):
-        if missing := _missing(config, space, defaults):
+        if missing := _missing_keys(config, space, defaults):
             raise InputError(
                 f"include[{i}] must have a value for {', '.join(missing)}, which has no default, got "
                 f"{dict(include[i])!r}. Add it."
@@ -157,11 +157,11 @@ def notes(
 ) -> tuple[str, ...]:
     """Return what a user should know of the trials of a call, a sentence each."""
     sentences = []
-    missing = _missing({}, space, defaults)
+    missing = _missing_keys({}, space, defaults)
     if include_default and missing:
         sentences.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
     for trial in trials:
-        if trial.origin == "default" and (moved := _moved(trial.params, space, defaults)):
+        if trial.origin == "default" and (moved := _replaced_defaults(trial.params, space, defaults)):
             sentences.append(
                 f"Trial {trial.number} is the default configuration, held to the space: {', '.join(moved)}."
             )
@@ -186,7 +186,7 @@ def remarks(trials: Sequence[Candidate], space: Space, *, n_trials: int, include
     return tuple(sentences)
 
 
-def _moved(config: Config, space: Space, defaults: Mapping[str, object]) -> list[str]:
+def _replaced_defaults(config: Config, space: Space, defaults: Mapping[str, object]) -> list[str]:
     """Return which values of a configuration stand for a default that the space lacks; fixed ones go without saying."""
     fixed = {key for part in space for key, choices in part.items() if _is_fixed(choices)}
     plain = _complete({"optimizer": config["optimizer"]} if "optimizer" in config else {}, defaults)
@@ -253,19 +253,19 @@ def _keys(space: Space) -> set[str]:
     return keys - {"penalty"} | ({"l1_ratio"} if "penalty" in keys else set())
 
 
-def _missing(config: Config, space: Space, defaults: Mapping[str, object]) -> list[str]:
-    return sorted(_keys(space) - _held(config, space, defaults).keys())
+def _missing_keys(config: Config, space: Space, defaults: Mapping[str, object]) -> list[str]:
+    return sorted(_keys(space) - _with_defaults(config, space, defaults).keys())
 
 
 def _fill(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
-    full = _held(config, space, defaults)
+    full = _with_defaults(config, space, defaults)
     keys = _keys(space) | config.keys()
     if isinstance(full.get("width"), tuple):  # of so many layers
         keys -= {"depth"} - config.keys()
     return {key: full[key] for key in sorted(keys)}
 
 
-def _held(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
+def _with_defaults(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
     """Return a configuration with all that has a default, which is held to the space where the space names it.
 
     Of alternatives the first counts that lacks the fewest of these values. What has no default takes its fixed value.

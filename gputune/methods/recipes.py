@@ -56,20 +56,20 @@ def default_space(
     regression has its penalty only.
     """
     if model == "logistic" and optimizer == "exact":
-        return {"C": _searched("C"), "l1_ratio": _searched("l1_ratio")}
+        return {"C": _choices_of("C"), "l1_ratio": _choices_of("l1_ratio")}
     plain, lr = optimizer.removesuffix("hd") in ("sgd", "nesterov"), optimizer_defaults(optimizer)["lr"]
     low, high = PLAIN_LR_FACTORS if plain else LR_FACTORS
-    space = {"lr": stats.loguniform(low * lr, high * lr), "batch_size": _searched("batch_size")}
+    space = {"lr": stats.loguniform(low * lr, high * lr), "batch_size": _choices_of("batch_size")}
     if optimizer in TAKERS["weight_decay"]:
-        space["weight_decay"] = _searched("weight_decay")
+        space["weight_decay"] = _choices_of("weight_decay")
     if optimizer in ONLINE:
-        space["hypergrad_lr"] = _searched("hypergrad_lr")
+        space["hypergrad_lr"] = _choices_of("hypergrad_lr")
     if model == "mlp":
-        return space | {"width": _searched("width")}
+        return space | {"width": _choices_of("width")}
     return space | next((dict(sizes) for kind, sizes in _SIZES.items() if builder is kind), {})
 
 
-def _searched(key: str) -> Choices:
+def _choices_of(key: str) -> Choices:
     choices = SEARCHED[key]
     return list(choices) if isinstance(choices, tuple) else stats.loguniform(choices["low"], choices["high"])
 

@@ -55,7 +55,7 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
     ``penalty`` stays a key of the space, so that draws are scikit-learn's; ``check_config`` translates it.
     Raises InputError.
     """
-    named = _named_dicts(space, remedy="Leave it out (space=None) for the default space.")
+    named = _dicts_by_name(space, remedy="Leave it out (space=None) for the default space.")
     for name, d in named.items():
         for key in d:
             check_key(key, keys=keys, module=module, name=name)
@@ -77,7 +77,7 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
 
 def check_own_space(space: object) -> Space:
     """Return the space of a user's own loop as ``check_space`` does; its keys are any words, its values any values."""
-    named = _named_dicts(space, remedy="For example space={'lr': [0.01, 0.001]}.")
+    named = _dicts_by_name(space, remedy="For example space={'lr': [0.01, 0.001]}.")
     for name, d in named.items():
         if odd := [key for key in d if not isinstance(key, str)]:
             raise InputError(f"{name} must have words as keys, got {odd[0]!r}; write it as text.")
@@ -87,7 +87,7 @@ def check_own_space(space: object) -> Space:
     ]
 
 
-def _named_dicts(space: object, *, remedy: str) -> dict[str, Mapping[Any, object]]:
+def _dicts_by_name(space: object, *, remedy: str) -> dict[str, Mapping[Any, object]]:
     """Return the dicts of a space by what errors call them."""
     dicts = [space] if isinstance(space, Mapping) else space
     if not isinstance(dicts, list | tuple) or not all(isinstance(d, Mapping) for d in dicts):

@@ -35,7 +35,7 @@ def explain(error: Exception, network: Network, flat: Tensor, data: Dataset, epo
         for kind, rows in _blocks(fold):
             if not run(rows):
                 continue
-            row = _narrowed(run, rows)
+            row = _narrow(run, rows)
             if len(row) == 1 and _fails_on_any(run, fold.train, row):
                 return _of_no_row(cause, network, epoch, "No single row of X is at fault, others fail too")
             place = f"row {int(row[0])}" if len(row) == 1 else f"some of rows {int(row.min())} to {int(row.max())}"
@@ -96,7 +96,7 @@ def _attempt(
     return fails
 
 
-def _narrowed(fails: Callable[[Tensor], bool], rows: Tensor) -> Tensor:
+def _narrow(fails: Callable[[Tensor], bool], rows: Tensor) -> Tensor:
     """Return the first row that fails alone, or the fewest that fail together."""
     while len(rows) > 1:
         half = next((part for part in rows.chunk(2) if fails(part)), None)

@@ -59,7 +59,7 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
     So members begin with a pretrained part as it is, and the user's own never trains. Of ``torch.compile`` it is what
     that compiles. Raises InputError where the builder fails, or a tensor that it shares cannot be copied.
     """
-    module, known, key = _called(builder, words, columns), _shared.setdefault(builder, {}), repr(words)
+    module, known, key = _call_builder(builder, words, columns), _shared.setdefault(builder, {}), repr(words)
     if (inner := _inner(module)) is not module:
         if key not in known:
             warn(
@@ -69,7 +69,7 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
             )
         module = inner
     if key not in known:
-        known[key] = _first_shared(module, _inner(_called(builder, words, columns)))
+        known[key] = _first_shared(module, _inner(_call_builder(builder, words, columns)))
     if not (name := known[key]):
         return module
     try:
@@ -85,7 +85,7 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
         ) from error
 
 
-def _called(builder: Builder, words: Config, columns: str) -> nn.Module:
+def _call_builder(builder: Builder, words: Config, columns: str) -> nn.Module:
     """Return what a builder returns. Raises InputError where that fails, or is no module."""
     try:
         module = builder(**words)
@@ -96,7 +96,7 @@ def _called(builder: Builder, words: Config, columns: str) -> nn.Module:
             f"model: {name_of(builder)}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
             f"{type(error).__name__}: {error}. Mend it, or the module__* values of the space.{columns}"
         ) from error
-    _check_made(module, builder)
+    _check_module(module, builder)
     return module
 
 
@@ -127,7 +127,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
-def _check_made(module: object, builder: Builder) -> None:
+def _check_module(module: object, builder: Builder) -> None:
     """Raise InputError for what a builder returned where it is no module, or one that torch has not begun."""
     if not isinstance(module, nn.Module):
         raise InputError(

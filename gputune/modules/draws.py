@@ -86,7 +86,7 @@ class ModuleDraws:
         for step, shape in enumerate(batches.shapes):
             for part, batch in zip(shape.parts, batches.at(0, step)):
                 if part.rows not in self.draws:
-                    self.draws[part.rows] = self._tried(forward, batch)
+                    self.draws[part.rows] = self._draws_of(forward, batch)
         with keyed_draws(self.device, seed, "try"):
             samples = {rows: [draw.make() for draw in draws] for rows, draws in self.draws.items()}
         size = sum(sample.nbytes for sample in tensors(samples))
@@ -96,8 +96,8 @@ class ModuleDraws:
             for rows, several in samples.items()
         }
 
-    def _tried(self, forward: Callable[[Batch], object], batch: Batch) -> list[_Draw]:
-        with torch.no_grad(), keyed_draws(self.device, self.seed, "try"), (noting := _Noting()):
+    def _draws_of(self, forward: Callable[[Batch], object], batch: Batch) -> list[_Draw]:
+        with torch.no_grad(), keyed_draws(self.device, self.seed, "try"), (noting := _DrawRecorder()):
             forward(batch)
         return noting.draws
 
@@ -120,12 +120,12 @@ class ModuleDraws:
 
 def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
     """Return what a forward draws, in the order of its draws. Raises TraceError as ``ModuleDraws`` does."""
-    with torch.no_grad(), (noting := _Noting()):
+    with torch.no_grad(), (noting := _DrawRecorder()):
         forward()
     return tuple(noting.results)
 
 
-class _Noting(DispatchMode):
+class _DrawRecorder(DispatchMode):
     """Notes what is drawn, and how."""
 
     def __init__(self) -> None:
@@ -137,24 +137,24 @@ class _Noting(DispatchMode):
         kwargs = kwargs or {}
         if func is _DROPOUT:
             with self:  # what a GPU draws and applies at once
-                return _dropped(args[0], torch.bernoulli(args[0], 1 - args[1]), args[1])
+                return _dropout(args[0], torch.bernoulli(args[0], 1 - args[1]), args[1])
         if torch.Tag.nondeterministic_seeded in func.tags:
             name = func.overloadpacket.__name__
             plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
             if not plain or kwargs.get("generator") is not None:
                 raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
-            self.draws.append(_Draw(func, tuple(map(_emptied, args)), kwargs))
+            self.draws.append(_Draw(func, tuple(map(_empty, args)), kwargs))
             result = func(*args, **kwargs)
             self.results.append(result.clone())  # the module goes on in place
             return result
         return func(*args, **kwargs)
 
 
-def _dropped(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
+def _dropout(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return x * kept * (1 / (1 - p)), kept.bool()
 
 
-def _emptied(value: object) -> Any:
+def _empty(value: object) -> Any:
     if isinstance(value, Tensor):
         return _Empty(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
     return value
@@ -166,11 +166,11 @@ def given_draws(draws: Sequence[Tensor]) -> Iterator[None]:
     if not draws:  # a mode costs something in every call
         yield
         return
-    with _Giving(draws):
+    with _DrawReplayer(draws):
         yield
 
 
-class _Giving(DispatchMode):
+class _DrawReplayer(DispatchMode):
     """Gives draws that were made before."""
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
@@ -182,7 +182,7 @@ class _Giving(DispatchMode):
             return func(*args, **(kwargs or {}))
         drawn = next(self.draws)
         if func is _DROPOUT:
-            return _dropped(args[0], drawn.reshape(args[0].shape), args[1])
+            return _dropout(args[0], drawn.reshape(args[0].shape), args[1])
         if args and isinstance(args[0], Tensor):  # a substitute may have other axes for the same numbers
             drawn = drawn.reshape(args[0].shape)
         return args[0].copy_(drawn) if func._schema.is_mutable else drawn

@@ -74,7 +74,7 @@ def check_ids(module: nn.Module, data: Dataset, name: str) -> None:
     wrong: list[str] = []
 
     def check(path: str, part: nn.Embedding, arguments: tuple[Any, ...]) -> None:
-        found = _misplaced(arguments[0], part.num_embeddings)
+        found = _id_out_of_range(arguments[0], part.num_embeddings)
         if found is not None:
             number, place = found
             in_order = len(arguments[0]) == len(rows)  # otherwise the forward has made rows of its own
@@ -90,7 +90,7 @@ def check_ids(module: nn.Module, data: Dataset, name: str) -> None:
         raise InputError(wrong[0])
 
 
-def _misplaced(ids: object, size: int) -> tuple[int, int] | None:
+def _id_out_of_range(ids: object, size: int) -> tuple[int, int] | None:
     """Return the largest of some ids (B, ...) where it is above size - 1, else the smallest where it is negative.
 
     Beside it its place in B; None where all fit.

@@ -142,17 +142,17 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         scheduled=dropout_rates(module),
         probabilities=are_probabilities(trained),
     )
-    counted = _counted(numbers)
+    counted = _changed_numbers(numbers)
     traits = replace(traits, changing=(*changing, *counted))
     unused: tuple[str, ...] = ()
     if not (reason := _of_itself(module, counted, changing)):
-        reason, unused = _of_stacking(trial, traits)
+        reason, unused = _stacking_traits(trial, traits)
     if (decides or trial.loss_decides) and not reason:
         reason = "it draws random numbers and decides by a number of a tensor"
     return replace(traits, unstackable=reason, unused=() if reason else unused)
 
 
-def _counted(numbers: Sequence[dict[str, object]]) -> tuple[str, ...]:
+def _changed_numbers(numbers: Sequence[dict[str, object]]) -> tuple[str, ...]:
     """Return the names of the numbers that a forward has changed."""
     start, first, second = numbers
     return tuple(k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k]))
@@ -175,13 +175,13 @@ def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str
 _DIFFERS = "when its members are stacked than alone"
 
 
-def _of_stacking(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
+def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
     """Return why two members cannot be stacked, "" where they do as the plain modules, and the parameters not used."""
-    reason, unused = _compared(trial, traits)
+    reason, unused = _rounded_traits(trial, traits)
     if _DIFFERS in reason and trial.shape.dtype == torch.float32:
         # By rounding alone a ReLU beside 0 may be on in one and off in the other.
         try:
-            exactly, not_used = _compared(trial.in_double(), traits)
+            exactly, not_used = _rounded_traits(trial.in_double(), traits)
         except Exception:  # of a module or a loss that takes single precision alone
             exactly = reason
         if not exactly:
@@ -191,8 +191,8 @@ def _of_stacking(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ..
     return reason, unused
 
 
-def _compared(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
-    """Return what ``_of_stacking`` does, up to the rounding of the trial's dtype."""
+def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
+    """Return what ``_stacking_traits`` does, up to the rounding of the trial's dtype."""
     stacked = StackedModule(
         trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits, objective=trial.objective
     )
@@ -200,10 +200,10 @@ def _compared(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]
     parameters = flat[: stacked.trained.size]
     parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)  # the members differ
     params = stacked.blocks.views(flat)
-    alone = [_seen_alone(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
+    alone = [_plain_results(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
     trail = Trail(stacked.template)
     try:
-        together = _seen_together(stacked, flat, trial)
+        together = _stacked_results(stacked, flat, trial)
     except InputError:
         raise
     except Exception as error:
@@ -223,7 +223,7 @@ Gradients = Mapping[str, Tensor | None]
 """By the names of parameters; None for one that a step does not use."""
 
 
-def _seen_alone(
+def _plain_results(
     stacked: StackedModule, module: nn.Module, trial: ModuleTrial
 ) -> tuple[Tensor, list[Gradients], Params]:
     """Return the outputs of a plain module after two minibatches, the gradients of each, and what they have changed."""
@@ -241,8 +241,8 @@ def _seen_alone(
     return outputs, gradients, kept_of(module, tuple(stacked.kept))
 
 
-def _seen_together(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -> tuple[Tensor, list[Params], Params]:
-    """Return what ``_seen_alone`` does, of two stacked members: outputs (2, B, ...), tensors (1, 2, ...)."""
+def _stacked_results(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -> tuple[Tensor, list[Params], Params]:
+    """Return what ``_plain_results`` does, of two stacked members: outputs (2, B, ...), tensors (1, 2, ...)."""
     params, gradients = stacked.blocks.views(flat), []
     with torch.no_grad():
         for rows in _minibatches(trial):

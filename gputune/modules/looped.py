@@ -62,13 +62,13 @@ class LoopedModule(ModuleNetwork):
         found = self.parts(params["trained"][fold, trial])
         if self.kept:
             parts = torch.split(params["kept"][fold, trial], self.kept_sizes)
-            found |= {k: _shaped(p, w).to(w.dtype) for (k, w), p in zip(self.kept.items(), parts)}
+            found |= {k: _reshape(p, w).to(w.dtype) for (k, w), p in zip(self.kept.items(), parts)}
         return found
 
     def parts(self, row: Tensor) -> Params:
         """Return the parameters that lie in a row (N,)."""
         parts = torch.split(row, self.sizes)
-        return {k: _shaped(part, w) for (k, w), part in zip(self.first.items(), parts)}
+        return {k: _reshape(part, w) for (k, w), part in zip(self.first.items(), parts)}
 
     def leaves(self, row: Tensor) -> Params:
         """Return the parameters that lie in a row (N,) as real numbers, which an optimizer may hold."""
@@ -114,7 +114,7 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _shaped(part: Tensor, like: Tensor) -> Tensor:
+def _reshape(part: Tensor, like: Tensor) -> Tensor:
     """Return a part of a row in the shape of a tensor, complex where that is."""
     return torch.view_as_complex(part.view(*like.shape, 2)) if like.is_complex() else part.view(like.shape)
 
@@ -302,7 +302,7 @@ class LoopChunk:
         absent = None if self.data.present is None else ~self.data.present[fold]
         member.update.begin(epoch)
         dropouts = member.dropouts(epoch, len(minibatches)) if member.rates else []
-        for step, (inputs, y, weights) in enumerate(self._gathered(fold, minibatches)):
+        for step, (inputs, y, weights) in enumerate(self._gather(fold, minibatches)):
             for rate in member.rates:
                 rate.fill_(dropouts[step])
             if draws:
@@ -316,7 +316,7 @@ class LoopChunk:
             _mean(losses, weights).backward()  # type: ignore[no-untyped-call]
             member.step()
 
-    def _gathered(self, fold: int, minibatches: Sequence[Tensor]) -> Iterator[_Rows]:
+    def _gather(self, fold: int, minibatches: Sequence[Tensor]) -> Iterator[_Rows]:
         """Yield what each minibatch reads, of which some are gathered at once."""
         data, size = self.data, len(minibatches[0])
         ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))

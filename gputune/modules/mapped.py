@@ -31,7 +31,7 @@ class Mapped(TorchFunctionMode):
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _is_mapped(weight):
         return functional.linear(input, weight, bias)
-    return _called(_map_linear, input, weight, bias)
+    return _call_rule(_map_linear, input, weight, bias)
 
 
 def _batch_norm(
@@ -46,7 +46,7 @@ def _batch_norm(
 ) -> Tensor:
     if not _is_mapped(input):
         return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _called(_map_batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _call_rule(_map_batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _layer_norm(
@@ -58,7 +58,7 @@ def _layer_norm(
 ) -> Tensor:
     if not _is_mapped(input):
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    return _called(_map_layer_norm, input, weight, bias, normalized_shape, eps)
+    return _call_rule(_map_layer_norm, input, weight, bias, normalized_shape, eps)
 
 
 def _group_norm(
@@ -70,7 +70,7 @@ def _group_norm(
 ) -> Tensor:
     if not _is_mapped(input):
         return functional.group_norm(input, num_groups, weight, bias, eps)
-    return _called(_map_group_norm, input, weight, bias, num_groups, eps)
+    return _call_rule(_map_group_norm, input, weight, bias, num_groups, eps)
 
 
 def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -94,7 +94,7 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         options = stride, padding, dilation, groups
         if not _is_mapped(weight) or input.dim() < weight.dim():  # one image, without an axis of rows
             return function(input, weight, bias, *options)
-        return _called(_map_convolution, function, input, weight, bias, *options)
+        return _call_rule(_map_convolution, function, input, weight, bias, *options)
 
     return convolve
 
@@ -104,7 +104,7 @@ def _pool(function: Callable[..., Tensor]) -> Callable[..., Any]:
         gives_indices = kwargs.get("return_indices") or len(args) > 5
         if not _is_mapped(input) or input.dim() < 4 or gives_indices:
             return function(input, *args, **kwargs)
-        return _called(_map_pool, function, input, args, kwargs)
+        return _call_rule(_map_pool, function, input, args, kwargs)
 
     return pool
 
@@ -129,7 +129,7 @@ def _is_mapped(tensor: Tensor) -> bool:
     return retrieve_current_functorch_interpreter().key() == TransformType.Vmap
 
 
-def _called(rule: Callable[..., tuple[Tensor, int]], *args: Any) -> Tensor:
+def _call_rule(rule: Callable[..., tuple[Tensor, int]], *args: Any) -> Tensor:
     """Call a rule with the number of members, their axes, and the arguments with those.
 
     As an ``autograd.Function`` with a rule for vmap does, at a tenth of the cost of its call.

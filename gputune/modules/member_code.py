@@ -102,13 +102,13 @@ def _in_blocks(lines: Sequence[Line]) -> Iterator[str]:
     run: list[Line] = []
     for line in lines:
         if run and not _go_together([*run, line]):
-            yield from _taken(run)
+            yield from _take_lines(run)
             run = []
         if _go_together([line]):
             run.append(line)
         else:
             yield line.call()
-    yield from _taken(run)
+    yield from _take_lines(run)
 
 
 def _go_together(lines: Sequence[Line]) -> bool:
@@ -118,7 +118,7 @@ def _go_together(lines: Sequence[Line]) -> bool:
     return {line.n for line in lines} == {max(_LARGE, lines[0].n)} and len(memories) == len(moved)
 
 
-def _taken(run: Sequence[Line]) -> Iterator[str]:
+def _take_lines(run: Sequence[Line]) -> Iterator[str]:
     if len(run) < 2:
         yield from (line.call() for line in run)
         return

@@ -53,7 +53,7 @@ def _of_rows(added: Place, out: Place) -> bool:
     return one and added.stride[-1] == 1 and added.shape[-1] == out.shape[-1] and added.memory != out.memory
 
 
-def _reduced(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _reduce(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
     x: Place = given["self"]
     if given.get("dtype") not in (None, out.dtype):
         raise TraceError(f"{op.function} of another type is in no code")
@@ -187,7 +187,7 @@ def _embedding_slope(writer: Writer, given: Given, op: Operation, out: Place) ->
     yield writer.call([out, slope, index], loops.nest(f"{to} += p1[{loops.index(0)}];", ""))
 
 
-def _joined(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _concatenate(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
     axis = given["dim"] % len(out.shape)
     begin = 0
     stacked = op.name == "stack"
@@ -304,7 +304,7 @@ def _class_loss_slope(writer: Writer, given: Given, op: Operation, out: Place) -
 
 LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
-    **dict.fromkeys(("sum", "mean"), _reduced),
+    **dict.fromkeys(("sum", "mean"), _reduce),
     "_softmax": _softmax,
     "_log_softmax": _log_softmax,
     "_softmax_backward_data": _softmax_slope,
@@ -312,7 +312,7 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("gather", "index_select", "index"), _chosen),
     "embedding": _embedding,
     "embedding_dense_backward": _embedding_slope,
-    **dict.fromkeys(("cat", "stack"), _joined),
+    **dict.fromkeys(("cat", "stack"), _concatenate),
     "select_backward": _select_slope,
     "slice_backward": _slice_slope,
     "native_layer_norm_backward": _layer_norm_slope,

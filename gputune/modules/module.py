@@ -177,9 +177,9 @@ class StackedModule(ModuleNetwork):
         make_mappable(module)
 
     def _lay_out(self) -> None:
-        self.trained, self.blocks = self._stacked(self.first), self._stacked(self.first | self.kept)
+        self.trained, self.blocks = self._stack(self.first), self._stack(self.first | self.kept)
 
-    def _stacked(self, tensors: Mapping[str, Tensor]) -> Blocks:
+    def _stack(self, tensors: Mapping[str, Tensor]) -> Blocks:
         trials, sides = self.members[1], hidden_sides(self.template, self.first)
         return Blocks(
             [
@@ -221,7 +221,7 @@ class StackedModule(ModuleNetwork):
         # Copies: the members' own share a counter of writes with the leaves, which autograd must find unwritten.
         kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
         inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
-        with torch.enable_grad(), self._drawing(batch):
+        with torch.enable_grad(), self._draws(batch):
             members_losses, after = self._losses(leaves | kept, [for_members(x, trials) for x in inputs], batch)
             share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
             # A mean of the user's own has no rows to weight, which was refused where there are weights.
@@ -236,7 +236,7 @@ class StackedModule(ModuleNetwork):
         for name, buffer in after.items():
             members[name].copy_(buffer.detach())
 
-    def _drawing(self, batch: Batch) -> AbstractContextManager[None]:
+    def _draws(self, batch: Batch) -> AbstractContextManager[None]:
         """What is drawn inside is the minibatch's, made ahead or by its key."""
         if isinstance(batch.draws, tuple):
             return given_draws(batch.draws)
@@ -258,7 +258,7 @@ class StackedModule(ModuleNetwork):
                 *rows, y = rows
                 return self.objective.losses(module, rows, y, self.configs[0], names=self.shape.names)
 
-            losses, after = self._mapped(own, members, [*inputs, for_members(batch.y, trials)], training=True)
+            losses, after = self._map_members(own, members, [*inputs, for_members(batch.y, trials)], training=True)
             return losses.view(-1, trials, *losses.shape[1:]), after
         outputs, after = self._forward(members, inputs, training=True)
         outputs = _with_columns(outputs).to(self.shape.dtype)
@@ -297,9 +297,9 @@ class StackedModule(ModuleNetwork):
         def forward(module: nn.Module, rows: Sequence[Tensor]) -> Tensor:
             return self.objective.outputs(module, rows, self.shape.names)
 
-        return self._mapped(forward, members, inputs, training=training)
+        return self._map_members(forward, members, inputs, training=training)
 
-    def _mapped(
+    def _map_members(
         self,
         function: Callable[[nn.Module, Sequence[Tensor]], Tensor],
         members: Params,

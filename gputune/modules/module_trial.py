@@ -53,8 +53,8 @@ class ModuleTrial:
     def in_double(self) -> Self:
         """Return this trial with floats of double precision; its module stays as it is."""
         double = copy.copy(self)
-        double.inputs = [_widened(x) for x in self.inputs]
-        double.y = _widened(self.y)
+        double.inputs = [_widen(x) for x in self.inputs]
+        double.y = _widen(self.y)
         kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in double.inputs)
         double.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
         return double
@@ -86,17 +86,17 @@ class ModuleTrial:
         """Whether a forward in training takes numbers from torch's generator, and whether it then reads numbers."""
         with keyed_draws(_CPU, 0, "check"):
             state = torch.get_rng_state()
-            with counting_on_device(self.module), _Reading() as reading:
-                self._called(self.inputs, training=True)
+            with counting_on_device(self.module), _ReadRecorder() as reading:
+                self._call(self.inputs, training=True)
             draws = not torch.equal(state, torch.get_rng_state())
         return draws, draws and reading.read
 
     def forward(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
         """Return the outputs on some rows, always with the same draws."""
         with keyed_draws(_CPU, 0, "check"):
-            return self._called(inputs, training=training)
+            return self._call(inputs, training=training)
 
-    def _called(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
+    def _call(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
         self.trail.largest = 0  # of other numbers of rows
         try:
             with torch.set_grad_enabled(training):
@@ -118,7 +118,7 @@ class ModuleTrial:
             with torch.enable_grad(), keyed_draws(_CPU, 0, "check"), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", _TORCH_BROADCASTS)  # refused below, if it is one
                 state = torch.get_rng_state()
-                with counting_on_device(self.module), _Reading() as reading:
+                with counting_on_device(self.module), _ReadRecorder() as reading:
                     losses = self.objective.losses(
                         self.module.train(), self.inputs, self.y, self.config, names=self.shape.names
                     )
@@ -293,7 +293,7 @@ def _ends_in_sigmoid(outputs: Tensor) -> bool:
     return node is not None and node.name().startswith("Sigmoid")
 
 
-def _widened(x: Tensor) -> Tensor:
+def _widen(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
@@ -311,7 +311,7 @@ def _any_rows(x: Tensor) -> str:
     return f"({', '.join(['rows', *map(str, x.shape[1:])])})"
 
 
-class _Reading(DispatchMode):
+class _ReadRecorder(DispatchMode):
     """Notes whether a number of a tensor is read into Python, which may decide by it."""
 
     def __init__(self) -> None:

@@ -40,7 +40,7 @@ _PLAIN = {
 def compile_trace(trace: Trace) -> Callable[[], None]:
     """Return a function that takes the step again, on what its memory holds then. Raises TraceError."""
     constants, operations = _without_constants(trace)
-    operations = _written_at_once(_needed([_with_out(op) for op in operations], trace), trace)
+    operations = _written_at_once(_without_unused([_with_out(op) for op in operations], trace), trace)
     return _Source(operations, trace, constants).function()
 
 
@@ -51,7 +51,7 @@ def computing(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]]:
     """
     constants, operations = _without_constants(trace)
     given = [op if op.writes or len(op.results) != 1 else replace(op, out="out") for op in operations]
-    return constants, _written_at_once(_needed(given, trace), trace)
+    return constants, _written_at_once(_without_unused(given, trace), trace)
 
 
 def _without_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]]:
@@ -63,18 +63,18 @@ def _without_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]
         reads = [] if op.name in _FACTORIES else op.reads
         constant = all(place.memory in constants for place in reads) and len(op.results) == 1 and not op.writes
         if constant and op.makes[0].memory not in changed:
-            constants[op.makes[0].memory] = _computed(op, constants)
+            constants[op.makes[0].memory] = _constant_result(op, constants)
         else:
             rest.append(op)
     return constants, rest
 
 
-def _computed(op: Operation, constants: dict[int, Tensor]) -> Tensor:
+def _constant_result(op: Operation, constants: dict[int, Tensor]) -> Tensor:
     def tensor(place: Place) -> Tensor:
         held = constants.get(place.memory)
         return place.on(held.untyped_storage()) if held is not None else _empty_at(place)
 
-    args, kwargs = _mapped(op.args, tensor), _mapped(op.kwargs, tensor)
+    args, kwargs = _map_places(op.args, tensor), _map_places(op.kwargs, tensor)
     result: Tensor = op.function(*args, **kwargs)
     if tuple(result.stride()) == op.makes[0].stride:
         return result
@@ -96,7 +96,7 @@ def _with_out(op: Operation) -> Operation:
     if len(op.results) != 1 or op.writes:
         return op
     if op.name in _FACTORIES:  # of memory that is written into later
-        return _made(op)
+        return _prepare(op)
     if (writer := _WRITERS.get(op.function)) is not None:
         return replace(op, function=writer, out="out")
     found = _out_variant(op.function)
@@ -107,12 +107,12 @@ def _with_out(op: Operation) -> Operation:
     return replace(op, function=function, out=found[1])
 
 
-def _made(op: Operation) -> Operation:
+def _prepare(op: Operation) -> Operation:
     name = op.name
     if "zeros" in name:
         return replace(op, function=_zero, args=[], kwargs={}, out="out")
     if "empty" in name:
-        return replace(op, function=_nothing, args=[], kwargs={}, out="out")
+        return replace(op, function=_do_nothing, args=[], kwargs={}, out="out")
     return op
 
 
@@ -120,7 +120,7 @@ def _zero(*, out: Tensor) -> None:
     out.zero_()
 
 
-def _nothing(*, out: Tensor) -> None:
+def _do_nothing(*, out: Tensor) -> None:
     """Leave memory as it is: the operation's result was not initialised."""
 
 
@@ -172,7 +172,7 @@ def _out_variant(function: Any) -> tuple[Any, str] | None:
     return None
 
 
-def _needed(operations: Sequence[Operation], trace: Trace) -> list[Operation]:
+def _without_unused(operations: Sequence[Operation], trace: Trace) -> list[Operation]:
     """Leave out what nothing reads."""
     wanted: set[int] = set()
     kept = []
@@ -205,7 +205,7 @@ def _written_at_once(operations: Sequence[Operation], trace: Trace) -> list[Oper
 
 def _goal(maker: Operation, source: Place, target: Place) -> Place | None:
     """Return where an operation must write its result, so that ``source`` of it would be ``target``; None: nowhere."""
-    if maker.out is None or len(maker.makes) != 1 or maker.function in (_zero, _nothing):
+    if maker.out is None or len(maker.makes) != 1 or maker.function in (_zero, _do_nothing):
         return None
     result = maker.makes[0]
     alike = (source.dtype, _layout(source)) == (target.dtype, _layout(target))
@@ -264,7 +264,7 @@ class _Source:
                 gone[i].append(memory)
         lines = []
         for i, op in enumerate(self.operations):
-            if op.function is not _nothing:
+            if op.function is not _do_nothing:
                 lines.append(self._line(op))
             if gone[i]:
                 lines.append(f"del {', '.join(self.results[memory][1] for memory in gone[i])}")
@@ -282,9 +282,9 @@ class _Source:
         if not op.results and method.endswith("_") and hasattr(Tensor, method):
             return f"{words[0]}.{method}({', '.join(words[1:])})"
         call = f"{self._name(op.function, 'f')}({', '.join(words)})"
-        return f"{self._made(op)} = {call}" if op.makes else call
+        return f"{self._prepare(op)} = {call}" if op.makes else call
 
-    def _made(self, op: Operation) -> str:
+    def _prepare(self, op: Operation) -> str:
         """Give names to results in memory that an operation takes itself."""
         names = []
         for place in op.results:
@@ -324,9 +324,9 @@ class _Source:
         return place.on(self.storages[place.memory])
 
 
-def _mapped(value: object, tensor: Callable[[Place], Tensor]) -> Any:
+def _map_places(value: object, tensor: Callable[[Place], Tensor]) -> Any:
     if isinstance(value, Place):
         return tensor(value)
     if isinstance(value, list):
-        return [_mapped(part, tensor) for part in value]
-    return {k: _mapped(part, tensor) for k, part in value.items()} if isinstance(value, dict) else value
+        return [_map_places(part, tensor) for part in value]
+    return {k: _map_places(part, tensor) for k, part in value.items()} if isinstance(value, dict) else value

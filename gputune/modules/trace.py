@@ -112,7 +112,7 @@ class Trace:
 
 def trace(step: Callable[[], None]) -> Trace:
     """Return the operations of a step; all that it wrote is afterwards as it was before. Raises TraceError."""
-    mode = _Tracing()
+    mode = _OperationRecorder()
     try:
         with mode:
             step()
@@ -122,7 +122,7 @@ def trace(step: Callable[[], None]) -> Trace:
     return Trace(mode.operations, mode.outside, mode.sizes)
 
 
-class _Tracing(DispatchMode):
+class _OperationRecorder(DispatchMode):
     """Runs operations and notes those that compute; a view only gives another place to memory that is known."""
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ class _Tracing(DispatchMode):
             self.sizes[memory_of(tensor)] = tensor.untyped_storage().nbytes()
         fresh = {memory_of(tensor) for tensor in made}
         results = [Place.of(part) if isinstance(part, Tensor) and memory_of(part) in fresh else None for part in parts]
-        encoded = [_encoded(value) for value in args], {k: _encoded(v) for k, v in kwargs.items()}
+        encoded = [_encode(value) for value in args], {k: _encode(v) for k, v in kwargs.items()}
         self.operations.append(
             Operation(func, *encoded, results if made else [], [Place.of(tensor) for tensor in targets])
         )
@@ -229,11 +229,11 @@ def _of_kind(value: object, kind: type) -> Iterator[Any]:
         yield from _of_kind(list(value.values()), kind)
 
 
-def _encoded(value: object) -> Any:
+def _encode(value: object) -> Any:
     """An argument with places for tensors."""
     if isinstance(value, Tensor):
         return Place.of(value)
-    return [_encoded(part) for part in value] if isinstance(value, tuple | list) else value
+    return [_encode(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
@@ -248,12 +248,12 @@ def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
         gaps, end = [], 0
         for begin, length in held:
             gaps.append((begin - end, end))
-            end = max(end, _rounded(begin + length))
+            end = max(end, _round_up(begin + length))
         fitting = [gap for gap in gaps if gap[0] >= wanted]
         begins.append(min(fitting)[1] if fitting else end)
-        size = max(size, _rounded(begins[-1] + wanted))
+        size = max(size, _round_up(begins[-1] + wanted))
     return begins, size
 
 
-def _rounded(size: int) -> int:
+def _round_up(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED

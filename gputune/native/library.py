@@ -109,7 +109,7 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
     name = f"steps-{'double' if dtype == torch.float64 else 'float'}-{_key(compiler, source)}"
     try:
         folder = cache_folder()
-        if folder is not None and (kept := _kept(folder, name)) is not None:
+        if folder is not None and (kept := _cached_library(folder, name)) is not None:
             return kept
         if folder is not None and os.access(folder, os.W_OK):
             return ctypes.CDLL(str(_build(compiler, source, folder / name)))
@@ -155,7 +155,7 @@ def _is_own(path: Path) -> bool:
     return is_users(path.lstat()) and not path.is_symlink()
 
 
-def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
+def _cached_library(folder: Path, name: str) -> ctypes.CDLL | None:
     """Return the library that an earlier run left. One that is not as it was built, or does not load, is removed."""
     for path in _whole(folder, name, ".so"):
         with contextlib.suppress(OSError):

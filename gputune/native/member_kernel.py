@@ -45,10 +45,10 @@ class MemberKernel:
     @property
     def layers(self) -> list[tuple[int, int]]:
         """Inputs and outputs of each layer, with the zeros behind them."""
-        sizes = [self._filled(self.inputs), *[self.width] * self.depth, self._filled(self.outputs)]
+        sizes = [self._round_up(self.inputs), *[self.width] * self.depth, self._round_up(self.outputs)]
         return list(zip(sizes[:-1], sizes[1:]))
 
-    def _filled(self, n: int) -> int:
+    def _round_up(self, n: int) -> int:
         """The next multiple of what is read at once."""
         full = 16 if self.tf32 else 4
         return -(-n // full) * full

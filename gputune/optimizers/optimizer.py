@@ -204,7 +204,7 @@ class Optimizer:
         if self.average is not None and first is not None:
             share = (1 - self.ema).masked_fill(first, 1.0)  # the first weights are the average of themselves
             share = share if active is None else share * active
-            self.blocks.lerp_(self.average, self._evaluated(theta), share.to(self.dtype))
+            self.blocks.lerp_(self.average, self._evaluate(theta), share.to(self.dtype))
 
     def _clip(self, grad: Tensor) -> None:
         if self.clip_norm is None or self.squares is None:
@@ -217,9 +217,9 @@ class Optimizer:
 
     def scored(self, theta: Tensor) -> Tensor:
         """Return the weights that are scored and saved: an average where there is one, else ``theta`` itself."""
-        return self._evaluated(theta) if self.average is None else self.average
+        return self._evaluate(theta) if self.average is None else self.average
 
-    def _evaluated(self, theta: Tensor) -> Tensor:
+    def _evaluate(self, theta: Tensor) -> Tensor:
         if isinstance(self.update, Update) and self.update.optimizer == "schedulefree":
             return schedule_free_average(theta, self.update.moments[0])
         return theta

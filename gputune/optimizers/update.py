@@ -44,11 +44,11 @@ class Clock:
         self.done = torch.zeros_like(steps, dtype=torch.float64)
         self.total = (steps * horizon).double()
         self.schedules = {
-            key: self._scheduled([config.get(key, "constant") for config in configs])
+            key: self._by_schedule([config.get(key, "constant") for config in configs])
             for key in ("schedule", "weight_decay_schedule", "dropout_schedule")
         }
 
-    def _scheduled(self, words: Sequence[str]) -> dict[Schedule, Tensor]:
+    def _by_schedule(self, words: Sequence[str]) -> dict[Schedule, Tensor]:
         """Return which members have which schedule, but for the constant one."""
         return {
             SCHEDULES[name]: torch.tensor([word == name for word in words], device=self.steps.device)
@@ -158,7 +158,7 @@ class Update:
         keep = None if active is None else active.double()
         factor = self.clock.factor() if keep is None else self.clock.factor() * keep
         if self.optimizer in IN_PLACE:
-            self._add(grad, theta, self._scheduled(self.l2), self.decay_factors)
+            self._add(grad, theta, self._by_schedule(self.l2), self.decay_factors)
         if self.adaptive:
             self._adam(theta, grad, factor, keep)
         elif self.optimizer in ("sgd", "nesterov"):
@@ -229,7 +229,7 @@ class Update:
             for old, value in zip([w, *moments], [new["w"], *(after[name]["w"] for name in names)]):
                 old.copy_(value if active is None else torch.where(with_axes_of(block, active), value, old))
 
-    def _scheduled(self, amount: Amount) -> Amount:
+    def _by_schedule(self, amount: Amount) -> Amount:
         """Return a weight decay as its schedule and its factors want it: of each member, where they have any."""
         if not self.clock.schedules["weight_decay_schedule"] and not self.decay_factors:
             return amount

@@ -135,7 +135,7 @@ def history_chart(study: Study) -> Chart | None:
     numbers = np.array([trial.number for trial in study.trials], dtype=float)
     x = linear_scale(numbers.min(), numbers.max(), most=10, pad=0.01, whole=True)
     frame = Frame(_WIDE, 280.0, x, score_scale(shown, pad=_PAD)).with_room()
-    drawn, notes = _drawn(shown, POINTS)
+    drawn, notes = _rows_to_draw(shown, POINTS)
     best = shown.best_so_far
     steps = np.flatnonzero(np.isfinite(best) & (best != np.concatenate([[np.nan], best[:-1]])))
     corners = np.append(np.repeat(numbers[steps], 2)[1:], numbers[-1])
@@ -205,7 +205,7 @@ def slice_charts(study: Study) -> Slices | None:
     shown, varied = score_view(study), varied_parameters(study)
     if not shown.order or not varied:
         return None
-    drawn, notes = _drawn(shown, max(FEWEST, min(POINTS, ALL // len(varied))))
+    drawn, notes = _rows_to_draw(shown, max(FEWEST, min(POINTS, ALL // len(varied))))
     return Slices(tuple((one.label, _slice(study, shown, one, drawn)) for one in varied), notes)
 
 
@@ -232,7 +232,7 @@ def _slice(study: Study, shown: Scores, parameter: Parameter, drawn: Sequence[in
     return Chart(svg, (note,) if parameter.hidden else ())
 
 
-def _drawn(shown: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
+def _rows_to_draw(shown: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
     """Return the rows whose points are drawn, worst first, and what must be said of those that are not."""
     drawn, scored = spread_over(shown.order, most), len(shown.order)
     note = f"{len(drawn)} of {scored} scored trials are drawn: the best {most // 4}, and the others evenly by rank."

@@ -54,7 +54,7 @@ def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
             note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
             score = Fact(f"best cross-validated {measure.title}", measure.with_error(best.score, best.std_error), note)
             tried = sum(math.isfinite(trial.score) for trial in study.trials)
-            rows += [score, _held_out(model, measure, tried)]
+            rows += [score, _held_out_fact(model, measure, tried)]
         if (baseline := record.baseline) is not None:
             rows.append(Fact("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
     rows.append(Fact("trials", str(len(study.trials)), states_text(states_of(study))))
@@ -69,7 +69,7 @@ def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
     return rows
 
 
-def _held_out(model: Json | None, measure: Measure, tried: int) -> Fact:
+def _held_out_fact(model: Json | None, measure: Measure, tried: int) -> Fact:
     name = f"held-out {measure.name}"
     optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
     score = None if model is None else model.get("held_out_score")

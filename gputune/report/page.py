@@ -72,16 +72,16 @@ def _columns(study: Study, rows: int) -> list[Column]:
     trials = study.ranking()[:rows]
     measure = score_view(study).measure
     sign, decimals = (-1.0 if measure.lower_is_better else 1.0), measure.decimals
-    scores = _rounded("score", measure.name, [sign * trial.score for trial in trials], decimals)
+    scores = _number_column("score", measure.name, [sign * trial.score for trial in trials], decimals)
     epochs = [trial.best_epoch or None if math.isfinite(trial.score) else None for trial in trials]
     columns: list[Column] = [
         {"key": "number", "label": "trial", "values": [trial.number for trial in trials]},
         _words("state", "state", [trial.state for trial in trials]),
         {**scores, "first": int(-sign)},
-        _rounded("error", "± error", [trial.std_error for trial in trials], decimals),
+        _number_column("error", "± error", [trial.std_error for trial in trials], decimals),
         *_metrics(study, trials),
         {"key": "epoch", "label": "epoch", "values": epochs},
-        _rounded("seconds", "seconds", [trial.seconds for trial in trials], 2),
+        _number_column("seconds", "seconds", [trial.seconds for trial in trials], 2),
     ]
     if any(trial.origin_text != "random" for trial in trials):
         columns.append(_words("origin", "origin", [trial.origin_text for trial in trials]))
@@ -94,13 +94,13 @@ def _metrics(study: Study, trials: Sequence[Trial]) -> Iterator[Column]:
     for name, measure in other_measures(study).items():
         sign = -1.0 if measure.lower_is_better else 1.0
         scores = [sign * trial.scores.get(name, math.nan) for trial in trials]
-        yield {**_rounded(f"score_{name}", measure.name, scores, measure.decimals), "first": int(-sign)}
+        yield {**_number_column(f"score_{name}", measure.name, scores, measure.decimals), "first": int(-sign)}
     if study.metrics:
         front = {trial.number for trial in pareto_trials(study)}
         yield _words("pareto", "not beaten", ["yes" if trial.number in front else None for trial in trials])
 
 
-def _rounded(key: str, label: str, values: Sequence[float], decimals: int) -> Column:
+def _number_column(key: str, label: str, values: Sequence[float], decimals: int) -> Column:
     rounded = [round(value, decimals) + 0.0 if math.isfinite(value) else None for value in values]
     return {"key": key, "label": label, "decimals": decimals, "values": rounded}
 
@@ -181,7 +181,7 @@ def page(
     columns, rows = table_columns(study)
     numbers = {column["key"] for column in columns if "levels" not in column}
     axes = [] if parallel is None else parallel.to_json(rows, numbers)
-    style, script = _packaged("report.css"), _packaged("report.js")
+    style, script = _read_template("report.css"), _read_template("report.js")
     html: str = _template().render(
         policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
         "form-action 'none'",
@@ -262,7 +262,7 @@ def _source(study: Study) -> str:
 
 
 @cache
-def _packaged(name: str) -> str:
+def _read_template(name: str) -> str:
     return (resources.files("gputune.report") / "templates" / name).read_text(encoding="utf-8")
 
 
@@ -271,7 +271,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(_packaged("report.html"))
+    return environment.from_string(_read_template("report.html"))
 
 
 def _hash(text: str) -> str:

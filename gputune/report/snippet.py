@@ -100,7 +100,7 @@ def snippet(study: Study) -> str:
 def _from_file(script: _Script, study: Study) -> str:
     """Return code that reads the study and refits it: the way of what one call of ``tune`` cannot say."""
     script.use("import gputune")
-    by, rows = _ranked(script, study), "X, y" if study.record.source is None else ""
+    by, rows = _ranking_call(script, study), "X, y" if study.record.source is None else ""
     if rows:
         script.argument(rows, "the rows of the search")
     if study.file is None:
@@ -110,7 +110,7 @@ def _from_file(script: _Script, study: Study) -> str:
     return script.text(f"study = gputune.Study.open({path}){by}", f"model = study.best_model({rows})")
 
 
-def _ranked(script: _Script, study: Study) -> str:
+def _ranking_call(script: _Script, study: Study) -> str:
     """Return the call that ranks a study by another metric than that of its epochs; "" where it is the same."""
     return f".ranked_by({script.literal(study.metrics[0])})" if epochs_by(study) else ""
 
@@ -126,7 +126,7 @@ def _tune(script: _Script, study: Study, best: Trial) -> str:
         *before,
         "study = gputune.tune(",
         *(f"    {argument}," for argument in arguments),
-        f"){_ranked(script, study)}",
+        f"){_ranking_call(script, study)}",
         f"print(study.best_score)  # {best.score!r}, the {scoring} of this page, but for rounding",
         "model = study.best_model()",
     )
@@ -147,10 +147,10 @@ def _model(script: _Script, spec: Json) -> str:
     name = last if _is_name(last) else "Module"
     if "keywords" in spec:
         return script.argument(name, f"the partial of {name} of the search, with {spec['keywords']!r}")
-    return _imported(script, str(spec["import"])) or script.argument(name, "the module class of the search")
+    return _import_name(script, str(spec["import"])) or script.argument(name, "the module class of the search")
 
 
-def _imported(script: _Script, place: str) -> str:
+def _import_name(script: _Script, place: str) -> str:
     """Return the name of "module:name" and import it; "" where no import reaches it."""
     module, _, name = place.partition(":")
     if module == "__main__" or not (_is_name(module) and _is_name(name)):
@@ -232,7 +232,7 @@ def _scorings(script: _Script, study: Study) -> tuple[str, object]:
 def _scoring(script: _Script, name: str) -> str:
     if ":" not in name:
         return script.literal(name)
-    return _imported(script, name) or script.argument("scoring")
+    return _import_name(script, name) or script.argument("scoring")
 
 
 def _transform(script: _Script, recorded: str | Json | None) -> str:

@@ -22,7 +22,7 @@ def fitted(
     X: object,
     rows: object,
     others: Callable[[object], Tensor] | None = None,
-) -> "_Fitted":
+) -> "_FittedEstimator":
     """Return what a scorer takes for a fitted estimator, whose outputs (m, K) for ``X`` are given.
 
     That holds as long as X is equal to ``rows``; ``others`` gives the outputs for anything else.
@@ -45,7 +45,7 @@ def takes_task(scorer: Callable[[Any, Any, Any], float], task: Task) -> bool:
     return True
 
 
-class _Fitted(BaseEstimator):  # type: ignore[misc]
+class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
     """A fitted estimator, as far as a scorer asks for one: outputs that are already there, and those of other rows."""
 
     def __init__(
@@ -62,7 +62,7 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
     def __sklearn_is_fitted__(self) -> bool:
         return True
 
-    def fit(self, X: object, y: object = None) -> "_Fitted":
+    def fit(self, X: object, y: object = None) -> "_FittedEstimator":
         raise InputError("the estimator that a scorer is given is fitted, and cannot be fitted again.")
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
         return self.others(X)
 
 
-class _Classifier(ClassifierMixin, _Fitted):  # type: ignore[misc]
+class _Classifier(ClassifierMixin, _FittedEstimator):  # type: ignore[misc]
     @property
     def classes_(self) -> np.ndarray:
         assert self.classes is not None
@@ -102,7 +102,7 @@ class _Labeller(_Classifier):
         return (self.outputs(X) > 0).numpy().astype(np.int64)
 
 
-class _Regressor(RegressorMixin, _Fitted):  # type: ignore[misc]
+class _Regressor(RegressorMixin, _FittedEstimator):  # type: ignore[misc]
     def predict(self, X: object) -> np.ndarray:
         outputs = self.outputs(X)
         return (outputs.squeeze(-1) if outputs.shape[-1] == 1 else outputs).numpy()

@@ -172,7 +172,7 @@ class Objective:
         ``absent`` (K,) are the classes that take no part, None where all do.
         """
         if self.step is not None:
-            return self.step(module, (_given(inputs, names), y))
+            return self.step(module, (_as_argument(inputs, names), y))
         outputs = call_module(module, inputs, names)
         if not self.is_named:
             return self.member_loss(config)(outputs, y)
@@ -196,7 +196,7 @@ class Objective:
         for fold in range(len(inputs[0])):
             minibatch = [x[fold] for x in inputs]
             generator = torch.Generator(inputs[0].device).manual_seed(stream_seed(seed, "augment", *key))
-            augmented = _taken(self.augment(_given(minibatch, names), generator), names)
+            augmented = _as_inputs(self.augment(_as_argument(minibatch, names), generator), names)
             found = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in augmented]
             if found != [tuple(x.shape) for x in minibatch]:
                 raise InputError(
@@ -231,14 +231,14 @@ class Objective:
         return ignored is not None and (self.any_outputs or ignored >= 0)
 
 
-def _given(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:
+def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:
     """Return inputs as a user's function gets them: one alone, a tuple of several, a dict of those with names."""
     if names is not None:
         return dict(zip(names, inputs, strict=True))
     return inputs[0] if len(inputs) == 1 else tuple(inputs)
 
 
-def _taken(returned: Any, names: Sequence[str] | None) -> list[Any]:
+def _as_inputs(returned: Any, names: Sequence[str] | None) -> list[Any]:
     """Return the inputs that a user's function returned, in the order of those that it was given."""
     if isinstance(returned, Mapping):
         return [returned.get(name) for name in names or returned]

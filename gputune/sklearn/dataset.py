@@ -263,10 +263,10 @@ def _layout(places: tuple[int, ...], parts: Sequence[Part]) -> Layout:
     starts = np.cumsum([0, *(len(rows.X) for rows in distinct)])
     start_of = {id(rows): start for rows, start in zip(distinct, starts)}
     folds = tuple(part.index + start_of[id(part.rows)] for part in parts)
-    return Layout(places, distinct[0] if len(distinct) == 1 else _joined(distinct), folds)
+    return Layout(places, distinct[0] if len(distinct) == 1 else _join(distinct), folds)
 
 
-def _joined(blocks: Sequence[Rows]) -> Rows:
+def _join(blocks: Sequence[Rows]) -> Rows:
     """Return the rows of all blocks, one after the other, with codes among the classes of all."""
     first = blocks[0]
     X = Arrays(tuple(map(torch.cat, zip(*(rows.X.parts for rows in blocks)))), first.X.names)

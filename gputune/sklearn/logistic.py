@@ -43,7 +43,7 @@ class Penalty:
 
 
 @dataclass(frozen=True, eq=False)
-class Solved:
+class Solution:
     """One solved member: coef (K, D) and intercept (K,), with K = 1 for two classes; ``classes`` as positions."""
 
     coef: NDArray[np.float64]
@@ -73,10 +73,10 @@ def solve_members(
     *,
     workers: int | None,
     deadline: float | None,
-) -> dict[Place, Solved | Exception]:
+) -> dict[Place, Solution | Exception]:
     """Solve every penalty on the training rows of every fold; ValueError for class weights that do not fit them."""
     del workers, deadline  # one batched solve, which takes seconds where training takes minutes
-    members: dict[Place, Solved | Exception] = {}
+    members: dict[Place, Solution | Exception] = {}
     for index, group in solve_groups(penalties, rows, folds):
         places = [(fold, i) for fold in group.places for i in index]
         (x,) = shared_x(rows, device_for_solver(penalties[index[0]].device).device, torch.float64)
@@ -90,7 +90,7 @@ def solve_members(
         coef, intercept = solution.coef.cpu().numpy(), solution.intercept.cpu().numpy()
         facts = zip(solution.steps.tolist(), solution.residual.tolist(), solution.converged.tolist())
         for p, (place, fact) in enumerate(zip(places, facts)):
-            members[place] = Solved(coef[p], intercept[p], *fact, group.classes)
+            members[place] = Solution(coef[p], intercept[p], *fact, group.classes)
     return members
 
 
@@ -222,7 +222,7 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
             device=self.device,
         )
 
-    def _set_fitted(self, fitted: Solved, rows: Rows) -> None:
+    def _set_fitted(self, fitted: Solution, rows: Rows) -> None:
         assert rows.classes is not None
         self.classes_ = rows.classes[fitted.classes]
         precision = rows.X.parts[0].numpy().dtype

@@ -75,7 +75,7 @@ class MemberJob(Job):
         """Train one chunk and return its weights."""
         begin = time.monotonic()
         if self.patiences:
-            return self._watched(data, chunk)
+            return self._watch(data, chunk)
         trained = train_chunk(self, data, chunk, progress)
         state = tuple(buffer.cpu() for buffer in trained.state.buffers) if self.keeps_state else None
         seconds = time.monotonic() - begin
@@ -85,7 +85,7 @@ class MemberJob(Job):
         ends[1] = 0
         return Weights(chunk.index, trained.curves, trained.epochs, seconds, flat, state, ends)
 
-    def _watched(self, data: Dataset, chunk: Population) -> "Weights":
+    def _watch(self, data: Dataset, chunk: Population) -> "Weights":
         begin = time.monotonic()
         stopping = Stopping(self, [self.patiences[i] for i in chunk.index], data.n_folds)
         curves = train_chunk(self, data, chunk, after_epoch=stopping).curves
@@ -130,7 +130,7 @@ def members_of(
         takes_part = None if present is None or present[f].all() else present[f]
         for c, i in enumerate(chunk.index):
             if not finite[f][c]:
-                members[f, i] = _diverged(chunk.configs[c])
+                members[f, i] = _diverged_error(chunk.configs[c])
                 continue
             epochs, stalled = weights.ends[:, c, f].tolist()
             members[f, i] = Member(
@@ -152,7 +152,7 @@ def members_of(
     return members
 
 
-def _diverged(config: Config) -> DivergedError:
+def _diverged_error(config: Config) -> DivergedError:
     return DivergedError(
         f"the training diverged with {config['optimizer']} and a learning rate of {config['lr']:.3g}: its weights are "
         "no finite numbers any more; use a smaller rate, or scale the inputs (StandardScaler in a pipeline)."

@@ -166,7 +166,7 @@ def _train(
     groups = [recorded] if alike else [[each] for each in recorded]
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
     for group in groups:
-        train(_numbered([fits_of(each.events) for each in group]), workers=workers(), deadline=deadline)
+        train(_renumber([fits_of(each.events) for each in group]), workers=workers(), deadline=deadline)
     share = (time.monotonic() - begin) / sum(len(each.candidates) * len(each.splits) for each in recorded)
     return [replace(each, seconds=share) for each in recorded]
 
@@ -178,11 +178,11 @@ def _record(
     X, y, params = rows
     routed = _routed_within(search, X, params)
     run = SearchRun(with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
-    candidates, splits = search._drawn(), run.split(X, y, routed.splitter.split)
+    candidates, splits = search._draw_candidates(), run.split(X, y, routed.splitter.split)
     return TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, within), 0.0)
 
 
-def _numbered(fits: Sequence[Sequence[Fit]]) -> list[Fit]:
+def _renumber(fits: Sequence[Sequence[Fit]]) -> list[Fit]:
     """Return the fits of all outer folds, with their inner folds numbered on."""
     first = 0
     for inner in fits:

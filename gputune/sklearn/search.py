@@ -78,9 +78,9 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         reason = why_not_together(self.estimator, getattr(self, self._space_name))
         if reason is not None and not isinstance(self.estimator, type):  # which scikit-learn refuses
             self._leave_to_own_loop(reason)
-        with _overriding(self, self._overrides(together=reason is None)):
+        with _override(self, self._overrides(together=reason is None)):
             run = self._make_run(trained, X, y) if reason is None else None
-            with _running(run):
+            with _run_scope(run):
                 super().fit(X, y, **params)
         if hasattr(self, "best_estimator_"):
             without_hook(self.best_estimator_)
@@ -137,7 +137,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
 
 @contextmanager
-def _overriding(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
+def _override(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
     """Let a search have other parameters inside."""
     before = {name: getattr(search, name) for name in overrides}
     vars(search).update(overrides)
@@ -148,7 +148,7 @@ def _overriding(search: object, overrides: Mapping[str, object]) -> Iterator[Non
 
 
 @contextmanager
-def _running(run: SearchRun | None) -> Iterator[None]:
+def _run_scope(run: SearchRun | None) -> Iterator[None]:
     token = current_run.set(run)
     try:
         yield
@@ -199,7 +199,7 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
 
     __init__ = constructor(model_selection.RandomizedSearchCV, EXTRAS)
 
-    def _drawn(self) -> list[Config]:
+    def _draw_candidates(self) -> list[Config]:
         """Return the candidates that the search draws."""
         space = to_scipy(self.param_distributions)
         return list(model_selection.ParameterSampler(space, self.n_iter, random_state=self.random_state))
@@ -216,7 +216,7 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
 
     __init__ = constructor(model_selection.GridSearchCV, EXTRAS)
 
-    def _drawn(self) -> list[Config]:
+    def _draw_candidates(self) -> list[Config]:
         """Return all candidates of the grid."""
         return list(model_selection.ParameterGrid(self.param_grid))
 

@@ -66,7 +66,7 @@ def slopes_of(fits: Sequence[Fit], request: SlopeRequest) -> dict[int, TrialSlop
         parts = [part for fit in trials[0] for part in (fit.train, fit.valid) if isinstance(part, Part)]
         for layout in lay_out(parts):  # the validation rows of a fold have the form of its training rows
             members = [[trial[place // 2] for place in layout.places[::2]] for trial in trials]
-            slopes = _solved(members, layout) if is_solved else _trained(members, layout, request)
+            slopes = _solver_slopes(members, layout) if is_solved else _training_slopes(members, layout, request)
             for (fold, trial), slope in slopes:
                 fit = members[trial][fold]
                 by_fold[fit.trial][fit.fold] = slope
@@ -85,7 +85,7 @@ def _valid_rows(layout: Layout, group: FoldGroup, device: torch.device) -> list[
     return [as_tensor(layout.folds[2 * place + 1]).to(device) for place in group.places]
 
 
-def _trained(
+def _training_slopes(
     members: Sequence[Sequence[Fit]], layout: Layout, request: SlopeRequest
 ) -> Iterator[tuple[Place, MemberSlope]]:
     """Differentiate trials (C) that train in the folds."""
@@ -131,7 +131,7 @@ def _differentiate(batch: Batch, request: SlopeRequest) -> Iterator[tuple[Place,
                 yield (f, i), (outcome.losses[c, f].item(), slopes, outcome.ratios[c, f].item())
 
 
-def _solved(members: Sequence[Sequence[Fit]], layout: Layout) -> Iterator[tuple[Place, MemberSlope]]:
+def _solver_slopes(members: Sequence[Sequence[Fit]], layout: Layout) -> Iterator[tuple[Place, MemberSlope]]:
     """Differentiate trials (C) that are solved in the folds, at their minimum."""
     penalties: list[Penalty] = [trial[0].estimator._recipe(lambda: 0) for trial in members]
     for index, group in solve_groups(penalties, layout.rows, dict(enumerate(layout.folds[::2]))):

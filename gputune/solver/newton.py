@@ -84,15 +84,15 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     coarse = (closeness > COARSE) | (not signed.any() and rows.basis is not None)
     largest = model.diagonal.amax((1, 2))
     coarse &= (largest > SINGLE[0]) & (largest < SINGLE[1])
-    new = _moved(rows, point, model, coarse)
+    new = _move(rows, point, model, coarse)
     stuck = coarse & (objective(new) >= objective(point)) & (closeness > tolerance) & signed.flatten(1).any(1)
     if stuck.any():
         left = stuck.nonzero()[:, 0]
-        new = _replaced(new, left, _moved(rows, point[left], model[left], torch.zeros_like(stuck)[left]))
+        new = _replace(new, left, _move(rows, point[left], model[left], torch.zeros_like(stuck)[left]))
     return new
 
 
-def _moved(rows: Rows, point: Point, model: Model, coarse: Tensor) -> Point:
+def _move(rows: Rows, point: Point, model: Model, coarse: Tensor) -> Point:
     """Go to the minimiser of the model, found in single precision for the members ``coarse`` (m,)."""
     if coarse.all():
         step = _coarse_step(rows, model)
@@ -132,10 +132,10 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
         trial = point_at(rows, weight, logits, here.ridge, here.lasso)
         enough = before[left] + SUFFICIENT * length * slope[left] + ROUNDING * before[left].abs()
         good = objective(trial) <= enough
-        good |= _unseen(before[left], slope[left]) & (violation(rows, trial) < violation(rows, here))
+        good |= _is_lost_in_rounding(before[left], slope[left]) & (violation(rows, trial) < violation(rows, here))
         if len(left) == len(step) and good.all():
             return trial
-        new = _replaced(new, left[good], trial[good])
+        new = _replace(new, left[good], trial[good])
         left = left[~good]
         if not len(left):
             break
@@ -143,7 +143,7 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
     return new
 
 
-def _unseen(objective: Tensor, slope: Tensor) -> Tensor:
+def _is_lost_in_rounding(objective: Tensor, slope: Tensor) -> Tensor:
     """Whether the decrease that a slope promises is lost in the rounding of the objective, so that slopes must judge.
 
     Source: the approximate conditions of Hager and Zhang (2005), doi:10.1137/030601880.
@@ -151,7 +151,7 @@ def _unseen(objective: Tensor, slope: Tensor) -> Tensor:
     return slope.abs() < UNSEEN * objective.abs()
 
 
-def _replaced(point: Point, members: Tensor, by: Point) -> Point:
+def _replace(point: Point, members: Tensor, by: Point) -> Point:
     """The point with some members' state taken from another."""
     state = ("weight", "logits", "chance", "loss", "slope", "error")
     return replace(point, **{name: getattr(point, name).index_copy(0, members, getattr(by, name)) for name in state})

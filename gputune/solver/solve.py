@@ -132,7 +132,7 @@ def _fold(problem: Problem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, i
     keep = weights > 0
     x = problem.x[fold, keep]
     classes = torch.bincount(problem.y[keep], minlength=problem.n_classes) > 0
-    solution = _nothing_learned(classes, len(problem.C), x)
+    solution = _constant_solution(classes, len(problem.C), x)
     if not x.isfinite().all():
         solution.coef.fill_(torch.nan)
         solution.converged.fill_(False)
@@ -156,7 +156,7 @@ def _groups(
     huge = bool(x.abs().amax() > HUGE)
     scale = _scale(x) if huge else torch.ones_like(x[0])
     x = x / scale if huge else x
-    x, center = _centred(x, share) if problem.fit_intercept else (x, torch.zeros_like(x[0]))
+    x, center = _center(x, share) if problem.fit_intercept else (x, torch.zeros_like(x[0]))
     most = torch.finfo(x.dtype).max  # infinity times the intercept's 0 would be NaN
     lasso, ridge = ((part / (C * total)).clamp_max(most) for part in (problem.l1_ratio, 1 - problem.l1_ratio))
 
@@ -181,7 +181,7 @@ def _groups(
             yield chunks(step, which), x.numel()
 
 
-def _nothing_learned(classes: Tensor, members: int, x: Tensor) -> Solution:
+def _constant_solution(classes: Tensor, members: int, x: Tensor) -> Solution:
     """Zero coefficients, and intercepts that rule out the classes that do not occur."""
     outputs = 1 if len(classes) == 2 else len(classes)
     intercept = x.new_zeros(len(classes)).masked_fill(~classes, -torch.inf)
@@ -202,7 +202,7 @@ def _scale(x: Tensor) -> Tensor:
     return exponent.to(x.dtype).exp2()
 
 
-def _centred(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+def _center(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs less their weighted means, in place, and these; a constant input becomes zeros, not rounding errors."""
     center = share @ x
     x -= center

@@ -102,7 +102,7 @@ class Claims:
     def holder(self, chunk: Chunk) -> Owner | None:
         """Return the other process that has a chunk, or None."""
         with self._mutex:
-            return self._holder(self._connected(), chunk.number)
+            return self._holder(self._connect(), chunk.number)
 
     def show(self, progress: Json) -> None:
         """Say to whoever looks at the study how far this process is, in a file beside its lock file."""
@@ -153,10 +153,10 @@ class Claims:
     def _claim(self, number: int, trials: Sequence[int] = ()) -> tuple[bool, Owner | None]:
         """Claim; return whether it is ours, else its owner, or None where all these trials have their results."""
         with self._mutex:
-            connection = self._connected()
+            connection = self._connect()
             answer = self._is_free(connection, number, trials)  # a look that locks nobody out
             if answer[0]:
-                lock = self._own_lock()
+                lock = self._lock_file()
                 with transaction(connection, self.path):
                     answer = self._is_free(connection, number, trials)
                     if answer[0]:
@@ -202,7 +202,7 @@ class Claims:
         finally:
             _remove(place, file) if is_dead else os.close(file)
 
-    def _own_lock(self) -> str:
+    def _lock_file(self) -> str:
         """Make the lock file of this process when it is first needed; return its name."""
         try:
             while self._file is None:
@@ -247,11 +247,11 @@ class Claims:
 
     def _delete(self, where: str, *values: int | str) -> None:
         with self._mutex:
-            connection = self._connected()
+            connection = self._connect()
             with transaction(connection, self.path):
                 connection.execute(f"DELETE FROM claims WHERE {where}", values)
 
-    def _connected(self) -> sqlite3.Connection:
+    def _connect(self) -> sqlite3.Connection:
         """A connection of our own: the threads that look after workers ask too."""
         if self._connection is None:
             self._connection = connect(self._whole, "rw", threads=True)

@@ -159,7 +159,7 @@ def files_of(module: ModuleType) -> Files:
     if module not in _FILES:
         parts = module.__name__.split(".")
         chain = [sys.modules.get(".".join(parts[: i + 1])) for i in range(len(parts))]
-        _FILES[module] = _hashed(getattr(part, "__file__", None) for part in chain)
+        _FILES[module] = _hash_files(getattr(part, "__file__", None) for part in chain)
     return _FILES[module]
 
 
@@ -183,10 +183,10 @@ def files_to_import(package: str) -> Files:
             raise ModuleNotFoundError(f"No module named {name!r}")
         files.append(spec.origin if spec.has_location else None)
         places = getattr(loaded, "__path__", spec.submodule_search_locations) or ()
-    return _hashed(files)
+    return _hash_files(files)
 
 
-def _hashed(paths: Iterable[str | None]) -> Files:
+def _hash_files(paths: Iterable[str | None]) -> Files:
     """Return the files with their digests; none where one of them cannot be read by itself, as in an archive."""
     files = []
     for path in paths:

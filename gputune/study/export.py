@@ -97,9 +97,9 @@ class ArrayInputs(nn.Module):
                 self.register_buffer(f"{name}{number}", torch.tensor(part, dtype=torch.float64))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._scaled(x, number) for number, x in enumerate(inputs))
+        return tuple(self._scale(x, number) for number, x in enumerate(inputs))
 
-    def _scaled(self, x: Tensor, number: int) -> Tensor:
+    def _scale(self, x: Tensor, number: int) -> Tensor:
         if not self.scaled[number]:
             return x
         center, scale = (self.get_buffer(f"{name}{number}") for name in ("center", "scale"))
@@ -301,7 +301,7 @@ def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draf
     def converted_program() -> Any:
         return torch.onnx.export(
             # Traced here, since torch.onnx.export fixes the number of rows where it cannot leave it open.
-            _traced(whole, examples),
+            _trace(whole, examples),
             dynamo=True,
             verbose=False,
             input_names=known["names"] if known["inputs"] == "arrays" else ["X"],
@@ -320,10 +320,10 @@ def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draf
 
 
 def _write_program(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draft: Path) -> None:
-    torch.export.save(_traced(whole, examples), draft, extra_files={METADATA: text})
+    torch.export.save(_trace(whole, examples), draft, extra_files={METADATA: text})
 
 
-def _traced(whole: WholeModel, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+def _trace(whole: WholeModel, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     rows = torch.export.Dim("rows")
     shapes = (tuple({0: rows} for _ in examples),)  # forward takes them as *rows
     return torch.export.export(whole, examples, dynamic_shapes=shapes)

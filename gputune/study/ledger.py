@@ -101,14 +101,14 @@ class Ledger:
 
     def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[Chunk]:
         """Return the frozen chunks of a stage that hold these trials; what is in none is cut into new ones first."""
-        if self._unplanned(trials, stage):
+        if self._without_plan(trials, stage):
             with self.alone():
-                if new := self._unplanned(trials, stage):
+                if new := self._without_plan(trials, stage):
                     self._freeze(new, stage, cut(new))
         numbers = {trial.number for trial in trials}
         return [c for c in self.plan if c.stage == stage and not numbers.isdisjoint(c.trials)]
 
-    def _unplanned(self, trials: Sequence[Candidate], stage: int) -> list[Candidate]:
+    def _without_plan(self, trials: Sequence[Candidate], stage: int) -> list[Candidate]:
         planned = {number for chunk in self.plan if chunk.stage == stage for number in chunk.trials}
         return [trial for trial in trials if trial.number not in planned]
 
@@ -261,7 +261,7 @@ def open_ledger(path: str | Path | None, record: SearchRecord, store: Store | No
         yield Ledger(None)
         return
     sweep(Path(path).parent, prefix=DRAFTS)
-    with store or _opened(Path(path), record) as store, Claims(Path(path)) as claims:
+    with store or _open(Path(path), record) as store, Claims(Path(path)) as claims:
         # In files that do not say which class was positive it was the last one.
         positive = None if record.positive is None or record.classes is None else record.classes[-1]
         there = SearchRecord.from_json({"positive": positive, "metrics": [], **store.meta})
@@ -278,10 +278,10 @@ def open_ledger(path: str | Path | None, record: SearchRecord, store: Store | No
             )
         ledger = Ledger(store, claims)
         yield ledger
-    _check_kept(Path(path), ledger)
+    _check_rows(Path(path), ledger)
 
 
-def _check_kept(path: Path, ledger: Ledger) -> None:
+def _check_rows(path: Path, ledger: Ledger) -> None:
     """Raise StudyCorruptError where a file does not hold what this process wrote, or has lost another row."""
     final = sum(result.state != "stopped" for result in ledger.results.values())
     with Store.open(path) as store:
@@ -294,7 +294,7 @@ def _check_kept(path: Path, ledger: Ledger) -> None:
             raise damaged(path, "rows are gone that were written to it")
 
 
-def _opened(path: Path, record: SearchRecord) -> Store:
+def _open(path: Path, record: SearchRecord) -> Store:
     """Open a study, or make it; another process may make it at the same time."""
     if not path.exists():
         try:

@@ -62,9 +62,9 @@ class TunedModel(ModelContent):
         with them, whose targets are left out. Raises InputError for
         missing columns, other shapes, and for what is no table.
         """
-        return self._predicted(self._outputs(X))
+        return self._predict(self._outputs(X))
 
-    def _predicted(self, outputs: Tensor) -> np.ndarray:
+    def _predict(self, outputs: Tensor) -> np.ndarray:
         """Return what ``predict`` does of rows with these outputs."""
         if self.task == "custom":
             return outputs.numpy()
@@ -228,7 +228,7 @@ class TunedModel(ModelContent):
                     raise self._too_large(part, rows[0], first_row=sum(len(output) for output in outputs))
                 inputs = [x.to(device) for x in rows]
                 try:
-                    output = self._checked(call_module(self.module, inputs, self._names), len(part))
+                    output = self._check_output(call_module(self.module, inputs, self._names), len(part))
                 except (IndexError, RuntimeError) as error:
                     raise InputError(
                         f"{type(self.module).__name__} raised {type(error).__name__}: {error}, on rows unlike those "
@@ -297,7 +297,7 @@ class TunedModel(ModelContent):
         assert isinstance(self.statistics, Statistics)
         return self.statistics.n_inputs
 
-    def _checked(self, output: object, rows: int) -> Tensor:
+    def _check_output(self, output: object, rows: int) -> Tensor:
         output = first_output(output)
         K = self.spec["kwargs"].get("n_outputs", 1) if self.classes is None else len(self.classes)
         if self.task == "custom" and isinstance(output, Tensor) and len(output) == rows:

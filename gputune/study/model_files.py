@@ -115,7 +115,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
     body = read_description(folder / DESCRIPTION)
     state = _read_tensors(folder / TENSORS, body)
     with blaming(folder / DESCRIPTION):
-        layout, statistics = _preprocessing(body["layout"], body["statistics"])
+        layout, statistics = _read_preprocessing(body["layout"], body["statistics"])
         spec, classes, dtype = dict(body["spec"]), body["classes"], DTYPES[body["dtype"]]
         kind = str(spec["kind"])
         if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
@@ -253,7 +253,7 @@ def _check_free(folder: Path) -> None:
             )
 
 
-def _preprocessing(layout: Json, statistics: Json) -> tuple[Layout | ArrayLayout, Statistics | ArrayStatistics]:
+def _read_preprocessing(layout: Json, statistics: Json) -> tuple[Layout | ArrayLayout, Statistics | ArrayStatistics]:
     if "shapes" in layout:
         return ArrayLayout.from_json(layout), ArrayStatistics.from_json(statistics)
     return Layout.from_json(layout), Statistics.from_json(statistics)

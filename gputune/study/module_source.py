@@ -49,8 +49,8 @@ def class_source(module_class: Builder) -> Json:
     module = sys.modules.get(home)
     if module is not None and module.__name__.startswith(FILE_MODULE):
         ((path, digest),) = files_of(module)
-        return {"path": path, "class": name, "sha256": digest, **_made(module_class)}
-    place, source = {"import": f"{home}:{name}", **_made(module_class)}, _digest(module_class)
+        return {"path": path, "class": name, "sha256": digest, **_builder_json(module_class)}
+    place, source = {"import": f"{home}:{name}", **_builder_json(module_class)}, _digest(module_class)
     return place if source is None else {**place, "sha256": source}
 
 
@@ -61,14 +61,14 @@ def is_builder(value: object) -> TypeGuard[Builder]:
     return inspect.isfunction(value) or _is_module_class(value)
 
 
-def _unwrapped(builder: Builder) -> Builder:
+def _unwrap(builder: Builder) -> Builder:
     """Return the class or the function of a partial, or what is none as it is."""
     return builder.func if isinstance(builder, functools.partial) else builder
 
 
 def _place(builder: Builder) -> tuple[str, str]:
     """Return the module and the name under which a class, a function or a partial stands there."""
-    inner = _unwrapped(builder)
+    inner = _unwrap(builder)
     if inner is not builder:
         for module in (inner.__module__, MAIN):
             for name, value in vars(sys.modules.get(module, object)).items():
@@ -77,9 +77,9 @@ def _place(builder: Builder) -> tuple[str, str]:
     return inner.__module__, inner.__qualname__
 
 
-def _made(builder: Builder) -> Json:
+def _builder_json(builder: Builder) -> Json:
     """Return what is written of a builder beside its place."""
-    inner = _unwrapped(builder)
+    inner = _unwrap(builder)
     if inner is builder:
         return {"made": "function"} if inspect.isfunction(inner) else {}
     assert isinstance(builder, functools.partial)
@@ -118,7 +118,7 @@ def why_not_found(module_class: Builder) -> str | None:
         script = source_file(module_class)
         return "in a notebook or at a prompt" if script is None else f"in the script {script!r}"
     try:
-        if _class_of(sys.modules[home], name) in (module_class, _unwrapped(module_class)):
+        if _class_of(sys.modules[home], name) in (module_class, _unwrap(module_class)):
             return None
     except (KeyError, InputError):
         pass
@@ -131,7 +131,7 @@ _DIGESTS: "weakref.WeakKeyDictionary[object, str | None]" = weakref.WeakKeyDicti
 
 def _digest(module_class: Builder) -> str | None:
     """Digest of the source of a function, or of a class and of those under ``nn.Module`` it inherits from; or None."""
-    module_class = _unwrapped(module_class)
+    module_class = _unwrap(module_class)
     if module_class not in _DIGESTS:
         chain = module_class.__mro__[:-1] if isinstance(module_class, type) else (module_class,)
         kinds = [kind for kind in chain if not kind.__module__.startswith("torch.")]
@@ -174,7 +174,7 @@ def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = Fal
         return _of_file(path, name, source.get("sha256"), trust_code=trust_code, or_changed=or_changed)
     place, file = str(source["import"]), source.get("file")
     package, _, name = place.partition(":")
-    module_class = _of_main(name, file, trust_code) if package == MAIN else _imported(place, file, trust_code)
+    module_class = _of_main(name, file, trust_code) if package == MAIN else _import_builder(place, file, trust_code)
     if not or_changed and is_changed(module_class, source):
         raise InputError(f"the module class {place!r} has changed since the search was begun; restore its source.")
     return module_class
@@ -222,7 +222,7 @@ def _of_main(name: str, script: str | None, trust_code: bool) -> Builder:
     return class_from_file(script, name)
 
 
-def _imported(place: str, file: str | None, trust_code: bool) -> Builder:
+def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
     package, _, name = place.partition(":")
     try:
         files = files_to_import(package)

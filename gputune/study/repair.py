@@ -22,7 +22,7 @@ _READERS: dict[str, Callable[..., object]] = {
 
 
 @dataclass(frozen=True)
-class Repaired:
+class RepairResult:
     """How many rows were saved, and out of how many that the file is known to have held.
 
     Whether a trial without a result had one cannot be known; ``finished`` is the number of those that have one.
@@ -51,7 +51,7 @@ class Repaired:
         return "\n".join(lines)
 
 
-def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Repaired:
+def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> RepairResult:
     """Save every whole row of the study at ``path`` into a new file ``out``; the old one is only read.
 
     Whole is a row that SQLite reaches and whose checksum fits, so no value is ever a guess. Raises FileNotFoundError;
@@ -61,7 +61,7 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Repaire
     path = Path(path)
     check_file(path)
     with closing(_connect(path)) as connection:
-        saved = {table: _saved(connection, table) for table in _READERS}
+        saved = {table: _whole_rows(connection, table) for table in _READERS}
     options = {row[0]: (rowid, row) for rowid, row in saved["meta"].items()}
     trials, plan, results = saved["trials"], saved["plan"], saved["results"]
     chunks = {number: Chunk.from_row(*row[:-1]) for number, row in plan.items()}
@@ -83,7 +83,7 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Repaire
                 insert(connection, table, row)
 
     create_file(Path(out), fill)
-    return Repaired(
+    return RepairResult(
         options=(len(named), known or max((rowid for rowid, _ in options.values()), default=1) - 1),
         trials=(len(trials), 1 + max(numbers, default=-1)),
         chunks=(len(whole), 1 + max(plan, default=-1)),
@@ -109,12 +109,12 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(":memory:")
 
 
-def _saved(connection: sqlite3.Connection, table: str) -> Rows:
+def _whole_rows(connection: sqlite3.Connection, table: str) -> Rows:
     """Return the whole rows of a table by their rowids; none where the file has lost the table."""
     with suppress(sqlite3.Error):
         schema = connection.execute("SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?", (table,))
         if schema.fetchall() == [(TABLES[table],)]:
-            reached = _reached(connection, table)
+            reached = _readable_rows(connection, table)
             return {rowid: row for rowid, row in reached.items() if _is_whole(table, row)}
     return {}
 
@@ -126,7 +126,7 @@ def _is_whole(table: str, row: Row) -> bool:
     return False
 
 
-def _reached(connection: sqlite3.Connection, table: str) -> Rows:
+def _readable_rows(connection: sqlite3.Connection, table: str) -> Rows:
     """Return the rows that can be read: from both ends to the first damaged pages, between these rowid by rowid."""
     rows: Rows = {}
     query = f"SELECT rowid, * FROM {table} NOT INDEXED WHERE rowid BETWEEN ? AND ? ORDER BY rowid"

@@ -150,7 +150,7 @@ def recalled_for(name: str, study: Study, X: object, y: object, trust_code: bool
 
 def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":
     """Return what trials predict on the folds of the search: as the study keeps it, or by training there again."""
-    kept = _kept(search, trials)
+    kept = _kept_outputs(search, trials)
     lacking = [trial for trial in trials if trial.number not in kept]
     if lacking:
         told = "the search was told to keep no predictions"
@@ -173,7 +173,7 @@ def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) 
     return replace(again, values=values)
 
 
-def _kept(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
+def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
     """Return the outputs that the study keeps of trials, by number, where its rows are those at hand."""
     study, epochs = search.study, {trial.number: trial.best_epoch for trial in trials}
     if search.rows != study.record.fingerprint:
@@ -257,7 +257,7 @@ class Predictions:
     def of(members: Sequence[Sequence[nn.Module]], data: Sequence[Dataset], scoring: Scoring) -> "Predictions":
         """Return the predictions of members (M, F), each of its own data."""
         values = [
-            torch.stack([_predicted(folds[f], own, f) for folds, own in zip(members, data)])
+            torch.stack([_predict(folds[f], own, f) for folds, own in zip(members, data)])
             for f in range(data[0].n_folds)
         ]
         return Predictions(values, data[0], scoring)
@@ -346,7 +346,7 @@ def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64
     return means
 
 
-def _predicted(module: nn.Module, data: Dataset, fold: int) -> Tensor:
+def _predict(module: nn.Module, data: Dataset, fold: int) -> Tensor:
     """Return what a member predicts (m, K) of the rows that its fold validates on, float64."""
     parts = torch.split(data.folds[fold].valid, _BLOCK)
     return torch.cat([values_of(module, [x.cpu() for x in data.rows(fold, rows)], data) for rows in parts])

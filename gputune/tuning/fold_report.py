@@ -175,13 +175,13 @@ def _drops(members: list[nn.Module], data: Dataset, scoring: Scoring, sizes: lis
             order = torch.randperm(len(rows), generator=stream(0, "importance", f, shuffle))
             scores = [
                 float(scored.scores(f, values_of(module, [shuffled], data)[None])[0, 0])
-                for shuffled in _shuffled(x.cpu(), order, sizes)
+                for shuffled in _shuffle(x.cpu(), order, sizes)
             ]
             parts.append(whole - np.array(scores))
     return np.stack(parts, 1)
 
 
-def _shuffled(x: Tensor, order: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+def _shuffle(x: Tensor, order: Tensor, sizes: list[int]) -> Iterator[Tensor]:
     """Yield rows (m, D) with the features of one column in another order, for each column."""
     start = 0
     for size in sizes:

@@ -246,7 +246,7 @@ class _Loop:
                 chunks = ledger.chunks(waiting, 0, _one_by_one)
                 of_trial = {chunk.trials[0]: chunk for chunk in chunks}
                 trials, begun = [Trial(trial.number, trial.params) for trial in waiting], False
-                claim = partial(_claimed, ledger, of_trial)
+                claim = partial(_claim, ledger, of_trial)
                 for ending in hand_out(trials, self.workers, here, stop, progress=unseen, claim=claim):
                     self._keep(*ending)
                     begun = True
@@ -273,7 +273,7 @@ class _Loop:
         )  # fmt: skip
 
 
-def _claimed(ledger: Ledger, chunk_of: Mapping[int, Chunk], trial: Trial) -> bool:
+def _claim(ledger: Ledger, chunk_of: Mapping[int, Chunk], trial: Trial) -> bool:
     return ledger.claim(chunk_of[trial.number])
 
 

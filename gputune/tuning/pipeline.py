@@ -161,7 +161,7 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
         problem = replace(problem, objective=make_objective(loss, None, options.augment, data.task))
     if problem.objective is not None:
         problem = replace(problem, objective=problem.objective.of_space(space))
-    scoring = replace(_scoring(options, problem), kept_bytes=_kept_bytes(options, data))
+    scoring = replace(_scoring(options, problem), kept_bytes=_outputs_limit(options, data))
     check_folds(scoring, data)
     for trial, config in zip(trials, configs):
         if problem.objective is not None:
@@ -170,7 +170,7 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
     return _Setup(choice, options, problem, space, folds, trials, configs, data, scoring, first)
 
 
-def _kept_bytes(options: Options, data: Dataset) -> int:
+def _outputs_limit(options: Options, data: Dataset) -> int:
     """Return the bytes of outputs that are kept; 0 where there is no mean of them, or no epoch that is the best."""
     descends = isinstance(options.method, Hypergradient)
     known = options.epoch == "best" and not descends and data.task != "custom"

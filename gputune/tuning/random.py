@@ -202,11 +202,11 @@ def sample(
     This process alone asks and trains: the next batch depends on every result of the last one. ``train`` trains what
     waits in the ledger, and says whether the search goes on.
     """
-    if not train() or not _missing(ledger, options):
+    if not train() or not _n_missing(ledger, options):
         return
     study = _study_so_far(ledger, space, method, options, progress, check)
-    with progress.bar_over(_missing(ledger, options), epochs):
-        while count := min(method.batch, _missing(ledger, options)):
+    with progress.bar_over(_n_missing(ledger, options), epochs):
+        while count := min(method.batch, _n_missing(ledger, options)):
             proposals = [study.ask() for _ in range(count)]
             number = 1 + max((c.number for c in ledger.candidates), default=-1)
             batch = f"{_BATCH}{1 + max(map(_batch_of, ledger.candidates), default=0)}"
@@ -217,7 +217,7 @@ def sample(
                 study.tell(trial, ledger.results[number + i])
 
 
-def _missing(ledger: Ledger, options: Options) -> int:
+def _n_missing(ledger: Ledger, options: Options) -> int:
     """How many trials are still to be asked for: the default one counts, included ones do not."""
     proposed = sum(_batch_of(c) > 0 for c in ledger.candidates)
     return max(0, options.n_trials - proposed - n_counted(ledger.candidates))

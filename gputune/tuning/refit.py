@@ -188,7 +188,7 @@ def recalled(study: Study, X: object, y: object, *, check: bool, trust_code: boo
     """
     from_file = study.file if X is None and study.data is None else None
     with nullcontext() if from_file is None else blaming_options(from_file):
-        choice, source, options = _recalled(study, X, y, trust_code)
+        choice, source, options = _read_search(study, X, y, trust_code)
     # How many classes there are is for the rows to say: others may have two where the study's have three.
     task = "classification" if study.record.classes is not None else study.record.task
     problem = make_problem(source, task, choice, options)
@@ -216,7 +216,7 @@ def _plain(value: Tensor) -> float | np.ndarray:
     return float(value) if value.dim() == 0 else value.cpu().numpy()
 
 
-def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[ModelChoice, Source, Options]:
+def _read_search(study: Study, X: object, y: object, trust_code: bool) -> tuple[ModelChoice, Source, Options]:
     """Return the model, the rows and the options of the search, from memory or from the study's file."""
     record = study.record
     if study.data is not None:
@@ -227,7 +227,7 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
             raise InputError(
                 "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
             )
-        return choice, _given(X, y, choice, options), options
+        return choice, _source_of(X, y, choice, options), options
     check_refitted(record)
     if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
         raise lost_option(study.file, lost[0])
@@ -237,11 +237,11 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
         raise _lost_weights("target_transform again, which is an object of your own")
     options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
-    rows = _reread(study, module=choice.takes_arrays) if X is None else _given(X, y, choice, options)
+    rows = _reread(study, module=choice.takes_arrays) if X is None else _source_of(X, y, choice, options)
     return choice, rows, options
 
 
-def _given(X: object, y: object, choice: ModelChoice, options: Options) -> Source:
+def _source_of(X: object, y: object, choice: ModelChoice, options: Options) -> Source:
     return read_source(X, y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
 
 

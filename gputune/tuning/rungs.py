@@ -123,7 +123,7 @@ class _RungSearch:
         context, trials = self.context, self.running
         plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
         context.progress.plan(replace(plan, cache_bytes=self.states.limit), aloud=begin == 0)
-        chunks = tuple(part for chunk in plan.chunks for part in self._begun(chunk, trials, stop))
+        chunks = tuple(part for chunk in plan.chunks for part in self._begun_chunks(chunk, trials, stop))
         checkpointing = context.checkpointing([trial.number for trial in trials])
         job = context.trainer.job(RungJob, epochs=stop, checkpointing=checkpointing, keep_stopped=False)
         trained: set[int] = set()
@@ -142,7 +142,7 @@ class _RungSearch:
                     if chunk.index[position] not in trained:  # time was over before it went on
                         self.states.park(trials[chunk.index[position]].number, chunk.state.select([row]))
 
-    def _begun(self, chunk: Population, trials: Sequence[_RunningTrial], stop: int) -> Iterator[BegunChunk]:
+    def _begun_chunks(self, chunk: Population, trials: Sequence[_RunningTrial], stop: int) -> Iterator[BegunChunk]:
         """Yield the trials of a planned chunk that have not come to the stop yet, those of one length together.
 
         Those that have diverged stay in their place, without a state, and get the rest of their curve.
@@ -185,7 +185,7 @@ class _RungSearch:
         """Finish a trial that cannot be trained."""
         self.running = [other for other in self.running if other is not trial]
         self._store([given_up(trial.number, trial.curve, reason)])
-        self._show_ended([trial])
+        self._count_ended([trial])
 
     def _save(self) -> None:
         """Keep the states of the chunks that no file has, where there is a study file."""
@@ -229,14 +229,14 @@ class _RungSearch:
             results = [self._result(trial, rung) for trial in trials]
             self._store(results)
             self.context.ended(results)
-            self._show_ended(trials, pruned=sum(result.state == "pruned" for result in results))
+            self._count_ended(trials, pruned=sum(result.state == "pruned" for result in results))
 
     def _store(self, results: Sequence[Result]) -> None:
         numbers = {result.number for result in results} & self.outputs.keys()
         self.context.store(self.ledger, results, {number: self.outputs.pop(number) for number in numbers})
         self.curves |= {result.number: result.curve for result in results}
 
-    def _show_ended(self, trials: Sequence[_RunningTrial], *, pruned: int = 0) -> None:
+    def _count_ended(self, trials: Sequence[_RunningTrial], *, pruned: int = 0) -> None:
         """Count trials that have ended, and what is not trained of them."""
         self.context.progress.finished(len(trials), pruned=pruned)
         self.context.progress.spare(sum(self.context.epochs - len(trial.curve) for trial in trials))

@@ -174,7 +174,7 @@ class Trainer:
             coded=[k for k, t in known_traits(self.module_class, self.data).items() if t.coded],
             widest={k: t.widest for k, t in known_traits(self.module_class, self.data).items()},
         )
-        return self._placed(plan)
+        return self._place(plan)
 
     def plan_differentiated(self, configs: Sequence[Config], job: HypergradientJob) -> tuple[Plan, HypergradientJob]:
         """Return the chunks in which configurations are differentiated, and the job with its budget of bytes.
@@ -183,7 +183,7 @@ class Trainer:
         """
         job, gpus = replace(job, budget=self._process_bytes()), 1 + len(self.others)
         plan = plan_chunks(self.groups(configs), self.data, job, workers=self.workers, gpus=gpus)
-        return self._placed(plan), job
+        return self._place(plan), job
 
     def _process_bytes(self) -> int:
         """Return the bytes that a process may take; a task of a cluster shares ``memory`` with no other."""
@@ -193,7 +193,7 @@ class Trainer:
         processes = (self.workers or cores()) if device.type == "cpu" else 1  # one has a GPU of its own
         return (self.memory or free_bytes(device)) // processes
 
-    def _placed(self, plan: Plan) -> Plan:
+    def _place(self, plan: Plan) -> Plan:
         """Return a plan with the threads that each task of a cluster has, where there is one."""
         return plan if self.cluster is None else replace(plan, threads=self.cluster.threads, cluster=True)
 

@@ -245,11 +245,11 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
         else trial
         for trial in study.trials
     )
-    make = partial(_ordered, study, order)
+    make = partial(_reorder, study, order)
     return type(study)(meta=meta, trials=trials, curves=make, data=study.data, file=study.file)
 
 
-def _ordered(study: Study, order: list[int]) -> Curve:
+def _reorder(study: Study, order: list[int]) -> Curve:
     """Return the curves of all metrics in another order; without a result there are none of several."""
     curves = Curves.of_all(study)
     return curves[..., order] if curves.ndim == 4 else curves

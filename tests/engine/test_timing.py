@@ -42,7 +42,7 @@ def found(member_steps):
     ],
 )
 def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, coded):
-    monkeypatch.setattr(choice, "_coded_seconds", lambda job, data, chunk: code)
+    monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk: code)
     monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked))
     assert found(steps) == (slow, coded)
 
@@ -54,10 +54,10 @@ def test_all_ways_are_timed():
     for backend in ("loop", "graph"):
         assert 0 < choice._seconds(job, data, chunk, backend) < 1
     job = replace(job, backend="graph")
-    assert 0 < choice._coded_seconds(job, data, chunk) < 1
+    assert 0 < choice._compiled_seconds(job, data, chunk) < 1
     for unknown in ("adamwhd", "torch:Adagrad"):
         other = Population("module", (0, 1), tuple({**c, "optimizer": unknown} for c in CONFIGS))
-        assert choice._coded_seconds(job, data, other) == math.inf
+        assert choice._compiled_seconds(job, data, other) == math.inf
 
 
 @pytest.mark.cpu

@@ -13,7 +13,7 @@ import pytest
 import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.errors import StudyCorruptError
-from gputune.study.repair import Repaired, _connect, repair
+from gputune.study.repair import RepairResult, _connect, repair
 from gputune.study.store import Chunk, Store
 from refused import refused
 from study_rows import bits, candidates, change, make_study, result
@@ -58,7 +58,7 @@ def saved(path, tmp_path):
 def test_a_healthy_file_is_saved_whole(whole, tmp_path):
     report, found = saved(whole, tmp_path)
     assert found == content(whole)
-    assert report == Repaired((3, 3), (60, 60), (20, 20), 58)
+    assert report == RepairResult((3, 3), (60, 60), (20, 20), 58)
     assert str(report).split("\n") == [
         "options  3 of 3",
         "trials   60 of 60",
