@@ -59,8 +59,12 @@ def ensemble_words(
     if held_out is None or best is None or held_out.why or best.why:
         return f"{text} and is the model that is saved."
     scores = f"{measure.text(held_out.score)} on the held-out rows, the best trial alone {measure.text(best.score)}"
-    saved = "ensemble" if is_saved else "best trial"
-    return f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little optimistic."
+    saved, other, name = (held_out, best, "ensemble") if is_saved else (best, held_out, "best trial")
+    text = f"{text}, and {scores}; the {name} is saved, by these rows: its score there is a little optimistic."
+    low, high = (-math.inf, math.inf) if saved.interval is None else saved.interval
+    if saved.score != other.score and low <= other.score <= high:
+        text += " The other's lies within 95 % of its bootstrap samples: the difference may be chance."
+    return text
 
 
 def summary_text(ending: Ending, *, width: int) -> str:
@@ -109,7 +113,10 @@ def _inputs(ending: Ending) -> tuple[str, str]:
         return "Inputs", str(ArrayLayout.of(X))
     kinds = Counter(X.kinds) if isinstance(X, Table) else {}
     named = ", ".join(count(number, kind) for kind, number in kinds.items())
-    return "Columns", f"{named}, made into {count(ending.study.record.features, 'feature')}"
+    record = ending.study.record
+    many = any(trial.params.get("numbers", record.numbers) != record.numbers for trial in ending.study.trials)
+    rest = f" with numbers {record.numbers!r}" if many else ""
+    return "Columns", f"{named}, made into {count(record.features, 'feature')}{rest}"
 
 
 def _task(study: Study) -> str:

@@ -130,6 +130,29 @@ def with_transform(target: Target, transform: TargetTransform | None) -> Target:
     return replace(target, transform=transform)
 
 
+def check_spread(target: Target) -> None:
+    """Raise InputError for numbers that are all equal, or of which one is so far off that the others seem equal."""
+    if target.task != "regression" or target.transform is not None:
+        return
+    values = target.values.reshape(len(target), -1)
+    if (np.ptp(values, 0) == 0).all():
+        raise _all_equal(target.name, values[0, 0])
+    values = values / np.maximum(np.abs(values).max(0), np.finfo(np.float64).tiny)  # so that no square overflows
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+    spread = high - low
+    if lost := np.flatnonzero((spread > 0) & (spread < np.finfo(np.float32).eps * values.std(0))).tolist():
+        row = int(np.abs(values - middle)[:, lost[0]].argmax())
+        raise InputError(
+            f"{target.name} has {target.values.reshape(values.shape)[row, lost[0]]:.4g} in row {row}, beside which "
+            "half of the other numbers are equal in single precision; correct it, leave that row out, or choose "
+            "a target_transform."
+        )
+
+
+def _all_equal(name: str, value: object) -> InputError:
+    return InputError(f"{name} is {value} in every row: there is nothing to predict; check the target's column.")
+
+
 def standardised(
     target: Target, folds: Sequence[tuple[np.ndarray, np.ndarray]], standardise: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[FittedTransform, ...]]:
@@ -313,6 +336,8 @@ def _classes(values: np.ndarray, task: str | None, name: str) -> Target:
             "use task='regression', or cut them into classes."
         )
     classes, codes = np.unique(values, return_inverse=True)
+    if len(classes) < 2 and task is None and values.dtype.kind in "iuf":
+        raise _all_equal(name, classes[0].item())
     if len(classes) < 2:
         raise InputError(
             f"{name} must have at least two classes, got only {classes[0].item()!r}; "

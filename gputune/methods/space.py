@@ -75,6 +75,12 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
     return list(parts.values())
 
 
+def choices_of(space: Space, key: str, *, default: object) -> list[Any]:
+    """Return the values that the lists of a space have for a key, with the default where a part has no such key."""
+    lists = [part.get(key, [default]) for part in space]
+    return [value for choices in lists if isinstance(choices, list) for value in choices]
+
+
 def check_own_space(space: object) -> Space:
     """Return the space of a user's own loop as ``check_space`` does; its keys are any words, its values any values."""
     named = _dicts_by_name(space, remedy="For example space={'lr': [0.01, 0.001]}.")

@@ -20,7 +20,7 @@ from gputune.methods.random import (
     top_up,
 )
 from gputune.methods.recipes import PORTFOLIOS, SPACES, default_space, named_space
-from gputune.methods.space import Space, check_include, check_space, space_text, to_scipy
+from gputune.methods.space import Space, check_include, check_space, choices_of, space_text, to_scipy
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
@@ -44,7 +44,14 @@ def checked_space(choice: ModelChoice, options: Options) -> Space:
         space = named_space("realmlp", choice.goal)
     elif space is None:
         space = default_space(choice.searched, choice.optimizer, choice.module_class)
-    return check_space(to_scipy(space), keys=keys, module=module)
+    checked = check_space(to_scipy(space), keys=keys, module=module)
+    ways = choices_of(checked, "numbers", default=options.numbers)
+    if options.numbers not in ("auto", *ways):
+        raise InputError(
+            f"numbers={options.numbers!r} is none of those that the space has, {', '.join(ways)}, so no trial would "
+            "have it; leave it out, or add it to the space."
+        )
+    return checked
 
 
 def _check_named(space: str, choice: ModelChoice) -> None:

@@ -15,12 +15,12 @@ from gputune.data.encode import Columns, Layout, Statistics, check_numbers, fit_
 from gputune.data.scaling import table_inputs
 from gputune.data.source import Source
 from gputune.data.table import quoted
-from gputune.data.target import Target, check_target, with_transform
+from gputune.data.target import Target, check_spread, check_target, with_transform
 from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
-from gputune.methods.space import Space
+from gputune.methods.space import Space, choices_of
 from gputune.modules.inspection import returns_one_logit
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.scoring import Scoring
@@ -117,8 +117,7 @@ class Problem:
         Where all do, and none in its own, that is the first of the space, so that no copy is made for nobody. Raises
         InputError for a way that the rows cannot have.
         """
-        parts = [part.get("numbers", [self.numbers]) for part in space]
-        ways = [way for choices in parts if isinstance(choices, list) for way in choices]
+        ways = choices_of(space, "numbers", default=self.numbers)
         asked = {*ways, *(str(config["numbers"]) for config in configs if "numbers" in config)} - {self.numbers}
         for way in sorted(asked):
             if isinstance(self.raw, Arrays):
@@ -195,6 +194,7 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
         )
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     target = with_transform(target, options.target_transform)
+    check_spread(target)
     objective = _objective(target, choice, options)
     columns, word = options.columns, options.numbers
     keeps = columns == "keep" or (columns == "auto" and choice.kind == "module" and not choice.recipe)

@@ -755,6 +755,16 @@ def test_an_accuracy_of_labels_is_one_of_rows():
     assert rows not in closing(gputune.tune(Net, X, y, scoring="neg_loss", **words))
 
 
+def test_features_are_counted_by_the_numbers_that_trials_have():
+    X, y = np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 2
+    how = {"n_trials": 2, "max_epochs": 1, "cv": 2, "verbose": 0}
+    for space, numbers, words in (
+        ({"numbers": ["standard", "piecewise"]}, "auto", "made into 2 features with numbers 'standard' "),
+        ({"width": [8]}, "piecewise", "made into 32 features Task"),
+    ):
+        assert words in closing(gputune.tune("mlp", X, y, space=space, numbers=numbers, **how))
+
+
 @pytest.mark.parametrize(
     ("trials", "words"), [(21, "proposed 20 trials in 3 batches"), (2, "proposed 1 trial in 1 batch")]
 )

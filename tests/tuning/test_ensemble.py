@@ -1,5 +1,6 @@
 """An ensemble is the greedy choice of Caruana et al., of trials that train again as they did in the search."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
 import gputune
+from gputune.cli.evaluation import HeldOut
 from gputune.cli.main import main
+from gputune.cli.summary import ensemble_words
 from gputune.population.network import Ensemble
 from gputune.study.export import WholeModel
 from gputune.tuning.ensemble import Predictions, predictions_of, recalled_for
@@ -197,7 +200,7 @@ def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
     ("model", "data", "how"),
     [
         pytest.param("mlp", IRIS, {}, marks=pytest.mark.long),
-        ("mlp", DIABETES, {"space": {"width": [8, 16], "lr": [0.01, 0.03]}}),
+        ("mlp", DIABETES, {"space": {"width": [8, 16], "numbers": ["standard", "piecewise"], "lr": [0.01, 0.03]}}),
         pytest.param("logistic", IRIS, {}, marks=pytest.mark.long),
         (OneLogit, (IRIS[0][50:], IRIS[1][50:]), {"space": {"lr": [0.01, 0.03]}}),
         pytest.param(
@@ -218,6 +221,7 @@ def test_it_is_saved_loaded_and_exported_as_any_model(model, data, how, tmp_path
     again = loaded.predict if tuned.classes is None else loaded.predict_proba
     np.testing.assert_array_equal(again(X), predict(X))
     assert loaded.info == tuned.info and sum(loaded.info["ensemble"].values()) == pytest.approx(1)
+    assert ("columns" in tuned.spec) == ("numbers" in how.get("space", {}))  # of some columns each, where they differ
     if model in ("logistic", "mlp") and tuned.classes is not None:
         return  # the others are exported
     tuned.export(tmp_path / "model.onnx")
@@ -314,3 +318,18 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
     assert is_ensemble == ("the ensemble is saved, by these rows" in text or "is the model that is saved" in text)
     assert main(["resume", str(out)]) == 0  # what was saved as an ensemble is one again
     assert isinstance(gputune.load_model(out / "model").module, Ensemble) == is_ensemble
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "best", "words"),
+    [
+        (0.95, 0.91, "the ensemble is saved, .* The other's lies within 95 % of its bootstrap samples: .* be chance"),
+        (0.91, 0.95, "the best trial is saved, .* may be chance"),
+        (0.95, 0.80, "the ensemble is saved, by these rows: its score there is a little optimistic.$"),
+        (0.95, 0.95, "the best trial is saved, by these rows: its score there is a little optimistic.$"),
+    ],
+)
+def test_a_difference_within_the_interval_of_the_better_one_may_be_chance(study, ensemble, best, words):
+    model = replace(study.best_model(), info={"ensemble": {"0": 1.0}, "score": 0.9})
+    scores = [HeldOut(score, 100, interval=(score - 0.05, score + 0.03)) for score in (ensemble, best)]
+    assert re.search(words, ensemble_words(study, model, *scores, is_saved=ensemble > best))

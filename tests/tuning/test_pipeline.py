@@ -599,6 +599,15 @@ def test_a_random_state_object_is_used_once(iris):
             r"space\['numbers'\] must be one of standard, .*got 'standrd'. Did you mean 'standard'",
         ),
         (
+            {"numbers": "robust", "space": [{"numbers": ["standard"]}, {"numbers": ["none", "quantile"]}]},
+            "numbers='robust' is none of those that the space has, standard, none, quantile, so no trial would have it",
+        ),
+        ({"y": np.full(150, 2.5)}, "y is 2.5 in every row: there is nothing to predict; check the target's column"),
+        (
+            {"y": np.append(np.linspace(0, 1, 149), 1e30)},
+            r"y has 1e\+30 in row 149, beside which half of the other numbers are equal in single precision",
+        ),
+        (
             {"space": {"numbers": ["robust"]}, "X": torch.rand(9, 2), "y": np.arange(9) % 3},
             "numbers='robust' is not there for tensors; pass a NumPy array",
         ),
