@@ -18,7 +18,7 @@ from gputune.errors import (
     StudyCorruptError,
     StudyVersionError,
 )
-from gputune.garbage import no_collecting
+from gputune.garbage import without_collector
 from gputune.version import __version__
 
 if find_spec("gputune.models") is None:  # installation puts the folder models/ of the source in here
@@ -91,7 +91,7 @@ _MODULES = ("callbacks", "models", "optim", "sklearn")
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gputune' has no attribute {name!r}")
-    with no_collecting():
+    with without_collector():
         home = import_module(_HOMES[name])
     return home if name in _MODULES else getattr(home, name)
 

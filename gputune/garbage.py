@@ -9,7 +9,7 @@ _MANY = 10_000
 
 
 @contextmanager
-def no_collecting() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Hold the collector back: of a million new objects none is garbage, and it took a third of the time.
 
     An import that makes so many goes through all that torch has made before, which takes as long as the import itself.

@@ -8,7 +8,7 @@ import pytest
 FEW_AND_MANY = """
 for many in (True, False):
     gc.collect()
-    with no_collecting():
+    with without_collector():
         rows = [[number] for number in range(20_000 if many else 100)]
         circle = Circle()
         circle.itself, alive = circle, weakref.ref(circle)
@@ -21,11 +21,11 @@ for many in (True, False):
 FROZEN = """
 gc.freeze()
 frozen = gc.get_freeze_count()
-with no_collecting():
+with without_collector():
     rows = [[number] for number in range(20_000)]
 assert gc.isenabled() and gc.get_freeze_count() == frozen
 gc.disable()
-with no_collecting():
+with without_collector():
     pass
 assert not gc.isenabled()
 """
@@ -33,5 +33,5 @@ assert not gc.isenabled()
 
 @pytest.mark.parametrize("code", [FEW_AND_MANY, FROZEN])
 def test_many_new_objects_count_as_old_ones_and_what_a_program_has_set_stays(code):
-    code = f"import gc, weakref\nfrom gputune.garbage import no_collecting\nclass Circle: pass\n{code}"
+    code = f"import gc, weakref\nfrom gputune.garbage import without_collector\nclass Circle: pass\n{code}"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -26,7 +26,7 @@ from gputune.errors import (
     Terminated,
     UntrustedCodeError,
 )
-from gputune.garbage import no_collecting
+from gputune.garbage import without_collector
 from gputune.tuning.interrupt import end_command, end_process, take_signals
 
 _MODULES = {
@@ -102,7 +102,7 @@ def _let_go_of_streams() -> None:
 
 def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
     try:
-        with no_collecting():
+        with without_collector():
             command = getattr(import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command)
         text, is_quiet = command(arguments), getattr(arguments, "verbose", 1) == 0
         return _write("" if is_quiet else text)

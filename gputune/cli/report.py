@@ -59,11 +59,11 @@ def _folds(study: Study, arguments: Namespace) -> FoldReport | None:
 
 def _model(study: Study, folder: Path) -> Json | None:
     """Return the info of the model beside a study where it is that of its best trial, or None."""
-    from gputune.study.model_files import DESCRIPTION, blaming, read_description
+    from gputune.study.model_files import DESCRIPTION, file_errors, read_description
 
     if not (folder / DESCRIPTION).is_file():
         return None
-    with blaming(folder / DESCRIPTION):
+    with file_errors(folder / DESCRIPTION):
         info: Json = read_description(folder / DESCRIPTION)["info"]
         if not has_form(info, {"held_out_score?": (float, None), "held_out_rows?": int}):
             raise ValueError("its info is of another type")

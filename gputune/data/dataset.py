@@ -193,7 +193,7 @@ class Dataset:
         """Return rows of an input (n, ...) on the device."""
         if not self.on_host:
             return x.index_select(0, positions)
-        return staged(x.index_select(0, positions.to(x.device)), self.device)
+        return stage_rows(x.index_select(0, positions.to(x.device)), self.device)
 
     def read(self, number: int, rows: Tensor, folds: slice) -> Tensor:
         """Return gathered rows (F, ..., *row) of an input as some folds read them."""
@@ -311,7 +311,7 @@ def _stays_on_host(arrays: Arrays, device: torch.device) -> bool:
     return sum(x.numel() * x.element_size() for x in arrays.parts) > _DEVICE_SHARE * free_of_gpu(device)
 
 
-def staged(rows: Tensor, device: torch.device) -> Tensor:
+def stage_rows(rows: Tensor, device: torch.device) -> Tensor:
     """Return gathered rows on a device; to a CUDA device they go from pinned memory, and nobody waits for that."""
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 

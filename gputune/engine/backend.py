@@ -185,7 +185,7 @@ def matrix_products(*, tf32: bool) -> Iterator[None]:
 
 
 @contextmanager
-def computing(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
     """Let torch compute with so many threads inside, and take numbers below 1e-38 (float32) for zero.
 
     The momentum of units that no longer learn decays into such denormal numbers, which a CPU handles so slowly

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.backend import choose_backend, choose_device, computing, trains_as
+from gputune.engine.backend import choose_backend, choose_device, torch_threads, trains_as
 from gputune.engine.findings import Findings, Speed, device_name, keep_findings, read_findings
 from gputune.engine.job import Fits, Job, train_chunk
 from gputune.engine.members import MemberChunk
@@ -201,7 +201,7 @@ def _seconds_of_a_step(data: Dataset, trials: int, backend: Backend) -> float:
         times.append(time.perf_counter())
 
     job = Job(seed=0, epochs=_EPOCHS + _WARM, horizon=10**6, backend=backend)
-    with computing(cores() if backend == "compiled" else 1):
+    with torch_threads(cores() if backend == "compiled" else 1):
         train_chunk(job, data, Population("mlp", tuple(range(trials)), tuple(configs)), note)
     steps = math.ceil(max(len(fold.train) for fold in data.folds) / BATCH)
     return min(b - a for a, b in pairwise(times[_WARM - 1 :])) / steps
@@ -254,7 +254,7 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
     if trains_as(job.backend, chunk.kind, chunk.configs[0]) != "graph" or not isinstance(network, StackedModule):
         return math.inf
     try:
-        with computing(1), torch.no_grad():
+        with torch_threads(1), torch.no_grad():
             timed = job.fits.reuse.timed = MemberChunk(
                 network, data, chunk.configs, seed=job.seed, horizon=job.horizon, scoring=job.scoring
             )
@@ -275,7 +275,7 @@ def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> fl
 
     # Over a long horizon a recording pays, as it will in the search.
     short = replace(job, epochs=_EPOCHS, horizon=10**6, scoring=None, checkpointing=None, backend=backend, fits=Fits())
-    with computing(1), suppress(_Enough):
+    with torch_threads(1), suppress(_Enough):
         train_chunk(short, data, chunk, note)
     size = int(chunk.configs[0]["batch_size"])
     steps = sum(-(-len(fold.train) // size) for fold in data.folds)

@@ -59,12 +59,12 @@ class CompiledChunk:
         self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
         self.fixed = {
             **_of_data(data),
-            "lengths": self.placed(self.lengths),
-            "valid_start": self.placed(self.starts),
+            "lengths": self.place(self.lengths),
+            "valid_start": self.place(self.starts),
         }
         self._rebuild()
 
-    def placed(self, values: np.ndarray | Sequence[float] | Sequence[tuple[int, ...]]) -> Tensor:
+    def place(self, values: np.ndarray | Sequence[float] | Sequence[tuple[int, ...]]) -> Tensor:
         """Return numbers of 64 bits as a tensor on the device of the rows."""
         return torch.from_numpy(np.asarray(values)).to(self.data.device)
 
@@ -92,16 +92,16 @@ class CompiledChunk:
         self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))  # (F, C)
         self.arrays: dict[str, Array] = {
             **self.fixed,
-            **{k: self.placed([float(config[key]) for config in self.configs]) for k, key in rows.items()},
-            "widths": self.placed([hidden_widths(config) for config in self.configs]),
-            "sizes": self.placed(self.sizes),
-            "schedule": self.placed([tuple(SCHEDULES).index(c["schedule"]) for c in self.configs]),
+            **{k: self.place([float(config[key]) for config in self.configs]) for k, key in rows.items()},
+            "widths": self.place([hidden_widths(config) for config in self.configs]),
+            "sizes": self.place(self.sizes),
+            "schedule": self.place([tuple(SCHEDULES).index(c["schedule"]) for c in self.configs]),
             "theta": self.flat,
             "first": first,
             "second": second,
             "average": self._moments[-1] if self.averages else None,
             # The longest first, and of those one fold after another, whose rows are then in the cache.
-            "queue": self.placed(np.argsort(-self.steps.flatten(), kind="stable")),
+            "queue": self.place(np.argsort(-self.steps.flatten(), kind="stable")),
             "draws": None,
             "draw_start": None,
             "draw_rows": None,
@@ -164,7 +164,7 @@ class CompiledChunk:
             for layer in range(depth)
         ]
         start = np.concatenate([[0], np.cumsum(rows * depth * width)[:-1]]).astype(np.int64)
-        return {"draws": torch.cat(draws), "draw_start": self.placed(start), "draw_rows": self.placed(rows)}
+        return {"draws": torch.cat(draws), "draw_start": self.place(start), "draw_rows": self.place(rows)}
 
     def draw_rows(self) -> np.ndarray:
         """Return the longest minibatch that each step has, (steps,), for which dropout draws."""

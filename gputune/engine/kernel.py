@@ -55,8 +55,8 @@ class KernelChunk(CompiledChunk):
             start = np.arange(steps) % self.draws.ahead * self.draws.buffer[0].numel()
             self.arrays |= {
                 "draws": self.draws.buffer,
-                "draw_start": self.placed(start),
-                "draw_rows": self.placed(np.full_like(rows, rows.max())),
+                "draw_start": self.place(start),
+                "draw_rows": self.place(np.full_like(rows, rows.max())),
             }
         self.arrays["nanoseconds"] = None
         self.kernel = kernel_of(self.configs, self.network.kind, self.data)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import computing
+from gputune.engine.backend import torch_threads
 from gputune.engine.one_member import OneMember, Space
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.member_code import MemberCode
@@ -44,7 +44,7 @@ class MemberChunk(StackedChunk):
     ) -> None:
         super().__init__(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
         code = MemberCode(data.dtype)
-        with computing(1):  # a step of one member is thousands of small operations, which threads only delay
+        with torch_threads(1):  # a step of one member is thousands of small operations, which threads only delay
             self._write(code, seed)
         self.code = build(code.source, data.dtype)
         self.code.take_steps.restype = None
@@ -66,7 +66,7 @@ class MemberChunk(StackedChunk):
         """Train for one epoch."""
         self.batches.begin(epoch)
         self.update.begin(epoch)
-        with computing(1):  # some megabytes, for which threads take longer to meet than to copy
+        with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
             rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)
         self.outputs = [self._outputs_of(one) for one in self.members]
@@ -75,7 +75,7 @@ class MemberChunk(StackedChunk):
                 if one.draws is not None:
                     one.draws.fill(epoch, begin)
             self._take(rows, begin, min(begin + self.ahead, last))
-        with computing(1):
+        with torch_threads(1):
             for (block, buffer), own in zip(self._buffers(), rows):
                 block.put_rows(buffer, own)
 
@@ -91,7 +91,7 @@ class MemberChunk(StackedChunk):
         if len(outputs) < self.data.n_folds:
             return super().scores()
         params = self._network.blocks.views(self._flat)
-        with computing(1):  # what is left is so little that threads wait for each other
+        with torch_threads(1):  # what is left is so little that threads wait for each other
             return self.validation.scores(self._network, params, len(self.configs), outputs)
 
     def seconds_of_a_step(self) -> float:

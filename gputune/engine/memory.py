@@ -23,7 +23,7 @@ from gputune.population.population import Population
 
 
 @dataclass(frozen=True)
-class GivenUp:
+class Failure:
     """A trial (its place in the search) that cannot be trained, and why."""
 
     index: tuple[int]
@@ -34,7 +34,7 @@ class GivenUp:
         return RuntimeError(self.reason)
 
 
-class DoesNotFit(GivenUp):
+class DoesNotFit(Failure):
     """A trial that does not fit into memory even alone, and what was said."""
 
     def error(self) -> Exception:
@@ -44,12 +44,12 @@ class DoesNotFit(GivenUp):
 
 def run_in_parts(
     job: Job, data: Dataset, chunk: Population, progress: Progress | None = None
-) -> list[Outcome | GivenUp]:
+) -> list[Outcome | Failure]:
     """Train one chunk, in as many parts as the memory makes necessary.
 
     Parts that have not begun when training is over are left out.
     """
-    waiting, done = [chunk], list[Outcome | GivenUp]()
+    waiting, done = [chunk], list[Outcome | Failure]()
     while waiting and not (done and job.is_over()):
         part = waiting.pop()
         if (most := job.fits.most(part)) < len(part.index):

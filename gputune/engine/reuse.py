@@ -49,14 +49,14 @@ class Reuse:
     def take_timed(self, data: Dataset, configs: Sequence[Config], **options: object) -> StackedChunk | None:
         """Return the chunk that was timed, where it is that of these trials; it is kept no longer."""
         timed, self.timed = self.timed, None
-        if timed is None or timed.configs != list(configs) or not timed.made_with(data, recorded=False, **options):
+        if timed is None or timed.configs != list(configs) or not timed.is_made_with(data, recorded=False, **options):
             return None
         return timed
 
     def take(self, network: Network, data: Dataset, configs: Sequence[Config], **options: Any) -> StackedChunk:
         """Return a chunk of these trials at their start: one that was kept where it can be, or a new one."""
         kept = self.chunks.pop(_key(network), None)
-        if kept is not None and kept.made_with(data, **options) and kept.holds(len(configs)):
+        if kept is not None and kept.is_made_with(data, **options) and kept.holds(len(configs)):
             places = [min(slot, len(configs) - 1) for slot in range(len(kept.slots))]
             like = StackedChunk(network.subset(places), data, [configs[c] for c in places], **options)
             if take_over(kept, like):

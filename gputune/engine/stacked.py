@@ -108,7 +108,7 @@ class StackedChunk:
         """Bytes of the parameters and buffers of the members."""
         return self._flat.nbytes
 
-    def made_with(self, data: Dataset, **options: object) -> bool:
+    def is_made_with(self, data: Dataset, **options: object) -> bool:
         """Whether it was made with these arguments, the trials and their network apart."""
         given = {"data": data, **options}
         # Objects are the same one, since some hold arrays, which know no equality.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import computing, trains_as
+from gputune.engine.backend import torch_threads, trains_as
 from gputune.engine.best_outputs import BestOutputs
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
@@ -206,7 +206,7 @@ def train(
             curves[chunk.alive, epoch : epoch + many] = scores
             if best is not None:
                 means = first_metric(scores, axes=3).mean(2)
-                with computing(1):  # some megabytes, for which threads take longer to meet than to copy
+                with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
                     for e, outputs in enumerate(chunk.validation.outputs):
                         best.take(epoch + e + 1, chunk.alive, means[:, e], outputs)
             many = min(many, 1 + int(goes_on.any(0).sum()))  # nothing is left after the last divergence

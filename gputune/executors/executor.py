@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from gputune.engine.job import Outcome, Progress
-from gputune.engine.memory import GivenUp
+from gputune.engine.memory import Failure
 from gputune.engine.stop import Stop
 from gputune.errors import warn
 from gputune.text import count
@@ -23,7 +23,7 @@ class Unit(Protocol):
 Chunk = TypeVar("Chunk", bound=Unit)
 Result = TypeVar("Result")
 
-Outcomes = Sequence[Outcome | GivenUp]
+Outcomes = Sequence[Outcome | Failure]
 """What came of a chunk of a population, part by part."""
 
 Task = Callable[[Chunk], Sequence[Result]]

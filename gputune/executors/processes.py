@@ -26,9 +26,9 @@ from joblib.externals.loky.process_executor import (
 )
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import computing
+from gputune.engine.backend import torch_threads
 from gputune.engine.job import Job, Outcome
-from gputune.engine.memory import GivenUp, run_in_parts
+from gputune.engine.memory import Failure, run_in_parts
 from gputune.engine.plan import cores
 from gputune.errors import InputError
 from gputune.executors.executor import Chunk, Ended, Executor, LostWorkerError, Outcomes, Result
@@ -123,7 +123,7 @@ class Processes(Executor[Chunk, Result]):
         self.idle.clear()
 
 
-class ChunkProcesses(Processes[Population, Outcome | GivenUp]):
+class ChunkProcesses(Processes[Population, Outcome | Failure]):
     """Worker processes of one thread each, each for a device, beside this process, which trains too.
 
     The data is written once and mapped into every worker, so that it is held in memory once.
@@ -140,7 +140,7 @@ class ChunkProcesses(Processes[Population, Outcome | GivenUp]):
             f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the other, the last "
             f"because {reason} Where memory has run out, fewer workers= leave more to each, and {smaller}."
         )
-        return [GivenUp((place,), words) for place in chunk.index]
+        return [Failure((place,), words) for place in chunk.index]
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
         try:
             # What has no device by name would open a context on the first GPU.
             gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-            with computing(1), gpu:
+            with torch_threads(1), gpu:
                 return run_in_parts(job, _load(path, device), chunk)
         except Exception as error:
             if not _travels(error):

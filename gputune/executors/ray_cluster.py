@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import computing
+from gputune.engine.backend import torch_threads
 from gputune.engine.job import Job, Outcome
-from gputune.engine.memory import GivenUp, run_in_parts
+from gputune.engine.memory import Failure, run_in_parts
 from gputune.engine.plan import Plan
 from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError
@@ -29,7 +29,7 @@ from gputune.executors.sharing import to_arrays, to_device, to_tensors
 from gputune.population.population import Population
 from gputune.version import __version__
 
-_Ended = Ended[Population, Outcome | GivenUp]
+_Ended = Ended[Population, Outcome | Failure]
 
 
 def make_task(ray: ModuleType) -> Any:
@@ -67,7 +67,7 @@ def run_in_task(common: list[Any], population: bytes, left: float | None, thread
     begin = time.monotonic()
     job: Job = pickle.loads(ray.get(common[1]))
     job = replace(job, stop=Stop(None if left is None else begin + left))
-    with computing(threads):
+    with torch_threads(threads):
         return run_in_parts(job, _dataset(common[0], device), pickle.loads(population))
 
 
@@ -154,7 +154,7 @@ class RayCluster:
         return self._task.options(num_cpus=cpus, num_gpus=gpus, max_retries=0, name="gputune chunk")
 
 
-class RayTasks(Executor[Population, Outcome | GivenUp]):
+class RayTasks(Executor[Population, Outcome | Failure]):
     """The chunks of one plan on their way."""
 
     worker = "a Ray worker"

@@ -29,7 +29,7 @@ HYPERPARAMETERS_OF = {
 }
 
 
-def undifferentiated(config: Config) -> str:
+def why_not_differentiable(config: Config) -> str:
     """Return what in a configuration hypergradients do not differentiate, and the remedy; "" where there is nothing."""
     optimizer = config["optimizer"]
     if optimizer not in HYPERPARAMETERS_OF:

@@ -34,7 +34,7 @@ class ModuleTraining:
         self.steps = len(batches)
         self.totals = np.array([self.steps])
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        with self.objective.holding({}):
+        with self.objective.substitute({}):
             names = differentiate_statistics(module)
         held = dict(module.named_buffers())
         self.running = {name: held[name] for name in names}
@@ -83,7 +83,7 @@ class ModuleTraining:
         """Return the loss (1,) of a pair and the running statistics (1, kept) after it."""
         tensors = {**self.parameters(weights), **self.fixed}
         state = {f"module.{key}": tensor for key, tensor in tensors.items()}
-        with _module_errors(name, pair), self.objective.holding(state) as objective:
+        with _module_errors(name, pair), self.objective.substitute(state) as objective:
             self.module.train(training)
             differentiate_statistics(self.module)
             loss = objective(*map(_normal, pair))

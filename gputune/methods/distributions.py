@@ -1,7 +1,7 @@
 """What a value of a space is drawn from: a list, a distribution of scipy.stats, or one that scipy lacks.
 
 Beside the object itself a distribution has three notations: text (for a hash), plain values (for a study file), and
-Optuna's, ``Described``. Also which best values of a study lie at the edge of what they were drawn from.
+Optuna's, ``Description``. Also which best values of a study lie at the edge of what they were drawn from.
 """
 
 import math
@@ -20,7 +20,7 @@ from gputune.study.study import Study
 from gputune.text import short
 from gputune.types import Config, Json
 
-Described = Json
+Description = Json
 """One of Optuna's distributions as plain JSON: "kind" float, int or choices, and its arguments."""
 
 
@@ -68,7 +68,7 @@ class OwnDistribution:
         return self.low, self.high
 
     @property
-    def described(self) -> Described:
+    def description(self) -> Description:
         return {"kind": "int", "low": self.low, "high": self.high, "log": True}
 
 
@@ -137,7 +137,7 @@ class Steps(OwnDistribution):
         return all(isinstance(value, int) for value in astuple(self))
 
     @property
-    def described(self) -> Described:
+    def description(self) -> Description:
         kind = "int" if self.whole else "float"
         return {"kind": kind, "low": self.low, "high": self.high, "step": self.step}
 
@@ -222,7 +222,7 @@ def from_optuna(value: Any) -> object:
     return stats.uniform(low, high - low) if value.step is None else Steps(low, high, value.step)
 
 
-def as_optuna(description: Described) -> object:
+def as_optuna(description: Description) -> object:
     """Return the ``optuna.distributions`` object."""
     distributions = import_extra("optuna.distributions", extra="optuna", used_by="An Optuna distribution")
     arguments = {key: value for key, value in description.items() if key != "kind"}
@@ -230,12 +230,12 @@ def as_optuna(description: Described) -> object:
     return getattr(distributions, names[description["kind"]])(**arguments)
 
 
-def describe(choices: Choices) -> Described | None:
+def describe(choices: Choices) -> Description | None:
     """Return the list or distribution of one key as one of Optuna's; None for a law that Optuna does not have."""
     if isinstance(choices, list):
         return {"kind": "choices", "choices": labels(choices)}
     if isinstance(choices, OwnDistribution):
-        return choices.described
+        return choices.description
     if (scipy_law := _scipy_law(choices)) is None:
         return None
     value: Any = choices

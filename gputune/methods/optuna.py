@@ -18,7 +18,7 @@ from gputune.errors import InputError, import_extra
 from gputune.methods.config import ConfigCheck, check_config, check_count
 from gputune.methods.distributions import (
     Choices,
-    Described,
+    Description,
     as_optuna,
     describe,
     distribution_text,
@@ -277,7 +277,7 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def widened(study: Study, key: str) -> Described:
+def widened(study: Study, key: str) -> Description:
     """Return the law of a key, widened where the default or an included trial lies outside of it.
 
     Where the study does not know it (a law that Optuna lacks), it is uniform over what the trials hold.
@@ -294,7 +294,7 @@ def widened(study: Study, key: str) -> Described:
     return plain | ({"step": step} if on_grid else {})
 
 
-def _guess_law(values: Sequence[object]) -> Described:
+def _guess_law(values: Sequence[object]) -> Description:
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) < len(values) or not all(map(math.isfinite, numbers)):
         return {"kind": "choices", "choices": labels(list(values))}
@@ -302,7 +302,7 @@ def _guess_law(values: Sequence[object]) -> Described:
     return {"kind": kind, "low": min(numbers), "high": max(numbers)}
 
 
-def _holds(law: Described, value: object) -> bool:
+def _holds(law: Description, value: object) -> bool:
     """Whether a value can be one of a law whose ends may be widened: not a word among numbers, nor 0 on a log axis."""
     if law["kind"] == "choices":
         return True

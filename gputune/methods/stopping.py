@@ -29,7 +29,7 @@ class StoppingRule:
         """
         raise NotImplementedError
 
-    def leaving(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
+    def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
         """Return the numbers of the trials that leave after an epoch of ``stops``."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class Halving(StoppingRule):
         """Return the epochs of the rungs of all brackets."""
         return sorted({epoch for epochs in self.rungs(max_epochs) for epoch in epochs})
 
-    def leaving(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
+    def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
         """Return the trials of each bracket with a rung here whose fold means are not among the best."""
         # By number and not by place: a study that was repaired may lack some.
         bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
@@ -149,7 +149,7 @@ class Median(StoppingRule):
         first = _first_epoch(self, max_epochs, 10)
         return list(range(first, max_epochs, self.every or first))
 
-    def leaving(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
+    def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
         """Return the trials whose best fold mean so far is below the median."""
         means = {number: curves[number].mean(1) for number in sorted(curves)}
         return below_the_median(epoch, means, self.min_trials)
@@ -190,7 +190,7 @@ class Arrivals:
             return False
         reported = reports.read().items()
         curves = {n: r.values[:, None] for n, r in reported if r.ended or len(r.values) >= epoch}
-        return number in self.method.leaving(epoch, curves, self.max_epochs)
+        return number in self.method.trials_to_stop(epoch, curves, self.max_epochs)
 
 
 def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:

@@ -44,7 +44,7 @@ class Stateless:
         ]
 
     @contextmanager
-    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    def substitute(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """Put ``tensors`` in the place of parameters and buffers of the same names inside, under all their names.
 
         Names are those of ``named_parameters()`` and ``named_buffers()``.
@@ -88,7 +88,7 @@ def not_trained(module: nn.Module) -> dict[str, Tensor]:
     return frozen | dict(module.named_buffers())
 
 
-def kept_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+def state_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Return the buffers, frozen parameters and Python numbers of some names, the numbers as tensors."""
     tensors = not_trained(module)
     return {k: tensors[k].detach() if k in tensors else _as_tensor(_number(module, k)) for k in names}

@@ -161,7 +161,7 @@ def _empty(value: object) -> Any:
 
 
 @contextmanager
-def given_draws(draws: Sequence[Tensor]) -> Iterator[None]:
+def replay_draws(draws: Sequence[Tensor]) -> Iterator[None]:
     """Let these be what operations that draw give inside, one after the other."""
     if not draws:  # a mode costs something in every call
         yield

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.modules.calls import kept_of
+from gputune.modules.calls import state_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
 from gputune.modules.hints import Trail, check_ids
 from gputune.modules.module import StackedModule, Traits
@@ -238,7 +238,7 @@ def _plain_results(
         module.zero_grad()
     with torch.no_grad():
         outputs = objective.outputs(module.eval(), trial.inputs, names)
-    return outputs, gradients, kept_of(module, tuple(stacked.kept))
+    return outputs, gradients, state_of(module, tuple(stacked.kept))
 
 
 def _stacked_results(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -> tuple[Tensor, list[Params], Params]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.modules.calls import autocast, kept_of, not_trained, put_numbers
+from gputune.modules.calls import autocast, not_trained, put_numbers, state_of
 from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.module import ModuleNetwork
 from gputune.optimizers.blocks import Block, Blocks
@@ -81,7 +81,7 @@ class LoopedModule(ModuleNetwork):
                 found.append(self.objective.outputs(module.eval(), inputs, self.shape.names))
                 continue
             values = self.values(params, fold, trial)
-            with self.stateless.holding(values) as module:
+            with self.stateless.substitute(values) as module:
                 put_numbers(module, {k: values[k] for k in self.kept})
                 found.append(self.objective.outputs(module.eval(), inputs, self.shape.names))
         return torch.stack(found)
@@ -195,7 +195,7 @@ class _Member:
 
     def kept(self) -> Tensor:
         """Return what training changes beside the parameters, as a row (M,)."""
-        return self.network.as_row(kept_of(self.module, tuple(self.network.kept)))
+        return self.network.as_row(state_of(self.module, tuple(self.network.kept)))
 
     def dropouts(self, epoch: int, steps: int) -> list[float]:
         """Return the rates of dropout in the steps of an epoch."""

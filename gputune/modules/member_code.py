@@ -10,7 +10,7 @@ import torch
 
 from gputune.modules.member_kernels import FORMULAS, Line, Writer, arguments
 from gputune.modules.member_layers import LAYERS
-from gputune.modules.program import computing
+from gputune.modules.program import split_constants
 from gputune.modules.trace import Operation, Place, Trace, TraceError
 
 _LARGE, _BLOCK = 4096, 2048  # numbers from which passes over the same memory are taken in blocks of so many
@@ -35,7 +35,7 @@ class MemberCode:
 
     def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> Step:
         """Write a step, and add by their addresses the memories that it finds there. Raises TraceError."""
-        constants, operations = computing(trace)
+        constants, operations = split_constants(trace)
         storages = {**trace.outside, **{m: t.untyped_storage() for m, t in constants.items()}}
         operations = _small_first(operations)
         writer = Writer(self.dtype, self.kernels, trace, operations, storages, memories)

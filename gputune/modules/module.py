@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from gputune.errors import InputError
-from gputune.modules.calls import Stateless, convert, kept_of, put_numbers, rounding
+from gputune.modules.calls import Stateless, convert, put_numbers, rounding, state_of
 from gputune.modules.construction import (
     Builder,
     build_module,
@@ -23,7 +23,7 @@ from gputune.modules.construction import (
     name_of,
     start_from,
 )
-from gputune.modules.draws import ModuleDraws, draws_of, given_draws
+from gputune.modules.draws import ModuleDraws, draws_of, replay_draws
 from gputune.modules.mapped import Mapped
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError
@@ -110,7 +110,7 @@ class ModuleNetwork:
         changing = dict.fromkeys(traits.changing)
         if hasattr(self.template, "start_from"):  # which may set any buffer
             changing |= dict.fromkeys(k for k, _ in self.template.named_buffers() if k in self.template.state_dict())
-        self.kept = kept_of(self.template, tuple(changing))
+        self.kept = state_of(self.template, tuple(changing))
         tensors: Params = {**own, **dict(self.template.named_buffers())}
         self.fixed = {k: w.detach() for k, w in tensors.items() if k not in self.first | self.kept}
         self.members = (shape.folds, len(configs))
@@ -211,7 +211,7 @@ class StackedModule(ModuleNetwork):
         values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
         inputs, names = [x[0] for x in batch.inputs], self.shape.names
         # Substitutes, as when it is mapped: a fused attention counts as one that draws.
-        with self.stateless.holding(values) as module, Substitutes():
+        with self.stateless.substitute(values) as module, Substitutes():
             return self.objective.losses(module.train(), inputs, batch.y[0], self.configs[0], names=names)
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
@@ -239,13 +239,13 @@ class StackedModule(ModuleNetwork):
     def _draws(self, batch: Batch) -> AbstractContextManager[None]:
         """What is drawn inside is the minibatch's, made ahead or by its key."""
         if isinstance(batch.draws, tuple):
-            return given_draws(batch.draws)
+            return replay_draws(batch.draws)
         if not self.traits.draws:
             return nullcontext()
         keyed = partial(keyed_draws, self.shape.device, self.seed, "dropout", *batch.key)
         try:
             with keyed():
-                return given_draws(draws_of(partial(self.alone_losses, batch)))
+                return replay_draws(draws_of(partial(self.alone_losses, batch)))
         except TraceError:
             return keyed()
 
@@ -310,7 +310,7 @@ class StackedModule(ModuleNetwork):
         """Return what a function gives for each member and its part of tensors (P, ...), and the buffers after it."""
 
         def of_member(own: Params, *parts: Tensor) -> tuple[Tensor, Params]:
-            with self.stateless.holding({**own, **self.fixed}) as module:
+            with self.stateless.substitute({**own, **self.fixed}) as module:
                 result = function(module.train(training), parts)
                 return result, self.stateless.held(self.kept)
 

@@ -44,7 +44,7 @@ def compile_trace(trace: Trace) -> Callable[[], None]:
     return _Source(operations, trace, constants).function()
 
 
-def computing(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]]:
+def split_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]]:
     """Return what is the same in every step, by its memory, and the operations that compute the rest of it.
 
     Their results lie where they would be copied to, of those with one result.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.dataset import Dataset, staged
+from gputune.data.dataset import Dataset, stage_rows
 from gputune.native.cuda import Kernel, kernels, launch
 from gputune.seeding import stream
 
@@ -60,7 +60,7 @@ class HostRows:
         asked = (step * taken[folds])[..., None] + np.arange(rows)  # (F, 1 or C, B)
         asked = np.minimum(asked, self.order.shape[1] - 1).reshape(len(asked), -1)
         positions = torch.from_numpy(np.take_along_axis(self.order[folds], asked, 1).ravel())
-        return [staged(x.index_select(0, positions), self.device) for x in self.inputs]
+        return [stage_rows(x.index_select(0, positions), self.device) for x in self.inputs]
 
 
 @cache

@@ -16,7 +16,7 @@ from gputune.engine.backend import choose_backend
 from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.engine.entry import entry
 from gputune.engine.job import BegunChunk
-from gputune.engine.memory import GivenUp
+from gputune.engine.memory import Failure
 from gputune.engine.stop import Stop
 from gputune.engine.train import State
 from gputune.errors import InputError
@@ -205,7 +205,7 @@ def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
     late = TimeoutError("the time was over before this fit had ended; give it more.")
     members |= {(f, i): late for chunk in chunks for f in range(data.n_folds) for i in chunk.index}
     for outcome in trainer.train(job, plan):
-        if isinstance(outcome, GivenUp):
+        if isinstance(outcome, Failure):
             raise outcome.error()
         assert isinstance(outcome, Weights)
         whole = next(chunk for chunk in chunks if outcome.index[0] in chunk.index)

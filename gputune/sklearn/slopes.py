@@ -13,9 +13,9 @@ from sklearn.base import clone
 from gputune.data.dataset import Fold
 from gputune.engine.choice import device_for_solver
 from gputune.engine.entry import entry
-from gputune.engine.memory import GivenUp
+from gputune.engine.memory import Failure
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, undifferentiated
+from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, why_not_differentiable
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.inner import check_classes
@@ -117,7 +117,7 @@ def _differentiate(batch: Batch, request: SlopeRequest) -> Iterator[tuple[Place,
         raise in_skorchs_words(error) from error
     plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
     for outcome in trainer.train(job, plan):
-        if isinstance(outcome, GivenUp):
+        if isinstance(outcome, Failure):
             raise outcome.error()
         assert isinstance(outcome, Slopes)
         if outcome.losses is None or outcome.slopes is None or outcome.ratios is None:
@@ -229,7 +229,7 @@ def _value(recipe: Recipe | Penalty, name: str, parameter: str, number: int) -> 
             )
         return recipe.C
     optimizer = recipe.config["optimizer"]
-    if reason := undifferentiated(recipe.config):
+    if reason := why_not_differentiable(recipe.config):
         raise InputError(
             f"a descent cannot differentiate what start {number} has: {reason}, or use RandomizedSearchCV."
         )

@@ -126,10 +126,10 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         raise _in_words(error, path) from error
     except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
-        raise damaged(path, "its tables are not those of a study") from error
+        raise damage_error(path, "its tables are not those of a study") from error
 
 
-def damaged(path: Path, reason: str) -> StudyCorruptError:
+def damage_error(path: Path, reason: str) -> StudyCorruptError:
     """The error for a file that was a study once."""
     return StudyCorruptError(
         f"study {str(path)!r} is damaged: {reason}. Nothing was changed in it; restore the file from a copy, or save "
@@ -145,7 +145,7 @@ def blaming_options(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (*MALFORMED, zlib.error) as error:
-        raise damaged(path, f"its options make no search ({type(error).__name__}: {error})") from error
+        raise damage_error(path, f"its options make no search ({type(error).__name__}: {error})") from error
 
 
 def _in_words(error: sqlite3.Error, path: Path) -> Exception:
@@ -163,7 +163,7 @@ def _in_words(error: sqlite3.Error, path: Path) -> Exception:
             return PermissionError(errno.EACCES, f"{name} may not be written ({error}); check the rights of its folder")
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
             return OSError(errno.EIO, f"{name}: {error}; check the disk, the rights of its folder and limits on files")
-    return damaged(path, str(error))
+    return damage_error(path, str(error))
 
 
 def _foreign(path: Path, reason: str) -> StudyCorruptError:
@@ -221,7 +221,7 @@ def _check_journal(path: Path) -> None:
     with journal.open("rb") as file:
         file.seek(max(0, journal.stat().st_size - len(JOURNAL_MAGIC)))
         if file.read() == JOURNAL_MAGIC:
-            raise damaged(path, f"{str(journal)!r} beside it is not its own; remove that")
+            raise damage_error(path, f"{str(journal)!r} beside it is not its own; remove that")
 
 
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:
@@ -240,13 +240,13 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
             )
         verdict = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
         if verdict != ["ok"]:
-            raise damaged(path, str(verdict[0]).splitlines()[-1])
+            raise damage_error(path, str(verdict[0]).splitlines()[-1])
         schema = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"))
         orphans = connection.execute("PRAGMA foreign_key_check").fetchall()
     if version < 1 or schema.pop("outputs", OUTPUTS) != OUTPUTS or schema != TABLES:
-        raise damaged(path, "its tables are not those of a study")
+        raise damage_error(path, "its tables are not those of a study")
     if orphans:
-        raise damaged(path, f"{len(orphans)} results belong to no trial")
+        raise damage_error(path, f"{len(orphans)} results belong to no trial")
 
 
 def use_wal(connection: sqlite3.Connection, path: Path) -> bool:

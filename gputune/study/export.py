@@ -139,7 +139,7 @@ class WholeModel(nn.Module):
     def forward(self, *rows: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in self.inputs(*rows)]
         # torch.export refuses a forward that keeps activations in its module.
-        with Stateless(self.network).holding({}) as network:
+        with Stateless(self.network).substitute({}) as network:
             output = first_output(call_module(network, inputs, self.names)).double()
         if self.task == "custom":
             return output

@@ -9,11 +9,11 @@ from typing import Any
 
 from gputune.data.source import table_size
 from gputune.errors import InputError
-from gputune.garbage import no_collecting
+from gputune.garbage import without_collector
 from gputune.scoring.outputs import Outputs, drop_beyond_limit
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
-from gputune.study.database import DRAFTS, damaged
+from gputune.study.database import DRAFTS, damage_error
 from gputune.study.record import DIRECTIONS, IDENTITY, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result, Store
 from gputune.text import count
@@ -56,7 +56,7 @@ class Ledger:
         """Read the file again, where there is one."""
         if self.store is None:
             return
-        with no_collecting():
+        with without_collector():
             self.candidates, self.plan = self.store.candidates(), self.store.plan()
             results = self.store.results()
         self.results = {number: result for number, result in results.items() if result.state != "stopped"}
@@ -177,7 +177,7 @@ class Ledger:
     def rows(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate with its result."""
         known = {**self._stopped, **self.results}
-        with no_collecting():
+        with without_collector():
             return [(candidate, known.get(candidate.number)) for candidate in self.candidates]
 
 
@@ -291,7 +291,7 @@ def _check_rows(path: Path, ledger: Ledger) -> None:
             or not store.check(ledger.kept).issuperset(ledger.kept)
             or len(store.plan()) < len(ledger.plan)
         ):
-            raise damaged(path, "rows are gone that were written to it")
+            raise damage_error(path, "rows are gone that were written to it")
 
 
 def _open(path: Path, record: SearchRecord) -> Store:

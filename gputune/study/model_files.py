@@ -114,7 +114,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
     """Return what ``save_model`` wrote; see ``load_model``."""
     body = read_description(folder / DESCRIPTION)
     state = _read_tensors(folder / TENSORS, body)
-    with blaming(folder / DESCRIPTION):
+    with file_errors(folder / DESCRIPTION):
         layout, statistics = _read_preprocessing(body["layout"], body["statistics"])
         spec, classes, dtype = dict(body["spec"]), body["classes"], DTYPES[body["dtype"]]
         kind = str(spec["kind"])
@@ -185,7 +185,7 @@ def read_description(path: Path) -> Json:
     Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a newer
     gputune.
     """
-    with blaming(path):
+    with file_errors(path):
         head = json.loads(_read(path))
         if head["format"] != FORMAT:
             raise ValueError("it is no description of a gputune model")
@@ -201,7 +201,7 @@ def read_description(path: Path) -> Json:
 
 
 @contextmanager
-def blaming(path: Path) -> Iterator[None]:
+def file_errors(path: Path) -> Iterator[None]:
     """Turn what reading an odd file raises into an error that names the file."""
     try:
         yield
@@ -219,7 +219,7 @@ def _read_tensors(path: Path, body: Mapping[str, object]) -> dict[str, Tensor]:
     import safetensors.torch
 
     raw = _read(path)
-    with blaming(path):
+    with file_errors(path):
         if _sha256(raw) != body["tensors_sha256"]:
             raise ValueError(f"it does not fit the SHA-256 in {DESCRIPTION}")
         try:
@@ -293,12 +293,12 @@ def _module_class(spec: Mapping[str, object], module: Builder | None, folder: Pa
         raise InputError(f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module out.")
     if known := module or BUILT_IN.get(kind):
         return known
-    with blaming(folder / DESCRIPTION):
+    with file_errors(folder / DESCRIPTION):
         if kind != "module":
             raise ValueError(f"it names an unknown kind of model, {kind!r}")
     or_pass = f"Or pass the class: load_model({str(folder)!r}, module=...)."
     try:
-        with blaming(folder / DESCRIPTION):
+        with file_errors(folder / DESCRIPTION):
             return find_class(spec, trust_code=trust_code, or_changed=True)
     except UntrustedCodeError as error:
         raise UntrustedCodeError(error.code, f"If you trust it, pass trust_code=True. {or_pass}") from error

@@ -17,13 +17,13 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.garbage import no_collecting
+from gputune.garbage import without_collector
 from gputune.scoring.outputs import Outputs, beyond_limit
 from gputune.study.database import (
     OUTPUTS,
     copy_file,
     create_file,
-    damaged,
+    damage_error,
     insert,
     open_file,
     sqlite_errors,
@@ -185,7 +185,7 @@ class Store:
         try:
             known = [(state, read_detail(detail), number) for state, detail, number in groups]
         except (ValueError, TypeError) as error:
-            raise damaged(self.path, f"a result cannot be read ({error})") from error
+            raise damage_error(self.path, f"a result cannot be read ({error})") from error
         ((trials,),) = self._read("SELECT count(*) FROM trials")
         waiting = trials - sum(number for *_, number in known)
         return [*known, ("waiting", {}, waiting)] if waiting else known
@@ -196,7 +196,7 @@ class Store:
         try:
             scores = np.frombuffer(b"".join(score for *_, score in rows), dtype="<f8", count=len(rows))
         except (ValueError, TypeError) as error:
-            raise damaged(self.path, f"the score of a result cannot be read ({error})") from error
+            raise damage_error(self.path, f"the score of a result cannot be read ({error})") from error
         pruned = np.array([is_pruned for _, is_pruned, _ in rows], dtype=bool)
         best = ranked(scores, pruned)[:most]
         return [rows[place][0] for place in best if np.isfinite(scores[place])]
@@ -258,12 +258,12 @@ class Store:
         given = () if numbers is None else (json.dumps(list(numbers)),)
         rows = self._read(f"SELECT * FROM {table} {some} ORDER BY rowid", *given)
         values: list[Value] = []
-        with no_collecting():
+        with without_collector():
             try:
                 for row in rows:
                     values.append(read_row(make, row))
             except ValueError as error:
-                raise damaged(self.path, f"{_ROWS[table].format(rows[len(values)][0])} {error}") from error
+                raise damage_error(self.path, f"{_ROWS[table].format(rows[len(values)][0])} {error}") from error
         return values
 
     def _all(self, table: str, make: Callable[..., Kept], known: dict[int, Kept]) -> list[Kept]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
-from gputune.garbage import no_collecting
+from gputune.garbage import without_collector
 from gputune.study.curves import Curves, stacked
 from gputune.study.record import SearchRecord
 from gputune.study.rows import TrialState, ranked
@@ -113,11 +113,11 @@ class Study:
 
         Raises FileNotFoundError, StudyCorruptError, StudyVersionError.
         """
-        with Store.open(path) as store, no_collecting():
+        with Store.open(path) as store, without_collector():
             return cls.from_rows(store.meta, store.trials(), file=Path(path))
 
     @classmethod
-    @no_collecting()
+    @without_collector()
     def from_rows(
         cls,
         meta: Mapping[str, object],
@@ -317,7 +317,7 @@ def check_metric(study: Study, metric: object, method: str) -> str:
     )
 
 
-def numbered(study: Study, number: object, caller: str) -> Trial:
+def trial_of_number(study: Study, number: object, caller: str) -> Trial:
     """Return the trial of a number, None: the best; InputError, in a caller's words, where none of it has a score."""
     if number is None:
         return study.best_trial

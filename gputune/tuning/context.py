@@ -16,7 +16,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job, Outcome
-from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
+from gputune.engine.memory import Failure, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
@@ -49,7 +49,7 @@ class RecordedPlan:
         return next(chunk for index, chunk in self.chunks.items() if population.index[0] in index)
 
 
-def given_up(trial: int, curve: np.ndarray, reason: str) -> Result:
+def failed_result(trial: int, curve: np.ndarray, reason: str) -> Result:
     """Return the result of a trial that cannot be trained, with its curve so far (epochs, F)."""
     folds = (math.nan,) * curve.shape[1]
     return Result(trial, "failed", math.nan, folds, 0, 0.0, curve, {"reason": reason})
@@ -196,7 +196,7 @@ class Context:
 
     def train(
         self, job: Job, plan: Plan, *, claim: Claim[Population] = lambda chunk: True
-    ) -> Iterator[Outcome | GivenUp]:
+    ) -> Iterator[Outcome | Failure]:
         """Train the chunks of a plan, show how far they are, and yield what came of them."""
         for outcome in self.trainer.train(job, plan, progress=self.progress.advance, claim=claim):
             if isinstance(outcome, Outcome) and outcome.fault:

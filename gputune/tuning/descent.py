@@ -9,10 +9,10 @@ from typing import ClassVar, Literal, Protocol
 import numpy as np
 
 from gputune.engine.job import Outcome
-from gputune.engine.memory import GivenUp
+from gputune.engine.memory import Failure
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, undifferentiated
+from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, why_not_differentiable
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.inner import check_classes
@@ -24,7 +24,7 @@ from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
-from gputune.tuning.context import Context, RecordedPlan, given_up
+from gputune.tuning.context import Context, RecordedPlan, failed_result
 from gputune.tuning.model_choice import ModelChoice
 from gputune.types import Config, Json
 
@@ -201,9 +201,9 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
             context.finish(ledger, _results(recorded, mode, context, outcome))
 
 
-def _results(recorded: RecordedPlan, mode: SlopeMode, context: Context, outcome: Outcome | GivenUp) -> list[Result]:
-    if isinstance(outcome, GivenUp):
-        return [given_up(recorded.trials[outcome.index[0]].number, context.no_curve, outcome.reason)]
+def _results(recorded: RecordedPlan, mode: SlopeMode, context: Context, outcome: Outcome | Failure) -> list[Result]:
+    if isinstance(outcome, Failure):
+        return [failed_result(recorded.trials[outcome.index[0]].number, context.no_curve, outcome.reason)]
     assert isinstance(outcome, Slopes)
     rows = enumerate(outcome.index)
     return [_result(recorded.trials[i], recorded.configs[i], c, outcome, mode) for c, i in rows]
@@ -269,7 +269,7 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
     """Refuse, before anything trains, a start that cannot move."""
     for number, config in configs.items():
         optimizer = config["optimizer"]
-        if not context.choice.solved and (reason := undifferentiated(config)):
+        if not context.choice.solved and (reason := why_not_differentiable(config)):
             raise InputError(f"method='hypergradient' cannot differentiate what trial {number} has: {reason}.")
         for name in names:
             if not context.choice.solved and name not in HYPERPARAMETERS_OF[optimizer]:

@@ -34,7 +34,7 @@ from gputune.study.store import Store
 from gputune.study.study import Study, Trial
 from gputune.text import count
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Search, recalled
+from gputune.tuning.refit import Search, search_of
 
 _BLOCK, _RESIDUALS = 2**13, 10_000
 """Rows of which a member's outputs are made at a time, and residuals at most that a model keeps."""
@@ -63,7 +63,7 @@ def ensemble(
         if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
             raise InputError(f"ensemble({name}={given!r}) must be {other}a whole number from {least} on.")
     trials, calibrated = _candidates(study, candidates), is_calibrated(study, calibrate, "ensemble")
-    search = recalled_for("ensemble", study, X, y, trust_code)
+    search = search_for("ensemble", study, X, y, trust_code)
     predictions = predictions_of(search, trials, Progress(verbose))
     chosen, scores = predictions.choose(size), predictions.nested_scores(size)
     shares = torch.tensor([chosen[place] / chosen.total() for place in range(len(trials))])
@@ -137,10 +137,10 @@ def is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
     return is_of_classes and study.record.scoring == "neg_log_loss" if calibrate is None else calibrate
 
 
-def recalled_for(name: str, study: Study, X: object, y: object, trust_code: bool) -> Search:
+def search_for(name: str, study: Study, X: object, y: object, trust_code: bool) -> Search:
     """Return the search of a study; what a refit refuses is refused in the words of ``name``, which has no check."""
     try:
-        return recalled(study, X, y, check=True, trust_code=trust_code)
+        return search_of(study, X, y, check=True, trust_code=trust_code)
     except InputError as error:
         if type(error) is not InputError:
             raise

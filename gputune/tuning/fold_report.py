@@ -20,18 +20,18 @@ from gputune.scoring.scoring import Scoring
 from gputune.seeding import stream
 from gputune.study.curves import FoldReport
 from gputune.study.model import TunedModel
-from gputune.study.study import Study, numbered
+from gputune.study.study import Study, trial_of_number
 from gputune.tuning.ensemble import (
     Predictions,
     is_calibrated,
     means_of_rows,
     members_of,
     predictions_of,
-    recalled_for,
+    search_for,
     values_of,
 )
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import recalled, refitted
+from gputune.tuning.refit import refit_trial, search_of
 
 
 @entry
@@ -40,8 +40,8 @@ def oof_predictions(
 ) -> NDArray[np.float64]:
     """Return what a trial predicts of rows that it was not trained on; see ``Study.oof_predictions``."""
     check_folds_train(study, "oof_predictions()")
-    one = numbered(study, trial, "oof_predictions")
-    search = recalled_for("oof_predictions", study, X, y, trust_code)
+    one = trial_of_number(study, trial, "oof_predictions")
+    search = search_for("oof_predictions", study, X, y, trust_code)
     predictions = predictions_of(search, [one], Progress(0))
     data = predictions.data
     values = [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)]
@@ -69,20 +69,20 @@ def refit_with_folds(
         calibrate = False
     calibrated = is_calibrated(study, calibrate, "best_model")
     if not (intervals or calibrated):
-        one = numbered(study, trial, "best_model")
-        return refitted(recalled(study, X, y, check=check, trust_code=trust_code), one)
+        one = trial_of_number(study, trial, "best_model")
+        return refit_trial(search_of(study, X, y, check=check, trust_code=trust_code), one)
     called = f"best_model({'intervals' if intervals else 'calibrate'}=True)"
     check_folds_train(study, called)
     if intervals and study.record.task != "regression":
         raise InputError(f"{called} is for a number to be predicted, and the study is of classes; leave it out.")
-    one = numbered(study, trial, "best_model")
-    search = recalled(study, X, y, check=check, trust_code=trust_code)
+    one = trial_of_number(study, trial, "best_model")
+    search = search_of(study, X, y, check=check, trust_code=trust_code)
     if search.rows != study.record.fingerprint:
         raise InputError(f"{called} needs the rows of the search, whose folds it trains on; leave out check=False.")
     if intervals and search.problem.target.n_outputs > 1:
         raise InputError(f"{called} is for one number a row, and the target has several; search for one at a time.")
     predictions, alone = predictions_of(search, [one], Progress(0)), torch.ones(1)
-    model = refitted(search, one)
+    model = refit_trial(search, one)
     if calibrated:
         return replace(model, temperature=predictions.temperature(alone))
     return replace(model, residuals=predictions.residuals(alone))
@@ -124,7 +124,7 @@ def fold_report(
     Raises InputError where there are no classes, no columns, or no folds to train on.
     """
     check_fold_report(study, confusion=confusion)
-    search, one = recalled_for("report", study, X, y, trust_code), study.best_trial
+    search, one = search_for("report", study, X, y, trust_code), study.best_trial
     layout = search.problem.layout
     if importance and not isinstance(layout, Layout):
         raise InputError(

@@ -22,7 +22,7 @@ from gputune.engine.stop import Stop
 from gputune.errors import InputError
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
-from gputune.garbage import no_collecting
+from gputune.garbage import without_collector
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import edge_remarks
 from gputune.methods.optuna import OptunaSampler
@@ -151,7 +151,7 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
     problem = problem.searching(space, options.include)
     options = replace(options, numbers=problem.numbers)
     folds = _folds(problem, options)
-    with no_collecting():
+    with without_collector():
         trials = first_trials(space, choice, options, store, problem)
         configs = [choice.complete(trial.params, options.schedule) for trial in trials]
     data = _dataset(problem, folds, options, choice, configs, progress)

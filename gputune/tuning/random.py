@@ -13,7 +13,7 @@ import torch
 from gputune.engine.backend import on_threads
 from gputune.engine.checkpoint import Checkpoint
 from gputune.engine.job import BegunChunk, Job, Outcome, stalled_epochs
-from gputune.engine.memory import GivenUp
+from gputune.engine.memory import Failure
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.methods.config import ConfigCheck, check_config
@@ -25,7 +25,7 @@ from gputune.solver.solve import solve_chunk
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count
-from gputune.tuning.context import Context, RecordedPlan, given_up
+from gputune.tuning.context import Context, RecordedPlan, failed_result
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.tuning.rungs import check_rungs, train_in_rungs
@@ -73,9 +73,9 @@ def _run(ledger: Ledger, recorded: RecordedPlan, context: Context) -> None:
     patience = context.options.patience
     job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing, patience=patience)
     for outcome in context.train(job, plan, claim=lambda population: ledger.claim(recorded.chunk(population))):
-        if isinstance(outcome, GivenUp):
+        if isinstance(outcome, Failure):
             number = numbers[outcome.index[0]]
-            context.finish(ledger, [given_up(number, context.no_curve, outcome.reason)])
+            context.finish(ledger, [failed_result(number, context.no_curve, outcome.reason)])
         else:
             _keep(ledger, recorded.trials, outcome, context)
 

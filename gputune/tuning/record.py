@@ -18,7 +18,7 @@ from gputune.data.target_transform import is_known, transform_from_json, transfo
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
-from gputune.methods.distributions import Described, describe
+from gputune.methods.distributions import Description, describe
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.space import Space, space_from_json, space_text, space_to_json
 from gputune.scoring.metrics import has_function
@@ -140,7 +140,7 @@ def versions() -> dict[str, str]:
     return {"gputune": __version__, **{name: module.__version__ for name, module in modules.items()}}
 
 
-def distributions(space: Space) -> dict[str, Described]:
+def distributions(space: Space) -> dict[str, Description]:
     """What an export to Optuna knows of each key: the law it is drawn from, where one law is all and Optuna has it."""
     laws = {key: describe(choices) for part in space for key, choices in part.items()}
     many = {key for key in laws if sum(key in part for part in space) > 1}

@@ -181,7 +181,7 @@ class Search:
         return {"score": score, "std_error": std_error} if same else {}
 
 
-def recalled(study: Study, X: object, y: object, *, check: bool, trust_code: bool) -> Search:
+def search_of(study: Study, X: object, y: object, *, check: bool, trust_code: bool) -> Search:
     """Return the search of a study on X and y, by default its own rows: kept in memory, or read again from its file.
 
     Raises InputError where there are none or, with ``check``, others.
@@ -200,7 +200,7 @@ def recalled(study: Study, X: object, y: object, *, check: bool, trust_code: boo
     return Search(study, choice.of(problem.target, problem.objective), options, problem, rows)
 
 
-def refitted(search: Search, one: Trial) -> TunedModel:
+def refit_trial(search: Search, one: Trial) -> TunedModel:
     """Return the tuned model of a trial."""
     data = search.all_rows([one])
     ((module,),) = search.train(data, [one], seed=search.options.random_state)

@@ -14,7 +14,7 @@ import torch
 
 from gputune.engine.checkpoint import Checkpoint, pause_after
 from gputune.engine.job import BegunChunk
-from gputune.engine.memory import GivenUp
+from gputune.engine.memory import Failure
 from gputune.engine.rung import RungJob, RungOutcome, StateCache
 from gputune.engine.train import State
 from gputune.errors import InputError
@@ -24,7 +24,7 @@ from gputune.population.population import Population
 from gputune.scoring.outputs import Outputs, drop_beyond_limit
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
-from gputune.tuning.context import Context, given_up
+from gputune.tuning.context import Context, failed_result
 from gputune.types import Config, first_metric
 
 
@@ -131,7 +131,7 @@ class _RungSearch:
             plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
             for outcome in context.train(job, plan):
                 trained.update(outcome.index)
-                if isinstance(outcome, GivenUp):
+                if isinstance(outcome, Failure):
                     self._give_up(trials[outcome.index[0]], outcome.reason)
                 else:
                     assert isinstance(outcome, RungOutcome)
@@ -184,7 +184,7 @@ class _RungSearch:
     def _give_up(self, trial: _RunningTrial, reason: str) -> None:
         """Finish a trial that cannot be trained."""
         self.running = [other for other in self.running if other is not trial]
-        self._store([given_up(trial.number, trial.curve, reason)])
+        self._store([failed_result(trial.number, trial.curve, reason)])
         self._count_ended([trial])
 
     def _save(self) -> None:
@@ -217,7 +217,7 @@ class _RungSearch:
         if epoch in self.stops and not self.context.is_over():
             curves = self.curves | {trial.number: trial.curve for trial in self.running}
             ranked = {number: first_metric(curve, axes=2) for number, curve in curves.items()}
-            pruned = self.rule.leaving(epoch, ranked, self.context.epochs)
+            pruned = self.rule.trials_to_stop(epoch, ranked, self.context.epochs)
             self._finish([trial for trial in self.running if trial.number in pruned], rung=epoch)
             self.running = [trial for trial in self.running if trial.number not in pruned]
 

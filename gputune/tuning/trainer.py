@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import choose_backend, computing, trains_as
+from gputune.engine.backend import choose_backend, torch_threads, trains_as
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.engine.kernel import compiled, kernel_of, lacks
-from gputune.engine.memory import GivenUp, Need, run_in_parts
+from gputune.engine.memory import Failure, Need, run_in_parts
 from gputune.engine.plan import Plan, cores, make_plan
 from gputune.engine.stop import Stop
 from gputune.engine.train import Trained
@@ -222,7 +222,7 @@ class Trainer:
         *,
         progress: Progress = unseen,
         claim: Claim[Population] = lambda chunk: True,
-    ) -> Iterator[Outcome | GivenUp]:
+    ) -> Iterator[Outcome | Failure]:
         """Train the chunks of a plan and yield what came of them, in the order in which they end.
 
         A chunk that ``claim`` refuses is passed over: another process has it. One that memory does not hold comes in
@@ -240,13 +240,13 @@ class Trainer:
         def train(chunk: Population) -> Outcomes:
             return run_in_parts(job, data, chunk, progress)
 
-        with computing(plan.threads), self._here(job, plan) as place:
+        with torch_threads(plan.threads), self._here(job, plan) as place:
             for outcome in hand_out(plan.chunks, place, train, job.stop, progress=progress, claim=claim):
                 if isinstance(outcome, Outcome):
                     _expect(job, outcome.index)
                 yield outcome
 
-    def _here(self, job: Job, plan: Plan) -> AbstractContextManager[Executor[Population, Outcome | GivenUp]]:
+    def _here(self, job: Job, plan: Plan) -> AbstractContextManager[Executor[Population, Outcome | Failure]]:
         """Return the workers that a plan has on this machine beside this process."""
         devices = (self.others or (self.data.device,) * plan.workers)[: plan.workers - 1]
         return worker_processes(job, self.data, devices) if devices else nullcontext(Executor())
@@ -257,7 +257,7 @@ class Trainer:
         """Train each configuration for its own number of epochs; return its member of every fold, on the CPU."""
         members: dict[int, list[nn.Module]] = {}
         job, plan = self.job(Job, epochs=max(epochs)), self.plan(self.groups(configs), epochs=max(epochs))
-        with computing(plan.threads):
+        with torch_threads(plan.threads):
             for chunk in plan.chunks:
 
                 def keep(trained: Trained, index: Sequence[int] = chunk.index) -> bool:

@@ -20,7 +20,7 @@ from sklearn.model_selection import cross_val_score
 import gputune
 from forked import Fork
 from gputune.engine.job import Job
-from gputune.engine.memory import GivenUp
+from gputune.engine.memory import Failure
 from gputune.executors import executor, processes
 from gputune.executors.sharing import to_arrays
 from gputune.modules.recorder import CpuRecorder
@@ -140,7 +140,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
 
 def test_without_a_place_for_failures_a_chunk_that_is_given_up_is_an_error():
     with pytest.raises(RuntimeError, match="lost 3 workers"):
-        raise GivenUp((0,), "lost 3 workers").error()
+        raise Failure((0,), "lost 3 workers").error()
 
 
 def test_an_error_that_cannot_be_pickled_is_named(orders):

@@ -20,7 +20,7 @@ from gputune.cli.main import main
 from gputune.cli.summary import ensemble_words
 from gputune.population.network import Ensemble
 from gputune.study.export import WholeModel
-from gputune.tuning.ensemble import Predictions, predictions_of, recalled_for
+from gputune.tuning.ensemble import Predictions, predictions_of, search_for
 from gputune.tuning.progress import Progress
 
 HOW = {"n_trials": 6, "max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1}
@@ -34,7 +34,7 @@ def study(tmp_path_factory):
 
 
 def search_of(study):
-    return recalled_for("ensemble", study, None, None, False)
+    return search_for("ensemble", study, None, None, False)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_brackets_share_the_run(iris):
 def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket():
     """At the first rung those of the first bracket are judged, by their numbers and not by their places."""
     method, kept = gputune.Halving(min_epochs=1, brackets=3), [n for n in range(13) if n != 3]
-    away = method.leaving(1, {n: np.full((1, 2), float(n)) for n in kept}, 9)
+    away = method.trials_to_stop(1, {n: np.full((1, 2), float(n)) for n in kept}, 9)
     first = [n for n in kept if method.brackets_of(13, 9)[n] == 0]
     assert away == set(first[: -(len(first) // 3)]) and first != [
         n for n, bracket in zip(kept, method.brackets_of(12, 9)) if bracket == 0
