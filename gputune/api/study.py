@@ -87,10 +87,11 @@ class Study(data.Study):
         needs; chosen on the same rows, they are a little small.
         ``calibrate`` is as in ``best_model``, and costs nothing here.
 
-        ``info["score"]`` is honest about the choice: each fold is scored by what the other folds choose; the trials
-        are still the best of the search on the same folds. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.
+        ``info["score"]`` is honest about the choice: each fold is scored by what the other folds choose (of one fold,
+        as a validation split of your own, each half of its rows by the other half); the trials are still the best of
+        the search on the same rows. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.
 
-        Raises InputError for fewer than two finished trials, one fold, a study of descents, a custom target, and as
+        Raises InputError for fewer than two finished trials, a study of descents, a custom target, and as
         ``best_model`` does; DivergedError where a trial diverges on all rows.
         """
         from gputune.tuning.ensemble import ensemble

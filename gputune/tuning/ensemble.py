@@ -225,10 +225,6 @@ def _candidates(study: Study, most: int) -> list[Trial]:
         raise InputError(
             f"ensemble() needs two finished trials, and the study has {len(trials)}; search on, or use best_model()."
         )
-    if study.record.folds < 2:
-        raise InputError(
-            "ensemble() chooses on the rows that folds validate on, and this study has one fold; search with cv=5."
-        )
     return trials
 
 
@@ -316,14 +312,27 @@ class Predictions:
         return Counter(chosen[: keys.index(max(keys)) + 1])
 
     def nested_scores(self, size: int) -> list[float]:
-        """Return the score of each fold (F,) by what is chosen on the others alone."""
-        scores = []
-        for fold in range(self.data.n_folds):
-            choice = self.choose(size, [other for other in range(self.data.n_folds) if other != fold])
-            weights = torch.tensor([number / choice.total() for number in choice.values()])
-            mean = torch.tensordot(weights.to(self.values[fold]), self.values[fold][list(choice)], 1)
-            scores.append(float(self.scores(fold, mean[None])[0][0]))
-        return scores
+        """Return the score of each fold (F,) by what is chosen on the others alone.
+
+        Of one fold, (2,): every second row of it, and the others, by what is chosen on the other half.
+        """
+        if self.data.n_folds == 1:
+            half, other = self._half(0), self._half(1)
+            return [half._score_of(other.choose(size), 0), other._score_of(half.choose(size), 0)]
+        every = range(self.data.n_folds)
+        return [self._score_of(self.choose(size, [f for f in every if f != fold]), fold) for fold in every]
+
+    def _half(self, start: int) -> "Predictions":
+        """Return what is predicted of every second validation row of the only fold, from the first or second one on."""
+        (fold,), (values,) = self.data.folds, self.values
+        part = replace(self.data, folds=(replace(fold, valid=fold.valid[start::2]),))
+        return replace(self, values=[values[:, start::2]], data=part)
+
+    def _score_of(self, choice: Counter[int], fold: int) -> float:
+        """Return the score of an ensemble on one fold."""
+        weights = torch.tensor([number / choice.total() for number in choice.values()])
+        mean = torch.tensordot(weights.to(self.values[fold]), self.values[fold][list(choice)], 1)
+        return float(self.scores(fold, mean[None])[0][0])
 
     def scores(self, fold: int, values: Tensor) -> np.ndarray:
         """Return the scores of predictions (M, m, K) on one fold and, of classes, minus their log losses: (2, M)."""

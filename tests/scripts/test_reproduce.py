@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import gputune
 from gputune.errors import InputError
 
 BAYDIN = Path(__file__).parents[2] / "scripts" / "reproduce" / "baydin2018.py"
@@ -223,3 +224,64 @@ def test_the_table_and_the_files_of_the_schedules(script, schedules, monkeypatch
     whole = json.loads((out / "results.json").read_text())
     assert [(r["split"], r["search"]) for r in whole["results"]] == [(s, n) for s in (0, 1) for n in SEARCHES]
     assert whole["results"][0]["held_out_loss"] == schedules[0].held_out_loss
+
+
+@pytest.fixture
+def papers_tables(tmp_path):
+    """Two small tables as TabM's authors write them: churn of all kinds of columns, california of numbers."""
+    rng = np.random.default_rng(0)
+    for name, targets in (("churn", lambda x: (x > 0).astype(int)), ("california", lambda x: x)):
+        folder = tmp_path / "tables" / name
+        folder.mkdir(parents=True)
+        for part, rows in (("train", 40), ("val", 20), ("test", 30)):
+            numbers = rng.normal(size=(rows, 2)).astype(np.float32)
+            np.save(folder / f"X_num_{part}.npy", numbers)
+            np.save(folder / f"Y_{part}.npy", targets(numbers[:, 0]))
+            if name == "churn":
+                np.save(folder / f"X_bin_{part}.npy", (numbers[:, 1:] > 0).astype(np.float32))
+                np.save(folder / f"X_cat_{part}.npy", np.where(numbers > 0.5, "high", "low"))
+    return tmp_path / "tables"
+
+
+def test_published_tables_are_searched_and_a_stopped_run_goes_on(script, papers_tables, monkeypatch, tmp_path, capsys):
+    module = script("tuned_mlp")
+    monkeypatch.setattr(module, "SEARCHES", {"mlp": ("mlp", 3, 8)})
+    options = [str(papers_tables), "--studies", str(tmp_path / "studies"), "--out", str(tmp_path), "--tables", "churn"]
+    assert module.main([*options, "--seeds", "2"]) == 0
+    data = module.read(papers_tables, "churn")
+    assert [*data.X] == ["n0", "n1", "b0", "c0", "c1"] and (len(data.X), data.n_train, len(data.X_test)) == (60, 40, 30)
+    assert module.main([*options, "california", "--rows", "training", "all", "--note", "Rows of a test."]) == 0
+    (page,), (numbers,) = tmp_path.glob("tuned-mlp-*.md"), tmp_path.glob("tuned-mlp-*.json")
+    text, results = page.read_text(), [module.Result(**one) for one in json.loads(numbers.read_text())["results"]]
+    assert text in capsys.readouterr().out and "Rows of a test." in text
+    asked = [("churn", 0, "training"), ("churn", 1, "training"), ("churn", 0, "all"), ("california", 0, "training")]
+    asked.append(("california", 0, "all"))
+    ways = [(*one, way) for one in asked for way in ("best trial", "ensemble")]
+    assert [(one.table, one.seed, one.rows, one.way) for one in results] == ways
+    assert all(one.seconds > 0 and one.members == 1 for one in results if one.way == "best trial")
+    (first, second) = (one.score for one in results[:3:2])
+    assert f"| churn | gputune, mlp, best trial, on training rows | {(first + second) / 2:.4f} ± " in text
+    assert "| churn | TabM, tuned | 0.8605 ± 0.0016 |  | 561 |  | A100 |" in text
+    # The best trial trains on the training rows alone: it is the member of the search.
+    study = gputune.Study.open(tmp_path / "studies" / "california-mlp-0.db")
+    data = module.read(papers_tables, "california")
+    rmse = data.score(study.ensemble(data.X, data.y, size=1, refit="folds", verbose=0))
+    assert rmse == next(one.score for one in results if one.table == "california")
+    before = numbers.read_text()
+    monkeypatch.setattr(module, "search", None)  # nothing is left to be searched
+    assert module.main([*options, "california", "--seeds", "1"]) == 0 and numbers.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda at: at.rename(at.with_name("other")), r"must have churn/X_num_train.npy, X_bin_train.npy or X_cat"),
+        (lambda at: (at / "Y_val.npy").unlink(), r"Y_val.npy must be an array of numbers or text: .*No such file"),
+        (lambda at: np.save(at / "Y_test.npy", np.ones(3)), r"got \(30, 5\) and 3 targets"),
+        (lambda at: (at / "X_cat_test.npy").unlink(), r"test files must have the columns of the train files"),
+    ],
+)
+def test_a_table_that_is_not_there_is_told_with_its_address(script, papers_tables, capsys, change, complaint):
+    change(papers_tables / "churn")
+    assert script("tuned_mlp").main([str(papers_tables), "--tables", "churn"]) == 2
+    assert re.search(f"error: .*{complaint}.*https://github.com/yandex-research/tabm", capsys.readouterr().err)

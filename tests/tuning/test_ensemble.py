@@ -87,6 +87,22 @@ def test_a_fold_is_scored_by_what_the_others_choose(predictions):
     assert after[1] == float((mean.argmax(1) == 0).double().mean()) != before[1]
 
 
+def test_halves_of_the_only_fold_are_scored_by_what_the_other_half_chooses():
+    study = gputune.tune("mlp", *IRIS, **{**HOW, "cv": [(np.arange(0, 150, 2), np.arange(1, 150, 2))]})
+    predictions = predictions_of(search_of(study), study.ranking(), Progress(0))
+    (values,), (fold,) = predictions.values, predictions.data.folds
+    data = [replace(predictions.data, folds=(replace(fold, valid=fold.valid[start::2]),)) for start in (0, 1)]
+    halves = [replace(predictions, values=[values[:, start::2]], data=data[start]) for start in (0, 1)]
+    scores = []
+    for half, other in (halves, halves[::-1]):
+        mean = sum(n * half.values[0][m] for m, n in greedy(other, 5, [0]).items())
+        scores.append(float((mean.argmax(1) == half.data.target[half.data.folds[0].valid]).double().mean()))
+    tuned = study.ensemble(size=5, refit="folds", verbose=0)
+    assert predictions.nested_scores(5) == scores and scores[0] != scores[1]
+    assert tuned.info["score"] == pytest.approx(np.mean(scores))
+    assert len(tuned.module.members) == len(tuned.info["ensemble"])
+
+
 @pytest.mark.parametrize("task", ["multiclass", "multilabel", "regression"])
 def test_the_module_is_the_weighted_mean(task):
     members, x = [nn.Linear(4, 3).double() for _ in range(3)], torch.randn(5, 4).double()
@@ -272,11 +288,6 @@ def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
         ({}, {"refit": "fold"}, r"ensemble\(refit='fold'\) must be 'all', 'folds' or a whole number from 1 on"),
         ({"n_trials": 1}, {}, "needs two finished trials, and the study has 1; search on, or use best_model"),
         ({}, {"candidates": 1}, r"ensemble\(candidates=1\) must be a whole number from 2 on"),
-        (
-            {"cv": [(np.arange(0, 150, 2), np.arange(1, 150, 2))]},
-            {},
-            "chooses on the rows that folds validate on, and this study has one fold; search with cv=5",
-        ),
         ({"method": "hypergradient", "n_trials": 1}, {}, "this study holds the points of descents"),
     ],
 )  # fmt: skip

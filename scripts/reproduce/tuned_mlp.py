@@ -1,0 +1,243 @@
+"""The tuned MLPs and TabM of two papers on their tables, beside gputune's networks on the same rows.
+
+    python scripts/reproduce/tuned_mlp.py FOLDER                    churn, california and adult, in this order
+    python scripts/reproduce/tuned_mlp.py FOLDER --tables churn --seeds 3 --rows training all
+
+FOLDER has a folder for each table with the files of TabM's authors: X_num_train.npy, X_bin_train.npy, X_cat_train.npy
+(those that the table has), Y_train.npy, and the same of val and test. Every trial is trained on the training rows and
+scored on the validation rows, as in the papers; the test rows are read once, by the models that are chosen. A stopped
+run goes on: each search is a study of its own in --studies, and what is in the result file is not measured again.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from time import perf_counter, process_time
+
+import numpy as np
+import pandas as pd
+
+import gputune
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmark.report import HERE, describe_machine, file_stem, page, positive, publish, table
+
+PARTS = ("train", "val", "test")
+REGRESSION = ("california",)
+ADDRESS = "https://github.com/yandex-research/tabm, section Data of its README (tabm-data)"
+SEARCHES = {"mlp": ("mlp", 32, 64), "realmlp": (None, 8, 256)}
+"""Of a model the name of its space (None: its default one), trials and epochs."""
+
+RTDL, TABM = "MLP, tuned (RTDL)", "MLP, tuned (TabM's authors)"
+PUBLISHED = {
+    "churn": {TABM: ("0.8553 ± 0.0029", 294, "A100"), "TabM, tuned": ("0.8605 ± 0.0016", 561, "A100")},
+    "california": {
+        RTDL: ("0.4986 ± 0.0031", 1510, "RTX 2080 Ti"),
+        TABM: ("0.4948 ± 0.0058", 1294, "A100"),
+        "TabM, tuned": ("0.4414 ± 0.0012", 3465, "A100"),
+    },
+    "adult": {
+        RTDL: ("0.8522 ± 0.0020", 1896, "a GPU, not logged"),
+        TABM: ("0.8540 ± 0.0018", 1416, "A100"),
+        "TabM, tuned": ("0.8575 ± 0.0008", 2376, "A100"),
+    },
+}
+"""Test score, mean and standard deviation of 15 seeds of the winner; the seconds of tuning (100 trials); where."""
+
+HOW = """\
+Test scores (RMSE of california, less is better; else accuracy), and the seconds of the whole search. The published
+ones are means of 15 seeds of the winner of 100 trials; their seconds are of tuning, without those seeds, and were
+logged by their authors: Gorishniy et al. 2021, arXiv:2106.11959 (output/ of rtdl-revisiting-models) and Gorishniy et
+al. 2024, arXiv:2410.24210 (paper/exp/ of tabm). gputune's are of searching, choosing and training, on one CPU core;
+with several seeds each is a search of its own: their mean ± standard deviation, and the mean of their seconds.
+{searches}
+All trials are trained on the training rows and scored on the validation rows. "on training rows": the models that are
+scored are trained there too, as in the papers (means and scales of the inputs are of both); "on all rows": on training
+and validation rows.
+"""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training rows, then validation rows; ``n_train`` tells where the second begin. Test rows stand apart."""
+
+    X: pd.DataFrame
+    y: np.ndarray
+    n_train: int
+    X_test: pd.DataFrame
+    y_test: np.ndarray
+    regression: bool
+
+    def score(self, model: gputune.TunedModel) -> float:
+        """Return the RMSE or the accuracy on the test rows."""
+        gap = np.asarray(model.predict(self.X_test)).ravel() - self.y_test
+        return float(np.sqrt(np.mean(gap**2)) if self.regression else np.mean(gap == 0))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model of one search: test score, members, seconds of wall clock and of the processor with its search."""
+
+    table: str
+    seed: int
+    model: str
+    rows: str
+    way: str
+    score: float
+    members: int
+    seconds: float
+    cpu: float
+
+
+def read(folder: Path, name: str) -> Data:
+    """Return a table of TabM's authors. Raises InputError where files are missing or their rows do not agree."""
+    parts = {part: _columns(folder / name, part) for part in PARTS}
+    targets = {part: _array(folder / name / f"Y_{part}.npy").ravel() for part in PARTS}
+    for part in PARTS:
+        if len(parts[part]) != len(targets[part]) or [*parts[part]] != [*parts["train"]]:
+            raise gputune.InputError(
+                f"{folder / name}: the {part} files must have the columns of the train files and a target for each "
+                f"row, got {parts[part].shape} and {len(targets[part])} targets. They come from {ADDRESS}."
+            )
+    X = pd.concat([parts["train"], parts["val"]], ignore_index=True)
+    y = np.concatenate([targets["train"], targets["val"]])
+    return Data(X, y, len(targets["train"]), parts["test"], targets["test"], name in REGRESSION)
+
+
+def _columns(folder: Path, part: str) -> pd.DataFrame:
+    """Return the columns of a part, n0, n1, ... b0, ... c0, ...: numbers, binary ones, and categories as text."""
+    kinds = [kind for kind in ("num", "bin", "cat") if (folder / f"X_{kind}_{part}.npy").exists()]
+    if not kinds:
+        raise gputune.InputError(
+            f"FOLDER must have {folder.name}/X_num_{part}.npy, X_bin_{part}.npy or X_cat_{part}.npy, got "
+            f"{folder.parent}. The files come from {ADDRESS}."
+        )
+    frames = [pd.DataFrame(_array(folder / f"X_{kind}_{part}.npy")).add_prefix(kind[0]) for kind in kinds]
+    return pd.concat([f.astype(str) if k == "cat" else f for k, f in zip(kinds, frames)], axis=1)
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise gputune.InputError(f"{path} must be an array of numbers or text: {error}. See {ADDRESS}.") from error
+    return array
+
+
+class Clock:
+    """Seconds of wall clock and of the processor since it was made, beside those that were spent before."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self.begin = perf_counter() - before, process_time() - before
+
+    def __call__(self) -> tuple[float, float]:
+        return perf_counter() - self.begin[0], process_time() - self.begin[1]
+
+
+def search(model: str, data: Data, seed: int, file: Path) -> tuple[gputune.Study, float, float]:
+    """Search, or go on where the file ends; return the study and the seconds of wall clock and of the processor."""
+    space, n_trials, epochs = SEARCHES[model]
+    # One thread: what earlier processes trained for, which the study tells, was both.
+    clock = Clock(sum(trial.seconds for trial in gputune.Study.open(file).trials) if file.exists() else 0.0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    study = gputune.tune(
+        model,
+        data.X,
+        data.y,
+        space=space,
+        n_trials=n_trials,
+        max_epochs=epochs,
+        cv=[(np.arange(data.n_train), np.arange(data.n_train, len(data.y)))],
+        scoring="neg_root_mean_squared_error" if data.regression else "accuracy",
+        task="regression" if data.regression else "classification",
+        device="cpu",
+        workers=1,
+        study=file,
+        random_state=seed,
+        verbose=0,
+    )
+    return study, *clock()
+
+
+def measure(name: str, data: Data, seed: int, model: str, rows: Sequence[str], studies: Path) -> Iterator[Result]:
+    """Yield the best trial and the ensemble of a search, trained on training rows, on all rows, or on both in turn."""
+    study, *spent = search(model, data, seed, studies / f"{name}-{model}-{seed}.db")
+    for where in rows:
+        for way, size in (("best trial", 1), ("ensemble", 25)):
+            clock = Clock()
+            # Of one step it is the best trial.
+            tuned = study.ensemble(
+                data.X, data.y, size=size, refit={"training": "folds", "all": "all"}[where], verbose=0
+            )
+            seconds, cpu = (before + after for before, after in zip(spent, clock()))
+            members = len(tuned.info["ensemble"])
+            yield Result(name, seed, model, where, way, data.score(tuned), members, seconds, cpu)
+
+
+def words(machine: dict[str, object], results: Sequence[Result], note: str) -> str:
+    """Return the page."""
+    searches = "; ".join(
+        f"{model} searches {n} trials of {epochs} epochs"
+        + (f' of space="{space}"' if space else " of its default space, the published configuration first")
+        for model, (space, n, epochs) in SEARCHES.items()
+    )
+    rows: list[list[object]] = []
+    for name in dict.fromkeys(one.table for one in results):
+        rows += [[name, who, score, "", f"{s:,}", "", on] for who, (score, s, on) in PUBLISHED.get(name, {}).items()]
+        groups = dict.fromkeys((one.model, one.rows, one.way) for one in results if one.table == name)
+        for group in groups:
+            of = [one for one in results if (one.table, one.model, one.rows, one.way) == (name, *group)]
+            scores = [one.score for one in of]
+            spread = f" ± {stdev(scores):.4f} ({len(of)} seeds)" if len(of) > 1 else ""
+            members = "-".join(map(str, sorted({min(one.members for one in of), max(one.members for one in of)})))
+            seconds, cpu = mean(one.seconds for one in of), mean(one.cpu for one in of)
+            who = f"gputune, {group[0]}, {group[2]}, on {group[1]} rows"
+            rows.append([name, who, f"{mean(scores):.4f}{spread}", members, f"{seconds:,.0f}", f"{cpu:,.0f}", "CPU"])
+    head = ["table", "model", "test score", "trials in it", "seconds", "CPU seconds", "on"]
+    return page("Published tuned MLPs", machine, HOW.format(searches=f"{searches}."), note, table(head, rows))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what the results lack, write after each search, and print; return 0."""
+    machine = describe_machine(with_card=False)
+    file = options.out / f"{file_stem(machine, 'tuned-mlp')}.json"
+    results = [Result(**one) for one in json.loads(file.read_text())["results"]] if file.exists() else []
+    for name in options.tables:
+        data = read(options.folder, name)
+        for seed in range(options.seeds):
+            for model in options.models:
+                known = {one.rows for one in results if (one.table, one.seed, one.model) == (name, seed, model)}
+                lacking = [rows for rows in options.rows if rows not in known]
+                if not lacking:
+                    continue
+                results += measure(name, data, seed, model, lacking, options.studies)
+                text = words(machine, results, options.note)
+                publish(options.out, "tuned-mlp", machine, text, results=[*map(asdict, results)])
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0, or 2 where the tables cannot be had."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help=f"the tables, from {ADDRESS}")
+    add("--tables", nargs="+", choices=PUBLISHED, default=[*PUBLISHED])
+    add("--models", nargs="+", choices=SEARCHES, default=[*SEARCHES])
+    add("--rows", nargs="+", choices=["training", "all"], default=["training"], help="those of the models scored")
+    add("--seeds", type=positive, default=1, help="searches of each table (default 1)")
+    add("--studies", type=Path, default=Path("tuned-mlp-studies"), help="folder of the studies")
+    add("--out", type=Path, default=HERE / "results", help="folder of the two files")
+    add("--note", default="", metavar="WORDS", help="said on the page")
+    try:
+        return run(parser.parse_args(arguments))
+    except gputune.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
