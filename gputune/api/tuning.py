@@ -172,11 +172,11 @@ def tune(
     columns      "keep": each column of numbers or booleans is one feature, whatever it holds; "drop-constant": constant
                  ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
                  else "drop-constant"
-    numbers      how numeric columns are scaled, fitted on each fold's training rows: "standard" (beyond 20 standard
-                 deviations they count as 20), "robust", "quantile", "none", or cut into 16 bins between quantiles
-                 ("piecewise"), or between the thresholds of a decision tree on the target ("piecewise-tree"), a feature
-                 each (arXiv:2203.05556); images, sequences and other inputs of a module are taken as they are ("auto"),
-                 or "standard": each channel with mean 0, variance 1
+    numbers      how numeric columns are scaled, fitted on each fold's training rows: "standard" (mean 0, variance 1;
+                 other rows beyond 20 and beyond all of these count as the farthest), "robust", "quantile", "none", or
+                 cut into 16 bins between quantiles ("piecewise"), or between the thresholds of a decision tree on the
+                 target ("piecewise-tree"), a feature each (arXiv:2203.05556); images, sequences and other inputs of a
+                 module are taken as they are ("auto"), or "standard": each channel with mean 0, variance 1
     optimizer    "sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon" (hidden matrices, the rest by adamw),
                  "schedulefree" (AdamW, scored and saved as its average), or one that adapts its rate as it trains
                  (``gputune.optim``): "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence

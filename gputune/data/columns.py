@@ -301,8 +301,8 @@ def fit_tensor_columns(X: Tensor, *, keep: bool = False) -> list[tuple[Column, t
     ]
 
 
-def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and scale of the known values, each (D,), summed in float64 on the tensor's device.
+def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean and scale of the known values, summed in float64 on the tensor's device, and how far they go: (D,).
 
     The scale is the standard deviation, or 1 where it is no more than a rounding error. Source: scikit-learn's
     StandardScaler.
@@ -315,4 +315,4 @@ def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray]:
     eps = torch.finfo(torch.float64).eps
     constant = variance <= count * eps * variance + (count * mean * eps) ** 2
     scale = torch.where(constant, 1.0, variance.sqrt())
-    return mean.cpu().numpy(), scale.cpu().numpy()
+    return mean.cpu().numpy(), scale.cpu().numpy(), gap.abs().amax(0).double().cpu().numpy()

@@ -33,7 +33,9 @@ from gputune.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
 
 Columns = Literal["keep", "drop-constant"]
 LIMIT = 20.0
-"""Standard deviations from the mean within which numbers stay; at most a 400th of the rows lie beyond (Chebyshev)."""
+"""Standard deviations from the mean beyond which a number counts as the farthest of the training rows."""
+_ROUNDING = 1e-6
+"""How much farther than it that may be, so that no training row is clipped by rounding in single precision."""
 
 Array = TypeVar("Array", np.ndarray, Tensor, np.ndarray | Tensor)
 
@@ -254,20 +256,20 @@ def fit_statistics(
 ) -> Statistics:
     """Fit on the given rows only: the mean (for missing values), and what ``numbers`` asks for.
 
-    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal), then clipped at
-    +-``LIMIT``, beyond which a network's outputs run away. "robust": by median and quartiles, then clipped smoothly to
-    +-3; a column that is constant in these rows is only centred. "quantile": normal scores, by at most 1000 quantiles
-    of the known values; a column that is constant in these rows is only centred. "piecewise": features of bins between
-    quantiles; "piecewise-tree": of those that a decision tree makes for the ``target`` (n, ...), of which the given
-    rows alone are read; of both, of numbers within the same limit. "none": numbers stay as they are. A column without
-    a known value in the rows is filled with 0.
+    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal); other rows that lie
+    farther than ``LIMIT`` and than all of these are clipped there, since a network's outputs run away. "robust": by
+    median and quartiles, then clipped smoothly to +-3; a column that is constant in these rows is only centred.
+    "quantile": normal scores, by at most 1000 quantiles of the known values; a column that is constant in these rows is
+    only centred. "piecewise": features of bins between quantiles; "piecewise-tree": of those that a decision tree makes
+    for the ``target`` (n, ...), of which the given rows alone are read; of both, of numbers within the same limit.
+    "none": numbers stay as they are. A column without a known value in the rows is filled with 0.
 
     Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``quantiles.py``;
     ``bins.py``.
     """
     check_numbers(numbers, raw)
     if isinstance(raw, Tensor):
-        mean, scale = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
+        mean, scale, farthest = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
     else:
         from sklearn.preprocessing import StandardScaler
 
@@ -276,6 +278,7 @@ def fit_statistics(
         part[:, np.isnan(part).all(0)] = 0.0
         with np.errstate(over="ignore", invalid="ignore"):  # squares beyond 1e154; the trials then diverge
             scaler = StandardScaler().fit(part)
+            farthest = np.nanmax(np.abs(part - scaler.mean_), 0)
         mean, scale = scaler.mean_, scaler.scale_
     scaled = layout.numeric if numbers != "none" else np.zeros(len(mean), dtype=bool)
     ranked, quantiles = np.empty(0, dtype=np.int64), np.empty((0, 0))
@@ -283,20 +286,20 @@ def fit_statistics(
         ranked = np.flatnonzero(layout.numeric & (np.nanmax(part, 0) > np.nanmin(part, 0)))
         quantiles = fit_quantiles(part[:, ranked])
         scaled = scaled & ~np.isin(np.arange(len(mean)), ranked)
-    center, deviation, clipped = mean, scale, np.empty(0, dtype=np.int64)
+    center, clipped = mean, np.empty(0, dtype=np.int64)
+    reach = np.where(layout.numeric, np.maximum(LIMIT * scale, farthest * (1 + _ROUNDING)), np.inf)
     if numbers == "robust" and not isinstance(raw, Tensor):
         (center, scale), clipped = median_and_spread(part), np.flatnonzero(scaled)
     center, scale = np.where(scaled, center, 0.0), np.where(scaled, scale, 1.0)
     places, ends = np.empty(0, dtype=np.int64), np.empty((2, 0))
     if numbers == "standard":
-        ends = np.where(layout.numeric, [[-LIMIT], [LIMIT]], OPEN[2:])
+        ends = np.where(layout.numeric, [[-1], [1]] * reach / scale, OPEN[2:])
     if numbers.startswith("piecewise") and not isinstance(raw, Tensor):
         of_rows = target[rows] if numbers == "piecewise-tree" and target is not None else None
         parts = [_bins(part[:, j], of_rows) if is_number else OPEN for j, is_number in enumerate(layout.numeric)]
         center, scale, least, most = np.concatenate(parts, axis=1)
         places = layout.places(numbers)
-        reach = np.where(layout.numeric, LIMIT * deviation, np.inf)[places]
-        low, high = (mean[places] - center + [[-1], [1]] * reach) / scale
+        low, high = (mean[places] - center + [[-1], [1]] * reach[places]) / scale
         ends = np.stack([np.maximum(least, low), np.minimum(most, high)])
     return Statistics(mean, center, scale, ranked, quantiles, clipped, places, *ends)
 

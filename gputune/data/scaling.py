@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.arrays import ArrayStatistics
-from gputune.data.encode import LIMIT, Statistics, transform
+from gputune.data.encode import Statistics, transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +72,7 @@ def _from_first(
     first = statistics[0]
     if any(
         s.ranked.size or s.clipped.size or s.places.size or (s.fill != s.center)[lost].any() for s in statistics
-    ) or any(map(partial(_is_limited, _range(raw)), statistics)):
+    ) or limited_features(raw, statistics):
         return None
     center = [(s.center - first.center) / first.scale for s in statistics]
     scale = [s.scale / first.scale for s in statistics]
@@ -90,16 +89,14 @@ def _range(raw: np.ndarray | Tensor) -> np.ndarray:
     return known
 
 
-def _is_limited(ends: np.ndarray, statistics: Statistics) -> bool:
-    """Whether numbers of columns with these ends lie beyond the limits of a fold."""
-    scaled = (ends - statistics.center) / statistics.scale
-    return bool(statistics.least.size and ((scaled < statistics.least) | (scaled > statistics.most)).any())
-
-
-def limited_features(x: Tensor) -> list[int]:
-    """Return which features of the copies x (V, n, D) of a table have a number that was clipped at ``LIMIT``."""
-    low, high = x.flatten(0, 1).aminmax(dim=0)
-    places: list[int] = (torch.maximum(-low, high) >= LIMIT).nonzero().flatten().tolist()
+def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics]) -> list[int]:
+    """Return which features, that are one input each, have a number beyond the limits of a fold."""
+    ends, limited = _range(raw), np.zeros(raw.shape[1], dtype=bool)
+    for fitted in statistics:
+        scaled = (ends - fitted.center) / fitted.scale
+        if fitted.least.size:
+            limited |= ((scaled < fitted.least) | (scaled > fitted.most)).any(0)
+    places: list[int] = np.flatnonzero(limited).tolist()
     return places
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 from gputune.callbacks import Callbacks
 from gputune.data.arrays import Arrays
 from gputune.data.dataset import Dataset, Rows, ScorerRows
-from gputune.data.encode import LIMIT, Layout
+from gputune.data.encode import LIMIT, Layout, Statistics
 from gputune.data.folds import Splitter, make_folds
 from gputune.data.scaling import limited_features
 from gputune.data.source import Source
@@ -206,13 +206,16 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
 
 
 def _remark_on_limits(problem: Problem, data: Dataset) -> tuple[str, ...]:
-    """Return which columns have numbers so far from the others that they are clipped, a sentence."""
-    if problem.numbers != "standard" or not isinstance(problem.layout, Layout):
+    """Return which columns have numbers so far from those of training rows that they are clipped, a sentence."""
+    if problem.numbers != "standard" or not isinstance(problem.layout, Layout) or isinstance(problem.raw, Arrays):
         return ()
     columns = [column.name for column in problem.layout.columns for _ in column.feature_names]
-    names = list(dict.fromkeys(columns[feature] for feature in limited_features(data.x)))
-    said = f"Column{'s' * (len(names) > 1)} {quoted(names)}: numbers beyond {LIMIT:g} standard deviations count as"
-    return (f"{said} {LIMIT:g}; numbers 'robust' clips from 3 on.",) if names else ()
+    statistics = [fitted for fitted in data.statistics if isinstance(fitted, Statistics)]
+    names = list(dict.fromkeys(columns[feature] for feature in limited_features(problem.raw, statistics)))
+    said = (
+        f"Column{'s' * (len(names) > 1)} {quoted(names)}: numbers beyond {LIMIT:g} standard deviations and beyond all"
+    )
+    return (f"{said} training rows of a fold count as the farthest of these.",) if names else ()
 
 
 def _folds(problem: Problem, options: Options) -> list[Rows]:

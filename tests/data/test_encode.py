@@ -345,16 +345,21 @@ def test_the_layout_does_not_depend_on_the_order_of_rows():
     assert fit_layout(as_table(shuffled)) == fit_layout(as_table(table))
 
 
-@pytest.mark.parametrize("numbers", ["standard", "piecewise"])
-def test_numbers_far_from_those_of_the_training_rows_count_as_20_standard_deviations(numbers):
+@pytest.mark.parametrize(("numbers", "tensor"), [("standard", False), ("standard", True), ("piecewise", False)])
+def test_numbers_beyond_20_standard_deviations_count_as_the_farthest_of_the_training_rows(numbers, tensor):
     raw = np.random.default_rng(0).normal(5, 2, (500, 2))
     raw[7, 1] = 1e4  # 22 standard deviations, among the training rows
-    layout, end = fit_layout(as_table(raw)), raw.mean(0) + 20 * raw.std(0)
-    statistics = fit_statistics(raw, layout, np.arange(500), numbers=numbers)
-    x = transform(np.array([[1e39, 0.0], end, raw[7]]), statistics).astype(np.float32)
-    np.testing.assert_allclose(x[0, : x.shape[1] // 2], x[1, : x.shape[1] // 2], rtol=1e-6)
-    np.testing.assert_allclose(x[1, x.shape[1] // 2 :], x[2, x.shape[1] // 2 :], rtol=1e-6)
-    if numbers == "standard":
-        np.testing.assert_allclose(x[1], 20, rtol=1e-6)
-        far = torch.tensor([[1e39, -1e39]], dtype=torch.float64)
-        assert transform(far, statistics).tolist() == [[20, -20]]
+    end = raw.mean(0) + 20 * raw.std(0)
+    given = torch.from_numpy(raw).float() if tensor else raw
+    layout = fit_layout(given if tensor else as_table(raw))
+    statistics = fit_statistics(given, layout, np.arange(500), numbers=numbers)
+    far = np.array([[1e30, 0.0], end, [0, 1e30], raw[7]])
+    x = np.asarray(transform(torch.from_numpy(far).float() if tensor else far, statistics))
+    first, second = np.split(x, 2, axis=1)
+    np.testing.assert_allclose(first[0], first[1], rtol=1e-6)
+    np.testing.assert_allclose(second[2], second[3], rtol=2e-6)
+    if numbers == "standard":  # that of scikit-learn on all training rows
+        np.testing.assert_allclose(first[1], 20, rtol=1e-6)
+        own = np.asarray(transform(given, statistics))
+        np.testing.assert_allclose(own, StandardScaler().fit_transform(raw), rtol=0, atol=1e-5 if tensor else 1e-12)
+        assert tensor or own[7, 1] > 22

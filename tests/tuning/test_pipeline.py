@@ -216,6 +216,15 @@ def test_numbers_of_a_space_have_a_default_go_on_and_are_included(iris, tmp_path
         assert study.record.numbers == "robust" and np.isfinite(study.curves).all()
 
 
+@pytest.mark.parametrize(("row", "numbers"), [(0, "auto"), (slice(0, 75), "auto"), (0, "robust")])
+def test_a_note_says_which_columns_have_numbers_beyond_those_of_training_rows(iris, row, numbers):
+    X = iris[0].copy()
+    X[row, 2] = 1e6  # of one row, or of rows that every fold trains on
+    notes = gputune.tune("mlp", X, iris[1], n_trials=1, numbers=numbers, **{**FAST, "max_epochs": 1}).record.notes
+    said = "Column 'x2': numbers beyond 20 standard deviations and beyond all training rows of a fold count as the"
+    assert any(note.startswith(said) for note in notes) == (row == 0 and numbers == "auto")
+
+
 def test_the_space_of_the_mlp_by_its_name_begins_with_a_portfolio(iris, tmp_path):
     how = {"space": "mlp", **FAST, "max_epochs": 1, "cv": 2}
     few = gputune.tune("mlp", *iris, n_trials=3, study=tmp_path / "study.db", **how)
