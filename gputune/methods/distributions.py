@@ -285,21 +285,27 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
     best, sentences = next(iter(study.ranking()), None), []
     if best is None or not math.isfinite(best.score):
         return ()
+    equal = [trial for trial in scored if trial.score == best.score]
     for key, law in study.record.distributions.items():
         value, ends = best.params.get(key), _ends(law)
         if ends is None or not _is_number(value) or key in study.record.descended:
             continue
-        tried = {one for trial in scored if _is_number(one := trial.params.get(key))}
+        tried = _numbers([trial.params.get(key) for trial in scored])
         if len(tried) < _TRIED:
             continue
         low, high = ends
-        equal = [trial.params.get(key) for trial in scored if trial.score == best.score]
-        places = [_place(one, low, high, law) for one in equal if _is_number(one)]
+        places = [_place(one.params[key], low, high, law) for one in equal if _is_number(one.params.get(key))]
         if max(places) <= _NEAR and low <= min(tried) and not _is_last(key, low, "low"):
             sentences.append(_sentence(key, value, "lower", "smaller", ends))
         if min(places) >= 1 - _NEAR and max(tried) <= high and not _is_last(key, high, "high"):
             sentences.append(_sentence(key, value, "upper", "larger", ends))
     return tuple(sentences)
+
+
+def _numbers(values: Sequence[object]) -> set[float]:
+    """Return the numbers among values, each once."""
+    plain = {int, float}.issuperset(map(type, values))  # as those of 100,000 trials are, and have few values
+    return set(filter(_is_number, {*values} if plain else values))
 
 
 def _sentence(key: str, value: object, end: str, beyond: str, ends: tuple[float, float]) -> str:

@@ -51,8 +51,9 @@ def _draw_on(known: Sequence[Config], space: Space, n_trials: int, seed: int, ch
     """
     laws = [[part[key] for key in sorted(part)] for part in space]
     if known and not all(isinstance(law, list) for part in laws for law in part):
-        generator = np.random.RandomState(seed)
-        draws = [[_pass_over(law, generator) for law in part] for part in laws]
+        generator = np.random.RandomState(bits := np.random.MT19937())
+        generator.seed(seed)
+        draws = [[_pass_over(law, generator, bits) for law in part] for part in laws]
         for _ in range(len(known) - 1):
             for draw_one in draws[generator.randint(len(laws))] if len(laws) > 1 else draws[0]:
                 draw_one()
@@ -62,13 +63,19 @@ def _draw_on(known: Sequence[Config], space: Space, n_trials: int, seed: int, ch
     return draw(space, n_trials, seed, check)
 
 
-def _pass_over(law: Choices, generator: np.random.RandomState) -> Callable[[], object]:
-    """Return what moves a generator on by a draw of a law."""
+def _pass_over(law: Choices, generator: np.random.RandomState, bits: np.random.MT19937) -> Callable[[], object]:
+    """Return what moves a generator, which is over the ``bits``, on by a draw of a law."""
     if isinstance(law, list):
-        return partial(generator.randint, len(law))
+        return partial(_pass_over_choice, len(law) - 1, (1 << (len(law) - 1).bit_length()) - 1, bits.random_raw)
     if isinstance(getattr(law, "dist", None), stats.rv_continuous):
         return generator.random_sample  # most take the quantile of one, and ``rvs`` takes its time
     return partial(law.rvs, random_state=generator)
+
+
+def _pass_over_choice(last: int, mask: int, word: Callable[[], int]) -> None:
+    """Take the words of ``randint(last + 1)``, which takes ten times as long for its checks."""
+    while last and word() & mask > last:
+        pass
 
 
 def first_candidates(

@@ -16,6 +16,14 @@ _LARGE, _PADDING = 2**30, 64
 """Bytes that the curves of all trials may take side by side in any case, and for each byte of them."""
 
 
+def made(study: object, name: str) -> object:
+    """Return a field of a study, which is made now where it is a function."""
+    value = vars(study)[name]
+    if callable(value):
+        value = vars(study)[name] = value()
+    return value
+
+
 class Curves:
     """The field ``curves`` of a study: an array, or a function that makes it when it is first asked for.
 
@@ -25,12 +33,7 @@ class Curves:
     @staticmethod
     def of_all(study: object) -> Curve:
         """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) where there is one."""
-        curves = vars(study)["curves"]
-        if callable(curves):
-            curves = curves()
-            curves.flags.writeable = False
-            vars(study)["curves"] = curves
-        return cast(Curve, curves)
+        return cast(Curve, made(study, "curves"))
 
     def __get__(self, study: object, owner: type | None = None) -> Curve:
         if study is None:
@@ -60,6 +63,7 @@ def stacked(rows: Sequence[Curve | None]) -> Curve:
     for place, row in zip(curves, rows):
         if row is not None:
             place[: len(row), : row.shape[1]] = row
+    curves.flags.writeable = False
     return curves
 
 

@@ -173,11 +173,11 @@ class Store:
     def results(self) -> dict[int, Result]:
         """Return every result by the number of its trial, in that order. Raises StudyCorruptError."""
         known = self._results
-        unread = [candidate.number for candidate in self.candidates() if candidate.number not in known]
-        new = self._rows("results", Result.from_row, unread if known else None)
-        known |= {result.number: result for result in new if result.state != "stopped"}
-        results = {**known, **{result.number: result for result in new}}
-        return {number: results[number] for number in sorted(results)}
+        unread = [one.number for one in self.candidates() if one.number not in known] if known else None
+        new = {result.number: result for result in self._rows("results", Result.from_row, unread)}
+        results = dict(sorted({**known, **new}.items())) if known else new
+        known |= {number: result for number, result in new.items() if result.state != "stopped"}
+        return results
 
     def states(self) -> States:
         """Return how many trials there are of each state and detail. Nothing is held against a checksum."""
@@ -270,9 +270,8 @@ class Store:
         """Return what a table says whose rows are never changed; those that are ``known`` are not read again."""
         ((rows,),) = self._read(f"SELECT count(*) FROM {table}")
         if rows != len(known):
-            numbers = {number for (number,) in self._read(f"SELECT rowid FROM {table}")} - known.keys()
-            new = self._rows(table, make, numbers if known else None)
-            known |= {value.number: value for value in new}
+            numbers = {n for (n,) in self._read(f"SELECT rowid FROM {table}")} - known.keys() if known else None
+            known |= {value.number: value for value in self._rows(table, make, numbers)}
         return [known[number] for number in sorted(known)]
 
     def _read(self, query: str, *values: object) -> list[Row]:

@@ -3,17 +3,17 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.garbage import without_collector
-from gputune.study.curves import Curves, stacked
+from gputune.study.curves import Curves, made, stacked
 from gputune.study.record import SearchRecord
 from gputune.study.rows import TrialState, ranked
 from gputune.study.store import Candidate, Curve, Result, Store
@@ -76,6 +76,18 @@ class Trial:
         return float(np.std(self.fold_scores, ddof=1)) / math.sqrt(folds)
 
 
+class Trials:
+    """The field ``trials`` of a study: a tuple, or a function that makes it when it is first asked for."""
+
+    def __get__(self, study: object, owner: type | None = None) -> tuple[Trial, ...]:
+        if study is None:
+            raise AttributeError("trials")  # by which a dataclass knows that there is no default
+        return cast(tuple[Trial, ...], made(study, "trials"))
+
+    def __set__(self, study: object, trials: Iterable[Trial] | Callable[[], tuple[Trial, ...]]) -> None:
+        vars(study)["trials"] = trials if callable(trials) else tuple(trials)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Study:
     """What a search found.
@@ -89,13 +101,12 @@ class Study:
     """
 
     meta: Mapping[str, Any]
-    trials: tuple[Trial, ...]
-    curves: Curves = Curves()  # noqa: RUF009 (a descriptor)
+    trials: Trials = Trials()
+    curves: Curves = Curves()  # noqa: RUF009
     data: Any = None
     file: Path | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trials", tuple(self.trials))
         if callable(vars(self)["curves"]):
             return
         curves = np.array(vars(self)["curves"], dtype=np.float64)
@@ -117,7 +128,6 @@ class Study:
             return cls.from_rows(store.meta, store.trials(), file=Path(path))
 
     @classmethod
-    @without_collector()
     def from_rows(
         cls,
         meta: Mapping[str, object],
@@ -127,9 +137,7 @@ class Study:
         file: Path | None = None,
     ) -> Self:
         """Return the study of these candidates, in this order, and of the results that there are so far."""
-        record = SearchRecord.from_json(meta)
-        names = [metric["name"] for metric in record.metrics]
-        trials = tuple(_trial(*row, names, descent=record.descends) for row in rows)
+        trials = partial(_trials, rows, SearchRecord.from_json(meta))
         curves = partial(stacked, [None if result is None else result.curve for _, result in rows])
         return cls(meta=meta, trials=trials, curves=curves, data=data, file=file)
 
@@ -332,6 +340,12 @@ def trial_of_number(study: Study, number: object, caller: str) -> Trial:
 
 def _kinds(values: Sequence[object]) -> set[type]:
     return {type(value) for value in values if value is not None}
+
+
+@without_collector()
+def _trials(rows: Sequence[tuple[Candidate, Result | None]], record: SearchRecord) -> tuple[Trial, ...]:
+    names, descent = [metric["name"] for metric in record.metrics], record.descends
+    return tuple(_trial(*row, names, descent=descent) for row in rows)
 
 
 def _trial(candidate: Candidate, result: Result | None, names: Sequence[str] = (), *, descent: bool) -> Trial:

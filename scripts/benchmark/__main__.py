@@ -15,6 +15,7 @@
     python scripts/benchmark --profile           share of the matrix-product peak, and a trial's cost beside training
     python scripts/benchmark --modules [--rows GRU LSTM]
                                                  modules of a user's own beside a plain loop on all cores and Optuna
+    python scripts/benchmark --many              a study file of 100,000 trials: opening it, going on with it
     python scripts/benchmark --optuna            Optuna's TPE beside random search, and what asking costs
     python scripts/benchmark --tables --data FILE.py   networks and boosted trees on tables of your own
     python scripts/benchmark --portfolio --data FILE.py   a short list of good configurations, chosen over them
@@ -46,6 +47,7 @@ STUDIES = {
     "halving": "243 trials, 54 epochs; --repeats is the seeds (10)",
     "logistic": "60 values of C with each penalty, on digits",
     "profile": "32 trials of width 256, of 128; 10,000 of 16",
+    "many": "a study file of 100,000 trials: opened, looked at, gone on with",
     "optuna": "a search of 160 trials for each of 10 seeds",
     "modules": "nine modules of a user's own beside a plain loop and Optuna",
     "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",

@@ -110,6 +110,12 @@ def test_portfolio(study, flowers):
 
 
 @pytest.mark.skipif(find_spec("pytabkit") is not None, reason="pytabkit is here, and would train")
+def test_many_trials(study):
+    _, numbers, text = study("many", "--repeats", "1", TRIALS=8)
+    assert numbers["bytes"] > 10_000 and len(numbers["times"]) == text.count("\n| ") - 1
+    assert all(seconds > 0 for pairs in numbers["times"].values() for pair in pairs for seconds in pair)
+
+
 def test_realmlp_needs_its_authors_package(study, flowers):
     with pytest.raises(SystemExit, match="--realmlp needs pytabkit: pip install pytabkit"):
         study("realmlp", *flowers)

@@ -1,0 +1,76 @@
+"""A study file of 100,000 trials: what opening it, looking at it and going on with it take."""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+import gputune
+from benchmark.report import describe_machine, page, publish, table
+from gputune.cli.main import main
+from gputune.study.store import Result, Store
+
+TRIALS, EPOCHS, FOLDS, REPEATS = 100_000, 20, 5, 3
+
+HOW = """\
+{trials:,} trials of the MLP on digits as a search draws and plans them, with curves of {epochs} epochs x
+{folds} folds that are random numbers: a file of {megabytes:.0f} MB. Each step is done {repeats} times, one
+after the other in a process that has imported gputune; the least seconds of each.
+"""
+
+
+def run(options: Namespace) -> int:
+    """Measure, print and write; return 0."""
+    repeats = options.repeats or REPEATS
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "study.db")
+        make(file)
+        size = file.stat().st_size
+        steps: dict[str, Callable[[int], object]] = {
+            "`Study.open`": lambda _: gputune.Study.open(file),
+            "`Study.open` and `print`": lambda _: print(gputune.Study.open(file)),
+            "`gputune status`": lambda _: main(["status", str(file)]),
+            "`gputune report`": lambda _: main(["report", str(file), "--out", f"{folder}/page.html"]),
+            "the same call again": lambda _: search(file, TRIALS),
+            "the same call with one trial more": lambda n: search(file, TRIALS + n),
+        }
+        times = {name: [timed(step, 1 + n) for n in range(repeats)] for name, step in steps.items()}
+    rows = [[name, *(f"{min(column):.2f}" for column in zip(*pairs, strict=True))] for name, pairs in times.items()]
+    machine = describe_machine(with_card=False)
+    how = HOW.format(trials=TRIALS, epochs=EPOCHS, folds=FOLDS, repeats=repeats, megabytes=size / 1e6)
+    text = page("A study of many trials", machine, how, table(["step", "CPU seconds", "seconds"], rows))
+    return publish(options.out, "many", machine, text, trials=TRIALS, bytes=size, times=times)
+
+
+def search(file: Path, n_trials: int, **more: object) -> gputune.Study:
+    """Begin the search, or go on with it."""
+    X, y = load_digits(return_X_y=True)
+    more |= {"max_epochs": EPOCHS, "cv": FOLDS, "study": file, "verbose": 0}
+    return gputune.tune("mlp", X, y, n_trials=n_trials, **more)  # type: ignore[arg-type]
+
+
+def make(file: Path) -> None:
+    """Let a search draw and plan its trials, and finish those that it has not trained with random curves."""
+    search(file, TRIALS, timeout=1e-3)
+    rng = np.random.default_rng(0)
+    with Store.open(file) as store:
+        numbers = [trial.number for trial, result in store.trials() if result is None or result.state == "stopped"]
+        curves = (rng.random((EPOCHS, FOLDS)) for _ in numbers)
+        store.finish(
+            Result.of_curve(number, curve, epochs=EPOCHS, rule="best", seconds=0.01)
+            for number, curve in zip(numbers, curves, strict=True)
+        )
+
+
+def timed(step: Callable[[int], object], number: int) -> tuple[float, float]:
+    """Return the seconds of CPU, and of the clock, that a step takes; what it prints is dropped."""
+    begin = time.process_time(), time.perf_counter()
+    with redirect_stdout(StringIO()):
+        step(number)
+    return time.process_time() - begin[0], time.perf_counter() - begin[1]
