@@ -125,7 +125,7 @@ def to_coordinate(name: str, value: Tensor) -> Tensor:
 
 def has_coordinate(name: str, value: float) -> bool:
     """Whether a value has a finite coordinate: 0 and infinity have none."""
-    return math.isfinite(float(to_coordinate(name, torch.tensor(float(value), dtype=torch.float64))))
+    return math.isfinite(float(to_coordinate(name, torch.tensor(float(value), dtype=torch.float64, device="cpu"))))
 
 
 def from_coordinate(name: str, coordinate: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def speed(name: str, value: Tensor) -> Tensor:
     if name in _BETWEEN_0_AND_1:
         return value * (1 - value)
     # as_tensor would move a tensor to the default device, where one is set
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
 Group = dict[str, Any]

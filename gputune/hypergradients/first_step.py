@@ -113,7 +113,7 @@ def _agrees_with_difference(training: Training, gradient: Tensor, weights: Tenso
 
 
 def _direction(weights: Tensor) -> Tensor:
-    drawn = torch.randn(weights.shape, generator=stream(0, "curvature"), dtype=torch.float64)
+    drawn = torch.randn(weights.shape, generator=stream(0, "curvature"), dtype=torch.float64, device="cpu")
     return drawn.to(weights.device, weights.dtype)
 
 

@@ -209,7 +209,7 @@ class _Tangents:
         now = np.stack([(segment == s) & (column == name) for column, s, _ in columns])
         if name == "lr" and clock.factor is not None:
             now = now * clock.factor
-        seed = torch.as_tensor(now).to(self.weights)[..., None]
+        seed = torch.as_tensor(now, device=self.weights.device).to(self.weights)[..., None]
         if layers == 1:
             return seed
         place = torch.tensor([layer for _, _, layer in columns], device=seed.device)

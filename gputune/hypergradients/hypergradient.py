@@ -88,13 +88,13 @@ def hypergradient(
     rule, momentum = check_optimizer(optimizer)
     if seed is None:
         with GLOBAL_DRAWS:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), device="cpu"))
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
     tables = check_hyperparameters(hyperparameters, rule, training)
     others = {**default_tables(rule, momentum, training.start()), **_fixed_tables(fixed, tables, rule, training)}
     problem = InnerProblem(training, rule, {**others, **tables})
     found_by, reason, slopes = _differentiate(problem, list(tables), request)
-    shapes = {name: torch.as_tensor(value).shape for name, value in hyperparameters.items()}
+    shapes = {name: torch.as_tensor(value, device="cpu").shape for name, value in hyperparameters.items()}
     gradient = {name: table.view(shapes[name]) for name, table in slopes.gradients.items()}
     result = HypergradientResult(
         value=float(slopes.value),

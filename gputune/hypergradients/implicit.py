@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gputune.data.dataset import Dataset
+from gputune.engine.entry import entry
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.hypergradients.inner import HypergradientResult
@@ -221,6 +222,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return moved.masked_fill((failed > 0)[:, None, None], torch.nan)
 
 
+@entry
 def differentiate_minimum(
     module: nn.Module,
     loss: Callable[[object, object], Tensor],

@@ -44,10 +44,10 @@ class ModuleTraining:
         self.kept = sum(self.sizes[len(self.trained) :])
         self.layers = layers_of(module)
         layers = [self.layers.index(name.rpartition(".")[0]) for name in self.trained]
-        numbers = torch.tensor(layers + [0] * len(self.running))
+        numbers = torch.tensor(layers + [0] * len(self.running), device="cpu")
         like = next(iter(self.trained.values()))
         self.device, self.dtype = like.device, like.dtype
-        self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(self.device)
+        self.layer = numbers.repeat_interleave(torch.tensor(self.sizes, device="cpu")).to(self.device)
         # Clones, since a forward may write into them.
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         buffers = {name: b for name, b in held.items() if name not in self.running}

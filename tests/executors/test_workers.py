@@ -209,3 +209,20 @@ def test_a_worker_records_the_steps_of_like_chunks_once(tmp_path, monkeypatch):
         numbers.append(len(recorded) - before)
         assert np.array_equal(outcome.curves, job.run(data, chunk).curves)
     assert numbers[0] > 0 and numbers[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("hidden", "workers", "trials", "gpus"),
+    [
+        ("", None, 9, ["0", "1"]),
+        ("", 3, 9, ["0", "1", "0"]),
+        ("", None, 1, ["0"]),
+        ("3, GPU-a, 7", None, 9, ["3", "GPU-a"]),
+    ],
+)
+def test_each_worker_of_a_loop_has_a_gpu(hidden, workers, trials, gpus, monkeypatch):
+    """Of two that torch has, by the names under which it has them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in processes.environments(workers, trials)] == gpus

@@ -16,6 +16,7 @@ from gputune.hypergradients.first_step import measure
 from gputune.hypergradients.hypergradient import hypergradient
 from gputune.hypergradients.inner import CHAOTIC, InnerProblem
 from gputune.hypergradients.module_training import ModuleTraining
+from gputune.models import LogisticRegression
 from inner_problems import OF, OPTIMIZERS
 from problems import living_tensors
 from refused import refused
@@ -605,3 +606,19 @@ def test_a_call_leaves_no_tensor_behind(mode):
     before = living_tensors()
     run(network(), given=given, **mode)
     assert living_tensors() <= before
+
+
+@pytest.mark.parametrize("options", [*MODES, {"optimizer": "exact"}], ids=str)
+def test_the_default_device_of_a_program_is_left_alone(options):
+    exact = "optimizer" in options
+    module = LogisticRegression(5, 3).double() if exact else network()
+    wanted = {"C": 1.0} if exact else {"lr": [0.1, 0.2], "momentum": 0.5}
+    found, given = [], data(2)
+    for device in (None, "meta"):  # which holds no numbers
+        torch.set_default_device(device)
+        try:
+            found.append(run(module, given=given, hyperparameters=wanted, **{"optimizer": "momentum", **options}))
+        finally:
+            torch.set_default_device(None)
+    for name in wanted:
+        assert torch.equal(*(each.gradient[name] for each in found))

@@ -25,8 +25,13 @@ def test_a_plain_python_imports_it(on_gpu, tmp_path, monkeypatch):
     """Where all that is missing in one with torch and scikit-learn alone is missing; joblib brings cloudpickle."""
     monkeypatch.setattr(on_gpu, "find_spec", lambda name: None if name != "cloudpickle" else name)
     path = str(on_gpu.importable(tmp_path))
+    for name in ("polars", "pandas", "pyarrow", "matplotlib", "optuna", "ray", "onnx", "pytest", "hypothesis"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r})")
     search = "n_trials=1, max_epochs=1, cv=2, device='cpu'"
-    code = f"import gputune.cli.report; print(gputune.tune('mlp', [[0.], [1.]] * 9, [0, 1] * 9, {search}))"
+    code = (
+        "import gputune.check.check, gputune.cli.main, gputune.cli.report; "
+        f"print(gputune.tune('mlp', [[0.], [1.]] * 9, [0, 1] * 9, {search}))"
+    )
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

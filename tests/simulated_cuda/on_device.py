@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import gputune
 from command_line import run
@@ -30,7 +31,7 @@ from gputune.modules.recorder import CudaRecorder
 from gputune.native.cuda import kernels
 from gputune.optimizers.rules import RULES
 from gputune.scoring.validation import Validation
-from gputune.sklearn import LogisticRegression, MLPClassifier
+from gputune.sklearn import LogisticRegression, MLPClassifier, RandomizedSearchCV
 from gputune.tuning.context import Context
 from problems import (
     fill,
@@ -230,6 +231,25 @@ def test_the_default_device_of_torch_changes_nothing(name, iris):
         torch.set_default_device(None)
 
 
+@pytest.mark.parametrize("mode", ["reverse", "forward", "fd"])
+def test_a_hypergradient_is_where_its_module_is(mode):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, generator=generator, dtype=torch.float64).to("cuda:0")
+    pairs = [(x, (x[:, 0] > 0).long())]
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(x)
+    options = {"hyperparameters": {"lr": [0.1, 0.2]}, "optimizer": "momentum", "mode": mode}
+    slopes = []
+    for default in (None, "cuda:1"):
+        torch.set_default_device(default)
+        try:
+            found = gputune.hypergradient(module, functional.cross_entropy, 3 * pairs, *pairs, **options)
+        finally:
+            torch.set_default_device(None)
+        slopes.append(found.gradient["lr"])
+        assert slopes[-1].device == x.device and slopes[-1].all()
+    assert torch.equal(*slopes)
+
+
 class Flat(Net):
     """A module of rows with two axes."""
 
@@ -256,6 +276,12 @@ def test_auto_takes_the_current_gpu_for_a_module(iris):
     np.testing.assert_array_equal(study.curves, gputune.tune(Net, *iris, **FAST, device="cuda:0").curves)
 
 
+def test_auto_takes_the_gpu_where_tf32_is_asked_for(iris):
+    options = {**FAST, "dtype": "float32", "n_trials": 1, "max_epochs": 1}
+    gputune.tune("mlp", *iris, **options, tf32=True)
+    assert cuda.counts("launch")
+
+
 @pytest.mark.parametrize("model", ["mlp", "logistic"])
 def test_auto_takes_the_cpu_for_what_is_small(model, iris, capsys):
     gputune.tune(model, *iris, **{**FAST, "verbose": 1})
@@ -267,6 +293,23 @@ def test_auto_of_an_estimator_is_the_cpu_for_what_is_small(iris):
     MLPClassifier(hidden_layer_sizes=(8,), max_iter=3, random_state=0).fit(*iris)
     LogisticRegression().fit(*iris)
     assert not cuda.counts("launch")
+
+
+def test_the_scikit_learn_face_has_the_numbers_of_the_cpu(device, iris):
+    """Of an estimator, which computes in single precision there, a solved one, and a search of estimators."""
+    found = []
+    for where in (device, "cpu"):
+        network = MLPClassifier((8,), max_iter=3, random_state=0, device=where, tol=0)
+        solved = LogisticRegression(device=where)
+        search = RandomizedSearchCV(
+            network, {"learning_rate_init": [0.01, 0.03]}, n_iter=2, cv=2, scoring="neg_log_loss", device=where
+        )
+        cuda.forget()
+        found.append([each.fit(*iris).predict_proba(iris[0]) for each in (network, solved, search)])
+        found[-1].append(search.cv_results_["mean_test_score"])
+        assert bool(cuda.counts("launch")) == (where == device)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_auto_takes_the_gpu_where_it_is_faster(iris, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,39 +38,43 @@ def device(pytestconfig):
     return draft.replace(path)
 
 
-def run(device, *arguments):
-    """The end of pytest with the simulated device: (exit code, what it said)."""
+def run(device, folder, *arguments, seconds):
+    """The end of pytest with the simulated device: (exit code, what it said, also where it took too long)."""
     environment = {**os.environ, "SIMULATED_CUDA": str(device), "PYTHONPATH": str(HERE.parent)}
     plugins = ["-p", "simulated_cuda.torch_cuda", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-P", "-m", "pytest", *plugins, *arguments]
-    done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    # A test that hangs says where, long before the time is up.
+    shown = ["--tb=short", "--durations=5", "-o", f"faulthandler_timeout={seconds // 4}"]
+    command = [sys.executable, "-P", "-m", "pytest", *plugins, *shown, *arguments]
+    said, code = folder / "said.txt", f"none within {seconds} s"
+    with said.open("w") as file, suppress(subprocess.TimeoutExpired):
+        options = {"env": environment, "cwd": HERE.parents[1], "stdout": file, "stderr": subprocess.STDOUT}
+        code = subprocess.run(command, timeout=seconds, **options).returncode
+    return code, said.read_text()
 
 
 def test_all_other_tests_see_no_gpu():
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and torch.cuda.device_count() == 0
 
 
-def test_gputune_on_a_gpu(device, pytestconfig):
+def test_gputune_on_a_gpu(device, pytestconfig, tmp_path):
     everything = ["--all"] * pytestconfig.getoption("--all")
     files = HERE / "on_device.py", HERE / "kernel_on_device.py"
-    code, said = run(device, "--gpu", "--tb=short", *everything, *files)
+    code, said = run(device, tmp_path, "--gpu", *everything, *files, seconds=1200)
     assert code == 0, said
 
 
-PARTS = """
-test_laws.py test_module_laws.py test_arrays.py test_objectives.py test_readme.py
-test_memory.py test_tf32.py test_docs.py test_garbage.py test_scratch.py
-engine population optimizers modules hypergradients scoring views data native callbacks methods models cli replay
-tuning study report check executors sklearn_face scripts
-""".split()
+ALONE = {"simulated_cuda", "test_structure.py"}  # this room, and what looks at the source alone
+PARTS = sorted({path.relative_to(HERE.parent).parts[0] for path in HERE.parent.rglob("test_*.py")} - ALONE)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", PARTS)
-def test_the_suite_where_auto_is_a_gpu(part, device):
-    """But for what looks at the CPU, or at what the simulated device has not: cuDNN."""
-    code, said = run(device, "--auto-gpu", "--tb=short", HERE.parent / part)
+def test_the_suite_where_auto_is_a_gpu(part, device, tmp_path):
+    """But for what looks at the CPU, or at what the simulated device has not: cuDNN.
+
+    Both cores: ``pytest --all --numprocesses 2 --dist worksteal tests/simulated_cuda -k where_auto``.
+    """
+    code, said = run(device, tmp_path, "--auto-gpu", HERE.parent / part, seconds=3600)
     assert code == 0, said
 
 
