@@ -59,11 +59,14 @@ def ensemble_words(
     if held_out is None or best is None or held_out.why or best.why:
         return f"{text} and is the model that is saved."
     scores = f"{measure.text(held_out.score)} on the held-out rows, the best trial alone {measure.text(best.score)}"
-    saved, other, name = (held_out, best, "ensemble") if is_saved else (best, held_out, "best trial")
-    text = f"{text}, and {scores}; the {name} is saved, by these rows: its score there is a little optimistic."
-    low, high = (-math.inf, math.inf) if saved.interval is None else saved.interval
-    if saved.score != other.score and low <= other.score <= high:
-        text += " The other's lies within 95 % of its bootstrap samples: the difference may be chance."
+    saved = "ensemble" if is_saved else "best trial"
+    text = f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little optimistic."
+    within = [
+        one.interval is None or one.interval[0] <= other.score <= one.interval[1]
+        for one, other in ((held_out, best), (best, held_out))
+    ]
+    if held_out.score != best.score and any(within):
+        text += " One lies within 95 % of the other's bootstrap samples: the difference may be chance."
     return text
 
 
