@@ -1,12 +1,15 @@
 """A search of gputune beside scikit-learn's own with the same arguments, and fits beside fits alone."""
 
 import warnings
+from collections import defaultdict
 from typing import ClassVar
 
 import numpy as np
+import pytest
 from sklearn import model_selection
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.datasets import load_iris
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from gputune.sklearn import RandomizedSearchCV
 from gputune.sklearn.base import fit_together
@@ -14,6 +17,22 @@ from gputune.sklearn.base import fit_together
 SCORES = ["neg_log_loss", "accuracy"]
 OPTIONS = {"n_iter": 4, "cv": 3, "random_state": 0}
 X, Y = load_iris(return_X_y=True)
+
+
+def checks_in_turn(estimators, others=(), *, of=1):
+    """All of scikit-learn's checks, each of ``of`` of the estimators in turn; the others of them take long."""
+    given = parametrize_with_checks([*estimators, *others])
+    names, pairs = given.args[0], list(given.args[1])
+    owners = defaultdict(list)  # of each check, by its function and its options
+    for estimator, check in pairs:
+        if estimator in estimators:
+            owners[check.func, repr(check.keywords)].append(estimator)
+    short = [(e, key) for i, (key, own) in enumerate(owners.items()) for e in (own + own)[i % len(own) :][:of]]
+    cases = [
+        pytest.param(e, check, marks=() if (e, (check.func, repr(check.keywords))) in short else pytest.mark.long)
+        for e, check in pairs
+    ]
+    return pytest.mark.parametrize(names, cases, **given.kwargs)
 
 
 def both(ours, theirs, estimator, space, X, y, *, fit_params=None, **options):

@@ -21,18 +21,36 @@ def test_a_suite_is_swapped_by_one_import(suites, place):
     assert not any(later.startswith(("import ", "from ")) for later in swapped[line + 1 :])
 
 
-def test_it_compares_with_scikit_learns_own_class(suites, monkeypatch):
+# As scikit-learn's are, but few: those take seconds to be collected.
+TESTS = """
+from sklearn.neural_network import MLPClassifier
+
+def test_of_either():
+    assert MLPClassifier(max_iter=3).max_iter == 3
+
+def test_of_scikit_learns_own():
+    assert MLPClassifier.__module__.startswith("sklearn.")
+
+def test_not_asked_for():
+    pass
+"""
+
+
+def test_it_compares_with_scikit_learns_own_class(suites, monkeypatch, tmp_path):
     def run(command, **how):
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             pytest.main(command[3:])
-        del sys.modules["test_mlp"]  # the next one has its name
+        del sys.modules["test_small"]  # the next one has its name
 
     monkeypatch.setattr(suites, "subprocess", SimpleNamespace(run=run))  # a process would import all again
-    applies, failed = suites.compared(suites.SUITES[0], "test_tolerance or test_nonfinite_params")
-    assert sorted(applies) == ["test_nonfinite_params", "test_tolerance"]
-    assert list(failed) == ["test_nonfinite_params"]
-    assert "the training diverged" in failed["test_nonfinite_params"]
+    (tmp_path / "test_small.py").write_text(TESTS)
+    applies, failed = suites.compared(
+        suites.Suite(str(tmp_path / "test_small.py"), ("MLPClassifier",)), "either or own"
+    )
+    assert sorted(applies) == ["test_of_either", "test_of_scikit_learns_own"]
+    assert list(failed) == ["test_of_scikit_learns_own"]
+    assert "'gputune.sklearn" in failed["test_of_scikit_learns_own"]
 
 
 @pytest.mark.parametrize(("name", "code"), [("test_nonfinite_params", 0), ("test_of_tomorrow", 1)])

@@ -2,7 +2,6 @@
 
 import pytest
 from sklearn.utils import get_tags
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from face_modules import Net
 from gputune.sklearn import (
@@ -12,6 +11,7 @@ from gputune.sklearn import (
     NeuralNetClassifier,
     NeuralNetRegressor,
 )
+from searches import checks_in_turn
 
 MLP = {
     "hidden_layer_sizes": (16,), "learning_rate_init": 0.05, "max_iter": 15, "batch_size": 32, "random_state": 0,
@@ -36,16 +36,8 @@ OTHERS = [MLPClassifier(**MLP, alpha=1e-3), NeuralNetRegressor(**NET, lr=0.02)] 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings(*WARNS)
 @pytest.mark.cpu  # a GPU trains estimators in single precision, of which scikit-learn asks double
-@parametrize_with_checks(ESTIMATORS)
+@checks_in_turn(ESTIMATORS, OTHERS, of=2)
 def test_scikit_learns_check(estimator, check):
-    check(estimator)
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings(*WARNS)
-@parametrize_with_checks(OTHERS)
-def test_scikit_learns_check_of_the_others(estimator, check):
     check(estimator)
 
 

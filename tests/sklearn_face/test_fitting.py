@@ -54,14 +54,13 @@ def predictions(estimator, X):
     return estimator.predict_proba(X) if hasattr(estimator, "predict_proba") else estimator.predict(X)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
-    ("estimator", "spaces"),
+    ("estimator", "spaces", "weighted"),
     [
-        (MLPClassifier(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3), MIXED),
-        (MLPRegressor(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3), MIXED),
-        (NeuralNetClassifier(Net, lr=0.02, max_epochs=4, random_state=3), NETS),
-        (NeuralNetRegressor(Net, lr=0.02, max_epochs=4, random_state=3), NETS),
+        (MLPClassifier(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3), MIXED, True),
+        (MLPRegressor(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3), MIXED, False),
+        (NeuralNetClassifier(Net, lr=0.02, max_epochs=4, random_state=3), NETS, False),
+        (NeuralNetRegressor(Net, lr=0.02, max_epochs=4, random_state=3), NETS, True),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -32,7 +32,7 @@ ATTRIBUTES = (
 
 
 def beside_scikit_learn(estimator, space, X=X, y=Y, *, resource="max_iter", **options):
-    given = {"max_resources": 9, "n_candidates": 9, "cv": 3, "random_state": 0, "scoring": None, **options}
+    given = {"max_resources": 9, "n_candidates": 9, "cv": 2, "random_state": 0, "scoring": None, **options}
     ours, said, theirs, said_by_theirs = both(
         lambda *a, **k: HalvingRandomSearchCV(*a, resource=resource.removeprefix("mlpclassifier__"), **k),
         lambda *a, **k: scikit_learns.HalvingRandomSearchCV(*a, resource=resource, **k),

@@ -28,16 +28,16 @@ from gputune.sklearn import (
 )
 
 X, Y = load_iris(return_X_y=True)
-MLP = MLPClassifier(max_iter=5, hidden_layer_sizes=(16,), random_state=0)
+MLP = MLPClassifier(max_iter=3, hidden_layer_sizes=(16,), random_state=0)
 SEARCHES = [
     RandomizedSearchCV(
         MLP,
         {"hidden_layer_sizes": randint(4, 30), "learning_rate_init": loguniform(1e-3, 1e-1)},
-        n_iter=5,
+        n_iter=3,
         cv=3,
         random_state=1,
     ),
-    RandomizedSearchCV(LogisticRegression(), {"C": loguniform(1e-2, 10)}, n_iter=4, random_state=0),
+    RandomizedSearchCV(LogisticRegression(), {"C": loguniform(1e-2, 10)}, n_iter=2, cv=3, random_state=0),
     GridSearchCV(make_pipeline(StandardScaler(), MLP), {"mlpclassifier__learning_rate_init": [0.001, 0.02, 0.1]}, cv=3),
 ]
 
@@ -46,10 +46,10 @@ SEARCHES = [
 @pytest.mark.parametrize("scoring", ["neg_log_loss", pytest.param("accuracy", marks=pytest.mark.long)])
 def test_it_is_the_loop_by_hand(search, scoring, training):
     search.set_params(scoring=scoring)
-    found = nested_cv(search, X, Y, outer=4)
+    found = nested_cv(search, X, Y, outer=3)
     candidates, inner = len(found.searches[0].cv_results_["params"]), found.searches[0].n_splits_
-    assert [call[:2] for call in training] == [(candidates, 4 * inner)]  # one population
-    by_hand = cross_validate(search, X, Y, cv=4, return_estimator=True)
+    assert [call[:2] for call in training] == [(candidates, 3 * inner)]  # one population
+    by_hand = cross_validate(search, X, Y, cv=3, return_estimator=True)
     np.testing.assert_allclose(found.scores, by_hand["test_score"], atol=1e-6)
     assert list(found.best_params) == [each.best_params_ for each in by_hand["estimator"]]
     for mine, theirs, best in zip(found.searches, by_hand["estimator"], found.best_scores):

@@ -66,12 +66,10 @@ def both_random(estimator=MLP, space=RATES, **options):
     ids=lambda v: type(v).__name__,
 )  # fmt: skip
 def test_scores_are_those_of_scikit_learns_search(estimator, space, training):
-    options = {"scoring": SCORES, "refit": "neg_log_loss", "n_iter": 8, "return_train_score": True}
-    if isinstance(space, dict) and "module__hidden" in space:
-        options["n_iter"] = 4
+    options = {"scoring": SCORES, "refit": "neg_log_loss", "n_iter": 4, "return_train_score": True}
     ours, _, theirs, _ = both_random(estimator, space, **options)
     assert_same_results(ours, theirs)
-    assert [call[:2] for call in training] == [(options["n_iter"], 3)]
+    assert [call[:2] for call in training] == [(4, 3)]
     np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-6)
     assert ours.score(X, Y) == pytest.approx(theirs.score(X, Y), abs=1e-6)
     assert ours.classes_.tolist() == [0, 1, 2] and ours.n_features_in_ == 4

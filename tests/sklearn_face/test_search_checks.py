@@ -4,7 +4,6 @@ import pytest
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import get_tags
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from gputune.sklearn import (
     GridSearchCV,
@@ -15,6 +14,7 @@ from gputune.sklearn import (
     MLPRegressor,
     RandomizedSearchCV,
 )
+from searches import checks_in_turn
 
 MLP = {"hidden_layer_sizes": (16,), "max_iter": 12, "batch_size": 32, "random_state": 0}
 CLASSIFIER, REGRESSOR = MLPClassifier(**MLP), MLPRegressor(**MLP)
@@ -40,15 +40,8 @@ OTHERS = [
 
 # The checks hand over data with a NaN in one fold, of which a search warns before its refit raises.
 @pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks(SEARCHES)
+@checks_in_turn(SEARCHES, OTHERS)
 def test_scikit_learns_check(estimator, check):
-    check(estimator)
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks(OTHERS)
-def test_scikit_learns_check_of_the_others(estimator, check):
     check(estimator)
 
 

@@ -117,8 +117,9 @@ def test_company_changes_nothing():
         assert_close(found, slopes(LogisticRegression(), [point], ("C",), **data)[0][0])
 
 
-@pytest.mark.parametrize("last", [MLP, LogisticRegression()], ids=["mlp", "logistic"])
-@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    ("last", "weights"), [(MLP, WEIGHTS), (LogisticRegression(), None)], ids=["weighted mlp", "logistic"]
+)
 def test_a_pipeline_is_its_last_step_on_transformed_rows(last, weights):
     name, word = ("lr", "learning_rate_init") if last is MLP else ("C", "C")
     prefix = type(last).__name__.lower() + "__"

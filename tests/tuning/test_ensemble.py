@@ -44,8 +44,8 @@ def predictions(study):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_the_candidates_score_again_as_in_the_search(kept):
-    study = gputune.tune("mlp", *IRIS, keep_predictions=kept, **HOW)
+def test_the_candidates_score_again_as_in_the_search(study, kept):
+    study = study if kept else gputune.tune("mlp", *IRIS, keep_predictions=False, **HOW)
     predictions = predictions_of(search_of(study), study.ranking(), Progress(0))
     again = np.array([predictions.scores(fold, v)[0] for fold, v in enumerate(predictions.values)]).T
     np.testing.assert_array_equal(again, [trial.fold_scores for trial in study.ranking()])
@@ -291,8 +291,8 @@ def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
         ({"method": "hypergradient", "n_trials": 1}, {}, "this study holds the points of descents"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_an_ensemble_is_said(how, asked, message):
-    study = gputune.tune("mlp", *IRIS, **{**HOW, **how})
+def test_what_cannot_be_an_ensemble_is_said(study, how, asked, message):
+    study = gputune.tune("mlp", *IRIS, **{**HOW, "n_trials": 2, **how}) if how else study
     with pytest.raises(gputune.InputError, match=message):
         study.ensemble(**asked)
 

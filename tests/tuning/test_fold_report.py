@@ -112,11 +112,14 @@ def test_the_command_line(tmp_path):
         assert "--confusion is of classes, and the study predicts numbers; leave --confusion out" in err
 
 
+SHORT = {"n_trials": 1, "max_epochs": 1}
+
+
 def test_what_is_refused():
-    images = gputune.tune(CNN, RNG.normal(size=(24, 1, 8, 8)), RNG.integers(0, 2, 24), **{**HOW, "max_epochs": 1})
+    images = gputune.tune(CNN, RNG.normal(size=(24, 1, 8, 8)), RNG.integers(0, 2, 24), **{**HOW, **SHORT})
     with refused(r"report\(importance=True\) is of the columns of a table, and X is .*; leave importance out"):
         images.report("x.html", importance=True)
     descent = gputune.Hypergradient(outer_steps=1)
-    points = gputune.tune("mlp", FRAME, Y > 0, method=descent, **HOW)
+    points = gputune.tune("mlp", FRAME, Y > 0, method=descent, **{**HOW, **SHORT})
     with refused(r"report\(confusion=True\) trains a trial again on its folds, and this study is of descents"):
         points.report("x.html", confusion=True)

@@ -72,7 +72,9 @@ def test_the_speed_of_a_product_is_above_zero_and_leaves_the_threads_alone():
 
 
 @pytest.mark.parametrize("more", [[], ["--backend", "eager", "--workers", "2"], ["--method", "halving"]], ids=str)
-def test_the_command(tmp_path, more):
+def test_the_command(tmp_path, more, monkeypatch):
+    if more:  # it takes half a second to be measured
+        monkeypatch.setattr("gputune.tuning.progress.product_speed", lambda *arguments: 2e11)
     words = "tune sklearn:iris --trials 3 --epochs 3 --cv 2 --out".split()
     code, out, _ = run(*words, tmp_path / "out", "--profile", *more)
     assert code == 0
