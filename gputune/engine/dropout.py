@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gputune.errors import warn
 from gputune.native.cuda import Kernel, kernels, launch
+from gputune.native.library import fill_uniform
 from gputune.seeding import stream, stream_seed
 
 SOURCE = Path(__file__).with_name("dropout.cu")
@@ -57,8 +58,10 @@ class Draws:
 
 def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
     """Return the uniform draw (B, H) of one step and hidden layer, keyed by (epoch, step), on the CPU."""
-    generator = stream(seed, "dropout", *key, layer)
-    return torch.rand((rows, width), generator=generator, dtype=torch.float32, device="cpu")
+    drawn = torch.empty((rows, width), dtype=torch.float32, device="cpu")
+    if fill_uniform(stream_seed(seed, "dropout", *key, layer), [drawn]):
+        return drawn
+    return torch.rand(drawn.shape, generator=stream(seed, "dropout", *key, layer), dtype=torch.float32, device="cpu")
 
 
 def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], out: Tensor) -> None:

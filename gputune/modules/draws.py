@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gputune.modules.trace import DispatchMode, TraceError, tensors
+from gputune.native.library import fill_uniform
 from gputune.population.batches import Batch, Batches
-from gputune.seeding import keyed_draws, start_stream
+from gputune.seeding import keyed_draws, start_stream, stream_seed
 
 _DRAW_BYTES = 64 << 20  # of draws that are made ahead
 
@@ -40,6 +41,8 @@ _PLAIN_OVERLOADS = {
     "normal_functional": "default",
 }
 
+
+_UNIFORM = {torch.ops.aten.rand.default, torch.ops.aten.rand_like.default}
 
 _DROPOUT = torch.ops.aten.native_dropout.default
 """Dropout in training on a GPU: (input, p, True) -> (output, mask)."""
@@ -95,6 +98,13 @@ class ModuleDraws:
             rows: [sample.new_empty((self.ahead, *sample.shape), device=self.device) for sample in several]
             for rows, several in samples.items()
         }
+        self.uniform = {
+            rows
+            for rows, several in samples.items()
+            if {draw.function for draw in self.draws[rows]} <= _UNIFORM
+            and all(x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu" for x in several)
+        }
+        """Rows whose draws compiled code can make: the same numbers."""
 
     def _draws_of(self, forward: Callable[[Batch], object], batch: Batch) -> list[_Draw]:
         with torch.no_grad(), keyed_draws(self.device, self.seed, "try"), (noting := _DrawRecorder()):
@@ -108,9 +118,13 @@ class ModuleDraws:
         with keyed_draws(self.device, self.seed, "dropout", epoch, step):
             for slot, several in enumerate(self.rows[step : step + self.ahead]):
                 for rows in several:
-                    start_stream(self.device, self.seed, "dropout", epoch, step + slot)
-                    for draw, buffer in zip(self.draws[rows], self.buffers[rows]):
-                        buffer[slot] = draw.make()
+                    parts = [buffer[slot] for buffer in self.buffers[rows]]
+                    key = "dropout", epoch, step + slot
+                    if rows in self.uniform and fill_uniform(stream_seed(self.seed, *key), parts):
+                        continue
+                    start_stream(self.device, self.seed, *key)
+                    for draw, part in zip(self.draws[rows], parts):
+                        part.copy_(draw.make())
 
     def at(self, step: Tensor, rows: int) -> tuple[Tensor, ...]:
         """Return the draws of a minibatch of so many rows in the step that a counter on the device says."""

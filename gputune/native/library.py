@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,26 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     try:
         best = ctypes.CDLL(str(built[1])).processor_level()
         loaded = ctypes.CDLL(str(next(built[level] for level in LEVELS if level <= best and level in built)))
-        loaded.train_members.restype = ctypes.c_int
+        loaded.train_members.restype, loaded.draw_uniform.restype = ctypes.c_int, None
     except (OSError, AttributeError) as error:
         raise NotBuiltError(f"gputune's compiled code cannot be loaded, install gputune anew: {error}") from error
     return loaded
+
+
+def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
+    """Fill contiguous tensors of float32 with what ``torch.rand`` draws for them, one after another, from a seed.
+
+    Return False, and write nothing, where there is no compiled library.
+    """
+    assert all(part.is_contiguous() and part.dtype == torch.float32 for part in parts)
+    try:
+        loaded = library(torch.float32)
+    except NotBuiltError:
+        return False
+    places = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+    counts = (ctypes.c_int64 * len(parts))(*(part.numel() for part in parts))
+    loaded.draw_uniform(ctypes.c_int64(seed & 0xFFFFFFFF), ctypes.c_int64(len(parts)), places, counts)
+    return True
 
 
 _NUMBERS = (
@@ -92,7 +108,16 @@ def _address(value: np.ndarray | torch.Tensor | None) -> int | None:
 
 
 # Not -O3: it takes twice the time to build code that is no faster, and that each new shape waits for.
-FLAGS = ("-O2", "-ftree-vectorize", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+FLAGS = (
+    "-O2",
+    "-ftree-vectorize",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-shared",
+    "-fPIC",
+)
 # Clang and older compilers say no to these, and choose well without.
 _WHOLE_VECTORS = ("-mprefer-vector-width=512", "-fvect-cost-model=dynamic")
 COMPILERS = ("cc", "gcc", "clang")

@@ -23,6 +23,7 @@ typedef float real;
 #include "update.h"
 #include "member.h"
 #include "step.h"
+#include "uniform.h"
 
 static void score(const Work *w, Space *s, long f, long c) {
     long count = w->valid_start[f + 1] - w->valid_start[f], row = s->layer[s->layers - 1].row;

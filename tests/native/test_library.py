@@ -8,7 +8,7 @@ import torch
 
 import gputune
 from gputune.native import library as native
-from gputune.native.library import LEVELS, NotBuiltError, library
+from gputune.native.library import LEVELS, NotBuiltError, fill_uniform, library
 from problems import Linear, fill, largest_difference, make_data, needs_compiled_code, train_together
 from refused import refused
 
@@ -44,6 +44,15 @@ def test_it_is_of_the_processors_level_or_of_the_next_one_that_was_built(folder,
         library.cache_clear()
         (path,) = folder.glob(f"_{kind}{level}.*")
         path.unlink()
+
+
+@needs_compiled_code
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63 - 1])
+def test_uniform_draws_are_those_of_torch(seed):
+    generator, parts = torch.Generator().manual_seed(seed), [torch.empty(n) for n in (1, 623, 1250, 17)]
+    assert fill_uniform(seed, parts)
+    for part in parts:
+        assert torch.equal(part, torch.rand(part.shape, generator=generator))
 
 
 @needs_compiled_code
