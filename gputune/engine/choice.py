@@ -209,7 +209,7 @@ def _seconds_of_a_step(data: Dataset, trials: int, backend: Backend) -> float:
 
 _STEPS = 3  # of one shape, which is recorded in the first of the epochs
 _WORTH_SECONDS = 3.0  # of all members one by one: less is trained before it could be told
-_CODE_SECONDS = 6.0  # of all members the faster way: on two cores, from there one or two of building code are repaid
+_CODE_SECONDS = 3.0  # of all members the faster way: from there one of building code is repaid
 _TRIALS = 4
 _TIMED_NUMBERS = 1 << 22  # of the parameters of all members that are timed in compiled code
 _MARGIN = 1.1  # a difference below this is noise
@@ -220,9 +220,9 @@ class _Enough(Exception):
     """The time of a step is known well enough."""
 
 
-def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: float) -> tuple[str, bool]:
+def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: float) -> tuple[str, float]:
     """Return by how much trials of one shape train faster one by one, in words, "" where they do not, or hardly; and
-    whether they train fastest in compiled code.
+    by how many seconds a member's step is faster in compiled code, 0.0 where it is not.
 
     ``member_steps`` is how many steps all members of a search take that train as these do.
     """
@@ -230,16 +230,18 @@ def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: flo
     few = _with_few_rows(data, group.configs[0]["batch_size"])
     alone = _seconds(job, few, group.part(0, 1), "loop")
     if alone * member_steps < _WORTH_SECONDS:
-        return "", False
+        return "", 0.0
     stacked = _seconds(job, few, group.part(0, min(_TRIALS, len(group.index))), job.backend)
     known = min(alone, stacked)
-    if known * member_steps > _CODE_SECONDS and _MARGIN * _compiled_seconds(job, data, group) < known:
-        return "", True
-    job.fits.reuse.timed = None
+    if known * member_steps > _CODE_SECONDS:
+        coded = _compiled_seconds(job, data, group)
+        if _MARGIN * coded < known:
+            return "", known - coded
+        job.fits.reuse.drop_timed(group.configs)
     if stacked < _MARGIN * alone:
-        return "", False
+        return "", 0.0
     slow = f"a step of a member takes {1e3 * alone:.3g} ms so, and {1e3 * stacked:.3g} ms with its members stacked"
-    return slow, False
+    return slow, 0.0
 
 
 def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
@@ -255,9 +257,8 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
         return math.inf
     try:
         with torch_threads(1), torch.no_grad():
-            timed = job.fits.reuse.timed = MemberChunk(
-                network, data, chunk.configs, seed=job.seed, horizon=job.horizon, scoring=job.scoring
-            )
+            timed = MemberChunk(network, data, chunk.configs, seed=job.seed, horizon=job.horizon, scoring=job.scoring)
+            job.fits.reuse.keep_timed(timed)
             return timed.seconds_of_a_step()
     except (TraceError, NotBuiltError):
         return math.inf

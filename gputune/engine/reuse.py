@@ -43,15 +43,23 @@ class Reuse:
 
     def __init__(self) -> None:
         self.chunks: dict[Hashable, StackedChunk] = {}
-        self.timed: StackedChunk | None = None
-        """One in compiled code that is at its start, since it was only timed."""
+        self.timed: list[StackedChunk] = []
+        """Those in compiled code that are at their start, since they were only timed."""
+
+    def keep_timed(self, chunk: StackedChunk) -> None:
+        """Keep a chunk that was timed, where there is room beside the others."""
+        if not self.timed or sum(kept.nbytes for kept in (*self.timed, chunk)) <= _KEPT_BYTES:
+            self.timed.append(chunk)
+
+    def drop_timed(self, configs: Sequence[Config]) -> None:
+        """Keep the chunk of these trials no longer."""
+        self.timed = [chunk for chunk in self.timed if chunk.configs != list(configs)]
 
     def take_timed(self, data: Dataset, configs: Sequence[Config], **options: object) -> StackedChunk | None:
-        """Return the chunk that was timed, where it is that of these trials; it is kept no longer."""
-        timed, self.timed = self.timed, None
-        if timed is None or timed.configs != list(configs) or not timed.is_made_with(data, recorded=False, **options):
-            return None
-        return timed
+        """Return the chunk of these trials that was timed, which is kept no longer; None where there is none."""
+        found = [chunk for chunk in self.timed if chunk.configs == list(configs)]
+        self.drop_timed(configs)
+        return found[0] if found and found[0].is_made_with(data, recorded=False, **options) else None
 
     def take(self, network: Network, data: Dataset, configs: Sequence[Config], **options: Any) -> StackedChunk:
         """Return a chunk of these trials at their start: one that was kept where it can be, or a new one."""

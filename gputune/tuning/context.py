@@ -69,7 +69,7 @@ class Context:
     """What became of the columns of X where they are not one feature each, for messages about shapes."""
     needs: dict[object, Need | None] = field(default_factory=dict)
     """What shapes were measured to take of the device's memory."""
-    timed: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    timed: dict[str, tuple[str, float]] = field(default_factory=dict)
     """How members train fastest, by those module__* values, as text, on which their sizes may depend."""
     faults: dict[str, None] = field(default_factory=dict)
     """What went wrong while chunks trained and did no harm, a sentence each."""
@@ -151,9 +151,9 @@ class Context:
                 self.timed[key] = fastest_way(job, data, group, member_steps=steps)
                 if slow := self.timed[key][0]:
                     self.progress.say(f"note: {self.choice.name} trains one by one, which is faster here: {slow}")
-            slow, coded = self.timed[key]
+            slow, gain = self.timed[key]
             for arguments in {chunk.arguments for chunk in chunks}:
-                has_news |= note_fastest(builder, data, arguments, slow=slow, coded=coded)
+                has_news |= note_fastest(builder, data, arguments, slow=slow, gain=gain)
         return has_news
 
     def recorded_plans(

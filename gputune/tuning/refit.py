@@ -88,6 +88,8 @@ class Search:
                 if isinstance(descent, Hypergradient):
                     members = [[trainer.train_scheduled(configs[0], descent, epochs=epochs[0])]]
                 else:
+                    if options.backend == "auto":
+                        trainer.take_code(configs, epochs)
                     members = trainer.train_members(configs, epochs, progress)
         for trial, modules in zip(trials, members):
             if not all(bool(w.isfinite().all()) for module in modules for w in module.parameters()):

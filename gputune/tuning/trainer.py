@@ -26,15 +26,17 @@ from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_sc
 from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.descent import Hypergradient
 from gputune.modules.construction import Builder
-from gputune.modules.inspection import known_traits
+from gputune.modules.inspection import gain_of_code, known_traits, note_fastest, traits_of
 from gputune.native.library import NotBuiltError
-from gputune.population.population import ModelKind, Population, populations
+from gputune.population.population import ModelKind, Population, arguments_text, populations
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
 from gputune.text import count
 from gputune.types import Backend, BackendWord, Config, Precision
 
 AnyJob = TypeVar("AnyJob", bound=Job)
+
+_BUILT_SECONDS = 1.0  # that it takes to build the code of a member's step
 
 
 def unseen(_trial_epochs: int, _curves: np.ndarray) -> None:
@@ -250,6 +252,21 @@ class Trainer:
         """Return the workers that a plan has on this machine beside this process."""
         devices = (self.others or (self.data.device,) * plan.workers)[: plan.workers - 1]
         return worker_processes(job, self.data, devices) if devices else nullcontext(Executor())
+
+    def take_code(self, configs: Sequence[Config], epochs: Sequence[int]) -> None:
+        """Let a module's members train in compiled code where a search found it faster, and it is worth its building.
+
+        For rows that were not searched on: all rows, of which a refit is.
+        """
+        builder = self.module_class
+        if builder is None or self.data.device.type != "cpu":
+            return
+        rows = sum(len(fold.train) for fold in self.data.folds)
+        for config, n in zip(configs, epochs):
+            gain = gain_of_code(builder, config)
+            if gain * n * rows / config["batch_size"] > _BUILT_SECONDS:
+                traits_of(builder, config, self.data, objective=self.objective)
+                note_fastest(builder, self.data, arguments_text(config), slow="", gain=gain)
 
     def train_members(
         self, configs: Sequence[Config], epochs: Sequence[int], progress: Progress = unseen

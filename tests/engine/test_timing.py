@@ -31,24 +31,24 @@ def found(member_steps):
 
 
 @pytest.mark.parametrize(
-    ("stacked", "code", "steps", "slow", "coded"),
+    ("stacked", "code", "steps", "slow", "gain"),
     [
-        (0.002, 0.00095, 1e9, "a step of a member takes 1 ms so, and 2 ms with its members stacked", False),
-        (0.002, 0.0009, 1e9, "", True),
-        (0.00105, 1.0, 1e9, "", False),
-        (0.0001, 0.00008, 1e9, "", True),
-        (0.0001, 0.00008, 0.5e5, "", False),  # compiling would take as long
-        (0.002, 0.0001, 1e3, "", False),
+        (0.002, 0.00095, 1e9, "a step of a member takes 1 ms so, and 2 ms with its members stacked", 0.0),
+        (0.002, 0.0009, 1e9, "", 0.0001),
+        (0.00105, 1.0, 1e9, "", 0.0),
+        (0.0001, 0.00008, 1e9, "", 0.00002),
+        (0.0001, 0.00008, 2e4, "", 0.0),  # compiling would take as long
+        (0.002, 0.0001, 1e3, "", 0.0),
     ],
 )
-def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, coded):
+def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, gain):
     monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk: code)
     monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked))
-    assert found(steps) == (slow, coded)
+    assert found(steps) == (slow, pytest.approx(gain))
 
 
 def test_all_ways_are_timed():
-    assert found(1) == ("", False)
+    assert found(1) == ("", 0.0)
     data, job = make_data(), Job(seed=0, epochs=3, horizon=3, module_class=Net)
     chunk = Population("module", (0, 1), tuple(CONFIGS))
     for backend in ("loop", "graph"):
@@ -66,13 +66,13 @@ def test_a_search_says_which_way_it_took(monkeypatch, capsys):
     options = {"n_trials": 2, "cv": 2, "max_epochs": 2, "workers": 1, "verbose": 1}
     stacked = gputune.tune(Net, X, y, **options)
     assert "one by one" not in capsys.readouterr().err
-    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("2 ms so", False))
+    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("2 ms so", 0.0))
     alone = gputune.tune(Net, X, y, **options)
     said = capsys.readouterr().err
     assert (
         "note: Net trains one by one, which is faster here: 2 ms so" in said and "one by one" in said.split("plan:")[1]
     )
-    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", True))
+    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", 1.0))
     coded = gputune.tune(Net, X, y, **options)
     assert "compiled" in capsys.readouterr().err.split("plan:")[1]
     for other in (alone, coded):
@@ -92,6 +92,20 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("pays, built", [(0.0, 1), (np.inf, 0)])
+def test_a_refit_is_compiled_where_its_search_was_and_it_pays(monkeypatch, pays, built):
+    search = partial(gputune.tune, Net, make_data().x[0].float(), make_data().y, n_trials=2, cv=2, workers=1, verbose=0)
+    expected = search(backend="graph").best_model()
+    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", 1.0))
+    monkeypatch.setattr("gputune.tuning.trainer._BUILT_SECONDS", pays)
+    study, sources = search(), []
+    monkeypatch.setattr(members, "build", lambda source, dtype: sources.append(source) or build(source, dtype))
+    for found, other in zip(study.best_model().module.parameters(), expected.module.parameters(), strict=True):
+        assert found.allclose(other, rtol=1e-4, atol=1e-6)
+    assert len(sources) == built
+
+
 class Scaled(nn.Linear):
     def __init__(self, n_features, n_outputs, spread=1.0, bias=True):
         super().__init__(n_features, n_outputs, bias=bias)
@@ -104,7 +118,7 @@ def test_trials_that_differ_in_fractions_alone_are_timed_once(monkeypatch, capsy
 
     def timing_of(job, data, chunk, *, member_steps):
         timed.append((chunk.configs[0].get("module__bias"), member_steps))
-        return "", True
+        return "", 1.0
 
     monkeypatch.setattr("gputune.tuning.context.fastest_way", timing_of)
     X, y = make_data().x[0].float(), make_data().y
