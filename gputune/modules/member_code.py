@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gputune.modules.member_kernels import FORMULAS, Line, Writer, arguments
+from gputune.modules.member_kernels import FORMULAS, Line, Span, Writer, arguments
 from gputune.modules.member_layers import LAYERS
 from gputune.modules.program import split_constants
 from gputune.modules.trace import Operation, Place, Trace, TraceError
@@ -98,7 +98,7 @@ def _depend(a: Operation, b: Operation) -> bool:
 
 
 def _in_blocks(lines: Sequence[Line]) -> Iterator[str]:
-    """Yield the calls, those over the same large memories a block at a time, which stays in the cache between them."""
+    """Yield the calls, those over as many numbers a block at a time, which stays in the cache between them."""
     run: list[Line] = []
     for line in lines:
         if run and not _go_together([*run, line]):
@@ -112,18 +112,32 @@ def _in_blocks(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def _go_together(lines: Sequence[Line]) -> bool:
-    """Whether calls pass over the same many numbers of memories that were there, each from one place on."""
-    moved = {p for line in lines for p, step in zip(line.pointers, line.steps) if step}
-    memories = {p.split("M[")[-1].split("]")[0] for p in moved if "M[" in p}
-    return {line.n for line in lines} == {max(_LARGE, lines[0].n)} and len(memories) == len(moved)
+    """Whether calls pass over equally many numbers, and none reads or writes another row of what another one writes."""
+    total, unit = lines[0].n * lines[0].unit, max(line.unit for line in lines)
+    if total < _LARGE or any(line.n * line.unit != total or line.unit not in (1, unit) for line in lines):
+        return False
+    *before, last = lines
+
+    def alike(a: Line, b: Line, x: Span, y: Span) -> bool:
+        mine, other = x.in_rows(unit // a.unit, total // unit), y.in_rows(unit // b.unit, total // unit)
+        return not x.overlaps(y) or (mine == other and mine[1] > 0 and mine[2])
+
+    return all(
+        alike(line, last, x, y)
+        for line in before
+        for i, x in enumerate(line.spans)
+        for j, y in enumerate(last.spans)
+        if i == 0 or j == 0
+    )
 
 
 def _take_lines(run: Sequence[Line]) -> Iterator[str]:
     if len(run) < 2:
         yield from (line.call() for line in run)
         return
-    n = run[0].n
-    yield f"for (long b = 0, n; b < {n}; b += n) {{"
-    yield f"    n = {n} - b < {_BLOCK} ? {n} - b : {_BLOCK};"
-    yield from (f"    {line.call('b', 'n')}" for line in run)
+    unit = max(line.unit for line in run)
+    rows, block = run[0].n * run[0].unit // unit, max(1, _BLOCK // unit)
+    yield f"for (long b = 0, n; b < {rows}; b += n) {{"
+    yield f"    n = {rows} - b < {block} ? {rows} - b : {block};"
+    yield from (f"    {line.call('b', 'n', unit)}" for line in run)
     yield "}"

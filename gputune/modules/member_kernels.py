@@ -4,6 +4,7 @@ Numbers of the host and addresses are given in the calls, so that operations on 
 over the places of tensors: axes that follow on each other in memory are one loop.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,11 +26,6 @@ class Loops:
     def with_outer(self, size: str) -> "Loops":
         """Return the loops with a name for the size of the outermost: minibatches of all sizes share them."""
         return replace(self, sizes=(size, *self.sizes[1:])) if self.sizes else self
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether it is one loop over operands that each lie in one piece, or are one number."""
-        return len(self.sizes) == 1 and all(own in ((0,), (1,)) for own in self.strides)
 
     def index(self, operand: int) -> str:
         """Return where an operand's number lies, in the variables of the loops."""
@@ -162,19 +158,44 @@ _DEFAULTS: dict[str, object] = {
 }
 
 
+@dataclass(frozen=True)
+class Span:
+    """The bytes ``begin`` to ``end`` of a memory, which a loop goes through by ``step``, 0: at once."""
+
+    memory: str
+    begin: int
+    end: int
+    step: int
+
+    def overlaps(self, other: "Span") -> bool:
+        """Whether both have bytes in common."""
+        return self.memory == other.memory and self.begin < other.end and other.begin < self.end
+
+    def in_rows(self, unit: int, rows: int) -> tuple[int, int, bool]:
+        """Return its begin, the bytes of ``unit`` steps, and whether ``rows`` of them lie one behind the other."""
+        step = self.step * unit
+        return self.begin, step, self.end - self.begin - (rows - 1) * step <= step
+
+
 @dataclass
 class Line:
-    """A call of a kernel. One over numbers that lie in pieces is told how many, ``n``; pointers move by ``steps``."""
+    """A call of a kernel. Its outer loop is told how many, ``n``, of ``unit`` numbers each, it goes over.
+
+    ``spans`` are what it reads and, the first of them, writes.
+    """
 
     kernel: str
     pointers: list[str]
     numbers: list[str]
     n: int = 0
-    steps: list[int] = field(default_factory=list)
+    unit: int = 1
+    spans: list[Span] = field(default_factory=list)
 
-    def call(self, begin: str = "", n: str = "") -> str:
-        """Return the call in C, for ``n`` numbers from ``begin`` on."""
-        moves = self.steps if begin else [0] * len(self.pointers)
+    def call(self, begin: str = "", n: str = "", unit: int = 1) -> str:
+        """Return the call in C, for ``n`` times ``unit`` numbers from as many times ``begin`` on."""
+        each = unit // self.unit
+        begin, n = (f"{word} * {each}" if word and each > 1 else word for word in (begin, n))
+        moves = [span.step for span in self.spans] if begin else [0] * len(self.pointers)
         pointers = [f"(void *)((char *){p} + {begin} * {step})" if step else p for p, step in zip(self.pointers, moves)]
         return f"{self.kernel}({', '.join([*pointers, *self.numbers, *[n or str(self.n)] * bool(self.n)])});"
 
@@ -207,12 +228,22 @@ class Writer:
         """Return where a place begins; NULL for none."""
         if place is None:
             return "0"
-        begin = place.offset * place.dtype.itemsize
+        memory, begin = self._memory(place)
+        return f"({self.type(place)} *)({memory} + {begin + place.extent[0]})"
+
+    def _memory(self, place: Place) -> tuple[str, int]:
+        """Return the memory of a place in C, and where there it begins."""
         if place.memory in self.begin:
-            return f"({self.type(place)} *)(A + {self.begin[place.memory] + begin})"
+            return "A", self.begin[place.memory]
         storage = self.storages[place.memory]
         self.memories.setdefault(storage.data_ptr(), storage)
-        return f"({self.type(place)} *)(M[{list(self.memories).index(storage.data_ptr())}] + {begin})"
+        return f"M[{list(self.memories).index(storage.data_ptr())}]", 0
+
+    def _span(self, place: Place, step: int) -> Span:
+        """Return the bytes of a place, which a loop goes through by so many numbers."""
+        memory, begin = self._memory(place)
+        first, last = place.extent
+        return Span(memory, begin + first, begin + last, step * place.dtype.itemsize)
 
     def type(self, place: Place | None) -> str:
         """Return the type of C of a place's numbers."""
@@ -264,7 +295,7 @@ class Writer:
             raise TraceError(f"{name} of {dtype} is in no code")
         operands: list[Place] = [out, *(given[n] for n in places)]
         loops = over(out.shape, [out.stride, *(broadcast(place, out.shape) for place in operands[1:])])
-        flat, size = loops.is_flat, loops.sizes[:1]
+        size, unit = loops.sizes[:1], math.prod(map(int, loops.sizes[1:]))
         loops = loops.with_outer("n")
         real = _c_type(dtype)
         # All are read, whatever the formula: a compiler makes no vectors of loads that depend on a condition.
@@ -278,11 +309,11 @@ class Writer:
         typed += [*(f"double s{i}" for i in range(len(numbers))), *["long n"] * len(size)]
         line = Line(self._kernel(typed, body), [self.pointer(place) for place in operands], [])
         line.numbers = self._numbers([given[n] for n in numbers])
-        if flat:
-            line.n = int(size[0])
-            line.steps = [int(own[0]) * p.dtype.itemsize for own, p in zip(loops.strides, operands)]
-        else:
+        if unit == 0:  # an axis of no entries
             line.numbers += map(str, size)
+        elif size:
+            line.n, line.unit = int(size[0]), unit
+            line.spans = [self._span(place, int(own[0])) for own, place in zip(loops.strides, operands)]
         return line
 
     def filled(self, out: Place, value: float) -> Line:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gputune.modules.member_code import MemberCode
+from gputune.modules.member_code import MemberCode, _go_together
+from gputune.modules.member_kernels import Line, Span
 from gputune.modules.trace import TraceError, trace
 from gputune.native import library as built
 
@@ -187,3 +188,29 @@ def test_minibatches_of_all_sizes_share_kernels():
     kernels = counts[0][0]
     # One more for the rows that are chosen for each of three tables: these lie as far apart as there are rows.
     assert counts == [(kernels, 1), (kernels, 1), (kernels + 1, 2)]
+
+
+ROWS, WIDTH = 64, 128
+BYTES = 4 * ROWS * WIDTH
+WRITTEN = Span("A", 0, BYTES, 4)
+
+
+@pytest.mark.parametrize(
+    ("read", "unit", "together"),
+    [
+        (WRITTEN, 1, True),
+        (Span("A", 0, BYTES, 4 * WIDTH), WIDTH, True),
+        (Span("A", BYTES, 2 * BYTES, 4), 1, True),
+        (Span("M[0]", 4, BYTES + 4, 4), 1, True),
+        (Span("A", 4, BYTES + 4, 4), 1, False),  # another row's number
+        (Span("A", 0, BYTES // 4, 1), 1, False),  # numbers of another size
+        (Span("A", 0, BYTES, 4), WIDTH, False),  # columns
+        (Span("A", 0, 4 * WIDTH, 0), WIDTH, False),  # one row for all
+    ],
+)
+def test_passes_go_block_by_block_where_each_row_is_read_by_itself(read, unit, together):
+    def line(written, read, unit):
+        return Line("k", [], [], ROWS * WIDTH // unit, unit, [written, read])
+
+    before, after = Span("M[1]", 0, BYTES, 4), Span("M[2]", 0, BYTES, 4 * unit)
+    assert _go_together([line(WRITTEN, before, 1), line(after, read, unit)]) is together
