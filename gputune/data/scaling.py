@@ -79,24 +79,23 @@ def _from_first(
     return Scaling(_stack(center, like), _stack(scale, like), missing=bool(lost.any()))
 
 
-def _range(raw: np.ndarray | Tensor) -> np.ndarray:
+def _range(raw: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """Return the least and the largest known number of each column, (2, D); 0 where there is none."""
     if isinstance(raw, Tensor):
-        ends = torch.stack(torch.where(raw.isnan(), 0.0, raw).aminmax(dim=0)).cpu().double().numpy()
-    else:
-        ends = np.stack([np.fmin.reduce(raw), np.fmax.reduce(raw)])
-    known: np.ndarray = np.nan_to_num(ends)
+        return torch.stack(torch.where(raw.isnan(), 0.0, raw).aminmax(dim=0))
+    known: np.ndarray = np.nan_to_num(np.stack([np.fmin.reduce(raw), np.fmax.reduce(raw)]))
     return known
 
 
 def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics]) -> list[int]:
     """Return which features, that are one input each, have a number beyond the limits of a fold."""
-    ends, limited = _range(raw), np.zeros(raw.shape[1], dtype=bool)
+    ends, limited = _range(raw), torch.zeros(raw.shape[1], dtype=torch.bool)
     for fitted in statistics:
-        scaled = (ends - fitted.center) / fitted.scale
+        free = replace(fitted, least=np.empty(0), most=np.empty(0))
         if fitted.least.size:
-            limited |= ((scaled < fitted.least) | (scaled > fitted.most)).any(0)
-    places: list[int] = np.flatnonzero(limited).tolist()
+            within, beyond = (torch.as_tensor(transform(ends, one)).cpu() for one in (fitted, free))
+            limited |= (within != beyond).any(0)
+    places: list[int] = limited.nonzero().flatten().tolist()
     return places
 
 

@@ -125,6 +125,13 @@ def test_folds_share_no_copy_of_numbers_that_are_clipped(tensor, monkeypatch):
     assert data.copies == (0, 1, 2) and data.x[:, 0, 0].abs().max() == 20
 
 
+def test_rounding_limits_no_training_row_of_a_tensor_far_from_0():
+    X = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0)) + 1e6
+    X[5] += 500  # 45 standard deviations
+    statistics = fit_statistics(X, fit_layout(X), np.arange(2000))
+    assert scaling.limited_features(X, [statistics]) == [] != scaling.limited_features(X * 2, [statistics])
+
+
 @pytest.mark.parametrize("model", ["mlp", "logistic"])
 def test_a_search_on_one_copy_is_that_on_copies(model, monkeypatch):
     options = {"n_trials": 2, "cv": 3, "scoring": "neg_log_loss", "dtype": "float64", "verbose": 0}

@@ -214,6 +214,8 @@ def test_numbers_of_a_space_have_a_default_go_on_and_are_included(iris, tmp_path
     assert more.trials[:2] == first.trials and more.trials[2].params["numbers"] == "quantile"
     for study in (more, gputune.tune("mlp", *iris, warm_start=[more], n_trials=1, **{**how, "study": None})):
         assert study.record.numbers == "robust" and np.isfinite(study.curves).all()
+    own = gputune.tune("mlp", *iris, n_trials=1, numbers="robust", include=[{"numbers": "none"}], **FAST)
+    assert own.record.numbers == "robust" and own.trials[1].params["numbers"] == "none"  # goes before the argument
 
 
 @pytest.mark.parametrize(("row", "numbers"), [(0, "auto"), (slice(0, 75), "auto"), (0, "robust")])
