@@ -1,6 +1,7 @@
 """Small data sets, one way to train a list of configurations, and the plain loop that each member is compared to."""
 
 import gc
+import itertools
 import math
 from dataclasses import replace
 
@@ -23,6 +24,12 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 needs_compiled_code = pytest.mark.skipif(
     not any(FOLDER.glob("_float1.*")), reason="gputune was installed without a C compiler"
 )
+
+
+def grid(*axes, short):
+    """The points of a grid, as parameters of a test; those that are not in ``short`` are long."""
+    points = itertools.product(*axes)
+    return [pytest.param(*p, marks=[pytest.mark.long] * (p not in short)) for p in points]
 
 
 class Net(torch.nn.Module):

@@ -2,8 +2,12 @@
 
 import importlib
 import os
+import pickle
 import signal
+import sys
 import warnings
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -236,21 +240,22 @@ def test_a_worker_with_another_version_is_named(cluster, begun, monkeypatch):
     assert [trial.state for trial in go_on().trials] == ["complete"] * 6
 
 
-def test_a_worker_without_the_package_is_named(cluster, begun, tmp_path, monkeypatch):
+def test_a_worker_without_the_package_is_named(cluster, begun, monkeypatch):
+    """What is sent is read and run where no import of the package works."""
     go_on, path = begun
-    before = table(path)
-    (tmp_path / "without" / "gputune").mkdir(parents=True)
-    (tmp_path / "without" / "gputune" / "__init__.py").write_text("raise ModuleNotFoundError('not there')")
-    bare, make = {"env_vars": {"PYTHONPATH": str(tmp_path / "without")}}, ray_cluster.make_task
+    before, make = table(path), ray_cluster.make_task
 
-    class Bare:
-        def __init__(self, ray):
-            self.task = make(ray)
+    def make_bare(ray):
+        sent = ray.cloudpickle.dumps(make(SimpleNamespace(remote=lambda task: task)))
 
-        def options(self, **options):
-            return self.task.options(**options, runtime_env=bare)
+        def bare(*arguments):
+            missing = {name: None for name in ("gputune", *sys.modules) if name.partition(".")[0] == "gputune"}
+            with mock.patch.dict(sys.modules, missing):
+                return pickle.loads(sent)(*arguments)
 
-    monkeypatch.setattr(ray_cluster, "make_task", Bare)
+        return ray.remote(bare)
+
+    monkeypatch.setattr(ray_cluster, "make_task", make_bare)
     with refused("has no gputune, and this process gputune .*: install gputune=="):
         go_on()
     assert table(path)[: len(before)] == before

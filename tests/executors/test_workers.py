@@ -123,6 +123,19 @@ def test_the_chunk_of_a_lost_worker_is_handed_out_again(orders):
     assert scores(search()) == alone
 
 
+class Branching(Net):
+    """Its members cannot be stacked."""
+
+    def forward(self, x):
+        return super().forward(x * 2 if x.mean() > 3 else x)
+
+
+@pytest.mark.cpu
+def test_halving_of_what_trains_one_by_one_gives_the_scores_of_one_process():
+    words = {"space": {"lr": [1e-3, 1e-2, 1e-1]}, "n_trials": 3, "method": "halving", "max_epochs": 4}
+    assert scores(search(Branching, **words)) == scores(search(Branching, **words, workers=1))
+
+
 def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
     monkeypatch.setattr(executor, "LOSSES", 2)
     (orders / "kill").touch()

@@ -19,7 +19,7 @@ from gputune import models
 from gputune.errors import DivergedError
 from gputune.hypergradients.implicit import implicit_chunk, implicit_gradients
 from gputune.solver.solve import Problem, Solution, solve
-from problems import make_data
+from problems import grid, make_data
 from refused import refused
 
 STEP = 1e-4  # of log C, in central differences
@@ -65,10 +65,9 @@ def agree(found, reference):
     torch.testing.assert_close(found, reference, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("l1_ratio", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("k", [2, pytest.param(3, marks=pytest.mark.long), 4])
-def test_central_differences_over_six_C_and_three_folds(k, l1_ratio, weighted):
+@pytest.mark.parametrize(("k", "weighted"), grid((2, 3, 4), (False, True), short=[(2, False), (4, True)]))
+def test_central_differences_over_six_C_and_three_folds(k, weighted, l1_ratio):
     data = problem(folds=3, n=60, k=k, weighted=weighted)
     C, ratio = many(*SIX), many(*[l1_ratio] * 6)
     solution = solved(data, C, ratio, k)
@@ -121,8 +120,7 @@ def test_a_common_shift_of_coefficients_that_pure_l1_leaves_open_changes_nothing
     assert found.gradient.abs() > 1e-9
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize(("k", "seed"), [(2, 0), (3, 1)])
 def test_one_hot_columns_beside_an_intercept(k, seed):
     # The columns of four levels add up to one, so that pure l1 can leave a direction without any curvature.
     x, y, weights, valid = problem(folds=2, n=120, k=k, seed=seed)
@@ -151,8 +149,8 @@ def test_a_doubled_input_leaves_a_split_open_and_nothing_else(l1_ratio):
 
 @pytest.mark.parametrize("l1_ratio", [0.0, 0.5, 1.0])
 def test_more_inputs_than_rows(l1_ratio):
-    data = problem(folds=2, n=40, d=50)
-    C, ratio = many(0.05, 0.5, 5.0), many(*[l1_ratio] * 3)
+    data = problem(folds=2, n=24, d=30)
+    C, ratio = many(0.05, 5.0), many(*[l1_ratio] * 2)
     found = implicit(data, solved(data, C, ratio, 3), C, ratio)
     agree(found.gradient, central_difference(data, C, ratio, 3))
 
@@ -222,8 +220,7 @@ def test_one_class_alone_is_certain(k, label):
 
 
 @pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("copies", [False, True])
-@pytest.mark.parametrize("task", ["binary", "multiclass"])
+@pytest.mark.parametrize(("task", "copies"), [("binary", False), ("multiclass", True)])
 def test_a_dataset(task, copies, weights):
     data = make_data(task, copies=copies, weights=weights, folds=3)
     configs = [{"C": 0.2, "l1_ratio": 0.0}, {"C": 2.0, "l1_ratio": 0.5}]

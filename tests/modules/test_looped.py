@@ -22,7 +22,7 @@ from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
 from gputune.population.population import populations
 from gputune.scoring.scoring import make_scoring
-from problems import data_of, fill, largest_difference, make_data, rows_of, shape_of
+from problems import data_of, fill, grid, largest_difference, make_data, rows_of, shape_of
 from refused import refused
 
 
@@ -155,18 +155,15 @@ def looped(build, configs, data):
     return LoopedModule(build, configs, shape_of(data), seed=0, traits=traits)
 
 
-@pytest.mark.parametrize(
-    ("name", "optimizer"),
-    [
-        pytest.param(name, optimizer, marks=() if name == "control flow" or optimizer == "adamw" else pytest.mark.long)
-        for name in MODULES
-        for optimizer in ("nesterov", "adamw", "adamhd", "NAdam")
-    ],
-)
+OPTIMIZERS = ("nesterov", "adamw", "adamhd", "NAdam")
+SHORT = [("control flow", name) for name in OPTIMIZERS] + [(name, "adamw") for name in MODULES]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), grid(MODULES, OPTIMIZERS, short=SHORT))
 def test_a_member_equals_its_plain_loop(name, optimizer):
     build, reason = MODULES[name]
     data = make_data(weights=True)
-    configs = fill(*({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr in (1e-3, 1e-2) for b in (7, 500)))
+    configs = fill(*({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr, b in ((1e-3, 7), (1e-2, 500))))
     assert reason in traits_of(build, configs[0], data).unstackable
     for population in populations(configs, "module", rows=len(data.folds[0].train)):
         configs = list(population.configs)
@@ -488,13 +485,3 @@ def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
     assert isinstance(model.module, Free) and alone.params["optimizer__betas"] in space["optimizer__betas"]
     again.report(tmp_path / "page.html")
     assert "optimizer__betas" in (tmp_path / "page.html").read_text()
-
-
-@pytest.mark.cpu
-def test_processes_and_halving_give_the_same_scores():
-    space = {"lr": [1e-3, 1e-2, 1e-1], "batch_size": [16]}
-    words = {"space": space, "n_trials": 3, "method": "halving"}
-    one, two = (search(Gated, **words, workers=workers) for workers in (1, 2))
-    for a, b in zip(one.trials, two.trials):
-        assert a.state == b.state
-        np.testing.assert_array_equal(a.fold_scores, b.fold_scores)
