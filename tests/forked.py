@@ -12,9 +12,7 @@ from types import ModuleType
 from unittest import mock
 
 # In the process that is forked, by its import of this file: all that a search may import.
-IMPORTS = [
-    "gputune.cli.main", "gputune.cli.tune", "gputune.tuning.pipeline", "sklearn.datasets", "scipy.stats",
-]  # fmt: skip
+IMPORTS = ["gputune.cli.main", "gputune.cli.tune", "gputune.tuning.pipeline", "sklearn.datasets", "scipy.stats"]
 FORKS = multiprocessing.get_context("forkserver")
 HERE = os.path.dirname(__file__)
 

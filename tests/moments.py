@@ -13,13 +13,7 @@ HERE = Path(__file__).parent
 
 
 def at_call(
-    owner: Any,
-    name: str,
-    number: int,
-    do: Callable[[], object],
-    *,
-    before: bool = False,
-    patch: Any = setattr,
+    owner: Any, name: str, number: int, do: Callable[[], object], *, before: bool = False, patch: Any = setattr
 ) -> None:
     """Let something happen right after the n-th call of ``owner.name``, or right before it."""
     original, calls = getattr(owner, name), itertools.count(1)

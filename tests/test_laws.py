@@ -169,12 +169,8 @@ def test_law_1_for_weights_and_linear_models(size, weights, optimizer):
 
 
 def test_law_1_for_schedules_that_end_early():
-    configs = (
-        {"schedule": "cosine", "batch_size": 10},
-        {"batch_size": 10},
-        {"schedule": "cosine", "batch_size": 13},
-    )
-    assert_equals_plain_loop(make_data(), fill(*configs), epochs=4, horizon=9)  # fmt: skip
+    configs = ({"schedule": "cosine", "batch_size": 10}, {"batch_size": 10}, {"schedule": "cosine", "batch_size": 13})
+    assert_equals_plain_loop(make_data(), fill(*configs), epochs=4, horizon=9)
 
 
 def mixed_configs(*optimizers):
@@ -184,7 +180,7 @@ def mixed_configs(*optimizers):
             {"lr": lr, "batch_size": size, "width": width, "dropout": p, "optimizer": name, "hypergrad_lr": 0.05}
             for lr, (width, size), p, name in ways
         )
-    )  # fmt: skip
+    )
 
 
 def assert_chunks_and_order_change_no_member(configs, chunk):

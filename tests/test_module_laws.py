@@ -26,9 +26,7 @@ class Convolutions(nn.Sequential):
     def __init__(self, n_outputs):
         # A bias before a BatchNorm has a slope of rounding errors, of which Adam makes steps.
         first = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)
-        then = (
-            nn.Conv2d(4, 3, 2, bias=False), nn.BatchNorm2d(3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
+        then = (nn.Conv2d(4, 3, 2, bias=False), nn.BatchNorm2d(3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         super().__init__(*first, *then, nn.Dropout(0.1), nn.Linear(3, n_outputs))
 
 

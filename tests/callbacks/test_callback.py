@@ -74,10 +74,7 @@ def test_every_method_tells_the_same_four_moments(method):
     assert all(curves.ndim == 3 and curves.shape[2] == 3 for curves in listener.epochs)
 
 
-def test_epochs_of_worker_processes_and_of_the_solver():
-    listener = Listener()
-    study = tune(listener, workers=2, n_trials=4)
-    assert sum(curves[..., 0].size for curves in listener.epochs) == study.curves[..., 0].size
+def test_epochs_of_the_solver():
     solved = Listener()
     gputune.tune("logistic", X, Y, n_trials=4, callbacks=[solved], **FAST)
     assert len(solved.trials) == 4 and [curves.shape for curves in solved.epochs] == [(4, 1, 3)]

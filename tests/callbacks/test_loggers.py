@@ -17,9 +17,7 @@ from study_rows import candidates, result
 
 X, Y = load_iris(return_X_y=True)
 SPACE = {"lr": [1e-3, 1e-2, 3e-2], "activation": ["relu", "tanh"], "width": 8}
-FAST = {
-    "max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1, "n_trials": 5, "space": SPACE, "include_default": False,
-}  # fmt: skip
+FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1, "n_trials": 5, "space": SPACE, "include_default": False}
 
 
 def tune(callback, **options):

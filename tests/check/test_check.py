@@ -39,7 +39,12 @@ def two_laws(folder, monkeypatch):
 def on(device):
     """Every check of a device, by name."""
     checks = checks_of(torch.device(device))
-    return pytest.mark.parametrize("law, backend", checks, ids=[f"{law.name}, {b}" for law, b in checks])
+    # A recorded step is the eager one.
+    long = [b == "eager" and "graph" in law.backends for law, b in checks]
+    marked = [
+        pytest.param(*c, marks=[pytest.mark.long] * far, id=f"{c[0].name}, {c[1]}") for c, far in zip(checks, long)
+    ]
+    return pytest.mark.parametrize("law, backend", marked)
 
 
 @on("cpu")

@@ -12,7 +12,7 @@ from gputune.cli.translation import flags, in_flags
 from gputune.study.record import IDENTITY
 from gputune.types import defaults_in_words
 
-PYTHON_ALONE = {"X", "y", "sample_weight", "epoch", "callbacks", "training_step", "augment"}  # fmt: skip
+PYTHON_ALONE = {"X", "y", "sample_weight", "epoch", "callbacks", "training_step", "augment"}
 OF_METHODS = {
     field.name for method in (gputune.Halving, gputune.Median, gputune.Hypergradient) for field in fields(method)
 } - {"min_trials", "step", "first_step", "smallest_step"}
@@ -115,10 +115,7 @@ def test_a_value_is_said_as_it_is_typed(name):
         ),
         ("'mse', a torch.nn loss, or callable(outputs, y), got 'l1'", "'mse', got 'l1'"),
         ("scorer names or a callable, got 'x'", "scorer names, got 'x'"),
-        (
-            "timeout is a number of seconds above 0, or None, got 0.",
-            "--timeout is a number of seconds above 0, got 0.",
-        ),
+        ("timeout is a number of seconds above 0, or None, got 0.", "--timeout is a number of seconds above 0, got 0."),
         ("task must be 'custom' or None, got 'x'", "--task must be 'custom', got 'x'"),
         ("X has no column 'a'; got 'b'.", "FILE has no column 'a'; got 'b'."),
         ("kinds={'a b': 'number'}: column 'a b' has 'x'", "--kind a b=number: column 'a b' has 'x'"),

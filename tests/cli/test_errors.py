@@ -56,9 +56,7 @@ def test_a_file_without_a_header(bugs):
 
 def test_an_id_as_the_target(bugs):
     write_table(bugs, name=[f"n{i}" for i in range(40)])
-    refused(
-        "tune", bugs, "--target", "name", *FAST, "--test-size", "0", words=["--cv 2 cannot split these 40 rows"],
-    )  # fmt: skip
+    refused("tune", bugs, "--target", "name", *FAST, "--test-size", "0", words=["--cv 2 cannot split these 40 rows"])
 
 
 def test_unknown_format(bugs):
@@ -73,7 +71,7 @@ def test_unknown_format(bugs):
         ({"kind": kinds(20)}, ["--cv", "17"], ["--cv 17", "got 16", "use fewer"]),
         ({"kind": kinds(), "d": [*range(38), "inf", "-inf"]}, [], ["'d'", "infinite", "row 38", "clip it"]),
     ],
-)  # fmt: skip
+)
 def test_a_table_that_cannot_be_searched(bugs, columns, options, words):
     write_table(bugs, len(columns["kind"]), **columns)
     refused_tune(bugs, *options, words=words)
@@ -160,11 +158,7 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
     [
         ("--test-size", "1", ["0 <= --test-size < 1", "got 1.0"]),
         ("--timeout", "0", ["is a number of seconds above 0, got 0.0"]),
-        (
-            "--space",
-            "realmlp",
-            ["--space realmlp is of RealMLP, got --model mlp; choose --model realmlp, or a space"],
-        ),
+        ("--space", "realmlp", ["--space realmlp is of RealMLP, got --model mlp; choose --model realmlp, or a space"]),
         ("--cv", "some", ["such as 5", "'some'"]),
         ("--cv", "1", ["at least 2", "'1'"]),
         ("--device", "cuda:99", ["'cuda:99'", "cpu"]),
@@ -184,7 +178,7 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
         ("--model", "mpl", ["'mpl'", "mlp"]),
         ("--model", "net.py:Net", ["net.py", "does not exist", "check the path"]),
     ],
-)  # fmt: skip
+)
 def test_bad_options(bugs, option, value, words):
     refused_tune(bugs, option, value, words=[option, *words])
     assert not bugs.with_name("gputune-out").exists()
@@ -210,7 +204,7 @@ def test_bad_options(bugs, option, value, words):
         (["--include", "lr=x"], ["lr must be a finite number", "'lr=x'"]),
         (["--sampler", "tpe", "--method", "median"], ["--sampler tpe goes with --method random or halving"]),
     ],
-)  # fmt: skip
+)
 def test_columns_weights_and_configurations(bugs, options, words):
     refused_tune(bugs, *options, words=words)
 
@@ -238,11 +232,7 @@ def test_a_folder_that_cannot_be_written_without_a_loss(bugs):
 
 def test_a_study_of_another_search(bugs):
     assert run("tune", bugs, "--target", "kind", *FAST)[0] == 0
-    words = [
-        "--out gputune-out holds another search",
-        "--seed (0 there, 1 here)",
-        "--epochs (2 there, 3 here)",
-    ]
+    words = ["--out gputune-out holds another search", "--seed (0 there, 1 here)", "--epochs (2 there, 3 here)"]
     words += ["--schedule ('constant' there, 'cosine' here)", "--out OTHER", "first command's options"]
     refused_tune(bugs, *"--seed 1 --epochs 3 --schedule cosine".split(), words=words)
     assert run("best", "gputune-out")[0] == 0
@@ -289,12 +279,7 @@ def test_predict_does_not_write_over_its_input(bugs, model):
     refused("predict", model, bugs, "--out", bugs.parent, words=["--out", "is a folder", "name of a file"])
     assert bugs.read_text() == before
     refused(
-        "predict",
-        model,
-        bugs,
-        "--out",
-        "no/such/folder.csv",
-        words=["--out", "'no/such' does not exist", "make it"],
+        "predict", model, bugs, "--out", "no/such/folder.csv", words=["--out", "'no/such' does not exist", "make it"]
     )
 
 

@@ -106,12 +106,8 @@ class Net(nn.Linear):
 )
 def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value, more):
     (tmp_path / "net.py").write_text(NET)
-    command = [
-        "tune", folder / "t.csv", "--target", target, "--drop", "id", "--model", f"{tmp_path}/net.py:Net",
-    ]  # fmt: skip
-    command += [
-        "--loss", loss, "--scoring", "neg_loss", "--space", value, *more, "--out", tmp_path / target, *FAST,
-    ]  # fmt: skip
+    command = ["tune", folder / "t.csv", "--target", target, "--drop", "id", "--model", f"{tmp_path}/net.py:Net"]
+    command += ["--loss", loss, "--scoring", "neg_loss", "--space", value, *more, "--out", tmp_path / target, *FAST]
     code, out, err = run(*command)
     assert (code, err) == (0, "") and "Held-out loss (lower is better): " in out
     model, table = gputune.load_model(tmp_path / target / "model"), pl.read_csv(folder / "t.csv").drop("id")
@@ -139,7 +135,7 @@ def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value
         ("binary", "my:loss", "and this model was trained on my:loss; choose another, for example neg_log_loss"),
         ("custom", "", "no score that has a name is of a custom target; gputune predict writes what the model"),
     ],
-)  # fmt: skip
+)
 def test_a_loss_of_ones_own_is_no_score(task, loss, words):
     model = SimpleNamespace(task=task, info={"loss": loss}, spec={"kind": "module"})
     with refused(words):
@@ -150,9 +146,7 @@ def test_a_loss_of_ones_own_is_no_score(task, loss, words):
 def test_a_score_of_a_class_without_a_row_is_none(folder, tmp_path, name):
     rows = pl.read_csv(folder / "t.csv", schema_overrides={"id": str}).filter(pl.col("kind") == "ant")
     rows.write_csv(tmp_path / "ants.csv")
-    command = [
-        "evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--scoring", name, "--positive", "bee",
-    ]  # fmt: skip
+    command = ["evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--scoring", name, "--positive", "bee"]
     code, out, _ = run(*command)
     assert code == 0 and f"No {name}: none of these rows is of the positive class." in out
     score = json.loads(run(*command, "--format", "json")[1])["scores"][name]
@@ -170,10 +164,7 @@ def test_a_class_that_the_model_does_not_know_is_wrong(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            ["--scoring", "acuracy"],
-            "--scoring must be one of scikit-learn's scorer names, got 'acuracy'. Did you mean",
-        ),
+        (["--scoring", "acuracy"], "--scoring must be one of scikit-learn's scorer names, got 'acuracy'. Did you mean"),
         (["--scoring", "r2"], "--scoring r2 does not fit a binary task"),
         (
             ["--scoring", "accuracy,neg_loss"],
@@ -210,7 +201,7 @@ def test_a_score_that_cannot_be_had(folder, options, words):
             "no class that the model knows: it holds '0', '1', and the model's classes are 'ant', 'bee'",
         ),
     ],
-)  # fmt: skip
+)
 def test_rows_that_cannot_be_evaluated(folder, tmp_path, target, change, options, words):
     pl.read_csv(folder / "t.csv").with_columns(change).write_csv(tmp_path / "new.csv")
     code, out, err = run("evaluate", folder / target / "model", tmp_path / "new.csv", *options)
@@ -239,10 +230,7 @@ def test_a_class_that_no_row_is_predicted_as(folder, tmp_path):
     table.filter(pl.Series(model.predict(table.drop("id")) == "ant")).write_csv(tmp_path / "ants.csv")
     command = ["evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--positive", "bee"]
     code, out, err = run(*command, "--scoring", "precision")
-    assert (code, err) == (
-        0,
-        "",
-    ) and "No row is predicted as class 'bee': its precision is shown as 0." in out
+    assert (code, err) == (0, "") and "No row is predicted as class 'bee': its precision is shown as 0." in out
 
 
 def test_a_file_without_the_answers(folder, tmp_path):

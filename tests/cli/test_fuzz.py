@@ -110,11 +110,7 @@ cosine float64 1KB cpu cuda:9 quantile binary csv json ../x /dev/null '' \x00 \x
 def command_lines(draw):
     """A command, often with what it needs, and then options of any command and words in any order."""
     command = draw(st.sampled_from([*PARSERS, *PARSERS, "", "-q", "--version", "nonsense"]))
-    needed = {
-        "tune": ["bugs.csv", "--target", "kind"],
-        "predict": ["out/model", "bugs.csv"],
-        "export": ["out/model"],
-    }
+    needed = {"tune": ["bugs.csv", "--target", "kind"], "predict": ["out/model", "bugs.csv"], "export": ["out/model"]}
     base = needed.get(command, ["out"]) if draw(st.booleans()) else []
     options = [name for parser in PARSERS.values() for action in parser._actions for name in action.option_strings]
     words = st.sampled_from(WORDS) | st.text(max_size=3)

@@ -35,8 +35,7 @@ def fitted(y, kind=LogisticRegression):
 
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(
-    "scoring",
-    ["accuracy", "balanced_accuracy", "neg_log_loss", "f1_macro", "roc_auc_ovr", "matthews_corrcoef"],
+    "scoring", ["accuracy", "balanced_accuracy", "neg_log_loss", "f1_macro", "roc_auc_ovr", "matthews_corrcoef"]
 )
 def test_classes_are_scored_as_scikit_learn_does(scoring, classes):
     y = LABELS[RNG.integers(0, classes, 60)]

@@ -51,10 +51,7 @@ def write(whole, study, table, changed, row=0):
 
 def ends_in_words(study, *commands):
     for command in commands:
-        out = {
-            "report": ["--out", study.with_name("report.html")],
-            "repair": ["--out", study.with_name("new.db")],
-        }
+        out = {"report": ["--out", study.with_name("report.html")], "repair": ["--out", study.with_name("new.db")]}
         study.with_name("new.db").unlink(missing_ok=True)
         code, _, err = run(command, study, *out.get(command, ()))
         assert code in (0, 1, 2) and "Traceback" not in err, (command, err)
@@ -118,10 +115,7 @@ def test_no_row_of_another_type_ends_in_a_traceback(whole, study):
     for value in (float("inf"), float("nan"), -1.0, 1e150, -1e150):
         for column in ("score", "seconds", "fold_scores", "curve"):
             write(
-                whole,
-                study,
-                "results",
-                {column: struct.pack("<d", value) * (1 + (column in ("fold_scores", "curve")))},
+                whole, study, "results", {column: struct.pack("<d", value) * (1 + (column in ("fold_scores", "curve")))}
             )
             looked_at(study)
     for lr in ("1e308", "-1e308", "1" + "0" * 400):
@@ -139,7 +133,7 @@ def test_no_row_of_another_type_ends_in_a_traceback(whole, study):
         ("results", {"score": b"123"}, r"the result of trial 0 cannot be read \(3 bytes are no float64"),
         ("meta", {"value": '{"array":{"dtype":"<U400000000","shape":[1],"items":["a"]}}'}, "holds nothing as long"),
     ],
-)  # fmt: skip
+)
 def test_what_is_odd_is_named_when_the_study_is_opened(whole, study, table, changed, words):
     write(whole, study, table, changed, "folds" if table == "meta" else 0)
     with pytest.raises(gputune.StudyCorruptError, match=rf"study\.db' is damaged: .*{words}.* gputune repair "):

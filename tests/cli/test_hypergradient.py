@@ -75,9 +75,7 @@ def test_bad_values_exit_with_2(tmp_path):
 
 
 def test_halving_is_told_in_the_closing_text(tmp_path):
-    common = [
-        "tune", "sklearn:iris", "--method", "halving", "--space", "lr=0.001..0.1:log", "width=8", "--trials", "9",
-    ]  # fmt: skip
+    common = ["tune", "sklearn:iris", "--method", "halving", "--space", "lr=0.001..0.1:log", "width=8", "--trials", "9"]
     rest = ["--cv", "2", "--workers", "1"]
     code, text, _ = run(*common, "--epochs", "9", "--min-epochs", "1", *rest, "--out", tmp_path / "a")
     flat = " ".join(text.split())

@@ -292,7 +292,7 @@ def test_what_the_file_does_not_hold_is_named(bugs, monkeypatch):
             {"method": gputune.OptunaSampler(RandomSampler(seed=0))},
             "method, with a sampler of Optuna's",
         ),
-    ]  # fmt: skip
+    ]
     for data, options, words in cases:
         gputune.tune("mlp", *data, study="my.db", **{**common, **options})
         refused(f"does not hold: {words}. Repeat the call of gputune.tune(..., study='my.db')")
@@ -366,7 +366,7 @@ def test_folds_come_back_in_order():
             }
         ),
     ],
-)  # fmt: skip
+)
 def test_a_space_is_made_again_from_plain_values(space):
     checked = check_space(space, keys=legal_keys("mlp", "adamw"), module=False)
     again = check_space(space_from_json(space_to_json(checked)), keys=legal_keys("mlp", "adamw"), module=False)

@@ -85,7 +85,7 @@ def test_both_ends_of_an_integer_range_are_drawn():
         ("width=wide", "width must be an integer >= 1, got the text 'wide' in 'width=wide'. Examples"),
         ("lr=0.1..0.2,0.5", "lr must be a finite number > 0, got the text '0.1..0.2' in"),
     ],
-)  # fmt: skip
+)
 def test_malformed_text_gets_the_remedy(text, message):
     with refused(message):
         parse_spec(text)

@@ -86,10 +86,7 @@ def test_the_best_of_the_trials_that_train_is_told_by_the_processes(tmp_path):
         store.add_trials(candidates(range(6)))
         claims.take_search("halving")
         said = {"done": 3, "of": 9, "unit": "trial-epochs", "best": 0.875, "left": 42.5}
-        for best, left, words in [
-            (None, None, ""),
-            (0.875, 42.5, ", best so far accuracy 0.8750, about 42.5 s left"),
-        ]:
+        for best, left, words in [(None, None, ""), (0.875, 42.5, ", best so far accuracy 0.8750, about 42.5 s left")]:
             claims.show({**said, "best": best, "left": left})
             assert f"Running  process {os.getpid()}: 3 of 9 trial-epochs{words}\n" in status(path)
 

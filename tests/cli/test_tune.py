@@ -56,18 +56,7 @@ def read_csv(text):
 
 def test_a_space_by_its_name(tmp_path):
     file, study = write_table(tmp_path / "t.csv", y=kinds()), tmp_path / "out"
-    words = [
-        "--model",
-        "realmlp",
-        "--space",
-        "realmlp",
-        "--trials",
-        "1",
-        "--epochs",
-        "1",
-        "--cv",
-        "2",
-    ]
+    words = ["--model", "realmlp", "--space", "realmlp", "--trials", "1", "--epochs", "1", "--cv", "2"]
     assert run("tune", file, "--target", "y", "--out", study, *words)[0] == 0
     assert gputune.Study.open(study / "study.db").best_params["module__embedding"] == "pbld"
 
@@ -301,10 +290,7 @@ def test_columns_as_they_are_said_to_be(tmp_path):
         *FAST, "--trials", "1",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    study, model = (
-        gputune.Study.open(tmp_path / "o" / "study.db"),
-        gputune.load_model(tmp_path / "o" / "model"),
-    )
+    study, model = (gputune.Study.open(tmp_path / "o" / "study.db"), gputune.load_model(tmp_path / "o" / "model"))
     names = ["b", "c=blue", "c=red", "zip=007", "zip=7", "day.days", "day.month", "day.day", "day.weekday"]
     assert list(model.layout.feature_names) == names
     assert [(t.params["width"], t.params["lr"]) for t in study.trials] == [(128, 1e-3), (8, 0.5), (9, 1e-3)]
@@ -326,17 +312,7 @@ def test_columns_as_they_are_said_to_be(tmp_path):
 
 
 def test_a_sampler_by_its_name(tmp_path):
-    command = [
-        "tune",
-        "sklearn:iris",
-        "--sampler",
-        "tpe",
-        "--method",
-        "halving",
-        "--out",
-        tmp_path / "o",
-        *FAST,
-    ]
+    command = ["tune", "sklearn:iris", "--sampler", "tpe", "--method", "halving", "--out", tmp_path / "o", *FAST]
     code, out, err = run(*command)
     assert (code, err) == (0, "") and "Sampler  Optuna's TPESampler proposed 2 trials in 1 batch" in out
     code, _, err = run("resume", tmp_path / "o", "--trials", "9")
@@ -353,12 +329,7 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     assert (code, err) == (0, "")
     study = gputune.Study.open("gputune-train/study.db")
     first, trial = study.trials
-    assert (first.params["lr"], trial.params["lr"], trial.params["width"], trial.origin) == (
-        0.5,
-        1e-3,
-        8,
-        "include",
-    )
+    assert (first.params["lr"], trial.params["lr"], trial.params["width"], trial.origin) == (0.5, 1e-3, 8, "include")
     said, folds = " ".join(out.split()), ", ".join(f"{score:.4f}" for score in trial.fold_scores)
     assert "Trial 1 batch_size=32, lr=0.001, weight_decay=0.01, width=8 Score accuracy" in said
     assert f"Folds {folds} Curve " in said and f"after epoch {trial.best_epoch} of 3" in said
@@ -379,10 +350,7 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     )  # as beside a trial that has one
     code, _, err = run(*command, *diverged)
     assert code == 1 and "trial 0, which was to be trained, has no finite score: it diverged" in err
-    for words, said in {
-        "lr=1,2": "got 'lr=1,2'; lists and ranges are for",
-        "lr=1..2": "got 'lr=1..2'",
-    }.items():
+    for words, said in {"lr=1,2": "got 'lr=1,2'; lists and ranges are for", "lr=1..2": "got 'lr=1..2'"}.items():
         code, _, err = run(*command, "--set", words)
         assert code == 2 and "--set takes one value for each key" in err and said in err
     assert run(*command, "--trials", "3")[0] == 2
@@ -585,10 +553,7 @@ def test_predict_says_nothing_of_columns_that_the_search_was_told_to_leave_out(t
     ("options", "words"),
     [
         (["--target-score", "0.01"], r"trial \d has reached the target score \(--target-score 0.01\)"),
-        (
-            ["--patience-trials", "1", "--memory", "1KB", "--trials", "8"],
-            r"\d trials? in a row were no better .*1\)",
-        ),
+        (["--patience-trials", "1", "--memory", "1KB", "--trials", "8"], r"\d trials? in a row were no better .*1\)"),
     ],
 )
 def test_the_closing_text_says_why_a_search_was_good_enough(tmp_path, options, words):
@@ -681,10 +646,7 @@ def test_a_regression_is_predicted_in_full_precision(tmp_path):
     [
         ("net.py:Net", "after the rows: write the file again with X[:, None]"),
         ("net.py:Last", "want them first: write the file again with X.transpose("),
-        (
-            "mlp",
-            "choose --model cnn for images, --model gru for sequences, .* write the file again with X.reshape(",
-        ),
+        ("mlp", "choose --model cnn for images, --model gru for sequences, .* write the file again with X.reshape("),
     ],
 )
 def test_images_that_a_model_does_not_take_are_written_again(tmp_path, monkeypatch, model, message):

@@ -56,7 +56,7 @@ def test_a_table_is_no_array(X):
         (IMAGES.to(torch.float8_e4m3fn), "floats of 16 bits or more, got torch.float8_e4m3fn; pass X.half()"),
         ({"a": _objects([[1], [2, 3]])}, r"X\['a'\] must hold .* got object; its rows may be of unlike shapes"),
     ],
-)  # fmt: skip
+)
 def test_bad_arrays_are_refused(X, message):
     with pytest.raises(InputError, match=message):
         as_arrays(X)
@@ -74,7 +74,7 @@ def test_bad_arrays_are_refused(X, message):
         ({"a": IDS, "b": [1] * 6}, r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)"),
         (["a text", "another"], "X is a list of 2 texts; give the words numbers"),
     ],
-)  # fmt: skip
+)
 def test_what_is_nearly_arrays_is_refused_by_name(X, message):
     with pytest.raises(InputError, match=message):
         read_source(X, [0] * 6, module=True)
@@ -133,9 +133,7 @@ class TestFiles:
             assert source.origin == {"path": str(tmp_path / name), "target": "label", "groups": None}
 
     def test_several_inputs_are_keywords(self, tmp_path):
-        np.savez(
-            tmp_path / "d.npz", image=IMAGES.numpy(), ids=IDS.numpy(), label=np.arange(6) % 2, who=np.arange(6),
-        )  # fmt: skip
+        np.savez(tmp_path / "d.npz", image=IMAGES.numpy(), ids=IDS.numpy(), label=np.arange(6) % 2, who=np.arange(6))
         source = read_source(tmp_path / "d.npz", "label", "who", module=True)
         assert source.X.names == ("image", "ids") and source.groups.tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -182,10 +180,7 @@ class TestFiles:
         assert torch.equal(source.X.parts[0], IMAGES) and source.target == "label"
         again = read_again(source.origin, module=True)
         assert fingerprint(again.X, again.y) == fingerprint(source.X, source.y)
-        for y, message in [
-            ("label", "y must be a .npy file too"),
-            (tmp_path / "no.npy", "y: there is no file"),
-        ]:
+        for y, message in [("label", "y must be a .npy file too"), (tmp_path / "no.npy", "y: there is no file")]:
             with pytest.raises(InputError, match=message):
                 read_source(tmp_path / "x.npy", y, module=True)
 
@@ -234,12 +229,9 @@ class TestDatasets:
             (Items([(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]), "cannot be stacked"),
             (Items([torch.zeros(2, 2)] * 3), "are no pairs"),
             (Items([]), r"X is a Items without items"),
-            (
-                Items({0: (torch.zeros(2), 0), 1: (torch.zeros(2), 0), 3: 4}),
-                "item 2 of X, a Items, raised KeyError: 2",
-            ),
+            (Items({0: (torch.zeros(2), 0), 1: (torch.zeros(2), 0), 3: 4}), "item 2 of X, a Items, raised KeyError: 2"),
         ],
-    )  # fmt: skip
+    )
     def test_bad_ones_are_refused(self, dataset, message):
         with pytest.raises(InputError, match=message):
             read_dataset(dataset, None)
@@ -298,7 +290,7 @@ class TestLayout:
             ({"ids": IDS, "image": IMAGES[:, :1]}, r"must be what was seen in training, .*float32 \(rows, 2, 3, 3\)"),
             ({"ids": IDS.float(), "image": IMAGES}, "must be what was seen in training"),
         ],
-    )  # fmt: skip
+    )
     def test_others_are_refused(self, X, message):
         with pytest.raises(InputError, match=message):
             self.LAYOUT.raw(X)

@@ -71,9 +71,7 @@ def test_a_search_is_that_on_encoded_rows_and_its_model_is_saved(tmp_path):
     layout, (train, valid) = fit_layout(as_table(FRAME)), np.split(RNG.permutation(100), [70])
     y = (FRAME.b + 0.3 * RNG.normal(size=100)).to_numpy()
     raw = layout.raw(as_table(FRAME))
-    how = {
-        "cv": [(train, valid)], "n_trials": 2, "max_epochs": 3, "verbose": 0, "dtype": "float64", "workers": 1,
-    }  # fmt: skip
+    how = {"cv": [(train, valid)], "n_trials": 2, "max_epochs": 3, "verbose": 0, "dtype": "float64", "workers": 1}
     for numbers in ("piecewise", "piecewise-tree"):
         x = transform(raw, fit_statistics(raw, layout, train, numbers=numbers, target=y))
         study = gputune.tune("mlp", FRAME, y, numbers=numbers, **how)

@@ -55,11 +55,7 @@ def test_a_missing_category_is_a_level():
         ("category", [f"v{i}" for i in range(30)], "left out, text with all 30 values distinct"),
         ("category", ["a"] * 4, "left out, constant"),
         ("category", [None] * 4, "left out, all values missing"),
-        (
-            "category",
-            [f"v{i // 2}" for i in range(2000)],
-            "left out, text with 1000 levels of which none has 10 rows",
-        ),
+        ("category", [f"v{i // 2}" for i in range(2000)], "left out, text with 1000 levels of which none has 10 rows"),
         ("number", [1, 1, 1], "left out, constant"),
         ("number", [np.nan] * 3, "left out, all values missing"),
         ("boolean", [1, 1, 1], "left out, constant"),
@@ -138,7 +134,7 @@ def test_values_of_another_kind_that_fit():
         ("date", "category", ["soon"], "must be a date as it was for training, got text such as 'soon'"),
         ("category", "date", [0.0], r"must be a category \(text\) as it was for training, got a date"),
     ],
-)  # fmt: skip
+)
 def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
     column = Column("c", wanted, parts=("value",))
     with pytest.raises(InputError, match=f"column 'c' {message}"):
@@ -158,7 +154,7 @@ def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
         ),
         (["31/12/2020"] * 5 + ["01.02.2021"] * 15, "read as text; write dates like '01.02.2021' as year-month-day"),
     ],
-)  # fmt: skip
+)
 def test_text_that_was_meant_otherwise_is_said(texts, note):
     values = np.array(texts, dtype=object)
     _, notes = fit_column("a", "category", values, max_levels=32, min_count=1)

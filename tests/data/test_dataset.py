@@ -259,31 +259,25 @@ def test_equal_rows_are_found_at_their_first_place(dtype, monkeypatch):
 @pytest.mark.parametrize("kind", ["classes", "numbers", "column", "labels"])
 def test_rows_of_arrays_that_are_not_gathered_train_as_their_copies(kind):
     g = np.random.default_rng(0)
-    y = {
-        "classes": np.arange(N) % 3,
-        "numbers": g.random(N),
-        "column": g.random((N, 1)),
-        "labels": g.random((N, 2)),
-    }[kind]
+    y = {"classes": np.arange(N) % 3, "numbers": g.random(N), "column": g.random((N, 1)), "labels": g.random((N, 2))}[
+        kind
+    ]
     y = (y > 0.5).astype(int) if kind == "labels" else y
-    X, kept = (
-        {"image": g.random((2 * N, 2, 3, 3), np.float32), "ids": np.arange(2 * N)},
-        g.permutation(2 * N)[:N],
-    )
+    X, kept = ({"image": g.random((2 * N, 2, 3, 3), np.float32), "ids": np.arange(2 * N)}, g.permutation(2 * N)[:N])
     target, found = check_target(y, n_rows=N), []
     weights = check_weights(g.random(N), "balanced" if kind == "classes" else None, target)
     for arrays in (as_arrays(X).select(kept), as_arrays({name: x[kept] for name, x in X.items()})):
         statistics = fit_channels(arrays, [train for train, _ in FOLDS], "standard")
         data = make_dataset(
-            arrays, statistics, target, FOLDS, weights=weights, like=torch.empty(0), standardise=kind != "column",
-        )  # fmt: skip
+            arrays, statistics, target, FOLDS, weights=weights, like=torch.empty(0), standardise=kind != "column"
+        )
         per_fold = data.y[None] if kind == "classes" else data.y
         seen = ScorerRows(arrays, None)
         for f, fold in enumerate(data.folds):
             for rows in (fold.train, fold.valid):
                 found.append(
                     [*data.rows(f, rows), per_fold[f % len(per_fold)][rows], data.target[rows], data.weights[f, rows]]
-                )  # fmt: skip
+                )
             found[-1] += map(torch.from_numpy, seen.rows(fold).values())
     lazy, copied = found[: len(found) // 2], found[len(found) // 2 :]
     assert all(torch.equal(a, b) for x, y in zip(lazy, copied) for a, b in zip(x, y, strict=True))

@@ -278,8 +278,7 @@ def test_tensors_have_no_quantiles_and_no_text(numbers):
 def test_unknown_way_of_numbers():
     layout = fit_layout(as_table(np.arange(6).reshape(3, 2)))
     with pytest.raises(
-        InputError,
-        match="numbers must be one of 'standard', .*'piecewise', 'piecewise-tree', 'none', got 'log'",
+        InputError, match="numbers must be one of 'standard', .*'piecewise', 'piecewise-tree', 'none', got 'log'"
     ):
         fit_statistics(np.zeros((3, 2)), layout, np.arange(3), numbers="log")
 

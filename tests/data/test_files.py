@@ -68,10 +68,7 @@ def test_where_semicolons_separate_commas_belong_to_the_values(tmp_path, name):
     ("text", "columns"),
     [
         # Blanks around fields are no part of them.
-        (
-            "a, b, c\n 1, x, ?\n 2, y, 4\n",
-            [("number", [1, 2]), ("category", ["x", "y"]), ("number", [np.nan, 4])],
-        ),
+        ("a, b, c\n 1, x, ?\n 2, y, 4\n", [("number", [1, 2]), ("category", ["x", "y"]), ("number", [np.nan, 4])]),
         ("a\n20141013T000000\n20141209T120000\n", [("date", [1413158400, 1418126400])]),
         # Other orders than that of ISO 8601 are a guess.
         (
@@ -79,10 +76,7 @@ def test_where_semicolons_separate_commas_belong_to_the_values(tmp_path, name):
             [("date", [1577858400, -1]), ("category", ["1/2/2020"] * 2), ("category", ["2020/1/2", None])],
         ),
         # A late text makes a long column of numbers a category.
-        (
-            "a,b\n" + "1,2\n" * 20000 + "abc,2\n",
-            [("category", [*["1"] * 20000, "abc"]), ("number", [2] * 20001)],
-        ),
+        ("a,b\n" + "1,2\n" * 20000 + "abc,2\n", [("category", [*["1"] * 20000, "abc"]), ("number", [2] * 20001)]),
         # Empty lines at the end are no rows.
         ("a,b\n1,\n,\n3,4\n\n,\n\n", [("number", [1, np.nan, 3]), ("number", [np.nan, np.nan, 4])]),
     ],
@@ -141,7 +135,7 @@ def test_bundled_sets(name):
         ("t.parquet", "nothing", "could not be read as Parquet"),
         ("t.xlsx", "a", "a table is read from .csv"),
     ],
-)  # fmt: skip
+)
 def test_bad_files(tmp_path, name, text, message):
     with pytest.raises(InputError, match=message):
         read_table(write(tmp_path, text, name))

@@ -7,15 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gputune.data.kinds import (
-    MISSING_TEXT,
-    from_column,
-    from_values,
-    is_missing,
-    parse_text,
-    read_as,
-    text_of,
-)
+from gputune.data.kinds import MISSING_TEXT, from_column, from_values, is_missing, parse_text, read_as, text_of
 from gputune.errors import InputError
 
 NAN = np.nan
@@ -89,9 +81,7 @@ def test_missing_values():
 
 
 def test_numbers_as_categories():
-    assert [text_of(value) for value in (1, 1.0, 1.5, True, "a", NAN)] == [
-        "1", "1", "1.5", "True", "a", "nan",
-    ]  # fmt: skip
+    assert [text_of(value) for value in (1, 1.0, 1.5, True, "a", NAN)] == ["1", "1", "1.5", "True", "a", "nan"]
 
 
 def column(*values):

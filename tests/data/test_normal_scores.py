@@ -18,12 +18,7 @@ def test_the_normal_deviate_is_scipys():
 @pytest.mark.parametrize("rows", [2, 3, 40, 2500])
 def test_the_scores_are_those_of_numpy(rows):
     rng = np.random.default_rng(rows)
-    columns = [
-        rng.normal(size=rows),
-        rng.lognormal(8, 3, rows),
-        rng.integers(0, 4, rows),
-        1e-9 * rng.normal(size=rows),
-    ]
+    columns = [rng.normal(size=rows), rng.lognormal(8, 3, rows), rng.integers(0, 4, rows), 1e-9 * rng.normal(size=rows)]
     part = np.stack(columns, axis=1)
     part[0] = 17.0, 3.0, 0.0, 1e-9
     part[1] = -2.0, 5.0, 3.0, -1e-9

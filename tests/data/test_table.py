@@ -182,7 +182,7 @@ def test_select_and_drop():
         (np.zeros(2, dtype=[("a", float)]), "structured array"),
         (np.ma.masked_array(np.zeros((2, 2)), mask=np.eye(2)), "masked array"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_table(X, message):
     with pytest.raises(InputError, match=message):
         as_table(X)

@@ -11,12 +11,7 @@ from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, PowerTr
 import gputune
 import reference
 from command_line import run, write_table
-from gputune.data.target_transform import (
-    FittedTransform,
-    fit_transform,
-    transform_from_json,
-    transform_to_json,
-)
+from gputune.data.target_transform import FittedTransform, fit_transform, transform_from_json, transform_to_json
 from gputune.errors import InputWarning
 from gputune.models import MLP
 from gputune.population.population import complete
@@ -122,10 +117,7 @@ def test_an_export_inverts_words_and_refuses_code(suffix, tmp_path):
 
 
 def test_the_command_line(tmp_path):
-    file, out = (
-        write_table(tmp_path / "houses.csv", price=np.round(np.exp(RNG.normal(size=40)), 3)),
-        tmp_path / "out",
-    )
+    file, out = (write_table(tmp_path / "houses.csv", price=np.round(np.exp(RNG.normal(size=40)), 3)), tmp_path / "out")
     words = ["--target", "price", "--target-transform", "log", "--epochs", "2", "--cv", "2", "--workers", "1"]
     code, text, err = run("tune", file, *words, "--trials", "2", "--out", out)
     assert (code, err) == (0, "") and "Held-out r2" in text
@@ -183,7 +175,7 @@ class Wide(FunctionTransformer):
         (Wide(), Y, r"raised ValueError on .*: it makes \(30, 2\) of \(30,\), or"),
         (PowerTransformer(method="box-cox"), -Y, "raised ValueError on the training rows"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(transform, y, words):
     with refused(words):
         gputune.tune("mlp", X, y, target_transform=transform, **HOW)
@@ -204,12 +196,7 @@ def test_a_poor_inverse_is_warned_of():
 
 
 def test_a_file_makes_no_other_object():
-    for value in (
-        {"class": "os", "params": {}},
-        {"class": "normalize", "params": {}},
-        {"ufunc": "save"},
-        "sqrt",
-    ):
+    for value in ({"class": "os", "params": {}}, {"class": "normalize", "params": {}}, {"ufunc": "save"}, "sqrt"):
         with pytest.raises((ValueError, AttributeError, TypeError)):
             transform_from_json(value)
     assert str(transform_from_json(transform_to_json(QUANTILES))) == str(QUANTILES)

@@ -45,12 +45,7 @@ def environment():
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests"}
     # Ray's sockets lie below its folder, and their paths may have 107 letters: no folder of pytest's.
     with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
-        own = {
-            "RAY_TMPDIR": folder,
-            "RAY_ADDRESS": "",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-        }
+        own = {"RAY_TMPDIR": folder, "RAY_ADDRESS": "", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
         yield {**os.environ, **token, **own}
 
 

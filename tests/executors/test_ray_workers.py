@@ -63,8 +63,7 @@ def rows(study):
         ),
         {"space": LR, "method": SAMPLER},
         pytest.param(
-            {"space": LR, "method": gputune.Hypergradient(outer_steps=1), "n_trials": 3},
-            marks=pytest.mark.long,
+            {"space": LR, "method": gputune.Hypergradient(outer_steps=1), "n_trials": 3}, marks=pytest.mark.long
         ),
     ],
     ids=["random", "halving", "median", "sampler", "hypergradient"],
@@ -164,9 +163,7 @@ class CtrlC(gputune.callbacks.Callback):
 
 
 @pytest.mark.parametrize(
-    "method",
-    [gputune.Halving(min_epochs=1), pytest.param("random", marks=pytest.mark.long)],
-    ids=["halving", "random"],
+    "method", [gputune.Halving(min_epochs=1), pytest.param("random", marks=pytest.mark.long)], ids=["halving", "random"]
 )
 def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path, monkeypatch, method):
     sent = []

@@ -70,13 +70,7 @@ class Image(nn.Module):
         return self.head(self.body(x))
 
 
-SMALL = {
-    "space": {"lr": [0.01, 0.02], "batch_size": [100, 200]},
-    "n_trials": 2,
-    "cv": 2,
-    "max_epochs": 2,
-    "verbose": 0,
-}
+SMALL = {"space": {"lr": [0.01, 0.02], "batch_size": [100, 200]}, "n_trials": 2, "cv": 2, "max_epochs": 2, "verbose": 0}
 
 
 def test_workers_train_on_a_mapped_file_as_on_an_array(mapped):

@@ -123,6 +123,23 @@ def test_the_chunk_of_a_lost_worker_is_handed_out_again(orders):
     assert scores(search()) == alone
 
 
+class Epochs(gputune.callbacks.Callback):
+    """Keeps the curves that it is told."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_epoch(self, curves):
+        """Keep them."""
+        self.heard.append(curves)
+
+
+def test_epochs_of_worker_processes_are_told():
+    epochs = Epochs()
+    study = search(callbacks=[epochs])
+    assert sum(curves[..., 0].size for curves in epochs.heard) == study.curves[..., 0].size
+
+
 class Branching(Net):
     """Its members cannot be stacked."""
 

@@ -90,8 +90,9 @@ def slopes_of_the_value(optimizer):
     return found
 
 
-@pytest.mark.parametrize("options", MODES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "options"), [*((name, MODES[-1]) for name in OPTIMIZERS), *(("adamw", mode) for mode in MODES[:-1])]
+)
 def test_every_mode_is_the_slope_of_the_value(optimizer, options):
     found = run(network(), hyperparameters=values_of(optimizer), optimizer=optimizer, **options)
     for name, slope in slopes_of_the_value(optimizer).items():
@@ -190,8 +191,8 @@ def test_segments_and_layers_are_the_steps_and_submodules_they_are_said_to_be():
         (np.full((3, 2), 0.1), (3, 2)),
     ),
 )
-@pytest.mark.parametrize("mode", ("reverse", "forward", "fd"))
-def test_gradients_have_the_shape_of_what_was_given(value, shape, mode):
+def test_gradients_have_the_shape_of_what_was_given(value, shape):
+    mode = {(): "fd", (3,): "forward", (3, 2): "forward"}.get(shape, "reverse")
     result = run(network(), hyperparameters={"lr": value}, mode=mode)
     found = result.gradient["lr"]
     assert tuple(found.shape) == tuple(result.log_gradient["lr"].shape) == shape
@@ -314,8 +315,9 @@ def test_draws_in_evaluation_are_keyed_too():
     assert torch.equal(torch.get_rng_state(), draws)
 
 
-@pytest.mark.parametrize("options", MODES)
-@pytest.mark.parametrize("off", (torch.no_grad, torch.inference_mode))
+@pytest.mark.parametrize(
+    ("off", "options"), [(torch.no_grad, MODES[-1]), *((torch.inference_mode, mode) for mode in MODES[:-1])]
+)
 def test_it_works_where_gradients_are_off(off, options):
     expected = run(network(nn.LayerNorm(6)), **options)
     with off():  # the module's tensors and the data are made there too
@@ -388,7 +390,7 @@ def test_modules(kind):
     if isinstance(module, Tokens):
         batches, (valid,) = tokens(batches), tokens([valid])
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
-        results = [run(module, given=(batches, valid), optimizer="adam", **options) for options in MODES]
+        results = [run(module, given=(batches, valid), optimizer="adam", **options) for options in MODES[:-1]]
     assert_agree(results, 1e-10, fd=1e-5)
 
 
@@ -417,8 +419,10 @@ def test_running_statistics_are_those_of_a_plain_loop(options):
     assert module.training and "forward" not in vars(module[1])
 
 
-@pytest.mark.parametrize("options", MODES)
-@pytest.mark.parametrize("loss", (functional.mse_loss, functional.l1_loss, functional.huber_loss, nn.MSELoss()))
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [*zip((functional.mse_loss, functional.l1_loss, functional.huber_loss), MODES[1:4]), (nn.MSELoss(), MODES[-1])],
+)
 def test_losses_of_a_regression(loss, options):
     batches, valid = ([(x, x.sin().sum(1, keepdim=True)) for x, _ in pairs] for pairs in (data()[0], [data()[1]]))
     given = batches, valid[0]
@@ -536,10 +540,7 @@ def test_auto_takes_the_fastest_mode_that_fits():
         result = run(network(), given=given, hyperparameters=values, memory=memory)
         return result.mode, result.reason.split(";")[0]
 
-    assert chosen(None, {"lr": 0.1}) == (
-        "forward",
-        "one hyperparameter, whose tangent is no slower than reverse",
-    )
+    assert chosen(None, {"lr": 0.1}) == ("forward", "one hyperparameter, whose tangent is no slower than reverse")
     assert chosen("1GB") == chosen(sizes["reverse"]) == ("reverse", "one price for all hyperparameters")
     between = (sizes["checkpointed"] + sizes["reverse"]) // 2
     assert chosen(between) == ("reverse", "checkpointed, since the whole does not fit")
@@ -564,9 +565,9 @@ def test_the_ratio_flags_chaotic_training_and_nothing_else(mode):
         return run(module, given=given, hyperparameters={"lr": lr}, optimizer=optimizer, mode=mode).ratio
 
     with pytest.warns(RuntimeWarning, match="training is chaotic: it amplifies a small change .* times"):
-        assert ratio("momentum", 0.3, 300) > CHAOTIC
-    assert ratio("momentum", 0.003, 100) < 20
-    assert ratio("adam", 0.001, 100) < 20
+        assert ratio("momentum", 0.3, 150) > CHAOTIC
+    assert ratio("momentum", 0.003, 50) < 20
+    assert ratio("adam", 0.001, 50) < 20
 
 
 @pytest.mark.parametrize("options", MODES)

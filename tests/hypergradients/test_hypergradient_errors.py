@@ -169,8 +169,7 @@ def test_batches(batches, words):
 
 
 @pytest.mark.parametrize(
-    ("valid", "found"),
-    ((data()[1][0], "Tensor"), ((data()[1][0],), "1 values"), (data()[0], "4 values"), (7, "int")),
+    ("valid", "found"), ((data()[1][0], "Tensor"), ((data()[1][0],), "1 values"), (data()[0], "4 values"), (7, "int"))
 )
 def test_valid(valid, found):
     refused("valid must be a pair (x, y)", f"got {found}", valid=valid)
@@ -184,11 +183,7 @@ def test_several_validation_pairs_are_refused_before_the_training(mode):
         trained.append(y)
         return output.sum() if isinstance(y, tuple) else functional.cross_entropy(output, y)
 
-    words = (
-        "valid: the module or the loss raised TypeError",
-        "If valid holds several pairs (x, y)",
-        "torch.cat",
-    )
+    words = ("valid: the module or the loss raised TypeError", "If valid holds several pairs (x, y)", "torch.cat")
     refused(*words, loss=loss, valid=data()[0][:2], mode=mode)
     assert len(trained) == 1
 
@@ -196,11 +191,7 @@ def test_several_validation_pairs_are_refused_before_the_training(mode):
         def forward(self, x):
             return super().forward(x.view(-1, 5))
 
-    refused(
-        "valid: the module or the loss raised AttributeError",
-        module=Picky(5, 3).double(),
-        valid=data()[0][:2],
-    )
+    refused("valid: the module or the loss raised AttributeError", module=Picky(5, 3).double(), valid=data()[0][:2])
 
 
 def test_a_lazy_module_is_called_once_before():
@@ -425,7 +416,7 @@ def differentiates_twice(operation):
         ),
         (weight_norm(nn.Linear(4, 4)), ("cannot be differentiated twice (WeightNormInterface)", "weight_norm")),
     ),
-)  # fmt: skip
+)
 def test_operations_without_a_second_derivative(middle, words, mode):
     module = network(middle)
     refused(*words, "mode='fd'", module=module, mode=mode)
@@ -496,12 +487,7 @@ def test_what_has_kinks_or_steps_or_little_precision_is_not_refused(middle, dtyp
     batches, valid = data()
     if isinstance(middle, InSingle) and dtype == torch.float32:
         middle = nn.Sigmoid()
-    run(
-        network(middle).to(dtype),
-        batches=[lower(pair) for pair in batches],
-        valid=lower(valid),
-        mode="reverse",
-    )
+    run(network(middle).to(dtype), batches=[lower(pair) for pair in batches], valid=lower(valid), mode="reverse")
 
 
 def test_other_errors_of_torch_stay_themselves():

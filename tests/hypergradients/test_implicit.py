@@ -329,10 +329,7 @@ def test_another_hyperparameter(hyperparameters):
 
 def test_minibatches_that_are_no_tensors():
     batches, valid = rows()
-    for arrays in (
-        {"batches": [(x.numpy(), y.numpy()) for x, y in batches]},
-        {"valid": (valid[0].numpy(), valid[1])},
-    ):
+    for arrays in ({"batches": [(x.numpy(), y.numpy()) for x, y in batches]}, {"valid": (valid[0].numpy(), valid[1])}):
         with refused("needs tensors, got another kind of x or y; make them with torch.from_"):
             differentiate(**arrays)
 
@@ -345,7 +342,7 @@ def test_minibatches_that_are_no_tensors():
         ({"module": models.LogisticRegression(2, 2)}, r"y must be class codes 0 \.\. 1, one integer a row"),
         ({"batches": [(x, y.double()) for x, y in rows()[0]]}, "y must be class codes"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_that_convex_problem(options, message):
     with refused(message):
         differentiate(**options)

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 
 from gputune.errors import InputError
 from gputune.optim import SGDHD, AdamHD, AdamWHD
+from problems import grid
 from refused import refused
 
 CLASSES = {
@@ -99,8 +100,10 @@ def steps_with(optimizer, w, grads):
     return optimizer.param_groups[0]["lr"]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", CLASSES)
+FEW = [(name, "multiplicative") for name in CLASSES] + [(n, r) for n in ("nesterov", "adamw") for r in RULES]
+
+
+@pytest.mark.parametrize(("name", "rule"), grid(CLASSES, RULES, short=FEW))
 def test_one_hundred_steps_follow_the_equations(name, rule):
     params = start()
     optimizer = make(name, params, rule=rule, lr_min=None, foreach=False)
@@ -164,10 +167,7 @@ def test_one_rate_for_all_tensors_whatever_their_order(name, rule):
 
 def test_groups_own_their_rates_and_hyperparameters():
     params, alone = start(), start()
-    groups = [
-        {"params": params[:2], "lr": 0.02, "momentum": 0.5},
-        {"params": params[2:], "hypergrad_lr": 0.0},
-    ]
+    groups = [{"params": params[:2], "lr": 0.02, "momentum": 0.5}, {"params": params[2:], "hypergrad_lr": 0.0}]
     optimizer = SGDHD(groups, lr=0.05, hypergrad_lr=0.1)
     first = SGDHD(alone[:2], lr=0.02, momentum=0.5, hypergrad_lr=0.1)
     second = torch.optim.SGD(alone[2:], lr=0.05)
@@ -410,7 +410,7 @@ ERRORS = [
     ({"lr_max": math.inf}, "lr_max must be a finite number, got inf. For example 0.1"),
     ({"lr_min": 0.2}, "lr must be within lr_min and lr_max, got lr=0.1, lr_min=0.2, lr_max=None"),
     ({"lr_max": 0.05}, "lr must be within lr_min and lr_max, got lr=0.1, lr_min=0.0, lr_max=0.05"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", [SGDHD, AdamHD, AdamWHD])
@@ -444,7 +444,7 @@ def test_bad_values_are_refused(kind, keys, message):
         (AdamWHD, {"betas": (0.9,)}, "betas must be two numbers in [0, 1), got (0.9,)"),
         (AdamWHD, {"eps": -1.0}, "eps must be a finite number >= 0, got -1.0"),
     ],
-)  # fmt: skip
+)
 def test_bad_values_of_one_class_are_refused(kind, keys, message):
     with pytest.raises(InputError) as error:
         kind([torch.ones(1, requires_grad=True)], lr=0.1, **keys)

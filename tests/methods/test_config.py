@@ -119,7 +119,7 @@ def test_values_become_pythons_own(key, value, expected):
         ({"width": ()}, r"trial\['width'\] must have the units of each hidden layer, got \(\)\. For example \(100"),
         ({"width": (8, 4), "depth": 3}, r"no 'depth' beside the width \(8, 4\), which is of 2 layers, got 3\. Leave"),
     ],
-)  # fmt: skip
+)
 def test_layers_of_unlike_widths_that_cannot_be(config, message):
     with refused(message):
         check_config(config, name="trial")

@@ -24,40 +24,17 @@ def study(key, choices, best, others):
 
 
 SOME = [64, 100, 128]
-LIST, LOG, LINE, WHOLE = (
-    [32, 64, 256],
-    stats.loguniform(1e-4, 1e-1),
-    stats.uniform(0, 0.5),
-    stats.randint(16, 257),
-)
+LIST, LOG, LINE, WHOLE = ([32, 64, 256], stats.loguniform(1e-4, 1e-1), stats.uniform(0, 0.5), stats.randint(16, 257))
 
 
 @pytest.mark.parametrize(
     ("key", "choices", "best", "others", "words"),
     [
-        (
-            "width",
-            LIST,
-            256,
-            [32, 64],
-            "The best width, 256, lies at the upper end of the space, 32 to 256: no larger",
-        ),
-        (
-            "width",
-            LIST,
-            32,
-            [64, 256],
-            "The best width, 32, lies at the lower end of the space, 32 to 256: no smaller",
-        ),
+        ("width", LIST, 256, [32, 64], "The best width, 256, lies at the upper end of the space, 32 to 256: no larger"),
+        ("width", LIST, 32, [64, 256], "The best width, 32, lies at the lower end of the space, 32 to 256: no smaller"),
         ("width", WHOLE, 256, SOME, "upper end of the space, 16 to 256: no larger one was tried."),
         ("width", log_int(16, 512), 16, SOME, "lower end of the space, 16 to 512"),
-        (
-            "lr",
-            LOG,
-            0.09,
-            [1e-3, 1e-2],
-            "The best lr, 0.09, lies at the upper end of the space, 0.0001 to 0.1",
-        ),
+        ("lr", LOG, 0.09, [1e-3, 1e-2], "The best lr, 0.09, lies at the upper end of the space, 0.0001 to 0.1"),
         ("lr", LOG, 1.2e-4, [1e-3, 1e-2], "lower end"),
         ("dropout", LINE, 0.49, [0.1, 0.2], "upper end of the space, 0 to 0.5"),
     ],

@@ -215,7 +215,7 @@ def test_a_slope_survives_the_study():
         ({"first_step": 0}, "first_step=...\\) must be a finite number > 0, got 0"),
         ({"smallest_step": math.inf}, "smallest_step=...\\) must be a finite number > 0, got inf"),
     ],
-)  # fmt: skip
+)
 def test_bad_options_are_named(options, message):
     with refused(message):
         gputune.Hypergradient(**options)

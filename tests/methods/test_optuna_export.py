@@ -142,7 +142,7 @@ def test_a_storage_that_cannot_be_opened_is_named(study, storage):
 def test_a_law_that_optuna_lacks_is_uniform_over_what_was_drawn():
     study = gputune.tune(
         "mlp", X, Y, space={"lr": truncnorm(-2, 2, loc=0.1, scale=0.01)}, n_trials=3, include_default=False, **FAST
-    )  # fmt: skip
+    )
     drawn = [trial.params["lr"] for trial in study.trials]
     assert study.to_optuna().trials[0].distributions == {"lr": FloatDistribution(min(drawn), max(drawn))}
 

@@ -237,11 +237,7 @@ def test_penalty_in_a_search():
     trials = search(space, 6, include=[{"penalty": "l1"}], defaults=defaults)
     assert params(trials[:2]) == [{"C": 0.1, "l1_ratio": 0.0}, {"C": 0.1, "l1_ratio": 1.0}]
     # C has no meaning where there is no penalty, so one trial is left of two.
-    assert {(c["C"], c["l1_ratio"]) for c in params(trials[2:])} == {
-        (10.0, 0.0),
-        (10.0, 1.0),
-        (math.inf, 0.0),
-    }
+    assert {(c["C"], c["l1_ratio"]) for c in params(trials[2:])} == {(10.0, 0.0), (10.0, 1.0), (math.inf, 0.0)}
     assert len(trials) == 5
     for penalty, ends in ((["l1"], {"C": 1.0, "l1_ratio": 1.0}), ([None], {"C": math.inf, "l1_ratio": 0.0})):
         one = search(checked({"penalty": penalty}, EXACT), defaults=defaults)[0].params

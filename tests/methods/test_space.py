@@ -97,7 +97,7 @@ def test_an_empty_list_is_refused(choices):
         ({"activation": ["relu", "swish"]}, r"^space\['activation'\] must be one of relu, .*got 'swish'"),
         ({"activation": stats.randint(0, 4)}, "must be a list of words out of relu, .*got a distribution."),
     ],
-)  # fmt: skip
+)
 def test_bad_choices_are_refused_before_any_draw(space, message):
     with refused(message):
         check(space)
@@ -164,10 +164,7 @@ def test_a_distribution_of_the_users_own_is_taken():
 
 
 def test_the_included_configurations_are_checked():
-    assert check_include([{"width": 8.0, "lr": 1}, {}], keys=MLP, module=False) == [
-        {"lr": 1.0, "width": 8},
-        {},
-    ]
+    assert check_include([{"width": 8.0, "lr": 1}, {}], keys=MLP, module=False) == [{"lr": 1.0, "width": 8}, {}]
     assert check_include(({"module__k": "a"},), keys=(), module=True) == [{"module__k": "a"}]
 
 

@@ -60,7 +60,7 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
         (GRU, {"input_shape": (6,)}, "need n_tokens, the largest id plus 1"),
         (GRU, {"input_shape": (6, 2), "n_tokens": 5}, "and numbers, .*, none"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model(n_outputs=2, **arguments)

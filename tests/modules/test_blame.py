@@ -63,14 +63,10 @@ class Columns(nn.Module):
         (Words, {"ids": changed(IDS, 3, 9), "weight": ROWS}, r"X\['ids'\] has the id 9 in row 3"),
         (Words, changed(IDS.repeat(1, 20), 8, 9), "X has the id 9 in row 8"),
         (Folded, changed(IDS, 3, 9), "X has the id 9, and the embedding 'code'"),
-        (
-            Columns,
-            IDS.double(),
-            "makes the id -1 .* pass a tensor of integers, .* numbers='none', which leaves codes",
-        ),
+        (Columns, IDS.double(), "makes the id -1 .* pass a tensor of integers, .* numbers='none', which leaves codes"),
         (Words, IDS.numpy(), "For token ids pass a tensor of integers"),
     ],
-)  # fmt: skip
+)
 def test_an_id_without_a_place_is_named(module, X, message):
     with pytest.raises(InputError, match=message):
         tune(module, X)
@@ -279,7 +275,7 @@ class Image(nn.Module):
         ((IMAGES, IMAGES), "Several inputs are passed in order, .* leave y out"),
         (IDS.to(torch.uint8)[:, None, None, :3].expand(-1, 3, 3, -1), "numbers='standard'"),
     ],
-)  # fmt: skip
+)
 def test_what_a_convolution_does_not_take_comes_with_a_remedy(X, message):
     with pytest.raises(InputError, match=message):
         tune(Image, X)
@@ -318,8 +314,7 @@ def test_what_lazy_layers_do_not_take_comes_with_a_remedy():
 def test_sequences_with_their_channels_last_come_with_a_remedy():
     with pytest.raises(InputError, match=r"come last, .* X.transpose\(0, 2, 1\) of an array, X.permute"):
         tune(
-            lambda n_outputs: nn.Sequential(nn.Conv1d(3, 2, 3), nn.Flatten()),
-            IMAGES[:, 0].contiguous().repeat(1, 3, 1),
+            lambda n_outputs: nn.Sequential(nn.Conv1d(3, 2, 3), nn.Flatten()), IMAGES[:, 0].contiguous().repeat(1, 3, 1)
         )
 
 

@@ -44,11 +44,7 @@ class Gated(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self, n_features, n_outputs, kind=nn.GRU):
         super().__init__()
-        self.cell, self.norm, self.leave = (
-            kind(1, 4, batch_first=True),
-            nn.BatchNorm1d(4),
-            nn.Linear(4, n_outputs),
-        )
+        self.cell, self.norm, self.leave = (kind(1, 4, batch_first=True), nn.BatchNorm1d(4), nn.Linear(4, n_outputs))
 
     def forward(self, x):
         return self.leave(self.norm(self.cell(x[..., None])[0][:, -1]))
@@ -284,9 +280,7 @@ def rows():
 def search(model, **words):
     X, y = rows()
     space = {"lr": [1e-3, 1e-2], "batch_size": [16]}
-    options = {
-        "space": space, "cv": 2, "max_epochs": 4, "n_trials": 2, "include_default": False, "verbose": 0,
-    }  # fmt: skip
+    options = {"space": space, "cv": 2, "max_epochs": 4, "n_trials": 2, "include_default": False, "verbose": 0}
     return gputune.tune(model, X, y, **options | words)
 
 
@@ -322,10 +316,7 @@ def alike(backbone, copies):
 @pytest.mark.parametrize("name", ["attribute", "sequence", "same", "argument"])
 def test_a_pretrained_part_that_modules_share_is_copied_for_each_member(name, words):
     """Members and folds that train one parameter see each other's validation rows."""
-    found, space = (
-        [],
-        {"lr": [1e-3, 1e-1], "batch_size": [16], "optimizer": words.get("optimizer", ["adamw"])},
-    )
+    found, space = ([], {"lr": [1e-3, 1e-1], "batch_size": [16], "optimizer": words.get("optimizer", ["adamw"])})
     for copies in (False, True):
         backbone = pretrained()
         build = alike(backbone, copies)[name]

@@ -29,7 +29,7 @@ LAYERS = {
     "batch norm in evaluation": (nn.BatchNorm1d(4).eval(), (5, 4)),
     "batch norm of images": (nn.BatchNorm2d(4, affine=False), (5, 4, 3, 3)),
     "batch norm alone": (nn.BatchNorm1d(4, track_running_stats=False), (5, 4, 3)),
-}  # fmt: skip
+}
 
 
 def computed(layer: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -77,7 +77,6 @@ def test_weights_that_all_members_share_are_mapped_as_torch_does():
     with Mapped():
         assert torch.equal(vmap(lambda rows: functional.linear(rows, weight))(x), functional.linear(x, weight))
         assert torch.equal(
-            vmap(lambda rows: functional.max_pool2d(rows[None], 2, return_indices=True)[1])(x)[:, 0],
-            indices[0],
+            vmap(lambda rows: functional.max_pool2d(rows[None], 2, return_indices=True)[1])(x)[:, 0], indices[0]
         )
         assert torch.equal(functional.linear(x, weight), x @ weight.T)

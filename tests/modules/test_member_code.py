@@ -82,15 +82,12 @@ STEPS = {
     ),
     "wide products": lambda t, x: t.copy_((wide(x, 5, 9) @ wide(x, 9, 9).mT @ wide(x, 9, 9))[:2, :4]),
     "softmax": lambda t, x: t.copy_(x.softmax(0) + x.log_softmax(1)),
-    "slopes of softmax": lambda t, x: t.copy_(
-        slope(lambda v: v.softmax(0), x) + slope(lambda v: v.log_softmax(1), x)
-    ),
+    "slopes of softmax": lambda t, x: t.copy_(slope(lambda v: v.softmax(0), x) + slope(lambda v: v.log_softmax(1), x)),
     "chosen rows": lambda t, x: t.copy_(
         x.index_select(1, FOUR) + x.index_select(0, IDS[1, 1:]) + x.gather(1, FOUR.expand(2, 4)) + x[:, FOUR]
     ),
     "an embedding": lambda t, x: t.copy_(
-        F.embedding(IDS, torch.cat([x, x])).sum(1)
-        + slope(lambda w: F.embedding(IDS, w), torch.cat([x, x]))[:2]
+        F.embedding(IDS, torch.cat([x, x])).sum(1) + slope(lambda w: F.embedding(IDS, w), torch.cat([x, x]))[:2]
     ),
     "joined": lambda t, x: t.copy_(torch.cat([x[:, 1:], x[:, :1]], 1) + torch.stack([x[1], x[0]])),
     "slopes of parts": lambda t, x: t.copy_(slope(lambda v: v[:, 1:4:2], x) + slope(lambda v: v[1], x)),
@@ -109,7 +106,7 @@ STEPS = {
     ),
     "remainders": lambda t, x: t.copy_(x + torch.remainder(IDS[:, :1] * 7 - 5, 3)),
     "long passes": lambda t, x: BIG.mul_(0.9).add_(x[0, 0]).addcmul_(BIG, BIG).sub_(t.fill_(0.5)[0, 0]),
-}  # fmt: skip
+}
 
 
 def taken(code, step, memories, library):
@@ -160,7 +157,7 @@ REFUSED = {
     "embedding_dense_backward.default of other": lambda t, x: t.copy_(
         torch.ops.aten.embedding_dense_backward(x, IDS[0, :2], 2, 0, False)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -21,10 +21,7 @@ class Images(nn.Module):
     def __init__(self, n_outputs, p=0.0):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2))
-        self.drop, self.head = (
-            nn.Dropout(p),
-            nn.Sequential(nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, n_outputs)),
-        )
+        self.drop, self.head = (nn.Dropout(p), nn.Sequential(nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, n_outputs)))
 
     def forward(self, x):
         x = self.body(x)
@@ -46,9 +43,7 @@ def largest(a, b):
     return max(float((x - y).detach().abs().max()) for x, y in pairs)
 
 
-SMALL = {
-    "n_trials": 1, "cv": 2, "max_epochs": 6, "epoch": "last", "precision": "bf16", "workers": 1, "verbose": 0,
-}  # fmt: skip
+SMALL = {"n_trials": 1, "cv": 2, "max_epochs": 6, "epoch": "last", "precision": "bf16", "workers": 1, "verbose": 0}
 SPACE = {k: [v] for k, v in CONFIG.items() if k != "optimizer"}
 
 
@@ -68,10 +63,7 @@ def test_members_equal_a_plain_loop_under_autocast(backend, p=0.3):
     within = 0.0 if backend == "loop" else 2**-6 * largest(rounded, start)
     assert largest(member, rounded) <= within
     assert largest(member, plain(lambda: Images(2, p), 6)) > 1e-5
-    assert (torch.bfloat16, True) in SEEN and (
-        torch.bfloat16,
-        False,
-    ) not in SEEN  # scores are of single precision
+    assert (torch.bfloat16, True) in SEEN and (torch.bfloat16, False) not in SEEN  # scores are of single precision
     assert all(w.dtype == torch.float32 for w in member.parameters())
 
 
@@ -109,7 +101,7 @@ def test_workers_and_a_loss_of_ones_own_are_rounded_too():
     one, two = (
         gputune.tune(Images, IMAGES, LABELS, space=SPACE | {"lr": [0.1, 0.2]}, **{**options, "workers": workers})
         for workers in (1, 2)
-    )  # fmt: skip
+    )
     assert [t.score for t in one.trials] == [t.score for t in two.trials]
 
 

@@ -41,7 +41,7 @@ STEPS = {
     "a slope of a selection": lambda t, x: t.add_(torch.func.grad(lambda v: (v[1] ** 2).sum())(x)),
     "what nobody reads": lambda t, x: (x.exp(), t.add_(x)),
     "nothing": lambda t, x: None,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -123,9 +123,8 @@ class Small(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Linear(n_features, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU(),
-            nn.Linear(8, n_outputs),
-        )  # fmt: skip
+            nn.Linear(n_features, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n_outputs)
+        )
 
     def forward(self, x):
         return self.body(x)
@@ -173,14 +172,16 @@ def test_attention_is_recorded():
     assert chunk.steps.begun
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
-@pytest.mark.parametrize("task", ["multiclass", "regression"])
+@pytest.mark.parametrize(
+    ("optimizer", "task"),
+    [("sgd", "multiclass"), ("nesterov", "regression"), ("adam", "multiclass"), ("adamw", "regression")],
+)
 def test_a_module_trains_to_the_same_bits(task, optimizer, monkeypatch):
     monkeypatch.setattr(CpuRecorder, "repays", 1)
     data = make_data(task, weights=task == "regression")
     configs = fill(
         *({"optimizer": optimizer, "lr": rate, "weight_decay": rate, "batch_size": 9} for rate in (1e-3, 1e-2, 0.1))
-    )  # fmt: skip
+    )
     with torch.no_grad():
         found, expected = (chunk_of(data, configs, recorded=recorded) for recorded in (True, False))
         for epoch in range(4):
@@ -202,7 +203,7 @@ def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes)
         found, expected = (
             chunk_of(data, fill({"batch_size": 9}, {"batch_size": 9, "lr": 0.1}), recorded=recorded, module=Drawing)
             for recorded in (True, False)
-        )  # fmt: skip
+        )
         for epoch in range(4):
             for chunk in (found, expected):
                 chunk.advance(epoch)

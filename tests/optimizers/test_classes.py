@@ -54,7 +54,7 @@ class Mine(torch.optim.SGD):
         (torch.optim.SparseAdam, "cannot be torch.optim.SparseAdam, which takes sparse gradients alone"),
         ("Optimizer", "got 'Optimizer'"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_optimizer_is_refused(given, words):
     with refused(words):
         optimizer_word(given, "optimizer")
@@ -83,7 +83,7 @@ def test_a_rule_with_arguments_is_its_class(config, kind):
         ({"optimizer": "RAdam", "optimizer__betas": 0.9}, r"raised TypeError.* as a tuple in a list, \[\(0.9,"),
         ({"optimizer": "RAdam", "optimizer__betas": (0.9, 2)}, "raised ValueError: Invalid beta .*Mend the values"),
     ],
-)  # fmt: skip
+)
 def test_arguments_that_a_class_has_not_are_refused(config, words):
     with refused(words):
         check_optimizer(*fill(config), "module")

@@ -117,7 +117,7 @@ def test_a_factor_is_the_product_of_those_that_are_named():
         ({"dropout": 0.1}, "dropout is the rate of gputune.models.Dropout, which Net does not have; use"),
         ({"lr_factor__bias": 0.1, "optimizer": "adamhd"}, "optimizer='adamhd' adapts its rate, and does not know"),
     ],
-)  # fmt: skip
+)
 def test_rates_that_a_module_does_not_have(iris, space, message):
     with refused(message):
         gputune.tune(Net, *iris, space=space, n_trials=1, include_default=False, cv=2, max_epochs=1, verbose=0)
@@ -126,9 +126,8 @@ def test_rates_that_a_module_does_not_have(iris, space, message):
 def test_hypergradients_do_not_know_rates_of_parameters(iris):
     with refused("lr_factor__bias=0.1; leave it out"):
         gputune.tune(
-            Net, *iris, space={"lr_factor__bias": 0.1}, n_trials=1, method="hypergradient", max_epochs=2,
-            verbose=0,
-        )  # fmt: skip
+            Net, *iris, space={"lr_factor__bias": 0.1}, n_trials=1, method="hypergradient", max_epochs=2, verbose=0
+        )
 
 
 def test_dropout_is_that_of_torch_in_law():
