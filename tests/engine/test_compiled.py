@@ -48,8 +48,7 @@ def both(data, configs, **options):
     return [run(data, configs, backend=backend, **options) for backend in ("eager", "compiled")]
 
 
-@pytest.mark.parametrize("width", [1, 15, 17, 70, 300])
-@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize(("width", "depth"), [(1, 1), (15, 4), (17, 1), (70, 4), (300, 1)])
 def test_any_width_and_depth(width, depth):
     configs = fill(*({"width": width, "depth": depth, "batch_size": size} for size in (1, 7, 33)))
     assert_equals_plain_loop(make_data(folds=2), configs, epochs=1)

@@ -86,9 +86,9 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize(("width", "sizes"), [(16, [16]), (100, [64]), (100, [8, 11, 16, 13])])
 def test_a_line_through_two_sizes_foretells_the_peak_of_many_trials(width, sizes):
-    group = population(*({"width": width, "batch_size": sizes[i % len(sizes)]} for i in range(60)))
+    group = population(*({"width": width, "batch_size": sizes[i % len(sizes)]} for i in range(30)))
     need = measure_need(job(), DATA, group, peak)
-    assert need.once + 60 * need.trial == pytest.approx(whole_peak(group), rel=0.05)
+    assert need.once + 30 * need.trial == pytest.approx(whole_peak(group), rel=0.05)
 
 
 def test_a_module_is_measured_too():

@@ -1,5 +1,6 @@
 """The page about a study: what it says, what no text can do to it, how large it is."""
 
+import functools
 import json
 import math
 import re
@@ -165,15 +166,15 @@ def test_the_policy_allows_the_pages_own_script_and_style_alone(html):
     assert html.index("Content-Security-Policy") < html.index("<style")
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return Elements(page(hostile_study("plain")))
+@functools.cache
+def hostile_page(text):
+    return page(hostile_study(text))
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_no_text_adds_an_element(text, plain):
-    written = page(hostile_study(text))
-    hostile = Elements(written)
+def test_no_text_adds_an_element(text):
+    written = hostile_page(text)
+    hostile, plain = Elements(written), Elements(hostile_page("plain"))
     assert hostile.tags == plain.tags
     assert [a[:2] for a in hostile.attributes] == [a[:2] for a in plain.attributes]
     assert not any(ord(char) < 32 and char not in "\n" for char in written)
@@ -182,7 +183,7 @@ def test_no_text_adds_an_element(text, plain):
 def test_no_text_ends_the_data():
     assert as_json({"a": "</script><!--&\u2028"}) == '{"a":"\\u003c/script\\u003e\\u003c!--\\u0026\\u2028"}'
     for text in HOSTILE[:6]:
-        columns = {column["key"]: column for column in table_of(page(hostile_study(text)))["columns"]}
+        columns = {column["key"]: column for column in table_of(hostile_page(text))["columns"]}
         assert text in columns[f"params_module__{text}"]["levels"]
 
 

@@ -13,7 +13,7 @@ from problems import Linear
 
 X, Y = (part[:90] for part in load_breast_cancer(return_X_y=True))
 WORDS = np.array(["ill", "well"])[Y]
-FAST = {"n_trials": 4, "max_epochs": 2, "cv": 2, "verbose": 0, "workers": 1}
+FAST = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0, "workers": 1}
 SPACE = {"lr": [1e-3, 1e-2, 0.1], "width": [8, 16]}
 METRICS = ["accuracy", "roc_auc", "neg_log_loss", "f1"]
 

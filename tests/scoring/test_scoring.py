@@ -16,7 +16,7 @@ N = 60
 X = RNG.normal(size=(N, 3)) * [1, 20, 0.01] + [0, 50, 0]
 Y = np.where(X[:, 0] + (X[:, 1] - 50) / 20 > 0, "yes", "no")
 FRAME = pd.DataFrame(X, columns=["a", "b", "c"]).assign(d=np.where(X[:, 2] > 0, "left", "right"))
-FAST = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0, "workers": 1}
+FAST = {"n_trials": 2, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
 
 
 def consistent(estimator, X, y):
@@ -34,9 +34,9 @@ def consistent(estimator, X, y):
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("mlp", {}),
+        ("mlp", {"max_epochs": 2}),
         ("mlp", {"backend": "graph"}),
-        ("mlp", {"method": "halving", "numbers": "quantile"}),
+        ("mlp", {"method": "halving", "max_epochs": 2, "numbers": "quantile"}),
         ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1}),
         pytest.param("mlp", {"workers": 2, "memory": "1KB"}, marks=pytest.mark.cpu),
         ("logistic", {}),

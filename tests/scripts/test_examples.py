@@ -16,7 +16,7 @@ def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, 
     pyplot = pytest.importorskip("matplotlib.pyplot", reason='pip install "gputune[report]"')
     pyplot.switch_backend("Agg")
     text = (EXAMPLES / "digits.py").read_text()
-    short = text.replace("N_TRIALS, EPOCHS = 32, 20", "N_TRIALS, EPOCHS = 10, 4")
+    short = text.replace("N_TRIALS, EPOCHS = 32, 20", "N_TRIALS, EPOCHS = 10, 3")
     assert short != text and text.count("\n# %%") >= 7
     monkeypatch.setattr("sys.argv", ["digits.py", str(tmp_path / "out")])
     shown = []
@@ -39,15 +39,15 @@ def test_cross_validation_shows_the_same_numbers_twice(script, capsys):
 
 
 def test_both_searches_are_shown_side_by_side(script, monkeypatch, capsys):
-    monkeypatch.setattr(script("iris"), "N_TRIALS", 3)
-    monkeypatch.setattr(script("iris"), "EPOCHS", 20)
+    monkeypatch.setattr(script("iris"), "N_TRIALS", 2)
+    monkeypatch.setattr(script("iris"), "EPOCHS", 10)
     script("iris").random_search()
     pattern = r"^ *(\d\.\d{4}) +(\d\.\d{4})  (.+)$"
     logistic, perceptron = capsys.readouterr().out.split("multilayer perceptron")
     rows = re.findall(pattern, logistic, re.M)
-    assert len(rows) == 3 and all(ours == theirs for ours, theirs, _ in rows)
+    assert len(rows) == 2 and all(ours == theirs for ours, theirs, _ in rows)
     rows = re.findall(pattern, perceptron, re.M)
-    assert len(rows) == 3 and all(abs(float(ours) - float(theirs)) < 0.1 for ours, theirs, _ in rows)
+    assert len(rows) == 2 and all(abs(float(ours) - float(theirs)) < 0.1 for ours, theirs, _ in rows)
     assert all(re.search(r"batch_size=\d+, lr=\S+, width=\d+", words) for _, _, words in rows)
 
 

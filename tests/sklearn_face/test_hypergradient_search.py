@@ -37,9 +37,11 @@ from searches import Callback, CountingScaler, CountingSplitter
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)
-MLP = MLPClassifier((8,), solver="adamw", max_iter=4, batch_size=32, activation="tanh", random_state=0)
+MLP = MLPClassifier((8,), solver="adamw", max_iter=3, batch_size=32, activation="tanh", random_state=0)
 ADAM = clone(MLP).set_params(solver="adam")
-SGD = clone(MLP).set_params(solver="sgd", nesterovs_momentum=False, momentum=0.0, activation="relu", batch_size=16)
+SGD = clone(MLP).set_params(
+    solver="sgd", nesterovs_momentum=False, momentum=0.0, activation="relu", batch_size=16, max_iter=4
+)
 RATES = {"learning_rate_init": loguniform(1e-4, 1)}
 SPACE = RATES | {"hidden_layer_sizes": [4, 8, 20], "batch_size": [16, 32]}
 OPTIONS = {"n_iter": 3, "outer_steps": 4, "cv": 3, "random_state": 0}

@@ -73,6 +73,7 @@ def test_many_residuals_are_kept_evenly_and_rows_of_several_folds_count_once(mon
     np.testing.assert_array_equal(few, all_rows[3::4])
 
 
+@pytest.mark.parametrize("case", [None], indirect=True)
 def test_what_is_refused(case):
     study, model, y = case
     for level in (0, 1, 90, True, "0.9"):

@@ -35,7 +35,7 @@ CHUNKS = [Chunk(0, 0, (0, 1), 1), Chunk(1, 0, (2,), 1)]
 def alone(tmp_path_factory):
     """The study of one process that nothing disturbed."""
     path = tmp_path_factory.mktemp("alone") / "study.db"
-    finish(start(100, study=str(path)))
+    finish(start(40, study=str(path)))
     return table(path)
 
 
@@ -54,8 +54,8 @@ def left_over(folder):
 
 def test_four_processes_share_a_search(tmp_path, alone):
     path = tmp_path / "study.db"
-    processes = [start(100, study=str(path)) for _ in range(4)]
-    assert [finish(process) for process in processes] == ["100 100\n"] * 4  # each returns the whole study
+    processes = [start(40, study=str(path)) for _ in range(4)]
+    assert [finish(process) for process in processes] == ["40 40\n"] * 4  # each returns the whole study
     assert table(path) == alone
     assert left_over(tmp_path) == []
 

@@ -68,8 +68,7 @@ def test_what_counts_as_out_of_memory(error):
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("k", "error"), list(zip((1, 12), ERRORS)), ids=str)
+@pytest.mark.parametrize(("method", "k", "error"), list(zip(METHODS, (1, 12), ERRORS)), ids=str)
 def test_a_failure_at_the_kth_step_changes_nothing(iris, whole, monkeypatch, method, k, error):
     failed = fail(monkeypatch, lambda number, trials: number == k, error)
     found = gputune.tune("mlp", *iris, method=METHODS[method], **COMMON)
@@ -111,8 +110,11 @@ def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_
     assert any("reason" in trial.detail for trial in found.trials)
 
 
+LONG = ["random", pytest.param("halving", marks=pytest.mark.long)]
+
+
 @pytest.mark.cpu  # the plan of a GPU trains three members first, to measure them
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LONG)
 def test_a_size_that_did_not_fit_is_not_tried_again(iris, monkeypatch, method):
     """Chunks of 6 of one shape, of which 2 fit: one of 6 fails, one of 3, and no other of that search."""
     call = {

@@ -111,8 +111,11 @@ def test_the_refit_equals_a_plain_loop_for_the_best_epochs(iris, width, tmp_path
     assert model.info["epochs"] == study.best_trial.best_epoch
 
 
-@pytest.mark.parametrize("model", ["mlp", "logistic", Net])
-@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("mlp", "multiclass"), ("logistic", "binary"), (Net, "binary")]
+    + [pytest.param(*one, marks=pytest.mark.long) for one in (("mlp", "binary"), ("logistic", "multiclass"))],
+)
 def test_models_and_class_tasks(model, kind):
     classes = 2 if kind == "binary" else 3
     X, y = make_classification(80, 6, n_informative=4, n_classes=classes, random_state=0)
@@ -936,7 +939,7 @@ class Sharing(Net):
         return self.head(self.hidden)
 
 
-@pytest.mark.parametrize("method", ["random", "halving", gputune.Hypergradient(outer_steps=1)])
+@pytest.mark.parametrize("method", ["halving", gputune.Hypergradient(outer_steps=1)])
 def test_a_module_that_keeps_an_activation_has_a_model(iris, method):
     small = {"n_trials": 1, **FAST}
     study, plain = (gputune.tune(kind, *iris, method=method, **small) for kind in (Sharing, Net))

@@ -26,7 +26,7 @@ COMPILED = {
     "optimizer": ["adamw", "sgd"],
 }  # fmt: skip
 SPACE = COMPILED | {"optimizer": ["adamw", "sgd", "adamhd"]}  # adamhd is not compiled
-COMMON = {"space": SPACE, "n_trials": 10, "cv": 2, "max_epochs": 27, "verbose": 0, "workers": 1}
+COMMON = {"space": SPACE, "n_trials": 8, "cv": 2, "max_epochs": 27, "verbose": 0, "workers": 1}
 METHODS = {
     "random": {},
     "halving": {"method": gputune.Halving(min_epochs=3), "space": COMPILED},
@@ -36,22 +36,20 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def whole(iris):
-    """The searches that nothing stops."""
-    return {name: gputune.tune("mlp", *iris, **COMMON | call) for name, call in METHODS.items()}
-
-
-@pytest.fixture(scope="module")
-def epochs(iris):
-    """The epochs that each of the searches trains."""
+def counted(iris):
+    """The searches that nothing stops, and the epochs that each of them trains."""
 
     def count(call):
         with pytest.MonkeyPatch.context() as patch:
             total = Dies(patch)
-            gputune.tune("mlp", *iris, **COMMON | call)
-        return total.epochs
+            return gputune.tune("mlp", *iris, **COMMON | call), total.epochs
 
     return {name: count(call) for name, call in METHODS.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(counted):
+    return {name: study for name, (study, _) in counted.items()}
 
 
 def assert_same(found, whole):
@@ -82,10 +80,11 @@ class Dies:
 
 @pytest.mark.parametrize(
     ("method", "at"),
-    [(method, at) for method in METHODS for at in (1, 40)]
-    + [pytest.param(m, 7, marks=pytest.mark.long) for m in METHODS],
+    [("random", 1), ("brackets", 1), *((method, 30) for method in METHODS)]
+    + [pytest.param(m, at, marks=pytest.mark.long) for m in METHODS for at in (1, 7)],
 )
-def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypatch, epochs, method, at):
+def test_a_lost_search_ends_as_one_that_was_not(iris, counted, tmp_path, monkeypatch, method, at):
+    whole, epochs = counted[method]
     call = {**COMMON, **METHODS[method], "study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
     with monkeypatch.context() as patch:
         # An interval of twenty writes would leave most epochs out here, where an epoch takes milliseconds.
@@ -98,8 +97,8 @@ def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypat
     assert (kept or first_rung) and all(file.suffix == ".safetensors" for file in kept)
     with monkeypatch.context() as patch:
         again = Dies(patch)
-        assert_same(gputune.tune("mlp", *iris, **call), whole[method])
-    assert again.epochs <= epochs[method] - (at - 1 if method == "random" else not first_rung)
+        assert_same(gputune.tune("mlp", *iris, **call), whole)
+    assert again.epochs <= epochs - (at - 1 if method == "random" else not first_rung)
     assert not (tmp_path / "s.db.state").exists()
 
 
@@ -145,7 +144,7 @@ def told_time(monkeypatch, *, epoch, writing):
 def test_no_more_is_repeated_than_the_time_between_two_checkpoints(iris, tmp_path, monkeypatch, method, writing):
     """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what writing took."""
     space = {"lr": loguniform(1e-4, 0.1), "width": [8, 20]}
-    call = {**COMMON, **METHODS[method], "space": space, "cv": 3}
+    call = {**COMMON, **METHODS[method], "space": space, "cv": 3, "n_trials": 6}
     call |= {"checkpoint_seconds": 7.0, "backend": "eager"}
     call["memory"] = {"random": 800_000, "halving": 200_000}[method]  # chunks of 27 epochs, or of 3 to 18
     # The plan of a GPU trains three members first, to measure them.
@@ -168,7 +167,7 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(iris, tmp_pat
     assert 0 < max(repeated) <= max(7, 20 * writing * together) + 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["random", pytest.param("halving", marks=pytest.mark.long), "brackets", "median"])
 def test_a_stopped_trial_goes_on_from_where_it_was(iris, whole, tmp_path, monkeypatch, method):
     call = {**COMMON, **METHODS[method], "study": tmp_path / "s.db"}
     epochs, found, advance = [0], [], chunks._Watch.__call__
