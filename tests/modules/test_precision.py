@@ -1,5 +1,7 @@
 """bfloat16: members equal a plain loop under torch.autocast; parameters and scores are of single precision."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -47,8 +49,9 @@ SMALL = {"n_trials": 1, "cv": 2, "max_epochs": 6, "epoch": "last", "precision": 
 SPACE = {k: [v] for k, v in CONFIG.items() if k != "optimizer"}
 
 
-def plain(build, epochs):
-    return train_module(build, IMAGES, LABELS, CONFIG, epochs=epochs)
+@functools.cache
+def plain(kind, epochs, p):
+    return train_module(lambda: kind(2, p), IMAGES, LABELS, CONFIG, epochs=epochs)
 
 
 @pytest.mark.cpu
@@ -59,10 +62,10 @@ def test_members_equal_a_plain_loop_under_autocast(backend, p=0.3):
     space = {**SPACE, "module__p": [p]}
     study = gputune.tune(Images, IMAGES, LABELS, space=space, optimizer="sgd", backend=backend, **SMALL)
     member = study.best_model().module
-    rounded, start = (plain(lambda kind=kind: kind(2, p), epochs) for kind, epochs in ((Autocast, 6), (Images, 0)))
+    rounded, start = plain(Autocast, 6, p), plain(Images, 0, p)
     within = 0.0 if backend == "loop" else 2**-6 * largest(rounded, start)
     assert largest(member, rounded) <= within
-    assert largest(member, plain(lambda: Images(2, p), 6)) > 1e-5
+    assert largest(member, plain(Images, 6, p)) > 1e-5
     assert (torch.bfloat16, True) in SEEN and (torch.bfloat16, False) not in SEEN  # scores are of single precision
     assert all(w.dtype == torch.float32 for w in member.parameters())
 

@@ -41,9 +41,14 @@ def of_members(configs, key):
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
-@pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize(
-    "schedules", [("constant",) * 3, ("cosine", "constant", "cosine"), ("coslog4", "warmup+cosine", "flat_cos")]
+    ("alike", "schedules"),
+    [
+        (True, ("constant",) * 3),
+        (False, ("constant",) * 3),
+        (True, ("cosine", "constant", "cosine")),
+        (False, ("coslog4", "warmup+cosine", "flat_cos")),
+    ],
 )
 def test_in_place_equals_the_pure_rule(name, alike, schedules):
     g = torch.Generator().manual_seed(0)
