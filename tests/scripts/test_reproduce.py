@@ -247,7 +247,7 @@ def papers_tables(tmp_path):
 
 def test_published_tables_are_searched_and_a_stopped_run_goes_on(script, papers_tables, monkeypatch, tmp_path, capsys):
     module = script("tuned_mlp")
-    monkeypatch.setattr(module, "SEARCHES", {"mlp": ("mlp", 3, 8)})
+    monkeypatch.setattr(module, "SEARCHES", {"portfolio": ("mlp", "mlp", 3, 8)})
     options = [str(papers_tables), "--studies", str(tmp_path / "studies"), "--out", str(tmp_path), "--tables", "churn"]
     assert module.main([*options, "--seeds", "2"]) == 0
     data = module.read(papers_tables, "churn")
@@ -262,10 +262,12 @@ def test_published_tables_are_searched_and_a_stopped_run_goes_on(script, papers_
     assert [(one.table, one.seed, one.rows, one.way) for one in results] == ways
     assert all(one.seconds > 0 and one.members == 1 for one in results if one.way == "best trial")
     (first, second) = (one.score for one in results[:3:2])
-    assert f"| churn | gputune, mlp, best trial, on training rows | {(first + second) / 2:.4f} ± " in text
+    assert (
+        f"| churn | gputune, portfolio, 3 trials: best trial, on training rows | {(first + second) / 2:.4f} ± " in text
+    )
     assert "| churn | TabM, tuned | 0.8605 ± 0.0016 |  | 561 |  | A100 |" in text
     # The best trial trains on the training rows alone: it is the member of the search.
-    study = gputune.Study.open(tmp_path / "studies" / "california-mlp-0.db")
+    study = gputune.Study.open(tmp_path / "studies" / "california-portfolio-3-0.db")
     data = module.read(papers_tables, "california")
     rmse = data.score(study.ensemble(data.X, data.y, size=1, refit="folds", verbose=0))
     assert rmse == next(one.score for one in results if one.table == "california")
