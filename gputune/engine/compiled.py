@@ -17,12 +17,12 @@ from torch import Tensor
 from gputune.data.dataset import Dataset
 from gputune.engine.dropout import dropout_draw
 from gputune.engine.mlp import StackedMLP
-from gputune.native.library import ACTIVATIONS, OPTIMIZERS, Work, library, make_work
+from gputune.native.library import ACTIVATIONS, OPTIMIZERS, ROW_SCORES, Work, library, make_work
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.network import Network
 from gputune.population.population import hidden_widths
-from gputune.scoring.scores import accuracy
+from gputune.scoring.scores import ROW_MEANS, RowMean
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import Validation
 from gputune.types import Config
@@ -47,6 +47,7 @@ class CompiledChunk:
         self.network: StackedMLP = network
         self.data, self.seed, self.horizon, self.scoring = data, seed, horizon, scoring
         self.validation = Validation(data, scoring)
+        self.row_mean = _row_mean(data, scoring)
         self.configs = list(configs)
         self.alive = list(range(len(configs)))
         self.nanoseconds = torch.zeros(2, dtype=torch.int64)
@@ -54,6 +55,7 @@ class CompiledChunk:
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
         self.averages = any(config["ema"] for config in configs)
         self._moments = [torch.zeros_like(self.flat) for _ in range(moments + self.averages)]
+        self.targets = [data.target[fold.valid] for fold in data.folds]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
         valid = [len(fold.valid) for fold in data.folds]
         self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
@@ -84,6 +86,7 @@ class CompiledChunk:
             "rows": data.n_rows,
             "longest": int(self.lengths.max()),
             "horizon": self.horizon,
+            "row_score": 0 if self.row_mean is None else ROW_SCORES.index(self.row_mean.of_row),
         }
         rows = {"decay": "weight_decay", **{key: key for key in ("lr", "momentum", "dropout", "ema")}}
         sizes = [min(config["batch_size"], self.numbers["longest"]) for config in self.configs]
@@ -110,16 +113,12 @@ class CompiledChunk:
         }
 
     def room(self, epochs: int) -> dict[str, Array]:
-        """Return where scores are computed from, after each of some epochs: shares of right answers, or outputs."""
-        data, trials, room = self.data, len(self.configs), dict[str, Array](scored=None, accuracy=None)
-        if self.scoring is None:
-            return room
-        # Counted where the outputs are.
-        is_counted = self.scoring.score is accuracy and not self.scoring.others
-        if is_counted:
+        """Return where scores are computed from, after each of some epochs: means over rows, or outputs."""
+        data, trials, room = self.data, len(self.configs), dict[str, Array](scored=None, means=None)
+        if self.row_mean is not None:
             shape = epochs, data.n_folds, trials
-            room["accuracy"] = torch.empty(shape, dtype=torch.float64, device=data.device)
-        if not is_counted or self.scoring.kept_bytes:
+            room["means"] = torch.empty(shape, dtype=torch.float64, device=data.device)
+        if self.scoring is not None and (self.row_mean is None or self.scoring.kept_bytes):
             scored = int(self.starts[-1]) * trials * data.n_outputs
             room["scored"] = torch.empty((epochs, scored), dtype=data.dtype, device=data.device)
         return room
@@ -173,20 +172,27 @@ class CompiledChunk:
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, epochs, F) of all members, each on the validation rows of its fold."""
-        counted, written, trials = self.arrays["accuracy"], self.arrays["scored"], len(self.configs)
+        means, written, trials = self.arrays["means"], self.arrays["scored"], len(self.configs)
         sizes = np.diff(self.starts).tolist()
         numbers = [size * trials * self.data.n_outputs for size in sizes]
         outputs = [
             [part.view(trials, size, -1) for part, size in zip(torch.split(epoch, numbers), sizes)]
             for epoch in ([] if written is None else written)
         ]
-        if counted is None:
+        if means is None:
             params = self.network.blocks.views(self.scored)
             scores = np.stack([self.validation.scores(self.network, params, trials, one) for one in outputs], 1)
         else:
-            scores = counted.movedim(2, 0).cpu().numpy().copy()
+            scores = self._of_means(means)
         self.validation.outputs = outputs
         return scores
+
+    def _of_means(self, means: Tensor) -> np.ndarray:
+        """Return the scores (C, epochs, F) of means (epochs, F, C) over validation rows."""
+        assert self.row_mean is not None
+        folds = zip(means.unbind(1), self.targets)
+        scores = torch.stack([self.row_mean.score(mean, target) for mean, target in folds], -1).movedim(1, 0)
+        return torch.where(scores.isfinite(), scores, torch.nan).cpu().numpy()
 
     def keep(self, stays: np.ndarray) -> None:
         """Go on with the trials of ``stays`` (C,) alone."""
@@ -204,17 +210,28 @@ class CompiledChunk:
         self._rebuild()
 
 
+def _row_mean(data: Dataset, scoring: Scoring | None) -> RowMean | None:
+    """Return how a score follows from what compiled code computes of each row; None where it is of outputs."""
+    if scoring is None or scoring.score is None or scoring.others or data.transforms:
+        return None
+    return ROW_MEANS.get(scoring.score)
+
+
 def _of_data(data: Dataset) -> dict[str, Array]:
     """What is read of the data, in the form in which the compiled code reads it."""
     shape = (data.n_folds, data.n_outputs)
     present = torch.ones(shape, dtype=torch.bool) if data.present is None else data.present
     (scaling,) = data.scaling
+    numbers = data.task == "regression"
     return {
         "x": data.x.contiguous(),
         "center": None if scaling is None else scaling.center,
         "scale": None if scaling is None else scaling.scale,
         "copies": torch.tensor(data.copies).to(data.device),
         "y": data.y.contiguous(),
+        "target": data.target.double().contiguous() if numbers else None,
+        "target_center": data.center.to(data.device).contiguous() if numbers else None,
+        "target_scale": data.scale.to(data.device).contiguous() if numbers else None,
         "weights": None if data.weights is None else data.weights.double().contiguous(),
         "present": present.to(data.dtype).contiguous(),
         "valid": torch.cat([fold.valid for fold in data.folds]),

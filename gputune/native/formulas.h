@@ -32,14 +32,3 @@ ALWAYS_INLINE real scaled(real x, real center, real scale) {
     real value = (x - center) / scale;
     return value == value ? value : 0;
 }
-
-/* Whether the largest output, of several the first, is that of the label; -1 where one is not finite. */
-ALWAYS_INLINE int hits(long outputs, const real *present, const real *z, int64_t label) {
-    long best = -1;
-    for (long k = 0; k < outputs; k++) {
-        if (present[k] == 0) continue;
-        if (z[k] - z[k] != 0) return -1;
-        if (best < 0 || z[k] > z[best]) best = k;
-    }
-    return best == label;
-}

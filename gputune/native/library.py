@@ -68,16 +68,19 @@ def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
 
 _NUMBERS = (
     "folds", "trials", "inputs", "width", "outputs", "layers", "activation", "optimizer", "classes", "rows", "epoch",
-    "horizon",
+    "horizon", "row_score",
 )  # fmt: skip
-_BEFORE = ("x", "center", "scale", "copies", "y", "weights", "present", "order", "lengths")
+_BEFORE = (
+    "x", "center", "scale", "copies", "y", "target", "target_center", "target_scale", "weights", "present", "order", "lengths",
+)  # fmt: skip
 _AFTER = (
     "widths", "sizes", "schedule", "lr", "decay", "momentum", "dropout", "ema", "draws", "draw_start", "draw_rows",
-    "theta", "first", "second", "average", "valid", "valid_start", "scored", "accuracy", "nanoseconds", "queue",
+    "theta", "first", "second", "average", "valid", "valid_start", "scored", "means", "nanoseconds", "queue",
 )  # fmt: skip
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
+ROW_SCORES = ("hit", "log likelihood", "squared error", "absolute error")
 """In the order of the library's numbers for them."""
 
 

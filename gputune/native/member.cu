@@ -35,9 +35,8 @@ enum { LAST_ROW = Layer<DEPTH>::ROW, WIDE = row_of(WIDTH), HIDDEN = DEPTH ? DEPT
 
 struct Shared {
     Rates rates[STEPS];                      // of the steps to come
-    double total, weight[ROWS];              // of the minibatch, and of its rows
+    double total[2], weight[ROWS];           // of the minibatch, or of what two warps score; and of its rows
     unsigned place[2];                       // in the queue, of this member and of the next in turn
-    int right, broken;                       // validation rows
     real target[ROWS], present[Layer<DEPTH>::OUT];
     alignas(16) real parameters[Layer<DEPTH>::END], x[ROWS * Layer<0>::INPUT_ROW];
     real z[HIDDEN][ROWS * WIDE];             // before the activation; then the slope in it
@@ -45,6 +44,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED && Layer<DEPTH>::SLOTS * THREADS == SCRATCH, "as the host allots them");
 static_assert(Layer<DEPTH>::OUT <= THREADS && WIDTH <= THREADS, "a thread has one bias of a layer at most");
+static_assert(ROWS <= 64 && ROWS <= THREADS, "a thread of the first two warps scores a row");
 
 // The moments that a thread keeps: of its tiles, and of its bias.
 template <int L> struct Own : Own<L - 1> { real first[Layer<L>::ROOM], second[Layer<L>::ROOM], bias_first, bias_second; };
@@ -136,14 +136,20 @@ ALWAYS_INLINE void gather(Shared &s, const Work &w, int64_t f, const Part &now)
     }
 }
 
+ALWAYS_INLINE double sum_of_warp(double of_lane)
+{
+    for (int lane = 16; lane; lane /= 2) of_lane += __shfl_xor_sync(0xffffffffu, of_lane, lane);
+    return of_lane;
+}
+
 // The weights of a minibatch, summed by the first warp.
 ALWAYS_INLINE void sum_weights(Shared &s, const Work &w, int64_t f, const int64_t *which, int count)
 {
     if (threadIdx.x >= 32) return;
     double total = 0;
     for (int i = threadIdx.x; i < count; i += 32) total += w.weights[f * w.rows + which[i]];
-    for (int lane = 16; lane; lane /= 2) total += __shfl_xor_sync(0xffffffffu, total, lane);
-    if (threadIdx.x == 0) s.total = total > 2.2250738585072014e-308 ? total : 2.2250738585072014e-308;
+    total = sum_of_warp(total);
+    if (threadIdx.x == 0) s.total[0] = total > 2.2250738585072014e-308 ? total : 2.2250738585072014e-308;
 }
 
 // What dropout multiplies a unit by: 1 / (1 - rate) where it stays, which is where its draw reaches the rate.
@@ -176,7 +182,7 @@ ALWAYS_INLINE void slope_in_outputs(Shared &s, const Part &now)
 {
     for (int i = threadIdx.x; i < ROWS * 4; i += THREADS) {
         const int r = i / 4;
-        const real share = r >= now.rows ? 0 : now.share != 0 ? now.share : (real)(s.weight[r] / s.total);
+        const real share = r >= now.rows ? 0 : now.share != 0 ? now.share : (real)(s.weight[r] / s.total[0]);
         real *z = s.outputs + r * LAST_ROW;
         if (!CLASSES) {
             if (i % 4 == 0) z[0] = r < now.rows ? 2 * (z[0] - s.target[r]) * share : 0;
@@ -270,18 +276,19 @@ ALWAYS_INLINE void backward(Shared &s, const Work &w, int64_t f, int64_t c, Own<
     if constexpr (L > 0) backward<L - 1>(s, w, f, c, own, now, by);
 }
 
-// Counts the right ones of some validation rows, and writes their outputs, where that is asked for.
-ALWAYS_INLINE void score(Shared &s, const Work &w, int64_t f, int64_t c, const Part &now, int64_t at)
+// Adds up the scores of validation rows, from ``at`` on, and writes their outputs, where that is asked for.
+ALWAYS_INLINE void score(Shared &s, const Work &w, int64_t f, int64_t c, const Part &now, int64_t at, int epoch)
 {
     const int64_t begin = w.valid_start[f], count = w.valid_start[f + 1] - begin;
+    const int64_t first = w.trials * (epoch * w.valid_start[w.folds] + begin) + c * count + at;
     if (w.scored)
         for (int i = threadIdx.x; i < now.rows * OUTPUTS; i += THREADS)
-            w.scored[OUTPUTS * (w.trials * begin + c * count + at) + i] = s.outputs[i / OUTPUTS * LAST_ROW + i % OUTPUTS];
-    if (w.accuracy)
-        for (int r = threadIdx.x; r < now.rows; r += THREADS) {
-            const int hit = hits(OUTPUTS, s.present, s.outputs + r * LAST_ROW, (int64_t)s.target[r]);
-            if (hit) atomicAdd(hit > 0 ? &s.right : &s.broken, 1);
-        }
+            w.scored[OUTPUTS * first + i] = s.outputs[i / OUTPUTS * LAST_ROW + i % OUTPUTS];
+    const int r = threadIdx.x;
+    if (!w.means || r >= 64) return;
+    const double of_row = r < now.rows ? row_score(&w, CLASSES, f, s.outputs + r * LAST_ROW, now.which[r]) : 0;
+    const double sum = sum_of_warp(of_row);
+    if (r % 32 == 0) s.total[r / 32] = sum + (at ? s.total[r / 32] : 0);
 }
 
 // Takes the steps ``begin`` to ``end`` of one member, counted from the beginning of the epoch that Work says.
@@ -289,13 +296,12 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
 {
     const int n = (int)w.lengths[f], size = w.sizes[c] < n ? (int)w.sizes[c] : n, steps = (n + size - 1) / size;
     if (begin >= epochs * steps) return;
-    const int64_t valid = w.scored || w.accuracy ? w.valid_start[f + 1] - w.valid_start[f] : 0;
+    const int64_t valid = w.scored || w.means ? w.valid_start[f + 1] - w.valid_start[f] : 0;
     const real rate = DROPOUT ? (real)w.dropout[c] : 0;
     Own<DEPTH> own;
     move<DEPTH, false>(s, w, own, f, c);
     const int output = threadIdx.x;
     if (output < Layer<DEPTH>::OUT) s.present[output] = output < OUTPUTS ? w.present[f * OUTPUTS + output] : 0;
-    if (threadIdx.x == 0) s.right = s.broken = 0;
     for (int step = begin; step < end && step < epochs * steps; step++) {
         const int epoch = step / steps, within = step % steps, of = (step - begin) % STEPS;
         const int count = n - within * size < size ? n - within * size : size;
@@ -312,7 +318,7 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
             now.begun = at > 0, now.whole = left <= ROWS, now.rate = rate, now.scale = 1 / (1 - rate);
             now.layer = DROPOUT ? w.draw_rows[within] * WIDTH : 0, now.scratch = scratch;
             now.share = w.weights ? 0 : 1 / (real)count;
-            now.draws = DROPOUT && training && rate > 0 ? w.draws + w.draw_start[within] + at * WIDTH : nullptr;
+            now.draws = DROPOUT && training && rate > 0 ? w.draws + w.draw_start[epoch * w.longest + within] + at * WIDTH : nullptr;
             gather(s, w, f, now);
             BARRIER(GATHERED);
             forward<0>(s, now);
@@ -320,14 +326,12 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
                 slope_in_outputs(s, now);
                 const Rates by = s.rates[of];
                 backward<DEPTH>(s, w, f, c, own, now, by);
-            } else score(s, w, f, c, now, at - count + epoch * w.trials * w.valid_start[w.folds]);
+            } else score(s, w, f, c, now, at - count, epoch);
             at += now.rows;
             BARRIER(ENDED);
         }
-        if (all > count && w.accuracy && threadIdx.x == 0) {
-            w.accuracy[(epoch * w.folds + f) * w.trials + c] = s.broken ? NAN : (double)s.right / valid;
-            s.right = s.broken = 0;
-        }
+        if (all > count && w.means && threadIdx.x == 0)
+            w.means[(epoch * w.folds + f) * w.trials + c] = (s.total[0] + s.total[1]) / valid;
     }
     move<DEPTH, true>(s, w, own, f, c);
 }

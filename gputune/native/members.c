@@ -20,6 +20,7 @@ typedef float real;
 #include "product.h"
 #include "functions.h"
 #include "work.h"
+#include "scores.h"
 #include "update.h"
 #include "member.h"
 #include "step.h"
@@ -28,7 +29,7 @@ typedef float real;
 static void score(const Work *w, Space *s, long f, long c) {
     long count = w->valid_start[f + 1] - w->valid_start[f], row = s->layer[s->layers - 1].row;
     const int64_t *which = w->valid + w->valid_start[f];
-    long right = 0, broken = 0;
+    double total = 0;
     for (long at = 0; at < count; at += SCORED_ROWS) {
         long rows = count - at < SCORED_ROWS ? count - at : SCORED_ROWS;
         gather(w, f, which + at, rows, s->h[0]);
@@ -39,13 +40,10 @@ static void score(const Work *w, Space *s, long f, long c) {
                 real *out = w->scored + w->outputs * (w->trials * w->valid_start[f] + c * count);
                 memcpy(out + (at + i) * w->outputs, z, w->outputs * sizeof(real));
             }
-            if (w->accuracy) {
-                int hit = hits(w->outputs, w->present + f * w->outputs, z, ((const int64_t *)w->y)[which[at + i]]);
-                right += hit > 0, broken += hit < 0;
-            }
+            if (w->means) total += row_score(w, (int)w->classes, f, z, which[at + i]);
         }
     }
-    if (w->accuracy) w->accuracy[f * w->trials + c] = broken ? NAN : (double)right / count;
+    if (w->means) w->means[f * w->trials + c] = total / count;
 }
 
 static int64_t now(void) {
@@ -82,7 +80,7 @@ static void train_member(const Work *w, Space *s, long f, long c, const int32_t 
     move(w, s, f, c, 1);
     memcpy(s->state, s->average, (char *)s->end - (char *)s->average); /* which is scored, where there is one */
     int64_t trained = now();
-    if (w->scored || w->accuracy) score(w, s, f, c);
+    if (w->scored || w->means) score(w, s, f, c);
     __atomic_fetch_add(w->nanoseconds, trained - begin, __ATOMIC_RELAXED);
     __atomic_fetch_add(w->nanoseconds + 1, now() - trained, __ATOMIC_RELAXED);
 }

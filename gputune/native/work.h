@@ -7,10 +7,13 @@ typedef struct {
     int64_t folds, trials, inputs, width, outputs, layers, activation, optimizer, classes;
     int64_t rows;                 /* n of the data */
     int64_t epoch, horizon;       /* epochs done, and epochs of a schedule */
+    int64_t row_score;            /* what a validation row adds to ``means`` (scores.h) */
     const real *x;                /* (V, n, D) */
     const real *center, *scale;   /* (F, D): (x - center) / scale is read, 0 where x is missing; NULL: x as it is */
     const int64_t *copies;        /* (F): V of a fold */
     const void *y;                /* (n) codes, or (F, n) values */
+    const double *target;         /* (n) values in their own units, of y target_scale + target_center; NULL: classes */
+    const double *target_center, *target_scale; /* (F) */
     const double *weights;        /* (F, n) or NULL */
     const real *present;          /* (F, K) */
     const int64_t *order;         /* (F, longest fold): rows of the data as they are read in this epoch */
@@ -27,7 +30,7 @@ typedef struct {
     const int64_t *valid;         /* validation rows of all folds */
     const int64_t *valid_start;   /* (F + 1) */
     real *scored;                 /* outputs on them, (C, m, K) fold after fold; NULL: none */
-    double *accuracy;             /* (F, C) on them, NaN where an output is not finite; NULL: none */
+    double *means;                /* (F, C): the mean of row_score over them; NULL: none */
     int64_t *nanoseconds;         /* (2): of training and of scoring, added up over members */
     const int64_t *queue;         /* (F C): members p = f C + c in the order in which they are taken */
 } Work;

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +69,10 @@ def f1_macro(logits: Tensor, y: Tensor) -> Tensor:
 
 def r2(outputs: Tensor, y: Tensor) -> Tensor:
     """1 - residual / total sum of squares, at most 1; for a constant y, 1 if met exactly, else 0."""
-    residual = ((outputs.squeeze(-1) - y) ** 2).sum(-1)
+    return _r2(((outputs.squeeze(-1) - y) ** 2).sum(-1), y)
+
+
+def _r2(residual: Tensor, y: Tensor) -> Tensor:
     total = ((y - y.mean()) ** 2).sum()
     if len(y) < 2:
         return torch.full_like(residual, math.nan)
@@ -134,6 +138,26 @@ OF_TASK: Mapping[str, Mapping[str, Score]] = {
 
 RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})
 """Scores that the last bit of one output changes: a tie of two rows counts half, whatever breaks it."""
+
+
+class RowMean(NamedTuple):
+    """A score that compiled code computes: of the mean over rows of what ``native/scores.h`` knows by a name.
+
+    ``score`` makes it of such means (...) and the rows' targets (m,).
+    """
+
+    of_row: str
+    score: Callable[[Tensor, Tensor], Tensor]
+
+
+ROW_MEANS: Mapping[Score, RowMean] = {
+    accuracy: RowMean("hit", lambda mean, y: mean),
+    neg_log_loss: RowMean("log likelihood", lambda mean, y: mean),
+    REGRESSION["r2"]: RowMean("squared error", lambda mean, y: _r2(mean * len(y), y)),
+    REGRESSION["neg_mean_squared_error"]: RowMean("squared error", lambda mean, y: -mean),
+    REGRESSION["neg_root_mean_squared_error"]: RowMean("squared error", lambda mean, y: -mean.sqrt()),
+    REGRESSION["neg_mean_absolute_error"]: RowMean("absolute error", lambda mean, y: -mean),
+}
 
 
 def _onehot(y: Tensor, logits: Tensor) -> Tensor:
