@@ -23,31 +23,35 @@ _SEED_BITS = (1 << 32) - 1  # those that PyTorch's generator of a CPU keeps
 
 
 class Draws:
-    """The draws of some steps ahead, (steps, layers, B, H) on the device; B are the steps' ``rows``."""
+    """The draws of some steps ahead, (steps, layers, B, H) on the device; B are the steps' ``rows``, of some epochs."""
 
-    def __init__(self, rows: Sequence[int], *, layers: int, width: int, seed: int, device: torch.device) -> None:
-        self.rows, self.seed = rows, seed
+    def __init__(
+        self, rows: Sequence[int], *, layers: int, width: int, seed: int, device: torch.device, epochs: int = 1
+    ) -> None:
+        self.steps, self.rows, self.seed = len(rows), [*rows] * epochs, seed
         shape = (layers, max(rows), width)
-        self.ahead = max(1, min(len(rows), _DRAW_BYTES // (4 * math.prod(shape))))
+        self.room = max(1, _DRAW_BYTES // (4 * math.prod(shape)))
+        self.ahead = min(len(self.rows), self.room)
         self.buffer = torch.zeros((self.ahead, *shape), dtype=torch.float32, device=device)
         self.kernel = uniform_kernel(device) if device.type == "cuda" else None
 
     def fill(self, epoch: int, step: int) -> None:
-        """Draw for this step and those ahead, where the buffer ends before it."""
+        """Draw for this step, counted from an epoch's first, and those ahead, where the buffer ends before it."""
         if step % self.ahead:
             return
         _, layers, most, width = self.buffer.shape
         ahead = self.rows[step : step + self.ahead]
-        keys = [[(epoch, step + slot, layer) for layer in range(layers)] for slot in range(len(ahead))]
+        places = [divmod(step + slot, self.steps) for slot in range(len(ahead))]
         if self.kernel is not None:
-            seeds = [stream_seed(self.seed, "dropout", *key) & _SEED_BITS for keys in keys for key in keys]
+            keys = [(epoch + more, within, layer) for more, within in places for layer in range(layers)]
+            seeds = [stream_seed(self.seed, "dropout", *key) & _SEED_BITS for key in keys]
             counts = [rows * width for rows in ahead for _ in range(layers)]
             draw_uniform(self.kernel, seeds, counts, self.buffer.view(-1, most * width))
             return
         drawn = torch.zeros(self.buffer.shape)
-        for slot, rows in enumerate(ahead):
+        for slot, (rows, (more, within)) in enumerate(zip(ahead, places)):
             for layer in range(layers):
-                drawn[slot, layer, :rows] = dropout_draw(self.seed, (epoch, step + slot), layer, rows, width)
+                drawn[slot, layer, :rows] = dropout_draw(self.seed, (epoch + more, within), layer, rows, width)
         self.buffer.copy_(drawn)
 
     def at(self, step: Tensor, rows: int) -> Tensor:

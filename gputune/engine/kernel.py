@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.compiled import CompiledChunk
+from gputune.engine.compiled import Array, CompiledChunk
 from gputune.engine.dropout import Draws
 from gputune.memory import synchronize
 from gputune.native.cuda import Kernel, attempt, launch, without_nvrtc
@@ -48,16 +48,6 @@ class KernelChunk(CompiledChunk):
     def _rebuild(self) -> None:
         super()._rebuild()
         device, steps = self.data.device, int(self.steps.max())
-        if self.network.rates is not None:
-            rows = self.draw_rows()
-            layers, width = self.network.depth, self.network.hidden
-            self.draws = Draws(rows.tolist(), layers=layers, width=width, seed=self.seed, device=device)
-            start = np.arange(steps) % self.draws.ahead * self.draws.buffer[0].numel()
-            self.arrays |= {
-                "draws": self.draws.buffer,
-                "draw_start": self.place(start),
-                "draw_rows": self.place(np.full_like(rows, rows.max())),
-            }
         self.arrays["nanoseconds"] = None
         self.kernel = kernel_of(self.configs, self.network.kind, self.data)
         self.compiled = compiled(self.kernel, device)
@@ -69,15 +59,31 @@ class KernelChunk(CompiledChunk):
         self.turns = np.cumsum(-(-active // self.blocks))
         self.epochs = 1
 
+    def room(self, epochs: int) -> dict[str, Array]:
+        """Return where scores are computed from, after each of some epochs, and the draws of their dropout."""
+        room, device = super().room(epochs), self.data.device
+        if self.network.rates is None:
+            return room
+        rows, layers, width = self.draw_rows(), self.network.depth, self.network.hidden
+        self.draws = Draws(rows.tolist(), layers=layers, width=width, seed=self.seed, device=device, epochs=epochs)
+        start = np.zeros((epochs, self.numbers["longest"]), dtype=np.int64)
+        slots = np.arange(epochs * len(rows)) % self.draws.ahead
+        start[:, : len(rows)] = slots.reshape(epochs, -1) * self.draws.buffer[0].numel()
+        most = self.place(np.full_like(rows, rows.max()))
+        return {**room, "draws": self.draws.buffer, "draw_start": self.place(start), "draw_rows": most}
+
     def take(self, most: int) -> int:
         """Return how many epochs the next ``advance`` trains for: as many of ``most`` as one launch has time for."""
-        kept = self.arrays["scored"], self.arrays["accuracy"]
-        room = sum(array.nbytes for array in kept if array is not None) // self.epochs
-        room += 8 * self.lengths.size * int(self.lengths.max())
+        kept = self.arrays["scored"], self.arrays["means"], self.arrays["draw_start"]
+        each = sum(array.nbytes for array in kept if array is not None) // self.epochs
+        each += 8 * self.lengths.size * int(self.lengths.max())
         several = self.scoring is None or self.scoring.on_outputs  # else members are asked as each epoch leaves them
         many = 1
-        if several and self.draws is None and self.pace < math.inf:  # whose draws are those of one epoch
-            many = max(1, min(most, int(self.pace * _SECONDS / self.turns[-1]), _ROOM_BYTES // room))
+        if several and self.pace < math.inf:
+            many = min(most, int(self.pace * _SECONDS / self.turns[-1]), _ROOM_BYTES // each)
+            if self.draws is not None:
+                many = min(many, self.draws.room // self.draws.steps)
+            many = max(1, many)
         if many != self.epochs:
             self.epochs = many
             self.arrays |= self.room(many)

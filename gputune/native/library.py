@@ -71,7 +71,8 @@ _NUMBERS = (
     "horizon", "row_score",
 )  # fmt: skip
 _BEFORE = (
-    "x", "center", "scale", "copies", "y", "target", "target_center", "target_scale", "weights", "present", "order", "lengths",
+    "x", "center", "scale", "copies", "y", "target", "target_center", "target_scale", "weights", "present", "order",
+    "lengths",
 )  # fmt: skip
 _AFTER = (
     "widths", "sizes", "schedule", "lr", "decay", "momentum", "dropout", "ema", "draws", "draw_start", "draw_rows",

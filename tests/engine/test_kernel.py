@@ -115,20 +115,23 @@ def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
 
 
 @pytest.mark.parametrize(
-    ("pace", "most", "room", "epochs"),
+    ("pace", "most", "room", "draws", "epochs"),
     [
-        (np.inf, 9, 999, 1),  # the speed is not known
-        (55.0, 9, 999, 1),
-        (180.0, 9, 999, 3),  # of 14 turns each, in a quarter of a second
-        (180.0, 2, 999, 2),
-        (180.0, 9, 130, 2),  # of 64 bytes each
+        (np.inf, 9, 999, 999, 1),  # the speed is not known
+        (55.0, 9, 999, 999, 1),
+        (180.0, 9, 999, 999, 3),  # of 14 turns each, in a quarter of a second
+        (180.0, 2, 999, 999, 2),
+        (180.0, 9, 130, 999, 2),  # of 64 bytes each
+        (180.0, 9, 999, 25, 2),  # of 10 steps each
+        (180.0, 9, 999, 3, 1),
     ],
 )
-def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(pace, most, room, epochs, chunk, monkeypatch):
+def test_a_launch_takes_the_epochs_that_it_has_time_and_memory_for(pace, most, room, draws, epochs, chunk, monkeypatch):
     monkeypatch.setattr(kernel, "_ROOM_BYTES", room)
+    chunk.draws = SimpleNamespace(room=draws, steps=10)
     chunk.pace, chunk.scoring, chunk.lengths = pace, None, np.array([4])
-    chunk.arrays = {"accuracy": torch.empty((1, 4), dtype=torch.float64), "scored": None}
-    chunk.room = lambda epochs: {"accuracy": torch.empty((epochs, 4), dtype=torch.float64)}
+    chunk.arrays = {"means": torch.empty((1, 4), dtype=torch.float64), "scored": None, "draw_start": None}
+    chunk.room = lambda epochs: {"means": torch.empty((epochs, 4), dtype=torch.float64)}
     assert chunk.take(most) == chunk.epochs == epochs
 
 

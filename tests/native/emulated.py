@@ -82,18 +82,18 @@ def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LAR
 
 def train_members(
     emulator: Emulator, numbers: dict[str, int], arrays: dict[str, Any], *, order: int = 2, left_out: int = -1,
-    pieces: int = 1 << 20, blocks: int = 2, tf32: bool = False, rows: int = 0,
+    pieces: int = 1 << 20, blocks: int = 2, tf32: bool = False, rows: int = 0, epochs: int = 1,
 ) -> bool:  # fmt: skip
-    """Train members for an epoch by the kernel, as the C code does, in launches of so many steps."""
+    """Train members by the kernel, as the C code does for an epoch, in launches of so many steps."""
     kernel, work = kernel_of(numbers, arrays), make_work(numbers, arrays)
     kernel = replace(kernel, tf32=tf32, rows=rows or kernel.rows)
     lengths = np.asarray(arrays["lengths"])[:, None]
     steps = int((-(-lengths // np.minimum(arrays["sizes"].numpy(), lengths))).max())
     scratch = torch.full((blocks * kernel.scratch,), torch.nan, dtype=kernel.dtype)
     whole = True
-    for begin in range(0, steps, pieces):
+    for begin in range(0, epochs * steps, pieces):
         taken = np.zeros(1, dtype=np.uint32)
-        arguments = [ctypes.addressof(work), taken.ctypes.data, scratch.data_ptr(), begin, begin + pieces, 1]
+        arguments = [ctypes.addressof(work), taken.ctypes.data, scratch.data_ptr(), begin, begin + pieces, epochs]
         sizes = {"blocks": blocks, "threads": kernel.threads, "shared": kernel.shared}
         how = {"order": order, "left_out": left_out}
         whole &= emulator.launch(kernel.source, "train_members", arguments, **sizes, **how)

@@ -18,6 +18,7 @@ from gputune.engine import compiled
 from gputune.engine.mlp import StackedMLP
 from gputune.native.library import Work
 from gputune.native.member_kernel import OPTIONS, MemberKernel, compile_kernel
+from gputune.scoring.scores import REGRESSION
 from native.emulated import HERE, LARGEST, ORDERS, Emulator, bytes_of, kernel_of, train_members
 from problems import (
     assert_equals_plain_loop,
@@ -147,7 +148,13 @@ def copied(arrays):
     }
 
 
-WRITTEN = ("theta", "first", "second", "scored", "accuracy")
+def twice(numbers, arrays):
+    """What the kernel is given for two epochs, which read the rows in one order."""
+    of_epochs = {name: torch.stack([arrays[name]] * 2) for name in ("order", "means") if arrays[name] is not None}
+    return numbers, {**arrays, **of_epochs}
+
+
+WRITTEN = ("theta", "first", "second", "scored", "means")
 
 
 def after(emulator, numbers, arrays, **how):
@@ -162,13 +169,21 @@ SMALL = fill(*({**sizes, "lr": 1e-2} for sizes in WIDTHS))
 
 
 @needs_compiled_code
-@pytest.mark.parametrize("scoring", ["accuracy", "neg_log_loss"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("scoring", "dtype"),
+    [
+        ("accuracy", torch.float32),
+        ("neg_log_loss", torch.float64),
+        ("r2", torch.float32),
+        ("neg_mean_absolute_error", torch.float64),
+    ],
+)
 def test_an_epoch_is_that_of_the_C_code(scoring, dtype, emulator):
-    data = without_class_2(make_data(dtype=dtype))
+    numbers = scoring in REGRESSION
+    data = make_data("regression", dtype=dtype) if numbers else without_class_2(make_data(dtype=dtype))
     words = ("one_cycle", "coslog4")
     configs = [{**config, "schedule": word} for config, word in zip(SMALL, words)]
-    numbers, arrays = epoch_of(data, configs, scoring_of(data, scoring))
+    numbers, arrays = epoch_of(data, configs, replace(scoring_of(data, scoring), kept_bytes=1))
     by_kernel, by_c = copied(arrays), copied(arrays)
     assert train_members(emulator, numbers, by_kernel)
     compiled._run(compiled.library(dtype), numbers, by_c)
@@ -181,14 +196,13 @@ def test_an_epoch_is_that_of_the_C_code(scoring, dtype, emulator):
 @needs_compiled_code
 @pytest.mark.parametrize("tf32", [False, True])
 def test_order_of_threads_and_launches_change_no_bit(tf32, emulator):
-    data = make_data(n=150, weights=True, dtype=torch.float32)
-    configs = [{**config, "batch_size": size} for config, size in zip(SMALL, (75, 20))]
-    scoring = scoring_of(data, "accuracy")
-    work = epoch_of(data, configs, scoring)
-    expected = after(emulator, *work, tf32=tf32, order=0)
-    assert expected is not None
+    data = make_data(n=140, weights=True, dtype=torch.float32)
+    configs = [{**config, "batch_size": size} for config, size in zip(SMALL, (70, 30))]
+    work = twice(*epoch_of(data, configs, scoring_of(data, "neg_log_loss")))
+    expected = after(emulator, *work, tf32=tf32, order=0, epochs=2)
+    assert expected is not None and np.isfinite(np.frombuffer(expected["means"])).all()
     for how in ({"order": 1}, {"order": 2}, {"order": 2, "pieces": 2, "blocks": 1}):
-        assert after(emulator, *work, tf32=tf32, **how) == expected, how
+        assert after(emulator, *work, tf32=tf32, epochs=2, **how) == expected, how
 
 
 # Of a product of two factors, each of which is off by 2^-11 of it at most, in 10 bits; 2^-16 is for the square of that,
@@ -254,7 +268,7 @@ EACH_BARRIER = [number for numbers in BARRIERS.values() for number in np.atleast
 @pytest.mark.parametrize("barrier", EACH_BARRIER)
 def test_a_barrier_that_is_left_out_is_found(barrier, tf32, emulator):
     data = make_data(n=40, dtype=torch.float32)
-    work = epoch_of(data, SMALL)
+    work = epoch_of(data, SMALL, scoring_of(data, "neg_log_loss"))
     whole, *others = (after(emulator, *work, tf32=tf32, order=order) for order in range(3))
     assert whole is not None and others == [whole, whole]
     left = [after(emulator, *work, tf32=tf32, order=order, left_out=int(barrier)) for order in range(3)]
@@ -364,8 +378,9 @@ def test_nvrtc_compiles_it_once_on_a_machine(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def program(emulator, tmp_path_factory):
-    """Build, with a sanitizer, a program that trains a small epoch: returns it, its input, and what it leaves."""
-    numbers, arrays = epoch_of(make_data(n=40, dtype=torch.float32), SMALL)
+    """Build, with a sanitizer, a program that trains two small epochs, and scores them: returns its folder."""
+    data = make_data(n=40, dtype=torch.float32)
+    numbers, arrays = twice(*epoch_of(data, SMALL, scoring_of(data, "neg_log_loss")))
 
     def build(sanitizer, tf32=False):
         folder = tmp_path_factory.mktemp(sanitizer)
@@ -399,7 +414,7 @@ def program(emulator, tmp_path_factory):
 
 
 def watched(folder, *, order, left_out=-1):
-    """What a sanitizer says of an epoch; empty: nothing."""
+    """What a sanitizer says of these epochs; empty: nothing."""
     environment = {
         **os.environ,
         "ORDER": str(order),
