@@ -65,11 +65,15 @@ class MemberKernel:
         size = self.dtype.itemsize
         rates = -(-(8 + 5 * size) // 8) * 8
         head = _RATES * rates + 8 * (3 + self.rows) + size * (self.rows + self.layers[-1][1])
-        parameters = sum(below * _row(above) + above for below, above in self.layers)
         hidden = 2 * max(1, self.depth) * _row(self.width)
         return -(-head // 16) * 16 + size * (
-            parameters + self.rows * (hidden + _row(self.layers[0][0]) + _row(self.layers[-1][1]))
+            self._parameters + self.rows * (hidden + _row(self.layers[0][0]) + _row(self.layers[-1][1]))
         )
+
+    @property
+    def _parameters(self) -> int:
+        """Numbers of weights and biases, with the zeros behind them."""
+        return sum(below * _row(above) + above for below, above in self.layers)
 
     @property
     def scratch(self) -> int:
@@ -96,7 +100,9 @@ class MemberKernel:
         if self.dtype != torch.float32:
             return f"dtype={str(self.dtype).removeprefix('torch.')!r}, only float32"
         if self.shared > shared:
-            return f"{self.shared:,} bytes of weights and activations on chip, where the card has {shared:,}"
+            weights = self.dtype.itemsize * self._parameters
+            parts = f"{weights:,} bytes of weights and {self.shared - weights:,} of {self.rows} rows' activations"
+            return f"{parts} on chip, where the card has {shared:,}"
         return ""
 
     @property

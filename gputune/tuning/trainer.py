@@ -1,6 +1,7 @@
 """What trains configurations of one model on one dataset, for every face: plans, jobs, and what came of the chunks."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -88,7 +89,7 @@ class Trainer:
         device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
         backend, why = choose_backend(word, device, self.data.dtype, self.kind)
         if backend == "kernel":
-            return replace(self, backend=self._kernel(word, configs))
+            return replace(self, backend=self._kernel(word, configs, say))
         module = self.kind == "module"
         fast: Backend = "graph" if word == "graph" or (module and word == "auto") else "compiled"
         ways = {trains_as(fast, self.kind, config) for config in configs}
@@ -103,8 +104,8 @@ class Trainer:
             say(f"note: all trials train {how}: backend={word!r} knows {models}sgd, nesterov, adam or adamw alone")
         return replace(self, backend=backend)
 
-    def _kernel(self, word: BackendWord, configs: Sequence[Config]) -> Backend:
-        """Return the backend of a search for which a kernel is chosen.
+    def _kernel(self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object] = str) -> Backend:
+        """Return the backend of a search for which a kernel is chosen; which trials it does not know is said.
 
         Raises InputError where that is asked for, and it trains none of the configurations.
         """
@@ -115,6 +116,9 @@ class Trainer:
         else:
             parts = [lacks(config, self.kind, self.data) for config in configs]
             if not all(parts) or not parts:
+                for part, trials in Counter(filter(None, parts)).items():
+                    steps = f"{trials} of {count(len(parts), 'trial')} train in recorded steps"
+                    say(f"note: {steps}: the kernel does not know {part}")
                 return "kernel"
             why = f"does not know {parts[0]}"
         if word == "kernel":

@@ -292,7 +292,7 @@ def shape(inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dro
         ({"dtype": torch.float64}, "dtype='float64', only float32"),
         (
             {"shared": CARDS["86"]},
-            "191,104 bytes of weights and activations on chip, where the card has 101,376",
+            "170,752 bytes of weights and 20,352 of 8 rows' activations on chip, where the card has 101,376",
         ),
         ({"width": 32, "shared": CARDS["86"]}, ""),
     ],
@@ -302,6 +302,16 @@ def test_what_it_does_not_know_is_said(member, part):
     member = most | member
     shared, dtype = member.pop("shared"), member.pop("dtype", torch.float32)
     assert replace(shape(**member), dtype=dtype).fitted(shared).unknown(shared) == part
+
+
+def test_the_page_says_what_fits_which_card():
+    page = (HERE.parents[1] / "docs/kernel.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\d) of (\d+) \| (\d+) \| (\S+) \| (\S+) \| (\S+) \|$", page, re.M)
+    for inputs, depth, width, outputs, *said in rows:
+        member = shape(*map(int, (inputs, width, depth, outputs)))
+        fitted = [(member.fitted(CARDS[card]), CARDS[card]) for card in ("90", "80", "86")]
+        assert said == ["-" if tile.unknown(card) else str(tile.rows) for tile, card in fitted]
+    assert len(rows) == 10
 
 
 SHAPES = {

@@ -113,7 +113,8 @@ def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_pa
 @pytest.mark.parametrize(
     ("options", "launches"),
     [
-        ({"scoring": "accuracy"}, 2),
+        ({"scoring": "accuracy", "dropout": 0.2}, 2 + 2),  # and their draws
+        ({"keep_predictions": False}, 2),  # of the log loss, which is scored where the outputs are
         ({"scoring": ["neg_log_loss", "accuracy"]}, 2),
         ({"method": gputune.Halving(factor=2, min_epochs=2)}, 2 + 2),  # from rung to rung
         (
@@ -126,10 +127,9 @@ def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_pa
 )
 def test_epochs_between_which_nothing_is_decided_are_one_launch(options, launches, iris, monkeypatch):
     """But the first of a chunk, whose speed is not known."""
-    rows, space = (
-        [part[::4] for part in iris],
-        {"lr": [1e-2, 1e38], "width": [9], "batch_size": [16]},
-    )  # one diverges
+    dropout, rows = options.get("dropout", 0.0), [part[::4] for part in iris]
+    space = {"lr": [1e-2, 1e38], "width": [9], "batch_size": [16], "dropout": [dropout]}  # one diverges
+    options = {key: value for key, value in options.items() if key != "dropout"}
     options = {**options, "space": space, "n_trials": 2, "max_epochs": 4, "cv": 2, "include_default": False}
     kept, of_trials = [{}], BestOutputs.of_trials
 
@@ -149,7 +149,7 @@ def test_epochs_between_which_nothing_is_decided_are_one_launch(options, launche
     assert np.isnan(each.curves).any() and np.isfinite(each.curves).any()
     assert study.curves.tobytes() == each.curves.tobytes()
     one, other = ({n: (o.epoch, o.values.tobytes()) for n, o in found.items()} for found in kept)
-    assert one == other != {}
+    assert one == other and bool(one) == options.get("keep_predictions", True)
     assert [trial.best_epoch for trial in study.trials] == [trial.best_epoch for trial in each.trials]
 
 
@@ -164,6 +164,9 @@ def test_the_plan_says_what_the_kernel_trains(iris, capsys):
     search(iris, space=space, include_default=False, n_trials=4, max_epochs=1, verbose=1)
     said = capsys.readouterr().err
     assert "2 by the kernel, 2 recorded" in said
+    assert (
+        "note: 2 of 4 trials train in recorded steps: the kernel does not know depth of 5, where 4 is the most" in said
+    )
     compiled = re.findall("compiling the kernel for members of (.*): some seconds, once on this machine", said)
     assert sorted(compiled) == ["4-16-16-3", "64-16-16-3"]
 
