@@ -256,14 +256,14 @@ class Store:
         """Return what the rows of a table, or those of some numbers, say; StudyCorruptError where one is damaged."""
         some = "" if numbers is None else "WHERE rowid IN (SELECT value FROM json_each(?))"
         given = () if numbers is None else (json.dumps(list(numbers)),)
-        rows = self._read(f"SELECT * FROM {table} {some} ORDER BY rowid", *given)
+        query = f"SELECT * FROM {table} {some} ORDER BY rowid"
         values: list[Value] = []
-        with without_collector():
-            try:
-                for row in rows:
+        with without_collector(), sqlite_errors(self.path):
+            for row in self._connection.execute(query, given):  # all at once would take more memory, and time for it
+                try:
                     values.append(read_row(make, row))
-            except ValueError as error:
-                raise damage_error(self.path, f"{_ROWS[table].format(rows[len(values)][0])} {error}") from error
+                except ValueError as error:
+                    raise damage_error(self.path, f"{_ROWS[table].format(row[0])} {error}") from error
         return values
 
     def _all(self, table: str, make: Callable[..., Kept], known: dict[int, Kept]) -> list[Kept]:
