@@ -63,7 +63,7 @@ def tried(name: str, folder: Path) -> str:
     shown = f"import sys; from importlib.metadata import version as v; print(sys.version.split()[0], *map(v, {SHOWN}))"
     versions = subprocess.check_output([inside, "-c", shown], text=True).split()
     tests = [f"tests/{part}" for part in PARTS]
-    words = [folder / "bin" / "pytest", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", *tests]
+    words = [folder / "bin" / "pytest", "-o", f"cache_dir={folder}/cache", "-n", "2", "--dist", "loadfile", *tests]
     ran = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     print(ran.stdout)
     return line(name, *versions, result(ran.stdout))
