@@ -30,7 +30,7 @@ def fitted(y, kind=LogisticRegression):
         values = estimator.predict(rows) if classes is None else np.log(estimator.predict_proba(rows))
         return torch.from_numpy(values.astype(np.float64))
 
-    return estimator, SimpleNamespace(classes=classes, task=task, _outputs=outputs, _predicted=torch.Tensor.numpy)
+    return estimator, SimpleNamespace(classes=classes, task=task, _outputs=outputs, _predict=torch.Tensor.numpy)
 
 
 @pytest.mark.parametrize("classes", [2, 3])

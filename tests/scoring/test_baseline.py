@@ -80,11 +80,6 @@ def test_an_empty_column_and_rare_positives_change_no_words(share, constant):
     assert not any("accuracy" in note or "edge" in note for note in record.notes)
 
 
-def test_a_constant_number_has_a_baseline_and_no_remark():
-    study = gputune.tune("mlp", np.random.default_rng(0).normal(size=(40, 2)), np.full(40, 2.5), cv=2, **HOW)
-    assert study.record.baseline["answer"] == "the mean of the training rows" and study.record.notes == []
-
-
 def test_a_rare_positive_class_for_all_rows_is_the_answer_of_f1():
     X, y = np.random.default_rng(0).normal(size=(60, 2)), np.array(["stayed"] * 54 + ["left"] * 6)
     found = gputune.tune("mlp", X, y, cv=3, scoring="f1", positive="left", **HOW).record.baseline
