@@ -257,14 +257,14 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
 """Of each command its help, the files or folders that it takes, and its flags beside the options of a search."""
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, other: str = "") -> Callable[[str], int]:
     def read(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}{other}, got {text!r}")
         return value
 
     return read
@@ -278,12 +278,7 @@ def _number(text: str) -> float:
 
 
 def _workers(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return _whole(1)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or 'auto'") from None
+    return text if text == "auto" else _whole(1, other=", or 'auto'")(text)
 
 
 _READERS: dict[Takes, Callable[[str], object]] = {

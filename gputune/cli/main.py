@@ -70,7 +70,8 @@ def _command(typed: list[str]) -> int:
         getattr(arguments, "target", None) or "",
         "" if arguments.command in ("tune", "train") else "study",
     }
-    words = partial(in_flags, kept=kept)
+    file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
+    words = partial(in_flags, kept=kept, file=file)
     with _warnings_in_words(words):
         return _run(arguments, words)
 

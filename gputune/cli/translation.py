@@ -48,7 +48,7 @@ _PATTERNS = {
     r"^ranked_by\(\.\.\.\)": "--by",
     r"\breport\((confusion|importance)=True\)": r"--\1",
     r"\bleave (confusion|importance) out\b": r"leave --\1 out",
-    r"^X (?=has|must)": "FILE ",
+    r"^export\(path=('.*?'|\".*?\")\)(?=:| (?:must|exists|needs))": r"--out \1",
     r"^scoring (?=names)": "--scoring ",
     r"\bpredict_interval\(level=(.*?)\)": r"--interval \1",
     r"^predict_interval (?=is|needs)": "--interval ",
@@ -73,16 +73,17 @@ def flags() -> dict[str, str]:
     return {**known, "verbose": "--quiet"}
 
 
-def in_flags(text: str, *, kept: Collection[str] = (), foreign: Sequence[str] = ()) -> str:
+def in_flags(text: str, *, kept: Collection[str] = (), foreign: Sequence[str] = (), file: str = "FILE") -> str:
     """Return what ``gputune.tune`` says in the words of the command line: arguments, but those ``kept``, as options.
 
-    What others say within it, the ``foreign`` texts and what is known to be theirs, stays as it is.
+    X is ``file``. What others say within it, the ``foreign`` texts and what is known to be theirs, stays as it is.
     """
     theirs = [part for part in (*foreign, *_FOREIGN.findall(text)) if part]
     for number, part in enumerate(theirs):
         text = text.replace(part, f"\0{number}\0")
     text = _in_flags(text, kept)
-    return re.sub(r"\0(\d+)\0", lambda match: theirs[int(match[1])], text)
+    text = re.sub(r"\0(\d+)\0", lambda match: theirs[int(match[1])], text)
+    return re.sub(r"^X (?=has|must)", lambda match: f"{file} ", text)
 
 
 def _in_flags(text: str, kept: Collection[str]) -> str:

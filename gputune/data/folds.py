@@ -168,7 +168,10 @@ def _pairs(cv: Iterable[Any]) -> list[tuple[object, object]]:
     pairs = list(cv)
     for f, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InputError(f"cv must hold pairs of (train, valid) rows, got {type(pair).__name__} for fold {f}.")
+            raise InputError(
+                f"cv must hold pairs of (train, valid) rows, got {type(pair).__name__} for fold {f}; one split is "
+                "cv=[(train, valid)]."
+            )
     return [(train, valid) for train, valid in pairs]
 
 

@@ -203,6 +203,8 @@ def refuse_missing(values: np.ndarray, name: str, remedy: str, place: Callable[[
     """Raise InputError where one of the values (n,), of any type, is missing; ``place`` says where a row stands."""
     numbers = values.dtype.kind in "biuf"
     lost = np.isnan(values) if numbers else np.array([is_missing(value) for value in values], dtype=bool)
+    if lost.size and lost.all():
+        raise InputError(f"{name} is missing in every row; check its values.")
     if lost.any():
         raise InputError(
             f"{name} has {count(int(lost.sum()), 'missing value')} (the first in {place(_first_row(lost))}); {remedy}."

@@ -169,9 +169,9 @@ def _number(value: object, name: str) -> float:
 
 
 def _in_words(error: Exception) -> str:
-    """Return an error with the line of the objective that it came through."""
+    """Return an error with the line of the objective that it came through, whose file a worker may not know."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = [f" ({Path(f.filename).name}, line {f.lineno})" for f in frames[1:] if f.filename != __file__]
+    place = [f" (line {f.lineno} of {f.name})" for f in frames[1:] if f.filename != __file__]
     return f"{type(error).__name__}: {error}{''.join(place[:1])}"
 
 

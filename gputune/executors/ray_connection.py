@@ -55,7 +55,7 @@ class Ray:
 def check_ray(device: str) -> None:
     """Raise MissingExtraError where Ray is missing, InputError for a device that its tasks cannot have."""
     if find_spec("ray") is None:
-        raise MissingExtraError('workers="ray" and --ray need Ray, which is missing: pip install "gputune[ray]".')
+        raise MissingExtraError('workers="ray" needs Ray, which is missing: pip install "gputune[ray]".')
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(
             "device with workers='ray' must be 'auto', 'cpu' or 'cuda' (each task has one GPU, whichever it is), got "

@@ -11,6 +11,7 @@ from gputune.errors import InputError
 from gputune.scoring import scores
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scorer, Scoring, has_positive_class, make_scoring, positive_code
+from gputune.text import count
 from gputune.types import Task
 
 OneScoring = str | Scorer
@@ -101,6 +102,17 @@ def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None
     return Scoring("neg_log_loss", scores.neg_cross_entropy, None, classes)
 
 
+def _remedy(scoring: Scoring, data: Dataset) -> str:
+    """Return what helps where a fold lacks a class: other folds do not where the class has one row."""
+    counts = [] if data.task == "multilabel" else data.target.long().flatten().bincount().tolist()
+    rows = min(counts, default=len(data.folds))
+    if rows >= len(data.folds) or scoring.classes is None:
+        return "choose fewer or stratified folds, or another scoring"
+    name, fewer = scoring.classes[counts.index(rows)].item(), f"{rows} stratified folds, or " * (rows > 1)
+    out = ", or leave that class out" * (data.task != "binary")
+    return f"class {name!r} has {count(rows, 'row')} for {len(data.folds)} folds: choose {fewer}another scoring{out}"
+
+
 def check_folds(scoring: Scoring, data: Dataset) -> None:
     """Raise InputError where the score is undefined on a fold, before anything trains."""
     for other in scoring.others:
@@ -112,7 +124,7 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
         if scoring.name.startswith("roc_auc") and any(len(column.unique()) < needed for column in columns):
             raise InputError(
                 f"scoring={scoring.name!r} needs every class among the validation rows, and fold {f} lacks one; "
-                "choose fewer or stratified folds, or another scoring."
+                f"{_remedy(scoring, data)}."
             )
         if scoring.name == "r2" and len(rows) < 2:
             raise InputError(

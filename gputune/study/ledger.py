@@ -208,7 +208,8 @@ def _words(names: Sequence[str], values: Mapping[str, tuple[Any, Any]]) -> list[
 def _word(name: str, there: Any, here: Any) -> str:
     if name == "scoring" and DIRECTIONS.keys() >= {there, here}:  # which search() calls by another name
         return f"direction{_in_words(DIRECTIONS[there], DIRECTIONS[here])}"
-    return f"{IDENTITY[name]}{_in_words(there, here)}"
+    is_loop = name == "spec" and (here or {}).get("kind") == "objective"
+    return f"{'objective' if is_loop else IDENTITY[name]}{_in_words(there, here)}"
 
 
 def _value(record: SearchRecord, name: str) -> object:

@@ -118,6 +118,10 @@ def test_a_value_is_said_as_it_is_typed(name):
         ("timeout is a number of seconds above 0, or None, got 0.", "--timeout is a number of seconds above 0, got 0."),
         ("task must be 'custom' or None, got 'x'", "--task must be 'custom', got 'x'"),
         ("X has no column 'a'; got 'b'.", "FILE has no column 'a'; got 'b'."),
+        ('workers="ray" needs Ray, which is missing', "--ray needs Ray, which is missing"),
+        ("export(path='o.onnx') exists already; give", "--out 'o.onnx' exists already; give"),
+        ("export(path='a/o.pt') must end in .onnx or .pt2", "--out 'a/o.pt' must end in .onnx or .pt2"),
+        ("export(path='a/o.pt2'): the folder", "--out 'a/o.pt2': the folder"),
         ("kinds={'a b': 'number'}: column 'a b' has 'x'", "--kind a b=number: column 'a b' has 'x'"),
         (
             "put 'module__k' into the space (one), give it a default, or pass functools.partial(Net, k=...).",
@@ -132,6 +136,10 @@ def test_a_value_is_said_as_it_is_typed(name):
 )
 def test_sentences(said, typed):
     assert in_flags(said) == typed
+
+
+def test_the_file_is_named():
+    assert in_flags("X has no column 'a'.", file="'new.csv'") == "'new.csv' has no column 'a'."
 
 
 def test_what_others_say_stays_as_it_is():

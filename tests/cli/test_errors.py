@@ -142,6 +142,7 @@ def test_a_key_given_twice(bugs):
         ("--trials", "many", ["--trials", "whole number of at least 0", "'many'"]),
         ("--trials", "-1", ["--trials", "whole number of at least 0", "'-1'"]),
         ("--epochs", "0", ["--epochs", "whole number of at least 1", "'0'"]),
+        ("--workers", "-1", ["--workers: must be a whole number of at least 1, or 'auto', got '-1'"]),
         ("--epochs", "1.5", ["--epochs", "whole number", "'1.5'"]),
         ("--seed", "x", ["--seed", "whole number", "'x'"]),
         ("--workers", "some", ["--workers", "whole number", "'some'", "'auto'"]),

@@ -222,7 +222,7 @@ def test_a_missing_number_of_an_array_file_is_refused(tmp_path):
 def test_a_file_without_the_columns_is_refused_in_one_line(folder, tmp_path):
     pl.read_csv(folder / "t.csv").drop("a").write_csv(tmp_path / "new.csv")
     code, out, err = run("evaluate", folder / "price" / "model", tmp_path / "new.csv")
-    assert (code, out) == (2, "") and "has no column 'a'" in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and "new.csv' has no column 'a'" in err and err.count("\n") == 1
 
 
 def test_a_class_that_no_row_is_predicted_as(folder, tmp_path):

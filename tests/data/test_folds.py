@@ -1,5 +1,7 @@
 """Folds and rows kept apart: in proportion, whole groups, by the seed or the last ones; bad ones are refused."""
 
+import hashlib
+import math
 import warnings
 
 import numpy as np
@@ -7,12 +9,14 @@ import pytest
 import torch
 from sklearn.model_selection import (
     GroupKFold,
+    GroupShuffleSplit,
     KFold,
     LeaveOneGroupOut,
     PredefinedSplit,
     RepeatedStratifiedKFold,
     ShuffleSplit,
     StratifiedKFold,
+    StratifiedShuffleSplit,
     TimeSeriesSplit,
 )
 
@@ -175,6 +179,7 @@ def test_a_splitter_sees_the_rows_and_the_target():
         (None, None, "cv must be a number of folds, a splitter .*got None"),
         ([], None, "at least one fold"),
         ([1, 2], None, "pairs of .train, valid. rows, got int for fold 0"),
+        ((np.arange(30), np.arange(30, 40)), None, r"got ndarray for fold 0; one split is cv=\[\(train, valid\)\]\.$"),
         ([([0], [1], [2])], None, "pairs of .train, valid. rows, got tuple for fold 0"),
         ([([], [1])], None, "fold 0 of cv has no training rows"),
         ([([0], [1]), ([0], [])], None, "fold 1 of cv has no validation rows"),
@@ -242,6 +247,21 @@ def test_numbers_are_drawn_by_the_seed():
     assert not np.array_equal(test, held_out(NUMBERS, seed=1)[1])
     assert not np.array_equal(held_out()[1], held_out(seed=1)[1])
     assert len(held_out(NUMBERS, test_size=0.21)[1]) == 9
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize(
+    ("target", "splitter", "groups"),
+    [(CLASSES, StratifiedShuffleSplit, None), (NUMBERS, ShuffleSplit, None), (NUMBERS, GroupShuffleSplit, GROUPS)],
+)
+def test_they_are_found_again_by_what_is_documented(target, splitter, groups, seed):
+    digest = hashlib.blake2b(f"{seed}/hold out".encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little") // 2 % 2**32
+    size = math.ceil(0.2 * N) if groups is None else 0.2
+    found = next(splitter(1, test_size=size, random_state=number).split(np.zeros(N), target.labels, groups))
+    assert number == 2483452753 or seed
+    for rows, there in zip(held_out(target, groups=groups, seed=seed), found):
+        assert np.array_equal(rows, np.sort(there))
 
 
 @pytest.mark.parametrize("target", [CLASSES, NUMBERS])

@@ -132,6 +132,7 @@ def test_select_keeps_the_classes():
         (pd.Series([1, None, 2], dtype="Int64"), None, r"1 missing value \(the first in row 1\)"),
         (pd.Series(["a", None]), None, r"1 missing value \(the first in row 1\)"),
         (pl.Series([1, None, 2]), None, r"1 missing value \(the first in row 1\)"),
+        ([np.nan, np.nan], None, "y is missing in every row; check its values."),
         (["a", "a"], None, "y must have at least two classes, got only 'a'"),
         ([3, 3], None, "y is 3 in every row: there is nothing to predict; check the target's column"),
         ([3, 3], "classification", "y must have at least two classes, got only 3"),

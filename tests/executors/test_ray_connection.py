@@ -24,7 +24,9 @@ SMALL = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0}
 def test_a_missing_ray_says_what_to_install(iris, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_connection, "find_spec", lambda name: None)
     path = tmp_path / "study.db"
-    with pytest.raises(MissingExtraError, match=r'need Ray, which is missing: pip install "gputune\[ray\]"'):
+    with pytest.raises(
+        MissingExtraError, match=r'workers="ray" needs Ray, which is missing: pip install "gputune\[ray\]"'
+    ):
         gputune.tune("mlp", *iris, workers="ray", study=path, **SMALL)
     assert not path.exists()
 

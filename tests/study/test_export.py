@@ -226,7 +226,7 @@ def test_the_command(tmp_path):
     (label, _), _ = outputs(tmp_path / "iris.pt2", X)
     assert label.tolist() == model.predict(X).tolist()
     code, _, err = run("export", tmp_path / "model", "--out", tmp_path / "iris.pt2")
-    assert code == 2 and "exists already" in err
+    assert code == 2 and "error: --out '" in err and "iris.pt2' exists already" in err
     (tmp_path / "net.py").write_text("from torch import nn\n\n\nclass Net(nn.Module):\n    pass\n")
     typed = "--out", tmp_path / "more.pt2", "--model", f"{tmp_path / 'net.py'}:Net"
     code, _, err = run("export", tmp_path / "model", *typed)

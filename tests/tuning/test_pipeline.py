@@ -17,7 +17,7 @@ import pytest
 import torch
 from scipy.stats import loguniform
 from sklearn.datasets import make_classification, make_regression
-from sklearn.model_selection import GroupKFold, ShuffleSplit, StratifiedKFold, TimeSeriesSplit
+from sklearn.model_selection import GroupKFold, KFold, ShuffleSplit, StratifiedKFold, TimeSeriesSplit
 from torch import nn
 
 import gputune
@@ -724,6 +724,14 @@ def test_more_bad_input(tmp_path, iris):
         gputune.tune("mlp", tmp_path / "a.csv", y, **FAST)
     with refused("scoring='roc_auc_ovr' needs every class.*fold 0 lacks one"):
         gputune.tune("mlp", X, y, scoring="roc_auc_ovr", **{**FAST, "cv": [(np.arange(100), np.arange(100, 150))]})
+    for size, words in (
+        (51, "class 1 has 1 row for 3 folds: choose another scoring."),
+        (52, "class 1 has 2 rows for 3 folds: choose 2 stratified folds, or another scoring."),
+        (101, "class 2 has 1 row for 3 folds: choose another scoring, or leave that class out."),
+    ):
+        scoring, cv = ("roc_auc" if size < 100 else "roc_auc_ovr"), list(KFold(3).split(X[:size]))
+        with refused(f"scoring='{scoring}' needs every class.*lacks one; {words}$"):
+            gputune.tune("mlp", X[:size], y[:size], scoring=scoring, **{**FAST, "cv": cv})
     with refused("scoring='r2' needs two validation rows"):
         gputune.tune("mlp", X, X[:, 0], **{**FAST, "cv": [(np.arange(149), [149])]})
 
