@@ -606,7 +606,7 @@ def test_predict_ignores_further_columns_and_says_so_once(tuned, tmp_path):
     table = write_table(tmp_path / "new.csv", n, id=["x"] * n, more=[1] * n)
     code, out, err = run("predict", folder / "out" / "model", table)
     assert code == 0 and len(read_csv(out)) == n + 1
-    assert err == "gputune: warning: FILE has columns that the model does not read: 'more'.\n"
+    assert err == f"gputune: warning: {str(table)!r} has columns that the model does not read: 'more'.\n"
 
 
 def test_no_predicted_text_is_a_formula(tmp_path):
