@@ -173,7 +173,7 @@ def tune(
                  ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
                  else "drop-constant"
     numbers      how numeric columns are scaled, fitted on each fold's training rows: "standard" (mean 0, variance 1;
-                 other rows beyond 20 and beyond all of these count as the farthest), "robust", "quantile", "none", or
+                 other rows are clipped at 20 or the farthest of these), "robust", "quantile", "none", or
                  cut into 16 bins between quantiles ("piecewise"), or between the thresholds of a decision tree on the
                  target ("piecewise-tree"), a feature each (arXiv:2203.05556); images, sequences and other inputs of a
                  module are taken as they are ("auto"), or "standard": each channel with mean 0, variance 1

@@ -21,7 +21,7 @@ from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_te
 from gputune.cli.translation import in_flags
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import Source, read_source, set_apart
-from gputune.data.target import check_target
+from gputune.data.target import check_spread, check_target, with_transform
 from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted, Terminated
 from gputune.methods.descent import Hypergradient
 from gputune.study.database import blaming_options
@@ -62,12 +62,14 @@ def tune(arguments: argparse.Namespace) -> str:
             drop=options.drop,
             kinds=options.kinds,
         )
+    target = check_target(source.y, task=options.task, n_rows=len(source.X), name=source.target)
+    check_spread(with_transform(target, options.target_transform))  # of all rows: the seed decides who is held out
     rest, test = set_apart(
         source,
+        target,
         test_size=_HELD_OUT if arguments.test_size is None else arguments.test_size,
         cv=arguments.cv or str(Options.cv),
         seed=options.random_state,
-        task=options.task,
     )
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])

@@ -311,8 +311,10 @@ def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     count = (~lost).sum(0).clamp(min=1)
     mean = part.nansum(0, dtype=torch.float64) / count
     gap = torch.where(lost, 0.0, part - mean.to(part.dtype))
-    variance = gap.square().sum(0, dtype=torch.float64) / count
+    farthest = gap.abs().amax(0)
+    unit = torch.where(farthest > torch.finfo(gap.dtype).max ** 0.45, farthest, 1.0)  # in which no square overflows
+    variance = gap.div_(unit).square_().sum(0, dtype=torch.float64) / count
     eps = torch.finfo(torch.float64).eps
-    constant = variance <= count * eps * variance + (count * mean * eps) ** 2
-    scale = torch.where(constant, 1.0, variance.sqrt())
-    return mean.cpu().numpy(), scale.cpu().numpy(), gap.abs().amax(0).double().cpu().numpy()
+    constant = variance <= count * eps * variance + (count * (mean / unit) * eps) ** 2
+    scale = torch.where(constant, 1.0, variance.sqrt() * unit)
+    return mean.cpu().numpy(), scale.cpu().numpy(), farthest.double().cpu().numpy()

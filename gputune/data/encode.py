@@ -33,7 +33,7 @@ from gputune.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
 
 Columns = Literal["keep", "drop-constant"]
 LIMIT = 20.0
-"""Standard deviations from the mean beyond which a number counts as the farthest of the training rows."""
+"""Standard deviations from the mean within which a number stays, or as far as the farthest training row if farther."""
 _ROUNDING = 1e-6
 """How much farther than it that may be, so that no training row is clipped by rounding in single precision."""
 
@@ -246,6 +246,7 @@ class Statistics:
 _OF_BINS = ("places", "least", "most")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # numbers near the largest: what overflows is clipped
 def fit_statistics(
     raw: np.ndarray | Tensor,
     layout: Layout,
@@ -256,8 +257,8 @@ def fit_statistics(
 ) -> Statistics:
     """Fit on the given rows only: the mean (for missing values), and what ``numbers`` asks for.
 
-    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal); other rows that lie
-    farther than ``LIMIT`` and than all of these are clipped there, since a network's outputs run away. "robust": by
+    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal); other rows are
+    clipped at ``LIMIT``, or at the farthest of these if farther, since a network's outputs run away. "robust": by
     median and quartiles, then clipped smoothly to +-3; a column that is constant in these rows is only centred.
     "quantile": normal scores, by at most 1000 quantiles of the known values; a column that is constant in these rows is
     only centred. "piecewise": features of bins between quantiles; "piecewise-tree": of those that a decision tree makes
@@ -271,15 +272,10 @@ def fit_statistics(
     if isinstance(raw, Tensor):
         mean, scale, farthest = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
     else:
-        from sklearn.preprocessing import StandardScaler
-
         part = raw[rows]
         # A column with no known value in these rows has mean 0 and scale 1.
         part[:, np.isnan(part).all(0)] = 0.0
-        with np.errstate(over="ignore", invalid="ignore"):  # squares beyond 1e154; the trials then diverge
-            scaler = StandardScaler().fit(part)
-            farthest = np.nanmax(np.abs(part - scaler.mean_), 0)
-        mean, scale = scaler.mean_, scaler.scale_
+        mean, scale, farthest = _moments(part)
     scaled = layout.numeric if numbers != "none" else np.zeros(len(mean), dtype=bool)
     ranked, quantiles = np.empty(0, dtype=np.int64), np.empty((0, 0))
     if numbers == "quantile" and not isinstance(raw, Tensor):
@@ -287,7 +283,8 @@ def fit_statistics(
         quantiles = fit_quantiles(part[:, ranked])
         scaled = scaled & ~np.isin(np.arange(len(mean)), ranked)
     center, clipped = mean, np.empty(0, dtype=np.int64)
-    reach = np.where(layout.numeric, np.maximum(LIMIT * scale, farthest * (1 + _ROUNDING)), np.inf)
+    reach = np.minimum(np.maximum(LIMIT * scale, farthest * (1 + _ROUNDING)), OPEN[3])
+    reach = np.where(layout.numeric, reach, np.inf)
     if numbers == "robust" and not isinstance(raw, Tensor):
         (center, scale), clipped = median_and_spread(part), np.flatnonzero(scaled)
     center, scale = np.where(scaled, center, 0.0), np.where(scaled, scale, 1.0)
@@ -302,6 +299,19 @@ def fit_statistics(
         low, high = (mean[places] - center + [[-1], [1]] * reach[places]) / scale
         ends = np.stack([np.maximum(least, low), np.minimum(most, high)])
     return Statistics(mean, center, scale, ranked, quantiles, clipped, places, *ends)
+
+
+def _moments(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean, scale and how far the known values (n, D) go from the mean, (D,); as ``StandardScaler``."""
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(part)
+    mean, scale, farthest = scaler.mean_, scaler.scale_, np.nanmax(np.abs(part - scaler.mean_), 0)
+    if np.isfinite(scaler.var_).all():
+        return mean, scale, farthest
+    unit = np.where(np.isfinite(scaler.var_), 1.0, 2.0**600)  # in which no square overflows
+    mean, scale, farthest = _moments(part / unit)
+    return mean * unit, scale * unit, farthest * unit
 
 
 def check_numbers(numbers: str, raw: np.ndarray | Tensor) -> None:
@@ -319,6 +329,7 @@ def _bins(values: np.ndarray, target: np.ndarray | None) -> np.ndarray:
     return bins_between(edges)
 
 
+@np.errstate(over="ignore")  # of a number so far away that it is clipped
 def transform(raw: Array, statistics: Statistics) -> Array:
     """Return the inputs of a network, (n, D'), without NaN; type, device and dtype of ``raw``."""
     if isinstance(raw, Tensor):

@@ -14,6 +14,8 @@ from torch import Tensor
 Values = TypeVar("Values", np.ndarray, Tensor)
 
 _BOUND = 3.0
+_FAR = 1e15
+"""Where the smooth clip is its bound up to rounding; the square of what lies beyond may overflow."""
 
 
 def median_and_spread(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,6 +32,7 @@ def median_and_spread(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def smooth_clip(x: Values) -> Values:
     """Return x / sqrt(1 + (x / 3)^2), which is x near 0 and lies within +-3."""
+    x = x.clip(-_FAR, _FAR)
     return x / (1 + (x / _BOUND) ** 2) ** 0.5
 
 

@@ -249,17 +249,15 @@ def read_apart(origin: Origin, *, module: bool = False) -> tuple[Source, Source 
     source = read_source(origin["path"], origin["target"], origin["groups"], module=module, **columns)
     if "test_size" not in origin:
         return source, None
-    return set_apart(source, **{k: origin[k] for k in ("test_size", "cv", "seed", "task")})
+    target = check_target(source.y, task=origin["task"], n_rows=len(source.X), name=source.target)
+    return set_apart(source, target, **{k: origin[k] for k in ("test_size", "cv", "seed")})
 
 
-def set_apart(
-    source: Source, *, test_size: float, cv: str, seed: int, task: TaskWord | None = None
-) -> tuple[Source, Source | None]:
-    """Split the rows into those to search on and those held out (None for ``test_size=0``).
+def set_apart(source: Source, target: Target, *, test_size: float, cv: str, seed: int) -> tuple[Source, Source | None]:
+    """Split the rows, with their target, into those to search on and those held out (None for ``test_size=0``).
 
     Stratified for classes, whole groups where there are groups, the last rows for a time series ``cv``.
     """
-    target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     rest, test = hold_out(target, test_size=test_size, groups=source.groups, cv=parse_cv(cv), seed=seed)
     # Once for all rows: the part of them that stays may have fewer distinct values.
     task = "classification" if target.classes is not None else cast(TaskWord, target.task)

@@ -176,13 +176,15 @@ def _last_line(error: Exception) -> str:
 
 def two_axes(ndim: int) -> str:
     """Return how what has so many axes becomes a table."""
-    return _ONE_AXIS if ndim == 1 else _FLATTEN
+    return "one value is X.reshape(1, 1)" if ndim == 0 else _ONE_AXIS if ndim == 1 else _FLATTEN
 
 
 def _from_array(X: object) -> Table:
     array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
     if array.dtype.names is not None:
         raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
+    if array.ndim == 0:
+        raise InputError(f"X must be rows, a data frame, an array of two axes or a list of lists, got {X!r:.60}.")
     if array.ndim != 2:
         raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}.")
     names = [f"x{j}" for j in range(array.shape[1])]

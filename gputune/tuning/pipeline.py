@@ -215,7 +215,7 @@ def _remark_on_limits(problem: Problem, data: Dataset) -> tuple[str, ...]:
     said = (
         f"Column{'s' * (len(names) > 1)} {quoted(names)}: numbers beyond {LIMIT:g} standard deviations and beyond all"
     )
-    return (f"{said} training rows of a fold count as the farthest of these.",) if names else ()
+    return (f"{said} training rows of a fold count as the farther of the two.",) if names else ()
 
 
 def _folds(problem: Problem, options: Options) -> list[Rows]:

@@ -59,6 +59,19 @@ def test_an_id_as_the_target(bugs):
     refused("tune", bugs, "--target", "name", *FAST, "--test-size", "0", words=["--cv 2 cannot split these 40 rows"])
 
 
+@pytest.mark.parametrize(
+    ("command", "value", "options", "words"),
+    [
+        ("tune", 1e300, FAST, "price has 1e+300 in row 35, beside which"),
+        ("tune", -5, [*FAST, "--target-transform", "log"], "--target-transform log needs numbers above 0 in price"),
+        ("train", -5, ["--epochs", "2", "--cv", "2", "--target-transform", "log"], "and 1 of 40 are not, the least -5"),
+    ],
+)
+def test_a_target_in_a_row_that_is_held_out(bugs, command, value, options, words):
+    write_table(bugs, price=[value if i == 35 else 0.5 + i for i in range(40)])
+    refused(command, bugs, "--target", "price", *options, "--test-size", "0.9", words=[words])
+
+
 def test_unknown_format(bugs):
     refused_tune(bugs.rename("bugs.xls"), words=["bugs.xls", ".csv", "convert it"])
 

@@ -9,6 +9,7 @@ from gputune.data.array_files import read_array_file, read_dataset
 from gputune.data.arrays import ArrayLayout, ArrayStatistics, as_arrays, fit_channels
 from gputune.data.dataset import encode
 from gputune.data.source import fingerprint, read_again, read_source, set_apart
+from gputune.data.target import check_target
 from gputune.errors import InputError
 
 IMAGES = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -101,7 +102,7 @@ def test_rows_held_out_of_a_mapped_file_are_not_copied(tmp_path):
     np.save(tmp_path / "x.npy", IMAGES.numpy())
     np.save(tmp_path / "y.npy", np.arange(6) % 2)
     source = read_source(tmp_path / "x.npy", tmp_path / "y.npy", module=True)
-    rest, test = set_apart(source, test_size=0.4, cv="2", seed=0)
+    rest, test = set_apart(source, check_target(source.y, n_rows=6), test_size=0.4, cv="2", seed=0)
     for part in (rest, test):
         assert part.X.parts[0].data_ptr() == source.X.parts[0].data_ptr()
         copied = as_arrays(part.X.as_given())

@@ -127,6 +127,33 @@ def test_robust_numbers_are_clipped_smoothly_after_scikit_learns_robust_scale():
     scaled[:, 1] *= 2 / np.ptp(values[train, 1])
     expected = np.where(layout.numeric, scaled / np.sqrt(1 + (scaled / 3) ** 2), raw)
     np.testing.assert_allclose(x, expected, rtol=1e-12, atol=1e-12)
+    largest = np.finfo(np.float64).max
+    far = np.array([1e30, 1e160, -1e160, largest, -largest])[:, None] * np.ones(raw.shape[1])
+    x = transform(far, fit_statistics(raw, layout, train, numbers="robust"))
+    np.testing.assert_allclose(x[:, layout.numeric], 3 * np.sign(far)[:, layout.numeric], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "dtype", "far"),
+    [
+        ("standard", None, np.finfo(np.float64).max),
+        ("piecewise", None, 1.3e300),
+        ("standard", torch.float64, 1e300),
+        ("standard", torch.float32, 1e38),
+    ],
+)
+def test_a_number_whose_square_overflows_is_scaled_as_a_smaller_one(numbers, dtype, far):
+    values = np.random.default_rng(0).normal(size=(60, 2))
+    values[7, 1] = far
+
+    def inputs(values, rows):
+        given = values if dtype is None else torch.tensor(values, dtype=dtype)
+        statistics = fit_statistics(given, fit_layout(as_table(values)), rows, numbers=numbers)
+        return np.asarray(transform(given, statistics))
+
+    smaller = np.where(values == far, 1e12, values)
+    for rows in (np.arange(60), np.arange(8, 60)):  # with that number, and without
+        np.testing.assert_allclose(inputs(values, rows), inputs(smaller, rows), rtol=1e-5, atol=1e-6)
 
 
 def test_numbers_none_only_fills():
@@ -252,6 +279,7 @@ def test_text_and_dates_that_are_kept_become_features_as_ever():
     ("X", "message"),
     [
         (torch.zeros(3), r"two-dimensional .*\(3,\)"),
+        (torch.tensor(1.0), r"two-dimensional .*got shape \(\); one value is X.reshape\(1, 1\)"),
         (torch.zeros(0, 3), r"at least one row and column, got shape \(0, 3\)"),
         (torch.zeros(2, 2, dtype=torch.complex64), "real numbers"),
         (torch.eye(2).to_sparse(), "sparse tensor"),
@@ -345,7 +373,7 @@ def test_the_layout_does_not_depend_on_the_order_of_rows():
 
 
 @pytest.mark.parametrize(("numbers", "tensor"), [("standard", False), ("standard", True), ("piecewise", False)])
-def test_numbers_beyond_20_standard_deviations_count_as_the_farthest_of_the_training_rows(numbers, tensor):
+def test_numbers_beyond_20_standard_deviations_and_all_training_rows_count_as_the_farther_of_the_two(numbers, tensor):
     raw = np.random.default_rng(0).normal(5, 2, (500, 2))
     raw[7, 1] = 1e4  # 22 standard deviations, among the training rows
     end = raw.mean(0) + 20 * raw.std(0)

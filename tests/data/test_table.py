@@ -162,6 +162,8 @@ def test_select_and_drop():
         (Subset(TensorDataset(torch.zeros(3, 2)), [0]), "X is a Subset, a torch Dataset; pass all its rows"),
         ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),
         (np.zeros(3), r"two-dimensional .*\(3,\)"),
+        (None, "X must be rows, a data frame, an array of two axes or a list of lists, got None"),
+        (2.5, "got 2.5"),
         (pd.Series([1, 2]), "two-dimensional"),
         ([1, 2], "two-dimensional"),
         (

@@ -226,7 +226,9 @@ def test_a_note_says_which_columns_have_numbers_beyond_those_of_training_rows(ir
     X = iris[0].copy()
     X[row, 2] = 1e6  # of one row, or of rows that every fold trains on
     notes = gputune.tune("mlp", X, iris[1], n_trials=1, numbers=numbers, **{**FAST, "max_epochs": 1}).record.notes
-    said = "Column 'x2': numbers beyond 20 standard deviations and beyond all training rows of a fold count as the"
+    said = (
+        "Column 'x2': numbers beyond 20 standard deviations and beyond all training rows of a fold count as the farther"
+    )
     assert any(note.startswith(said) for note in notes) == (row == 0 and numbers == "auto")
 
 
