@@ -193,7 +193,7 @@ def test_an_objective_whose_code_has_changed_is_another_search(tmp_path):
     def objective(params, report):
         return 100 - params["lr"]
 
-    with refused(r"in: model \(its code has changed\)"):
+    with refused(r"in: objective \(its code has changed\)"):
         gputune.search(objective, {"lr": [0.1, 0.2]}, n_trials=2, **how)
     with refused(r"in: direction \('maximize' there, 'minimize' here\)"):
         gputune.search(first, {"lr": [0.1, 0.2]}, **{**how, "direction": "minimize"})
