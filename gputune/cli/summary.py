@@ -61,11 +61,9 @@ def ensemble_words(
     scores = f"{measure.text(held_out.score)} on the held-out rows, the best trial alone {measure.text(best.score)}"
     saved = "ensemble" if is_saved else "best trial"
     text = f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little optimistic."
-    within = [
-        one.interval is None or one.interval[0] <= other.score <= one.interval[1]
-        for one, other in ((held_out, best), (best, held_out))
-    ]
-    if held_out.score != best.score and any(within):
+    pairs = (held_out.interval, best.score), (best.interval, held_out.score)
+    within = any(interval is not None and interval[0] <= score <= interval[1] for interval, score in pairs)
+    if held_out.score != best.score and within:
         text += " One lies within 95 % of the other's bootstrap samples: the difference may be chance."
     return text
 

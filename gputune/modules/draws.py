@@ -107,9 +107,9 @@ class ModuleDraws:
         """Rows whose draws compiled code can make: the same numbers."""
 
     def _draws_of(self, forward: Callable[[Batch], object], batch: Batch) -> list[_Draw]:
-        with torch.no_grad(), keyed_draws(self.device, self.seed, "try"), (noting := _DrawRecorder()):
+        with torch.no_grad(), keyed_draws(self.device, self.seed, "try"), (recorder := _DrawRecorder()):
             forward(batch)
-        return noting.draws
+        return recorder.draws
 
     def fill(self, epoch: int, step: int) -> None:
         """Draw for this step and those ahead, where the buffer ends before it."""
@@ -134,9 +134,9 @@ class ModuleDraws:
 
 def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
     """Return what a forward draws, in the order of its draws. Raises TraceError as ``ModuleDraws`` does."""
-    with torch.no_grad(), (noting := _DrawRecorder()):
+    with torch.no_grad(), (recorder := _DrawRecorder()):
         forward()
-    return tuple(noting.results)
+    return tuple(recorder.results)
 
 
 class _DrawRecorder(DispatchMode):

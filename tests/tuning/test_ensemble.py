@@ -344,3 +344,5 @@ def test_a_difference_within_an_interval_may_be_chance(study, ensemble, best, wo
     model = replace(study.best_model(), info={"ensemble": {"0": 1.0}, "score": 0.9})
     scores = [HeldOut(score, 100, interval=(score - 0.05, score + 0.03)) for score in (ensemble, best)]
     assert re.search(words, ensemble_words(study, model, *scores, is_saved=ensemble > best))
+    scores = [replace(score, interval=None) for score in scores]  # of which nothing is said
+    assert "chance" not in ensemble_words(study, model, *scores, is_saved=ensemble > best)
