@@ -75,11 +75,7 @@ def one_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecu
         with suppress(IndexError):
             return idle.pop()
     return ProcessPoolExecutor(
-        max_workers=1,
-        timeout=IDLE_SECONDS,
-        initializer=begin_worker,
-        initargs=(os.getpid(),),
-        env=environment,
+        max_workers=1, timeout=IDLE_SECONDS, initializer=begin_worker, initargs=(os.getpid(),), env=environment
     )
 
 

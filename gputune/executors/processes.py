@@ -19,11 +19,7 @@ from typing import cast
 import cloudpickle
 import joblib
 import torch
-from joblib.externals.loky.process_executor import (
-    BrokenProcessPool,
-    ProcessPoolExecutor,
-    TerminatedWorkerError,
-)
+from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor, TerminatedWorkerError
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads

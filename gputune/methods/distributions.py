@@ -191,11 +191,7 @@ def choices_from_json(values: Json) -> Choices:
     """Return what ``choices_to_json`` described. Raises InputError for a name that scipy.stats lacks."""
     if "list" in values:
         return list(values["list"])
-    makers: dict[str, Callable[..., Choices]] = {
-        "log_int": log_int,
-        "steps": Steps,
-        "log_integers": LogIntegers,
-    }
+    makers: dict[str, Callable[..., Choices]] = {"log_int": log_int, "steps": Steps, "log_integers": LogIntegers}
     for word in makers.keys() & values.keys():
         return makers[word](*values[word])
     law = getattr(stats, str(values["scipy"]), None)

@@ -120,14 +120,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        data: Dataset,
-        sizes: Sequence[int],
-        target: Tensor,
-        *,
-        seed: int,
-        exact: bool,
-        least_rows: int = 1,
+        self, data: Dataset, sizes: Sequence[int], target: Tensor, *, seed: int, exact: bool, least_rows: int = 1
     ) -> None:
         self.data, self.seed, self.exact, self.least_rows = data, seed, exact, least_rows
         self.inputs = tuple(x.flatten(0, 1) for x in data.inputs)  # (V*n, ...)

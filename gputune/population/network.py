@@ -185,11 +185,7 @@ class Ensemble(nn.Module):
     weights: Tensor
 
     def __init__(
-        self,
-        members: Sequence[nn.Module],
-        weights: Sequence[float],
-        task: Task,
-        columns: Sequence[Sequence[int]] = (),
+        self, members: Sequence[nn.Module], weights: Sequence[float], task: Task, columns: Sequence[Sequence[int]] = ()
     ) -> None:
         super().__init__()
         self.columns = columns

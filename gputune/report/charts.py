@@ -63,10 +63,7 @@ def curves_chart(study: Study) -> Chart | None:
     drawn = spread_over(others, THIN_CURVES)
     x = linear_scale(1, len(curves.epochs), most=10, whole=True)
     frame = Frame(_WIDE, 400.0, x, curve_scale(study, curves), right=118).with_room()
-    size = {
-        "width": frame.width - frame.left - frame.right,
-        "height": frame.height - frame.top - frame.bottom,
-    }
+    size = {"width": frame.width - frame.left - frame.right, "height": frame.height - frame.top - frame.bottom}
     area = element("rect", x=frame.left, y=frame.top, **size)
     thin = [path(None, _curve_line(curves, row, frame, CURVE_POINTS)) for row in drawn]
     parts = [

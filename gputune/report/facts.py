@@ -215,11 +215,7 @@ def endings(study: Study) -> Endings:
         states=tuple((s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]),
         rungs=tuple((epoch, n, int((trained > epoch).sum())) for epoch, n in sorted(pruned.items())),
         failures=tuple(
-            (
-                t.number,
-                why_failed(study, t),
-                ", ".join(f"{clean(k)} = {short(v)}" for k, v in t.params.items()),
-            )
+            (t.number, why_failed(study, t), ", ".join(f"{clean(k)} = {short(v)}" for k, v in t.params.items()))
             for t in failed[:FAILED]
         ),
         failed=len(failed),

@@ -64,12 +64,7 @@ def bars(
             text("tick end label", _LEFT - 10, y + 19, element("title", label), cut(label, 26)),
             element("rect", class_="bar", **box),
             path("whisker", f"M{low:.1f} {y + 14:.1f}H{high:.1f}"),
-            text(
-                "tick end",
-                _WIDTH - 4,
-                y + 19,
-                f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}",
-            ),
+            text("tick end", _WIDTH - 4, y + 19, f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"),
         ]
     parts.append(text("name mid", _LEFT + span / 2, height - 3, name))
     return Chart(drawing(_WIDTH, height, title, *parts, class_="chart bars"))

@@ -18,14 +18,7 @@ from markupsafe import Markup
 
 from gputune.errors import InputError
 from gputune.methods.distributions import edge_remarks
-from gputune.report.charts import (
-    curves_chart,
-    folds_note,
-    history_chart,
-    pareto_charts,
-    path_charts,
-    slice_charts,
-)
+from gputune.report.charts import curves_chart, folds_note, history_chart, pareto_charts, path_charts, slice_charts
 from gputune.report.facts import best_trial, check_model, endings, facts, setting
 from gputune.report.importance import WEAK, columns_chart, confusion_chart, importance_chart, parallel_chart
 from gputune.report.snippet import snippet
@@ -161,11 +154,7 @@ def check_place(argument: str, path: Path, study_file: Path | None) -> None:
 
 
 def page(
-    study: Study,
-    *,
-    model: Mapping[str, object] | None = None,
-    folds: FoldReport | None = None,
-    reload_seconds: int = 0,
+    study: Study, *, model: Mapping[str, object] | None = None, folds: FoldReport | None = None, reload_seconds: int = 0
 ) -> str:
     """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model, ``folds`` what it is on them.
 

@@ -218,10 +218,7 @@ def remember(text: str) -> None:
     file = _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)
     if file is None:
         return
-    with (
-        suppress(OSError),
-        os.fdopen(file, "rb+", buffering=0) as lines,
-    ):  # a full disk: it is asked about again
+    with suppress(OSError), os.fdopen(file, "rb+", buffering=0) as lines:  # a full disk: it is asked about again
         known = _digests(file)
         if digest in known:
             return

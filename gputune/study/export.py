@@ -196,12 +196,7 @@ def description(model: ModelContent) -> Json:
 def _inputs(layout: Layout | ArrayLayout) -> Json:
     if not isinstance(layout, Layout):
         shapes = [["rows", *shape] for shape in layout.shapes]
-        return {
-            "inputs": "arrays",
-            "names": input_names(layout),
-            "shapes": shapes,
-            "dtypes": list(layout.dtypes),
-        }
+        return {"inputs": "arrays", "names": input_names(layout), "shapes": shapes, "dtypes": list(layout.dtypes)}
     columns = takes_columns(layout)
     names = [column.name for column in layout.columns] if columns else layout.feature_names
     return {
@@ -250,11 +245,7 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     text = json.dumps({"format": "gputune export", "gputune": __version__, **known})
     with scratch_folder(path.parent, prefix=".export") as folder:
         draft = folder / path.name
-        with (
-            _quiet(),
-            torch.no_grad(),
-            _in_words(f"{type(model.module).__name__} cannot be exported to {path.suffix}"),
-        ):
+        with _quiet(), torch.no_grad(), _in_words(f"{type(model.module).__name__} cannot be exported to {path.suffix}"):
             writers[path.suffix](whole, examples, text, draft)
         os.replace(draft, path)
 

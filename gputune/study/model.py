@@ -269,8 +269,7 @@ class TunedModel(ModelContent):
         if unseen := self.layout.unseen(table):
             words = "; ".join(f"column {name!r}: {quoted(levels)}" for name, levels in unseen.items())
             warn(
-                f"X has categories that were not there in training, which no feature stands for: {words}.",
-                InputWarning,
+                f"X has categories that were not there in training, which no feature stands for: {words}.", InputWarning
             )
         return table
 

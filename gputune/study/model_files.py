@@ -126,11 +126,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         task, target, info = body["task"], body["target"], dict(body["info"])
         if not has_form(info, _INFO):
             raise ValueError("its info is of another type")
-        center, scale, how = (
-            _of_target(body["center"]),
-            _of_target(body["scale"]),
-            body.get("target_transform"),
-        )
+        center, scale, how = (_of_target(body["center"]), _of_target(body["scale"]), body.get("target_transform"))
         transform = None if how is None else FittedTransform.from_json(how)
         residuals = body.get("residuals")  # files of an earlier version have none
         if not (residuals is None or (isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f")):

@@ -52,11 +52,7 @@ def check_size(members: Sequence[Config], kind: str, state: dict[str, Tensor]) -
     numbers = 0
     for arguments in members:
         if isinstance(width := arguments.get("width"), tuple):  # of each layer
-            sizes = (
-                int(arguments.get("n_features") or 0),
-                *map(int, width),
-                int(arguments.get("n_outputs") or 0),
-            )
+            sizes = (int(arguments.get("n_features") or 0), *map(int, width), int(arguments.get("n_outputs") or 0))
             numbers += sum((a + 1) * b for a, b in pairwise(sizes))
             continue
         D, K, H, depth = (int(arguments.get(word) or least) for word, least in words.items())

@@ -139,14 +139,7 @@ class Result:
 
     @classmethod
     def of_curve(
-        cls,
-        number: int,
-        curve: Curve,
-        *,
-        epochs: int,
-        rule: EpochRule,
-        seconds: float,
-        detail: Json | None = None,
+        cls, number: int, curve: Curve, *, epochs: int, rule: EpochRule, seconds: float, detail: Json | None = None
     ) -> Self:
         """Return the result of a trial with this curve, of which so many epochs were done.
 

@@ -11,14 +11,7 @@ from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.random import (
-    first_candidates,
-    is_inside,
-    n_counted,
-    notes,
-    remarks,
-    top_up,
-)
+from gputune.methods.random import first_candidates, is_inside, n_counted, notes, remarks, top_up
 from gputune.methods.recipes import PORTFOLIOS, SPACES, default_space, named_space
 from gputune.methods.space import Space, check_include, check_space, choices_of, space_text, to_scipy
 from gputune.modules.construction import parameters_of
@@ -98,11 +91,7 @@ def _portfolio(problem: Problem | None, options: Options) -> list[Config]:
 
 
 def first_trials(
-    space: Space,
-    choice: ModelChoice,
-    options: Options,
-    store: Store | None = None,
-    problem: Problem | None = None,
+    space: Space, choice: ModelChoice, options: Options, store: Store | None = None, problem: Problem | None = None
 ) -> tuple[Candidate, ...]:
     """Draw the trials of this call: default, portfolio, included, random, of which those in the study come first."""
     first = first_candidates(
@@ -164,11 +153,7 @@ def notes_on(trials: Sequence[Candidate], space: Space, choice: ModelChoice, opt
 
 
 def add_missing(
-    ledger: Ledger,
-    trials: Sequence[Candidate],
-    space: Space,
-    options: Options,
-    check: ConfigCheck = check_config,
+    ledger: Ledger, trials: Sequence[Candidate], space: Space, options: Options, check: ConfigCheck = check_config
 ) -> None:
     """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
     known = len(ledger.candidates)

@@ -262,11 +262,7 @@ class Context:
         if self.choice.module_class is None:
             return 0
         traits = traits_of(
-            self.choice.module_class,
-            config,
-            self.data,
-            columns=self.columns,
-            objective=self.trainer.objective,
+            self.choice.module_class, config, self.data, columns=self.columns, objective=self.trainer.objective
         )
         if traits.unstackable and self.options.backend == "stacked":
             raise InputError(

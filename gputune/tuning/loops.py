@@ -24,14 +24,7 @@ from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler, check_askable
 from gputune.methods.random import check_n_trials, included, top_up
-from gputune.methods.space import (
-    Space,
-    check_own_include,
-    check_own_space,
-    space_text,
-    space_to_json,
-    to_scipy,
-)
+from gputune.methods.space import Space, check_own_include, check_own_space, space_text, space_to_json, to_scipy
 from gputune.methods.stopping import Arrivals, StoppingRule
 from gputune.scratch import scratch_folder
 from gputune.study.code import source_text
@@ -55,12 +48,7 @@ Direction = Literal["maximize", "minimize"]
 
 @entry
 def search_loop(
-    objective: Objective,
-    options: Options,
-    *,
-    direction: Direction,
-    max_epochs: int | None,
-    study_type: type[AnyStudy],
+    objective: Objective, options: Options, *, direction: Direction, max_epochs: int | None, study_type: type[AnyStudy]
 ) -> AnyStudy:
     """Train the trials of an objective; see ``gputune.search``. ``max_epochs`` None: nobody has said it."""
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)

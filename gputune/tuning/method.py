@@ -13,10 +13,7 @@ from gputune.types import Json
 
 Method = Literal["random"] | StoppingRule | Hypergradient | OptunaSampler
 
-METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {
-    **STOPPING_RULES,
-    "hypergradient": Hypergradient,
-}
+METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {**STOPPING_RULES, "hypergradient": Hypergradient}
 """The methods that a word names; "random" is another one, without options."""
 
 

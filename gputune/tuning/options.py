@@ -123,10 +123,7 @@ class Options:
         takes="specs",
     )  # fmt: skip
     schedule: str = _search(
-        "constant",
-        "--schedule S",
-        f"constant (default), {', '.join(SCHEDULES[1:])}",
-        check=checks.one_of(*SCHEDULES),
+        "constant", "--schedule S", f"constant (default), {', '.join(SCHEDULES[1:])}", check=checks.one_of(*SCHEDULES)
     )
     random_state: int = _search(0, "--seed S", "of everything that is drawn (0)", takes="0..", check=checks.seed)
     timeout: float | None = _search(
@@ -196,11 +193,7 @@ class Options:
         choices=_BACKENDS, check=checks.one_of(*_BACKENDS), kept=True, resume=True,
     )  # fmt: skip
     dtype: str = _machine(
-        "float32",
-        "--dtype T",
-        "float32 (default) or float64",
-        check=checks.one_of("float32", "float64"),
-        kept=True,
+        "float32", "--dtype T", "float32 (default) or float64", check=checks.one_of("float32", "float64"), kept=True
     )
     tf32: bool = _machine(False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", kept=True)
     precision: Precision = _machine(

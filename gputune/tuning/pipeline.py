@@ -325,12 +325,7 @@ def _scoring(options: Options, problem: Problem) -> Scoring:
     if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
         return loss_scoring(target.task, target.classes, options.positive)
     scoring = make_metrics(
-        options.scoring,
-        target.task,
-        target.classes,
-        options.positive,
-        problem.objective,
-        n_labels=target.n_outputs,
+        options.scoring, target.task, target.classes, options.positive, problem.objective, n_labels=target.n_outputs
     )
     scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
     for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):

@@ -79,10 +79,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        verbose: int,
-        on_epoch: Callable[[np.ndarray], None] | None = None,
-        words: Callable[[str], str] = str,
+        self, verbose: int, on_epoch: Callable[[np.ndarray], None] | None = None, words: Callable[[str], str] = str
     ) -> None:
         self.verbose, self.on_epoch, self.words_of = verbose, on_epoch, words
         self.scoring = "score"

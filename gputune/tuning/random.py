@@ -242,12 +242,7 @@ def train_batches(ledger: Ledger, method: OptunaSampler, context: Context) -> bo
 
 
 def _study_so_far(
-    ledger: Ledger,
-    space: Space,
-    method: OptunaSampler,
-    options: Options,
-    progress: Progress,
-    check: ConfigCheck,
+    ledger: Ledger, space: Space, method: OptunaSampler, options: Options, progress: Progress, check: ConfigCheck
 ) -> OptunaStudy:
     """Return a study of a fresh copy of the sampler in which all results so far have been told, in order.
 

@@ -36,12 +36,7 @@ from gputune.version import __version__
 
 
 def search_record(
-    context: Context,
-    problem: Problem,
-    space: Space,
-    folds: Sequence[Rows],
-    notes: Sequence[str],
-    baseline: Json | None,
+    context: Context, problem: Problem, space: Space, folds: Sequence[Rows], notes: Sequence[str], baseline: Json | None
 ) -> SearchRecord:
     """Return what a study holds beside its trials; ``notes`` are those on the trials."""
     choice, options, data, scoring = context.choice, context.options, context.data, context.scoring

@@ -71,13 +71,7 @@ class _RunningTrial:
 class _RungSearch:
     """The trials that run, and their states between two stops."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        trials: Sequence[Candidate],
-        rule: StoppingRule,
-        context: Context,
-    ) -> None:
+    def __init__(self, ledger: Ledger, trials: Sequence[Candidate], rule: StoppingRule, context: Context) -> None:
         self.ledger, self.rule, self.context = ledger, rule, context
         self.stops = rule.stops(context.epochs)
         configs = {trial.number: context.complete(trial.params) for trial in trials}
@@ -246,12 +240,7 @@ class _RungSearch:
         done = len(curve)
         detail = {} if rung is None else {"rung": rung}
         result = Result.of_curve(
-            trial.number,
-            curve,
-            epochs=done,
-            rule=self.context.options.epoch,
-            seconds=trial.seconds,
-            detail=detail,
+            trial.number, curve, epochs=done, rule=self.context.options.epoch, seconds=trial.seconds, detail=detail
         )
         if result.state == "complete" and rung is not None:
             return replace(result, state="pruned")

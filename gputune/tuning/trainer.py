@@ -222,12 +222,7 @@ class Trainer:
         )
 
     def train(
-        self,
-        job: Job,
-        plan: Plan,
-        *,
-        progress: Progress = unseen,
-        claim: Claim[Population] = lambda chunk: True,
+        self, job: Job, plan: Plan, *, progress: Progress = unseen, claim: Claim[Population] = lambda chunk: True
     ) -> Iterator[Outcome | Failure]:
         """Train the chunks of a plan and yield what came of them, in the order in which they end.
 

@@ -11,14 +11,7 @@ from gputune.errors import InputError, import_extra
 from gputune.study.study import Study, check_metric
 from gputune.text import clean, short
 from gputune.views.axes import curve_scale, parallel_axes, parameter_scale, score_scale
-from gputune.views.parameters import (
-    Parameter,
-    descended,
-    descent_paths,
-    importance,
-    parameters,
-    varied_parameters,
-)
+from gputune.views.parameters import Parameter, descended, descent_paths, importance, parameters, varied_parameters
 from gputune.views.scores import BEST, Scores, curve_view, pareto_front, score_range, score_view
 
 if TYPE_CHECKING:
@@ -198,12 +191,7 @@ def plot_pareto(study: Study, x: str | None = None, y: str | None = None, ax: "A
     ax, (across, down) = _axes("plot_pareto", ax, (5.0, 4.0)), front.measures
     ax.scatter(front.values[:, 0], front.values[:, 1], s=14, color=_GREY, label="trial")
     ax.plot(
-        front.values[front.order, 0],
-        front.values[front.order, 1],
-        "o-",
-        color=_BLUE,
-        markersize=5,
-        label="not beaten",
+        front.values[front.order, 0], front.values[front.order, 1], "o-", color=_BLUE, markersize=5, label="not beaten"
     )
     _name_axes(ax, across.title, down.title)
     ax.legend()
