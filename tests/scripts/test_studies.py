@@ -93,10 +93,11 @@ NETWORKS = ("mlp", "mlp portfolio", "realmlp default", "realmlp")
 
 @pytest.mark.long
 def test_tables(study, flowers):
-    small = {"NAMES": ("iris",), "SEARCHES": dict.fromkeys(NETWORKS, (2, 1)), "SECONDS": 1}
+    small = {"NAMES": ("iris",), "LARGE": {"iris": 50}, "SEARCHES": dict.fromkeys(NETWORKS, (2, 1)), "SECONDS": 1}
     _, whole, text = study("tables", *flowers, "--repeats", "1", **small)
     ways = [one["way"] for one in whole["results"] if one["way"].startswith(("mlp", "realmlp"))]
-    assert ways == [f"{way}{what}" for way in NETWORKS for what in ("", " ensemble")]
+    assert ways == [f"{way}{what}" for way in (*NETWORKS, "mlp", "realmlp") for what in ("", " ensemble")]
+    assert {one["table"] for one in whole["results"][-4:]} == {"iris, 50 rows"}
     assert all(one["score"] > 0.3 for one in whole["results"])
     assert "| iris | " in text and "accuracy" in text
     with pytest.raises(SystemExit, match="--tables needs --data FILE.py"):

@@ -87,50 +87,29 @@ def with_defaults(X: pd.DataFrame, y: pd.Series, task: str) -> Iterator[tuple[st
 
 
 def tuned(
-    X: pd.DataFrame, y: pd.Series, task: str, scoring: str, *, folds: int, seconds: float
+    library: str, X: pd.DataFrame, y: pd.Series, task: str, scoring: str, *, folds: int, seconds: float
 ) -> tuple[OfTable, int, int]:
-    """Return LightGBM tuned for so many seconds by Optuna's TPE, how many trials it had and which was the best.
+    """Return a library's trees tuned for so many seconds by Optuna's TPE, how many trials it had and the best one.
 
-    The space is that of AutoGluon's search of LightGBM; each fold stops early, and the best trial is fitted on all rows
-    with the folds' mean number of rounds.
+    The spaces are those of AutoGluon's searches (TabArena's for CatBoost); each fold stops early, and the best trial is
+    fitted on all rows with the folds' mean number of rounds.
     """
-    import lightgbm
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     numbers, levels = task == "regression", levels_of(X)
-    kind = lightgbm.LGBMRegressor if numbers else lightgbm.LGBMClassifier
     parts = (KFold if numbers else StratifiedKFold)(folds, shuffle=True, random_state=0)
-    rows, judge = OfTable(None, levels).rows(X), get_scorer(scoring)
-    metric = {"roc_auc": "auc", "accuracy": "binary_error" if task == "binary" else "multi_error"}.get(scoring, "rmse")
-
-    def params(trial: optuna.Trial) -> dict[str, Any]:
-        return {
-            "learning_rate": trial.suggest_float("learning_rate", 5e-3, 0.1, log=True),
-            "num_leaves": trial.suggest_int("num_leaves", 2, 200, log=True),
-            "min_child_samples": trial.suggest_int("min_child_samples", 1, 64, log=True),
-            "colsample_bytree": trial.suggest_float("colsample_bytree", 0.4, 1.0),
-            "subsample": trial.suggest_float("subsample", 0.7, 1.0),
-            "extra_trees": trial.suggest_categorical("extra_trees", [False, True]),
-            "reg_alpha": trial.suggest_float("reg_alpha", 1e-5, 1.0, log=True),
-            "reg_lambda": trial.suggest_float("reg_lambda", 1e-5, 2.0, log=True),
-        }
-
-    fixed = {"subsample_freq": 1, "n_jobs": 1, "random_state": 0, "verbose": -1}
+    judge = get_scorer(scoring)
+    make, space = (_lightgbm, _space_of_lightgbm) if library == "lightgbm" else (_catboost, _space_of_catboost)
 
     def objective(trial: optuna.Trial) -> float:
-        chosen, scores, rounds = params(trial), [], []
-        for train, valid in parts.split(rows, None if numbers else y):
-            one = kind(n_estimators=ROUNDS, metric=metric, **chosen, **fixed)
-            stop = lightgbm.early_stopping(PATIENCE, verbose=False)
-            one.fit(
-                rows.iloc[train],
-                y.iloc[train],
-                eval_set=[(rows.iloc[valid], y.iloc[valid])],
-                callbacks=[stop],
-            )
-            scores.append(judge(one, rows.iloc[valid], y.iloc[valid]))
-            rounds.append(one.best_iteration_ or ROUNDS)
+        chosen, scores, rounds = space(trial), [], []
+        for train, valid in parts.split(X, None if numbers else y):
+            one = OfTable(make(task, levels, scoring, ROUNDS, chosen), levels, as_text=library == "catboost")
+            others = one.rows(X.iloc[valid]), y.iloc[valid]
+            one.estimator.fit(one.rows(X.iloc[train]), y.iloc[train], **_stop(library, others))
+            scores.append(judge(one.estimator, *others))
+            rounds.append((one.estimator.best_iteration_ or ROUNDS) + (library == "catboost"))
         trial.set_user_attr("rounds", round(float(np.mean(rounds))))
         return float(np.mean(scores))
 
@@ -139,5 +118,61 @@ def tuned(
     while perf_counter() - begin < seconds:
         study.optimize(objective, n_trials=1)
     best = study.best_trial
-    final = kind(n_estimators=best.user_attrs["rounds"], **best.params, **fixed)
-    return OfTable(final, levels).fit(X, y), len(study.trials), best.number
+    final = make(task, levels, scoring, best.user_attrs["rounds"], best.params)
+    return OfTable(final, levels, as_text=library == "catboost").fit(X, y), len(study.trials), best.number
+
+
+def _space_of_lightgbm(trial: Any) -> dict[str, Any]:
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", 5e-3, 0.1, log=True),
+        "num_leaves": trial.suggest_int("num_leaves", 2, 200, log=True),
+        "min_child_samples": trial.suggest_int("min_child_samples", 1, 64, log=True),
+        "colsample_bytree": trial.suggest_float("colsample_bytree", 0.4, 1.0),
+        "subsample": trial.suggest_float("subsample", 0.7, 1.0),
+        "extra_trees": trial.suggest_categorical("extra_trees", [False, True]),
+        "reg_alpha": trial.suggest_float("reg_alpha", 1e-5, 1.0, log=True),
+        "reg_lambda": trial.suggest_float("reg_lambda", 1e-5, 2.0, log=True),
+    }
+
+
+def _space_of_catboost(trial: Any) -> dict[str, Any]:
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", 5e-3, 0.1, log=True),
+        "depth": trial.suggest_int("depth", 4, 8),
+        "l2_leaf_reg": trial.suggest_float("l2_leaf_reg", 1e-4, 5.0, log=True),
+        "subsample": trial.suggest_float("subsample", 0.7, 1.0),
+        "colsample_bylevel": trial.suggest_float("colsample_bylevel", 0.85, 1.0),
+        "grow_policy": trial.suggest_categorical("grow_policy", ["SymmetricTree", "Depthwise"]),
+        "leaf_estimation_iterations": trial.suggest_int("leaf_estimation_iterations", 1, 20, log=True),
+        "one_hot_max_size": trial.suggest_int("one_hot_max_size", 8, 100, log=True),
+        "model_size_reg": trial.suggest_float("model_size_reg", 0.1, 1.5, log=True),
+        "max_ctr_complexity": trial.suggest_int("max_ctr_complexity", 2, 5),
+    }
+
+
+def _lightgbm(task: str, levels: dict[str, Any], scoring: str, rounds: int, chosen: dict[str, Any]) -> Any:
+    import lightgbm
+
+    kind = lightgbm.LGBMRegressor if task == "regression" else lightgbm.LGBMClassifier
+    metric = {"roc_auc": "auc", "accuracy": "binary_error" if task == "binary" else "multi_error"}.get(scoring, "rmse")
+    fixed = {"subsample_freq": 1, "n_jobs": 1, "random_state": 0, "verbose": -1}
+    return kind(n_estimators=rounds, metric=metric, **chosen, **fixed)
+
+
+def _catboost(task: str, levels: dict[str, Any], scoring: str, rounds: int, chosen: dict[str, Any]) -> Any:
+    import catboost
+
+    kind = catboost.CatBoostRegressor if task == "regression" else catboost.CatBoostClassifier
+    metric = {"roc_auc": "AUC", "accuracy": "Accuracy"}.get(scoring, "RMSE")
+    text = [name for name in levels if not name.startswith("date")]
+    fixed = {"thread_count": 1, "random_seed": 0, "verbose": 0, "allow_writing_files": False, "cat_features": text}
+    return kind(iterations=rounds, eval_metric=metric, bootstrap_type="Bernoulli", **chosen, **fixed)
+
+
+def _stop(library: str, others: tuple[pd.DataFrame, pd.Series]) -> dict[str, Any]:
+    """Return what a fit takes to end where the score of other rows gets no better."""
+    if library == "catboost":
+        return {"eval_set": others, "early_stopping_rounds": PATIENCE}
+    import lightgbm
+
+    return {"eval_set": [others], "callbacks": [lightgbm.early_stopping(PATIENCE, verbose=False)]}

@@ -5,6 +5,7 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -17,7 +18,7 @@ from sklearn.model_selection import train_test_split
 
 import gputune
 from benchmark.engines import trees
-from benchmark.report import describe_machine, file_stem, page, publish, table
+from benchmark.report import counted, describe_machine, file_stem, page, publish, table
 
 NAMES = (
     "california", "adult", "churn", "kc_house", "phoneme", "letter", "pendigits", "wine_quality", "german_credit",
@@ -26,7 +27,9 @@ NAMES = (
 LOGARITHMS = ("kc_house",)  # prices, of which the logarithm is predicted
 RARE = 0.1  # share of the rarer class below which ROC AUC is the score
 ROWS, HELD_OUT, SPLITS, FOLDS = 2_000, 5_000, 3, 3
-SECONDS = 60.0  # of tuning LightGBM
+LARGE = {"california": 10_000, "kc_house": 10_000, "wine_quality": 10_000, "protein": 10_000}
+"""Rows of tables that networks are searched on once more, in one split."""
+SECONDS = 60.0  # of tuning boosted trees
 SEARCHES = {
     "mlp": (32, 64), "mlp portfolio": (32, 64), "realmlp default": (1, 256), "realmlp": (8, 256)
 }  # fmt: skip
@@ -34,14 +37,15 @@ SEARCHES = {
 
 HOW = """\
 Of each table {rows:,} rows (four fifths of a smaller one) are searched on and up to {held_out:,} others
-scored, both drawn anew for each split. A cell is the median over {splits} splits (fewer where it says so) of
+scored, both drawn anew for each split; of {large} also one split of
+{most:,}. A cell is the median over {splits} splits (fewer where it says so) of
 the score, and of the seconds of wall clock of searching, choosing and training. RMSE, less is better, of
 {numbers} (of kc_house that of the logarithm of the price); ROC AUC of {rare}; else accuracy. "mlp" is a
 search of {mlp[0]} trials of {mlp[1]} epochs in its default space, "mlp portfolio" the same of space="mlp",
 "realmlp" of {realmlp[0]} trials of {realmlp[1]} epochs in its published one, each in {folds} folds; "realmlp
 default" is its published configuration alone. "ensemble" is that of the trials of the search, and its seconds
-count the search. "LightGBM tuned" is Optuna's TPE with early stopping in as many folds for {seconds:.0f}
-seconds. One thread each.
+count the search. "LightGBM tuned" and "CatBoost tuned" are Optuna's TPE with early stopping in as many folds
+for {seconds:.0f} seconds. One thread each.
 """
 
 Load = Callable[[str], tuple[pd.DataFrame, pd.Series, str]]
@@ -96,19 +100,21 @@ def run(options: Namespace) -> int:
     machine["versions"] |= trees.versions()
     file = options.out / f"{file_stem(machine, 'tables')}.json"
     results = [Result(**one) for one in json.loads(file.read_text())["results"]] if file.exists() else []
-    for number in range(options.repeats or SPLITS):
-        for name in NAMES:
-            for group, measure in WAYS.items():
-                if options.rows and group not in options.rows:
-                    continue
-                if any((one.split, one.table, one.group) == (number, name, group) for one in results):
-                    continue
-                split = split_of(name, load, number)
-                for way, model, trials, *costs in measure(split):
-                    score = split.score(model)
-                    results.append(Result(name, number, group, f"{group}{way}", score, split.scoring, *costs, trials))
-                    print(results[-1], flush=True)
-                publish(options.out, "tables", machine, words(machine, results), results=[*map(asdict, results)])
+    small = [(name, name, ROWS, number, WAYS) for number in range(options.repeats or SPLITS) for name in NAMES]
+    networks = {group: WAYS[group] for group in ("mlp", "realmlp")}
+    large = [(f"{name}, {rows:,} rows", name, rows, 0, networks) for name, rows in LARGE.items()]
+    for label, name, rows, number, ways in small + large:
+        for group, measure in ways.items():
+            if options.rows and group not in options.rows:
+                continue
+            if any((one.split, one.table, one.group) == (number, label, group) for one in results):
+                continue
+            split = split_of(name, load, number, rows)
+            for way, model, trials, *costs in measure(split):
+                score = split.score(model)
+                results.append(Result(label, number, group, f"{group}{way}", score, split.scoring, *costs, trials))
+                print(results[-1], flush=True)
+            publish(options.out, "tables", machine, words(machine, results), results=[*map(asdict, results)])
     return 0
 
 
@@ -156,13 +162,14 @@ def defaults(split: Split) -> Models:
         yield f" {name}", model.fit(split.X, split.y), 1, *clock()
 
 
-def tuned(split: Split) -> Models:
-    """Yield LightGBM, tuned, where it is installed."""
-    if "lightgbm" not in trees.versions():
-        print("LightGBM tuned: left out, pip install lightgbm")
+def tuned(library: str, split: Split) -> Models:
+    """Yield a library's trees, tuned, where it is installed."""
+    if library not in trees.versions():
+        print(f"{library} tuned: left out, pip install {library}")
         return
     clock = Clock()
-    model, trials, best = trees.tuned(split.X, split.y, split.task, split.scoring, folds=FOLDS, seconds=SECONDS)
+    words = split.X, split.y, split.task, split.scoring
+    model, trials, best = trees.tuned(library, *words, folds=FOLDS, seconds=SECONDS)
     print(f"the best of {trials} trials was trial {best}")
     yield "", model, trials, *clock()
 
@@ -197,7 +204,8 @@ def network(model: str, way: str) -> Callable[[Split], Models]:
 
 WAYS: dict[str, Callable[[Split], Models]] = {
     "default": defaults,
-    "LightGBM tuned": tuned,
+    "LightGBM tuned": partial(tuned, "lightgbm"),
+    "CatBoost tuned": partial(tuned, "catboost"),
     **{way: network(way.split()[0], way) for way in SEARCHES},
 }
 
@@ -206,19 +214,21 @@ def words(machine: dict[str, Any], results: list[Result]) -> str:
     """Return the page: the medians over the splits of each table and way."""
     ways = list(dict.fromkeys(one.way for one in results))
     tables = {one.table: one.scoring for one in results}
+    few_rows = {name: scoring for name, scoring in tables.items() if name in NAMES}
     splits = max(one.split for one in results) + 1
 
     def cell(name: str, way: str) -> str:
         found = [one for one in results if (one.table, one.way) == (name, way)]
         if not found:
             return ""
-        few = f", {len(found)} splits" if len(found) < splits else ""
+        few = f", {counted(len(found), 'split')}" if len(found) < splits else ""
         return f"{median(one.score for one in found):.4f} ({median(one.seconds for one in found):.0f} s{few})"
 
     how = HOW.format(
-        rows=ROWS, held_out=HELD_OUT, splits=splits, folds=FOLDS, seconds=SECONDS,
-        numbers=" and ".join(name for name, scoring in tables.items() if scoring.startswith("neg")),
-        rare=" and ".join(name for name, scoring in tables.items() if scoring == "roc_auc") or "none",
+        rows=ROWS, held_out=HELD_OUT, large=" and ".join(LARGE), most=max(LARGE.values()),
+        splits=splits, folds=FOLDS, seconds=SECONDS,
+        numbers=" and ".join(name for name, scoring in few_rows.items() if scoring.startswith("neg")),
+        rare=" and ".join(name for name, scoring in few_rows.items() if scoring == "roc_auc") or "none",
         **SEARCHES,
     )  # fmt: skip
     rows = [[name, *(cell(name, way) for way in ways)] for name in tables]
