@@ -48,8 +48,8 @@ def make_folds(
     ``cv`` is a number of folds (shuffled by ``seed``; stratified for classes; whole groups stay together), a
     splitter of scikit-learn, or an iterable of pairs of positions, masks or slices; the last two are taken as they
     are. A splitter is given ``X``; where it is None, zeros of as many rows. Warns of a class with fewer rows than
-    folds, and of folds that validate on their own training rows. Raises InputError for folds that cannot be made,
-    and for a group on both sides of a fold.
+    folds, of folds that validate on their own training rows, and of folds that train without a class. Raises InputError
+    for folds that cannot be made, and for a group on both sides of a fold.
     """
     groups = check_groups(groups, n_rows)
     refuse_groups_in_time(cv, groups)
@@ -72,6 +72,7 @@ def make_folds(
     if groups is not None:
         _refuse_split_groups(folds, groups, cv)
     _warn_of_overlap(folds)
+    _warn_of_missing_classes(folds, target, least=2 if isinstance(cv, int | np.integer) else 1)
     return folds
 
 
@@ -219,6 +220,22 @@ def _warn_of_overlap(folds: list[Rows]) -> None:
         warn(
             f"{len(shared)} of {len(folds)} folds (the first is fold {shared[0]}) validate on rows that they train "
             "on, so their scores are too good."
+        )
+
+
+def _warn_of_missing_classes(folds: list[Rows], target: Target, least: int) -> None:
+    """Warn of classes with so many rows or more, none of which a fold trains on."""
+    if target.classes is None:
+        return
+    train = np.array([np.bincount(target.values[rows], minlength=target.n_outputs) for rows, _ in folds])
+    whole = np.bincount(target.values, minlength=target.n_outputs)
+    missing = (train == 0) & (whole >= least)
+    if missing.any():
+        few = np.flatnonzero(missing.any(1))
+        shown = ", ".join(repr(target.classes[k].item()) for k in np.flatnonzero(missing[few[0]])[:8])
+        warn(
+            f"{len(few)} of {len(folds)} folds (the first is fold {few[0]}) train without rows of a class ({shown} "
+            "there), which they cannot predict; shuffle or stratify the folds, or leave such classes out."
         )
 
 

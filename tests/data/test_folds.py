@@ -25,7 +25,7 @@ from gputune.data.target import check_target
 from gputune.errors import InputError
 
 N = 40
-CLASSES = check_target(np.repeat(["a", "b"], [30, 10]), n_rows=N)
+CLASSES = check_target(np.tile(["a", "b", "a", "a", "a", "a", "b", "a"], 5), n_rows=N)
 NUMBERS = check_target(np.linspace(0, 1, N), n_rows=N)
 GROUPS = np.repeat(np.arange(8), 5)
 
@@ -113,9 +113,13 @@ def test_a_rare_class_is_one_warning_of_ours():
             "kind has classes with fewer rows than the 5 folds: 'b' (3), 'c' (4); "
             "some folds are validated without them."
         ]
+    with pytest.warns(
+        UserWarning, match=r"1 of 5 folds \(the first is fold 4\) train without rows of a class \('b', 'c' the"
+    ):
+        folds(KFold(5), target)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        folds(KFold(5), target)
+        folds(KFold(5, shuffle=True, random_state=0), target)
 
 
 def test_validation_on_training_rows_is_a_warning():
@@ -130,7 +134,7 @@ KEPT = (np.arange(20), np.arange(20, N))
     ("cv", "how", "fold", "group"),
     [
         (KFold(3), "cv=KFold", 0, "2 is"),
-        (StratifiedKFold(3), "cv=StratifiedKFold", 0, "6 is"),
+        (StratifiedKFold(3), "cv=StratifiedKFold", 0, "2 is"),
         (ShuffleSplit(1, random_state=0), "cv=ShuffleSplit", 0, "[0-7] .and . more. is"),
         (PredefinedSplit(np.arange(N) % 2), "cv=PredefinedSplit", 0, "[0-7] .and . more. is"),
         ([KEPT, (np.arange(22), np.arange(22, N))], "the .train, valid. rows of cv", 1, "4 is"),
