@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Any
 
 import joblib
@@ -90,6 +91,16 @@ def publish(out: Path, what: str, machine: dict[str, Any], text: str, **numbers:
     in_words.write_text(text)
     print(f"\n{text}\nwritten: {in_json}, {in_words}")
     return 0
+
+
+class Clock:
+    """Seconds of wall clock and of the processor since it was made, beside those that were spent before."""
+
+    def __init__(self, seconds: float = 0.0, cpu: float = 0.0) -> None:
+        self.begin = perf_counter() - seconds, process_time() - cpu
+
+    def __call__(self) -> tuple[float, float]:
+        return perf_counter() - self.begin[0], process_time() - self.begin[1]
 
 
 def file_stem(machine: dict[str, Any], what: str = "training") -> str:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from time import perf_counter, process_time
 from typing import Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ import pandas as pd
 import gputune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmark.report import HERE, describe_machine, file_stem, page, positive, publish, table
+from benchmark.report import HERE, Clock, describe_machine, file_stem, page, positive, publish, table
 
 PARTS = ("train", "val", "test")
 REGRESSION = ("california",)
@@ -130,16 +129,6 @@ def _array(path: Path) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise gputune.InputError(f"{path} must be an array of numbers or text: {error}. See {ADDRESS}.") from error
     return array
-
-
-class Clock:
-    """Seconds of wall clock and of the processor since it was made, beside those that were spent before."""
-
-    def __init__(self, seconds: float = 0.0, cpu: float = 0.0) -> None:
-        self.begin = perf_counter() - seconds, process_time() - cpu
-
-    def __call__(self) -> tuple[float, float]:
-        return perf_counter() - self.begin[0], process_time() - self.begin[1]
 
 
 def search(model: str, data: Data, seed: int, trials: int, file: Path) -> tuple[gputune.Study, float, float]:

@@ -1,6 +1,5 @@
 """A study file of 100,000 trials: what opening it, looking at it and going on with it take."""
 
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -12,7 +11,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import gputune
-from benchmark.report import describe_machine, page, publish, table
+from benchmark.report import Clock, describe_machine, page, publish, table
 from gputune.cli.main import main
 from gputune.study.store import Result, Store
 
@@ -70,7 +69,8 @@ def make(file: Path) -> None:
 
 def timed(step: Callable[[int], object], number: int) -> tuple[float, float]:
     """Return the seconds of CPU, and of the clock, that a step takes; what it prints is dropped."""
-    begin = time.process_time(), time.perf_counter()
+    clock = Clock()
     with redirect_stdout(StringIO()):
         step(number)
-    return time.process_time() - begin[0], time.perf_counter() - begin[1]
+    wall, cpu = clock()
+    return cpu, wall

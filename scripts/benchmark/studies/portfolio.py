@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ from scipy.stats import loguniform
 
 import gputune
 from benchmark.report import describe_machine, page, publish, table
-from benchmark.studies.tables import NAMES, ROWS, Split, loader, split_of
+from benchmark.studies.tables import FOLDS, NAMES, ROWS, loader, split_of
 
-WIDE_TRIALS, TRIALS, EPOCHS, FOLDS, SIZE, DRAWS = 96, 48, 32, 3, 7, 2_000
+WIDE_TRIALS, TRIALS, EPOCHS, SIZE, DRAWS = 96, 48, 32, 7, 2_000
 WIDE = {
     "lr": loguniform(1e-4, 3e-2),
     "batch_size": [32, 64, 128, 256],
@@ -44,7 +43,8 @@ def run(options: Namespace) -> int:
     load, scores, configs = loader(options.data), [], []
     for name in NAMES:
         split = split_of(name, load, 0)
-        wide, plain = search(split, WIDE), search(split, None)
+        wide = split.search("mlp", space=WIDE, n_trials=WIDE_TRIALS, include_default=False, max_epochs=EPOCHS)
+        plain = split.search("mlp", n_trials=TRIALS + 1, max_epochs=EPOCHS)  # the default configuration first
         scores.append(np.concatenate([honest(wide), honest(plain)[1:], honest(plain)[:1]]))
         configs = [trial.params for trial in wide.trials]
         print(name, np.nanmax(scores[-1]), wide.best_params, flush=True)
@@ -52,23 +52,6 @@ def run(options: Namespace) -> int:
     outside = [left_out(regrets, place) for place in range(len(NAMES))]
     chosen = greedy(regrets[:, :WIDE_TRIALS], regrets[:, -1])
     return write(options, [configs[place] for place in chosen], outside, regrets[:, -1])
-
-
-def search(split: Split, space: Mapping[str, Any] | None) -> gputune.Study:
-    """Return the search of a space on the rows of a split; the default configuration is the first of its trials."""
-    return gputune.tune(
-        "mlp",
-        split.X,
-        split.y,
-        space=space,
-        n_trials=TRIALS + 1 if space is None else WIDE_TRIALS,
-        include_default=space is None,
-        cv=FOLDS,
-        max_epochs=EPOCHS,
-        scoring=split.scoring,
-        task="regression" if split.task == "regression" else "classification",
-        verbose=0,
-    )
 
 
 def honest(study: gputune.Study) -> NDArray[np.float64]:

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import KFold, StratifiedKFold
 
-import gputune
-from benchmark.report import describe_machine, page, publish, table
-from benchmark.studies.tables import HELD_OUT, Clock, Split, loader, split_of
+from benchmark.report import Clock, describe_machine, page, publish, table
+from benchmark.studies.tables import FOLDS, HELD_OUT, Split, loader, split_of
 
 NAMES = ("california", "churn")
-ROWS, CONFIGURATIONS, EPOCHS, FOLDS = 5_000, 8, 64, 3
+ROWS, CONFIGURATIONS, EPOCHS = 5_000, 8, 64
 NAMES_OF = {
     "num_emb_type": "module__embedding", "add_front_scale": "module__scaling", "lr": "lr", "p_drop": "dropout",
     "wd": "weight_decay", "plr_sigma": "module__sigma", "act": "module__activation",
@@ -89,19 +88,7 @@ def here(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
         | {"module__width": int(one["hidden_sizes"][0]), "module__depth": len(one["hidden_sizes"])}
         for one in drawn
     ]
-    study = gputune.tune(
-        "realmlp",
-        split.X,
-        split.y,
-        include=included,
-        include_default=False,
-        n_trials=0,
-        cv=FOLDS,
-        max_epochs=EPOCHS,
-        scoring=split.scoring,
-        task="regression" if split.task == "regression" else "classification",
-        verbose=0,
-    )
+    study = split.search("realmlp", include=included, include_default=False, n_trials=0, max_epochs=EPOCHS)
     for number in range(len(included)):
         yield split.score(study.best_model(trial=number))
 

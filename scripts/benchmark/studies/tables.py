@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from sklearn.model_selection import train_test_split
 
 import gputune
 from benchmark.engines import trees
-from benchmark.report import counted, describe_machine, file_stem, page, publish, table
+from benchmark.report import Clock, counted, describe_machine, file_stem, page, publish, table
 
 NAMES = (
     "california", "adult", "churn", "kc_house", "phoneme", "letter", "pendigits", "wine_quality", "german_credit",
@@ -84,6 +83,11 @@ class Split:
         rare = self.task == "binary" and self.y.value_counts(normalize=True).min() < RARE
         return "roc_auc" if rare else "accuracy"
 
+    def search(self, model: str, **options: Any) -> gputune.Study:
+        """Return a search of a model on the rows to search on."""
+        task = "regression" if self.task == "regression" else "classification"
+        return gputune.tune(model, self.X, self.y, cv=FOLDS, scoring=self.scoring, task=task, verbose=0, **options)
+
     def score(self, model: Any) -> float:
         """Return the score of a model on the rows that are held out; an RMSE is positive."""
         truth = self.y_test.to_numpy()
@@ -141,16 +145,6 @@ def split_of(name: str, load: Load, number: int, most: int = ROWS) -> Split:
     return Split(X, y, X_test[:HELD_OUT], y_test[:HELD_OUT], task)
 
 
-class Clock:
-    """Seconds of wall clock and of the processor since it was made."""
-
-    def __init__(self) -> None:
-        self.begin = perf_counter(), process_time()
-
-    def __call__(self) -> tuple[float, float]:
-        return perf_counter() - self.begin[0], process_time() - self.begin[1]
-
-
 Models = Iterator[tuple[str, Any, int, float, float]]
 """What the way is called beside its group's name, its model, its trials, the seconds of wall clock and processor."""
 
@@ -180,18 +174,8 @@ def network(model: str, way: str) -> Callable[[Split], Models]:
     def models(split: Split) -> Models:
         n_trials, epochs = SEARCHES[way]
         clock = Clock()
-        study = gputune.tune(
-            model,
-            split.X,
-            split.y,
-            space="mlp" if way == "mlp portfolio" else None,
-            n_trials=n_trials,
-            cv=FOLDS,
-            max_epochs=epochs,
-            scoring=split.scoring,
-            task="regression" if split.task == "regression" else "classification",
-            verbose=0,
-        )
+        space = "mlp" if way == "mlp portfolio" else None
+        study = split.search(model, space=space, n_trials=n_trials, max_epochs=epochs)
         searched = clock()
         yield "", study.best_model(), n_trials, *clock()
         if n_trials > 1:
