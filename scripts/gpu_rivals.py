@@ -42,13 +42,7 @@ def steps_a_second(step, wait):
 def loop(device, *, graphed=False):
     """A network, one minibatch after another."""
     X, y = (torch.from_numpy(array).to(device) for array in data())
-    layers = (
-        nn.Linear(INPUTS, WIDTH),
-        nn.ReLU(),
-        nn.Linear(WIDTH, WIDTH),
-        nn.ReLU(),
-        nn.Linear(WIDTH, CLASSES),
-    )
+    layers = (nn.Linear(INPUTS, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
     module = nn.Sequential(*layers).to(device)
     optimizer = torch.optim.AdamW(module.parameters(), 1e-3, capturable=graphed)
     rows = torch.arange(BATCH, device=device)

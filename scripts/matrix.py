@@ -23,10 +23,7 @@ PARTS = ("replay", "native", "modules", "data", "study", "sklearn_face/test_chec
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "matplotlib", "optuna", "cmaes")
 SHOWN = ("torch", "numpy", "scikit-learn", "pandas", "polars")
 ENVIRONMENTS: Mapping[str, tuple[str, str]] = {
-    "floors": (
-        "3.11",
-        "torch==2.10.* numpy==2.0.* scikit-learn==1.6.* pandas==2.2.* polars==1.10.* pytest==8.*",
-    ),
+    "floors": ("3.11", "torch==2.10.* numpy==2.0.* scikit-learn==1.6.* pandas==2.2.* polars==1.10.* pytest==8.*"),
     "3.12": ("3.12", "torch==2.13.* pandas==2.*"),
     "newest": ("3.13", "pandas>=3"),
     "3.14": ("3.14", "pandas>=3"),

@@ -37,10 +37,7 @@ def main() -> int:
         run(tools, "-m", "pip", "install", "-q", *TOOLS)
         first, again = (build(tools, Path(folder, name)) for name in ("first", "again"))
         for one, other in zip(first, again, strict=True):
-            require(
-                one.read_bytes() == other.read_bytes(),
-                f"{one.name} is not the same bytes when it is built again",
-            )
+            require(one.read_bytes() == other.read_bytes(), f"{one.name} is not the same bytes when it is built again")
         wheel, source = first
         check(wheel)
         wheel = renamed(tools, wheel)
@@ -104,10 +101,7 @@ def check(wheel: Path) -> None:
         sizes = {name: content.getinfo(name).file_size for name in content.namelist()}
     libraries = {name: size for name, size in sizes.items() if name.endswith(".so")}
     require(len(libraries) == 6, f"{wheel.name} has {len(libraries)} of 6 libraries; is there a C compiler?")
-    require(
-        sum(libraries.values()) <= LARGEST,
-        f"the libraries take {sum(libraries.values()):,} of {LARGEST:,} bytes",
-    )
+    require(sum(libraries.values()) <= LARGEST, f"the libraries take {sum(libraries.values()):,} of {LARGEST:,} bytes")
     foreign = [name for name in sizes if not re.match(r"gputune/|gputune-[^/]+\.dist-info/", name) or "/test" in name]
     require(not foreign, f"{wheel.name} holds {foreign}")
 
@@ -138,10 +132,7 @@ def use(package: Path, folder: Path, *, compiled: bool) -> None:
     print(run(python, "-c", code[1], env=bare, cwd=folder))
     words = "tune sklearn:digits --trials 8 --epochs 5".split()
     out = run(python.parent / "gputune", *words, env=bare, cwd=folder)
-    require(
-        ("has no compiled code" in out) != compiled,
-        f"{package.name}: not the code that was to be there:\n{out}",
-    )
+    require(("has no compiled code" in out) != compiled, f"{package.name}: not the code that was to be there:\n{out}")
     print(out)
 
 

@@ -132,11 +132,7 @@ def over_cores(fit: Fit, work: Work, cores: int, compiled: Callable[[], float] =
 
 
 def run_jobs(
-    call: Callable[[list[Fold], Job], Any],
-    jobs: Sequence[Job],
-    work: Work,
-    cores: int,
-    compiled: Callable[[], float],
+    call: Callable[[list[Fold], Job], Any], jobs: Sequence[Job], work: Work, cores: int, compiled: Callable[[], float]
 ) -> tuple[list[Any], float, float]:
     """Call for each job in worker processes, in the given order; the rows are scaled and written once, then mapped.
 

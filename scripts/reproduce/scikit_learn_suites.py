@@ -33,14 +33,8 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
             "test_partial_fit_regression",
             "fit is gputune's and partial_fit scikit-learn's, with other random numbers: they are not the same network",
         ),
-        (
-            "test_nonfinite_params",
-            "a training that diverges raises gputune.DivergedError, an ArithmeticError",
-        ),
-        (
-            "test_n_iter_no_change_inf",
-            "with n_iter_no_change=inf no loss is computed, and nothing is counted",
-        ),
+        ("test_nonfinite_params", "a training that diverges raises gputune.DivergedError, an ArithmeticError"),
+        ("test_n_iter_no_change_inf", "with n_iter_no_change=inf no loss is computed, and nothing is counted"),
     ),
     "test_search": (
         (
@@ -58,10 +52,7 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("test_warm_start", _START),
         ("callback_fitted_estimator", _START),
         ("deprecated|warns_with_n_jobs", _DEPRECATED),
-        (
-            "penalty_l1ratio_incompatible",
-            "penalty='l1' and 'l2' say what l1_ratio would: no warning of its default",
-        ),
+        ("penalty_l1ratio_incompatible", "penalty='l1' and 'l2' say what l1_ratio would: no warning of its default"),
         ("test_large_sparse_matrix", "sparse X is made dense, so that 64-bit indices are no trouble"),
     ),
 }
@@ -108,22 +99,9 @@ def outcomes(suite: Suite, *, swapped: bool, keyword: str) -> dict[str, str]:
         plugins = ["-p", "sklearn.conftest", "-p", "no:cacheprovider"]
         if find_spec("xdist") is not None:
             plugins += ["-p", "no:xdist"]
-        options = [
-            f"--junitxml={report}",
-            "-q",
-            "--tb=line",
-            "-k",
-            keyword,
-            "--rootdir",
-            folder,
-            "-c",
-            "/dev/null",
-        ]
+        options = [f"--junitxml={report}", "-q", "--tb=line", "-k", keyword, "--rootdir", folder, "-c", "/dev/null"]
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", *plugins, *options, str(file)],
-            capture_output=True,
-            text=True,
-            cwd=folder,
+            [sys.executable, "-m", "pytest", *plugins, *options, str(file)], capture_output=True, text=True, cwd=folder
         )
         if not report.exists():
             raise RuntimeError(f"pytest did not run {suite.name}:\n{run.stdout}{run.stderr}")
@@ -162,11 +140,10 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
     lines = [
         "# scikit-learn's own tests",
         "",
-        f"Made by `python scripts/reproduce/scikit_learn_suites.py --out docs`, with scikit-learn "
-        f"{sklearn.__version__}. "
+        f"Made by `python scripts/reproduce/scikit_learn_suites.py --out docs`, with scikit-learn {sklearn.__version__}. "
         "Each of",
-        "its test files was run as it is, and with gputune's classes in place of its own by one import; a test "
-        "counts where",
+        "its test files was run as it is, and with gputune's classes in place of its own by one import; a test counts "
+        "where",
         "scikit-learn's own class passes it.",
         "",
         "| test file | classes | pass |",

@@ -65,10 +65,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, n_features: int, n_outputs: int, width: int = 32) -> None:
         super().__init__()
-        self.body, self.leave = (
-            self.kind(n_features // 20, width, batch_first=True),
-            nn.Linear(width, n_outputs),
-        )
+        self.body, self.leave = (self.kind(n_features // 20, width, batch_first=True), nn.Linear(width, n_outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.leave(self.body(x.unflatten(1, (20, -1)))[0][:, -1])

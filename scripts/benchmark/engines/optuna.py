@@ -110,11 +110,7 @@ def share(
 
 
 def _optimize(
-    journal: str,
-    widths: list[int],
-    n_trials: int,
-    objective: Objective,
-    pruner: optuna.pruners.BasePruner | None,
+    journal: str, widths: list[int], n_trials: int, objective: Objective, pruner: optuna.pruners.BasePruner | None
 ) -> float:
     """Take trials of the study until its list has ended; return when this process began."""
     begin = time.monotonic()

@@ -8,19 +8,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from benchmark.work import (
-    Event,
-    Fold,
-    Line,
-    Outcome,
-    Trial,
-    Work,
-    one_thread_each,
-    over_cores,
-    read,
-    record,
-    recorded,
-)
+from benchmark.work import Event, Fold, Line, Outcome, Trial, Work, one_thread_each, over_cores, read, record, recorded
 
 
 def train(work: Work, cores: int) -> Outcome:

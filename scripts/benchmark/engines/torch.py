@@ -147,10 +147,7 @@ def train_ray(work: Work, cores: int) -> Outcome:
         tune.report({"scores": scores, "began": began, "process": os.getpid()})
 
     # The workers import what this process can.
-    with (
-        patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), tempfile.TemporaryDirectory() as folder:
         try:
             ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="error")
             shared = ray.put(folds)
@@ -218,13 +215,7 @@ def _compiled_step() -> Callable[..., None]:
 
 
 def _step(
-    weights: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    x: Tensor,
-    y: Tensor,
-    lr: Tensor,
-    steps: Tensor,
+    weights: list[Tensor], first: list[Tensor], second: list[Tensor], x: Tensor, y: Tensor, lr: Tensor, steps: Tensor
 ) -> None:
     gradients = torch.func.grad(_loss)(weights, x, y)
     steps += 1

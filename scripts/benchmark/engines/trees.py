@@ -68,10 +68,7 @@ def with_defaults(X: pd.DataFrame, y: pd.Series, task: str) -> Iterator[tuple[st
     """Yield the name of each library that is installed and its trees as its defaults say."""
     numbers, levels = task == "regression", levels_of(X)
     histogram = HistGradientBoostingRegressor if numbers else HistGradientBoostingClassifier
-    yield (
-        "HistGradientBoosting",
-        OfTable(histogram(categorical_features="from_dtype", random_state=0), levels),
-    )
+    yield ("HistGradientBoosting", OfTable(histogram(categorical_features="from_dtype", random_state=0), levels))
     if find_spec("lightgbm"):
         from lightgbm import LGBMClassifier, LGBMRegressor
 

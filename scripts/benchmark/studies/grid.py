@@ -128,11 +128,7 @@ def markdown(machine: dict[str, Any], how: str, cells: Sequence[Cell], grown: Se
         rows = [(*shape, *(_ratios(cells, rival, *shape, n) for n in counts)) for shape in shapes]
         parts += [f"## Against {rival}", table(head, rows), _lost(cells, rival)]
     parts += ["## What grows with trials x folds x epochs", GROWN, growth_table(grown)]
-    parts += [
-        "## What grows with rows",
-        GROWN_ROWS.format(columns=COLUMNS, **LARGE),
-        growth_table(grown, by_rows=True),
-    ]
+    parts += ["## What grows with rows", GROWN_ROWS.format(columns=COLUMNS, **LARGE), growth_table(grown, by_rows=True)]
     return page("gputune over trials, widths and batch sizes", machine, *parts)
 
 

@@ -94,10 +94,7 @@ def left_out(regrets: NDArray[np.float64], place: int) -> tuple[float, float]:
 
 
 def write(
-    options: Namespace,
-    configs: list[dict[str, Any]],
-    outside: list[tuple[float, float]],
-    default: NDArray[np.float64],
+    options: Namespace, configs: list[dict[str, Any]], outside: list[tuple[float, float]], default: NDArray[np.float64]
 ) -> int:
     """Publish the page; return 0."""
     machine = describe_machine(with_card=False)
