@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labels
 from gputune.data.columns import checked_tensor
-from gputune.data.encode import Layout, Statistics, transform
-from gputune.data.scaling import Scaling, scaling_of, table_inputs
+from gputune.data.encode import Layout, Statistics
+from gputune.data.scaling import Scaling, encode, scaling_of, table_inputs
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, standardised
 from gputune.data.target_transform import FittedTransform
@@ -54,21 +53,6 @@ class ScorerRows:
         if isinstance(self.layout, Layout):
             X = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)
         return encode(X, self.layout, statistics, dtype)
-
-
-def encode(
-    X: Any, layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Return the inputs that a module takes of a table or of arrays, each (n, ...), as ``Dataset.rows`` gives them."""
-    if isinstance(layout, Layout):
-        assert isinstance(statistics, Statistics)
-        return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
-    assert isinstance(statistics, ArrayStatistics)
-    scaling = scaling_of([statistics], torch.empty(0, dtype=dtype))
-    return tuple(
-        x.to(dtype if x.is_floating_point() else x.dtype) if scale is None else scale(x[None].cpu(), slice(0, 1))[0]
-        for x, scale in zip(layout.raw(X).gathered(), scaling)
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,12 +230,14 @@ def make_dataset(
     weights: Weights,
     like: Tensor,
     standardise: bool = True,
+    weighted: bool = False,
 ) -> Dataset:
     """Return the dataset in the dtype and on the device of ``like``.
 
     ``raw`` is arrays, or (n, D) what ``Layout.raw`` returned, and ``statistics`` are those of each fold's training
-    rows; numbers to be predicted are standardised by these too, unless told not to. Raises InputError where the weights
-    of a fold's training rows add up to 0.
+    rows; numbers to be predicted are standardised by these too, unless told not to. Where that is ``weighted``, their
+    weights count in it, and a class whose rows weigh nothing takes no part. Raises InputError where the weights of a
+    fold's training rows add up to 0.
     """
     device = like.device
     names, scaling, on_host = None, scaling_of(statistics, like), False
@@ -261,9 +247,10 @@ def make_dataset(
         copies, names = (0,) * len(folds), raw.names
     else:
         inputs, copies, scaling = table_inputs(raw, statistics, like)
-    y, *moments, transforms = standardised(target, folds, standardise)
-    values, present = target.values, _present(target, folds, device)
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
+    counted = row_weights if weighted else [None] * len(folds)
+    y, *moments, transforms = standardised(target, folds, standardise, counted)
+    values, present = target.values, _present(target, folds, counted, device)
     if isinstance(raw, Arrays) and raw.places is not None:
         # The inputs have other rows as well, which no fold has: folds and targets name rows by their places among all.
         among, places = partial(_among, raw.places, len(raw.parts[0])), raw.places
@@ -324,10 +311,15 @@ def _stack(rows: Sequence[np.ndarray | None], device: torch.device) -> Tensor | 
     return torch.as_tensor(stacked, dtype=torch.float64, device=device)
 
 
-def _present(target: Target, folds: Sequence[Rows], device: torch.device) -> Tensor | None:
+def _present(
+    target: Target, folds: Sequence[Rows], weights: Sequence[np.ndarray | None], device: torch.device
+) -> Tensor | None:
     if target.classes is None:
         return None
-    counts = [np.bincount(target.values[train], minlength=target.n_outputs) for train, _ in folds]
+    counts = [
+        np.bincount(target.values[train], w if w is None else w[train], minlength=target.n_outputs)
+        for (train, _), w in zip(folds, weights)
+    ]
     present = np.stack(counts) > 0
     return None if present.all() else torch.as_tensor(present, device=device)
 

@@ -16,16 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.bins import N_BINS, OPEN, bins_between, quantile_edges, tree_edges
-from gputune.data.columns import (
-    Column,
-    checked_tensor,
-    fit_column,
-    fit_tensor_columns,
-    tensor_moments,
-    tensor_names,
-)
-from gputune.data.quantiles import fit_quantiles, median_and_spread, normal_scores, smooth_clip
+from gputune.data.columns import Column, checked_tensor, fit_column, fit_tensor_columns, tensor_moments, tensor_names
+from gputune.data.quantiles import N_BINS, OPEN, bins_of, fit_quantiles, median_and_spread, normal_scores, smooth_clip
 from gputune.data.table import Table, quoted
 from gputune.errors import InputError, warn
 from gputune.text import count
@@ -265,8 +257,7 @@ def fit_statistics(
     for the ``target`` (n, ...), of which the given rows alone are read; of both, of numbers within the same limit.
     "none": numbers stay as they are. A column without a known value in the rows is filled with 0.
 
-    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``quantiles.py``;
-    ``bins.py``.
+    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``quantiles.py``.
     """
     check_numbers(numbers, raw)
     if isinstance(raw, Tensor):
@@ -293,7 +284,7 @@ def fit_statistics(
         ends = np.where(layout.numeric, [[-1], [1]] * reach / scale, OPEN[2:])
     if numbers.startswith("piecewise") and not isinstance(raw, Tensor):
         of_rows = target[rows] if numbers == "piecewise-tree" and target is not None else None
-        parts = [_bins(part[:, j], of_rows) if is_number else OPEN for j, is_number in enumerate(layout.numeric)]
+        parts = [bins_of(part[:, j], of_rows) if is_number else OPEN for j, is_number in enumerate(layout.numeric)]
         center, scale, least, most = np.concatenate(parts, axis=1)
         places = layout.places(numbers)
         low, high = (mean[places] - center + [[-1], [1]] * reach[places]) / scale
@@ -320,13 +311,6 @@ def check_numbers(numbers: str, raw: np.ndarray | Tensor) -> None:
         raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
     if isinstance(raw, Tensor) and numbers not in TENSOR_NUMBERS:
         raise InputError(f"numbers={numbers!r} is not there for tensors; pass a NumPy array or numbers='standard'.")
-
-
-def _bins(values: np.ndarray, target: np.ndarray | None) -> np.ndarray:
-    """Return the bins of a feature's known values, for a target where there is one."""
-    known = ~np.isnan(values)
-    edges = quantile_edges(values[known]) if target is None else tree_edges(values[known], target[known])
-    return bins_between(edges)
 
 
 @np.errstate(over="ignore")  # of a number so far away that it is clipped

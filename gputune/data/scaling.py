@@ -1,4 +1,7 @@
-"""How folds read one table: each a copy of its own, or one copy that is scaled as its rows are gathered."""
+"""How folds read one table: each a copy of its own, or one copy that is scaled as its rows are gathered.
+
+Also how rows that are new are prepared as those of a fold were.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.arrays import ArrayStatistics
-from gputune.data.encode import Statistics, transform
+from gputune.data.arrays import ArrayLayout, ArrayStatistics
+from gputune.data.encode import Layout, Statistics, transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +118,20 @@ def scaling_of(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None,
         return Scaling(_stack(center, like), _stack(scale, like))
 
     return tuple(map(of, zip(*(fitted.channels for fitted in statistics))))
+
+
+def encode(
+    X: Any, layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return the inputs that a module takes of a table or of arrays, each (n, ...), as ``Dataset.rows`` gives them."""
+    if isinstance(layout, Layout):
+        assert isinstance(statistics, Statistics)
+        return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
+    scaling = scaling_of([statistics], torch.empty(0, dtype=dtype))
+    return tuple(
+        x.to(dtype if x.is_floating_point() else x.dtype) if scale is None else scale(x[None].cpu(), slice(0, 1))[0]
+        for x, scale in zip(layout.raw(X).gathered(), scaling)
+    )
 
 
 def _distinct(lost: np.ndarray, statistics: Sequence[Statistics]) -> tuple[list[Statistics], tuple[int, ...]]:

@@ -110,7 +110,8 @@ def as_table(X: object) -> Table:
     try:
         frame = nw.from_native(X, pass_through=True)
     except nw.exceptions.DuplicateError as error:
-        raise InputError(f"column names must differ; rename one of them ({_last_line(error)}).") from error
+        last_line = str(error).strip().splitlines()[-1].strip("- ")
+        raise InputError(f"column names must differ; rename one of them ({last_line}).") from error
     if isinstance(frame, nw.LazyFrame):
         raise InputError("X is a lazy frame; pass X.collect().")
     if isinstance(frame, nw.DataFrame):
@@ -168,10 +169,6 @@ def _from_frame(frame: "nw.DataFrame[Any]") -> Table:
     # A categorical column is no number by its owner's word.
     typed = [str(s.name) for s in frame.iter_columns() if isinstance(s.dtype, nw.Categorical | nw.Enum)]
     return checked_table(names, [from_series(series) for series in frame.iter_columns()], typed)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip("- ")
 
 
 def two_axes(ndim: int) -> str:

@@ -58,19 +58,14 @@ class Target:
         if self.classes is not None:
             return f"{len(self.classes)} classes"
         many = "" if self.values.ndim == 1 else f"{self.n_outputs} "
-        return {"multilabel": f"{many}labels", "custom": f"{many}numbers, as they are"}.get(
-            self.task, f"{many}numbers (regression)"
-        )
+        words = {"multilabel": "labels", "custom": "numbers, as they are"}.get(self.task, "numbers (regression)")
+        return f"{many}{words}"
 
     @property
     def override(self) -> str:
         """The option that takes whole numbers the other way, in words; "" where there is no other way."""
-        if (
-            self.task == "custom"
-            or self.labels.ndim > 1
-            or self.labels.dtype.kind not in "iuf"
-            or not _are_whole(self.labels)
-        ):
+        labels = self.labels
+        if self.task == "custom" or labels.ndim > 1 or labels.dtype.kind not in "iuf" or not _are_whole(labels):
             return ""
         if self.classes is None:
             return "task='classification' takes them for classes"
@@ -113,7 +108,8 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     if task == "multilabel":
         raise InputError(f"task='multilabel' needs several columns of 0 and 1 in {name}, got one; leave task out.")
     if task == "regression" or (task is None and not _are_classes(values, name)):
-        return Target("regression", _numbers(values, name), None, name, column)
+        _check_numbers(values, "regression", name)
+        return Target("regression", values.astype(np.float64), None, name, column)
     return _classes(values, task, name)
 
 
@@ -154,11 +150,15 @@ def _all_equal(name: str, value: object) -> InputError:
 
 
 def standardised(
-    target: Target, folds: Sequence[tuple[np.ndarray, np.ndarray]], standardise: bool
+    target: Target,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    standardise: bool,
+    weights: Sequence[np.ndarray | None],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[FittedTransform, ...]]:
     """Return y, center (F, ...), scale (F, ...) and the transformation of each fold, () without one.
 
     y is (n,) class codes, (F, n, ...) standardised numbers, or (1 or F, n, ...) as they are or are transformed.
+    ``weights`` (n,) of each fold count in the means and deviations.
     """
     values, zeros, ones = target.values, np.zeros(len(folds)), np.ones(len(folds))
     if target.classes is not None:
@@ -170,12 +170,20 @@ def standardised(
         values = np.stack([fitted.forward(target.values) for fitted in transforms])
     if target.task != "regression" or not standardise:
         return values[..., None] if target.column else values, zeros, ones, transforms
-    rows = [values[f % len(values), train] for f, (train, _) in enumerate(folds)]
-    center, scale = (np.array([of(part, 0) for part in rows]) for of in (np.mean, np.std))
-    # A constant target has a standard deviation of rounding errors, not of 0.
-    constant = np.array([np.ptp(part, 0) == 0 for part in rows])
-    scale = np.where(constant | (scale == 0), 1.0, scale)
+    parts = enumerate(zip(folds, weights))
+    moments = [_moments(values[f % len(values), train], w if w is None else w[train]) for f, ((train, _), w) in parts]
+    center, scale = (np.array(part) for part in zip(*moments))
     return (values - center[:, None]) / scale[:, None], center, scale, transforms
+
+
+def _moments(y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the standard deviation of targets (m, ...) by their weights; 1 where they are constant."""
+    if weights is not None:
+        y, weights = y[weights > 0], weights[weights > 0]
+    center = np.average(y, 0, weights=weights)
+    scale = np.sqrt(np.average((y - center) ** 2, 0, weights=weights))
+    # The standard deviation of a constant consists of rounding errors, not of 0.
+    return center, np.where((np.ptp(y, 0) > 0) & (scale > 0), scale, 1.0)
 
 
 def _values(values: np.ndarray, name: str) -> np.ndarray:
@@ -254,7 +262,7 @@ def _task_of_columns(values: np.ndarray, name: str) -> TaskWord:
         return "custom"
     if not np.isin(values, (0, 1)).all():
         return "regression"
-    if _is_one_hot(values):
+    if (values.sum(1) == 1).all():
         raise InputError(
             f"{name} is one-hot rows of shape {values.shape}: pass {name}.argmax(1) for classes, or "
             "task='multilabel' where each column is a label of its own."
@@ -276,10 +284,6 @@ def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
         f"task={task!r} does not fit {name}, an array of shape {values.shape}: it needs {needs}; leave task out, or "
         "say task='custom' and give a loss of your own."
     )
-
-
-def _is_one_hot(values: np.ndarray) -> bool:
-    return bool(np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all())
 
 
 def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
@@ -316,11 +320,6 @@ def _are_classes(values: np.ndarray, name: str) -> bool:
 
 def _are_whole(values: np.ndarray) -> bool:
     return values.dtype.kind != "f" or bool((values == np.rint(values)).all())
-
-
-def _numbers(values: np.ndarray, name: str) -> np.ndarray:
-    _check_numbers(values, "regression", name)
-    return values.astype(np.float64)
 
 
 def _check_numbers(values: np.ndarray, task: str | None, name: str) -> None:

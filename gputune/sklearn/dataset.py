@@ -13,8 +13,10 @@ from scipy.sparse import issparse
 from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, fit_channels
-from gputune.data.dataset import Dataset, Fold
-from gputune.data.scaling import scaling_of
+from gputune.data.dataset import Dataset
+from gputune.data.dataset import make_dataset as data_of
+from gputune.data.target import Target
+from gputune.data.weights import Weights
 from gputune.errors import InputError
 from gputune.memory import free_memory
 from gputune.types import Task
@@ -154,77 +156,28 @@ def make_dataset(
     Numbers to be predicted are standardised by the training rows of each fold, unless told not to; ``numbers`` says
     whether inputs are. Where training is ``watched``, the training rows that weigh something are its validation rows.
     """
-    device = x[0].device
     weigh = np.ones(len(rows.y), dtype=bool) if rows.weights is None else rows.weights > 0
-    folds = tuple(
-        Fold(as_tensor(train).to(device), as_tensor(train[weigh[train] & watched]).to(device)) for train in group.trains
-    )
-    y, center, scale = _targets(rows, group, standardise)
-    weights = None
-    if rows.weights is not None:
-        weights = as_tensor(rows.weights).to(device).expand(len(folds), -1)
-    codes = as_tensor(y).to(device)
-    classes = group.classes
+    folds = [(train, train[weigh[train] & watched]) for train in group.trains]
     # Half a number is too little to train in; a module of integers alone has parameters of single precision.
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
-    statistics = fit_channels(Arrays(tuple(x), rows.X.names), group.trains, numbers)
-    return Dataset(
-        inputs=tuple(part[None] for part in x),
-        names=rows.X.names,
-        scaling=scaling_of(statistics, torch.empty(0, dtype=dtype, device=device)),
-        dtype=dtype,
-        copies=(0,) * len(folds),
-        y=codes.to(dtype) if codes.is_floating_point() else codes.long(),
-        weights=weights,
-        folds=folds,
-        present=_present(rows, group, y, device),
-        center=as_tensor(center).to(device),
-        scale=as_tensor(scale).to(device),
-        n_outputs=math.prod(rows.y.shape[1:]) if classes is None else len(classes),
-        task="binary" if classes is not None and len(classes) == 2 else rows.task,
-        target=codes if classes is not None else as_tensor(rows.y).to(device),
-    )
+    X, like = Arrays(tuple(x), rows.X.names), torch.empty(0, dtype=dtype, device=x[0].device)
+    statistics, weights = fit_channels(X, group.trains, numbers), Weights(rows.weights, None)
+    target = _target(rows, group)
+    return data_of(X, statistics, target, folds, weights=weights, like=like, standardise=standardise, weighted=True)
 
 
-def _targets(rows: Rows, group: FoldGroup, standardise: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return y, and center and scale (F,) or (F, K).
-
-    y is codes (n,) among the group's classes, standardised numbers (F, n, ...), or (1, n, ...) as it is. Rows of
-    classes that no fold of the group has get the code 0, and are never read.
-    """
-    folds = len(group.trains)
-    if group.classes is not None:
-        assert rows.classes is not None
-        place = np.zeros(len(rows.classes), dtype=np.int64)
-        place[group.classes] = np.arange(len(group.classes))
-        return place[rows.y], np.zeros(folds), np.ones(folds)
-    if rows.taken_as != "regression" or not standardise:
-        ones = np.ones((folds, *rows.y.shape[1:]))
-        return rows.y[None], 0 * ones, ones
-    stats = [_center_and_scale(rows, train) for train in group.trains]
-    center, scale = (np.array(part) for part in zip(*stats))
-    return (rows.y - center[:, None]) / scale[:, None], center, scale
+def _target(rows: Rows, group: FoldGroup) -> Target:
+    """Return the targets as the engine has them, classes as codes among those of the group."""
+    if rows.classes is None or group.classes is None:
+        return Target(rows.taken_as, np.require(rows.y, requirements=["C", "W"]), None)
+    task: Task = "binary" if len(group.classes) == 2 else "multiclass"
+    return Target(task, codes_in(group, rows), rows.classes[group.classes])
 
 
-def _center_and_scale(rows: Rows, train: NDArray[np.int64]) -> tuple[np.ndarray, np.ndarray]:
-    """Return weighted mean and standard deviation of the targets of some rows, () or (K,); 1 where constant."""
-    y, weights = rows.y[train], None if rows.weights is None else rows.weights[train]
-    if weights is not None:
-        y, weights = y[weights > 0], weights[weights > 0]
-    center = np.average(y, 0, weights=weights)
-    scale = np.sqrt(np.average((y - center) ** 2, 0, weights=weights))
-    # The standard deviation of a constant consists of rounding errors, not of 0.
-    return center, np.where((np.ptp(y, 0) > 0) & (scale > 0), scale, 1.0)
-
-
-def _present(rows: Rows, group: FoldGroup, codes: np.ndarray, device: torch.device) -> Tensor | None:
-    """Return which classes take part, (F, K): a class whose rows weigh nothing does not. None where all do."""
-    if group.classes is None or rows.weights is None:
-        return None
-    number = len(group.classes)
-    counts = [np.bincount(codes[t], rows.weights[t], minlength=number) for t in group.trains]
-    present = np.stack(counts) > 0
-    return None if present.all() else as_tensor(present).to(device)
+def codes_in(group: FoldGroup, rows: Rows) -> NDArray[np.int64]:
+    """Return the classes of rows as positions among those of a group; rows of other classes are in no fold of it."""
+    assert group.classes is not None
+    return np.searchsorted(group.classes, rows.y).clip(max=len(group.classes) - 1)
 
 
 @dataclass(frozen=True, eq=False)

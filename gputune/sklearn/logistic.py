@@ -20,7 +20,7 @@ from gputune.engine.choice import device_for_solver
 from gputune.errors import InputError, warn
 from gputune.methods.config import check_value
 from gputune.sklearn.base import Foreign, FusedEstimator, constructor
-from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, shared_x
+from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, codes_in, group_folds, shared_x
 from gputune.sklearn.member import Place
 from gputune.sklearn.recipe import DrawSeed, whole_number
 from gputune.solver.solve import Problem, solve
@@ -98,12 +98,10 @@ def make_problem(penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: 
     """Return the problem of penalties that are alike; raises ValueError for weights that leave no rows."""
     class_weight = penalties[0].class_weight
     weights = np.stack([_weights(class_weight, rows, group, train) for train in group.trains])
-    assert rows.classes is not None and group.classes is not None
-    # Rows of other classes weigh nothing.
-    codes = np.searchsorted(group.classes, rows.y).clip(max=len(group.classes) - 1)
+    assert group.classes is not None
     return Problem(
         x=x.expand(len(weights), *x.shape),
-        y=as_tensor(codes).to(x.device),
+        y=as_tensor(codes_in(group, rows)).to(x.device),
         weights=as_tensor(weights).to(x.device),
         C=torch.tensor([p.C for p in penalties], dtype=x.dtype, device=x.device),
         l1_ratio=torch.tensor([p.l1_ratio for p in penalties], dtype=x.dtype, device=x.device),
@@ -168,7 +166,7 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
                 (None, "lbfgs", "newton-cg", "newton-cholesky", "sag", "saga"),
                 "the solvers are lbfgs, liblinear, newton-cg, newton-cholesky, sag, saga, and all but 'liblinear' find "
                 "one solution; leave it out",
-            ),
+            )
         },
         refused={
             "multi_class": "more than two classes are one softmax; leave it out, or use "

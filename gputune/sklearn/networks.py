@@ -117,6 +117,8 @@ class TrainedRegressor(RegressorMixin, TrainedEstimator):  # type: ignore[misc]
 
     def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         super()._set_fitted(fitted, rows)
-        center, scale = fitted.center, fitted.scale
-        is_one = rows.y.ndim == 1
-        self.target_mean_, self.target_scale_ = (float(center), float(scale)) if is_one else (center, scale)
+        if rows.y.ndim == 1:
+            self.target_mean_, self.target_scale_ = float(fitted.center), float(fitted.scale)
+        else:
+            zeros = np.zeros(rows.y.shape[1:])
+            self.target_mean_, self.target_scale_ = fitted.center + zeros, fitted.scale + zeros

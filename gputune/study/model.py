@@ -16,11 +16,12 @@ from torch.utils.data import Dataset
 from gputune.data.array_files import read_array_file, read_inputs
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import checked_tensor
-from gputune.data.dataset import encode, first_equal
+from gputune.data.dataset import first_equal
 from gputune.data.encode import Layout, Statistics
 from gputune.data.files import read_table
+from gputune.data.scaling import encode
 from gputune.data.table import Table, as_table, quoted
-from gputune.engine.entry import entry
+from gputune.engine.stop import entry
 from gputune.errors import InputError, InputWarning, warn
 from gputune.modules.construction import Builder
 from gputune.population.network import call_module, first_output, two_logits

@@ -6,8 +6,8 @@ import pytest
 from sklearn.tree import DecisionTreeClassifier
 
 import gputune
-from gputune.data.bins import N_BINS, bins_between, quantile_edges, tree_edges
 from gputune.data.encode import fit_layout, fit_statistics, transform
+from gputune.data.quantiles import N_BINS, bins_between, quantile_edges, tree_edges
 from gputune.data.table import as_table
 
 RNG = np.random.default_rng(0)

@@ -179,7 +179,7 @@ def test_a_criterion_of_ones_own_takes_the_target_as_it_is():
     with torch.no_grad():
         np.testing.assert_array_equal(net.predict(IMAGES), net.module_(torch.from_numpy(IMAGES)))
     with pytest.raises(InputError, match="sample_weight .* return row losses"):
-        net.fit(IMAGES, NUMBERS, sample_weight=np.ones(60))
+        net.fit(IMAGES, NUMBERS, sample_weight=np.linspace(1, 2, 60))
 
 
 def test_a_class_of_torch_trains_as_the_loss_of_its_name():
