@@ -2,6 +2,8 @@
 
 A file says which search, trials and configurations it belongs to, and carries a checksum of its content. It appears
 whole or not at all, and is gone when its trials have ended.
+
+Also where the states of trials wait for their next rung.
 """
 
 import errno
@@ -12,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from gputune.engine.train import State
 from gputune.errors import warn
-from gputune.scratch import flush
+from gputune.scratch import flush, scratch_folder
 from gputune.types import Config
 
 _FORMAT = 1
@@ -210,3 +212,64 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+class StateCache:
+    """Where the states of trials wait for their next rung: in memory up to a limit, then in files that go with it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self.states: dict[int, State | Path] = {}
+        self.folder: Path | None = None
+        self.end = ExitStack()
+
+    def park(self, trial: int, state: State) -> None:
+        """Keep the state (one row) of a trial."""
+        size = sum(buffer.nbytes for buffer in state.buffers)
+        if self.size + size <= self.limit:
+            self.size += size
+            # A copy of its own: a row of a chunk would keep the whole chunk alive.
+            self.states[trial] = State(state.epoch, tuple(buffer.clone() for buffer in state.buffers))
+            return
+        if self.folder is None:
+            self.folder = self.end.enter_context(scratch_folder())
+        path = self.folder / f"{trial}.safetensors"
+        tensors = {str(i): buffer.contiguous() for i, buffer in enumerate(state.buffers)}
+        try:
+            save_file(tensors, path, metadata={"epoch": str(state.epoch)})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(
+                f"no room for the states of trials that wait for their rung: {str(path.parent)!r} takes no more "
+                f"({error}). Make room there, let TMPDIR name a folder of a larger disk, or allow more memory=."
+            ) from error
+        self.states[trial] = path
+
+    def look(self, trial: int) -> State:
+        """Return the state of a trial, which stays."""
+        state = self.states[trial]
+        return state if isinstance(state, State) else self._load(state)
+
+    def take(self, trials: Sequence[int]) -> State:
+        """Return the states of some trials, all after one number of epochs, and keep them no longer."""
+        states = [self.look(trial) for trial in trials]
+        for trial in trials:
+            self.drop(trial)
+        return State.stack(states)
+
+    def _load(self, path: Path) -> State:
+        with safe_open(path, framework="pt") as file:
+            count = len(list(file.keys()))
+            buffers = tuple(file.get_tensor(str(i)) for i in range(count))
+            return State(int(file.metadata()["epoch"]), buffers)
+
+    def drop(self, trial: int) -> None:
+        """Forget the state of a trial that has left."""
+        state = self.states.pop(trial, None)
+        if isinstance(state, State):
+            self.size -= sum(buffer.nbytes for buffer in state.buffers)
+        elif state is not None:
+            state.unlink()
+
+    def close(self) -> None:
+        """Remove the files."""
+        self.end.close()

@@ -59,11 +59,7 @@ class CompiledChunk:
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
         valid = [len(fold.valid) for fold in data.folds]
         self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
-        self.fixed = {
-            **_of_data(data),
-            "lengths": self.place(self.lengths),
-            "valid_start": self.place(self.starts),
-        }
+        self.fixed = {**_of_data(data), "lengths": self.place(self.lengths), "valid_start": self.place(self.starts)}
         self._rebuild()
 
     def place(self, values: np.ndarray | Sequence[float] | Sequence[tuple[int, ...]]) -> Tensor:

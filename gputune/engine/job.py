@@ -1,6 +1,7 @@
 """How many trials of one shape memory has held: what failed once in a search is not tried again at that size.
 
-One chunk, from its configurations to its results: the unit of work of a process, of a store, of a cluster.
+One chunk, from its configurations to its results: the unit of work of a process, of a store, of a cluster. It trains
+to its end, or to a rung, from which it goes on later.
 """
 
 import math
@@ -88,6 +89,11 @@ class BegunChunk(Population):
     alive: tuple[int, ...] | None = None
     before: np.ndarray | None = None
     seconds: float = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that they have trained."""
+        return 0 if self.state is None else self.state.epoch
 
     def part(self, start: int, stop: int) -> "BegunChunk":
         """Return the trials start..stop-1 as a chunk of their own, with their states."""
@@ -177,11 +183,7 @@ class Outcome:
 
 
 def train_chunk(
-    job: Job,
-    data: Dataset,
-    chunk: Population,
-    progress: Progress | None = None,
-    after_epoch: AfterEpoch | None = None,
+    job: Job, data: Dataset, chunk: Population, progress: Progress | None = None, after_epoch: AfterEpoch | None = None
 ) -> Trained:
     """Train one chunk, from where it was begun, and return it with its members.
 
@@ -210,12 +212,34 @@ def _as_begun_chunk(chunk: Population) -> BegunChunk:
     return chunk if isinstance(chunk, BegunChunk) else BegunChunk(chunk.kind, chunk.index, chunk.configs)
 
 
+@dataclass(frozen=True)
+class RungOutcome(Outcome):
+    """What a chunk gave up to a rung: ``state`` has a row for each of the trials ``alive`` (positions in the chunk)."""
+
+    state: State
+    alive: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RungJob(Job):
+    """Trains every chunk on from where it is up to ``epochs``, of ``horizon``."""
+
+    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> RungOutcome:
+        """Train one chunk; its curves have the epochs since it was begun."""
+        begin, start = time.monotonic(), _as_begun_chunk(chunk).epoch
+        trained = train_chunk(self, data, chunk, progress)
+        kept = State(trained.state.epoch, tuple(buffer.cpu() for buffer in trained.state.buffers))
+        seconds, curves = time.monotonic() - begin, trained.curves[:, start : trained.epochs]
+        spent, outputs, epochs = trained.spent, trained.outputs_of(chunk.index), trained.epochs - start
+        return RungOutcome(chunk.index, curves, epochs, seconds, kept, trained.alive, spent=spent, outputs=outputs)
+
+
 class _Watch:
     """What happens after an epoch, or several: they are told, the state is kept where that is due, training may end."""
 
     def __init__(self, job: Job, chunk: BegunChunk, progress: Progress | None) -> None:
         self.job, self.chunk, self.progress = job, chunk, progress
-        self.begin, self.told = time.monotonic(), 0 if chunk.state is None else chunk.state.epoch
+        self.begin, self.told = time.monotonic(), chunk.epoch
         seconds = math.inf if job.checkpointing is None else job.checkpointing.seconds
         self.due = self.begin + seconds
 

@@ -268,10 +268,7 @@ class _Workspace:
 def linear_start(seed: int, layer: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
     """Return weight (n_out, n_in) and bias (n_out,), float64: uniform in +-1/sqrt(n_in), keyed by the shape."""
     draw = torch.rand(
-        n_out * n_in + n_out,
-        generator=stream(seed, "start", layer, n_out, n_in),
-        dtype=torch.float64,
-        device="cpu",
+        n_out * n_in + n_out, generator=stream(seed, "start", layer, n_out, n_in), dtype=torch.float64, device="cpu"
     )
     draw = (2 * draw - 1) / math.sqrt(n_in)
     return draw[: n_out * n_in].view(n_out, n_in), draw[n_out * n_in :]

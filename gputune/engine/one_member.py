@@ -37,13 +37,7 @@ class OneMember:
             raise TraceError("a function of the user's is in no code")
         self.chunk = chunk
         self.own = StackedChunk(
-            network,
-            data,
-            chunk.configs[:1],
-            seed=seed,
-            horizon=chunk.horizon,
-            scoring=None,
-            recorded=True,
+            network, data, chunk.configs[:1], seed=seed, horizon=chunk.horizon, scoring=None, recorded=True
         )
         if isinstance(self.own.update.update, OnlineUpdate):
             raise TraceError("a rate that adapts itself is in no code")

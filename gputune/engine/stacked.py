@@ -49,25 +49,14 @@ class StackedChunk:
     ) -> None:
         # A recorded step reads the memory of its device alone, and rows of main memory come from outside.
         self._network, self.recorded, self.horizon = network, recorded and not data.on_host, horizon
-        self._options = {
-            "data": data,
-            "seed": seed,
-            "horizon": horizon,
-            "scoring": scoring,
-            "recorded": recorded,
-        }
+        self._options = {"data": data, "seed": seed, "horizon": horizon, "scoring": scoring, "recorded": recorded}
         self.validation = Validation(data, scoring)
         self.alive = list(range(len(configs)))
         self.slots = list(self.alive)
         self.configs = list(configs)
         sizes = [config["batch_size"] for config in configs]
         self.batches = Batches(
-            data,
-            sizes,
-            network.targets(data.y),
-            seed=seed,
-            exact=network.exact,
-            least_rows=network.least_rows,
+            data, sizes, network.targets(data.y), seed=seed, exact=network.exact, least_rows=network.least_rows
         )
         self._flat = network.start()
         steps = self.batches.active_until

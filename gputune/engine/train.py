@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads, trains_as
-from gputune.engine.best_outputs import BestOutputs
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
 from gputune.engine.kernel import KernelChunk
@@ -27,7 +26,7 @@ from gputune.native.library import NotBuiltError
 from gputune.population.network import Network
 from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
-from gputune.scoring.validation import Validation
+from gputune.scoring.validation import BestOutputs, Validation
 from gputune.types import Backend, Config, first_metric
 
 

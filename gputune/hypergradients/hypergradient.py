@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from gputune.engine.entry import waited_for
 from gputune.engine.plan import parse_memory
+from gputune.engine.stop import waited_for
 from gputune.errors import InputError, warn
 from gputune.hypergradients.arguments import check_hyperparameters, check_optimizer, default_tables
 from gputune.hypergradients.first_step import (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gputune.data.dataset import Dataset
-from gputune.engine.entry import entry
+from gputune.engine.stop import entry
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.hypergradients.inner import HypergradientResult

@@ -192,11 +192,8 @@ def loss_fitting(loss: Any, task: Task) -> Any:
             "loss=torch.nn.BCELoss takes probabilities, and predictions and scores are made of logits: give "
             "loss='bce', which is torch.nn.BCEWithLogitsLoss, and leave out the sigmoid at the end of the module."
         )
-    is_default = isinstance(loss, nn.BCEWithLogitsLoss) and (
-        loss.reduction,
-        loss.weight,
-        loss.pos_weight,
-    ) == ("mean", None, None)
+    plain = ("mean", None, None)
+    is_default = isinstance(loss, nn.BCEWithLogitsLoss) and (loss.reduction, loss.weight, loss.pos_weight) == plain
     return "bce" if is_default or loss is nn.BCEWithLogitsLoss else loss
 
 

@@ -1,4 +1,4 @@
-"""One Newton step of many members at once, by conjugate gradients, with a line search of each member's own.
+"""Newton steps of many members at once, by conjugate gradients, with a line search of each member's own.
 
 Source: truncated Newton, Nocedal and Wright (2006), algorithm 7.1. Members with a lasso term move their nonzero weights
 only and keep their signs; a proximal gradient step chooses those weights before, and Newton fits them: the scheme of
@@ -10,6 +10,7 @@ lies across zero, a projected search fixes the weights that reached zero there, 
 rest. Source: Moré and Toraldo (1991), doi:10.1137/0801008; departure: conjugate gradients stop by their residual.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from gputune.solver.objective import (
     curvature_diagonal,
     curvature_times,
     objective,
+    origin,
     point_at,
     steepest,
     violation,
@@ -39,6 +41,57 @@ ROUNDS = 3  # of conjugate gradients; what they leave is for the next Newton ste
 SEARCHES = 10  # lengths of the projected search, each a quarter of the last
 PROJECTED = 0.1  # of the decrease that the slope promises, in the projected search
 FLOOR = 1e-12  # smallest entry of the preconditioner's diagonal, as a share of the largest
+STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
+PATIENCE = 10  # such steps in a row before a member is given up
+SETTLED = 1e-3  # largest last change of a logit with which a member without penalty counts as converged
+
+Step = Callable[[Rows, Point, float], Point]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where m members of a fold ended."""
+
+    weight: Tensor  # (m, K, E)
+    steps: Tensor  # (m,)
+    residual: Tensor  # (m,)
+    converged: Tensor  # (m,) bool
+
+
+def descend(rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: float, max_steps: int) -> Descent:
+    """Step all members until each has converged or changes no more; who is done leaves and costs nothing."""
+    point = origin(rows, ridge, lasso)
+    steps, residual = torch.zeros_like(ridge, dtype=torch.int64), torch.zeros_like(ridge)
+    end = Descent(point.weight.clone(), steps, residual, torch.zeros_like(ridge, dtype=torch.bool))
+    left = torch.arange(len(ridge), device=ridge.device)
+    idle, calm = torch.zeros_like(steps), torch.ones_like(end.converged)
+    for taken in range(max_steps + 1):
+        gap = violation(rows, point)
+        converged = (gap <= tolerance) & calm
+        end.weight[left], end.steps[left] = point.weight, taken
+        end.residual[left], end.converged[left] = gap, converged
+        going = ~converged & (idle < PATIENCE)
+        if taken == max_steps or not going.any():
+            break
+        left, idle = left[going], idle[going]
+        old = point if going.all() else point[going]
+        point = step(rows, old, tolerance)
+        fall = objective(old) - objective(point)
+        idle = torch.where(fall > STILL * objective(point).abs(), 0, idle + 1)
+        calm = _calm(old, point)
+    return end
+
+
+def _calm(old: Point, new: Point) -> Tensor:
+    """Members whose last step was small, or that a penalty holds.
+
+    Where classes can be separated and no penalty holds the weights, the gradient vanishes too, but the weights
+    grow for ever.
+    """
+    is_bounded = ((new.ridge + new.lasso) > 0).flatten(1).any(1)
+    if is_bounded.all():
+        return is_bounded
+    return is_bounded | ((new.logits - old.logits).abs().amax((1, 2)) < SETTLED)
 
 
 @dataclass(frozen=True)

@@ -12,24 +12,20 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.engine.best_outputs import BestOutputs
 from gputune.engine.job import Outcome
 from gputune.errors import InputError, warn
 from gputune.models import LogisticRegression
 from gputune.scoring.scoring import Scoring
-from gputune.solver.newton import newton_step, proximal_newton_step
-from gputune.solver.objective import Point, Rows, objective, origin, rows_of, violation
+from gputune.scoring.validation import BestOutputs
+from gputune.solver.newton import Step, descend, newton_step, proximal_newton_step
+from gputune.solver.objective import Rows, rows_of
 from gputune.types import Config, first_metric
 
 CPU_NUMBERS, GPU_NUMBERS = 2**18, 2**27  # in one (members, outputs, rows) tensor of a chunk: cache, memory
 HELD = 2**25  # numbers of all inputs that are solved at the same time, of each fold and kind of step
-STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
-PATIENCE = 10  # such steps in a row before a member is given up
 CONSTANT = 1e-13  # spread of an input, as a share of its mean, that is rounding alone
 HUGE = 1e10  # input beyond which each is measured in a unit of its own, or squares and their sums overflow
-SETTLED = 1e-3  # largest last change of a logit with which a member without penalty counts as converged
 
-Step = Callable[[Rows, Point, float], Point]
 Jobs = list[Callable[[], None]]
 
 
@@ -228,52 +224,6 @@ def _write(solution: Solution, members: Tensor, kept: Tensor, weight: Tensor, ce
         intercept = intercept - intercept.mean(1, keepdim=True)  # softmax does not see a common shift
     solution.coef[members[:, None], kept] = coef / scale
     solution.intercept[members[:, None], kept] = intercept
-
-
-@dataclass(frozen=True)
-class Descent:
-    """Where m members of a fold ended."""
-
-    weight: Tensor  # (m, K, E)
-    steps: Tensor  # (m,)
-    residual: Tensor  # (m,)
-    converged: Tensor  # (m,) bool
-
-
-def descend(rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: float, max_steps: int) -> Descent:
-    """Step all members until each has converged or changes no more; who is done leaves and costs nothing."""
-    point = origin(rows, ridge, lasso)
-    steps, residual = torch.zeros_like(ridge, dtype=torch.int64), torch.zeros_like(ridge)
-    end = Descent(point.weight.clone(), steps, residual, torch.zeros_like(ridge, dtype=torch.bool))
-    left = torch.arange(len(ridge), device=ridge.device)
-    idle, calm = torch.zeros_like(steps), torch.ones_like(end.converged)
-    for taken in range(max_steps + 1):
-        gap = violation(rows, point)
-        converged = (gap <= tolerance) & calm
-        end.weight[left], end.steps[left] = point.weight, taken
-        end.residual[left], end.converged[left] = gap, converged
-        going = ~converged & (idle < PATIENCE)
-        if taken == max_steps or not going.any():
-            break
-        left, idle = left[going], idle[going]
-        old = point if going.all() else point[going]
-        point = step(rows, old, tolerance)
-        fall = objective(old) - objective(point)
-        idle = torch.where(fall > STILL * objective(point).abs(), 0, idle + 1)
-        calm = _calm(old, point)
-    return end
-
-
-def _calm(old: Point, new: Point) -> Tensor:
-    """Members whose last step was small, or that a penalty holds.
-
-    Where classes can be separated and no penalty holds the weights, the gradient vanishes too, but the weights
-    grow for ever.
-    """
-    is_bounded = ((new.ridge + new.lasso) > 0).flatten(1).any(1)
-    if is_bounded.all():
-        return is_bounded
-    return is_bounded | ((new.logits - old.logits).abs().amax((1, 2)) < SETTLED)
 
 
 def solve_chunk(data: Dataset, configs: Sequence[Config], index: Sequence[int], scoring: Scoring) -> Outcome:

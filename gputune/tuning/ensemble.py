@@ -20,7 +20,7 @@ from gputune.data.dataset import Dataset
 from gputune.data.encode import Statistics
 from gputune.data.folds import unpack_folds
 from gputune.data.scaling import side_by_side
-from gputune.engine.entry import entry
+from gputune.engine.stop import entry
 from gputune.errors import InputError
 from gputune.population.network import Ensemble, call_module, class_logits, first_output
 from gputune.scoring.losses import best_temperature

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset, Fold
 from gputune.data.encode import Layout
-from gputune.engine.entry import entry
+from gputune.engine.stop import entry
 from gputune.errors import InputError
 from gputune.scoring.scoring import Scoring
 from gputune.seeding import stream

@@ -14,8 +14,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from gputune.callbacks import Callbacks
-from gputune.engine.entry import entry
-from gputune.engine.stop import Stop
+from gputune.engine.stop import Stop, entry
 from gputune.errors import InputError
 from gputune.executors.executor import Executor, hand_out
 from gputune.executors.objective import Ending, Objective, Reports, Task, Trial, TrialEnding

@@ -16,9 +16,8 @@ from gputune.data.scaling import limited_features
 from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.engine.backend import matrix_products, other_gpus
-from gputune.engine.entry import entry
 from gputune.engine.plan import parse_memory
-from gputune.engine.stop import Stop
+from gputune.engine.stop import Stop, entry
 from gputune.errors import InputError
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster

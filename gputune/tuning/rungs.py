@@ -12,10 +12,9 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from gputune.engine.checkpoint import Checkpoint, pause_after
-from gputune.engine.job import BegunChunk
+from gputune.engine.checkpoint import Checkpoint, StateCache, pause_after
+from gputune.engine.job import BegunChunk, RungJob, RungOutcome
 from gputune.engine.memory import Failure
-from gputune.engine.rung import RungJob, RungOutcome, StateCache
 from gputune.engine.train import State
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes

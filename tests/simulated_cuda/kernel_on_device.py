@@ -13,9 +13,9 @@ import gputune
 import problems
 from gputune.check.laws import LAWS
 from gputune.engine import kernel
-from gputune.engine.best_outputs import BestOutputs
 from gputune.errors import InputError
 from gputune.native.library import NotBuiltError
+from gputune.scoring.validation import BestOutputs
 from gputune.tuning.trainer import Trainer
 from problems import fill, largest_difference, make_data, train_together
 from simulated_cuda import torch_cuda as cuda

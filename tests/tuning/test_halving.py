@@ -9,7 +9,7 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_diabetes, load_iris
 
 import gputune
-from gputune.engine.rung import StateCache
+from gputune.engine.checkpoint import StateCache
 from gputune.errors import InputError
 from gputune.study.store import Store
 from gputune.tuning import rungs
@@ -138,7 +138,7 @@ def test_a_full_disk_where_states_wait_is_named(iris, monkeypatch):
     def full(*arguments, **more):
         raise SafetensorError("No space left on device (os error 28)")
 
-    monkeypatch.setattr("gputune.engine.rung.save_file", full)
+    monkeypatch.setattr("gputune.engine.checkpoint.save_file", full)
     with pytest.raises(OSError, match=r"no room for the states .* takes no more .*No space left.* let TMPDIR name"):
         gputune.tune("mlp", *iris, n_trials=4, method="halving", memory=1000, **FAST)
 
