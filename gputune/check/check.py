@@ -91,11 +91,7 @@ class Report:
     def json(self) -> str:
         """Return the same as JSON; a difference is null where a law raised an error."""
         rows = [
-            {
-                **asdict(row),
-                "difference": None if math.isnan(row.difference) else row.difference,
-                "ok": row.ok,
-            }
+            {**asdict(row), "difference": None if math.isnan(row.difference) else row.difference, "ok": row.ok}
             for row in self.rows
         ]
         speeds = [{"device": d, "backend": b, **asdict(speed)} for (d, b), speed in self.speeds.items()]

@@ -184,12 +184,7 @@ class Case:
         """Return what trains them."""
         module = Net if self.module else None
         return Job(
-            seed=0,
-            epochs=self.epochs,
-            horizon=self.horizon,
-            backend=backend,
-            scoring=scoring,
-            module_class=module,
+            seed=0, epochs=self.epochs, horizon=self.horizon, backend=backend, scoring=scoring, module_class=module
         )
 
     def trained(

@@ -129,19 +129,14 @@ def option_groups() -> list[tuple[str, dict[str, Rule]]]:
 
 
 _SET = Rule(
-    "--set KEY=VALUE",
-    "a hyperparameter, such as lr=1e-3 or width=64; what is not set has its default",
-    takes="specs",
+    "--set KEY=VALUE", "a hyperparameter, such as lr=1e-3 or width=64; what is not set has its default", takes="specs"
 )
 _OF_TRAINING = ("max_epochs", "scoring", "positive", "schedule", "random_state", "timeout")
 _OF_SEARCH = ("ensemble",)
 """Options of a search that one training has too, and one of the machine that it has not."""
 
 _STUDY = ("STUDY", "a study.db, or the folder that holds it")
-_TABLE = (
-    "FILE",
-    "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or .pt file",
-)
+_TABLE = ("FILE", "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or .pt file")
 _MODEL = ("MODEL_DIR", "the folder of a saved model")
 _TRUST = _Flag(
     "--trust-code", "run the code that it names, also where you have not trained or saved it on this machine"
@@ -150,11 +145,7 @@ _BY = _Flag("--by NAME", "rank by this one of several metrics (the first of --sc
 _CLASS = _Flag("--model FILE.py:NAME", "the model's class, where its file has moved; it runs that file")
 
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag]]] = {
-    "tune": (
-        "search hyperparameters on a table, and save the study and the model",
-        {"file": _TABLE},
-        (),
-    ),
+    "tune": ("search hyperparameters on a table, and save the study and the model", {"file": _TABLE}, ()),
     "train": (
         "train one configuration without a search: its score in every fold, its curve, its model",
         {"file": _TABLE},
@@ -221,10 +212,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         {"study": _STUDY},
         [
             _Flag("--out FILE", "where the page is written (report.html)", default="report.html"),
-            _Flag(
-                "--live",
-                "write it again every few seconds, a page that reloads itself, until the search has ended",
-            ),
+            _Flag("--live", "write it again every few seconds, a page that reloads itself, until the search has ended"),
             _Flag("--confusion", "a confusion matrix of what the best trial predicts on its folds"),
             _Flag("--importance", "what each column is worth, by shuffling it; the best trial trains once more"),
             _BY,
@@ -239,11 +227,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
     "export": (
         "write a saved model as one file that runs without gputune",
         {"folder": _MODEL},
-        [
-            _Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True),
-            _CLASS,
-            _TRUST,
-        ],
+        [_Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True), _CLASS, _TRUST],
     ),
     "check": (
         "try on a device that members equal a plain loop, and how fast it trains: about a minute",

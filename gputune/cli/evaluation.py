@@ -58,12 +58,7 @@ def saved_loss(model: TunedModel) -> Objective | None:
 
 
 def held_out_score(
-    model: TunedModel,
-    scoring: str,
-    test: Source,
-    *,
-    positive: object = None,
-    outputs: Tensor | None = None,
+    model: TunedModel, scoring: str, test: Source, *, positive: object = None, outputs: Tensor | None = None
 ) -> HeldOut:
     """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
 

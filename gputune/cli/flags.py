@@ -28,9 +28,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
     "median": {
         "min_epochs": _MIN_EPOCHS,
         "every": Rule(
-            "--every E",
-            "with --method median: epochs between two decisions (as many as before the first)",
-            "1..",
+            "--every E", "with --method median: epochs between two decisions (as many as before the first)", "1.."
         ),
     },
     "hypergradient": {
@@ -42,9 +40,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
         ),
         "outer_steps": Rule("--outer-steps N", "with --method hypergradient: steps of a descent (10)", "1.."),
         "segments": Rule(
-            "--segments S",
-            "with --method hypergradient: so many values of each over the time of training (1)",
-            "1..",
+            "--segments S", "with --method hypergradient: so many values of each over the time of training (1)", "1.."
         ),
         "per_layer": Rule("--per-layer", "with --method hypergradient: values of its own for each layer"),
     },
@@ -55,8 +51,7 @@ MORE_RULES: dict[str, dict[str, Rule]] = {
     "the target and the model": {
         "target": Rule("--target COL", "the column to predict (sklearn:NAME has 'target')"),
         "model": Rule(
-            "--model M",
-            "mlp (default), logistic, realmlp, cnn for images, gru for sequences, or PATH.py:NAME",
+            "--model M", "mlp (default), logistic, realmlp, cnn for images, gru for sequences, or PATH.py:NAME"
         ),
         "optimizer": Rule(
             "--optimizer O",
@@ -75,9 +70,7 @@ MORE_RULES: dict[str, dict[str, Rule]] = {
     ROWS: {
         "groups": Rule("--groups COL", "rows of one group are never split between folds"),
         "test_size": Rule(
-            "--test-size SHARE",
-            "share of the rows kept apart for one honest score (0.2); 0 uses all rows",
-            "number",
+            "--test-size SHARE", "share of the rows kept apart for one honest score (0.2); 0 uses all rows", "number"
         ),
     },
     MACHINE: {
@@ -96,11 +89,7 @@ MORE_RULES: dict[str, dict[str, Rule]] = {
             "choose an ensemble of the best trials too, and save what is better on the held-out rows",
             resume=True,
         ),
-        "intervals": Rule(
-            "--intervals",
-            "keep with the model what gputune predict --interval needs",
-            resume=True,
-        ),
+        "intervals": Rule("--intervals", "keep with the model what gputune predict --interval needs", resume=True),
         "calibrate": Rule(
             "--calibrate",
             "calibrate the probabilities of classes by temperature scaling (without being asked where --scoring is "

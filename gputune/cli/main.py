@@ -66,10 +66,7 @@ def _command(typed: list[str]) -> int:
     except SystemExit as ending:
         return int(ending.code or 0)
     # Errors about the target begin with its name, whatever that is; only tune has the option --out for a study.
-    kept = {
-        getattr(arguments, "target", None) or "",
-        "" if arguments.command in ("tune", "train") else "study",
-    }
+    kept = {getattr(arguments, "target", None) or "", "" if arguments.command in ("tune", "train") else "study"}
     file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
     words = partial(in_flags, kept=kept, file=file)
     with _warnings_in_words(words):

@@ -42,11 +42,7 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
     if typed.get("class_weight", "balanced") != "balanced":
         typed["class_weight"] = _weights(typed["class_weight"])
     if arguments.command == "train":
-        typed |= {
-            "n_trials": 0,
-            "include_default": False,
-            "include": [_config(arguments.config or (), "--set")],
-        }
+        typed |= {"n_trials": 0, "include_default": False, "include": [_config(arguments.config or (), "--set")]}
     else:
         typed["method"] = _method(arguments)
         if isinstance(typed["method"], Hypergradient):

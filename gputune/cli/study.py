@@ -218,11 +218,7 @@ def _plain(trial: Trial) -> dict[str, object]:
     row["fold_scores"] = [_number(score) for score in trial.fold_scores]
     if trial.metrics:
         row["metrics"] = {name: [_number(score) for score in folds] for name, folds in trial.metrics.items()}
-    return row | {
-        "score": _number(trial.score),
-        "seconds": _number(trial.seconds),
-        "origin": trial.origin_text,
-    }
+    return row | {"score": _number(trial.score), "seconds": _number(trial.seconds), "origin": trial.origin_text}
 
 
 def _number(value: float) -> float | None:

@@ -99,9 +99,7 @@ def _in_flags(text: str, kept: Collection[str]) -> str:
     for pattern, other in _PATTERNS.items():
         text = re.sub(pattern, other, text)
     text = re.sub(
-        r"\b(?:Halving|Median|Hypergradient)\((\w+)=\.\.\.\)",
-        lambda match: known.get(match[1], match[0]),
-        text,
+        r"\b(?:Halving|Median|Hypergradient)\((\w+)=\.\.\.\)", lambda match: known.get(match[1], match[0]), text
     )
     text = re.sub(rf"\bleave ({names}) out\b", lambda match: f"leave {known[match[1]]} out", text)
     text = re.sub(r"\bspace\['(\w+)'\]", r"--space \1", text)

@@ -198,13 +198,7 @@ def _check_adam(group: Group) -> Group:
 
 
 def _number(
-    group: Group,
-    name: str,
-    example: str,
-    *,
-    low: float = 0.0,
-    high: float = math.inf,
-    low_counts: bool = True,
+    group: Group, name: str, example: str, *, low: float = 0.0, high: float = math.inf, low_counts: bool = True
 ) -> float:
     value = group[name]
     if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):

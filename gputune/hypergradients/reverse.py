@@ -16,16 +16,7 @@ import torch
 from torch import Tensor
 
 from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
-from gputune.hypergradients.inner import (
-    Hypergradients,
-    InnerProblem,
-    Rows,
-    State,
-    Training,
-    Watch,
-    columns_of,
-    rows_of,
-)
+from gputune.hypergradients.inner import Hypergradients, InnerProblem, Rows, State, Training, Watch, columns_of, rows_of
 
 
 def reverse(

@@ -25,13 +25,7 @@ from gputune.types import DEFAULT_LR, OPTIMIZERS, Config, default_momentum, defa
 
 OPTIMIZER_PREFIX = "optimizer__"
 
-_RULES: Mapping[str, str] = {
-    "SGD": "sgd",
-    "Adam": "adam",
-    "AdamW": "adamw",
-    "RMSprop": "rmsprop",
-    "Muon": "muon",
-}
+_RULES: Mapping[str, str] = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw", "RMSprop": "rmsprop", "Muon": "muon"}
 """Classes that are a rule here, of all members at once."""
 
 _REFUSED: Mapping[str, str] = {
@@ -145,11 +139,7 @@ def loop_reason(config: Config) -> str:
 def optimizer_defaults(word: str) -> Config:
     """Return ``lr``, ``weight_decay`` and ``momentum`` of an optimizer: of a class of torch.optim, its own."""
     if word not in CLASSES:
-        return {
-            "lr": DEFAULT_LR,
-            "weight_decay": default_weight_decay(word),
-            "momentum": default_momentum(word),
-        }
+        return {"lr": DEFAULT_LR, "weight_decay": default_weight_decay(word), "momentum": default_momentum(word)}
     given = {name: parameter.default for name, parameter in _arguments(CLASSES[word]).items()}
     return {name: float(given.get(name, 0.0)) for name in _OWN_KEYS}
 

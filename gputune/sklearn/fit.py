@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend
 from gputune.engine.choice import DeviceChoice, Work, device_for
-from gputune.engine.entry import entry
 from gputune.engine.job import BegunChunk
 from gputune.engine.memory import Failure
-from gputune.engine.stop import Stop
+from gputune.engine.stop import Stop, entry
 from gputune.engine.train import State
 from gputune.errors import InputError
 from gputune.modules.construction import name_of

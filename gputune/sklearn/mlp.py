@@ -59,7 +59,7 @@ class _MLP(TrainedEstimator):
             "max_epochs": "give max_iter",
             "optimizer": "give solver",
             "schedule": "give learning_rate",
-        },
+        }
     )
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **neural_network.MLPRegressor._parameter_constraints,

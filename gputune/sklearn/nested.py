@@ -22,7 +22,7 @@ from gputune.sklearn.dataset import Part, as_sliced
 from gputune.sklearn.record import Fit, fits_of, shared_rows
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, with_hook, workers
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, why_not_together
-from gputune.types import Config
+from gputune.types import Config, Json
 
 AnySearch = RandomizedSearchCV | GridSearchCV
 
@@ -71,20 +71,20 @@ def nested_cv(
     _check_search(search)
     X, y = indexable(as_sliced(X), y)
     splitter = check_cv(outer, y, classifier=is_classifier(search))
-    metadata = _route(search, splitter, groups, params or {})
-    splits = list(splitter.split(X, y, **metadata.split))
+    to_split, to_fit, to_score = _route(search, splitter, groups, params or {})
+    splits = list(splitter.split(X, y, **to_split))
     searches = [clone(search) for _ in splits]
     trains = [train for train, _ in splits]
-    rows = [(*_safe_split(search, X, y, t), _check_method_params(X, metadata.fit, t)) for t in trains]
+    rows = [(*_safe_split(search, X, y, t), _check_method_params(X, to_fit, t)) for t in trains]
     together = why_not_together(search.estimator, getattr(search, search._space_name)) is None
     trained: Sequence[TrainedCandidates | None] = [None] * len(splits)
     if together:
-        trained = _train(searches, rows, _parts(searches[0], X, y, metadata.fit, trains))
+        trained = _train(searches, rows, _parts(searches[0], X, y, to_fit, trains))
     for each, candidates, train_rows in zip(searches, trained, rows):
         each._fit_trained(candidates, *train_rows)
     scorer = check_scoring(search)  # the search's own score
     scores = [
-        scorer(each, *_safe_split(search, X, y, test, train), **_check_method_params(X, metadata.score, test))
+        scorer(each, *_safe_split(search, X, y, test, train), **_check_method_params(X, to_score, test))
         for each, (train, test) in zip(searches, splits)
     ]
     return NestedScores(
@@ -95,19 +95,10 @@ def nested_cv(
     )
 
 
-@dataclass(frozen=True)
-class _Metadata:
-    """What goes to the outer splitter, to the search's ``fit`` and to its ``score``."""
-
-    split: Mapping[str, object]
-    fit: Mapping[str, object]
-    score: Mapping[str, object]
-
-
-def _route(search: object, splitter: object, groups: object, params: Mapping[str, object]) -> _Metadata:
-    """Return where ``cross_val_score`` would send groups and params."""
+def _route(search: object, splitter: object, groups: object, params: Mapping[str, object]) -> list[Json]:
+    """Return what ``cross_val_score`` would send to the outer splitter, to the search's ``fit`` and its ``score``."""
     if not get_config()["enable_metadata_routing"]:
-        return _Metadata({"groups": groups}, params, {})
+        return [{"groups": groups}, params, {}]
     if groups is not None:
         raise InputError(
             "nested_cv(groups=...) goes to the outer splitter where metadata routing is off, and it is on: give "
@@ -118,7 +109,7 @@ def _route(search: object, splitter: object, groups: object, params: Mapping[str
     router.add(estimator=search, method_mapping=to["fit"])
     router.add(scorer=check_scoring(search), method_mapping=to["score"])
     routed = process_routing(router, "fit", **params)
-    return _Metadata(routed.splitter.split, routed.estimator.fit, routed.scorer.score)
+    return [routed.splitter.split, routed.estimator.fit, routed.scorer.score]
 
 
 def _check_search(search: object) -> None:

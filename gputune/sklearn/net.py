@@ -43,15 +43,9 @@ class _NeuralNet(TrainedEstimator):
     }
     _foreign = Foreign(
         ignored={
-            "train_split": (
-                (None, False),
-                "every row is trained on; leave it out, and let a search split the rows",
-            ),
+            "train_split": ((None, False), "every row is trained on; leave it out, and let a search split the rows"),
             "verbose": (None, ""),
-            "callbacks": (
-                (None, []),
-                "an estimator calls none; leave them out, or pass them to gputune.tune",
-            ),
+            "callbacks": ((None, []), "an estimator calls none; leave them out, or pass them to gputune.tune"),
         },
         refused={
             "warm_start": "fit always begins anew; train longer with max_epochs",

@@ -180,13 +180,7 @@ class Recorder:
         return True
 
     def transform(
-        self,
-        function: Callable[..., object],
-        transformer: object,
-        X: object,
-        y: object,
-        *args: object,
-        **options: Any,
+        self, function: Callable[..., object], transformer: object, X: object, y: object, *args: object, **options: Any
     ) -> object:
         """Fit a transformer and return what ``function`` does, once for equal transformers on the same rows."""
         metadata = [value for routed in (options.get("params") or {}).values() for value in routed.values()]

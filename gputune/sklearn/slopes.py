@@ -12,8 +12,8 @@ from sklearn.base import clone
 
 from gputune.data.dataset import Fold
 from gputune.engine.choice import device_for_solver
-from gputune.engine.entry import entry
 from gputune.engine.memory import Failure
+from gputune.engine.stop import entry
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, why_not_differentiable
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
