@@ -140,8 +140,8 @@ def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> st
     lines = [
         "# scikit-learn's own tests",
         "",
-        f"Made by `python scripts/reproduce/scikit_learn_suites.py --out docs`, with scikit-learn {sklearn.__version__}."
-        " Each of",
+        "Made by `python scripts/reproduce/scikit_learn_suites.py --out docs`, with scikit-learn "
+        f"{sklearn.__version__}. Each of",
         "its test files was run as it is, and with gputune's classes in place of its own by one import; a test counts "
         "where",
         "scikit-learn's own class passes it.",
