@@ -17,6 +17,7 @@ Terminated          SIGTERM ended a command before or after its training
 import sys
 import warnings
 from importlib import import_module
+from numbers import Integral
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -91,6 +92,15 @@ class SearchInterrupted(KeyboardInterrupt):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM ended a command while it did not train."""
+
+
+def check_count(value: object, name: str, *, least: int = 1, none: bool = False, remedy: str = "") -> None:
+    """Raise InputError unless a value is an integer from ``least`` on, or None where that is allowed."""
+    if none and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        words = f"an integer of at least {least}{', or None' if none else ''}"
+        raise InputError(f"{name} must be {words}, got {value!r}.{remedy}")
 
 
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 from gputune.engine.plan import cores
-from gputune.errors import InputError, MissingExtraError
+from gputune.errors import InputError, MissingExtraError, check_count
 from gputune.executors.ray_cluster import RayCluster
 
 _SECONDS = 10.0  # to answer a knock; Ray itself waits for minutes
@@ -38,8 +38,7 @@ class Ray:
     cpus: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.cpus, bool) or not isinstance(self.cpus, int) or self.cpus < 1:
-            raise InputError(f"Ray(cpus=...) must be an integer of at least 1, got {self.cpus!r}.")
+        check_count(self.cpus, "Ray(cpus=...)")
         if self.is_elsewhere and _host_and_port(self.address) is None:
             raise InputError(
                 "Ray(address=...), --ray: must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT', got "

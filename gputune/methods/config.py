@@ -199,14 +199,6 @@ def _plain(value: object) -> Any:
     return value.item() if is_scalar else value  # type: ignore[attr-defined]
 
 
-def check_count(value: object, name: str, *, none: bool = False) -> None:
-    """Raise InputError unless ``value`` is an integer of at least 1, or None where that is allowed."""
-    if none and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be an integer >= 1, got {value!r}.")
-
-
 def check_penalty(keys: Collection[str], name: str) -> None:
     """Raise InputError where ``penalty`` stands beside ``l1_ratio``, of which it is the older word."""
     if "penalty" in keys and "l1_ratio" in keys:

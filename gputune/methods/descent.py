@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gputune.errors import InputError
+from gputune.errors import InputError, check_count
 from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
 from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS
-from gputune.methods.config import check_count
 from gputune.types import Config, Json
 
 _DIVIDED = 10  # what the length of a normalized step is divided by when the loss rises

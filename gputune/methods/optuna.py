@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gputune.errors import InputError, import_extra
-from gputune.methods.config import ConfigCheck, check_config, check_count
+from gputune.errors import InputError, check_count, import_extra
+from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.distributions import (
     Choices,
     Description,

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from operator import index
 from typing import Literal
 
 import numpy as np
 from scipy import stats
 from sklearn.model_selection import ParameterSampler
 
-from gputune.errors import InputError
+from gputune.errors import InputError, check_count
 from gputune.methods.config import KEYS, ConfigCheck, check_config
 from gputune.methods.distributions import Choices, OwnDistribution, Steps
 from gputune.methods.space import Space, check_include
@@ -99,7 +98,7 @@ def first_candidates(
     follow where they are left out. Where another one is missing, as that of a module's required argument, no default
     configuration is run (``notes`` says so). Raises InputError, also where nothing is left to run.
     """
-    check_n_trials(n_trials)
+    check_count(n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
     configs: list[tuple[Config, Origin]] = []
     if include_default and n_trials and not _missing_keys({}, space, defaults):
         configs.append((_fill({}, space, defaults), "default"))
@@ -215,16 +214,6 @@ def _without_effect(trials: Sequence[Candidate], optimizer: str) -> list[str]:
                 f"leave it out, or use {', '.join(takers[:-1])} or {takers[-1]}."
             )
     return sentences
-
-
-def check_n_trials(n_trials: object) -> None:
-    """Raise InputError for what is no number of trials."""
-    try:
-        valid = not isinstance(n_trials, bool) and index(n_trials) >= 0  # type: ignore[arg-type]
-    except TypeError:
-        valid = False
-    if not valid:
-        raise InputError(f"n_trials must be an integer >= 0, got {n_trials!r}. For example n_trials=64.")
 
 
 def _n_draws(space: Space, n_trials: int) -> int:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gputune.errors import InputError
+from gputune.errors import InputError, check_count
 from gputune.executors.objective import Reports
-from gputune.methods.config import check_count
 
 Curves = Mapping[int, np.ndarray]
 """The scores (epochs, F) so far of trials by their number, of those that have ended too."""

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gputune.errors import InputError
+from gputune.errors import InputError, check_count
 from gputune.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -31,11 +31,8 @@ def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
     return check
 
 
-def whole(name: str, value: object, none: str = "") -> object:
-    if none and value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise InputError(f"{name} must be an integer of at least 1{none}, got {value!r}.")
+def whole(name: str, value: object, *, none: bool = False) -> object:
+    check_count(value, name, none=none)
     return value
 
 
@@ -51,11 +48,10 @@ def verbosity(name: str, value: object) -> object:
     return int(value)
 
 
-def seconds(name: str, value: object, none: str = "") -> object:
-    if none and value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
-        raise InputError(f"{name} is a number of seconds above 0{none}, got {value!r}.")
+def seconds(name: str, value: object, *, none: bool = False) -> object:
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
+    if not (is_number or (none and value is None)):
+        raise InputError(f"{name} is a number of seconds above 0{', or None' if none else ''}, got {value!r}.")
     return value
 
 

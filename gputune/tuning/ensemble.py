@@ -21,7 +21,7 @@ from gputune.data.encode import Statistics
 from gputune.data.folds import unpack_folds
 from gputune.data.scaling import side_by_side
 from gputune.engine.stop import entry
-from gputune.errors import InputError
+from gputune.errors import InputError, check_count
 from gputune.population.network import Ensemble, call_module, class_logits, first_output
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_metrics, scorers_of
@@ -55,13 +55,10 @@ def ensemble(
     verbose: int = 1,
 ) -> TunedModel:
     """Choose and train an ensemble of the trials of a study; see ``Study.ensemble``."""
+    check_count(size, "ensemble(size=...)")
+    check_count(candidates, "ensemble(candidates=...)", least=2)
     starts = 1 if isinstance(refit, str) and refit in ("all", "folds") else refit
-    words = "'all', 'folds' or "
-    for name, given, number, least, other in (
-        ("size", size, size, 1, ""), ("candidates", candidates, candidates, 2, ""), ("refit", refit, starts, 1, words),
-    ):  # fmt: skip
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
-            raise InputError(f"ensemble({name}={given!r}) must be {other}a whole number from {least} on.")
+    check_count(starts, "ensemble(refit=...), unless it is 'all' or 'folds',")
     trials, calibrated = _candidates(study, candidates), is_calibrated(study, calibrate, "ensemble")
     search = search_for("ensemble", study, X, y, trust_code)
     predictions = predictions_of(search, trials, Progress(verbose))

@@ -98,7 +98,7 @@ class Options:
     )  # fmt: skip
     patience: int | None = _search(
         None, "--patience E", "end a trial after so many epochs without a better fold mean (all train to the end)",
-        takes="1..", check=partial(checks.whole, none=", or None"),
+        takes="1..", check=partial(checks.whole, none=True),
     )  # fmt: skip
     epoch: Literal["best", "last"] = _option("best", check=checks.one_of("best", "last"))
     method: "Method" = _search(
@@ -128,7 +128,7 @@ class Options:
     random_state: int = _search(0, "--seed S", "of everything that is drawn (0)", takes="0..", check=checks.seed)
     timeout: float | None = _search(
         None, "--timeout SEC", "stop training after so many seconds",
-        takes="number", check=partial(checks.seconds, none=", or None"), resume=True,
+        takes="number", check=partial(checks.seconds, none=True), resume=True,
     )  # fmt: skip
     target_score: float | None = _search(
         None, "--target-score S", "stop when a trial has this score, in scikit-learn's sign (-0.3 of neg_log_loss)",
@@ -136,7 +136,7 @@ class Options:
     )  # fmt: skip
     patience_trials: int | None = _search(
         None, "--patience-trials N", "stop when so many trials in a row are no better than the best before them",
-        takes="1..", check=partial(checks.whole, none=", or None"), kept=True, resume=True,
+        takes="1..", check=partial(checks.whole, none=True), kept=True, resume=True,
     )  # fmt: skip
 
     task: "TaskWord | None" = _rows(None, "--task T", "classification or regression, where the guess is wrong")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gputune.errors import InputError, import_extra
+from gputune.errors import InputError, check_count, import_extra
 from gputune.study.study import Study, check_metric
 from gputune.text import clean, short
 from gputune.views.axes import curve_scale, parallel_axes, parameter_scale, score_scale
@@ -87,8 +87,7 @@ def plot_curves(study: Study, ax: "Axes | None" = None, *, best: int = BEST) -> 
     The ``best`` trials have a band of one standard deviation over the folds on either side. Raises InputError for a
     negative or fractional ``best``.
     """
-    if isinstance(best, bool) or not isinstance(best, int) or best < 0:
-        raise InputError(f"plot_curves(best=...) must be an integer of at least 0, got {best!r}.")
+    check_count(best, "plot_curves(best=...)", least=0)
     ax, curves = _axes("plot_curves", ax), curve_view(study)
     for row in sorted(curves.order[best:]):
         ax.plot(curves.epochs, curves.mean[row], color=_GREY, linewidth=0.5, alpha=0.5, zorder=1)

@@ -105,7 +105,7 @@ def test_a_loose_real_draw_for_an_integer_key_is_an_error():
 
 @pytest.mark.parametrize("n_trials", [-1, 2.0, "3", None, True])
 def test_n_trials_is_a_count(n_trials):
-    with refused(f"n_trials must be an integer >= 0, got {n_trials!r}. For example"):
+    with refused(f"n_trials must be an integer of at least 0, got {n_trials!r}. For example"):
         search(checked(LISTS), n_trials)
 
 

@@ -282,12 +282,12 @@ def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
 @pytest.mark.parametrize(
     ("how", "asked", "message"),
     [
-        ({}, {"size": 0}, r"ensemble\(size=0\) must be a whole number from 1 on"),
-        ({}, {"candidates": True}, r"ensemble\(candidates=True\) must be a whole number"),
-        ({}, {"refit": 1.5}, r"ensemble\(refit=1.5\) must be 'all', 'folds' or a whole number from 1 on"),
-        ({}, {"refit": "fold"}, r"ensemble\(refit='fold'\) must be 'all', 'folds' or a whole number from 1 on"),
+        ({}, {"size": 0}, r"ensemble\(size=...\) must be an integer of at least 1, got 0"),
+        ({}, {"candidates": True}, r"ensemble\(candidates=...\) must be an integer of at least 2, got True"),
+        ({}, {"refit": 1.5}, r"unless it is 'all' or 'folds', must be an integer of at least 1, got 1.5"),
+        ({}, {"refit": "fold"}, r"unless it is 'all' or 'folds', must be an integer of at least 1, got 'fold'"),
         ({"n_trials": 1}, {}, "needs two finished trials, and the study has 1; search on, or use best_model"),
-        ({}, {"candidates": 1}, r"ensemble\(candidates=1\) must be a whole number from 2 on"),
+        ({}, {"candidates": 1}, r"ensemble\(candidates=...\) must be an integer of at least 2, got 1"),
         ({"method": "hypergradient", "n_trials": 1}, {}, "this study holds the points of descents"),
     ],
 )  # fmt: skip

@@ -161,7 +161,7 @@ def test_without_given_trials(capsys):
     with pytest.raises(InputError, match="n_trials must be >= 1 where nothing else is to run"):
         tune(tpe(), n_trials=0, include_default=False)
     for n_trials in (-1, "8", 2.5):
-        with pytest.raises(InputError, match=f"n_trials must be an integer >= 0, got {n_trials!r}"):
+        with pytest.raises(InputError, match=f"n_trials must be an integer of at least 0, got {n_trials!r}"):
             tune(tpe(), n_trials=n_trials)
 
 
@@ -312,8 +312,8 @@ def test_a_module_with_choices_that_optuna_cannot_hold(tmp_path):
             lambda: gputune.OptunaSampler(optuna.samplers.GridSampler({"lr": [0.1]}, seed=0)),
             "cannot be a GridSampler",
         ),
-        (lambda: gputune.OptunaSampler(tpe(), batch=0), "batch=...) must be an integer >= 1, got 0"),
-        (lambda: gputune.OptunaSampler(tpe(), batch=True), "batch=...) must be an integer >= 1, got True"),
+        (lambda: gputune.OptunaSampler(tpe(), batch=0), "batch=...) must be an integer of at least 1, got 0"),
+        (lambda: gputune.OptunaSampler(tpe(), batch=True), "batch=...) must be an integer of at least 1, got True"),
         (lambda: gputune.OptunaSampler(tpe(), halving=3), "must be gputune.Halving(...) or None, got 3"),
         (lambda: tune(tpe(), space=[SPACE, SPACE]), "space must be one dict for an Optuna sampler, got a list of 2"),
         (
