@@ -9,7 +9,7 @@ from gputune.api.study import Study
 from gputune.methods.descent import Hypergradient
 from gputune.methods.stopping import Halving
 from gputune.study.study import Trial
-from gputune.tuning.method import method_to_json
+from gputune.tuning.choices import method_to_json
 
 META = {
     "model": "mlp",

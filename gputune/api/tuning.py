@@ -23,10 +23,9 @@ from gputune.executors.ray_connection import Ray
 from gputune.methods.config import key_of
 from gputune.scoring.metrics import Scorings
 from gputune.text import did_you_mean
+from gputune.tuning.choices import Method, ModelChoice, choose_model
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.loops import search_loop
-from gputune.tuning.method import Method
-from gputune.tuning.model_choice import ModelChoice, choose_model
 from gputune.tuning.options import RULES, Options
 from gputune.tuning.pipeline import search as search_rows
 from gputune.tuning.progress import Progress, reading_bar

@@ -18,7 +18,7 @@ from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import log_int
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.stopping import Halving
-from gputune.tuning.method import METHODS, Method
+from gputune.tuning.choices import METHODS, Method
 from gputune.tuning.options import RULES, Options
 from gputune.types import Config
 

@@ -29,8 +29,8 @@ from gputune.study.model import TunedModel
 from gputune.study.model_files import DESCRIPTION, read_description
 from gputune.study.study import Trial
 from gputune.tuning.candidates import checked_space, first_trials
+from gputune.tuning.choices import choose_model
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
-from gputune.tuning.model_choice import choose_model
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.progress import PREPARING, Profile, Progress
@@ -74,7 +74,7 @@ def tune(arguments: argparse.Namespace) -> str:
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
     with _folder((options.study or out / STUDY).parent):
-        recorded = RecordedSearch(choice, rest, test, options)
+        recorded = RecordedSearch(choice, rest, options, test)
         return _Run(arguments, recorded, out / STUDY, begin, profile).finish()
 
 
@@ -244,7 +244,7 @@ def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate:
 
 def _requested_trial(study: Study) -> Trial:
     """Return the trial that the command asked for. Raises SearchFailedError where it diverged."""
-    choice, _, options, _ = study.data
+    choice, options = study.data.choice, study.data.options
     params = first_trials(checked_space(choice, options), choice, options)[0].params
     trial = next(trial for trial in study.trials if trial.params == params)
     if not math.isfinite(trial.score):

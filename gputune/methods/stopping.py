@@ -168,28 +168,18 @@ def below_the_median(epoch: int, means: Mapping[int, np.ndarray], least: int) ->
     return {number for number, mean in reached.items() if not np.max(mean) >= middle}
 
 
-@dataclass(frozen=True)
-class Arrivals:
-    """Whether a trial of a user's own loop ends at a report, judged by those that had come as far before it.
+def ends_on_arrival(rule: StoppingRule, max_epochs: int, number: int, epoch: int, reports: Reports) -> bool:
+    """Return whether trial ``number`` of a user's own loop, which has reported ``epoch`` values, ends there.
 
-    None waits for another: successive halving without rounds, which ends what it would pause (Li et al., 2020,
-    arXiv:1810.05934), and the median rule of Vizier. With several workers the order in which they come decides.
+    It is judged by those that had come as far before it. None waits for another: successive halving without rounds,
+    which ends what it would pause (Li et al., 2020, arXiv:1810.05934), and the median rule of Vizier. With several
+    workers the order in which they come decides.
     """
-
-    method: StoppingRule
-    max_epochs: int
-
-    def check(self) -> None:
-        """Raise InputError where the method leaves no room for a decision."""
-        self.method.stops(self.max_epochs)
-
-    def __call__(self, number: int, epoch: int, reports: Reports) -> bool:
-        """Return whether trial ``number``, which has reported ``epoch`` values, ends."""
-        if epoch not in self.method.stops(self.max_epochs):
-            return False
-        reported = reports.read().items()
-        curves = {n: r.values[:, None] for n, r in reported if r.ended or len(r.values) >= epoch}
-        return number in self.method.trials_to_stop(epoch, curves, self.max_epochs)
+    if epoch not in rule.stops(max_epochs):
+        return False
+    reported = reports.read().items()
+    curves = {n: r.values[:, None] for n, r in reported if r.ended or len(r.values) >= epoch}
+    return number in rule.trials_to_stop(epoch, curves, max_epochs)
 
 
 def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:

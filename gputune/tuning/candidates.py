@@ -11,7 +11,7 @@ from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.random import first_candidates, is_inside, n_counted, notes, remarks, top_up
+from gputune.methods.random import first_candidates, is_inside, n_counted, notes, top_up
 from gputune.methods.recipes import PORTFOLIOS, SPACES, default_space, named_space
 from gputune.methods.space import Space, check_include, check_space, choices_of, space_text, to_scipy
 from gputune.modules.construction import parameters_of
@@ -19,7 +19,7 @@ from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Store
-from gputune.tuning.model_choice import ModelChoice
+from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem
 from gputune.types import DEFAULTS, NUMBERS, TENSOR_NUMBERS, Config
@@ -162,13 +162,6 @@ def add_missing(
             if len(ledger.candidates) > known:  # another process has added some meanwhile
                 new = _missing(ledger, trials, space, options, check)
             ledger.add(new)
-
-
-def remarks_on(ledger: Ledger, space: Space, options: Options) -> tuple[str, ...]:
-    """Return how the trials of a ledger are other than what this call asks for, a sentence each."""
-    if not draws_at_once(options):
-        return ()
-    return remarks(ledger.candidates, space, n_trials=options.n_trials, include_default=options.include_default)
 
 
 def _missing(

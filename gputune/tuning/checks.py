@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gputune.data.kinds import Kind
     from gputune.data.target_transform import TargetTransform
     from gputune.study.study import Study
-    from gputune.tuning.method import Method
+    from gputune.tuning.choices import Method
 
 
 def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
@@ -80,7 +80,7 @@ def _file(path: Path) -> Path:
 
 
 def method(name: str, value: object) -> "Method":
-    from gputune.tuning.method import check_method
+    from gputune.tuning.choices import check_method
 
     return check_method(value)
 

@@ -28,7 +28,7 @@ from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count, size_words
-from gputune.tuning.model_choice import ModelChoice
+from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Profile, Progress
 from gputune.tuning.trainer import Trainer

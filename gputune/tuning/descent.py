@@ -24,8 +24,8 @@ from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
+from gputune.tuning.choices import ModelChoice
 from gputune.tuning.context import Context, RecordedPlan, failed_result
-from gputune.tuning.model_choice import ModelChoice
 from gputune.types import Config, Json
 
 SlopeMode = Literal["exact", "differences"]

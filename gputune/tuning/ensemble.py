@@ -4,17 +4,13 @@ Source: Caruana et al. (2004), Ensemble selection from libraries of models: with
 """
 
 import math
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.data.encode import Statistics
@@ -22,23 +18,13 @@ from gputune.data.folds import unpack_folds
 from gputune.data.scaling import side_by_side
 from gputune.engine.stop import entry
 from gputune.errors import InputError, check_count
-from gputune.population.network import Ensemble, call_module, class_logits, first_output
-from gputune.scoring.losses import best_temperature
-from gputune.scoring.metrics import make_metrics, scorers_of
-from gputune.scoring.outputs import Outputs
-from gputune.scoring.scores import neg_cross_entropy
-from gputune.scoring.scoring import Scoring, outputs_of
+from gputune.population.network import Ensemble
 from gputune.seeding import stream_seed
 from gputune.study.model import TunedModel
-from gputune.study.store import Store
 from gputune.study.study import Study, Trial
-from gputune.text import count
+from gputune.tuning.predictions import check_folds_train, is_calibrated, predictions_of, search_for
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Search, search_of
-
-_BLOCK, _RESIDUALS = 2**13, 10_000
-"""Rows of which a member's outputs are made at a time, and residuals at most that a model keeps."""
-_LEAST = torch.finfo(torch.float64).tiny  # probability that has a logarithm
+from gputune.tuning.refit import Search
 
 
 @entry
@@ -117,256 +103,12 @@ def _columns(search: Search, data: Dataset, trials: Sequence[Trial]) -> tuple[li
     return [columns[one.numbers] for one in own], side_by_side(parts)
 
 
-def is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
-    """Return whether probabilities are calibrated: as was said, or (None) where trials are ranked by the log loss.
-
-    Raises InputError, in a caller's words, for a study that predicts no single class.
-    """
-    if calibrate not in (None, True, False):
-        raise InputError(f"{caller}(calibrate=...) must be True, False or None, got {calibrate!r}.")
-    is_of_classes = study.record.task in ("binary", "multiclass")
-    if calibrate and not is_of_classes:
-        what = {"multilabel": "several labels", "custom": "a custom target"}.get(study.record.task, "numbers")
-        raise InputError(
-            f"{caller}(calibrate=True) is for one class a row to be predicted, and the study is of {what}; leave it "
-            "out."
-        )
-    return is_of_classes and study.record.scoring == "neg_log_loss" if calibrate is None else calibrate
-
-
-def search_for(name: str, study: Study, X: object, y: object, trust_code: bool) -> Search:
-    """Return the search of a study; what a refit refuses is refused in the words of ``name``, which has no check."""
-    try:
-        return search_of(study, X, y, check=True, trust_code=trust_code)
-    except InputError as error:
-        if type(error) is not InputError:
-            raise
-        words = re.sub(r"(; check=False|, or add check=False).*$", ".", str(error))
-        raise InputError(words.replace("best_model(", f"{name}(")) from error
-
-
-def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":
-    """Return what trials predict on the folds of the search: as the study keeps it, or by training there again."""
-    kept = _kept_outputs(search, trials)
-    lacking = [trial for trial in trials if trial.number not in kept]
-    if lacking:
-        told = "the search was told to keep no predictions"
-        why = "no predictions of them were kept" if search.options.keep_predictions else told
-        progress.say(f"{count(len(lacking), 'trial')} train on their folds once more: {why}")
-        members, data, scoring = members_of(search, lacking, progress)
-        again = Predictions.of(members, [data.of(search.config(trial)) for trial in lacking], scoring)
-    else:
-        again = Predictions((), *_folds(search, trials))
-    data, places = again.data, {trial.number: place for place, trial in enumerate(lacking)}
-    lengths = [len(fold.valid) for fold in data.folds]
-    parts = {n: torch.split(torch.tensor(one.values, device=data.device), lengths) for n, one in kept.items()}
-
-    def value(number: int, fold: int) -> Tensor:
-        if number in kept:
-            return _values(parts[number][fold].double(), data)
-        return again.values[fold][places[number]]
-
-    values = [torch.stack([value(trial.number, f) for trial in trials]) for f in range(data.n_folds)]
-    return replace(again, values=values)
-
-
-def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
-    """Return the outputs that the study keeps of trials, by number, where its rows are those at hand."""
-    study, epochs = search.study, {trial.number: trial.best_epoch for trial in trials}
-    if search.rows != study.record.fingerprint:
-        return {}
-    known: Mapping[int, Outputs] = {}
-    if study.file is None:
-        known = {} if study.data is None else study.data[3]
-    elif study.file.exists():
-        with Store.open(study.file) as store:
-            known = store.outputs(epochs.keys())
-    return {number: one for number, one in known.items() if epochs.get(number) == one.epoch}
-
-
-def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
-    """Return the data of the folds of the search, for some trials, and how it was scored."""
-    data = search.dataset(unpack_folds(search.study.record.arguments.folds), trials)
-    return data, _scoring(search)
-
-
-def members_of(
-    search: Search, trials: Sequence[Trial], progress: Progress
-) -> tuple[list[list[nn.Module]], Dataset, Scoring]:
-    """Train trials on the folds of the search again; return the members (M, F), their data, and how it was scored."""
-    data, scoring = _folds(search, trials)
-    progress.scoring = scoring.name
-    epochs = max(trial.best_epoch for trial in trials)
-    with nullcontext() if search.choice.solved else progress.bar_over(len(trials), epochs):
-        members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)
-    return members, data, scoring
-
-
 def _candidates(study: Study, most: int) -> list[Trial]:
     """Return the best finished trials of a study; raises InputError where no ensemble can be made of them."""
-    if study.record.face == "loop":
-        raise InputError(
-            "ensemble() trains again, and this study is of search(), whose training loop is your own: call your "
-            "objective with the params of study.ranking()[:5]."
-        )
-    if isinstance(study.record.method, dict) and study.record.descends:
-        raise InputError(
-            "ensemble() is of trials, and this study holds the points of descents; search with another method."
-        )
-    if study.record.task == "custom":
-        raise InputError(
-            "ensemble() takes the mean of probabilities or of numbers, and this study has a custom target."
-        )
+    check_folds_train(study, "ensemble()")
     trials = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)][:most]
     if len(trials) < 2:
         raise InputError(
             f"ensemble() needs two finished trials, and the study has {len(trials)}; search on, or use best_model()."
         )
     return trials
-
-
-def _scoring(search: Search) -> Scoring:
-    """Return what the study is scored by, the metric that ranks first."""
-    record, target, asked = search.study.record, search.problem.target, search.options.scoring
-    positive = record.ranked_class if asked is None else record.positive
-    if (scorers := scorers_of(asked)) is not None and record.metrics:
-        asked = {one["name"]: scorers[one["name"]] for one in record.metrics}
-    scoring = record.scoring if asked is None else asked
-    return make_metrics(scoring, target.task, target.classes, positive, search.objective, target.n_outputs)
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """What M candidates predict of the rows that each fold validates on.
-
-    ``values[f]`` (M, m_f, K), float64, are probabilities; of a regression the outputs, of which a mean is taken alike.
-    """
-
-    values: Sequence[Tensor]
-    data: Dataset
-    scoring: Scoring
-
-    @staticmethod
-    def of(members: Sequence[Sequence[nn.Module]], data: Sequence[Dataset], scoring: Scoring) -> "Predictions":
-        """Return the predictions of members (M, F), each of its own data."""
-        values = [
-            torch.stack([_predict(folds[f], own, f) for folds, own in zip(members, data)])
-            for f in range(data[0].n_folds)
-        ]
-        return Predictions(values, data[0], scoring)
-
-    def residuals(self, weights: Tensor) -> NDArray[np.float64] | None:
-        """Return how far off the mean of the candidates by ``weights`` (M,) is on validation rows, ascending.
-
-        They are on the scale of a transformed target, of a row of several folds the mean, and at most ``_RESIDUALS``,
-        evenly by rank. None for classes and for several numbers a row.
-        """
-        data = self.data
-        if data.task != "regression" or self.values[0].shape[-1] > 1:
-            return None
-        errors, target = [], data.target.view(data.n_rows, -1).cpu()
-        for f, value in enumerate(self.values):
-            mean = (weights[:, None, None].to(value) * value).sum(0) * data.scale[f] + data.center[f]
-            rows = target[data.folds[f].valid.cpu()]
-            there = data.transforms[f].forward(rows.numpy()) if data.transforms else rows
-            errors.append((mean.cpu() - torch.as_tensor(there)).abs())
-        of_rows = means_of_rows(data, errors)[:, 0]
-        ascending: NDArray[np.float64] = np.sort(of_rows[np.isfinite(of_rows)])
-        many = min(len(ascending), _RESIDUALS)
-        kept: NDArray[np.float64] = ascending[np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1]
-        return kept
-
-    def temperature(self, weights: Tensor) -> float:
-        """Return the temperature that calibrates the mean of the candidates by ``weights`` (M,) on validation rows.
-
-        Rows of a class that their fold's training rows lack tell nothing of it; where there are no others it is 1.
-        """
-        logits, targets = [], []
-        for f, (fold, value) in enumerate(zip(self.data.folds, self.values)):
-            mean, target = (weights[:, None, None].to(value) * value).sum(0), self.data.target[fold.valid]
-            known = slice(None) if self.data.present is None else self.data.present[f][target].to(mean.device)
-            logits.append(mean[known].clamp(min=_LEAST).log())
-            targets.append(target[known])
-        return best_temperature(torch.cat(logits), torch.cat(targets))
-
-    def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
-        """Return how often each candidate is chosen in at most ``size`` greedy steps; of those the best number.
-
-        Each step adds the candidate with which the mean score over the folds is best, of those with equal scores that
-        with the best log loss: an accuracy has few values.
-        """
-        folds = range(self.data.n_folds) if folds is None else folds
-        sums = {fold: torch.zeros_like(self.values[fold][0]) for fold in folds}
-        chosen: list[int] = []
-        keys: list[tuple[float, float]] = []
-        for step in range(1, size + 1):
-            scores = [self.scores(fold, (sums[fold] + self.values[fold]) / step) for fold in folds]
-            means = [tuple(pair) for pair in np.nan_to_num(np.mean(scores, axis=0), nan=-np.inf).T.tolist()]
-            chosen.append(max(range(len(means)), key=means.__getitem__))
-            keys.append(means[chosen[-1]])
-            for fold in folds:
-                sums[fold] += self.values[fold][chosen[-1]]
-        return Counter(chosen[: keys.index(max(keys)) + 1])
-
-    def nested_scores(self, size: int) -> list[float]:
-        """Return the score of each fold (F,) by what is chosen on the others alone.
-
-        Of one fold, (2,): every second row of it, and the others, by what is chosen on the other half.
-        """
-        if self.data.n_folds == 1:
-            half, other = self._half(0), self._half(1)
-            return [half._score_of(other.choose(size), 0), other._score_of(half.choose(size), 0)]
-        every = range(self.data.n_folds)
-        return [self._score_of(self.choose(size, [f for f in every if f != fold]), fold) for fold in every]
-
-    def _half(self, start: int) -> "Predictions":
-        """Return what is predicted of every second validation row of the only fold, from the first or second one on."""
-        (fold,), (values,) = self.data.folds, self.values
-        part = replace(self.data, folds=(replace(fold, valid=fold.valid[start::2]),))
-        return replace(self, values=[values[:, start::2]], data=part)
-
-    def _score_of(self, choice: Counter[int], fold: int) -> float:
-        """Return the score of an ensemble on one fold."""
-        weights = torch.tensor([number / choice.total() for number in choice.values()])
-        mean = torch.tensordot(weights.to(self.values[fold]), self.values[fold][list(choice)], 1)
-        return float(self.scores(fold, mean[None])[0][0])
-
-    def scores(self, fold: int, values: Tensor) -> np.ndarray:
-        """Return the scores of predictions (M, m, K) on one fold and, of classes, minus their log losses: (2, M)."""
-        task = self.data.task
-        outputs = values if task == "regression" else outputs_of(values, task)
-        score = self.scoring(self.data, fold, outputs)
-        target = self.data.target[self.data.folds[fold].valid]
-        second = neg_cross_entropy(outputs, target) if task in ("binary", "multiclass") else score
-        return torch.stack([score, second.to(score)]).cpu().numpy()
-
-
-def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64]:
-    """Return the mean over the folds of values (m_f, K) of their validation rows, (n, K); NaN for rows of no fold."""
-    sums, counts = torch.zeros(data.n_rows, values[0].shape[1], dtype=torch.float64), torch.zeros(data.n_rows)
-    for fold, value in zip(data.folds, values, strict=True):
-        rows = fold.valid.cpu()
-        sums.index_add_(0, rows, value)
-        counts.index_add_(0, rows, torch.ones(len(rows)))
-    means: NDArray[np.float64] = (sums / counts[:, None]).numpy()
-    return means
-
-
-def _predict(module: nn.Module, data: Dataset, fold: int) -> Tensor:
-    """Return what a member predicts (m, K) of the rows that its fold validates on, float64."""
-    parts = torch.split(data.folds[fold].valid, _BLOCK)
-    return torch.cat([values_of(module, [x.cpu() for x in data.rows(fold, rows)], data) for rows in parts])
-
-
-def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
-    """Return what a member predicts of rows on the CPU, (m, K) float64: probabilities, or outputs of a regression."""
-    with torch.inference_mode():
-        output = first_output(call_module(module, inputs, data.names))
-        return _values(output.double().view(len(inputs[0]), -1).to(data.device), data)
-
-
-def _values(outputs: Tensor, data: Dataset) -> Tensor:
-    """Return what outputs (m, K) mean: probabilities, or themselves in a regression."""
-    if data.task == "regression":
-        return outputs
-    return outputs.sigmoid() if data.task == "multilabel" else class_logits(outputs, data.task, 1).softmax(-1)

@@ -21,14 +21,16 @@ from gputune.seeding import stream
 from gputune.study.curves import FoldReport
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, trial_of_number
-from gputune.tuning.ensemble import (
+from gputune.tuning.predictions import (
     Predictions,
+    check_folds_train,
     is_calibrated,
     means_of_rows,
     members_of,
     predictions_of,
     search_for,
     values_of,
+    why_no_folds,
 )
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import refit_trial, search_of
@@ -68,41 +70,23 @@ def refit_with_folds(
     if calibrate is None and (not check or why_no_folds(study)):
         calibrate = False
     calibrated = is_calibrated(study, calibrate, "best_model")
-    if not (intervals or calibrated):
-        one = trial_of_number(study, trial, "best_model")
-        return refit_trial(search_of(study, X, y, check=check, trust_code=trust_code), one)
-    called = f"best_model({'intervals' if intervals else 'calibrate'}=True)"
-    check_folds_train(study, called)
+    called, on_folds = f"best_model({'intervals' if intervals else 'calibrate'}=True)", intervals or calibrated
+    if on_folds:
+        check_folds_train(study, called)
     if intervals and study.record.task != "regression":
         raise InputError(f"{called} is for a number to be predicted, and the study is of classes; leave it out.")
     one = trial_of_number(study, trial, "best_model")
     search = search_of(study, X, y, check=check, trust_code=trust_code)
+    if not on_folds:
+        return refit_trial(search, one)
     if search.rows != study.record.fingerprint:
         raise InputError(f"{called} needs the rows of the search, whose folds it trains on; leave out check=False.")
     if intervals and search.problem.target.n_outputs > 1:
         raise InputError(f"{called} is for one number a row, and the target has several; search for one at a time.")
     predictions, alone = predictions_of(search, [one], Progress(0)), torch.ones(1)
     model = refit_trial(search, one)
-    if calibrated:
-        return replace(model, temperature=predictions.temperature(alone))
-    return replace(model, residuals=predictions.residuals(alone))
-
-
-def check_folds_train(study: Study, called: str) -> None:
-    """Raise InputError for a study whose trials do not train again on its folds."""
-    if why := why_no_folds(study):
-        raise InputError(f"{called} trains a trial again on its folds, and this study is {why}.")
-
-
-def why_no_folds(study: Study) -> str:
-    """Return of what a study is whose trials do not train again on its folds; "" where they do."""
-    if study.record.face == "loop":
-        return "of search(), whose training loop is your own: keep what your objective predicts in a file"
-    if isinstance(study.record.method, dict) and study.record.descends:
-        return "of descents, whose points have schedules of their own; use a study of another method"
-    if study.record.task == "custom":
-        return "of a custom target, of which there is no probability and no mean; train the module on your own folds"
-    return ""
+    temperature = predictions.temperature(alone) if calibrated else 1.0
+    return replace(model, residuals=predictions.residuals(alone), temperature=temperature)
 
 
 _SHUFFLES, _ROWS = 5, 10_000

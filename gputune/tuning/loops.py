@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +17,14 @@ from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop, entry
 from gputune.errors import InputError, check_count
 from gputune.executors.executor import Executor, hand_out
-from gputune.executors.objective import Ending, Objective, Reports, Task, Trial, TrialEnding
+from gputune.executors.objective import Ending, Objective, PruningRule, Reports, Task, Trial, TrialEnding
 from gputune.executors.processes import TrialProcesses, environments
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler, check_askable
 from gputune.methods.random import included, top_up
 from gputune.methods.space import Space, check_own_include, check_own_space, space_text, space_to_json, to_scipy
-from gputune.methods.stopping import Arrivals, StoppingRule
+from gputune.methods.stopping import StoppingRule, ends_on_arrival
 from gputune.scratch import scratch_folder
 from gputune.study.code import source_text
 from gputune.study.ledger import Ledger, open_ledger
@@ -32,11 +32,11 @@ from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.study.study import Study
 from gputune.tuning.candidates import draws_at_once, earlier_configs, with_earlier
+from gputune.tuning.choices import method_name, method_to_json
 from gputune.tuning.interrupt import CTRL_C
-from gputune.tuning.method import method_name, method_to_json
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
-from gputune.tuning.random import sample, wait_for_others
+from gputune.tuning.random import sample, train_waiting
 from gputune.tuning.record import distributions, versions
 from gputune.tuning.session import Session, check_ending
 from gputune.tuning.trainer import unseen
@@ -137,7 +137,7 @@ def _digest(objective: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
-def _pruning_rule(options: Options, max_epochs: int | None) -> Arrivals | None:
+def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | None:
     """Return what ends trials early, if anything does."""
     method = options.method
     if isinstance(method, Hypergradient):
@@ -153,9 +153,8 @@ def _pruning_rule(options: Options, max_epochs: int | None) -> Arrivals | None:
             f"method={method_name(rule)!r} decides at steps of a training: max_epochs must say how often a whole "
             "training calls report(value), got None."
         )
-    arrivals = Arrivals(rule, max_epochs)
-    arrivals.check()
-    return arrivals
+    rule.stops(max_epochs)  # which refuses options that leave no room for a decision
+    return partial(ends_on_arrival, rule, max_epochs)
 
 
 _ABSENT = """
@@ -226,21 +225,22 @@ class _Loop:
 
     def train(self) -> bool:
         """Train what waits; say whether there is time for more."""
-        ledger, stop = self.ledger, self.task.stop
+        return train_waiting(self.ledger, self._train, self.progress, self.task.stop.is_over, epochs=1)
+
+    def _train(self, waiting: Sequence[Candidate]) -> Sequence[Chunk]:
+        """Train the trials that can be claimed; return those that other processes have where none can."""
+        chunks = self.ledger.chunks(waiting, 0, lambda trials: [((place,), 1) for place in range(len(trials))])
+        chunk_of = {chunk.trials[0]: chunk for chunk in chunks}
+        trials, begun = [Trial(trial.number, trial.params) for trial in waiting], False
         here = None if self.workers.capacity else self.task
-        with self.progress.bar_over(len(ledger.waiting()), 1):
-            while (waiting := ledger.waiting()) and not stop.is_over():
-                chunks = ledger.chunks(waiting, 0, _one_by_one)
-                of_trial = {chunk.trials[0]: chunk for chunk in chunks}
-                trials, begun = [Trial(trial.number, trial.params) for trial in waiting], False
-                claim = partial(_claim, ledger, of_trial)
-                for ending in hand_out(trials, self.workers, here, stop, progress=unseen, claim=claim):
-                    self._keep(*ending)
-                    begun = True
-                ledger.refresh()
-                if not begun and not stop.is_over():
-                    wait_for_others(ledger, chunks, self.progress, stop.is_over)
-        return not stop.is_over()
+
+        def claim(trial: Trial) -> bool:
+            return self.ledger.claim(chunk_of[trial.number])
+
+        for ending in hand_out(trials, self.workers, here, self.task.stop, progress=unseen, claim=claim):
+            self._keep(*ending)
+            begun = True
+        return [] if begun else chunks
 
     def _keep(self, number: int, ending: Ending) -> None:
         values = ending.values or [ending.score]
@@ -250,19 +250,5 @@ class _Loop:
         detail = {"error": ending.error} if ending.error else {}
         self.progress.advance(1, curve[None])
         self.progress.finished(1, pruned=int(ending.state == "pruned"))
-        self.ledger.finish(
-            [
-                Result(
-                    number, ending.state, ending.score, (ending.score,), len(ending.values), ending.seconds,
-                    curve, detail,
-                )
-            ]
-        )  # fmt: skip
-
-
-def _claim(ledger: Ledger, chunk_of: Mapping[int, Chunk], trial: Trial) -> bool:
-    return ledger.claim(chunk_of[trial.number])
-
-
-def _one_by_one(trials: Sequence[Candidate]) -> list[tuple[tuple[int], int]]:
-    return [((place,), 1) for place in range(len(trials))]
+        folds, epochs = (ending.score,), len(ending.values)
+        self.ledger.finish([Result(number, ending.state, ending.score, folds, epochs, ending.seconds, curve, detail)])

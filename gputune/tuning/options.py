@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gputune.executors.ray_connection import Ray
     from gputune.scoring.metrics import Scorings
     from gputune.study.study import Study
-    from gputune.tuning.method import Method
+    from gputune.tuning.choices import Method
 
 Takes = Literal["text", "number", "0..", "1..", "names", "scorers", "specs", "config", "workers"]
 

@@ -11,7 +11,6 @@ from gputune.callbacks import Callbacks
 from gputune.data.arrays import Arrays
 from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.data.encode import LIMIT, Layout, Statistics
-from gputune.data.folds import Splitter, make_folds
 from gputune.data.scaling import limited_features
 from gputune.data.source import Source
 from gputune.data.table import quoted
@@ -29,7 +28,7 @@ from gputune.methods.random import draw
 from gputune.methods.space import Space
 from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
-from gputune.scoring.metrics import check_folds, has_function, loss_scoring, make_metrics
+from gputune.scoring.metrics import check_folds, has_function
 from gputune.scoring.objective import make_objective
 from gputune.scoring.outputs import KEPT_BYTES
 from gputune.scoring.scoring import Scoring
@@ -42,16 +41,15 @@ from gputune.study.store import Candidate, Store
 from gputune.study.study import Study
 from gputune.text import size_words
 from gputune.tuning.candidates import checked_space, first_trials, notes_on, open_store, with_earlier
+from gputune.tuning.choices import ModelChoice, check_patience
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.interrupt import CTRL_C
-from gputune.tuning.method import check_patience
-from gputune.tuning.model_choice import ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, default_loss, make_problem, remarks_on_loss
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.random import check_sampling, sample, train_batches, train_fully
-from gputune.tuning.record import checkpoint_folder, search_record
+from gputune.tuning.record import RecordedSearch, checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.tuning.session import Session, check_ending
 from gputune.tuning.trainer import Trainer
@@ -131,7 +129,7 @@ def search(
                     ledger.note(list(context.faults))
                     make_study = partial(study_type.from_rows, record.to_json())
     refitted = replace(options, callbacks=(), warm_start=())  # a refit calls none
-    data = setup.choice, replace(source, original=None), refitted, ledger.outputs
+    data = RecordedSearch(setup.choice, replace(source, original=None), refitted, outputs=ledger.outputs)
     study = make_study(ledger.rows(), data=data, file=options.study)
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
@@ -149,7 +147,7 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
     options = with_earlier(options, space)
     problem = problem.searching(space, options.include)
     options = replace(options, numbers=problem.numbers)
-    folds = _folds(problem, options)
+    folds = problem.folds(options)
     with without_collector():
         trials = first_trials(space, choice, options, store, problem)
         configs = [choice.complete(trial.params, options.schedule) for trial in trials]
@@ -160,7 +158,7 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
         problem = replace(problem, objective=make_objective(loss, None, options.augment, data.task))
     if problem.objective is not None:
         problem = replace(problem, objective=problem.objective.of_space(space))
-    scoring = replace(_scoring(options, problem), kept_bytes=_outputs_limit(options, data))
+    scoring = replace(problem.scoring(options), kept_bytes=_outputs_limit(options, data))
     check_folds(scoring, data)
     for trial, config in zip(trials, configs):
         if problem.objective is not None:
@@ -215,16 +213,6 @@ def _remark_on_limits(problem: Problem, data: Dataset) -> tuple[str, ...]:
         f"Column{'s' * (len(names) > 1)} {quoted(names)}: numbers beyond {LIMIT:g} standard deviations and beyond all"
     )
     return (f"{said} training rows of a fold count as the farther of the two.",) if names else ()
-
-
-def _folds(problem: Problem, options: Options) -> list[Rows]:
-    """Return the folds; a splitter sees the rows as the user gave them."""
-    source = problem.source
-    X = source.original_rows() if isinstance(options.cv, Splitter) else None
-    if isinstance(X, Arrays):  # of several inputs no splitter knows the number of rows
-        X = None if len(X.parts) > 1 else X.as_given()
-    n_rows, seed = len(source.X), options.random_state
-    return make_folds(options.cv, problem.target, n_rows=n_rows, X=X, groups=source.groups, seed=seed)
 
 
 def _dataset(
@@ -313,27 +301,6 @@ def _procedure(setup: _Setup, context: Context) -> tuple[Callable[[], None], Tra
 
             return check, ask
     return lambda: None, train_fully
-
-
-def _scoring(options: Options, problem: Problem) -> Scoring:
-    """Return the scoring of this search: by default that of scikit-learn, for a descent the loss it descends.
-
-    Raises InputError for a scorer, or a transformer of the target, that a study could not tell from another one later.
-    """
-    target = problem.target
-    if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
-        return loss_scoring(target.task, target.classes, options.positive)
-    scoring = make_metrics(
-        options.scoring, target.task, target.classes, options.positive, problem.objective, n_labels=target.n_outputs
-    )
-    scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
-    for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
-        if options.study is not None and any(part in name for part in ("<lambda>", "<locals>", "<function ")):
-            raise InputError(
-                f"{argument}={name!r} has no name by which study={str(options.study)!r} could know it again; define "
-                "it with def at the top of a module, or leave study out."
-            )
-    return scoring
 
 
 def _say_what_was_understood(setup: _Setup, progress: Progress, notes: Sequence[str]) -> None:

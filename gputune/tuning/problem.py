@@ -12,6 +12,7 @@ from torch import Tensor
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, fit_channels
 from gputune.data.dataset import Dataset, Inputs, Preparations, Rows, make_dataset
 from gputune.data.encode import Columns, Layout, Statistics, check_numbers, fit_layout, fit_statistics
+from gputune.data.folds import Splitter, make_folds
 from gputune.data.scaling import table_inputs
 from gputune.data.source import Source
 from gputune.data.table import quoted
@@ -22,10 +23,11 @@ from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.space import Space, choices_of
 from gputune.modules.inspection import returns_one_logit
+from gputune.scoring.metrics import loss_scoring, make_metrics
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.scoring import Scoring
 from gputune.study.model_files import DTYPES
-from gputune.tuning.model_choice import ModelChoice
+from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.types import Config, Numbers
 
@@ -127,6 +129,33 @@ class Problem:
                 )
             check_numbers(way, self.raw)
         return self if self.numbers in ways else replace(self, numbers=ways[0])
+
+    def folds(self, options: Options) -> list[Rows]:
+        """Return the folds; a splitter sees the rows as the user gave them."""
+        X = self.source.original_rows() if isinstance(options.cv, Splitter) else None
+        if isinstance(X, Arrays):  # of several inputs no splitter knows the number of rows
+            X = None if len(X.parts) > 1 else X.as_given()
+        n_rows, groups, seed = len(self.source.X), self.source.groups, options.random_state
+        return make_folds(options.cv, self.target, n_rows=n_rows, X=X, groups=groups, seed=seed)
+
+    def scoring(self, options: Options) -> Scoring:
+        """Return the scoring of a search: by default that of scikit-learn, for a descent the loss it descends.
+
+        Raises InputError for a scorer, or a transformer of the target, that a study could not know again later.
+        """
+        target = self.target
+        if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
+            return loss_scoring(target.task, target.classes, options.positive)
+        of_target = target.task, target.classes, options.positive, self.objective
+        scoring = make_metrics(options.scoring, *of_target, n_labels=target.n_outputs)
+        scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
+        for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
+            if options.study is not None and any(part in name for part in ("<lambda>", "<locals>", "<function ")):
+                raise InputError(
+                    f"{argument}={name!r} has no name by which study={str(options.study)!r} could know it again; "
+                    "define it with def at the top of a module, or leave study out."
+                )
+        return scoring
 
     @property
     def n_features(self) -> int:

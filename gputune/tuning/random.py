@@ -5,6 +5,7 @@ One of Optuna's samplers is asked for a batch, the batch trains together, and th
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -34,23 +35,37 @@ from gputune.types import Config, first_metric
 _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
 
-def train_fully(ledger: Ledger, context: Context) -> None:
-    """Train what waits in the ledger, chunk by chunk; what is finished is kept at once.
+def train_fully(ledger: Ledger, context: Context) -> bool:
+    """Train what waits in the ledger, chunk by chunk; say whether there is time for more."""
+    train = partial(_solve if context.choice.solved else _train, ledger, context)
+    return train_waiting(ledger, train, context.progress, context.is_over, epochs=context.epochs)
 
-    Chunks that another process trains are left to it and waited for, and trained here where it ends without them.
+
+def train_waiting(
+    ledger: Ledger,
+    train: Callable[[Sequence[Candidate]], Sequence[Chunk]],
+    progress: Progress,
+    is_over: Callable[[], bool],
+    *,
+    epochs: int,
+) -> bool:
+    """Train what waits in the ledger, for so many ``epochs`` each; say whether there is time for more.
+
+    Chunks that another process trains are left to it and waited for, and trained here where it ends without them:
+    ``train`` returns them where it could train none.
     """
-    train = _solve if context.choice.solved else _train
-    with context.progress.bar_over(len(ledger.waiting()), context.epochs):
+    with progress.bar_over(len(ledger.waiting()), epochs):
         while waiting := ledger.waiting():
-            left = train(ledger, waiting, context)
-            if context.is_over():
-                return
+            left = train(waiting)
+            if is_over():
+                break
             ledger.refresh()
             if left:
-                wait_for_others(ledger, left, context.progress, context.is_over)
+                wait_for_others(ledger, left, progress, is_over)
+    return not is_over()
 
 
-def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:
+def _train(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
     """Train the chunks that can be claimed; return those that other processes have where none can."""
 
     def make(configs: Sequence[Config]) -> Plan:
@@ -80,7 +95,7 @@ def _run(ledger: Ledger, recorded: RecordedPlan, context: Context) -> None:
             _keep(ledger, recorded.trials, outcome, context)
 
 
-def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:
+def _solve(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
     """As ``_train``, for the logistic regression that is solved."""
 
     def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int]]:
@@ -232,9 +247,7 @@ def _batch_of(candidate: Candidate) -> int:
 def train_batches(ledger: Ledger, method: OptunaSampler, context: Context) -> bool:
     """Train what waits in the ledger together, with halving each batch by itself; False where time is over."""
     if method.halving is None:
-        if ledger.waiting():
-            train_fully(ledger, context)
-        return not context.is_over()
+        return train_fully(ledger, context) if ledger.waiting() else not context.is_over()
     for batch in sorted({_batch_of(candidate) for candidate in ledger.waiting()}):
         trials = [candidate for candidate in ledger.candidates if _batch_of(candidate) == batch]
         train_in_rungs(ledger, trials, method.halving, context)

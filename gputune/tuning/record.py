@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -23,12 +24,12 @@ from gputune.methods.optuna import OptunaSampler
 from gputune.methods.space import Space, space_from_json, space_text, space_to_json
 from gputune.scoring.metrics import has_function
 from gputune.scoring.objective import Objective
+from gputune.scoring.outputs import Outputs
 from gputune.study.code import digest_of_code, is_remembered
 from gputune.study.record import PARTS, Arguments, SearchRecord
 from gputune.study.values import to_json
+from gputune.tuning.choices import ModelChoice, method_from_json, method_to_json, recorded_model
 from gputune.tuning.context import Context
-from gputune.tuning.method import method_from_json, method_to_json
-from gputune.tuning.model_choice import ModelChoice, recorded_model
 from gputune.tuning.options import KEPT, RULES, Options
 from gputune.tuning.problem import Problem
 from gputune.types import Json
@@ -164,12 +165,16 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
 
 @dataclass(frozen=True)
 class RecordedSearch:
-    """A search as it was begun; ``test`` are the rows that it held out, if it did."""
+    """A search as it was begun.
+
+    ``test`` are the rows that it held out, if it did; ``outputs`` those of its trials by number that no file keeps.
+    """
 
     choice: ModelChoice
     source: Source
-    test: Source | None
     options: Options
+    test: Source | None = None
+    outputs: Mapping[int, Outputs] = MappingProxyType({})
 
 
 def recorded_search(
@@ -216,7 +221,7 @@ def recorded_search(
         workers = _cluster(Ray(**workers), trust_code)
     space, folds = space_from_json(arguments.space or ()), unpack_folds(arguments.folds)
     options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
-    return RecordedSearch(choice, source, test, options)
+    return RecordedSearch(choice, source, options, test)
 
 
 def _cluster(named: Ray, trust_code: bool) -> Ray:

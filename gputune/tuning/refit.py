@@ -27,10 +27,10 @@ from gputune.study.model import TunedModel
 from gputune.study.model_files import DTYPES
 from gputune.study.record import PARTS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
-from gputune.tuning.model_choice import ModelChoice, recorded_model
+from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
-from gputune.tuning.record import recorded_options
+from gputune.tuning.record import RecordedSearch, recorded_options
 from gputune.tuning.trainer import Trainer, unseen
 from gputune.types import Backend, Config
 from gputune.version import __version__
@@ -190,7 +190,8 @@ def search_of(study: Study, X: object, y: object, *, check: bool, trust_code: bo
     """
     from_file = study.file if X is None and study.data is None else None
     with nullcontext() if from_file is None else blaming_options(from_file):
-        choice, source, options = _read_search(study, X, y, trust_code)
+        known = _read_search(study, X, y, trust_code)
+    choice, source, options = known.choice, known.source, known.options
     # How many classes there are is for the rows to say: others may have two where the study's have three.
     task = "classification" if study.record.classes is not None else study.record.task
     problem = make_problem(source, task, choice, options)
@@ -218,18 +219,18 @@ def _plain(value: Tensor) -> float | np.ndarray:
     return float(value) if value.dim() == 0 else value.cpu().numpy()
 
 
-def _read_search(study: Study, X: object, y: object, trust_code: bool) -> tuple[ModelChoice, Source, Options]:
+def _read_search(study: Study, X: object, y: object, trust_code: bool) -> RecordedSearch:
     """Return the model, the rows and the options of the search, from memory or from the study's file."""
     record = study.record
     if study.data is not None:
-        choice, source, options, _ = study.data
+        kept: RecordedSearch = study.data
         if X is None:
-            return choice, source, options
-        if options.sample_weight is not None:
+            return kept
+        if kept.options.sample_weight is not None:
             raise InputError(
                 "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
             )
-        return choice, _source_of(X, y, choice, options), options
+        return replace(kept, source=_source_of(X, y, kept.choice, kept.options))
     check_refitted(record)
     if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
         raise lost_option(study.file, lost[0])
@@ -240,7 +241,7 @@ def _read_search(study: Study, X: object, y: object, trust_code: bool) -> tuple[
     options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
     rows = _reread(study, module=choice.takes_arrays) if X is None else _source_of(X, y, choice, options)
-    return choice, rows, options
+    return RecordedSearch(choice, rows, options)
 
 
 def _source_of(X: object, y: object, choice: ModelChoice, options: Options) -> Source:

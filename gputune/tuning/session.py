@@ -10,14 +10,15 @@ from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop
 from gputune.errors import SearchFailedError, SearchInterrupted
 from gputune.methods.config import ConfigCheck, check_config
+from gputune.methods.random import remarks
 from gputune.methods.space import Space
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
 from gputune.study.study import Study
 from gputune.text import count
-from gputune.tuning.candidates import add_missing, remarks_on
+from gputune.tuning.candidates import add_missing, draws_at_once
+from gputune.tuning.choices import method_name
 from gputune.tuning.interrupt import interrupted_words, run_until_signal
-from gputune.tuning.method import method_name
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 
@@ -43,8 +44,10 @@ class Session:
         if finished := len(self.ledger.results):
             trials_there = count(len(self.ledger.candidates), "trial")
             self.progress.say(f"going on: {finished} of {trials_there} are finished")
-        for sentence in remarks_on(self.ledger, space, self.options):
-            self.progress.say(f"note: {sentence}")
+        options, known = self.options, self.ledger.candidates
+        if draws_at_once(options):
+            for sentence in remarks(known, space, n_trials=options.n_trials, include_default=options.include_default):
+                self.progress.say(f"note: {sentence}")
 
     def _wait(self, words: str) -> None:
         """Say why this process waits before it has a plan; end that where training would end."""

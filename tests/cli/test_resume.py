@@ -20,7 +20,7 @@ from gputune.data.folds import pack_folds, unpack_folds
 from gputune.methods.config import legal_keys
 from gputune.methods.space import check_space, space_from_json, space_text, space_to_json, to_scipy
 from gputune.study.store import Store
-from gputune.tuning.model_choice import choose_model
+from gputune.tuning.choices import choose_model
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import _remember_what_runs
 from gputune.tuning.record import recorded_search

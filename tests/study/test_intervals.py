@@ -63,7 +63,7 @@ def test_they_are_saved_and_an_ensemble_has_them(case, tmp_path):
 
 
 def test_many_residuals_are_kept_evenly_and_rows_of_several_folds_count_once(monkeypatch):
-    monkeypatch.setattr("gputune.tuning.ensemble._RESIDUALS", 5)
+    monkeypatch.setattr("gputune.tuning.predictions._RESIDUALS", 5)
     folds = RepeatedKFold(n_splits=2, n_repeats=2, random_state=0)
     study = gputune.tune("mlp", X[:20], TARGETS[None][:20], **{**HOW, "cv": folds, "max_epochs": 2})
     few = study.best_model(intervals=True).residuals

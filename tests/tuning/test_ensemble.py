@@ -20,7 +20,7 @@ from gputune.cli.main import main
 from gputune.cli.summary import ensemble_words
 from gputune.population.network import Ensemble
 from gputune.study.export import WholeModel
-from gputune.tuning.ensemble import Predictions, predictions_of, search_for
+from gputune.tuning.predictions import Predictions, predictions_of, search_for
 from gputune.tuning.progress import Progress
 
 HOW = {"n_trials": 6, "max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1}
@@ -174,8 +174,8 @@ TWO = IRIS[0][50:], IRIS[1][50:]
 def test_kept_predictions_are_those_of_members_that_train_again(model, data, how):
     study = gputune.tune(model, *data, **{**HOW, **how})
     trials = [trial for trial in study.ranking() if trial.state == "complete"]
-    assert study.data[3].keys() == {trial.number for trial in trials} != set()
-    lacking = replace(study, data=(*study.data[:3], {}))
+    assert study.data.outputs.keys() == {trial.number for trial in trials} != set()
+    lacking = replace(study, data=replace(study.data, outputs={}))
     kept, again = (predictions_of(search_of(one), trials, Progress(0)) for one in (study, lacking))
     for one, other in zip(kept.values, again.values, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -207,7 +207,7 @@ def test_what_was_not_kept_trains_again(keep, words, monkeypatch, capsys):
     said = "predictions of validation rows are kept of about 3 trials, the best, since those of all take more than 5"
     assert (said in capsys.readouterr().err) == keep
     best = {trial.number for trial in study.ranking()[:3]}
-    assert study.data[3].keys() == (best if keep else set())
+    assert study.data.outputs.keys() == (best if keep else set())
     study.ensemble()
     assert words in capsys.readouterr().err
 
@@ -288,7 +288,7 @@ def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
         ({}, {"refit": "fold"}, r"unless it is 'all' or 'folds', must be an integer of at least 1, got 'fold'"),
         ({"n_trials": 1}, {}, "needs two finished trials, and the study has 1; search on, or use best_model"),
         ({}, {"candidates": 1}, r"ensemble\(candidates=...\) must be an integer of at least 2, got 1"),
-        ({"method": "hypergradient", "n_trials": 1}, {}, "this study holds the points of descents"),
+        ({"method": "hypergradient", "n_trials": 1}, {}, "this study is of descents, whose points"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_an_ensemble_is_said(study, how, asked, message):
@@ -305,7 +305,7 @@ def test_a_target_of_the_users_own_has_no_mean():
         Net, IRIS[0], torch.randn(150, 3), task="custom", loss=loss, space={"lr": [0.1, 0.01]},
         **{**HOW, "n_trials": 2},
     )  # fmt: skip
-    with pytest.raises(gputune.InputError, match="this study has a custom target"):
+    with pytest.raises(gputune.InputError, match="this study is of a custom target"):
         study.ensemble()
 
 

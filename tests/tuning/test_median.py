@@ -8,7 +8,7 @@ import gputune
 from command_line import FAST, run
 from gputune.errors import InputError
 from gputune.methods.stopping import below_the_median
-from gputune.tuning.method import method_from_json, method_to_json
+from gputune.tuning.choices import method_from_json, method_to_json
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20]}
 COMMON = {"space": SPACE, "n_trials": 18, "max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}

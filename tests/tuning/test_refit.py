@@ -9,7 +9,7 @@ from sklearn.datasets import load_iris
 import gputune
 from gputune.study.record import Arguments, SearchRecord
 from gputune.tuning import refit
-from gputune.tuning.model_choice import recorded_model
+from gputune.tuning.choices import recorded_model
 
 
 def machine(monkeypatch, *devices, **kept):

@@ -173,7 +173,7 @@ def interrupted(monkeypatch, at, **options):
     def train(*given):
         if next(count) == at:
             raise KeyboardInterrupt
-        whole(*given)
+        return whole(*given)
 
     with monkeypatch.context() as patched, pytest.raises(gputune.SearchInterrupted):
         patched.setattr(sampler, name, train)

@@ -24,7 +24,7 @@ from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import Hypergradients
 from gputune.hypergradients.reverse import differences, reverse
 from gputune.population.population import complete, populations
-from gputune.tuning.model_choice import ModelChoice, choose_model
+from gputune.tuning.choices import ModelChoice, choose_model
 from gputune.tuning.options import Options
 from gputune.tuning.problem import make_problem
 
