@@ -15,10 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gputune.cli.arguments import study_file
-from gputune.report.facts import FAILED, best_trial, seconds_text, states_text, why_failed
+from gputune.report.facts import FAILED, seconds_text, states_text, why_failed
 from gputune.study.claims import Claims
 from gputune.study.store import Store
-from gputune.study.study import Study, Trial
+from gputune.study.study import Study, Trial, best_trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
 from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by
 

@@ -177,7 +177,9 @@ class _Queue(Generic[Chunk, Result]):
             if isinstance(result, str):
                 warn(result)
                 continue
-            tell(progress, result)
+            for outcome in result:
+                if isinstance(outcome, Outcome):
+                    progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
             yield from result
 
     def stop(self) -> None:
@@ -186,10 +188,3 @@ class _Queue(Generic[Chunk, Result]):
             self.waiting.clear()
             self.lost.clear()
             self.executor.stop()
-
-
-def tell(progress: Progress, outcomes: Sequence[object]) -> None:
-    """Count what a worker has trained."""
-    for outcome in outcomes:
-        if isinstance(outcome, Outcome):
-            progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])

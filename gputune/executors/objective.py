@@ -106,6 +106,7 @@ class Report:
 class Ending:
     """What came of a trial: its score (NaN where it failed), what it reported, seconds, and the error that ended it."""
 
+    number: int
     state: State
     score: float
     values: Sequence[float]
@@ -126,10 +127,6 @@ class Trial:
         return (self.number,)
 
 
-TrialEnding = tuple[int, Ending]
-"""What came of the trial of a number."""
-
-
 @dataclass(frozen=True)
 class Task:
     """An objective with what all its trials have in common; ``sign`` is -1 where lower is better."""
@@ -141,7 +138,7 @@ class Task:
     rule: PruningRule | None
     stop: Stop
 
-    def __call__(self, trial: Trial) -> Sequence[TrialEnding]:
+    def __call__(self, trial: Trial) -> Sequence[Ending]:
         """Train one trial. What the objective raises is its result, and the search goes on."""
         number, params = trial.number, trial.params
         begin, report, error, score = time.monotonic(), Report(self, number), "", math.nan
@@ -158,7 +155,7 @@ class Task:
         if state in ("pruned", "stopped"):
             score = values[-1]
         self.reports.write(number, values, ended=True)
-        return [(number, Ending(state, score, values, time.monotonic() - begin, error))]
+        return [Ending(number, state, score, values, time.monotonic() - begin, error)]
 
 
 def _number(value: object, name: str) -> float:
@@ -190,7 +187,7 @@ def _seed_generators(seed: int) -> Iterator[None]:
         np.random.set_state(before[1])
 
 
-def call_in_worker(path: str, trial: Trial, place: object) -> Sequence[TrialEnding]:
+def call_in_worker(path: str, trial: Trial, place: object) -> Sequence[Ending]:
     """Train one trial in a worker, whose environment has all that is its own."""
     del place
     return _task(path)(trial)

@@ -28,7 +28,7 @@ from gputune.engine.memory import Failure, run_in_parts
 from gputune.engine.plan import cores
 from gputune.errors import InputError
 from gputune.executors.executor import Chunk, Ended, Executor, LostWorkerError, Outcomes, Result
-from gputune.executors.objective import Ending, Task, Trial, TrialEnding, call_in_worker
+from gputune.executors.objective import Ending, Task, Trial, call_in_worker
 from gputune.executors.pools import idle, one_worker, pickled_with_code, submit, training, why_lost
 from gputune.executors.sharing import to_arrays, to_device, to_tensors
 from gputune.population.population import Population
@@ -194,7 +194,7 @@ def _load(path: str, device: torch.device) -> Dataset:
     return to_device(to_tensors(joblib.load(path, mmap_mode="c")), device)
 
 
-class TrialProcesses(Processes[Trial, TrialEnding]):
+class TrialProcesses(Processes[Trial, Ending]):
     """Worker processes that call the objective of a user's own loop, a trial at a time each."""
 
     def __init__(self, task: Task, environments: Sequence[Mapping[str, str]], folder: Path) -> None:
@@ -208,10 +208,10 @@ class TrialProcesses(Processes[Trial, TrialEnding]):
             ) from error
         super().__init__(partial(call_in_worker, str(path)), [(each, None) for each in environments])
 
-    def give_up(self, chunk: Trial, losses: int, reason: str) -> Sequence[TrialEnding]:
+    def give_up(self, chunk: Trial, losses: int, reason: str) -> Sequence[Ending]:
         """Return a trial that has ended so many workers as a failed one."""
         words = f"it has lost {losses} worker processes, the last because {reason.removesuffix('.')}"
-        return [(chunk.number, Ending("failed", math.nan, (), math.nan, words))]
+        return [Ending(chunk.number, "failed", math.nan, (), math.nan, words)]
 
 
 def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:

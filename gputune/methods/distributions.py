@@ -16,7 +16,7 @@ from sklearn.utils import check_random_state
 
 from gputune.errors import InputError, import_extra
 from gputune.methods.config import RANGES
-from gputune.study.study import Study
+from gputune.study.study import Study, best_trial
 from gputune.text import short
 from gputune.types import Config, Json
 
@@ -278,8 +278,8 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
     that no value may lie beyond, as dropout=0; nor where an included trial went further, or another scored the same.
     """
     scored = [trial for trial in study.trials if math.isfinite(trial.score)]
-    best, sentences = next(iter(study.ranking()), None), []
-    if best is None or not math.isfinite(best.score):
+    best, sentences = best_trial(study), []
+    if best is None:
         return ()
     equal = [trial for trial in scored if trial.score == best.score]
     for key, law in study.record.distributions.items():

@@ -119,38 +119,22 @@ def _realmlp_tabarena(goal: Goal) -> list[dict[str, Choices]]:
     return [common | {"module__waves": [16], "module__size": [4]}, common | large]
 
 
+_KEYS = "lr batch_size weight_decay width depth dropout activation schedule ema numbers".split()
+
 PORTFOLIOS: Mapping[str, Sequence[Config]] = {
     "mlp": [
-        {
-            "lr": 0.0197, "batch_size": 128, "weight_decay": 0.0177, "width": 128, "depth": 2,
-            "dropout": 0.0, "activation": "relu", "schedule": "constant", "ema": 0.99, "numbers": "standard",
-        },
-        {
-            "lr": 0.00257, "batch_size": 64, "weight_decay": 0.114, "width": 256, "depth": 1,
-            "dropout": 0.0, "activation": "gelu", "schedule": "cosine", "ema": 0.0, "numbers": "piecewise",
-        },
-        {
-            "lr": 0.0037, "batch_size": 32, "weight_decay": 0.000865, "width": 256, "depth": 3,
-            "dropout": 0.2, "activation": "relu", "schedule": "constant", "ema": 0.99, "numbers": "standard",
-        },
-        {
-            "lr": 0.00374, "batch_size": 128, "weight_decay": 0.00403, "width": 128, "depth": 1,
-            "dropout": 0.4, "activation": "relu", "schedule": "constant", "ema": 0.99, "numbers": "standard",
-        },
-        {
-            "lr": 0.00441, "batch_size": 32, "weight_decay": 7.89e-05, "width": 128, "depth": 2,
-            "dropout": 0.1, "activation": "relu", "schedule": "cosine", "ema": 0.0, "numbers": "quantile",
-        },
-        {
-            "lr": 0.0047, "batch_size": 256, "weight_decay": 6.07e-05, "width": 256, "depth": 1,
-            "dropout": 0.4, "activation": "silu", "schedule": "constant", "ema": 0.0, "numbers": "piecewise",
-        },
-        {
-            "lr": 0.00267, "batch_size": 256, "weight_decay": 0.000267, "width": 256, "depth": 3,
-            "dropout": 0.1, "activation": "gelu", "schedule": "constant", "ema": 0.0, "numbers": "piecewise",
-        },
+        dict(zip(_KEYS, values, strict=True))
+        for values in (
+            (0.0197, 128, 0.0177, 128, 2, 0.0, "relu", "constant", 0.99, "standard"),
+            (0.00257, 64, 0.114, 256, 1, 0.0, "gelu", "cosine", 0.0, "piecewise"),
+            (0.0037, 32, 0.000865, 256, 3, 0.2, "relu", "constant", 0.99, "standard"),
+            (0.00374, 128, 0.00403, 128, 1, 0.4, "relu", "constant", 0.99, "standard"),
+            (0.00441, 32, 7.89e-05, 128, 2, 0.1, "relu", "cosine", 0.0, "quantile"),
+            (0.0047, 256, 6.07e-05, 256, 1, 0.4, "silu", "constant", 0.0, "piecewise"),
+            (0.00267, 256, 0.000267, 256, 3, 0.1, "gelu", "constant", 0.0, "piecewise"),
+        )
     ],
-}  # fmt: skip
+}
 """Good configurations that a space of a name begins with, chosen over eleven tables (scripts/benchmark)."""
 
 SPACES: Mapping[str, Callable[[Goal], list[dict[str, Choices]]]] = {

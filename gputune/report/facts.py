@@ -10,7 +10,7 @@ import numpy as np
 from gputune.errors import TOO_BIG, InputError
 from gputune.study.rows import TrialState
 from gputune.study.store import States
-from gputune.study.study import Study, Trial
+from gputune.study.study import Study, Trial, best_trial
 from gputune.text import Measure, clean, count, short
 from gputune.types import Json
 from gputune.views.scores import score_view
@@ -33,12 +33,6 @@ class Fact:
     name: str
     value: str
     note: str
-
-
-def best_trial(study: Study) -> Trial | None:
-    """Return the best trial, None where none has a finite score."""
-    best = next(iter(study.ranking()), None)
-    return best if best is not None and math.isfinite(best.score) else None
 
 
 def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:

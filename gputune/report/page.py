@@ -19,12 +19,12 @@ from markupsafe import Markup
 from gputune.errors import InputError
 from gputune.methods.distributions import edge_remarks
 from gputune.report.charts import curves_chart, folds_note, history_chart, pareto_charts, path_charts, slice_charts
-from gputune.report.facts import best_trial, check_model, endings, facts, setting
+from gputune.report.facts import check_model, endings, facts, setting
 from gputune.report.importance import WEAK, columns_chart, confusion_chart, importance_chart, parallel_chart
 from gputune.report.snippet import snippet
 from gputune.scratch import no_folder, write_text
 from gputune.study.curves import FoldReport
-from gputune.study.study import Study, Trial
+from gputune.study.study import Study, Trial, best_trial
 from gputune.text import clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__

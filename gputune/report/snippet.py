@@ -7,9 +7,8 @@ from keyword import iskeyword
 
 import numpy as np
 
-from gputune.report.facts import best_trial
 from gputune.study.record import PARTS, SearchRecord
-from gputune.study.study import Study, Trial
+from gputune.study.study import Study, Trial, best_trial
 from gputune.study.values import to_json
 from gputune.text import clean
 from gputune.types import Json

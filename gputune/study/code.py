@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from gputune.errors import warn
 from gputune.scratch import is_users
+from gputune.study.values import sha256
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -63,7 +64,7 @@ def digest_of_code(value: object) -> str:
     attributes, of a module its parameters and buffers too. Of what is torch's it is the name alone, and so it is of an
     object that is not called.
     """
-    return hashlib.sha256("\0".join(_parts(value, ())).encode()).hexdigest()
+    return sha256("\0".join(_parts(value, ())))
 
 
 def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
@@ -76,9 +77,9 @@ def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
     held: object = ()
     if isinstance(value, Tensor):
         numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        yield f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(numbers.tobytes()).hexdigest()}"
+        yield f"{value.dtype}{tuple(value.shape)}{sha256(numbers.tobytes())}"
     elif isinstance(value, np.ndarray | np.generic):
-        yield f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
+        yield f"{value.dtype}{value.shape}{sha256(value.tobytes())}"
     elif isinstance(value, Mapping):
         held = [part for item in value.items() for part in item]
     elif isinstance(value, list | tuple):
@@ -213,7 +214,7 @@ _here: set[str] = set()
 
 def remember(text: str) -> None:
     """Remember a text, which says what was run, for this process and where it can be for later ones."""
-    digest = _digest(text)
+    digest = sha256(text)
     _here.add(digest)
     file = _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)
     if file is None:
@@ -231,7 +232,7 @@ def remember(text: str) -> None:
 
 def is_remembered(text: str) -> bool:
     """Whether ``remember`` was told this very text, by this process or by an earlier one of this user."""
-    digest = _digest(text)
+    digest = sha256(text)
     if digest in _here:
         return True
     file = _open(os.O_RDONLY)
@@ -239,10 +240,6 @@ def is_remembered(text: str) -> bool:
         return False
     with os.fdopen(file, "rb"):
         return digest in _digests(file)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _digests(file: int) -> list[str]:

@@ -1,9 +1,9 @@
 """The learning curves of all trials, side by side where somebody asks for them; what the best does on its folds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from gputune.errors import InputError
 from gputune.study.rows import Curve
 from gputune.text import size_words
+
+Value = TypeVar("Value")
 
 _LARGE, _PADDING = 2**30, 64
 """Bytes that the curves of all trials may take side by side in any case, and for each byte of them."""
@@ -24,25 +26,32 @@ def made(study: object, name: str) -> object:
     return value
 
 
-class Curves:
-    """The field ``curves`` of a study: an array, or a function that makes it when it is first asked for.
+class Lazy(Generic[Value]):
+    """A field of a study: a value, or a function that makes it when it is first asked for."""
 
-    Of several metrics the study keeps all, (C, epochs, F, M), and the field is those by the one that ranks.
-    """
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, study: object, owner: type | None = None) -> Value:
+        if study is None:
+            raise AttributeError(self.name)  # by which a dataclass knows that there is no default
+        return cast(Value, made(study, self.name))
+
+    def __set__(self, study: object, value: object) -> None:
+        vars(study)[self.name] = value
+
+
+class Curves(Lazy[Curve]):
+    """The field ``curves``. Of several metrics the study keeps all, and the field is those by the one that ranks."""
+
+    def __get__(self, study: object, owner: type | None = None) -> Curve:
+        curves = super().__get__(study, owner)
+        return curves if curves.ndim == 3 else curves[..., 0]
 
     @staticmethod
     def of_all(study: object) -> Curve:
         """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) where there is one."""
         return cast(Curve, made(study, "curves"))
-
-    def __get__(self, study: object, owner: type | None = None) -> Curve:
-        if study is None:
-            raise AttributeError("curves")  # by which a dataclass knows that there is no default
-        curves = self.of_all(study)
-        return curves if curves.ndim == 3 else curves[..., 0]
-
-    def __set__(self, study: object, curves: Curve | Callable[[], Curve]) -> None:
-        vars(study)["curves"] = curves
 
 
 def stacked(rows: Sequence[Curve | None]) -> Curve:

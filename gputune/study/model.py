@@ -286,16 +286,14 @@ class TunedModel(ModelContent):
 
     def _batches(self, table: Table | Arrays) -> Iterator[Table | Arrays]:
         """Cut the rows, so that the encoded numbers need no more memory for a large file than for a small one."""
-        rows = min(ROWS, max(1, NUMBERS // self._row_numbers))
+        if isinstance(self.layout, ArrayLayout):
+            numbers = self.layout.row_numbers
+        else:
+            assert isinstance(self.statistics, Statistics)
+            numbers = self.statistics.n_inputs
+        rows = min(ROWS, max(1, NUMBERS // numbers))
         for start in range(0, len(table), rows):
             yield table.select(np.arange(start, min(start + rows, len(table))))
-
-    @property
-    def _row_numbers(self) -> int:
-        if isinstance(self.layout, ArrayLayout):
-            return self.layout.row_numbers
-        assert isinstance(self.statistics, Statistics)
-        return self.statistics.n_inputs
 
     def _check_output(self, output: object, rows: int) -> Tensor:
         output = first_output(output)

@@ -4,7 +4,6 @@ Each file appears whole or not at all, and the description comes last. A folder 
 refused by an error that names the file; nothing is ever unpickled.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -37,7 +36,7 @@ from gputune.study.module_source import (
     why_not_found,
 )
 from gputune.study.record import has_form
-from gputune.study.values import MALFORMED, from_json, to_json
+from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
 
 DESCRIPTION = "model.json"
@@ -93,8 +92,8 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     _check_free(place)
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
     tensors = safetensors.torch.save({key: value.cpu().clone().contiguous() for key, value in state.items()})
-    text = to_json({**body, "tensors_sha256": _sha256(tensors)}, name="the model's spec or info")
-    head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "sha256": _sha256(text.encode())})
+    text = to_json({**body, "tensors_sha256": sha256(tensors)}, name="the model's spec or info")
+    head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "sha256": sha256(text)})
     place.mkdir(parents=True, exist_ok=True)
     files = {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()}
     write_files(place, files, prefix=DRAFTS)
@@ -191,7 +190,7 @@ def read_description(path: Path) -> Json:
                 "upgrade gputune."
             )
         text = json.dumps(head["body"], separators=(",", ":"))
-        if _sha256(text.encode()) != head["sha256"]:
+        if sha256(text) != head["sha256"]:
             raise ValueError("it was changed after it was written")
         return dict(from_json(text))
 
@@ -216,7 +215,7 @@ def _read_tensors(path: Path, body: Mapping[str, object]) -> dict[str, Tensor]:
 
     raw = _read(path)
     with file_errors(path):
-        if _sha256(raw) != body["tensors_sha256"]:
+        if sha256(raw) != body["tensors_sha256"]:
             raise ValueError(f"it does not fit the SHA-256 in {DESCRIPTION}")
         try:
             return safetensors.torch.load(raw)
@@ -232,10 +231,6 @@ def _read(path: Path) -> bytes:
         remedy = f"did you mean {str(inner)!r}?" if (inner / path.name).exists() else "save the model again."
         raise InputError(f"the model folder {str(path.parent)!r} has no {path.name}; {remedy}")
     return path.read_bytes()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _check_free(folder: Path) -> None:

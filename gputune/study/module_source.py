@@ -13,7 +13,6 @@ kept, and for others when the caller says so; the class of the running program i
 """
 
 import functools
-import hashlib
 import importlib
 import inspect
 import json
@@ -30,6 +29,7 @@ from torch import nn
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.modules.construction import Builder
 from gputune.study.code import FILE_MODULE, Files, files_of, files_to_import, is_remembered, remember
+from gputune.study.values import sha256
 from gputune.types import Config, Json
 
 MAIN = "__main__"
@@ -136,7 +136,7 @@ def _digest(module_class: Builder) -> str | None:
         chain = module_class.__mro__[:-1] if isinstance(module_class, type) else (module_class,)
         kinds = [kind for kind in chain if not kind.__module__.startswith("torch.")]
         try:
-            _DIGESTS[module_class] = _sha256("\0".join(map(inspect.getsource, kinds)).encode())
+            _DIGESTS[module_class] = sha256("\0".join(map(inspect.getsource, kinds)))
         except (OSError, TypeError):
             _DIGESTS[module_class] = None
     return _DIGESTS[module_class]
@@ -190,11 +190,11 @@ def class_from_file(path: str | os.PathLike[str], name: str) -> Builder:
     return _class_of(_run(path, _read(path)), name)
 
 
-def _of_file(path: Path, name: str, sha256: str | None, *, trust_code: bool, or_changed: bool) -> Builder:
+def _of_file(path: Path, name: str, known: str | None, *, trust_code: bool, or_changed: bool) -> Builder:
     path = path.resolve()
     content = _read(path)
-    digest = _sha256(content)
-    changed = sha256 not in (None, digest)
+    digest = sha256(content)
+    changed = known not in (None, digest)
     if changed and not or_changed:
         raise InputError(f"the module file {str(path)!r} has changed since the model was trained; restore it.")
     if not trust_code:
@@ -286,13 +286,9 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def _run(path: Path, content: bytes) -> ModuleType:
     """Return the module that the file defines, under a name of its path and content."""
-    place, digest = _sha256(os.fsencode(path)), _sha256(content)
+    place, digest = sha256(os.fsencode(path)), sha256(content)
     name = f"{FILE_MODULE}{place[:12]}_{digest[:12]}"
     if name in sys.modules:
         return sys.modules[name]

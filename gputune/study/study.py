@@ -3,17 +3,17 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.garbage import without_collector
-from gputune.study.curves import Curves, made, stacked
+from gputune.study.curves import Curves, Lazy, stacked
 from gputune.study.record import SearchRecord
 from gputune.study.rows import TrialState, ranked
 from gputune.study.store import Candidate, Curve, Result, Store
@@ -76,18 +76,6 @@ class Trial:
         return float(np.std(self.fold_scores, ddof=1)) / math.sqrt(folds)
 
 
-class Trials:
-    """The field ``trials`` of a study: a tuple, or a function that makes it when it is first asked for."""
-
-    def __get__(self, study: object, owner: type | None = None) -> tuple[Trial, ...]:
-        if study is None:
-            raise AttributeError("trials")  # by which a dataclass knows that there is no default
-        return cast(tuple[Trial, ...], made(study, "trials"))
-
-    def __set__(self, study: object, trials: Iterable[Trial] | Callable[[], tuple[Trial, ...]]) -> None:
-        vars(study)["trials"] = trials if callable(trials) else tuple(trials)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Study:
     """What a search found.
@@ -101,12 +89,14 @@ class Study:
     """
 
     meta: Mapping[str, Any]
-    trials: Trials = Trials()
+    trials: Lazy[tuple[Trial, ...]] = Lazy()  # noqa: RUF009
     curves: Curves = Curves()  # noqa: RUF009
     data: Any = None
     file: Path | None = None
 
     def __post_init__(self) -> None:
+        if not callable(vars(self)["trials"]):
+            object.__setattr__(self, "trials", tuple(self.trials))
         if callable(vars(self)["curves"]):
             return
         curves = np.array(vars(self)["curves"], dtype=np.float64)
@@ -176,14 +166,9 @@ class Study:
 
         Raises SearchFailedError where no trial has one.
         """
-        if self._best is None:
+        if (best := best_trial(self)) is None:
             raise SearchFailedError(self.why_none_is_best())
-        return self._best
-
-    @property
-    def _best(self) -> Trial | None:
-        best = next(iter(self._ranking), None)
-        return best if best is not None and math.isfinite(best.score) else None
+        return best
 
     @property
     def best_params(self) -> Config:
@@ -304,10 +289,16 @@ class Study:
         parts = [self.record.model] if self.record.model else []
         parts.append(count(len(self.trials), "trial"))
         parts += [f"{states[s]} {s}" for s in ("pruned", "stopped", "failed", "waiting") if s in states]
-        if (best := self._best) is not None:
+        if (best := best_trial(self)) is not None:
             score = f"{self.record.scoring or 'score'}{of_class(self.record.ranked_class)}"
             parts.append(f"best {score} {best.score:.4g} in trial {best.number}")
         return f"Study({', '.join(parts)})"
+
+
+def best_trial(study: Study) -> Trial | None:
+    """Return the best trial of a study, None where none has a finite score."""
+    best = next(iter(study.ranking()), None)
+    return best if best is not None and math.isfinite(best.score) else None
 
 
 def check_metric(study: Study, metric: object, method: str) -> str:

@@ -4,6 +4,7 @@ JSON has no word for infinity, tuples or arrays: such a value becomes an object 
 pickled, and a name from a file reaches functions and classes of torch.nn alone.
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -23,6 +24,12 @@ _JSON, _PLAIN = json.JSONDecoder(), frozenset((int, float, str))
 ARRAY_KINDS = "biufUO"
 _SMALL, _WIDTH = 2**20, 64
 """Bytes that an array may take in any case, and for each character of its items."""
+
+
+def sha256(content: bytes | str) -> str:
+    """Return the SHA-256 of bytes or of a text, in hexadecimal."""
+    raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
+    return hashlib.sha256(raw).hexdigest()
 
 
 def to_json(value: object, *, name: str = "value") -> str:

@@ -1,7 +1,6 @@
 """The search of a training loop of the user's own, top to bottom: space, trials, calls of the objective, study."""
 
 import functools
-import hashlib
 import inspect
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop, entry
 from gputune.errors import InputError, check_count
 from gputune.executors.executor import Executor, hand_out
-from gputune.executors.objective import Ending, Objective, PruningRule, Reports, Task, Trial, TrialEnding
+from gputune.executors.objective import Ending, Objective, PruningRule, Reports, Task, Trial
 from gputune.executors.processes import TrialProcesses, environments
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
@@ -31,6 +30,7 @@ from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.study.study import Study
+from gputune.study.values import sha256
 from gputune.tuning.candidates import draws_at_once, earlier_configs, with_earlier
 from gputune.tuning.choices import method_name, method_to_json
 from gputune.tuning.interrupt import CTRL_C
@@ -134,7 +134,7 @@ def _digest(objective: object) -> str:
     function: Any = _function(objective)
     function = function if inspect.isroutine(function) else type(function)
     text = source_text(function)
-    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+    return sha256(text) if text else ""
 
 
 def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | None:
@@ -192,12 +192,12 @@ def _record(
 
 
 @contextmanager
-def _workers(task: Task, options: Options, folder: Path) -> Iterator[Executor[Trial, TrialEnding]]:
+def _workers(task: Task, options: Options, folder: Path) -> Iterator[Executor[Trial, Ending]]:
     """Have the worker processes that call the objective inside; none where this process is enough."""
     workers = options.workers if isinstance(options.workers, int) else None
     places = environments(workers, max(1, options.n_trials + len(options.include)))
     with task.stop.heard_by_workers(folder / "stop"):
-        executor: Executor[Trial, TrialEnding] = Executor()
+        executor: Executor[Trial, Ending] = Executor()
         if len(places) > 1:
             executor = TrialProcesses(task, places, folder)
         try:
@@ -212,7 +212,7 @@ class _Loop:
 
     ledger: Ledger
     task: Task
-    workers: Executor[Trial, TrialEnding]
+    workers: Executor[Trial, Ending]
     progress: Progress
 
     def search(self, space: Space, options: Options) -> None:
@@ -238,17 +238,16 @@ class _Loop:
             return self.ledger.claim(chunk_of[trial.number])
 
         for ending in hand_out(trials, self.workers, here, self.task.stop, progress=unseen, claim=claim):
-            self._keep(*ending)
+            self._keep(ending)
             begun = True
         return [] if begun else chunks
 
-    def _keep(self, number: int, ending: Ending) -> None:
-        values = ending.values or [ending.score]
-        curve = np.array(values, dtype=np.float64)[:, None]
+    def _keep(self, ending: Ending) -> None:
+        curve = np.array(ending.values or [ending.score], dtype=np.float64)[:, None]
         if ending.error:
-            self.progress.say(f"note: trial {number} failed: {ending.error}")
+            self.progress.say(f"note: trial {ending.number} failed: {ending.error}")
         detail = {"error": ending.error} if ending.error else {}
         self.progress.advance(1, curve[None])
         self.progress.finished(1, pruned=int(ending.state == "pruned"))
-        folds, epochs = (ending.score,), len(ending.values)
-        self.ledger.finish([Result(number, ending.state, ending.score, folds, epochs, ending.seconds, curve, detail)])
+        of_training = (ending.score,), len(ending.values), ending.seconds, curve, detail
+        self.ledger.finish([Result(ending.number, ending.state, ending.score, *of_training)])

@@ -1,6 +1,5 @@
 """The record of a search, made from its options; and the search made from its record, for a resume and a refit."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from gputune.scoring.objective import Objective
 from gputune.scoring.outputs import Outputs
 from gputune.study.code import digest_of_code, is_remembered
 from gputune.study.record import PARTS, Arguments, SearchRecord
-from gputune.study.values import to_json
+from gputune.study.values import sha256, to_json
 from gputune.tuning.choices import ModelChoice, method_from_json, method_to_json, recorded_model
 from gputune.tuning.context import Context
 from gputune.tuning.options import KEPT, RULES, Options
@@ -160,7 +159,7 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     later = {"metrics": record.metrics, "code": record.code, "max_levels": record.max_levels}
     values |= {name: value for name, value in later.items() if value and value != SearchRecord.max_levels}
     text = to_json(values, name="checkpoint")
-    return CheckpointFolder(Path(f"{study}.state"), hashlib.sha256(text.encode()).hexdigest())
+    return CheckpointFolder(Path(f"{study}.state"), sha256(text))
 
 
 @dataclass(frozen=True)
