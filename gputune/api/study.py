@@ -242,7 +242,7 @@ class Study(data.Study):
         """What a notebook shows: what it searched, its best score and parameters, how many trials ended how."""
         states = Counter(trial.state for trial in self.trials)
         rows = [("trials", ", ".join(f"{number} {state}" for state, number in states.items()) or "none")]
-        if (best := self._best) is not None:
+        if (best := data.best_trial(self)) is not None:
             measure = self.record.measure(best.score)
             folds = count(len(best.fold_scores), "fold")
             rows += [

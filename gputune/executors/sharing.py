@@ -119,13 +119,11 @@ def mapped_file(tensor: Tensor) -> MappedFile | None:
         private = access[1] == "w" and access[3] == "p"  # what was written is not in the file
         if inode == "0" or not path or private or start + size > high:
             return None
-        return _in_file(path[0], start - low + int(offset, 16), array)
+        if (file := _identity(path[0])) is None:
+            return None
+        begin = start - low + int(offset, 16)
+        return MappedFile(path[0], file, begin, array.dtype.str, array.shape, array.strides)
     return None
-
-
-def _in_file(path: str, begin: int, array: np.ndarray) -> MappedFile | None:
-    file = _identity(path)
-    return None if file is None else MappedFile(path, file, begin, array.dtype.str, array.shape, array.strides)
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:

@@ -69,6 +69,10 @@ class Population:
         """The ``module__*`` values and ``numbers``, which its trials have in common, as text."""
         return arguments_text(self.configs[0])
 
+    def select(self, places: Sequence[int]) -> "Population":
+        """Return the trials at some places as a population of their own."""
+        return Population(self.kind, tuple(self.index[c] for c in places), tuple(self.configs[c] for c in places))
+
     def part(self, start: int, stop: int) -> "Population":
         """Return the trials start..stop-1 as a population of their own."""
         return Population(self.kind, self.index[start:stop], self.configs[start:stop])

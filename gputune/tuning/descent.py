@@ -24,6 +24,7 @@ from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
+from gputune.text import count
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.context import Context, RecordedPlan, failed_result
 from gputune.types import Config, Json
@@ -125,9 +126,9 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
     bounds = {name: ends for name, ends in ranges.items() if ends is not None}
     paths = {number: Descent(method, names, _complete(c.params, context), bounds) for number, c in starts.items()}
     outer = method.outer_steps
-    most, plural = len(starts) * (outer + 1), "" if len(starts) == 1 else "s"
+    most = len(starts) * (outer + 1)
     context.progress.say(
-        f"descent: {len(starts)} start{plural} x at most {outer + 1} points = {most} trainings "
+        f"descent: {count(len(starts), 'start')} x at most {outer + 1} points = {most} trainings "
         "at most, each in all folds and with derivatives; fewer with a smaller n_trials"
     )
     with context.progress.bar_over(most - len(ledger.results), context.epochs):
@@ -155,7 +156,8 @@ class _Trials:
                 if point.number not in self.ledger.results and starts[start].mode == mode
             ]
             if waiting and self.context.choice.solved:
-                _solve(self.ledger, waiting, self.context)
+                for places in by_numbers([point.params for point in waiting]):
+                    _solve(self.ledger, [waiting[place] for place in places], self.context)
             elif waiting:
                 _train(self.ledger, waiting, mode, step, self.context)
         results = ((number, self.ledger.results.get(self.points[number].number)) for number in starts)
@@ -237,12 +239,7 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
 
 
 def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
-    """Solve all points in all folds, those at once that read the same data, and differentiate the solutions."""
-    for places in by_numbers([point.params for point in points]):
-        _solve_together(ledger, [points[place] for place in places], context)
-
-
-def _solve_together(ledger: Ledger, points: list[Candidate], context: Context) -> None:
+    """Solve points that read the same data in all folds at once, and differentiate the solutions."""
     begin, configs = time.monotonic(), [_complete(point.params, context) for point in points]
     data = context.data.of(configs[0])
     solution, derivative = implicit_chunk(data, configs, memory=context.trainer.memory)

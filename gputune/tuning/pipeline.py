@@ -57,7 +57,7 @@ from gputune.types import Config
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
-Training = Callable[[Ledger, Context], None]
+Training = Callable[[Ledger, Context], object]
 """Trains the trials of a ledger as a method has it."""
 
 

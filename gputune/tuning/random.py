@@ -163,26 +163,10 @@ def _with_begun(
         if min(index) < 0 or taken & set(index):
             continue
         taken |= set(index)
-        begun.append(
-            BegunChunk(
-                kind,
-                index,
-                tuple(configs[i] for i in index),
-                checkpoint.state,
-                checkpoint.alive,
-                checkpoint.curves,
-                checkpoint.seconds,
-            )
-        )
-    rest = [_without(chunk, taken) for chunk in plan.chunks]
+        so_far = checkpoint.state, checkpoint.alive, checkpoint.curves, checkpoint.seconds
+        begun.append(BegunChunk(kind, index, tuple(configs[i] for i in index), *so_far))
+    rest = [chunk.select([c for c, i in enumerate(chunk.index) if i not in taken]) for chunk in plan.chunks]
     return replace(plan, chunks=(*begun, *(chunk for chunk in rest if chunk.index)))
-
-
-def _without(chunk: Population, taken: set[int]) -> Population:
-    stays = [c for c, i in enumerate(chunk.index) if i not in taken]
-    if len(stays) == len(chunk.index):
-        return chunk
-    return Population(chunk.kind, tuple(chunk.index[c] for c in stays), tuple(chunk.configs[c] for c in stays))
 
 
 _BATCH = "batch "
