@@ -1,9 +1,8 @@
 """The record of a search, made from its options; and the search made from its record, for a resume and a refit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -173,7 +172,7 @@ class RecordedSearch:
     source: Source
     options: Options
     test: Source | None = None
-    outputs: Mapping[int, Outputs] = MappingProxyType({})
+    outputs: Mapping[int, Outputs] = field(default_factory=dict)
 
 
 def recorded_search(
