@@ -21,7 +21,7 @@ from gputune.engine.one_member import OneMember, Space
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.member_code import MemberCode
 from gputune.modules.module import StackedModule
-from gputune.native.library import build
+from gputune.native.library import build_kernels
 from gputune.optimizers.blocks import Blocks
 from gputune.scoring.scoring import Scoring
 from gputune.types import Config
@@ -46,8 +46,7 @@ class MemberChunk(StackedChunk):
         code = MemberCode(data.dtype)
         with torch_threads(1):  # a step of one member is thousands of small operations, which threads only delay
             self._write(code, seed)
-        self.code = build(code.source, data.dtype)
-        self.code.take_steps.restype = None
+        self.kernels = build_kernels(list(code.kernels), data.dtype)
         self.outputs: list[Tensor | None] = []
 
     def _write(self, code: MemberCode, seed: int) -> None:
@@ -105,7 +104,7 @@ class MemberChunk(StackedChunk):
         space.load(0, 0, [block.to_rows(buffer)[0, 0] for block, buffer in self._buffers()], 0)
         times = [time.thread_time()]  # whatever else the machine does
         for _ in range(3):
-            space.take(self.code, 0, end)
+            space.take(self.kernels, 0, end)
             times.append(time.thread_time())
         return min(b - a for a, b in pairwise(times)) / min(end, len(one.steps))
 
@@ -131,11 +130,11 @@ class MemberChunk(StackedChunk):
                         spaces[one] = Space(one)
                     space = spaces[one]
                     space.load(f, c, [own[c, f] for own in rows], begin)
-                    space.take(self.code, begin, end)
+                    space.take(self.kernels, begin, end)
                     space.store([own[c, f] for own in rows])
                     outputs = self.outputs[f]
                     if end == len(self.batches.shapes) and outputs is not None:
-                        outputs[c] = space.outputs(self.code)
+                        outputs[c] = space.outputs(self.kernels)
 
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from gputune.modules.draws import ModuleDraws
 from gputune.modules.member_code import MemberCode, Step
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError, tensors, trace
+from gputune.native.library import Kernels
 from gputune.optimizers.online import OnlineUpdate
 from gputune.population.batches import StepShape
 from gputune.population.network import Network
@@ -180,6 +180,13 @@ def _network_of(chunk: StackedChunk, fold: int, seed: int) -> StackedModule:
     )
 
 
+_POINTER = ctypes.sizeof(ctypes.c_void_p)
+
+
+def _pointers(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p]":
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
 class Space:
     """The memory in which a thread takes the steps of a member."""
 
@@ -189,14 +196,12 @@ class Space:
             address: storage if address in one.common else storage.clone()  # type: ignore[no-untyped-call]
             for address, storage in one.memories.items()
         }
-        pointers = [storage.data_ptr() for storage in self.copies.values()]
-        self.memories = (ctypes.c_void_p * len(pointers))(*pointers)
         steps = [*one.steps, *([] if one.outputs is None else [one.outputs])]
-        room = max(step.room for step in steps)
-        self.room = torch.empty(room + 64, dtype=torch.uint8)
-        self.numbers = [np.array([*step.numbers, 0.0]) for step in steps]
-        self.which = np.array([step.function for step in steps], dtype=np.int64)
-        self.given = (ctypes.c_void_p * len(steps))(*(numbers.ctypes.data for numbers in self.numbers))
+        self.room = torch.empty(max(step.room for step in steps) + 64, dtype=torch.uint8)
+        room = -(-self.room.data_ptr() // 64) * 64
+        self.memories = _pointers([room, *(storage.data_ptr() for storage in self.copies.values())])
+        self.calls = _pointers([step.calls.ctypes.data for step in steps])
+        self.numbers = _pointers([step.numbers.ctypes.data for step in steps])
         own = one.own
         self.states = [self._here(tensor) for tensor in (own._flat, *own.update.state())]
         self.tables = [(path, self._here(table)) for path, table in one.tables]
@@ -237,24 +242,22 @@ class Space:
             if tensor is not None:
                 tensor.copy_(value)
 
-    def take(self, code: ctypes.CDLL, begin: int, end: int) -> None:
+    def take(self, kernels: Kernels, begin: int, end: int) -> None:
         """Take some steps of the epoch."""
-        self._take(code, begin, min(end, len(self.one.steps)))
+        self._take(kernels, begin, min(end, len(self.one.steps)))
 
-    def outputs(self, code: ctypes.CDLL) -> Tensor:
+    def outputs(self, kernels: Kernels) -> Tensor:
         """Return the outputs (m, K) on the validation rows, which are in the code."""
-        self._take(code, len(self.one.steps), len(self.one.steps) + 1)
+        self._take(kernels, len(self.one.steps), len(self.one.steps) + 1)
         result = self._here(self.one.result)
         assert result is not None
         return result[0]
 
-    def _take(self, code: ctypes.CDLL, begin: int, end: int) -> None:
+    def _take(self, kernels: Kernels, begin: int, end: int) -> None:
         if begin >= end:
             return
-        begins = self.which.ctypes.data + 8 * begin, ctypes.addressof(self.given) + 8 * begin
-        which, given = map(ctypes.c_void_p, begins)
-        room = ctypes.c_void_p(-(-self.room.data_ptr() // 64) * 64)
-        code.take_steps(ctypes.c_int64(end - begin), which, self.memories, room, given)
+        calls, numbers = (ctypes.byref(table, begin * _POINTER) for table in (self.calls, self.numbers))
+        kernels.take_steps(ctypes.c_int64(end - begin), calls, kernels.addresses, self.memories, numbers)
 
     def store(self, rows: Sequence[Tensor]) -> None:
         """Give the rows of the member back."""

@@ -6,6 +6,7 @@ An operation that is not known here raises TraceError.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from gputune.modules.member_kernels import FORMULAS, Line, Span, Writer, arguments
@@ -16,22 +17,21 @@ from gputune.modules.trace import Operation, Place, Trace, TraceError
 _LARGE, _BLOCK = 4096, 2048  # numbers from which passes over the same memory are taken in blocks of so many
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """A step: the number of its function, the numbers of the host that it reads, and the bytes that it works in."""
+    """A step: its calls of kernels (``native/calls.h``), numbers of the host that they read, and bytes of room."""
 
-    function: int
-    numbers: tuple[float, ...]
+    calls: np.ndarray
+    numbers: np.ndarray
     room: int
 
 
 class MemberCode:
-    """The code of several steps in one precision, float32 or float64."""
+    """The code of several steps in one precision, float32 or float64; ``kernels`` are numbered in their order."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.kernels: dict[str, str] = {}
-        self.functions: dict[str, int] = {}
+        self.kernels: dict[str, int] = {}
 
     def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> Step:
         """Write a step, and add by their addresses the memories that it finds there. Raises TraceError."""
@@ -40,20 +40,9 @@ class MemberCode:
         operations = _small_first(operations)
         writer = Writer(self.dtype, self.kernels, trace, operations, storages, memories)
         lines = [line for op in operations for line in _lines(writer, op)]
-        body = "\n    ".join(_in_blocks(lines))
-        text = f"(char **M, char *A, const double *S) {{\n    {body}\n}}"
-        number = self.functions.setdefault(text, len(self.functions))
-        return Step(number, tuple(writer.numbers), writer.size + writer.room)
-
-    @property
-    def source(self) -> str:
-        """All of it, with the headers of ``native/`` before and after it."""
-        kernels = [f"static NOINLINE void {name}{text}" for text, name in self.kernels.items()]
-        steps = [f"static void step_{i}{text}" for text, i in self.functions.items()]
-        names = ", ".join(f"step_{i}" for i in self.functions.values())
-        table = f"static const Function STEPS[] = {{{names}}};"
-        double = ["#define DOUBLE"] * (self.dtype == torch.float64)
-        return "\n".join([*double, '#include "steps.h"', *kernels, *steps, table, '#include "steps_end.h"', ""])
+        calls = [number for run in _in_blocks(lines) for number in run]
+        numbers = np.array([*writer.numbers, 0.0])  # one at least, whose place can be said
+        return Step(np.array([len(calls), *calls], dtype=np.int64), numbers, writer.size + writer.room)
 
 
 def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
@@ -97,8 +86,8 @@ def _depend(a: Operation, b: Operation) -> bool:
     return bool(into[0] & used[1] or into[1] & used[0])
 
 
-def _in_blocks(lines: Sequence[Line]) -> Iterator[str]:
-    """Yield the calls, those over as many numbers a block at a time, which stays in the cache between them."""
+def _in_blocks(lines: Sequence[Line]) -> Iterator[list[int]]:
+    """Yield runs of calls, those over as many numbers a block at a time, which stays in the cache between them."""
     run: list[Line] = []
     for line in lines:
         if run and not _go_together([*run, line]):
@@ -107,14 +96,14 @@ def _in_blocks(lines: Sequence[Line]) -> Iterator[str]:
         if _go_together([line]):
             run.append(line)
         else:
-            yield line.call()
+            yield [1, 1, 1, *line.call()]
     yield from _take_lines(run)
 
 
 def _go_together(lines: Sequence[Line]) -> bool:
     """Whether calls pass over equally many numbers, and none reads or writes another row of what another one writes."""
-    total, unit = lines[0].n * lines[0].unit, max(line.unit for line in lines)
-    if total < _LARGE or any(line.n * line.unit != total or line.unit not in (1, unit) for line in lines):
+    total, unit = lines[0].total, max(line.unit for line in lines)
+    if total < _LARGE or any(line.total != total or line.unit not in (1, unit) for line in lines):
         return False
     *before, last = lines
 
@@ -131,13 +120,10 @@ def _go_together(lines: Sequence[Line]) -> bool:
     )
 
 
-def _take_lines(run: Sequence[Line]) -> Iterator[str]:
+def _take_lines(run: Sequence[Line]) -> Iterator[list[int]]:
     if len(run) < 2:
-        yield from (line.call() for line in run)
+        yield from ([1, 1, 1, *line.call()] for line in run)
         return
     unit = max(line.unit for line in run)
-    rows, block = run[0].n * run[0].unit // unit, max(1, _BLOCK // unit)
-    yield f"for (long b = 0, n; b < {rows}; b += n) {{"
-    yield f"    n = {rows} - b < {block} ? {rows} - b : {block};"
-    yield from (f"    {line.call('b', 'n', unit)}" for line in run)
-    yield "}"
+    calls = [number for line in run for number in line.call(unit)]
+    yield [len(run), run[0].total // unit, max(1, _BLOCK // unit), *calls]

@@ -1,7 +1,8 @@
-"""The kernels of a member's step as C: one for each shape of loops and formula, called on places of memory.
+"""The kernels of a member's step as C: one for each kind of loops and formula, called on places of memory.
 
-Numbers of the host and addresses are given in the calls, so that operations on other values share a kernel. Loops go
-over the places of tensors: axes that follow on each other in memory are one loop.
+Addresses, numbers of the host, and all but small sizes are given in the calls, so that models of other widths and
+minibatches of other sizes share a kernel. Loops go over the places of tensors: axes that follow on each other in memory
+are one loop.
 """
 
 import math
@@ -14,6 +15,8 @@ import torch
 
 from gputune.modules.trace import Operation, Place, Trace, TraceError, arrange
 
+_SMALL = 32
+
 
 @dataclass(frozen=True)
 class Loops:
@@ -23,9 +26,12 @@ class Loops:
     strides: tuple[tuple[int | str, ...], ...]
     variable: str = "i"
 
-    def with_outer(self, size: str) -> "Loops":
-        """Return the loops with a name for the size of the outermost: minibatches of all sizes share them."""
-        return replace(self, sizes=(size, *self.sizes[1:])) if self.sizes else self
+    def named(self, sizes: list[int]) -> "Loops":
+        """Return the loops with names for sizes and strides, which ``sizes`` gets; the outermost size is its last."""
+        strides = tuple(tuple(named(int(stride), sizes) for stride in own) for own in self.strides)
+        inner = [named(int(size), sizes) for size in self.sizes[1:]]
+        outer = [named(int(size), sizes, most=-1) for size in self.sizes[:1]]
+        return replace(self, sizes=(*outer, *inner), strides=strides)
 
     def index(self, operand: int) -> str:
         """Return where an operand's number lies, in the variables of the loops."""
@@ -41,6 +47,14 @@ class Loops:
             v = f"{self.variable}{i}"
             lines.append(f"for (long {v} = 0; {v} < {size}; {v}++)")
         return "\n".join([*lines, f"{{\n{body}\n}}"])
+
+
+def named(size: int, sizes: list[int], *, most: int = _SMALL) -> int | str:
+    """Return a size up to ``most``, over which loops are unrolled; a name for a larger one, which ``sizes`` gets."""
+    if 0 <= size <= most:
+        return size
+    sizes.append(size)
+    return f"n{len(sizes) - 1}"
 
 
 def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str = "i") -> Loops:
@@ -162,7 +176,7 @@ _DEFAULTS: dict[str, object] = {
 class Span:
     """The bytes ``begin`` to ``end`` of a memory, which a loop goes through by ``step``, 0: at once."""
 
-    memory: str
+    memory: int
     begin: int
     end: int
     step: int
@@ -179,25 +193,30 @@ class Span:
 
 @dataclass
 class Line:
-    """A call of a kernel. Its outer loop is told how many, ``n``, of ``unit`` numbers each, it goes over.
+    """A call of a kernel on places, each a memory and the byte at which it begins.
 
-    ``spans`` are what it reads and, the first of them, writes.
+    ``first`` is its first number of the host. Its last size counts ``unit`` numbers each, in an outer loop that may be
+    taken in parts; 0: none. ``spans`` are what that reads and, the first of them, writes.
     """
 
-    kernel: str
-    pointers: list[str]
-    numbers: list[str]
-    n: int = 0
-    unit: int = 1
+    kernel: int
+    places: list[tuple[int, int]]
+    first: int
+    sizes: list[int]
+    unit: int = 0
     spans: list[Span] = field(default_factory=list)
 
-    def call(self, begin: str = "", n: str = "", unit: int = 1) -> str:
-        """Return the call in C, for ``n`` times ``unit`` numbers from as many times ``begin`` on."""
-        each = unit // self.unit
-        begin, n = (f"{word} * {each}" if word and each > 1 else word for word in (begin, n))
-        moves = [span.step for span in self.spans] if begin else [0] * len(self.pointers)
-        pointers = [f"(void *)((char *){p} + {begin} * {step})" if step else p for p, step in zip(self.pointers, moves)]
-        return f"{self.kernel}({', '.join([*pointers, *self.numbers, *[n or str(self.n)] * bool(self.n)])});"
+    @property
+    def total(self) -> int:
+        """How many numbers it makes, 0 where it is called once for all."""
+        return self.sizes[-1] * self.unit if self.unit else 0
+
+    def call(self, unit: int = 0) -> list[int]:
+        """Return the call as ``native/calls.h`` has it, with rows of ``unit`` numbers each; 0: once for all."""
+        each = unit // self.unit if unit else 0
+        moves = [each * span.step for span in self.spans] if unit else [0] * len(self.places)
+        places = [number for place, move in zip(self.places, moves) for number in (*place, move)]
+        return [self.kernel, len(self.places), len(self.sizes), self.first, each, *places, *self.sizes]
 
 
 class Writer:
@@ -206,7 +225,7 @@ class Writer:
     def __init__(
         self,
         dtype: torch.dtype,
-        kernels: dict[str, str],
+        kernels: dict[str, int],
         trace: Trace,
         operations: Sequence[Operation],
         storages: dict[int, torch.UntypedStorage],
@@ -224,20 +243,20 @@ class Writer:
         begins, self.size = arrange([(made[m], last[m], trace.sizes[m]) for m in made])
         self.begin, self.room = dict(zip(made, begins)), 0
 
-    def pointer(self, place: Place | None) -> str:
-        """Return where a place begins; NULL for none."""
-        if place is None:
-            return "0"
-        memory, begin = self._memory(place)
-        return f"({self.type(place)} *)({memory} + {begin + place.extent[0]})"
-
-    def _memory(self, place: Place) -> tuple[str, int]:
-        """Return the memory of a place in C, and where there it begins."""
+    def _memory(self, place: Place) -> tuple[int, int]:
+        """Return the number of a place's memory, and where there the memory begins."""
         if place.memory in self.begin:
-            return "A", self.begin[place.memory]
+            return 0, self.begin[place.memory]
         storage = self.storages[place.memory]
         self.memories.setdefault(storage.data_ptr(), storage)
-        return f"M[{list(self.memories).index(storage.data_ptr())}]", 0
+        return 1 + list(self.memories).index(storage.data_ptr()), 0
+
+    def _begin(self, place: Place | None) -> tuple[int, int]:
+        """Return the memory of a place and the byte at which it begins; -1 for none."""
+        if place is None:
+            return -1, 0
+        memory, begin = self._memory(place)
+        return memory, begin + place.extent[0]
 
     def _span(self, place: Place, step: int) -> Span:
         """Return the bytes of a place, which a loop goes through by so many numbers."""
@@ -255,30 +274,24 @@ class Writer:
         body: str,
         numbers: Sequence[float] = (),
         *,
-        sizes: Sequence[int | str] = (),
+        sizes: Sequence[int] = (),
         room: int = 0,
     ) -> Line:
         """Return the call of a kernel.
 
         It knows places as p0, p1, ..., numbers as s0, ..., sizes as n0, ... and its room as w.
         """
-        typed = [f"{self.type(place)} *p{i}" for i, place in enumerate(places)]
-        pointers = [self.pointer(place) for place in places]
+        types, begins = [self.type(place) for place in places], [self._begin(place) for place in places]
+        known = [f"{of} *p{i} = ({of} *)P[{i}];" for i, of in enumerate(types)]
         if room:
             self.room = max(self.room, room * self.dtype.itemsize)
-            typed.append(f"{self.real} *w")
-            pointers.append(f"({self.real} *)(A + {self.size})")
-        typed += [f"double s{i}" for i in range(len(numbers))]
-        typed += [f"long n{i}" for i in range(len(sizes))]
-        return Line(self._kernel(typed, body), pointers, [*self._numbers(numbers), *map(str, sizes)])
-
-    def _kernel(self, parameters: Sequence[str], body: str) -> str:
-        text = f"({', '.join(parameters)}) {{\n{body}\n}}"
-        return self.kernels.setdefault(text, f"k{len(self.kernels)}")
-
-    def _numbers(self, values: Sequence[float]) -> list[str]:
-        self.numbers += map(float, values)
-        return [f"S[{i}]" for i in range(len(self.numbers) - len(values), len(self.numbers))]
+            known.append(f"{self.real} *w = ({self.real} *)P[{len(begins)}];")
+            begins.append((0, self.size))
+        known += [f"double s{i} = S[{i}];" for i in range(len(numbers))]
+        known += [f"int64_t n{i} = N[{i}];" for i in range(len(sizes))]
+        kernel = self.kernels.setdefault("\n".join([*known, body]), len(self.kernels))
+        self.numbers += map(float, numbers)
+        return Line(kernel, begins, len(self.numbers) - len(numbers), [*sizes])
 
     def pointwise(self, name: str, given: dict[str, Any], out: Place) -> Line:
         """Return the call that makes each number of ``out`` by a formula."""
@@ -295,24 +308,19 @@ class Writer:
             raise TraceError(f"{name} of {dtype} is in no code")
         operands: list[Place] = [out, *(given[n] for n in places)]
         loops = over(out.shape, [out.stride, *(broadcast(place, out.shape) for place in operands[1:])])
-        size, unit = loops.sizes[:1], math.prod(map(int, loops.sizes[1:]))
-        loops = loops.with_outer("n")
+        sizes: list[int] = []
+        kernel = loops.named(sizes)
         real = _c_type(dtype)
         # All are read, whatever the formula: a compiler makes no vectors of loads that depend on a condition.
-        reads = [f"{real} x{i} = p{i}[{loops.index(i)}];" for i in range(1, len(operands))]
+        reads = [f"{real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
         words = {word: f"x{i}" for i, word in enumerate(places, 1)}
         words |= {word: f"(({real})s{i})" for i, word in enumerate(numbers)}
         value = formula.format(**words).replace("REAL", real)
         value = value.replace("EXP(", "exponential(" if real == self.real else "exp(")
-        body = loops.nest("\n".join([*reads, f"p0[{loops.index(0)}] = {value};"]))
-        typed = [f"{self.type(place)} *p{i}" for i, place in enumerate(operands)]
-        typed += [*(f"double s{i}" for i in range(len(numbers))), *["long n"] * len(size)]
-        line = Line(self._kernel(typed, body), [self.pointer(place) for place in operands], [])
-        line.numbers = self._numbers([given[n] for n in numbers])
-        if unit == 0:  # an axis of no entries
-            line.numbers += map(str, size)
-        elif size:
-            line.n, line.unit = int(size[0]), unit
+        body = kernel.nest("\n".join([*reads, f"p0[{kernel.index(0)}] = {value};"]))
+        line = self.call(operands, body, [given[n] for n in numbers], sizes=sizes)
+        if sizes:
+            line.unit = math.prod(map(int, loops.sizes[1:]))
             line.spans = [self._span(place, int(own[0])) for own, place in zip(loops.strides, operands)]
         return line
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gputune.modules.member_kernels import Line, Loops, Writer, over
+from gputune.modules.member_kernels import Line, Loops, Writer, named, over
 from gputune.modules.trace import Operation, Place, TraceError
 
 Given = dict[str, Any]
@@ -74,8 +74,8 @@ def _reduce(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator
     n = 1
     for axis in gone:
         n *= x.shape[axis]
-    sizes = [n, *outer.sizes[:1], *inner.sizes[:1]]
-    outer, inner = outer.with_outer("n1"), inner.with_outer(f"n{1 + len(outer.sizes[:1])}")
+    sizes = [n]
+    outer, inner = outer.named(sizes), inner.named(sizes)
     mean = op.name == "mean"
     at, to = f"p1[{outer.index(0)} + {inner.index(0)}]", f"p0[{outer.index(1)}]"
     t = writer.type(out)
@@ -129,10 +129,11 @@ def _along(writer: Writer, given: Given, op: Operation, out: Place, body: str, n
     axis = given["dim"] % len(out.shape)
     others = [i for i in range(len(out.shape)) if i != axis]
     loops = over([out.shape[i] for i in others], [[p.stride[i] for i in others] for p in places])
-    sizes, loops = loops.sizes[:1], loops.with_outer("n0")
-    loop = f"for (long j = 0; j < {out.shape[axis]}; j++)"
+    sizes: list[int] = []
+    loops = loops.named(sizes)
+    loop = f"for (long j = 0; j < {named(out.shape[axis], sizes)}; j++)"
     for k, letter in enumerate("OXY"[: len(places)]):
-        body = body.replace(f"[{letter}]", f"[{loops.index(k)} + j * {places[k].stride[axis]}]")
+        body = body.replace(f"[{letter}]", f"[{loops.index(k)} + j * {named(places[k].stride[axis], sizes)}]")
     body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}").replace("EACH", loop)
     yield writer.call(places, loops.nest(body.replace("T ", f"{writer.type(out)} "), ""), sizes=sizes)
 
@@ -150,12 +151,10 @@ def _chosen(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator
         of_index[axis] = index.stride[0] if index.shape else 0
     along = [0 if i == axis else x.stride[i] for i in range(len(out.shape))]
     loops = over(out.shape, [out.stride, of_index, along])
-    sizes, numbers, loops = loops.sizes[:1], [], loops.with_outer("n0")
-    if len(loops.sizes) > 1:  # a number of the host, so that folds of unlike lengths share the step
-        numbers = [float(loops.strides[2][0])]
-        loops = replace(loops, strides=(*loops.strides[:2], ("(long)s0", *loops.strides[2][1:])))
-    at = f"p1[{loops.index(2)} + p2[{loops.index(1)}] * {x.stride[axis]}]"
-    yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), numbers, sizes=sizes)
+    sizes: list[int] = []
+    loops = loops.named(sizes)
+    at = f"p1[{loops.index(2)} + p2[{loops.index(1)}] * {named(x.stride[axis], sizes)}]"
+    yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), sizes=sizes)
 
 
 def _one_index(op: Operation, indices: Sequence[Place | None]) -> tuple[int, Place]:
@@ -170,8 +169,9 @@ def _embedding(writer: Writer, given: Given, op: Operation, out: Place) -> Itera
     table, index = given["weight"], given["indices"]
     rows = [*index.stride, 0], [*[0] * len(index.shape), table.stride[1]]
     loops = over(out.shape, [out.stride, *rows])
-    sizes, loops = loops.sizes[:1], loops.with_outer("n0")
-    at = f"p1[{loops.index(2)} + p2[{loops.index(1)}] * {table.stride[0]}]"
+    sizes: list[int] = []
+    loops = loops.named(sizes)
+    at = f"p1[{loops.index(2)} + p2[{loops.index(1)}] * {named(table.stride[0], sizes)}]"
     yield writer.call([out, table, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), sizes=sizes)
 
 
@@ -182,9 +182,11 @@ def _embedding_slope(writer: Writer, given: Given, op: Operation, out: Place) ->
     yield writer.filled(out, 0.0)
     shape = [*index.shape, out.shape[1]]
     loops = over(shape, [slope.stride, [*index.stride, 0], [*[0] * len(index.shape), out.stride[1]]])
-    to = f"p0[p2[{loops.index(1)}] * {out.stride[0]} + {loops.index(2)}]"
+    sizes: list[int] = []
+    loops = loops.named(sizes)
+    to = f"p0[p2[{loops.index(1)}] * {named(out.stride[0], sizes)} + {loops.index(2)}]"
     # Along rows of the index no two may be written at once: a code may come twice.
-    yield writer.call([out, slope, index], loops.nest(f"{to} += p1[{loops.index(0)}];", ""))
+    yield writer.call([out, slope, index], loops.nest(f"{to} += p1[{loops.index(0)}];", ""), sizes=sizes)
 
 
 def _concatenate(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:

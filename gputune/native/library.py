@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,36 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
             return ctypes.CDLL(str(_build(compiler, source, private / name)))
     except OSError as error:
         raise NotBuiltError(f"the C code of a step could not be made or loaded: {error}") from error
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Kernels of a member's step that are built, by their addresses, and what takes the calls of them."""
+
+    addresses: Sequence[int | None]
+    take_steps: Callable[..., None]
+
+
+_kernels: dict[tuple[str, torch.dtype], tuple[int | None, ctypes.CDLL]] = {}
+
+
+def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
+    """Return the kernels of these bodies in C; those that this process has not are built. Raises NotBuiltError.
+
+    A body knows its places as P, numbers of the host as S, and sizes as N (``native/calls.h``).
+    """
+    if new := sorted(body for body in {*bodies} if (body, dtype) not in _kernels):
+        head = "void k{}(char *const *P, const double *S, const int64_t *N)"
+        texts = [f"{head.format(i)} {{\n{body}\n}}" for i, body in enumerate(new)]
+        double = ["#define DOUBLE"] * (dtype == torch.float64)
+        library = build("\n".join([*double, '#include "steps.h"', *texts, ""]), dtype)
+        for i, body in enumerate(new):
+            _kernels[body, dtype] = ctypes.cast(library[f"k{i}"], ctypes.c_void_p).value, library
+    built = [_kernels[body, dtype] for body in bodies]
+    addresses = (ctypes.c_void_p * len(built))(*(address for address, _ in built))
+    take_steps = built[0][1].take_steps
+    take_steps.restype = None
+    return Kernels(addresses, take_steps)
 
 
 def find_compiler() -> str | None:

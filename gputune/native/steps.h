@@ -1,4 +1,4 @@
-/* What the generated code of a member's step is made of (modules/member_code.py), before it. */
+/* What the kernels of a member's step are made of (modules/member_kernels.py), before them. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -26,9 +26,4 @@ OF_VECTORS(log)
 #include "product.h"
 #include "functions.h"
 #include "layers.h"
-
-/* M: the memories that a step finds, A: room for what it makes, S: numbers of the host. */
-typedef void (*Function)(char **M, char *A, const double *S);
-
-/* A step calls a loop many times: as copies of it in one long function they would take many seconds to build. */
-#define NOINLINE __attribute__((noinline))
+#include "calls.h"

@@ -12,7 +12,7 @@ import gputune
 from gputune.engine import choice, members
 from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job
-from gputune.native.library import build
+from gputune.native.library import build_kernels
 from gputune.population.population import Population
 from problems import fill, make_data
 
@@ -83,7 +83,7 @@ def test_a_search_says_which_way_it_took(monkeypatch, capsys):
 def test_what_is_built_to_be_timed_trains(monkeypatch):
     """It is made once, and gives what recorded steps give."""
     sources = []
-    monkeypatch.setattr(members, "build", lambda source, dtype: sources.append(source) or build(source, dtype))
+    monkeypatch.setattr(members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given))
     for name, value in {"_WORTH_SECONDS": 0, "_CODE_SECONDS": 0, "_seconds": lambda *given: 1.0}.items():
         monkeypatch.setattr(choice, name, value)
     search = partial(gputune.tune, Net, make_data().x[0].float(), make_data().y, workers=1, verbose=0)
@@ -100,7 +100,7 @@ def test_a_refit_is_compiled_where_its_search_was_and_it_pays(monkeypatch, pays,
     monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", 1.0))
     monkeypatch.setattr("gputune.tuning.trainer._BUILT_SECONDS", pays)
     study, sources = search(), []
-    monkeypatch.setattr(members, "build", lambda source, dtype: sources.append(source) or build(source, dtype))
+    monkeypatch.setattr(members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given))
     for found, other in zip(study.best_model().module.parameters(), expected.module.parameters(), strict=True):
         assert found.allclose(other, rtol=1e-4, atol=1e-6)
     assert len(sources) == built

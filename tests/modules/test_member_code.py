@@ -2,7 +2,6 @@
 
 import ctypes
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -109,14 +108,14 @@ STEPS = {
 }
 
 
-def taken(code, step, memories, library):
+def taken(step, memories, kernels):
     """Take a step of the code."""
-    storages = list(memories.values())
-    pointers = (ctypes.c_void_p * len(storages))(*(storage.data_ptr() for storage in storages))
-    room, numbers = torch.empty(step.room + 64, dtype=torch.uint8), np.array([*step.numbers, 0.0])
-    which, given = np.array([step.function]), (ctypes.c_void_p * 1)(numbers.ctypes.data)
-    begin = ctypes.c_void_p(-(-room.data_ptr() // 64) * 64)
-    library.take_steps(ctypes.c_int64(1), ctypes.c_void_p(which.ctypes.data), pointers, begin, given)
+    room = torch.empty(step.room + 64, dtype=torch.uint8)
+    pointers = [-(-room.data_ptr() // 64) * 64, *(storage.data_ptr() for storage in memories.values())]
+    places, calls, numbers = (
+        (ctypes.c_void_p * len(own))(*own) for own in (pointers, [step.calls.ctypes.data], [step.numbers.ctypes.data])
+    )
+    kernels.take_steps(ctypes.c_int64(1), calls, kernels.addresses, places, numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -131,10 +130,10 @@ def test_a_step_is_the_step(dtype, monkeypatch):
             total, x, memories = torch.zeros(2, 4, dtype=dtype), X.to(dtype, copy=True), {}
             run = lambda total=total, x=x, step=step: step(total, x)  # noqa: E731
             written.append((name, run, (total, BIG), code.add(trace(run), memories), memories))
-        library = built.build(code.source, dtype)
+        kernels = built.build_kernels(list(code.kernels), dtype)
         for name, run, state, step, memories in written:
             before = [tensor.clone() for tensor in state]
-            taken(code, step, memories, library)
+            taken(step, memories, kernels)
             found = [tensor.clone() for tensor in state]
             for tensor, value in zip(state, before):
                 tensor.copy_(value)
@@ -167,47 +166,45 @@ def test_what_is_in_no_code_is_refused(what):
         MemberCode(torch.float32).add(trace(lambda: REFUSED[what](total, x)), {})
 
 
-def test_minibatches_of_all_sizes_share_kernels():
-    """And steps on the orders of folds of unlike lengths are one function."""
+def test_minibatches_of_all_sizes_and_layers_of_all_widths_share_kernels():
     code, counts = MemberCode(torch.float64), []
-    layer = torch.ones(4, 4, dtype=torch.float64)
-    for rows, length in ((5, 40), (5, 50), (6, 50)):
-        y, order = torch.zeros(rows, 4, dtype=torch.float64), torch.zeros(3, length, dtype=torch.int64)
+    for rows, length, width in ((5, 40, 40), (5, 50, 40), (6, 50, 40), (6, 50, 50)):
+        y, order = torch.zeros(rows, width, dtype=torch.float64), torch.zeros(3, length, dtype=torch.int64)
+        layer = torch.ones(width, width, dtype=torch.float64)
         places = torch.arange(rows)
 
-        def step(y=y, order=order, places=places):
+        def step(y=y, order=order, places=places, layer=layer):
             index = order.index_select(1, places)
             y.add_((y @ layer + index[0, :, None]).softmax(1)).sub_(y.sum(0) / y.mean(1, keepdim=True))
 
         with torch.no_grad():
             code.add(trace(step), {})
-        counts.append((len(code.kernels), len(code.functions)))
-    kernels = counts[0][0]
-    # One more for the rows that are chosen for each of three tables: these lie as far apart as there are rows.
-    assert counts == [(kernels, 1), (kernels, 1), (kernels + 1, 2)]
+        counts.append(len(code.kernels))
+    # One more for the rows that are chosen for each of three tables: these lie as far apart as there are few rows.
+    assert counts == [counts[0], counts[0], counts[0] + 1, counts[0] + 1]
 
 
 ROWS, WIDTH = 64, 128
 BYTES = 4 * ROWS * WIDTH
-WRITTEN = Span("A", 0, BYTES, 4)
+WRITTEN = Span(0, 0, BYTES, 4)
 
 
 @pytest.mark.parametrize(
     ("read", "unit", "together"),
     [
         (WRITTEN, 1, True),
-        (Span("A", 0, BYTES, 4 * WIDTH), WIDTH, True),
-        (Span("A", BYTES, 2 * BYTES, 4), 1, True),
-        (Span("M[0]", 4, BYTES + 4, 4), 1, True),
-        (Span("A", 4, BYTES + 4, 4), 1, False),  # another row's number
-        (Span("A", 0, BYTES // 4, 1), 1, False),  # numbers of another size
-        (Span("A", 0, BYTES, 4), WIDTH, False),  # columns
-        (Span("A", 0, 4 * WIDTH, 0), WIDTH, False),  # one row for all
+        (Span(0, 0, BYTES, 4 * WIDTH), WIDTH, True),
+        (Span(0, BYTES, 2 * BYTES, 4), 1, True),
+        (Span(1, 4, BYTES + 4, 4), 1, True),
+        (Span(0, 4, BYTES + 4, 4), 1, False),  # another row's number
+        (Span(0, 0, BYTES // 4, 1), 1, False),  # numbers of another size
+        (Span(0, 0, BYTES, 4), WIDTH, False),  # columns
+        (Span(0, 0, 4 * WIDTH, 0), WIDTH, False),  # one row for all
     ],
 )
 def test_passes_go_block_by_block_where_each_row_is_read_by_itself(read, unit, together):
     def line(written, read, unit):
-        return Line("k", [], [], ROWS * WIDTH // unit, unit, [written, read])
+        return Line(0, [], 0, [ROWS * WIDTH // unit], unit, [written, read])
 
-    before, after = Span("M[1]", 0, BYTES, 4), Span("M[2]", 0, BYTES, 4 * unit)
+    before, after = Span(2, 0, BYTES, 4), Span(3, 0, BYTES, 4 * unit)
     assert _go_together([line(WRITTEN, before, 1), line(after, read, unit)]) is together
