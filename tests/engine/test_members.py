@@ -140,7 +140,7 @@ def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
             chunk, _ = both(data, fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.02, 0.03))))
             chunk.advance(0)
             states.append(chunk.flat.clone())
-        chunk.code = None
+        chunk.kernels = None
         with pytest.raises(AttributeError):
             chunk.advance(1)
     finally:
