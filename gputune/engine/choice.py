@@ -213,7 +213,7 @@ _CODE_SECONDS = 3.0  # of all members the faster way: from there one of building
 _TRIALS = 4
 _TIMED_NUMBERS = 1 << 22  # of the parameters of all members that are timed in compiled code
 _MARGIN = 1.1  # a difference below this is noise
-_PATIENCE_SECONDS = 2.0  # after which two epochs must be enough
+_PATIENCE_SECONDS = 0.2  # after which two epochs must be enough
 
 
 class _Enough(Exception):

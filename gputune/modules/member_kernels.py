@@ -93,7 +93,11 @@ _COMPARED = {
 
 _E = "EXP({self} < 20 ? {self} : 20)"
 _W = f"({_E} * ({_E} + 2))"
-"""Of mish: tanh(log(1 + e)) = w / (w + 2) with w = e (e + 2), e = exp(x), which takes no difference of like numbers."""
+_R = f"(1 / ({_W} + 2))"
+"""Of mish: tanh(log(1 + e)) = w / (w + 2) with w = e (e + 2), e = exp(x), which takes no difference of like numbers.
+
+Its slope in x is 4 e (1 + e) / (w + 2)^2, as w + 1 = (1 + e)^2.
+"""
 
 FORMULAS = {
     "add": "{self} + {alpha} * {other}",
@@ -132,10 +136,7 @@ FORMULAS = {
         " + {self} * (REAL)0.39894228040143268 * EXP((REAL)-0.5 * {self} * {self}))"
     ),
     "mish": f"{{self}} * {_W} / ({_W} + 2)",
-    "mish_backward": (
-        f"{{grad_output}} * ({_W} / ({_W} + 2)"
-        f" + {{self}} * {_E} / (1 + {_E}) * 4 * ({_W} + 1) / (({_W} + 2) * ({_W} + 2)))"
-    ),
+    "mish_backward": f"{{grad_output}} * ({_W} * {_R} + {{self}} * (4 * {_E} * (1 + {_E}) * ({_R} * {_R})))",
     "elu": "{self} > 0 ? {scale} * {self} : {scale} * {alpha} * (EXP({input_scale} * {self}) - 1)",
     "elu_backward": (
         "{self_or_result} > 0 ? {scale} * {grad_output}"

@@ -155,7 +155,7 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
 class Kernels:
     """Kernels of a member's step that are built, by their addresses, and what takes the calls of them."""
 
-    addresses: Sequence[int | None]
+    addresses: "ctypes.Array[ctypes.c_void_p]"
     take_steps: Callable[..., None]
 
 
