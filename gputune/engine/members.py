@@ -48,6 +48,7 @@ class MemberChunk(StackedChunk):
             self._write(code, seed)
         self.kernels = build_kernels(list(code.kernels), data.dtype)
         self.outputs: list[Tensor | None] = []
+        self.spaces: list[dict[OneMember, Space]] = []  # of threads: to ask the system for pages takes long
 
     def _write(self, code: MemberCode, seed: int) -> None:
         """Write the steps of a member of each fold as code, once for folds of equal lengths."""
@@ -118,9 +119,10 @@ class MemberChunk(StackedChunk):
         queue = iter([(f, c) for f in range(self.data.n_folds) for c in range(len(self.configs))])
         stop = threading.Event()
 
-        def work() -> None:
+        def work(spaces: dict[OneMember, Space]) -> None:
             torch.set_flush_denormal(True)  # each thread has its own setting
-            spaces: dict[OneMember, Space] = {}
+            for space in spaces.values():
+                space.fold = -1  # the order of its rows is another one now
             with torch.no_grad():
                 for f, c in _share_queue(queue):
                     if stop.is_set():
@@ -137,9 +139,10 @@ class MemberChunk(StackedChunk):
                         outputs[c] = space.outputs(self.kernels)
 
         threads = torch.get_num_threads()
+        self.spaces += [{} for _ in range(threads - len(self.spaces))]
         with ThreadPoolExecutor(threads) as pool:
             try:
-                for running in [pool.submit(work) for _ in range(threads)]:
+                for running in [pool.submit(work, spaces) for spaces in self.spaces[:threads]]:
                     running.result()
             finally:
                 stop.set()
