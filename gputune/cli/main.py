@@ -4,6 +4,7 @@ Everything heavy is imported inside the commands, so that ``gputune --help`` wai
 """
 
 import argparse
+import gc
 import os
 import sys
 import traceback
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if own_process:
             take_signals(end_process)  # all is said, and libraries take their time to end
+            gc.freeze()  # Python would look for garbage in all that they have made, for half a second
         _let_go_of_streams()
 
 

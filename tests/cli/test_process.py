@@ -94,6 +94,14 @@ def test_tune_loads_what_it_uses_alone():
     assert not {"polars", "matplotlib", "optuna", "ray", "loky", "torch._inductor"} & set(modules)
 
 
+@pytest.mark.parametrize(("call", "frozen"), [("main()", True), ("main(['--version'])", False)])
+def test_a_process_that_ends_with_its_command_looks_for_no_garbage_then(call, frozen):
+    script = f"import gc; from gputune.cli.main import main; {call}; print(gc.get_freeze_count() > 0)"
+    command = [sys.executable, "-P", "-c", script, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"gputune {gputune.__version__}\n{frozen}\n"
+
+
 WITHOUT_POSIX = """
 import os, signal, sys
 from gputune.cli.main import main
