@@ -277,13 +277,14 @@ def _processor() -> str:
     except OSError:
         lines = []
     said = sorted({line for line in lines if line.startswith(facts)})
-    return "\n".join([platform.system(), platform.machine(), platform.processor(), *said])
+    return "\n".join([platform.system(), platform.machine(), *(said or [platform.processor()])])
 
 
 def processor_name() -> str:
     """Return the name of the processor, "" where the system does not say it."""
     lines = (line for line in _processor().splitlines() if line.startswith("model name"))
-    return next((line.partition(":")[2].strip() for line in lines), platform.processor())
+    name = next((line.partition(":")[2].strip() for line in lines), "")
+    return name or platform.processor()  # for which some systems start a process
 
 
 def _build(compiler: str, source: str, path: Path) -> Path:

@@ -299,9 +299,11 @@ def _draft(path: Path) -> Iterator[sqlite3.Connection]:
     with scratch_folder(path.parent, prefix=DRAFTS) as folder:
         draft = folder / "draft.db"
         with closing(connect(draft, "rwc")) as connection:
+            connection.execute("PRAGMA synchronous = OFF")  # it is flushed once, when it is whole
             yield connection
             # Now, while no other process knows the file: changing the mode later needs it alone.
             use_wal(connection, path)
+        flush(draft)
         _publish(draft, path)
 
 

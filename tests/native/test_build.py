@@ -39,6 +39,15 @@ def test_it_is_built_once_for_each_kind_of_processor(monkeypatch, folder):
     assert three() == 3 and len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize("facts", ["model name : A b\nflags : c\n", "processor : 0\n"])
+def test_no_process_asks_for_a_processor_that_a_file_names(monkeypatch, tmp_path, facts):
+    (tmp_path / "cpuinfo").write_text(facts)
+    monkeypatch.setattr(built, "Path", lambda _: tmp_path / "cpuinfo")
+    asked = []
+    monkeypatch.setattr(built.platform, "processor", lambda: asked.append(1) or "asked for")
+    assert (built.processor_name(), bool(asked)) == (("A b", False) if "name" in facts else ("asked for", True))
+
+
 def test_the_environments_compiler_comes_first_and_none_is_said(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(built.shutil, "which", lambda name: f"/somewhere/{name}")

@@ -107,6 +107,13 @@ def test_settings_of_the_file(path, durable):
         assert {name for (name,) in strict} == {"meta", "trials", "plan", "results", "claims"}
 
 
+def test_a_new_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(database, "flush", lambda place: calls.append((place.name, path.exists())))
+    Store.create(path, {}).close()
+    assert calls == [("draft.db", False), (path.parent.name, True)]
+
+
 def test_details_and_origins_come_back(path):
     detail = {"slope": {"lr": [[0.1, math.inf]]}, "usable": False, "rung": 3}
     with Store.create(path, {}) as store:
