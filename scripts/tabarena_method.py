@@ -6,7 +6,7 @@
     Experiment("gputune_RealMLP", TabArenaMethod, {"model": "realmlp", "n_trials": 64, "max_epochs": 256})
 
 It needs nothing of the package itself: it has what ``ExperimentRunner`` asks of an ``AbstractExecModel``. Source:
-autogluon/tabarena, tabarena/benchmark/models/wrapper/abstract_class.py and experiment/experiment_runner.py (2026-08).
+tabarena 0.1.0, benchmark/exec_models/base.py and benchmark/experiment/experiment_runner.py.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class TabArenaMethod:
     can_get_error_val = True
     can_get_oof = can_get_preprocessing = False
     can_get_per_child_oof = can_get_per_child_test = can_get_per_child_val_idx = False
-    failure_artifact = None
+    failure_artifact = warmup_fn = None
 
     def __init__(
         self,
@@ -51,20 +51,13 @@ class TabArenaMethod:
         model: object = "realmlp",
         ensemble: bool = True,
         fit_kwargs: dict[str, Any] | None = None,
-        target_name: str | None = None,
         use_task_specific_validation: bool = False,
-        stratify_on: str | None = None,
-        group_on: str | list[str] | None = None,
-        time_on: str | None = None,
-        group_time_on: str | None = None,
-        group_labels: object = None,
-        split_time_horizon: object = None,
-        split_time_horizon_unit: object = None,
+        validation_metadata: Any = None,
         **arguments: Any,
     ) -> None:
         if eval_metric.name not in SCORERS:
             raise ValueError(f"eval_metric must be one of {', '.join(SCORERS)}, got {eval_metric.name!r}.")
-        ordered = {"group_on": group_on, "time_on": time_on, "group_time_on": group_time_on}
+        ordered = {name: getattr(validation_metadata, name, None) for name in ("group_on", "time_on", "group_time_on")}
         if use_task_specific_validation and any(ordered.values()):
             raise ValueError(f"rows in groups or in order of time have no folds here, got {ordered}.")
         self.problem_type, self.scoring = problem_type, SCORERS[eval_metric.name]

@@ -22,6 +22,7 @@ def run(script, problem_type, y, **more):
     metric = SimpleNamespace(name=METRICS[problem_type])
     method = script("tabarena_method").TabArenaMethod(problem_type=problem_type, eval_metric=metric, **SEARCH, **more)
     rows = X.iloc[TRAIN], y.iloc[TRAIN], X.iloc[TEST]
+    assert method.warmup_fn is None and not method.can_get_oof
     lazy = {"lazy_load_function": lambda: rows} if problem_type == "binary" else {}
     out = method.fit_custom(*((None,) * 3 if lazy else rows), split_seed=1, **lazy)
     assert out["predictions"].index.equals(X.iloc[TEST].index) and out["time_train_s"] > out["time_infer_s"] > 0
@@ -42,7 +43,8 @@ def test_classes(script, ensemble):
 
 
 def test_several_classes_and_numbers(script):
-    method, out = run(script, "multiclass", CUTS, target_name="size")
+    rows = SimpleNamespace(target_name="size", group_on=None, time_on=None, group_time_on=None)
+    method, out = run(script, "multiclass", CUTS, validation_metadata=rows)
     loss = log_loss(CUTS.iloc[TEST].astype(str), out["probabilities"][["high", "low", "mid"]])
     assert loss < 1 and 0 < method.get_metric_error_val() < 1
     method, out = run(script, "regression", NUMBERS)
@@ -57,4 +59,4 @@ def test_what_it_cannot_do_is_said(script):
         method("binary", SimpleNamespace(name="f1"))
     metric = SimpleNamespace(name="log_loss")
     with pytest.raises(ValueError, match=r"rows in groups or in order of time have no folds here, .*'day'"):
-        method("binary", metric, use_task_specific_validation=True, time_on="day")
+        method("binary", metric, use_task_specific_validation=True, validation_metadata=SimpleNamespace(time_on="day"))
