@@ -1,7 +1,10 @@
 """The compiled library: of the processor's level, the same members at every level, and a reason where there is none."""
 
 import ctypes
+import re
 import shutil
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from gputune.native.library import LEVELS, NotBuiltError, fill_uniform, library
 from problems import Linear, fill, largest_difference, make_data, needs_compiled_code, train_together
 from refused import refused
 
+SOURCES = Path(__file__).parents[2]
 ROWS = [[0.0, 1.0], [1.0, 0.0], [0.5, 2.0], [2.0, 1.0]] * 5
 LABELS = [0, 1, 0, 1] * 5
 SMALL = {"n_trials": 1, "max_epochs": 1, "cv": 2}
@@ -44,6 +48,28 @@ def test_it_is_of_the_processors_level_or_of_the_next_one_that_was_built(folder,
         library.cache_clear()
         (path,) = folder.glob(f"_{kind}{level}.*")
         path.unlink()
+
+
+@needs_compiled_code
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_older_processor_gets_the_library_of_its_level(folder, monkeypatch, level):
+    class OfLevel(ctypes.CDLL):
+        def processor_level(self):
+            return level
+
+    best = next(path for n in LEVELS if n <= level for path in folder.glob(f"_float{n}.*"))
+    monkeypatch.setattr(ctypes, "CDLL", OfLevel)
+    assert library(torch.float32)._name == str(best)
+
+
+def test_the_levels_together_are_built_for_what_a_processor_is_asked_for():
+    """-march=x86-64-v3 would allow more, such as lzcnt, which a virtual machine may hide beside AVX2."""
+    asked = set(re.findall(r'supports\("(\w+)"\)', (SOURCES / "gputune" / "native" / "members.c").read_text()))
+    modules = tomllib.loads((SOURCES / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    assert {module["name"][-1] for module in modules} == set(map(str, LEVELS))
+    for module in modules:
+        flags = {flag[2:] for flag in module["extra-compile-args"] if flag.startswith("-m") and "=" not in flag}
+        assert flags == {"1": set(), "3": {f for f in asked if "512" not in f}, "4": asked}[module["name"][-1]]
 
 
 @needs_compiled_code

@@ -1,4 +1,4 @@
-"""The C code under other compilers, on an emulated ARM processor, and watched by sanitizers: the same members.
+"""The C code under other compilers, on emulated processors, and watched by sanitizers: the same members.
 
 Each is left out where its compiler or emulator is missing.
 """
@@ -22,6 +22,8 @@ WAYS = {
     "gcc-14": ("gcc-14", "-O3 -march=native", ""),
     "clang-14": ("clang-14", "-O3 -march=native", ""),
     "clang-19": ("clang-19", "-O3 -march=native", ""),
+    "x86-64 of 2006": ("gcc", "-O3", "qemu-x86_64 -cpu core2duo"),
+    "AVX2": ("gcc", "-O3 -mavx2 -mfma -mbmi2", "qemu-x86_64 -cpu Haswell"),
     "ARM": ("aarch64-linux-gnu-gcc", "-O3 -static", "qemu-aarch64"),
     "addresses": ("gcc", WATCHED.format("address,undefined"), ""),
     "threads": ("gcc", WATCHED.format("thread"), "setarch -R"),
@@ -82,3 +84,16 @@ def test_an_epoch_is_the_same(epochs, tmp_path, way, dtype):
                 assert np.isfinite(found).all()
                 np.testing.assert_allclose(found, value, rtol=0, atol=tolerance * max(1, np.abs(value).max()))
     assert not left
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "processor, level", [("core2duo", 1), ("Nehalem", 1), ("Haswell", 3), ("Haswell,-fma", 1), ("Haswell,-bmi2", 1)]
+)
+def test_a_processor_is_of_the_level_whose_instructions_it_has(tmp_path, processor, level):
+    for program in ("gcc", "qemu-x86_64"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    (tmp_path / "main.c").write_text('#include "members.c"\nint main(void) { return processor_level(); }')
+    subprocess.run(["gcc", "-w", "-I", FOLDER, tmp_path / "main.c", "-o", tmp_path / "main", "-lm"], check=True)
+    assert subprocess.run(["qemu-x86_64", "-cpu", processor, tmp_path / "main"]).returncode == level
