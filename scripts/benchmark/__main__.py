@@ -16,6 +16,7 @@
     python scripts/benchmark --modules [--rows GRU LSTM]
                                                  modules of a user's own beside a plain loop on all cores and Optuna
     python scripts/benchmark --many              a study file of 100,000 trials: opening it, going on with it
+    python scripts/benchmark --native            the compiled code beside the same code built with -march=native
     python scripts/benchmark --optuna            Optuna's TPE beside random search, and what asking costs
     python scripts/benchmark --tables --data FILE.py   networks and boosted trees on tables of your own
     python scripts/benchmark --portfolio --data FILE.py   a short list of good configurations, chosen over them
@@ -48,6 +49,7 @@ STUDIES = {
     "logistic": "60 values of C with each penalty, on digits",
     "profile": "32 trials of width 256, of 128; 10,000 of 16",
     "many": "a study file of 100,000 trials: opened, looked at, gone on with",
+    "native": "an epoch in compiled code of each level, beside -march=native",
     "optuna": "a search of 160 trials for each of 10 seeds",
     "modules": "nine modules of a user's own beside a plain loop and Optuna",
     "tables": "networks and boosted trees; --rows are ways, --repeats the splits (3)",
@@ -75,7 +77,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--epochs", type=positive,
         help="default 20, with --hypergradients 5, --grid 10, --quality 27",
     )  # fmt: skip
-    add("--repeats", type=positive, help="default 3, with --hypergradients 7, --optuna 10, --grid 1")
+    add("--repeats", type=positive, help="default 3, with --hypergradients 7, --optuna 10, --native 15, --grid 1")
     add(
         "--work", nargs="+", type=_work, default=[(name, None) for name in WIDTHS], metavar="NAME[:TRIALS]",
         help=f"{' or '.join(WIDTHS)}, each with its own number of trials (default: both, --trials long)",

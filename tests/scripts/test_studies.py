@@ -13,6 +13,9 @@ import polars as pl
 import pytest
 from sklearn.datasets import load_digits, load_iris
 
+from gputune.native.library import find_compiler
+from problems import needs_compiled_code
+
 
 @pytest.fixture
 def study(script, tmp_path, capsys, monkeypatch):
@@ -111,13 +114,30 @@ def test_portfolio(study, flowers):
     assert len(whole["configurations"]) == 2 and whole["configurations"][0]["numbers"] and "| mean | " in text
 
 
-@pytest.mark.skipif(find_spec("pytabkit") is not None, reason="pytabkit is here, and would train")
+def test_native_needs_a_compiler(study):
+    with pytest.raises(SystemExit, match="--native needs a C compiler"):
+        study("native", find_compiler=lambda: None)
+
+
+@needs_compiled_code
+@pytest.mark.long
+@pytest.mark.skipif(find_compiler() is None, reason="no C compiler is installed")
+def test_native(study):
+    small = {"WIDTHS": (19,), "BATCH_SIZES": (32,), "ACTIVATIONS": ("relu",), "ROWS": 200}
+    _, numbers, text = study("native", "--repeats", "3", **small)
+    assert {(dtype, width) for dtype, _, _, width, _, _ in numbers["rows"]} == {("float32", 19), ("float64", 19)}
+    assert all(0.2 < row[-1] < 5 for row in numbers["rows"]) and text.count("| relu | 19 | 32 | ") == len(
+        numbers["rows"]
+    )
+
+
 def test_many_trials(study):
     _, numbers, text = study("many", "--repeats", "1", TRIALS=8)
     assert numbers["bytes"] > 10_000 and len(numbers["times"]) == text.count("\n| ") - 1
     assert all(seconds > 0 for pairs in numbers["times"].values() for pair in pairs for seconds in pair)
 
 
+@pytest.mark.skipif(find_spec("pytabkit") is not None, reason="pytabkit is here, and would train")
 def test_realmlp_needs_its_authors_package(study, flowers):
     with pytest.raises(SystemExit, match="--realmlp needs pytabkit: pip install pytabkit"):
         study("realmlp", *flowers)

@@ -1,0 +1,109 @@
+"""The compiled code of each level beside the same code built for this very processor: CPU seconds of an epoch."""
+
+import ctypes
+import shlex
+import statistics
+import subprocess
+import tomllib
+from argparse import Namespace
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+from sklearn.datasets import load_digits
+
+import gputune
+from benchmark.report import Clock, describe_machine, page, publish, table
+from gputune.engine import compiled
+from gputune.native.library import FOLDER, LEVELS, find_compiler, make_work
+
+WIDTHS, BATCH_SIZES, ACTIVATIONS, DTYPES = (16, 32, 64, 128, 256), (32, 256), ("relu", "gelu"), ("float32", "float64")
+ROWS, REPEATS = 600, 15
+PROJECT = Path(__file__).parents[3] / "pyproject.toml"
+NATIVE = {4: "-march=native -mprefer-vector-width=512", 3: "-march=native -mno-avx512f"}
+"""Level -> the flags in place of its own. Without them the compiler of level 3 would take what level 4 has."""
+
+HOW = """\
+One epoch of {rows} rows of digits in 2 folds, two hidden layers, on one thread: the CPU seconds of a level's code over
+those of the same code built with `{native}` (level 3),
+by {compiler}. Each number is the median of {repeats} pairs, measured in turn.
+"""
+
+
+def run(options: Namespace) -> int:
+    """Measure, print and write; return 0."""
+    repeats, compiler = options.repeats or REPEATS, find_compiler()
+    if compiler is None:
+        raise SystemExit("--native needs a C compiler")
+    best = ctypes.CDLL(str(next(FOLDER.glob("_float1.*")))).processor_level()
+    rows = []
+    with TemporaryDirectory() as folder:
+        for dtype, level in product(DTYPES, [n for n in LEVELS if n in NATIVE and n <= best]):
+            pair = [build(Path(folder), compiler, dtype, level, native=native) for native in (False, True)]
+            for activation, width, size in product(ACTIVATIONS, WIDTHS, BATCH_SIZES):
+                ratio = compare(pair, epoch(dtype, activation, width, size), repeats)
+                rows.append((dtype, level, activation, width, size, ratio))
+                print(*rows[-1][:-1], f"{ratio:.3f}", flush=True)
+    how = HOW.format(rows=ROWS, native="` (level 4) and `".join(NATIVE.values()), compiler=compiler, repeats=repeats)
+    head = ("dtype", "level", "activation", "width", "batch size", "times the CPU seconds")
+    machine = describe_machine(with_card=False)
+    text = page(
+        "Compiled code beside -march=native", machine, how, table(head, [(*r[:-1], f"{r[-1]:.2f}") for r in rows])
+    )
+    return publish(options.out, "native", machine, text, rows=rows)
+
+
+def build(folder: Path, compiler: str, dtype: str, level: int, *, native: bool) -> ctypes.CDLL:
+    """Return the library as the package builds it, or with the flags of this processor."""
+    modules = tomllib.loads(PROJECT.read_text())["tool"]["setuptools"]["ext-modules"]
+    name = f"_{'double' if dtype == 'float64' else 'float'}{level}"
+    flags: list[str] = next(one["extra-compile-args"] for one in modules if one["name"].endswith(name))
+    if native:
+        flags = [flag for flag in flags if not flag.startswith("-m")] + shlex.split(NATIVE[level])
+    double = ["-DDOUBLE"] if dtype == "float64" else []
+    path = folder / f"{name}{native}.so"
+    source = FOLDER / "members.c"
+    subprocess.run([compiler, *flags, *double, "-shared", "-fPIC", source, "-o", path, "-lm"], check=True)
+    return ctypes.CDLL(str(path))
+
+
+class _Asked(Exception):
+    """What an epoch of a search asks of the library."""
+
+
+def epoch(dtype: str, activation: str, width: int, batch_size: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return the numbers and the arrays of an epoch's work."""
+
+    def ask(library: object, *work: object) -> None:
+        raise _Asked(*work)
+
+    X, y = load_digits(return_X_y=True)
+    space = {"width": [width], "depth": [2], "activation": [activation], "batch_size": [batch_size]}
+    trials = max(1, 64 // width)
+    with mock.patch.object(compiled, "_run", ask):
+        try:
+            gputune.tune(
+                "mlp", X[:ROWS], y[:ROWS], space=space, n_trials=trials, cv=2, max_epochs=1, dtype=dtype, workers=1,
+                backend="compiled", verbose=0,
+            )  # fmt: skip
+        except _Asked as asked:
+            return asked.args
+    raise AssertionError("no epoch was trained")
+
+
+def compare(pair: Sequence[ctypes.CDLL], work: tuple[dict[str, int], dict[str, Any]], repeats: int) -> float:
+    """Return the median ratio of the CPU seconds that two libraries take for an epoch, in turn."""
+    numbers, arrays = work
+    start = {name: arrays[name].clone() for name in ("theta", "first", "second") if arrays[name] is not None}
+    taken: list[list[float]] = [[], []]
+    for turn in range(repeats + 1):  # the first warms up
+        for which in (0, 1) if turn % 2 else (1, 0):
+            for name, value in start.items():
+                arrays[name].copy_(value)
+            place, stop, clock = ctypes.c_int64(0), ctypes.c_int32(0), Clock()
+            pair[which].train_members(ctypes.byref(make_work(numbers, arrays)), ctypes.byref(place), ctypes.byref(stop))
+            taken[which].append(clock()[1])
+    return statistics.median(own / native for own, native in list(zip(*taken, strict=True))[1:])
