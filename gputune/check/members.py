@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import torch
@@ -229,9 +230,10 @@ def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float
     """Return the largest difference of any member from the network that a plain loop trains alone."""
     worst = []
     for chunk, trained in case.trained(device, backend):
-        for c, place in enumerate(chunk.index):
-            for fold in range(_FOLDS):
-                worst.append(module_difference(trained.member(fold, c), case.alone[fold, place]))
+        for (c, place), fold in product(enumerate(chunk.index), range(_FOLDS)):
+            modules = trained.member(fold, c), case.alone[fold, place]
+            pairs = zip(*(module.state_dict().values() for module in modules), strict=True)
+            worst += [difference(a, b) for a, b in pairs]
     return float(np.max(worst))
 
 
@@ -239,12 +241,6 @@ def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
     """Return the largest difference of members from those that the same device trains eagerly."""
     pairs = zip(case.trained(device, backend), case.trained(device, "eager"), strict=True)
     return float(np.max([difference(a.flat, b.flat) for (_, a), (_, b) in pairs]))
-
-
-def module_difference(module: nn.Module, other: nn.Module) -> float:
-    """Return the largest ``difference`` of two modules' tensors."""
-    pairs = zip(module.state_dict().values(), other.state_dict().values(), strict=True)
-    return float(np.max([difference(a, b) for a, b in pairs]))
 
 
 def difference(values: Tensor, expected: Tensor) -> float:

@@ -20,7 +20,7 @@ from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring, has_positive_class, make_scoring
 from gputune.study.labels import class_codes, refuse_unknown
 from gputune.study.model import TunedModel
-from gputune.text import clean, count, measure_of, paragraph, table
+from gputune.text import Measure, clean, count, measure_of, paragraph, table
 from gputune.types import Json, Task
 
 _SAMPLES, _SAMPLE_ROWS = 400, 20_000
@@ -42,6 +42,10 @@ class HeldOut:
     unseen: int = 0
     why: str = ""
     interval: tuple[float, float] | None = None
+
+    def bounds(self, measure: Measure) -> str:
+        """Return the interval in words, "" where there is none."""
+        return " to ".join(sorted(map(measure.text, self.interval or ()), key=float))
 
 
 def saved_loss(model: TunedModel) -> Objective | None:
@@ -240,10 +244,7 @@ class Evaluation:
 
 def _score_row(name: str, one: HeldOut, positive: object) -> list[str]:
     measure = measure_of(name, one.score, positive)
-    if one.interval is None:
-        return [measure.title, measure.text(one.score), "-"]
-    low, high = sorted(map(measure.text, one.interval), key=float)
-    return [measure.title, measure.text(one.score), f"{low} to {high}"]
+    return [measure.title, measure.text(one.score), one.bounds(measure) or "-"]
 
 
 def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object) -> Evaluation:

@@ -18,7 +18,7 @@ from gputune.methods.distributions import edge_remarks
 from gputune.report.facts import seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
-from gputune.text import Measure, blocks, clean, count, paragraph, short
+from gputune.text import blocks, clean, count, paragraph, short
 from gputune.views.scores import other_measures
 
 BEST = 5
@@ -239,6 +239,7 @@ def _first_looks(trials: Sequence[Trial]) -> list[Trial]:
 
 def _scores(ending: Ending, width: int) -> str:
     measure, score = study_measure(ending.study), ending.held_out
+    bounds = score.bounds(measure) if score is not None else ""
     if score is None:
         text = "All rows were used, so no honest score is left; gputune tune --test-size keeps rows apart for one."
     elif score.why:
@@ -246,7 +247,8 @@ def _scores(ending: Ending, width: int) -> str:
     else:
         text = (
             f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score on "
-            f"{count(score.rows, 'row')} that nothing was fitted on{_bounds(score, measure)}."
+            f"{count(score.rows, 'row')} that nothing was fitted on"
+            f"{f' (95 % of bootstrap samples: {bounds})' * bool(bounds)}."
         )
     if score is not None and score.unseen:
         verb = "counts" if score.unseen == 1 else "count"
@@ -255,13 +257,6 @@ def _scores(ending: Ending, width: int) -> str:
     sentences = (text, _optimistic(ending), _without_model(ending.study), *map(clean, about_best))
     words = " ".join(sentence for sentence in sentences if sentence)
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
-
-
-def _bounds(score: HeldOut, measure: Measure) -> str:
-    if score.interval is None:
-        return ""
-    low, high = sorted(map(measure.text, score.interval), key=float)
-    return f" (95 % of bootstrap samples: {low} to {high})"
 
 
 def _without_model(study: Study) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from gputune.modules.member_code import MemberCode
 from gputune.modules.module import StackedModule
 from gputune.native.library import build_kernels
 from gputune.optimizers.blocks import Blocks
-from gputune.scoring.scoring import Scoring
 from gputune.types import Config
 
 _TIMED_STEPS = 8
@@ -33,21 +33,14 @@ class MemberChunk(StackedChunk):
     """The trials in flat buffers, as in any stacked chunk; an epoch is a queue of members. Raises TraceError."""
 
     def __init__(
-        self,
-        network: StackedModule,
-        data: Dataset,
-        configs: Sequence[Config],
-        *,
-        seed: int,
-        horizon: int,
-        scoring: Scoring | None,
+        self, network: StackedModule, data: Dataset, configs: Sequence[Config], *, seed: int, **options: Any
     ) -> None:
-        super().__init__(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
+        super().__init__(network, data, configs, seed=seed, **options)
         code = MemberCode(data.dtype)
         with torch_threads(1):  # a step of one member is thousands of small operations, which threads only delay
             self._write(code, seed)
         self.kernels = build_kernels(list(code.kernels), data.dtype)
-        self.outputs: list[Tensor | None] = []
+        self.outputs: list[Tensor | None] = []  # room for those (C, m, K) of each fold, None where they are in no code
         self.spaces: list[dict[OneMember, Space]] = []  # of threads: to ask the system for pages takes long
 
     def _write(self, code: MemberCode, seed: int) -> None:
@@ -69,7 +62,10 @@ class MemberChunk(StackedChunk):
         with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
             rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)
-        self.outputs = [self._outputs_of(one) for one in self.members]
+        self.outputs = [
+            None if one.outputs is None else one.result.new_empty((len(self.configs), *one.result.shape[1:]))
+            for one in self.members
+        ]
         for begin in range(0, last, self.ahead):
             for one in dict.fromkeys(self.members):
                 if one.draws is not None:
@@ -78,12 +74,6 @@ class MemberChunk(StackedChunk):
         with torch_threads(1):
             for (block, buffer), own in zip(self._buffers(), rows):
                 block.put_rows(buffer, own)
-
-    def _outputs_of(self, one: OneMember) -> Tensor | None:
-        """Return room for the outputs (C, m, K) of the members of a fold, None where they are in no code."""
-        if one.outputs is None:
-            return None
-        return one.result.new_empty((len(self.configs), *one.result.shape[1:]))
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""

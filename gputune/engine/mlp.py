@@ -133,8 +133,8 @@ class StackedMLP:
             if layer:
                 h = _DIFFERENTIABLE[self.activation](h)
                 if self.rates is not None and key is not None:
-                    keep = h.new_empty((len(self.configs), *h.shape[1:]))
-                    self._draw_dropout(key, layer - 1, keep)
+                    keep = h.new_empty((len(self.configs), *h.shape[1:]))  # one draw for all, each trial with its rate
+                    self._keep_units(dropout_draw(self.seed, key, layer - 1, *keep.shape[1:]).to(h.device), keep)
                     h = (h.view(-1, *keep.shape) * keep).flatten(0, 1)
             h = torch.baddbmm(params[f"bias{layer}"].view(len(h), 1, -1), h, params[f"weight{layer}"])
         return h
@@ -195,12 +195,8 @@ class StackedMLP:
             return space.out.copy_(z)
         return z
 
-    def _draw_dropout(self, key: tuple[int, int], layer: int, keep: Tensor) -> None:
-        """Fill keep (C, B, H) with 1/(1-p) where a unit stays: one draw for all, each trial with its rate."""
-        draw = dropout_draw(self.seed, key, layer, *keep.shape[1:])
-        self._keep_units(draw.to(keep.device), keep)
-
     def _keep_units(self, draw: Tensor, keep: Tensor) -> None:
+        """Fill keep (C, B, H) with 1/(1-p) where a unit stays."""
         assert self.rates is not None
         torch.ge(draw, self.rates, out=keep).div_(self.stays)
 

@@ -148,7 +148,8 @@ def make_plan(
         limit = _compiled_limit(population, memory) if way == "compiled" else memory_limit(data, memory, free)
         if cost_of is not None:
             cost, limit = cost_of(population, cost), memory or limit
-        if measure is not None and _needs_measuring(population, cost, limit):
+        near = len(population.index) * cost.trial_bytes > _MEASURED_SHARE * limit
+        if measure is not None and (near or population.kind == "module"):
             need = measure(population, limit // cost.trial_bytes)
             if need is not None:
                 cost, limit = replace(cost, trial_bytes=need.trial), limit - need.once
@@ -182,10 +183,6 @@ def _among_workers(pieces: "list[_Piece]", data: Dataset, workers: int | None, g
 def _compiled_limit(population: Population, memory: int | None) -> int:
     limit = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
     return min(limit, memory or limit)
-
-
-def _needs_measuring(population: Population, cost: Cost, limit: int) -> bool:
-    return population.kind == "module" or len(population.index) * cost.trial_bytes > _MEASURED_SHARE * limit
 
 
 def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: int) -> Plan:

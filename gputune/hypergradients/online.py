@@ -125,7 +125,9 @@ class _Online(Optimizer):
             scaled = rule == "multiplicative"
             change = _share(lr * h, grad_norm * norm) if scaled else _share(h, group["grad_norm"] * norm)
             group["grad_norm"] = grad_norm
-        group["lr"] = _clamp(group, lr + group["hypergrad_lr"] * change)
+        low, high = (-math.inf if group["lr_min"] is None else group["lr_min"]), group["lr_max"]
+        lr = max(lr + group["hypergrad_lr"] * change, low)
+        group["lr"] = float(lr if high is None else min(lr, high))
 
 
 class SGDHD(_Online):
@@ -293,16 +295,12 @@ def _parts(pairs: list[Pair], foreach: bool | None) -> list[list[int]]:
 
 def _sums(products: list[list[Pair]], foreach: bool | None) -> list[float]:
     """Return, for each list of pairs of tensors, the sum of the products of all their entries."""
-    dots = [[_dot([pairs[i] for i in part]) for part in _parts(pairs, foreach)] for pairs in products]
+    parts = [[[pairs[i] for i in part] for part in _parts(pairs, foreach)] for pairs in products]
+    dots = [[torch.dot(_flat([x for x, _ in part]), _flat([y for _, y in part])) for part in of] for of in parts]
     every = [dot for group in dots for dot in group]
     numbers = torch.stack([dot.to(every[0].device) for dot in every]).tolist() if every else []  # one sync
     values = iter(numbers)
     return [sum(next(values) for _ in group) for group in dots]
-
-
-def _dot(pairs: list[Pair]) -> Tensor:
-    x, y = (_flat([pair[side] for pair in pairs]) for side in (0, 1))
-    return torch.dot(x, y)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
@@ -315,9 +313,3 @@ def _share(part: float, whole: float) -> float:
     """Return part / whole, or 0 where nothing can be said: a norm of zero, or one that is no longer finite."""
     share = part / whole if whole > 0 else 0.0
     return share if math.isfinite(share) else 0.0
-
-
-def _clamp(group: Group, lr: float) -> float:
-    """Return the rate within the bounds that the group has."""
-    low, high = (-math.inf if group["lr_min"] is None else group["lr_min"]), group["lr_max"]
-    return float(max(lr, low) if high is None else min(max(lr, low), high))

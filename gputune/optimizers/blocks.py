@@ -126,7 +126,8 @@ class Blocks:
 
     def subset(self, trials: int) -> "Blocks":
         """Return the blocks of a chunk with another number of trials."""
-        return Blocks([replace(b, shape=_with_axis(b, trials)) for b in self.blocks])
+        shapes = [(*b.shape[: b.trial_axis], trials, *b.shape[b.trial_axis + 1 :]) for b in self.blocks]
+        return Blocks([replace(b, shape=shape) for b, shape in zip(self.blocks, shapes)])
 
 
 def with_axes_of(block: Block, values: Tensor) -> Tensor:
@@ -134,7 +135,3 @@ def with_axes_of(block: Block, values: Tensor) -> Tensor:
     shape = [1] * len(block.shape)
     shape[0], shape[block.trial_axis] = values.shape
     return values.reshape(shape)
-
-
-def _with_axis(block: Block, trials: int) -> tuple[int, ...]:
-    return (*block.shape[: block.trial_axis], trials, *block.shape[block.trial_axis + 1 :])

@@ -10,30 +10,27 @@ import torch
 from torch import Tensor
 
 from gputune.optimizers.blocks import Blocks
-from gputune.optimizers.rules import BETA1, BETA2, EPS, n_moments
-from gputune.optimizers.update import Clock
+from gputune.optimizers.rules import BETA1, BETA2, EPS
+from gputune.optimizers.update import Clock, Update
 from gputune.types import Config
 
 
-class OnlineUpdate:
+class OnlineUpdate(Update):
     """The optimizer of one chunk, as ``Update`` is; ``rate`` (F, C) holds the members' rates, on the device."""
 
     def __init__(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int) -> None:
-        self.horizon = horizon
-        self.optimizer, self.rule = configs[0]["optimizer"], configs[0]["hypergrad_rule"]
-        moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
-        self.moments = [torch.zeros_like(flat) for _ in range(moments)]
+        super().__init__(configs, blocks, flat, steps=steps, horizon=horizon)
+        self.rule = configs[0]["hypergrad_rule"]
         self.last = torch.zeros_like(flat)  # each member's direction u of its last step
-        self._set_trials(configs, blocks, flat, steps)
         self.rate = self._table(configs, "lr")
         self.norm = torch.zeros_like(self.rate)  # |g| of each member's last step
 
     def _set_trials(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor) -> None:
-        self.blocks, self.dtype, self.scratch = blocks, flat.dtype, torch.empty_like(flat)
+        self.blocks, self.dtype, self.room = blocks, flat.dtype, torch.empty_like(flat)
         self.clock = Clock(configs, steps, self.horizon)
         self.decays = any(config["weight_decay"] for config in configs)
         names = ("hypergrad_lr", "weight_decay", "momentum")
-        self.hypergrad_lr, self.decay, self.momentum = (self._table(configs, name) for name in names)
+        self.hypergrad_lr, self.decay, self.mu = (self._table(configs, name) for name in names)
 
     def _table(self, configs: Sequence[Config], key: str) -> Tensor:
         return self.clock.table(configs, key).to(self.dtype)
@@ -52,14 +49,9 @@ class OnlineUpdate:
 
     def select(self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor) -> None:
         """Go on with the trials ``keep`` alone, of which all else is given."""
-        self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self.last = self.blocks.select(self.last, keep)
         self.rate, self.norm = self.rate[:, keep], self.norm[:, keep]
-        self._set_trials(configs, blocks, flat, steps)
-
-    def begin(self, epoch: int) -> None:
-        """Count from the first step of an epoch."""
-        self.clock.begin(epoch)
+        super().select(configs, blocks, keep, flat, steps=steps)
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
         """Adapt the rates and take one step of the members that are ``active`` (F, C), None: of all.
@@ -73,9 +65,9 @@ class OnlineUpdate:
             self._decay(grad, theta)
         self._adapt(grad, on)
         if len(self.moments) == 2:
-            direction = self._adam(theta, grad, on)
+            direction = self._adam_direction(theta, grad, on)
         else:
-            direction = self._sgd(grad, on)
+            direction = self._sgd_direction(grad, on)
         scale = self.clock.factor() if keep is None else self.clock.factor() * keep
         self.blocks.add_product_(theta, direction, -self.rate * scale.to(self.dtype))
         self._move(self.last, direction, 1.0, on)
@@ -95,7 +87,7 @@ class OnlineUpdate:
     def _adapt(self, grad: Tensor, on: Tensor | None) -> None:
         """Move each rate by its rule, or not at all where that says nothing (a norm of zero)."""
         pairs = ((grad, self.last), (grad, grad), (self.last, self.last))
-        h, gg, uu = (self.blocks.total(torch.mul(a, b, out=self.scratch)) for a, b in pairs)
+        h, gg, uu = (self.blocks.total(torch.mul(a, b, out=self.room)) for a, b in pairs)
         norm = gg.sqrt()
         if self.rule == "multiplicative":
             change = h / (norm * uu.sqrt()) * self.rate
@@ -109,8 +101,8 @@ class OnlineUpdate:
         self.rate.add_(change).clamp_min_(0.0)
         self.norm.copy_(norm)
 
-    def _adam(self, theta: Tensor, grad: Tensor, on: Tensor | None) -> Tensor:
-        (m, v), below = self.moments, self.scratch
+    def _adam_direction(self, theta: Tensor, grad: Tensor, on: Tensor | None) -> Tensor:
+        (m, v), below = self.moments, self.room
         self._move(m, grad, 1 - BETA1, on)
         self._move(v, grad.mul_(grad), 1 - BETA2, on)
         # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
@@ -127,14 +119,14 @@ class OnlineUpdate:
             self._decay(direction, theta)
         return direction
 
-    def _sgd(self, grad: Tensor, on: Tensor | None) -> Tensor:
+    def _sgd_direction(self, grad: Tensor, on: Tensor | None) -> Tensor:
         if not self.moments:
             return grad
         (buffer,) = self.moments
-        ahead = self.scratch.copy_(grad)
-        self.blocks.add_product_(ahead, buffer, self.momentum)  # mu b + g
+        ahead = self.room.copy_(grad)
+        self.blocks.add_product_(ahead, buffer, self.mu)  # mu b + g
         self._move(buffer, ahead, 1.0, on)
         if self.optimizer == "nesterovhd":
-            self.blocks.add_product_(grad, ahead, self.momentum)
+            self.blocks.add_product_(grad, ahead, self.mu)
             return grad
         return ahead

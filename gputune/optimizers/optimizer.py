@@ -5,7 +5,7 @@ Of steps that are recorded on a GPU each is two or three launches, of ``update.c
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,7 +61,8 @@ class UpdateKernel:
         self.rates = torch.empty((_RATES, members), dtype=update.dtype, device=device)
         self.factors = self.rates
         if any(of_blocks):
-            self.factors = torch.cat([_of_blocks(blocks, of, none.to(update.dtype) + 1) for of in of_blocks])
+            ones = torch.ones_like(none, dtype=update.dtype)
+            self.factors = torch.stack([of.get(block.name, ones) for of in of_blocks for block in blocks.blocks])
 
     def begin(self, epoch: int) -> None:
         """Make ready for the steps of an epoch."""
@@ -118,28 +119,17 @@ class _FactorTable:
 
 def make_kernel(update: Update, *, clip_norm: Tensor | None, ema: Tensor | None) -> UpdateKernel | None:
     """Return the kernels of an optimizer on a GPU, None where it has none, or where they cannot be compiled."""
-    device = update.lr.device
-    if update.optimizer not in _RULES or device.type != "cuda":
+    if update.optimizer not in _RULES or update.lr.device.type != "cuda":
         return None
-    compiled = kernels(SOURCE, NAMES, device, update.dtype)
-    if compiled is None:
-        return None
-    return UpdateKernel(compiled, update, clip_norm=clip_norm, ema=ema)
-
-
-def _of_blocks(blocks: Blocks, factors: Mapping[str, Tensor], ones: Tensor) -> Tensor:
-    """Return the factors (blocks, F, C) of all blocks, of those that have some."""
-    return torch.stack([factors.get(block.name, ones) for block in blocks.blocks])
+    compiled = kernels(SOURCE, NAMES, update.lr.device, update.dtype)
+    return None if compiled is None else UpdateKernel(compiled, update, clip_norm=clip_norm, ema=ema)
 
 
 def _layout(blocks: Blocks) -> list[int]:
     """Return for each block where it begins, the entries of a fold, and how many neighbours belong to one trial."""
     layout, begin = [], 0
     for block, size in zip(blocks.blocks, blocks.sizes):
-        inner = 1
-        for axis in block.shape[block.trial_axis + 1 :]:
-            inner *= axis
-        layout += [begin, size // block.shape[0], inner]
+        layout += [begin, size // block.shape[0], math.prod(block.shape[block.trial_axis + 1 :])]
         begin += size
     return layout
 
@@ -148,8 +138,8 @@ class Optimizer:
     """What changes the parameters of one chunk in place, and holds all state of it."""
 
     def __init__(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int) -> None:
-        make = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
-        self.update: Update | OnlineUpdate = make(configs, blocks, flat, steps=steps, horizon=horizon)
+        make: type[Update] = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
+        self.update = make(configs, blocks, flat, steps=steps, horizon=horizon)
         self.average = torch.zeros_like(flat) if any(config["ema"] for config in configs) else None
         self._set_trials(configs, blocks, flat)
 
@@ -181,9 +171,8 @@ class Optimizer:
 
     def prepare(self) -> None:
         """Make ready for steps that are recorded: on a GPU kernels take the place of the operations that are here."""
-        if isinstance(self.update, Update):
-            ema = None if self.average is None else self.ema
-            self.kernel = make_kernel(self.update, clip_norm=self.clip_norm, ema=ema)
+        ema = None if self.average is None else self.ema
+        self.kernel = make_kernel(self.update, clip_norm=self.clip_norm, ema=ema)
 
     def begin(self, epoch: int) -> None:
         """Count from the first step of an epoch."""
@@ -195,7 +184,6 @@ class Optimizer:
         """Take one step of the members that are ``active`` (F, C), None: of all. ``grad`` is used up."""
         # Only where it is recorded: a step as it is then checks the kernels, before the first replay.
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
-            assert isinstance(self.update, Update)
             self.kernel.step(theta, grad, self.update, average=self.average, active=active)
             return
         self._clip(grad)
@@ -220,6 +208,5 @@ class Optimizer:
         return self._evaluate(theta) if self.average is None else self.average
 
     def _evaluate(self, theta: Tensor) -> Tensor:
-        if isinstance(self.update, Update) and self.update.optimizer == "schedulefree":
-            return schedule_free_average(theta, self.update.moments[0])
-        return theta
+        is_average = self.update.optimizer == "schedulefree"
+        return schedule_free_average(theta, self.update.moments[0]) if is_average else theta

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from gputune.sklearn.member import Place
 from gputune.sklearn.recipe import DrawSeed, Recipe, RungState, fresh_seed
 from gputune.text import did_you_mean
 from gputune.types import Config
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,13 @@ fit_hook: ContextVar[FitHook | None] = ContextVar("fit_hook", default=None)
 
 
 @contextmanager
-def using_hook(hook: FitHook | None) -> Iterator[None]:
-    """Let a hook stand in for every fit inside; None: let estimators fit themselves."""
-    token = fit_hook.set(hook)
+def using(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    """Let a context variable, such as the hook of fits, have a value inside."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        fit_hook.reset(token)
+        variable.reset(token)
 
 
 FLOATS = (np.float64, np.float32)

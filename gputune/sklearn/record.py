@@ -13,7 +13,7 @@ from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
 from gputune.data.arrays import ArrayLayout, Arrays
-from gputune.sklearn.base import FusedEstimator, check_rows, last_step, using_hook
+from gputune.sklearn.base import FusedEstimator, check_rows, fit_hook, last_step, using
 from gputune.sklearn.dataset import Part, Rows, form
 from gputune.sklearn.recipe import content
 
@@ -141,8 +141,10 @@ class Recorder:
                 self.place = (trial, fold)
                 rows = self._rows(candidate, X, y, train, fit_params)
                 # What fails here fails again where it is replayed, in scikit-learn's loop.
-                with using_hook(self), suppress(Exception):
-                    fitted = _silent(clone(candidate))
+                with using(fit_hook, self), suppress(Exception):
+                    fitted = clone(candidate)
+                    if hasattr(fitted, "set_callbacks"):  # which hear of the fits of scikit-learn's loop
+                        fitted.set_callbacks()
                     _fit(fitted, *rows)
                     if self.held_out and self.place not in self.left:  # only now are the steps those of this fold
                         self._hold_out(fitted, X, y, train, test)
@@ -187,7 +189,7 @@ class Recorder:
         key = (content(transformer), id(X), id(y), *map(id, metadata))
         if key not in self._transformed:
             call = functools.partial(function, transformer, X, y, *args, **options)
-            with using_hook(None):
+            with using(fit_hook, None):
                 self._transformed[key] = (Transformation(_result(call)), (X, y, metadata))
         event = self._transformed[key][0]
         self.events.append(event)
@@ -200,7 +202,7 @@ class Recorder:
         key = (id(fit.train), self.place[1])
         if key not in self._valid:
             rows = _safe_split(fitted, X, y, test, train)
-            with using_hook(None):
+            with using(fit_hook, None):
                 self._valid[key] = _result(functools.partial(held_out_part, fitted, fit.train, *rows))
         fit.valid = self._valid[key]
 
@@ -251,11 +253,6 @@ def _fit(estimator: BaseEstimator, X: object, y: object, params: Mapping[str, ob
         estimator.fit(X, **params)
     else:
         estimator.fit(X, y, **params)
-
-
-def _silent(estimator: BaseEstimator) -> BaseEstimator:
-    """Return the estimator without callbacks, which hear of the fits of scikit-learn's loop."""
-    return estimator.set_callbacks() if hasattr(estimator, "set_callbacks") else estimator
 
 
 def _check(estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> Part | Exception:

@@ -20,7 +20,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_memory
 
 from gputune.errors import warn
-from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, last_step, using_hook
+from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, last_step, using
 from gputune.sklearn.dataset import Part, lay_out
 from gputune.sklearn.recipe import RungState
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, Transformation, fits_of
@@ -144,7 +144,7 @@ class Replay:
         """Return what fitting a transformer gave where it is its turn, else fit it."""
         event = self.events[0] if self.events else None
         if not isinstance(event, Transformation):
-            with using_hook(None):
+            with using(fit_hook, None):
                 return function(*args, **options)
         self.events.popleft()
         return event.take()
@@ -205,7 +205,7 @@ class SearchRun:
             replay.events.extend(trained.events)
             return trained.splits
 
-        with using_hook(replay):
+        with using(fit_hook, replay):
             results = evaluate_candidates(candidates, _Splitter(split), more_results=more_results, **context)
         replay.check_end()
         together = ~np.isnan(self.seconds)  # the others were fitted in this loop

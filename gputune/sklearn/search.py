@@ -24,7 +24,7 @@ from sklearn.utils._param_validation import Interval
 
 from gputune.errors import InputError, warn
 from gputune.methods.space import to_scipy
-from gputune.sklearn.base import FusedEstimator, constructor, last_step
+from gputune.sklearn.base import FusedEstimator, constructor, last_step, using
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, with_hook, without_hook
 from gputune.study.rows import State
@@ -80,7 +80,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
             self._leave_to_own_loop(reason)
         with _override(self, self._overrides(together=reason is None)):
             run = self._make_run(trained, X, y) if reason is None else None
-            with _run_scope(run):
+            with using(current_run, run):
                 super().fit(X, y, **params)
         if hasattr(self, "best_estimator_"):
             without_hook(self.best_estimator_)
@@ -145,15 +145,6 @@ def _override(search: object, overrides: Mapping[str, object]) -> Iterator[None]
         yield
     finally:
         vars(search).update(before)
-
-
-@contextmanager
-def _run_scope(run: SearchRun | None) -> Iterator[None]:
-    token = current_run.set(run)
-    try:
-        yield
-    finally:
-        current_run.reset(token)
 
 
 EXTRAS: Config = {"device": "auto", "study": None, "timeout": None}
