@@ -11,7 +11,10 @@ tuned lr" is not in the paper: it shows what a search for one constant learning 
 
 import argparse
 import csv
+import gzip
+import math
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from baydin2018_data import Data, load
 from matplotlib.figure import Figure
+from sklearn.datasets import fetch_openml, load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -40,17 +44,17 @@ GRID = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # further constant rates for SG
 TUNED = "SGD, tuned lr"
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+_PLAIN = {"lr": ALPHA0, "weight_decay": DECAY}
+_ADAPTED = {**_PLAIN, "hypergrad_lr": 1e-3, "rule": "additive", "lr_min": None}
+_NESTEROV = {"momentum": 0.9, "nesterov": True}
 METHODS: dict[str, Optimizer] = {
-    "SGD": partial(torch.optim.SGD, lr=ALPHA0, weight_decay=DECAY),
-    "SGD-HD": partial(SGDHD, lr=ALPHA0, hypergrad_lr=1e-3, rule="additive", lr_min=None, weight_decay=DECAY),
-    "SGDN": partial(torch.optim.SGD, lr=ALPHA0, momentum=0.9, nesterov=True, weight_decay=DECAY),
-    "SGDN-HD": partial(
-        SGDHD, lr=ALPHA0, hypergrad_lr=1e-3, rule="additive", lr_min=None, momentum=0.9, nesterov=True,
-        weight_decay=DECAY,
-    ),
-    "Adam": partial(torch.optim.Adam, lr=ALPHA0, weight_decay=DECAY),
-    "Adam-HD": partial(AdamHD, lr=ALPHA0, hypergrad_lr=1e-7, rule="additive", lr_min=None, weight_decay=DECAY),
-}  # fmt: skip
+    "SGD": partial(torch.optim.SGD, **_PLAIN),
+    "SGD-HD": partial(SGDHD, **_ADAPTED),
+    "SGDN": partial(torch.optim.SGD, **_PLAIN, **_NESTEROV),
+    "SGDN-HD": partial(SGDHD, **_ADAPTED, **_NESTEROV),
+    "Adam": partial(torch.optim.Adam, **_PLAIN),
+    "Adam-HD": partial(AdamHD, **{**_ADAPTED, "hypergrad_lr": 1e-7}),
+}
 
 PUBLISHED = {  # validation loss on MNIST after epoch 1 and epoch 10, from the result files of the paper's program
     ("logreg", "SGD"): (0.7690, 0.3737),
@@ -65,6 +69,109 @@ PUBLISHED = {  # validation loss on MNIST after epoch 1 and epoch 10, from the r
     ("mlp", "SGDN-HD"): (0.2089, 0.0833),
     ("mlp", "Adam"): (0.1229, 0.0802),
 }
+
+TRAIN_ROWS, VALID_ROWS, PIXELS = 60_000, 10_000, 28 * 28
+FIRST_CLASSES = (5, 0, 4, 1, 9)  # of MNIST's training rows; other sets have files of the same names and sizes
+MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels in [0, 1], as the paper's program has them
+GET_FILES = (
+    "torchvision.datasets.MNIST('data', download=True) puts the four files into data/MNIST/raw; "
+    "without --data the script runs on scikit-learn's digits."
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Standardised pixels, rows x pixels in float32, and the digits as int64.
+
+    is_mnist  whether the paper's numbers are of these rows
+    """
+
+    name: str
+    X: Tensor
+    y: Tensor
+    X_valid: Tensor
+    y_valid: Tensor
+    is_mnist: bool
+
+
+def load(source: str | None) -> Data:
+    """Return MNIST from a folder or from "openml", for None scikit-learn's 1,797 digits of 8 x 8 pixels.
+
+    Of these a stratified fifth is for validation, always the same. Raises InputError where it fails.
+    """
+    if source is not None:
+        of = (_openml, "OpenML") if source == "openml" else (partial(_idx_files, Path(source)), source)
+        return mnist(*of[0](), f"MNIST from {of[1]}")
+    X, y = load_digits(return_X_y=True)
+    X, X_valid, y, y_valid = train_test_split(X / 16, y, test_size=0.2, stratify=y, random_state=0)
+    scale = X.mean(), X.std()
+    return Data("scikit-learn's digits", *_tensors(X, y, *scale), *_tensors(X_valid, y_valid, *scale), False)
+
+
+def mnist(images: np.ndarray, classes: np.ndarray, name: str) -> Data:
+    """Return MNIST from its 70,000 rows of pixels in 0..255, the training rows first; InputError for other data."""
+    if images.shape != (TRAIN_ROWS + VALID_ROWS, PIXELS) or tuple(classes[:5]) != FIRST_CLASSES:
+        raise InputError(
+            f"--data must be MNIST: {TRAIN_ROWS + VALID_ROWS} images of {PIXELS} pixels, the first classes "
+            f"{FIRST_CLASSES}; got {len(images)} images of {images.shape[1]} pixels, the first classes "
+            f"{tuple(map(int, classes[:5]))}. {GET_FILES}"
+        )
+    scale = 255 * MEAN, 255 * DEVIATION
+    train = _tensors(images[:TRAIN_ROWS], classes[:TRAIN_ROWS], *scale)
+    return Data(name, *train, *_tensors(images[TRAIN_ROWS:], classes[TRAIN_ROWS:], *scale), True)
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the array of this shape in an idx file of unsigned bytes, plain or compressed by gzip.
+
+    The header is two zero bytes, the type (8), the number of axes, then the length of each as a big-endian
+    32-bit integer. Raises InputError for anything else.
+    """
+    try:
+        raw = path.read_bytes()
+        if raw[:2] == b"\x1f\x8b":  # some browsers decompress a file and leave its name, so the name says nothing
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"--data: {path} must be readable, got: {error}. {GET_FILES}") from error
+    header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+    if not raw.startswith(header) or len(raw) - len(header) != math.prod(shape):
+        raise InputError(
+            f"--data: {path} must be an idx file of unsigned bytes of shape {shape}, got {len(raw)} bytes that begin "
+            f"with {raw[: len(header)].hex(' ') or 'nothing'}. {GET_FILES}"
+        )
+    return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape)
+
+
+def _idx_files(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    images, classes = [], []
+    for part, rows in (("train", TRAIN_ROWS), ("t10k", VALID_ROWS)):
+        images.append(read_idx(_find(folder, f"{part}-images-idx3-ubyte"), (rows, 28, 28)))
+        classes.append(read_idx(_find(folder, f"{part}-labels-idx1-ubyte"), (rows,)))
+    return np.concatenate(images).reshape(-1, PIXELS), np.concatenate(classes)
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise InputError(f"--data must be a folder that holds {name} or {name}.gz, got {folder}. {GET_FILES}")
+
+
+def _openml() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        # liac-arff: the other parser needs pandas, which gputune does not install
+        bunch = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
+    except OSError as error:  # no network, no such host, a time-out, a server's refusal
+        raise InputError(
+            f"--data openml needs a network that reaches openml.org, got: {error}. With the four idx files of "
+            f"MNIST at hand give their folder, --data DIR: {GET_FILES}"
+        ) from error
+    return bunch.data, bunch.target.astype(np.int64)
+
+
+def _tensors(X: np.ndarray, y: np.ndarray, mean: float, deviation: float) -> tuple[Tensor, Tensor]:
+    scaled = torch.tensor(X, dtype=torch.float32).sub_(mean).div_(deviation)
+    return scaled, torch.tensor(y, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -102,35 +209,25 @@ def compare(data: Data, models: Sequence[str], *, epochs: int, seeds: int, width
 def train(model: str, optimizer: Optimizer, data: Data, *, epochs: int, seed: int, width: int, bar: tqdm) -> Run:
     """Train one model; the seed fixes the starting weights and the batches of every epoch."""
     torch.manual_seed(seed)
-    network = build(model, data.X.shape[1], width)
+    hidden = {"width": width, "depth": 2, "activation": "relu"}
+    kind: Any = LogisticRegression if model == "logreg" else partial(MLP, **hidden)
+    network = kind(data.X.shape[1], 10)
     stepper = optimizer(network.parameters())
     train_loss, valid_loss, rates = [], [], []
     for _ in range(epochs):
         losses = []
         for rows in torch.randperm(len(data.y)).split(BATCH):
-            losses.append(step(network, stepper, data.X[rows], data.y[rows]))
+            stepper.zero_grad()
+            loss = cross_entropy(network(data.X[rows]), data.y[rows])
+            loss.backward()
+            stepper.step()
+            losses.append(float(loss.detach()))
             rates.append(float(stepper.param_groups[0]["lr"]))
         train_loss.append(float(np.mean(losses)))
         with torch.no_grad():
             valid_loss.append(float(cross_entropy(network(data.X_valid), data.y_valid)))
         bar.update()
     return Run(np.array(train_loss), np.array(valid_loss), np.array(rates))
-
-
-def build(model: str, n_features: int, width: int) -> nn.Module:
-    """Return a model with torch's default starting weights, for ten classes."""
-    if model == "logreg":
-        return LogisticRegression(n_features, 10)
-    return MLP(n_features, 10, width=width, depth=2, activation="relu")
-
-
-def step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    """Make one training step and return the loss of the batch before it."""
-    optimizer.zero_grad()
-    loss = cross_entropy(network(x), y)
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
 
 
 def median(repeats: Iterable[Run], what: str) -> np.ndarray:
@@ -151,8 +248,9 @@ def report(data: Data, runs: Runs, width: int) -> str:
         for method, repeats in methods.items():
             loss, lr = median(repeats, "valid_loss"), median(repeats, "lr")
             numbers = [*(_number(loss[e - 1], ".4f") for e in shown), _number(lr[-1], ".3g")]
-            published = _published(model, method, width) if data.is_mnist else []
-            rows.append([MODELS[model], method, *numbers, *published])
+            known = PUBLISHED.get((model, method)) if model == "logreg" or width == WIDTH else None
+            published = [f"{loss:.4f}" for loss in known] if known else ["-", "-"]
+            rows.append([MODELS[model], method, *numbers, *(published if data.is_mnist else [])])
     hidden = f" (2 hidden layers of {width} units)" if "mlp" in runs else ""
     what = (
         f"Validation loss on {data.name}: {len(data.y)} rows to train on, {len(data.y_valid)} to validate, "
@@ -175,11 +273,6 @@ def _notes(data: Data, width: int) -> str:
     return (
         f"{tuned}\nPublished: result files of github.com/gbaydin/hypergradient-descent; '-' where none is known.{other}"
     )
-
-
-def _published(model: str, method: str, width: int) -> list[str]:
-    known = PUBLISHED.get((model, method)) if model == "logreg" or width == WIDTH else None
-    return [f"{loss:.4f}" for loss in known] if known else ["-", "-"]
 
 
 def _number(value: float, form: str) -> str:
@@ -225,32 +318,8 @@ def draw(path: Path, runs: Runs) -> None:
     figure.savefig(path)
 
 
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out must be a folder or a new name for one, got {out}: {error}.") from error
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Return 0, or 2 where the data or the folder for the files cannot be had."""
-    options = _parse(arguments)
-    try:
-        if options.out:
-            _make_folder(options.out)
-        data = load(options.data)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    runs = compare(data, options.models, epochs=options.epochs, seeds=options.seeds, width=options.width)
-    page = report(data, runs, options.width)
-    print(page, end="")
-    if options.out:
-        print("\nwritten:", ", ".join(map(str, write(options.out, page, runs))))
-    return 0
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", metavar="DIR|openml", help="MNIST; default: scikit-learn's digits")
@@ -260,8 +329,21 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--width", type=positive, default=WIDTH, help=f"of the MLP's layers (default {WIDTH})")
     add("--out", type=Path, help="folder for the table, the curves (CSV) and the figure (SVG)")
     options = parser.parse_args(arguments)
-    options.models = list(dict.fromkeys(options.models))
-    return options
+    models = list(dict.fromkeys(options.models))
+    try:
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+        data = load(options.data)
+    except (InputError, OSError) as error:
+        of_out = f"--out must be a folder or a new name for one, got {options.out}: {error}."
+        print(f"error: {error if isinstance(error, InputError) else of_out}", file=sys.stderr)
+        return 2
+    runs = compare(data, models, epochs=options.epochs, seeds=options.seeds, width=options.width)
+    page = report(data, runs, options.width)
+    print(page, end="")
+    if options.out:
+        print("\nwritten:", ", ".join(map(str, write(options.out, page, runs))))
+    return 0
 
 
 if __name__ == "__main__":

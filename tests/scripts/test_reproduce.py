@@ -107,13 +107,13 @@ def test_a_file_that_is_no_idx_file_is_named(script, tmp_path, content, complain
     path = tmp_path / "images"
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"{re.escape(str(path))}.*{re.escape(complaint)}.*torchvision"):
-        script("baydin2018_data").read_idx(path, (3, 2, 4))
+        script("baydin2018").read_idx(path, (3, 2, 4))
 
 
 @pytest.fixture
 def small_mnist(script, monkeypatch, tmp_path):
     """Four files of random pixels that pass for MNIST: 20 rows, 8 to validate; beside the arrays in them."""
-    module = script("baydin2018_data")
+    module = script("baydin2018")
     monkeypatch.setattr(module, "TRAIN_ROWS", 20)
     monkeypatch.setattr(module, "VALID_ROWS", 8)
     images = np.random.default_rng(0).integers(0, 256, (28, 28, 28))
@@ -166,7 +166,7 @@ def test_what_cannot_be_had_ends_with_its_remedy(script, monkeypatch, tmp_path, 
     def fetch(*arguments, **options):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(script("baydin2018_data"), "fetch_openml", fetch)
+    monkeypatch.setattr(script("baydin2018"), "fetch_openml", fetch)
     assert script("baydin2018").main(["--data", "openml"]) == 2
     said = capsys.readouterr().err
     assert "--data openml needs a network that reaches openml.org, got: <urlopen error Name or" in said
