@@ -24,7 +24,7 @@ from gputune.data.source import Source, read_source, set_apart
 from gputune.data.target import check_spread, check_target, with_transform
 from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted, Terminated
 from gputune.methods.descent import Hypergradient
-from gputune.study.database import blaming_options
+from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.model_files import DESCRIPTION, read_description
 from gputune.study.study import Trial
@@ -92,7 +92,7 @@ def resume(arguments: argparse.Namespace) -> str:
     study = study_file(arguments.study)
     changes = typed_options(arguments)
     record = Study.open(study).record
-    with profile.clock(PREPARING), blaming_options(study):
+    with profile.clock(PREPARING), option_errors(study):
         recorded = recorded_search(study, record, changes, trust_code=arguments.trust_code)
     if callbacks := record.arguments.callbacks:
         Progress(arguments.verbose).say(

@@ -104,7 +104,7 @@ class RayCluster:
         gpus = sum(node.get("GPU", 0) for node in self._nodes())
         self.device = ("cuda" if gpus else "cpu") if device == "auto" else device
         self.tasks = self.room(cpus)
-        self._task = make_task(ray)
+        self.task = make_task(ray)
         self._stored: tuple[Dataset, int, object] | None = None
         self.free: int | None = None
         if self.device == "cuda":
@@ -148,11 +148,6 @@ class RayCluster:
             self._stored = data, prepared, self.ray.put(to_arrays(data))
         return self._stored[2]
 
-    def task(self, cpus: int) -> Any:
-        """Return the function that trains a chunk far away, with the resources it needs."""
-        gpus = 1 if self.device == "cuda" else 0
-        return self._task.options(num_cpus=cpus, num_gpus=gpus, max_retries=0, name="gputune chunk")
-
 
 class RayTasks(Executor[Population, Outcome | Failure]):
     """The chunks of one plan on their way."""
@@ -162,7 +157,8 @@ class RayTasks(Executor[Population, Outcome | Failure]):
     def __init__(self, cluster: RayCluster, job: Job, data: object, plan: Plan) -> None:
         self.ray, self.cluster, self.stopping = cluster.ray, cluster, job.stop
         self.cpus, self.threads = max(cluster.threads, plan.threads), plan.threads
-        self.task = cluster.task(self.cpus)
+        gpus = 1 if cluster.device == "cuda" else 0
+        self.task = cluster.task.options(num_cpus=self.cpus, num_gpus=gpus, max_retries=0, name="gputune chunk")
         sent = pickle_job(replace(job, stop=Stop()), here=False)
         self.common = [data, self.ray.put(sent)]
         self.running: dict[object, tuple[Population, _Ended]] = {}

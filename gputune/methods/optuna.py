@@ -149,19 +149,17 @@ def state_of(optuna: ModuleType, state: str) -> object:
 
 
 def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, object]]:
-    """Return the one dict of a space that a sampler can be asked for, and its distributions; InputError for others."""
+    """Return the one dict of a space that a sampler can be asked for, and its ``optuna.distributions`` by key.
+
+    Raises InputError for several dicts, and for a law that Optuna does not have.
+    """
     if len(space) > 1:
         raise InputError(
             f"space must be one dict for an Optuna sampler, got a list of {len(space)}; search each by itself, or use "
             "method='random'."
         )
-    return space[0], optuna_distributions(space[0])
-
-
-def optuna_distributions(choices: Mapping[str, Choices]) -> dict[str, object]:
-    """Return ``optuna.distributions`` objects, by key. Raises InputError for a law that Optuna does not have."""
     distributions = {}
-    for key, value in choices.items():
+    for key, value in space[0].items():
         if (description := describe(value)) is None:
             raise InputError(
                 f"space[{key!r}] must be a list, scipy's uniform, loguniform or randint, gputune.log_int or one of "
@@ -169,7 +167,7 @@ def optuna_distributions(choices: Mapping[str, Choices]) -> dict[str, object]:
                 "them, or method='random'."
             )
         distributions[key] = as_optuna(description)
-    return distributions
+    return space[0], distributions
 
 
 @contextmanager
@@ -186,7 +184,7 @@ def _quiet(optuna: ModuleType) -> Iterator[None]:
 def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna.Study":
     """Return an ``optuna.Study`` with every trial of ``study``, written to ``storage``; see ``Study.to_optuna``."""
     optuna = import_extra("optuna", extra="optuna", used_by="to_optuna()")
-    laws = {key: widened(study, key) for key in dict.fromkeys(key for t in study.trials for key in t.params)}
+    laws = {key: widened_law(study, key) for key in dict.fromkeys(key for t in study.trials for key in t.params)}
     distributions = {key: as_optuna(law) for key, law in laws.items()}
     with _new_study(optuna, storage, name) as written:
         for word in ("model", "scoring", "positive", "optimizer", "task"):
@@ -277,7 +275,7 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def widened(study: Study, key: str) -> Description:
+def widened_law(study: Study, key: str) -> Description:
     """Return the law of a key, widened where the default or an included trial lies outside of it.
 
     Where the study does not know it (a law that Optuna lacks), it is uniform over what the trials hold.

@@ -118,7 +118,7 @@ def first_candidates(
     return _number(configs, ())
 
 
-def included(configs: Iterable[Config]) -> tuple[Candidate, ...]:
+def included_candidates(configs: Iterable[Config]) -> tuple[Candidate, ...]:
     """Return the trials of a user's own loop that are run before any is drawn."""
     return _number([(config, "include") for config in configs], ())
 

@@ -208,7 +208,9 @@ def _texts(study: Study) -> Json:
         "source": _source(study),
         "best": best,
         "epochs_by": clean(epochs_by(study)),
-        "parameters": [] if best is None else [(clean(k), _exact(v)) for k, v in best.params.items()],
+        "parameters": []
+        if best is None
+        else [(clean(k), clean(getattr(v, "__name__", v))) for k, v in best.params.items()],
         "why_none": study.why_none_is_best() if best is None else "",
         "waiting": sum(trial.state == "waiting" for trial in study.trials),
         "trials": len(study.trials),
@@ -234,10 +236,6 @@ def _cells(column: Column) -> list[str]:
         else:
             cells.append(f"{value:.6g}" if isinstance(value, float) else str(value))
     return cells
-
-
-def _exact(value: object) -> str:
-    return clean(getattr(value, "__name__", value))
 
 
 def _source(study: Study) -> str:

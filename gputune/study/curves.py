@@ -54,7 +54,7 @@ class Curves(Lazy[Curve]):
         return cast(Curve, made(study, "curves"))
 
 
-def stacked(rows: Sequence[Curve | None]) -> Curve:
+def stack_curves(rows: Sequence[Curve | None]) -> Curve:
     """Curves of unlike length as one array (C, epochs, F) or (C, epochs, F, M), NaN beyond their end.
 
     Raises InputError where it is huge.

@@ -138,7 +138,7 @@ def damage_error(path: Path, reason: str) -> StudyCorruptError:
 
 
 @contextmanager
-def blaming_options(path: Path) -> Iterator[None]:
+def option_errors(path: Path) -> Iterator[None]:
     """Turn what options raise that were never written, when a search is made of them, into StudyCorruptError."""
     try:
         yield

@@ -93,7 +93,7 @@ class Ledger:
         finally:
             self.claims.leave_setup()
 
-    def decide_alone(self, method: str) -> None:
+    def claim_search(self, method: str) -> None:
         """Claim the whole search. Raises InputError, naming the other process, where one is at work on it."""
         if self.claims is not None:
             self.claims.take_search(method)
@@ -131,7 +131,7 @@ class Ledger:
         """Say whether a chunk is ours to train: no other process trains it, and it is not finished."""
         return self.claims is None or self.claims.take(chunk)
 
-    def who_has(self, chunks: Sequence[Chunk]) -> tuple[str, str]:
+    def owners_of(self, chunks: Sequence[Chunk]) -> tuple[str, str]:
         """Return the other processes that have chunks, in words, and what to do about one of them on another host."""
         assert self.claims is not None
         owners = [owner for owner in map(self.claims.holder, chunks) if owner is not None]
@@ -151,7 +151,7 @@ class Ledger:
         """Return the candidates without a result."""
         return [candidate for candidate in self.candidates if candidate.number not in self.results]
 
-    def is_waited_for(self) -> bool:
+    def has_waiting(self) -> bool:
         """Whether the file has a trial without a result that stays, of this process or of another one."""
         return self.store is not None and self.store.waiting() > 0
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.garbage import without_collector
-from gputune.study.curves import Curves, Lazy, stacked
+from gputune.study.curves import Curves, Lazy, stack_curves
 from gputune.study.record import SearchRecord
 from gputune.study.rows import TrialState, ranked
 from gputune.study.store import Candidate, Curve, Result, Store
@@ -128,7 +128,7 @@ class Study:
     ) -> Self:
         """Return the study of these candidates, in this order, and of the results that there are so far."""
         trials = partial(_trials, rows, SearchRecord.from_json(meta))
-        curves = partial(stacked, [None if result is None else result.curve for _, result in rows])
+        curves = partial(stack_curves, [None if result is None else result.curve for _, result in rows])
         return cls(meta=meta, trials=trials, curves=curves, data=data, file=file)
 
     @cached_property

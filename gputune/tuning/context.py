@@ -113,7 +113,7 @@ class Context:
             for config in {group.arguments: group.configs[0] for group in groups}.values():
                 parameters = max(parameters, self.check_module(config))
             self._check_rows(groups)
-        for remark in (*self.remarks, *self.remarks_on(configs)):
+        for remark in self.remarks_on(configs):
             self.progress.say(f"note: {remark}", once=True)
         with self.profile.clock("planning"):
             make = partial(self.trainer.plan, groups, epochs=epochs, parameters=parameters, measure=self._need)
@@ -235,7 +235,7 @@ class Context:
         """Remove what earlier calls left of trials that have ended, and all checkpoints where no trial waits."""
         if self.checkpoints is not None:
             self.ended(list(ledger.results.values()))
-            if not ledger.is_waited_for():
+            if not ledger.has_waiting():
                 self.checkpoints.clear()
 
     def finish(
@@ -289,16 +289,14 @@ class Context:
                 )
 
     def remarks_on(self, configs: Sequence[Config]) -> tuple[str, ...]:
-        """Return what the user should know of the optimizers of complete configurations, a sentence each."""
-        reasons = {} if self.options.backend == "loop" else dict.fromkeys(map(loop_reason, configs))
-        return tuple(f"trials train one by one, since {reason}" for reason in reasons if reason)
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What the user should know of the modules that were tried so far, a sentence each."""
+        """Return why trials train one by one, a sentence each: by the modules tried so far, and by configurations."""
         if self.options.backend == "loop":
             return ()
-        traits_of_class = known_traits(self.choice.module_class, self.data).values()
-        reasons = dict.fromkeys(traits.unstackable for traits in traits_of_class if traits.unstackable)
-        name = self.choice.name
-        return tuple(f"{name} trains one by one, since its members cannot be stacked: {reason}" for reason in reasons)
+        traits = known_traits(self.choice.module_class, self.data).values()
+        of_modules = dict.fromkeys(one.unstackable for one in traits if one.unstackable)
+        of_configs = dict.fromkeys(filter(None, map(loop_reason, configs)))
+        stacked = f"{self.choice.name} trains one by one, since its members cannot be stacked"
+        return (
+            *(f"{stacked}: {reason}" for reason in of_modules),
+            *(f"trials train one by one, since {reason}" for reason in of_configs),
+        )

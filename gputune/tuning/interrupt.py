@@ -63,7 +63,7 @@ def run_until_signal(
 ) -> list[int]:
     """Run a training; return the numbers of the signals that ended it early, none where none came."""
     numbers: list[int] = []
-    with _stopping_on(signals, numbers, stop, say):
+    with _signal_handlers(signals, numbers, stop, say):
         try:
             run()
         except KeyboardInterrupt:  # the second signal, or one that another handler made of it
@@ -77,7 +77,9 @@ def is_interactive() -> bool:
 
 
 @contextmanager
-def _stopping_on(signals: Sequence[int], numbers: list[int], stop: Stop, say: Callable[[str], None]) -> Iterator[None]:
+def _signal_handlers(
+    signals: Sequence[int], numbers: list[int], stop: Stop, say: Callable[[str], None]
+) -> Iterator[None]:
     """Let signals stop what runs inside, where they would do what is usual; note in ``numbers`` those that came.
 
     Python lets the main thread alone set handlers; in another one nothing is changed.

@@ -21,7 +21,7 @@ from gputune.executors.processes import TrialProcesses, environments
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler, check_askable
-from gputune.methods.random import included, top_up
+from gputune.methods.random import included_candidates, top_up
 from gputune.methods.space import Space, check_own_include, check_own_space, space_text, space_to_json, to_scipy
 from gputune.methods.stopping import StoppingRule, ends_on_arrival
 from gputune.scratch import scratch_folder
@@ -82,7 +82,7 @@ def search_loop(
 def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
     """Return the trials of this call that are known before any is trained."""
     check_count(options.n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
-    first = included(check_own_include(options.include, space))
+    first = included_candidates(check_own_include(options.include, space))
     if not first and not options.n_trials:
         raise InputError("n_trials must be >= 1 where nothing is included, got n_trials=0. For example n_trials=64.")
     if isinstance(options.method, OptunaSampler):

@@ -145,7 +145,7 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
     choice = choice.of(problem.target, problem.objective)
     space = checked_space(choice, options)  # again: what is predicted decides some
     options = with_earlier(options, space)
-    problem = problem.searching(space, options.include)
+    problem = problem.with_space(space, options.include)
     options = replace(options, numbers=problem.numbers)
     folds = problem.folds(options)
     with without_collector():
@@ -192,7 +192,6 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
     without_model = baseline(setup.data, setup.scoring, problem.target.classes)
     notes = (
         *notes_on(setup.trials, setup.space, setup.choice, setup.options),
-        *context.remarks,
         *context.remarks_on(setup.configs),
         *remarks_on_loss(problem, setup.choice, setup.scoring),
         *remark_on_accuracy(without_model, setup.scoring),
@@ -278,7 +277,7 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
         each_epoch=bool(options.callbacks),
         stop=stop,
     )
-    return trainer if choice.solved else trainer.choosing(options.backend, setup.configs, progress.say)
+    return trainer if choice.solved else trainer.with_backend(options.backend, setup.configs, progress.say)
 
 
 def _procedure(setup: _Setup, context: Context) -> tuple[Callable[[], None], Training]:

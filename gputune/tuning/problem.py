@@ -113,7 +113,7 @@ class Problem:
         groups = self.layout.groups(self.layout.places(numbers))
         return Inputs(*table_inputs(self.raw, statistics, like), statistics, groups)
 
-    def searching(self, space: Space, configs: Sequence[Mapping[str, object]]) -> "Problem":
+    def with_space(self, space: Space, configs: Sequence[Mapping[str, object]]) -> "Problem":
         """Return the problem of a search in which trials may prepare numbers in ways of their own.
 
         Where all do, and none in its own, that is the first of the space, so that no copy is made for nobody. Raises

@@ -130,7 +130,7 @@ def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context
 
 def wait_for_others(ledger: Ledger, chunks: Sequence[Chunk], progress: Progress, is_over: Callable[[], bool]) -> None:
     """Wait for what other processes are training."""
-    who, remedy = ledger.who_has(chunks)
+    who, remedy = ledger.owners_of(chunks)
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
     progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
     ledger.wait(chunks, is_over)

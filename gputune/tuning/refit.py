@@ -22,7 +22,7 @@ from gputune.methods.space import space_from_json
 from gputune.population.population import by_numbers, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.solver.solve import solve_all, solved_module
-from gputune.study.database import blaming_options
+from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.model_files import DTYPES
 from gputune.study.record import PARTS, SearchRecord, lost_option
@@ -189,7 +189,7 @@ def search_of(study: Study, X: object, y: object, *, check: bool, trust_code: bo
     Raises InputError where there are none or, with ``check``, others.
     """
     from_file = study.file if X is None and study.data is None else None
-    with nullcontext() if from_file is None else blaming_options(from_file):
+    with nullcontext() if from_file is None else option_errors(from_file):
         known = _read_search(study, X, y, trust_code)
     choice, source, options = known.choice, known.source, known.options
     # How many classes there are is for the rows to say: others may have two where the study's have three.

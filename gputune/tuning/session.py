@@ -39,7 +39,7 @@ class Session:
         """Add the trials that the ledger lacks, and say what is known of it."""
         self.ledger.on_wait, self.progress.on_look = self._wait, self.ledger.show
         if not isinstance(self.options.method, str):
-            self.ledger.decide_alone(method_name(self.options.method))
+            self.ledger.claim_search(method_name(self.options.method))
         add_missing(self.ledger, trials, space, self.options, check)
         if finished := len(self.ledger.results):
             trials_there = count(len(self.ledger.candidates), "trial")

@@ -81,7 +81,7 @@ class Trainer:
                 "or choose device='cpu'."
             )
 
-    def choosing(self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]) -> "Trainer":
+    def with_backend(self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]) -> "Trainer":
         """Return the trainer with the backend that is asked for or, of "auto", the fastest for configurations.
 
         Where training is slower than it could be, or not as was asked for, that is said.

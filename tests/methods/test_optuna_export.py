@@ -16,7 +16,7 @@ from torch import nn
 import gputune
 from gputune.api.study import Study
 from gputune.errors import MissingExtraError
-from gputune.methods.optuna import widened
+from gputune.methods.optuna import widened_law
 from gputune.study.store import Candidate
 from refused import refused
 from study_rows import result
@@ -129,7 +129,7 @@ STEPS = {"kind": "int", "low": 16, "high": 64, "step": 16}
 def test_what_a_key_is_drawn_from(law, values, expected):
     rows = [({"x": value}, result(n)) for n, value in enumerate(values)]
     study = made(rows, distributions={} if law is None else {"x": law})
-    assert widened(study, "x") == expected
+    assert widened_law(study, "x") == expected
 
 
 @pytest.mark.parametrize("storage", ["optuna.db", "sqlite:////no/such/folder/o.db", "nosuch://host/base", 7])

@@ -10,7 +10,7 @@ from torch import nn
 import gputune
 from gputune.methods.config import legal_keys
 from gputune.methods.distributions import as_optuna, describe, label, of_label
-from gputune.methods.optuna import optuna_distributions
+from gputune.methods.optuna import check_askable
 from gputune.methods.space import check_space, space_text, to_scipy
 from refused import refused
 
@@ -52,7 +52,7 @@ def test_lists_and_laws_of_scipy_as_optunas(choices, expected):
 def test_a_law_that_optuna_lacks(law):
     assert describe(law) is None
     with refused("space\\['x'\\] must be a list, scipy's uniform, loguniform or randint"):
-        optuna_distributions({"x": law})
+        check_askable([{"x": law}])
 
 
 def test_labels_stand_for_choices():

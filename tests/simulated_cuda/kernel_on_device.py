@@ -197,7 +197,7 @@ def test_what_the_kernel_does_not_know_is_said(model, options, words, iris):
 def test_a_cluster_has_no_kernel():
     trainer = Trainer(data=make_data(), kind="mlp", seed=0, horizon=1, cluster=SimpleNamespace(device=DEVICE))
     with pytest.raises(InputError, match="backend='kernel' is for a GPU of this machine, and workers='ray'"):
-        trainer.choosing("kernel", [], print)
+        trainer.with_backend("kernel", [], print)
     assert trainer._kernel("auto", []) == "graph"
 
 

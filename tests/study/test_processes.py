@@ -153,11 +153,11 @@ def test_one_process_at_a_time_adds_to_the_plan(path):
 @pytest.mark.parametrize("method", ["halving", "hypergradient"])
 def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains(path, method):
     with open_ledger(path.with_name("other.db"), RECORD) as ledger:
-        ledger.decide_alone(method)
+        ledger.claim_search(method)
         with open_ledger(path.with_name("other.db"), RECORD) as second:
             words = rf"is at work .* method='{method}' .* Wait for it, or end it\.$"
             with refused(rf"process {os.getpid()} on '.*' {words}"):
-                second.decide_alone(method)
+                second.claim_search(method)
 
 
 RECORD = record()
@@ -237,18 +237,18 @@ def test_who_trains_what_is_waited_for_is_said(path):
     with Store.open(path) as store, Claims(path) as mine:
         ledger = Ledger(store, mine)
         remedy = f"Wait for it, or end it; where it is gone for good, remove '{lock}'."
-        assert ledger.who_has(CHUNKS) == ("process 7 on 'far'", remedy)
+        assert ledger.owners_of(CHUNKS) == ("process 7 on 'far'", remedy)
         with Claims(path) as other:
             other.take(CHUNKS[1])
             names = ["process 7 on 'far'", f"process {os.getpid()} on '{claims_file.platform.node()}'"]
-            assert ledger.who_has(CHUNKS) == (", ".join(sorted(names)), remedy)
-            assert ledger.who_has(CHUNKS[1:])[1] == ""
+            assert ledger.owners_of(CHUNKS) == (", ".join(sorted(names)), remedy)
+            assert ledger.owners_of(CHUNKS[1:])[1] == ""
         said = []
         progress = SimpleNamespace(say=lambda text, once: said.append(text))
         wait_for_others(ledger, CHUNKS, progress, lambda: True)
         assert said == [f"waiting for 3 trials of process 7 on 'far'. {remedy}"]
         lock.unlink()
-        assert ledger.who_has(CHUNKS) == ("another process", "")
+        assert ledger.owners_of(CHUNKS) == ("another process", "")
         wait_for_others(ledger, CHUNKS[1:], progress, lambda: True)
         assert said[1:] == ["waiting for 1 trial of another process."]
 
