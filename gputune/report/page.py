@@ -25,7 +25,7 @@ from gputune.report.snippet import snippet
 from gputune.scratch import no_folder, write_text
 from gputune.study.curves import FoldReport
 from gputune.study.study import Study, Trial, best_trial
-from gputune.text import clean, short
+from gputune.text import Measure, clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
 from gputune.views.parameters import importance
@@ -64,14 +64,12 @@ def as_json(value: object) -> str:
 def _columns(study: Study, rows: int) -> list[Column]:
     trials = study.ranking()[:rows]
     measure = score_view(study).measure
-    sign, decimals = (-1.0 if measure.lower_is_better else 1.0), measure.decimals
-    scores = _number_column("score", measure.name, [sign * trial.score for trial in trials], decimals)
     epochs = [trial.best_epoch or None if math.isfinite(trial.score) else None for trial in trials]
     columns: list[Column] = [
         {"key": "number", "label": "trial", "values": [trial.number for trial in trials]},
         _words("state", "state", [trial.state for trial in trials]),
-        {**scores, "first": int(-sign)},
-        _number_column("error", "± error", [trial.std_error for trial in trials], decimals),
+        _score_column("score", measure, [trial.score for trial in trials]),
+        _number_column("error", "± error", [trial.std_error for trial in trials], measure.decimals),
         *_metrics(study, trials),
         {"key": "epoch", "label": "epoch", "values": epochs},
         _number_column("seconds", "seconds", [trial.seconds for trial in trials], 2),
@@ -85,12 +83,15 @@ def _columns(study: Study, rows: int) -> list[Column]:
 def _metrics(study: Study, trials: Sequence[Trial]) -> Iterator[Column]:
     """Yield a column for each metric beside the one that ranks, and which trials no other one beats."""
     for name, measure in other_measures(study).items():
-        sign = -1.0 if measure.lower_is_better else 1.0
-        scores = [sign * trial.scores.get(name, math.nan) for trial in trials]
-        yield {**_number_column(f"score_{name}", measure.name, scores, measure.decimals), "first": int(-sign)}
+        yield _score_column(f"score_{name}", measure, [trial.scores.get(name, math.nan) for trial in trials])
     if study.metrics:
         front = {trial.number for trial in pareto_trials(study)}
         yield _words("pareto", "not beaten", ["yes" if trial.number in front else None for trial in trials])
+
+
+def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> Column:
+    sign = -1 if measure.lower_is_better else 1
+    return {**_number_column(key, measure.name, [sign * score for score in scores], measure.decimals), "first": -sign}
 
 
 def _number_column(key: str, label: str, values: Sequence[float], decimals: int) -> Column:

@@ -56,17 +56,7 @@ _NO_SCREEN = AttributeError, OSError, ValueError
 
 def reading_bar(numbers: Sequence[int], *, verbose: int) -> Iterable[int]:
     """Go through numbers of items that are read, behind a bar where somebody watches."""
-    screen = _Screen()
-    notebook = "ipykernel" in sys.modules
-    bar: Iterable[int] = tqdm(
-        numbers,
-        desc="reading X",
-        unit="row",
-        file=None if notebook else screen,
-        disable=verbose < 1 or not (screen.isatty() or notebook),
-        dynamic_ncols=True,
-        leave=False,
-    )
+    bar: Iterable[int] = Progress(verbose).new_bar(iterable=numbers, desc="reading X", unit="row")
     return bar
 
 
@@ -109,6 +99,11 @@ class Progress:
         if aloud and not self.batches:
             self.say(f"plan: {plan}", once=True)
 
+    def new_bar(self, **options: Any) -> Any:
+        """Return a bar of tqdm's with some options, silent where nobody watches."""
+        is_silent = self.verbose < 1 or self.plain
+        return tqdm(file=self.bar_file, disable=is_silent, dynamic_ncols=True, leave=False, **options)
+
     @contextmanager
     def bar_over(self, trials: int, epochs: int) -> Iterator[None]:
         """Show the bar inside, for so many trials more; inside of another bar, for a batch of its trials, that one."""
@@ -120,16 +115,7 @@ class Progress:
             self.begin = time.monotonic()
         self.unit = "trials" if epochs == 1 else "trial-epochs"
         self.trials, self.epochs = self.trials_done + trials, self.epochs_done + trials * epochs
-        self.bar = tqdm(
-            total=self.epochs,
-            file=self.bar_file,
-            initial=self.epochs_done,
-            bar_format=_FORMAT,
-            unit=self.unit,
-            disable=self.verbose < 1 or self.plain,
-            dynamic_ncols=True,
-            leave=False,
-        )
+        self.bar = self.new_bar(total=self.epochs, initial=self.epochs_done, bar_format=_FORMAT, unit=self.unit)
         self._show()
         try:
             yield
