@@ -134,15 +134,8 @@ class RayCluster:
         of_nodes = [(node.get("memory", 0), _tasks_on(node, self.threads, self.device)) for node in self._nodes()]
         return int(min(memory // tasks for memory, tasks in of_nodes if tasks))
 
-    def executor(self, job: Job, data: Dataset, plan: Plan) -> "RayTasks":
-        """Return the place where the chunks of a plan train. Their workers write no checkpoints.
-
-        It raises InputError where a worker has other versions, and ClusterError where a chunk has lost too many workers
-        or no node is left. Whatever else was trained has been yielded by then.
-        """
-        return RayTasks(self, replace(job, checkpointing=None), self._put(data), plan)
-
-    def _put(self, data: Dataset) -> object:
+    def put(self, data: Dataset) -> object:
+        """Return the reference to a dataset in Ray's store, where it lies once."""
         prepared = len(data.preparations)
         if self._stored is None or self._stored[0] is not data or self._stored[1] < prepared:
             self._stored = data, prepared, self.ray.put(to_arrays(data))
@@ -150,17 +143,21 @@ class RayCluster:
 
 
 class RayTasks(Executor[Population, Outcome | Failure]):
-    """The chunks of one plan on their way."""
+    """The chunks of one plan on their way. Their workers write no checkpoints.
+
+    Raises InputError where a worker has other versions, and ClusterError where a chunk has lost too many workers or no
+    node is left. Whatever else was trained has been yielded by then.
+    """
 
     worker = "a Ray worker"
 
-    def __init__(self, cluster: RayCluster, job: Job, data: object, plan: Plan) -> None:
+    def __init__(self, cluster: RayCluster, job: Job, data: Dataset, plan: Plan) -> None:
         self.ray, self.cluster, self.stopping = cluster.ray, cluster, job.stop
         self.cpus, self.threads = max(cluster.threads, plan.threads), plan.threads
         gpus = 1 if cluster.device == "cuda" else 0
         self.task = cluster.task.options(num_cpus=self.cpus, num_gpus=gpus, max_retries=0, name="gputune chunk")
-        sent = pickle_job(replace(job, stop=Stop()), here=False)
-        self.common = [data, self.ray.put(sent)]
+        sent = pickle_job(replace(job, stop=Stop(), checkpointing=None), here=False)
+        self.common = [cluster.put(data), self.ray.put(sent)]
         self.running: dict[object, tuple[Population, _Ended]] = {}
         self.has_given_up = self.has_trained = False
         self.submitted = 0.0

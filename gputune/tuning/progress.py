@@ -215,10 +215,6 @@ class Profile:
             inside = sum(self.seconds.values()) - others
             self.seconds[name] += time.perf_counter() - begin - inside
 
-    def trained(self, spent: Spent) -> None:
-        """Count a chunk's training, which may have run in another process."""
-        self.spent += spent
-
     def report(self, *, dtype: torch.dtype, device: torch.device) -> str:
         """Return the table; it measures the product of large matrices on the device, for a fraction of a second."""
         total = time.perf_counter() - self.begin

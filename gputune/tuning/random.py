@@ -121,7 +121,7 @@ def _solve(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> li
 
 
 def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
-    context.profile.trained(outcome.spent)
+    context.profile.spent += outcome.spent
     if not context.is_over():
         context.progress.spare(len(outcome.index) * (context.epochs - outcome.epochs))
     results = [_result(trials[i], curve, outcome, context.options) for i, curve in zip(outcome.index, outcome.curves)]

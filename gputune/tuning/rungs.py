@@ -155,7 +155,7 @@ class _RungSearch:
                 yield BegunChunk(chunk.kind, index, configs, state, alive, before, seconds)
 
     def _keep(self, trials: Sequence[_RunningTrial], outcome: RungOutcome) -> None:
-        self.context.profile.trained(outcome.spent)
+        self.context.profile.spent += outcome.spent
         for i, curve in zip(outcome.index, outcome.curves):
             trials[i].curve = np.concatenate([trials[i].curve, curve])
             trials[i].seconds += outcome.seconds / len(outcome.index)

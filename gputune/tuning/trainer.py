@@ -22,7 +22,7 @@ from gputune.engine.train import Trained
 from gputune.errors import InputError
 from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
 from gputune.executors.processes import worker_processes
-from gputune.executors.ray_cluster import RayCluster
+from gputune.executors.ray_cluster import RayCluster, RayTasks
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
 from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.descent import Hypergradient
@@ -232,7 +232,7 @@ class Trainer:
         """
         data = self.data
         if self.cluster is not None:
-            tasks = self.cluster.executor(job, data, plan)
+            tasks = RayTasks(self.cluster, job, data, plan)
             yield from hand_out(plan.chunks, tasks, None, job.stop, progress=progress, claim=claim)
             return
         for chunk in plan.chunks:

@@ -53,7 +53,7 @@ def test_the_table(passes, monkeypatch):
     with profile.clock("training"):
         passes(0.05)
     passes(0.05)
-    profile.trained(Spent(0.03, 0.01, 3e9))
+    profile.spent += Spent(0.03, 0.01, 3e9)
     text = profile.report(dtype=torch.float64, device=torch.device("cpu"))
     assert re.search(r"training +0\.05 s +50%\n +steps +60% of it\n +scores +20% of it", text)
     assert re.search(r"Steps reached 100\.0 GFLOP/s, 50% of the 200.0 that .* on 1 core \(float64\)\.", text)
@@ -61,7 +61,7 @@ def test_the_table(passes, monkeypatch):
 
 def test_what_is_inside_a_module_is_not_guessed():
     profile = Profile()
-    profile.trained(Spent(0.03, 0.01, operations({}, "module", make_data())))
+    profile.spent += Spent(0.03, 0.01, operations({}, "module", make_data()))
     assert "Steps reached" not in profile.report(dtype=torch.float32, device=torch.device("cpu"))
 
 
