@@ -57,9 +57,9 @@ def train_waiting(
     with progress.bar_over(len(ledger.waiting()), epochs):
         while waiting := ledger.waiting():
             left = train(waiting)
+            ledger.refresh()
             if is_over():
                 break
-            ledger.refresh()
             if left:
                 wait_for_others(ledger, left, progress, is_over)
     return not is_over()
