@@ -80,12 +80,9 @@ def open_store(options: Options) -> Iterator[Store | None]:
 
 
 def _portfolio(problem: Problem | None, options: Options) -> list[Config]:
-    """Return the good configurations that a space of a name begins with, those that the rows and the method can have.
-
-    Numbers of a tensor are prepared in two ways, and a descent knows no averages of weights.
-    """
+    """Return the good configurations that a named space begins with, those that the rows and the method can have."""
     if problem is None or not isinstance(options.space, str) or isinstance(options.method, Hypergradient):
-        return []
+        return []  # a descent knows no averages of weights
     ways = TENSOR_NUMBERS if isinstance(problem.raw, Tensor) else NUMBERS
     return [one for one in PORTFOLIOS.get(options.space, ()) if one.get("numbers", "standard") in ways]
 

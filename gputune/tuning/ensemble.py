@@ -89,14 +89,11 @@ def _parts(search: Search, whole: Dataset) -> list[Dataset]:
 
 
 def _columns(search: Search, data: Dataset, trials: Sequence[Trial]) -> tuple[list[list[int]], Statistics | None]:
-    """Return the first column and the end of what each trial reads of the inputs of an ensemble, and what makes these.
-
-    Where all trials prepare numbers alike they read all columns, of the data itself: [], None.
-    """
+    """Return the first column and the end of what each trial reads of an ensemble's inputs, and what makes these."""
     own = [data.of(search.config(trial)) for trial in trials]
     distinct = {one.numbers: one for one in own}
     if len(distinct) == 1:
-        return [], None
+        return [], None  # all columns of the data itself
     ends = np.cumsum([one.n_features for one in distinct.values()]).tolist()
     columns = {word: [end - one.n_features, end] for end, (word, one) in zip(ends, distinct.items())}
     parts = [part for one in distinct.values() for part in one.statistics if isinstance(part, Statistics)]
