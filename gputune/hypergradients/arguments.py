@@ -43,6 +43,21 @@ def why_not_differentiable(config: Config) -> str:
     return f"ema={config['ema']:g}; leave it out" if config["ema"] else ""
 
 
+def check_start(config: Config, name: str, start: str, *, argument: str, remedy: str = "") -> None:
+    """Raise InputError where what a ``start`` of a descent trains with has no derivative in a hyperparameter.
+
+    ``argument`` is what has chosen it; ``remedy`` is another one than to change the configuration.
+    """
+    optimizer = config["optimizer"]
+    if reason := why_not_differentiable(config):
+        raise InputError(f"a descent cannot differentiate what {start} has: {reason}{remedy}.")
+    if name not in HYPERPARAMETERS_OF[optimizer]:
+        raise InputError(
+            f"{argument}: {optimizer} has no {name!r}, and {start} uses it; choose from "
+            f"{', '.join(HYPERPARAMETERS_OF[optimizer])}, or an optimizer that has it."
+        )
+
+
 def check_optimizer(optimizer: object) -> tuple[str, float]:
     """Return the update rule and its default momentum; "momentum" is sgd with a momentum of 0.9."""
     if optimizer == "momentum":
@@ -123,9 +138,17 @@ def to_coordinate(name: str, value: Tensor) -> Tensor:
     return value.logit() if name in _BETWEEN_0_AND_1 else value.log()
 
 
-def has_coordinate(name: str, value: float) -> bool:
-    """Whether a value has a finite coordinate: 0 and infinity have none."""
-    return math.isfinite(float(to_coordinate(name, torch.tensor(float(value), dtype=torch.float64, device="cpu"))))
+def check_coordinate(name: str, value: float, start: str, *, called: str, space: str) -> None:
+    """Raise InputError for a value that a ``start`` cannot move from, since it has no finite coordinate: 0, infinity.
+
+    In errors the hyperparameter is ``called`` so, and drawn from a ``space``.
+    """
+    if not math.isfinite(float(to_coordinate(name, torch.tensor(float(value), dtype=torch.float64, device="cpu")))):
+        raise InputError(
+            f"a descent cannot start from {called}={value:g}, as {start} does, because it moves in the "
+            f"{'logit' if name in _BETWEEN_0_AND_1 else 'logarithm'}; put {called!r} in {space} with values above 0"
+            f"{' and finite' if name == 'C' else ''}, or leave it out of hyperparameters."
+        )
 
 
 def from_coordinate(name: str, coordinate: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from gputune.engine.choice import device_for_solver
 from gputune.engine.memory import Failure
 from gputune.engine.stop import entry
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, why_not_differentiable
+from gputune.hypergradients.arguments import check_coordinate, check_start
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.inner import check_classes
@@ -209,13 +209,7 @@ def start_values(
     values = {}
     for name, parameter in parameters.items():
         value = values[name] = _value(recipe, name, parameter, number)
-        if not has_coordinate(name, value):
-            raise InputError(
-                f"a descent cannot start from {parameter}={value:g}, as start {number} does, because it moves "
-                f"{'in the logit' if name == 'momentum' else 'in the logarithm'}; put {parameter!r} in "
-                f"param_distributions with values above 0{' and finite' if name == 'C' else ''}, or leave it out of "
-                "hyperparameters."
-            )
+        check_coordinate(name, value, f"start {number}", called=parameter, space="param_distributions")
     return values
 
 
@@ -228,16 +222,8 @@ def _value(recipe: Recipe | Penalty, name: str, parameter: str, number: int) -> 
                 f"start {number}; leave it True, or search C with RandomizedSearchCV."
             )
         return recipe.C
-    optimizer = recipe.config["optimizer"]
-    if reason := why_not_differentiable(recipe.config):
-        raise InputError(
-            f"a descent cannot differentiate what start {number} has: {reason}, or use RandomizedSearchCV."
-        )
-    if name not in HYPERPARAMETERS_OF[optimizer]:
-        raise InputError(
-            f"hyperparameters: {optimizer} has no {name!r}, and start {number} uses it; leave {parameter!r} out, or "
-            "choose an optimizer that has it."
-        )
+    remedy = ", or use RandomizedSearchCV"
+    check_start(recipe.config, name, f"start {number}", argument="hyperparameters", remedy=remedy)
     if name != "weight_decay":
         return float(recipe.config[name])
     if (recipe.alpha is not None) != parameter.endswith("alpha"):

@@ -12,7 +12,7 @@ from gputune.engine.job import Outcome
 from gputune.engine.memory import Failure
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, why_not_differentiable
+from gputune.hypergradients.arguments import check_coordinate, check_start
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.inner import check_classes
@@ -265,21 +265,10 @@ def _complete(params: Config, context: Context) -> Config:
 def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Context) -> None:
     """Refuse, before anything trains, a start that cannot move."""
     for number, config in configs.items():
-        optimizer = config["optimizer"]
-        if not context.choice.solved and (reason := why_not_differentiable(config)):
-            raise InputError(f"method='hypergradient' cannot differentiate what trial {number} has: {reason}.")
         for name in names:
-            if not context.choice.solved and name not in HYPERPARAMETERS_OF[optimizer]:
-                raise InputError(
-                    f"Hypergradient(hyperparameters=...): {optimizer} has no {name!r}, and trial {number} uses it; "
-                    f"choose from {', '.join(HYPERPARAMETERS_OF[optimizer])}."
-                )
-            if not has_coordinate(name, config[name]):
-                raise InputError(
-                    f"method='hypergradient' moves {name!r} in its logarithm and cannot start from "
-                    f"{config[name]:g}, as trial {number} does; put {name!r} in the space with values above 0"
-                    f"{' and finite' if name == 'C' else ''}, or do not descend on it."
-                )
+            if not context.choice.solved:
+                check_start(config, name, f"trial {number}", argument="Hypergradient(hyperparameters=...)")
+            check_coordinate(name, config[name], f"trial {number}", called=name, space="the space")
 
 
 def _check_folds(labels: Sequence[object], context: Context) -> None:

@@ -253,7 +253,7 @@ def test_little_memory_cuts_chunks_and_changes_nothing(iris):
         ("halfing", {}, "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving"),
         (gputune.Hypergradient(hyperparameters="C"), {}, "only the logistic regression solved with .* has 'C'"),
         (gputune.Hypergradient(hyperparameters="momentum"), {}, "adam has no 'momentum', and trial 0 uses it"),
-        (gputune.Hypergradient(hyperparameters="weight_decay"), {}, "cannot start from 0, as trial 0 does"),
+        (gputune.Hypergradient(hyperparameters="weight_decay"), {}, "start from weight_decay=0, as trial 0"),
         ("hypergradient", {"optimizer": "sgdhd"}, "trial 0 has: optimizer='sgdhd'; choose one of sgd"),
         ("hypergradient", {"optimizer": "muon"}, "trial 0 has: optimizer='muon'; choose one of sgd"),
         ("hypergradient", {"space": {"clip_norm": [1.0]}}, "trial 0 has: clip_norm=1; leave it out"),
@@ -286,7 +286,7 @@ def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(ir
 def test_the_solved_logistic_regression_has_c_alone(iris, options):
     with pytest.raises(InputError, match="the solved logistic regression has C alone"):
         gputune.tune("logistic", *iris, method=gputune.Hypergradient(**options), verbose=0)
-    with pytest.raises(InputError, match="cannot start from inf, as trial 0 does.*above 0 and finite"):
+    with pytest.raises(InputError, match="cannot start from C=inf, as trial 0 does.*above 0 and finite"):
         gputune.tune("logistic", *iris, space={"C": [math.inf]}, n_trials=1, include_default=False,
                      method="hypergradient", verbose=0)  # fmt: skip
 
