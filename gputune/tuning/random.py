@@ -247,17 +247,16 @@ def _study_so_far(
     if it had never stopped. Where it proposes something else, a reseeded copy is told what was tried in the place of
     its proposals.
     """
-    study = OptunaStudy(method.sampler, space, check=check)
-    _tell_earlier(study, options, progress)
-    if _repeat(study, ledger, progress, enqueue=False):
-        return study
-    progress.say(
-        "note: the sampler does not propose the finished trials again (it has no seed, or is another one); a reseeded "
-        "copy of it is told their results."
-    )
-    study = OptunaStudy(method.sampler, space, reseed=True, check=check)
-    _tell_earlier(study, options, progress)
-    _repeat(study, ledger, progress, enqueue=True)
+    for reseed in (False, True):
+        study = OptunaStudy(method.sampler, space, reseed=reseed, check=check)
+        _tell_earlier(study, options, progress)
+        if _repeat(study, ledger, progress, enqueue=reseed):
+            break
+        progress.say(
+            "note: the sampler does not propose the finished trials again (it has no seed, or is another one); a "
+            "reseeded copy of it is told their results.",
+            once=True,
+        )
     return study
 
 
