@@ -200,7 +200,10 @@ class Evaluation:
 
     def text(self, width: int) -> str:
         """Return tables for a terminal."""
-        rows = [_score_row(name, *score) for name, score in self.scores.items()]
+        rows = []
+        for name, (one, positive) in self.scores.items():
+            measure = measure_of(name, one.score, positive)
+            rows.append([measure.title, measure.text(one.score), one.bounds(measure) or "-"])
         parts = [table(["score", "", "95 % of bootstrap samples"], rows, left=["score"])]
         undefined = [f"No {name}: {clean(one.why)}." for name, (one, _) in self.scores.items() if one.why]
         undefined += self._of_rows()
@@ -240,11 +243,6 @@ class Evaluation:
         names = [clean(label) for label in self.classes]
         rows = [[name, *map(str, line)] for name, line in zip(names, self.confusion)]
         return table(["true \\ predicted", *names], rows, left=["true \\ predicted"])
-
-
-def _score_row(name: str, one: HeldOut, positive: object) -> list[str]:
-    measure = measure_of(name, one.score, positive)
-    return [measure.title, measure.text(one.score), one.bounds(measure) or "-"]
 
 
 def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object) -> Evaluation:

@@ -51,9 +51,9 @@ class Arrays:
         positions = np.asarray(rows, dtype=np.int64)
         return replace(self, places=positions if self.places is None else self.places[positions])
 
-    def gathered(self, begin: int = 0, end: int | None = None) -> tuple[Tensor, ...]:
-        """Return rows of all inputs, each (m, ...)."""
-        return tuple(self._rows(x, begin, end) for x in self.parts)
+    def gathered(self) -> tuple[Tensor, ...]:
+        """Return the rows of all inputs, each (n, ...)."""
+        return tuple(self._rows(x, 0, None) for x in self.parts)
 
     def _rows(self, x: Tensor, begin: int, end: int | None) -> Tensor:
         if self.places is None:
@@ -306,7 +306,7 @@ def _fit(arrays: Arrays, part: int, folds: Sequence[np.ndarray]) -> list[tuple[n
         return None
     shape = channel_axes(tuple(x.shape[1:]))
     summed = [axis + 1 for axis, size in enumerate(shape) if size == 1]
-    each = x[0].numel() / np.prod(shape, dtype=float)
+    each = x[0].numel() / math.prod(shape)
     shift = next(arrays.blocks(part))[1].double().mean([0, *summed], keepdim=True)  # against cancellation
     first, second = (np.empty((len(arrays), *shape)) for _ in range(2))
     for start, block in arrays.blocks(part):

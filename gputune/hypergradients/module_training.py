@@ -86,7 +86,8 @@ class ModuleTraining:
         with _module_errors(name, pair), self.objective.substitute(state) as objective:
             self.module.train(training)
             differentiate_statistics(self.module)
-            loss = objective(*map(_normal, pair))
+            # One made in inference mode is copied: autograd could not keep it.
+            loss = objective(*(p.clone() if isinstance(p, Tensor) and p.is_inference() else p for p in pair))
             after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         for key, before in self.fixed.items():
             if after.get(f"module.{key}") is not before or before._version:
@@ -164,11 +165,6 @@ class _Objective(nn.Module):
 
     def forward(self, x: object, y: object) -> Tensor:
         return self.loss(self.module(x), y)
-
-
-def _normal(value: object) -> Any:
-    """Return a tensor that autograd may keep: one made in inference mode is copied."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def check_module(module: nn.Module) -> None:

@@ -76,9 +76,8 @@ def nested_cv(
     searches = [clone(search) for _ in splits]
     trains = [train for train, _ in splits]
     rows = [(*_safe_split(search, X, y, t), _check_method_params(X, to_fit, t)) for t in trains]
-    together = why_not_together(search.estimator, getattr(search, search._space_name)) is None
     trained: Sequence[TrainedCandidates | None] = [None] * len(splits)
-    if together:
+    if why_not_together(search.estimator, getattr(search, search._space_name)) is None:
         trained = _train(searches, rows, _parts(searches[0], X, y, to_fit, trains))
     for each, candidates, train_rows in zip(searches, trained, rows):
         each._fit_trained(candidates, *train_rows)
