@@ -62,6 +62,7 @@ def test_an_accuracy_is_remarked_where_one_class_makes_it(counts, words):
                      positive=positive, **HOW)  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*train without rows of a class:UserWarning")
 def test_a_class_is_named_only_where_it_is_the_answer_in_every_fold():
     X, y = np.random.default_rng(0).normal(size=(63, 2)), np.repeat(["a", "b", "c"], 21)
     for cv, answer in (KFold(3), "the most frequent class of the training rows"), (3, "always 'a'"):
