@@ -19,7 +19,7 @@ from gputune.modules.recorder import RECORDERS, CudaRecorder
 from gputune.native.library import OPTIMIZERS, NotBuiltError, library
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import RULES
-from gputune.population.population import ModelKind, is_plain
+from gputune.population.population import ModelKind, beyond_adam
 from gputune.types import BY_MEMBER, Backend, BackendWord, Config, Precision
 
 _FEW = 20  # members, of which a step is all launches
@@ -159,7 +159,7 @@ def trains_as(
             return "kernel"
         backend = "graph"
     if backend == "compiled":
-        if config["optimizer"] in OPTIMIZERS and is_plain({**config, "ema": 0.0}):
+        if config["optimizer"] in OPTIMIZERS and config["clip_norm"] == math.inf and not beyond_adam(config):
             return "compiled" if config["depth"] <= _DEEPEST else "eager"
         backend = "graph"
     if backend == "graph" and CudaRecorder.failure and data is not None and data.device.type == "cuda":

@@ -16,7 +16,7 @@ from sklearn.utils import check_random_state
 
 from gputune.errors import InputError, import_extra
 from gputune.methods.config import RANGES
-from gputune.study.study import Study, best_trial
+from gputune.study.study import Study
 from gputune.text import short
 from gputune.types import Config, Json
 
@@ -277,20 +277,21 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
     Nothing is said of words, of values that no law of one range was drawn from, of what a descent moves, and of the end
     that no value may lie beyond, as dropout=0; nor where an included trial went further, or another scored the same.
     """
-    scored = [trial for trial in study.trials if math.isfinite(trial.score)]
-    best, sentences = best_trial(study), []
-    if best is None:
+    finite = np.flatnonzero(np.isfinite(study.scores)).tolist()
+    if not finite:
         return ()
-    equal = [trial for trial in scored if trial.score == best.score]
+    sentences, best = [], study.order[0]
+    scored = [study.rows[row][0].params for row in finite]
+    equal = [study.rows[row][0].params for row in np.flatnonzero(study.scores == study.scores[best]).tolist()]
     for key, law in study.record.distributions.items():
-        value, ends = best.params.get(key), _ends(law)
+        value, ends = study.rows[best][0].params.get(key), _ends(law)
         if ends is None or not _is_number(value) or key in study.record.descended:
             continue
-        tried = _numbers([trial.params.get(key) for trial in scored])
+        tried = _numbers([params.get(key) for params in scored])
         if len(tried) < _TRIED:
             continue
         low, high = ends
-        places = [_place(one.params[key], low, high, law) for one in equal if _is_number(one.params.get(key))]
+        places = [_place(params[key], low, high, law) for params in equal if _is_number(params.get(key))]
         if max(places) <= _NEAR and low <= min(tried) and not _is_last(key, low, "low"):
             sentences.append(_sentence(key, value, "lower", "smaller", ends))
         if min(places) >= 1 - _NEAR and max(tried) <= high and not _is_last(key, high, "high"):

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -39,7 +40,7 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     Raises InputError for what an optimizer that adapts its rate, or a class of torch.optim, does not know.
     """
     word = config.get("optimizer", optimizer)
-    full = {**DEFAULTS, **optimizer_defaults(word), "optimizer": word, "schedule": schedule, **config}
+    full = {**_defaults(word), "schedule": schedule, **config}
     if isinstance(full["width"], tuple):
         full["depth"] = len(full["width"])
     if (word in ONLINE or class_of(full)) and (unknown := beyond_adam(full)):
@@ -48,6 +49,11 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
             f"optimizer={word!r} {kind}, and does not know {unknown[0]!r}: leave it out, or choose another optimizer."
         )
     return full
+
+
+@lru_cache  # 100,000 trials have the same
+def _defaults(word: str) -> Config:
+    return {**DEFAULTS, **optimizer_defaults(word), "optimizer": word}
 
 
 def beyond_adam(config: Config) -> list[str]:

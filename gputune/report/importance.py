@@ -14,7 +14,7 @@ from gputune.study.study import Study
 from gputune.text import clean
 from gputune.views.axes import Axis, linear_scale, parallel_axes
 from gputune.views.parameters import Importance
-from gputune.views.scores import ranked_rows, score_view
+from gputune.views.scores import score_view
 
 WEAK = 0.2
 """R2 below which a forest has not understood the trials."""
@@ -107,7 +107,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> Parallel | No
         which = "most important" if important else "first"
         notes = (f"The {which} {len(first)} of {len(columns)} hyperparameters have an axis here.",)
         columns = [axis for axis in columns if axis in first]
-    axes, ranked = (*columns, of_scores), ranked_rows(study)
+    axes, ranked = (*columns, of_scores), study.order
     width = max(960.0, 2 * _SIDE + 105.0 * (len(axes) - 1))
     x = np.linspace(_SIDE, width - _SIDE, len(axes))
     heights = np.stack([_down(_strips(axis.heights[ranked])) for axis in axes], axis=1)

@@ -2,22 +2,24 @@
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gputune.errors import StudyCorruptError
 from gputune.study.database import TABLES, beside, check_file, create_file, insert
-from gputune.study.rows import HOW_MANY, Candidate, Chunk, Option, Result, Row, read_row
+from gputune.study.rows import HOW_MANY, Candidate, Chunk, Option, Result, Row, read_rows
 
 _MOST_FAILURES = 20_000
 """Reads of damaged pages after which what lies between is given up: more rows than a page of pages leads to."""
 
 Rows = dict[int, Row]
 
-_READERS: dict[str, Callable[..., object]] = {
-    "meta": Option.from_row, "trials": Candidate.from_row, "plan": Chunk.from_row, "results": Result.from_row,
+_READERS: dict[str, Callable[..., Iterable[object]]] = {
+    "meta": partial(map, Option.from_row), "trials": Candidate.from_rows,
+    "plan": partial(map, Chunk.from_row), "results": Result.from_rows,
 }  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def _whole_rows(connection: sqlite3.Connection, table: str) -> Rows:
 
 def _is_whole(table: str, row: Row) -> bool:
     with suppress(ValueError):  # also where its checksum fits, and nobody can read it
-        read_row(_READERS[table], row)
+        read_rows(_READERS[table], [row])
         return True
     return False
 

@@ -7,10 +7,10 @@ checksum of its key and content, by which a whole row is known wherever it is fo
 import hashlib
 import math
 import re
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 import numpy as np
@@ -78,11 +78,11 @@ class Candidate:
         return int(self.number), to_json(self.params, name=f"trial {self.number}"), origin
 
     @classmethod
-    def from_row(cls, number: int, params: str, origin: str) -> Self:
-        values = from_json(params)
-        if not isinstance(values, dict) or not {str}.issuperset(map(type, values)):
-            raise ValueError(f"parameters {params[:60]} are no object")
-        return cls(number, values, _origin(origin))
+    def from_rows(cls, numbers: Sequence[int], params: Sequence[str], origins: Sequence[str]) -> list[Self]:
+        values = [from_json(text) for text in params]
+        if not ({dict}.issuperset(map(type, values)) and {str}.issuperset(map(type, chain.from_iterable(values)))):
+            raise ValueError(f"parameters {params[0][:60]} are no object")
+        return list(map(cls, numbers, values, map(_origin, origins)))
 
 
 @lru_cache
@@ -179,15 +179,22 @@ class Result:
         )
 
     @classmethod
-    def from_row(cls, number: int, state: State, *row: Any) -> Self:
-        score, fold_scores, best_epoch, seconds, curve, detail = row
-        folds, (mean, *others), (time,) = _unpack(fold_scores), _unpack(score), _unpack(seconds)
-        facts = read_detail(detail)
-        if not 0 <= best_epoch < 2**31 or not (0 <= time < 1e15 or math.isnan(time)):
+    def from_rows(cls, numbers: Sequence[int], states: Sequence[State], *columns: Any) -> list[Self]:
+        scores, fold_scores, epochs, seconds, curves, details = columns
+        means, folds, (times,) = _table(scores), _table(fold_scores), _table(seconds).T
+        if not (min(epochs) >= 0 and max(epochs) < 2**31 and ((times >= 0) & (times < 1e15) | np.isnan(times)).all()):
             raise ValueError("its best epoch or seconds are out of their range or of another type")
-        metrics = (1 + len(others),) if others else ()
-        table = np.frombuffer(curve, dtype=_FLOAT).reshape(-1, len(folds), *metrics)
-        return cls(number, state, mean, folds, best_epoch, time, table, facts)
+        shape = (-1, folds.shape[1], *means.shape[1:] * (means.shape[1] > 1))
+        tables = [np.frombuffer(curve, dtype=_FLOAT).reshape(shape) for curve in curves]
+        of_training = means[:, 0].tolist(), map(tuple, folds.tolist()), epochs, times.tolist(), tables
+        return list(map(cls, numbers, states, *of_training, map(read_detail, details)))
+
+
+def _table(values: Sequence[bytes]) -> Curve:
+    """Return floats as a row for each trial. Raises ValueError where trials have not the same number of them."""
+    if len({*map(len, values)}) > 1:
+        raise ValueError("rows are of unlike length")
+    return np.frombuffer(b"".join(values), dtype=_FLOAT).reshape(len(values), -1)
 
 
 def outputs_to_row(number: int, outputs: Outputs) -> Row:
@@ -215,13 +222,13 @@ def read_detail(text: str) -> Json:
     return facts
 
 
-def read_row(make: Callable[..., Value], row: Row) -> Value:
-    """Return what a row says, its checksum being the last value. Raises ValueError where it is damaged."""
-    values = row[:-1]
-    if row[-1] != checksum(*values):
+def read_rows(make: Callable[..., Iterable[Value]], rows: Sequence[Row]) -> list[Value]:
+    """Return what rows say, the last value of each being its checksum. Raises ValueError where one is damaged."""
+    *columns, given = zip(*rows)
+    if list(given) != checksums(columns):
         raise ValueError("does not fit its checksum")
     try:
-        return make(*values)
+        return list(make(*columns))
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"cannot be read ({error})") from error
 
@@ -231,25 +238,19 @@ def _lead(kind: type, size: int) -> bytes:
     return f"{kind.__name__}:{size}:".encode()
 
 
+def checksums(columns: Iterable[Sequence[str | bytes | int]]) -> list[str]:
+    """64 bits of SHA-256 over each row's values, each led by its type and length so that no two rows read alike."""
+    parts: list[Iterable[bytes]] = []
+    for values in columns:
+        raws = [value if isinstance(value, bytes) else str(value).encode() for value in values]
+        parts += (map(_lead, map(type, values), map(len, raws)), raws)
+    return [hashlib.sha256(b"".join(row)).hexdigest()[:16] for row in zip(*parts)]
+
+
 def checksum(*values: str | bytes | int) -> str:
-    """64 bits of SHA-256 over the values, each led by its type and length so that no two rows read alike."""
-    parts: list[bytes] = []
-    for value in values:
-        raw = value if isinstance(value, bytes) else str(value).encode()
-        parts += (_lead(type(value), len(raw)), raw)  # type: ignore[arg-type]  # each type has a hash
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    """``checksums`` of one row."""
+    return checksums(zip(values))[0]
 
 
 def _pack(values: Sequence[float] | Curve) -> bytes:
     return np.ascontiguousarray(values, dtype=_FLOAT).tobytes()
-
-
-def _unpack(raw: bytes) -> tuple[float, ...]:
-    return _floats(len(raw)).unpack(raw)
-
-
-@lru_cache
-def _floats(size: int) -> struct.Struct:
-    if size % 8:
-        raise ValueError(f"{size} bytes are no float64")
-    return struct.Struct(f"<{size // 8}d")

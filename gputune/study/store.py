@@ -9,7 +9,8 @@ import errno
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -45,13 +46,16 @@ from gputune.study.rows import (
     outputs_to_row,
     ranked,
     read_detail,
-    read_row,
+    read_rows,
 )
 from gputune.types import Json
 
 _ROWS = {"meta": "option {!r}", "trials": "trial {}", "plan": "chunk {} of the plan",
          "results": "the result of trial {}", "outputs": "the row of outputs of trial {}"}  # fmt: skip
 """What a row of a table is called by its first value."""
+
+_AT_ONCE = 100
+"""Rows that are read together: more take more memory, and time for it."""
 
 __all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
 
@@ -116,7 +120,7 @@ class Store:
     def meta(self) -> Meta:
         """The options that the study was created with."""
         options = Meta(self.path)
-        options |= {option.key: option.value for option in self._rows("meta", Option.from_row)}
+        options |= {option.key: option.value for option in self._rows("meta", partial(map, Option.from_row))}
         options.pop(HOW_MANY, None)
         if "numbers" in options:  # a search from before the option did this
             options.setdefault("columns", "drop-constant")
@@ -157,24 +161,24 @@ class Store:
         if numbers is None:
             candidates, results = self.candidates(), self.results()
         else:
-            candidates = self._rows("trials", Candidate.from_row, numbers)
-            results = {result.number: result for result in self._rows("results", Result.from_row, numbers)}
+            candidates = self._rows("trials", Candidate.from_rows, numbers)
+            results = {result.number: result for result in self._rows("results", Result.from_rows, numbers)}
         return [(candidate, results.get(candidate.number)) for candidate in candidates]
 
     def check(self, numbers: Collection[int] | None = None) -> set[int]:
         """Hold each trial and result, or those of some numbers, against its checksum; return the numbers of results."""
-        self._rows("trials", _values, numbers)
-        return {number for number, *_ in self._rows("results", _values, numbers)}
+        self._rows("trials", zip, numbers)
+        return {number for number, *_ in self._rows("results", zip, numbers)}
 
     def candidates(self) -> list[Candidate]:
         """Return every candidate in order of its number. Raises StudyCorruptError."""
-        return self._all("trials", Candidate.from_row, self._candidates)
+        return self._all("trials", Candidate.from_rows, self._candidates)
 
     def results(self) -> dict[int, Result]:
         """Return every result by the number of its trial, in that order. Raises StudyCorruptError."""
         known = self._results
         unread = [one.number for one in self.candidates() if one.number not in known] if known else None
-        new = {result.number: result for result in self._rows("results", Result.from_row, unread)}
+        new = {result.number: result for result in self._rows("results", Result.from_rows, unread)}
         results = dict(sorted({**known, **new}.items())) if known else new
         known |= {number: result for number, result in new.items() if result.state != "stopped"}
         return results
@@ -212,7 +216,7 @@ class Store:
 
     def plan(self) -> list[Chunk]:
         """Return the chunks that were frozen, in order of their numbers. Raises StudyCorruptError."""
-        return self._all("plan", Chunk.from_row, self._chunks)
+        return self._all("plan", partial(map, Chunk.from_row), self._chunks)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write the study as it is now into a new file, whole or not at all, whoever writes meanwhile.
@@ -225,7 +229,7 @@ class Store:
         """Return the outputs that are kept of trials with these numbers. Raises StudyCorruptError."""
         if not self._read("SELECT 1 FROM sqlite_schema WHERE name = 'outputs'"):
             return {}
-        return dict(self._rows("outputs", outputs_from_row, numbers))
+        return dict(self._rows("outputs", partial(map, outputs_from_row), numbers))
 
     def _keep(self, outputs: Mapping[int, Outputs]) -> None:
         """Write outputs, also over others of a trial whose result was lost; drop the worst where all take too much."""
@@ -252,21 +256,29 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _rows(self, table: str, make: Callable[..., Value], numbers: Collection[int] | None = None) -> list[Value]:
+    def _rows(
+        self, table: str, make: Callable[..., Iterable[Value]], numbers: Collection[int] | None = None
+    ) -> list[Value]:
         """Return what the rows of a table, or those of some numbers, say; StudyCorruptError where one is damaged."""
         some = "" if numbers is None else "WHERE rowid IN (SELECT value FROM json_each(?))"
         given = () if numbers is None else (json.dumps(list(numbers)),)
         query = f"SELECT * FROM {table} {some} ORDER BY rowid"
         values: list[Value] = []
         with without_collector(), sqlite_errors(self.path):
-            for row in self._connection.execute(query, given):  # all at once would take more memory, and time for it
-                try:
-                    values.append(read_row(make, row))
-                except ValueError as error:
-                    raise damage_error(self.path, f"{_ROWS[table].format(row[0])} {error}") from error
+            cursor = self._connection.execute(query, given)
+            while rows := cursor.fetchmany(_AT_ONCE):
+                values += self._read_rows(table, make, rows)
         return values
 
-    def _all(self, table: str, make: Callable[..., Kept], known: dict[int, Kept]) -> list[Kept]:
+    def _read_rows(self, table: str, make: Callable[..., Iterable[Value]], rows: Sequence[Row]) -> list[Value]:
+        try:
+            return read_rows(make, rows)
+        except ValueError as error:
+            if len(rows) > 1:  # which of them is damaged, or of another length than the others
+                return [value for row in rows for value in self._read_rows(table, make, [row])]
+            raise damage_error(self.path, f"{_ROWS[table].format(rows[0][0])} {error}") from error
+
+    def _all(self, table: str, make: Callable[..., Iterable[Kept]], known: dict[int, Kept]) -> list[Kept]:
         """Return what a table says whose rows are never changed; those that are ``known`` are not read again."""
         ((rows,),) = self._read(f"SELECT count(*) FROM {table}")
         if rows != len(known):
@@ -306,7 +318,3 @@ class Store:
                         f"{'was never added' if never_added else 'is there already and is never replaced'}; "
                         "nothing was written. Two processes may be at work on one study, or it is another one."
                     ) from error
-
-
-def _values(*values: object) -> Row:
-    return values

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.garbage import without_collector
@@ -129,7 +130,25 @@ class Study:
         """Return the study of these candidates, in this order, and of the results that there are so far."""
         trials = partial(_trials, rows, SearchRecord.from_json(meta))
         curves = partial(stack_curves, [None if result is None else result.curve for _, result in rows])
-        return cls(meta=meta, trials=trials, curves=curves, data=data, file=file)
+        study = cls(meta=meta, trials=trials, curves=curves, data=data, file=file)
+        vars(study)["rows"] = rows
+        return study
+
+    @cached_property
+    def rows(self) -> Sequence[tuple[Candidate | Trial, Result | Trial | None]]:
+        """The configuration of each trial and its result, from which ``trials`` are made when they are asked for."""
+        return [(trial, trial) for trial in self.trials]
+
+    @cached_property
+    def scores(self) -> NDArray[np.float64]:
+        """The scores (C,) of the trials."""
+        return np.array([math.nan if result is None else result.score for _, result in self.rows], dtype=np.float64)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The rows of the trials, in the order of ``ranking``."""
+        pruned = [result is not None and result.state == "pruned" for _, result in self.rows]
+        return list(map(int, ranked(self.scores, np.array(pruned, dtype=bool))))
 
     @cached_property
     def record(self) -> SearchRecord:
@@ -205,9 +224,8 @@ class Study:
 
     @cached_property
     def _ranking(self) -> tuple[Trial, ...]:
-        scores = np.array([trial.score for trial in self.trials], dtype=np.float64)
-        pruned = np.array([trial.state == "pruned" for trial in self.trials], dtype=bool)
-        return tuple(self.trials[row] for row in ranked(scores, pruned))
+        trials = self.trials
+        return tuple(trials[row] for row in self.order)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.
@@ -285,20 +303,19 @@ class Study:
         )
 
     def __repr__(self) -> str:
-        states = Counter(trial.state for trial in self.trials)
+        states = Counter("waiting" if result is None else result.state for _, result in self.rows)
         parts = [self.record.model] if self.record.model else []
-        parts.append(count(len(self.trials), "trial"))
+        parts.append(count(len(self.rows), "trial"))
         parts += [f"{states[s]} {s}" for s in ("pruned", "stopped", "failed", "waiting") if s in states]
-        if (best := best_trial(self)) is not None:
-            score = f"{self.record.scoring or 'score'}{of_class(self.record.ranked_class)}"
-            parts.append(f"best {score} {best.score:.4g} in trial {best.number}")
+        if np.isfinite(self.scores).any():
+            score, best = f"{self.record.scoring or 'score'}{of_class(self.record.ranked_class)}", self.order[0]
+            parts.append(f"best {score} {self.scores[best]:.4g} in trial {self.rows[best][0].number}")
         return f"Study({', '.join(parts)})"
 
 
 def best_trial(study: Study) -> Trial | None:
     """Return the best trial of a study, None where none has a finite score."""
-    best = next(iter(study.ranking()), None)
-    return best if best is not None and math.isfinite(best.score) else None
+    return study.trials[study.order[0]] if np.isfinite(study.scores).any() else None
 
 
 def check_metric(study: Study, metric: object, method: str) -> str:

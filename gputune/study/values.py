@@ -85,15 +85,16 @@ def _encode_mapping(value: Mapping[object, object], name: str) -> object:
 
 
 def _decode(value: object) -> Any:
-    if isinstance(value, list):
-        return value if _PLAIN.issuperset(map(type, value)) else [_decode(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if len(value) != 1 or next(iter(value)) not in DECODERS:
+    if isinstance(value, dict):
+        if len(value) == 1:
+            ((tag, content),) = value.items()
+            if tag in DECODERS:
+                return DECODERS[tag](content)
         plain = _PLAIN.issuperset(map(type, value.values()))
         return value if plain else {key: _decode(item) for key, item in value.items()}
-    ((tag, content),) = value.items()
-    return DECODERS[tag](content)
+    if not isinstance(value, list) or _PLAIN.issuperset(map(type, value)):
+        return value
+    return [_decode(item) for item in value]
 
 
 def _decode_array(content: Json) -> np.ndarray:

@@ -8,6 +8,7 @@ from math import isfinite
 from torch import Tensor
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
+from gputune.garbage import without_collector
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler
@@ -154,7 +155,9 @@ def add_missing(
 ) -> None:
     """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
     known = len(ledger.candidates)
-    if new := _missing(ledger, trials, space, options, check):
+    with without_collector():
+        new = _missing(ledger, trials, space, options, check)
+    if new:
         with ledger.alone():
             if len(ledger.candidates) > known:  # another process has added some meanwhile
                 new = _missing(ledger, trials, space, options, check)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from torch import nn
@@ -47,17 +48,15 @@ class ModelChoice:
         goal: Goal = "classes" if classes else "numbers" if target.task == "regression" else ""
         return replace(self, goal=goal)
 
-    @property
+    @cached_property
     def recipe(self) -> Config:
-        """Return what its trials take in the place of the common defaults."""
+        """What its trials take in the place of the common defaults."""
         return recipe_of(self.module_class, self.goal)
 
     def defaults(self, schedule: str) -> Config:
         """Return its recipe, with the optimizer, and a ``schedule`` where that is not the constant one."""
-        recipe = self.recipe
-        if schedule != "constant" or "schedule" not in recipe:
-            recipe["schedule"] = schedule
-        return {**recipe, "optimizer": self.optimizer}
+        own = {} if schedule == "constant" and "schedule" in self.recipe else {"schedule": schedule}
+        return {**self.recipe, **own, "optimizer": self.optimizer}
 
     def complete(self, params: Config, schedule: str) -> Config:
         """Return a trial's parameters with every key that training reads."""

@@ -107,6 +107,6 @@ def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
     if numbers:
         words, at_once = interrupted_words(study, study.file), len(numbers) > 1
         raise SearchInterrupted(words, study=study, signal=numbers[0], at_once=at_once)
-    if all(trial.state == "failed" for trial in study.trials):
+    if all(result is not None and result.state == "failed" for _, result in study.rows):
         raise SearchFailedError(study.why_none_is_best())
     return study

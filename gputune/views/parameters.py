@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gputune.errors import InputError
 from gputune.study.study import Study
 from gputune.text import clean, short
-from gputune.views.scores import ranked_rows, score_view
+from gputune.views.scores import score_view
 
 _DECADES = 100.0
 """Positive values whose largest is so many times the smallest are read on a logarithm."""
@@ -66,11 +66,13 @@ def varied_parameters(study: Study) -> tuple[Parameter, ...]:
 def _parameter(name: str, study: Study) -> Parameter:
     values = [trial.params.get(name) for trial in study.trials]
     present = [value for value in values if value is not None]
-    if not present or not all(map(_is_numbers, present)):
+    plain = {int, float}.issuperset(map(type, present)) and _are_near(present)  # as most are
+    if not present or not (plain or all(map(_is_numbers, present))):
         return _words(name, [short(t.params[name]) if name in t.params else None for t in study.trials])
-    lists = any(isinstance(value, list) for value in present)
+    lists = not plain and any(isinstance(value, list) for value in present)
     label = f"{clean(name)} (median of its values)" if lists else clean(name)
-    numbers = np.array([np.nan if value is None else median(_flat(value)) for value in values])
+    medians = values if plain else [None if value is None else median(_flat(value)) for value in values]
+    numbers = np.array(medians, dtype=np.float64)  # NaN for None
     infinite = np.abs(numbers) > _FARTHEST
     numbers[infinite] = np.nan
     log = is_log(name, numbers, study.record.space)
@@ -98,6 +100,10 @@ def _words(name: str, texts: Sequence[str | None]) -> Parameter:
     place = {text: position for position, text in enumerate(levels)}
     values = [np.nan if text is None else place.get(text, len(levels) - 1) for text in texts]
     return Parameter(name, clean(name), np.array(values, dtype=float), levels=tuple(levels))
+
+
+def _are_near(values: Sequence[float]) -> bool:
+    return not values or -_FARTHEST < min(values) <= max(values) < _FARTHEST
 
 
 def _is_number(value: object) -> bool:
@@ -143,7 +149,7 @@ def descent_paths(study: Study) -> tuple[DescentPath, ...]:
     """Return the paths with their best score first; () for another search."""
     columns, shown = descended(study), score_view(study)
     points: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for row in ranked_rows(study) if columns else ():
+    for row in study.order if columns else ():
         trial = study.trials[row]
         if isinstance(trial.origin, tuple) and trial.state != "waiting":
             points[trial.origin[0]].append((trial.origin[1], row))

@@ -66,19 +66,12 @@ class Scores:
         return (f"{count(beyond, 'score')} {lie} beyond the axis and {stand} at its edge.",) if beyond else ()
 
 
-def ranked_rows(study: Study) -> list[int]:
-    """Return the rows of all trials in ``study.trials``, best first."""
-    row = {trial.number: place for place, trial in enumerate(study.trials)}
-    return [row[trial.number] for trial in study.ranking()]
-
-
 def score_view(study: Study) -> Scores:
     """Return the scores of a study's trials."""
-    scores = np.array([trial.score for trial in study.trials], dtype=np.float64)
-    finite = np.isfinite(scores)
+    scores, finite = study.scores, np.isfinite(study.scores)
     measure = study.record.measure(float(scores[finite].max()) if finite.any() else math.nan)
     late = np.array([trial.state != "pruned" for trial in study.trials], dtype=bool)
-    order = [row for row in ranked_rows(study) if finite[row]]
+    order = [row for row in study.order if finite[row]]
     return Scores(measure, _in_sign(measure, np.where(finite, scores, np.nan)), late, order)
 
 
@@ -137,7 +130,7 @@ def curve_view(study: Study) -> LearningCurves:
         mean = curves.mean(2) if folds else np.empty(curves.shape[:2])
         spread = curves.std(2, ddof=1) if folds > 1 else np.full(curves.shape[:2], np.nan)
     mean = np.where(np.isfinite(mean), mean, np.nan)
-    order = [row for row in ranked_rows(study) if np.isfinite(mean[row]).any()]
+    order = [row for row in study.order if np.isfinite(mean[row]).any()]
     return LearningCurves(measure, _in_sign(measure, mean), spread, order)
 
 

@@ -57,8 +57,8 @@ def test_of_many_trials_the_best_alone_are_read(tmp_path, monkeypatch, watch, be
     with Store.create(path, META) as store:
         store.add_trials(candidates(range(250)))
         store.finish([result(n, score=n / 300) for n in range(250)])
-    from_row = Result.from_row
-    monkeypatch.setattr(Result, "from_row", lambda *row: read.append(row[0]) or from_row(*row))
+    from_rows = Result.from_rows
+    monkeypatch.setattr(Result, "from_rows", lambda *columns: read.extend(columns[0]) or from_rows(*columns))
     text = status(path, watch=watch)
     assert "250 of 250 trials" in text and "accuracy 0.8300 in trial 249: lr=" in text
     assert read == best and text.count("\ntrial ") == (5 if watch else 0)

@@ -16,7 +16,8 @@ from gputune.errors import StudyCorruptError, StudyVersionError
 from gputune.scoring.outputs import Outputs
 from gputune.study import database
 from gputune.study.repair import repair
-from gputune.study.store import Candidate, Chunk, Result, Store
+from gputune.study.rows import read_rows
+from gputune.study.store import Candidate, Chunk, Store
 from gputune.study.study import Study
 from refused import refused
 from study_rows import bits, candidates, change, make_study, result
@@ -42,6 +43,16 @@ def test_everything_comes_back_bit_for_bit_in_order_of_number(path):
     np.testing.assert_array_equal(meta["rows"], META["rows"])
     assert [candidate for candidate, _ in rows] == candidates([0, 1, 2])
     assert [found and bits(found) for _, found in rows] == [bits(result(0)), bits(odd), None]
+
+
+def test_rows_of_unlike_length_are_read_together_and_the_damaged_one_is_named(path):
+    written = [result(n, epochs=1 + n % 3, folds=1 + (n == 7)) for n in range(150)]
+    make_study(path, 150, written)
+    with Store.open(path) as store:
+        assert [bits(found) for found in store.results().values()] == list(map(bits, written))
+    change(path, "UPDATE results SET best_epoch = 9 WHERE number = 137")
+    with Store.open(path) as store, pytest.raises(StudyCorruptError, match="result of trial 137 does not fit"):
+        store.results()
 
 
 def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(path):
@@ -418,9 +429,10 @@ def test_what_was_read_once_is_not_read_again(path, monkeypatch):
         other.add_trials(candidates(range(4, 6)))
         other.add_chunks([Chunk(7, 0, (2, 3), 1)])
         read = []
-        for kind in (Candidate, Result, Chunk):
-            make = kind.from_row
-            monkeypatch.setattr(kind, "from_row", lambda *row, make=make: read.append(row[0]) or make(*row))
+        monkeypatch.setattr(
+            "gputune.study.store.read_rows",
+            lambda make, rows: read.extend(row[0] for row in rows) or read_rows(make, rows),
+        )
         assert [found and found.state for _, found in store.trials()] == 3 * ["complete"] + 3 * [None]
         assert [chunk.number for chunk in store.plan()] == [0, 7]
     assert read == [4, 5, 0, 2, 7]
