@@ -159,8 +159,8 @@ def test_a_study_is_read_from_its_file(tmp_path):
 
 def test_opening_a_study_makes_no_curves_until_they_are_asked_for(tmp_path, monkeypatch):
     make_study(tmp_path / "study.db", 3, [result(0), result(2, epochs=5)])
-    stacked, made = study_file.stacked, []
-    monkeypatch.setattr(study_file, "stacked", lambda rows: made.append(len(rows)) or stacked(rows))
+    stack_curves, made = study_file.stack_curves, []
+    monkeypatch.setattr(study_file, "stack_curves", lambda rows: made.append(len(rows)) or stack_curves(rows))
     found = Study.open(tmp_path / "study.db")
     assert found.best_trial.state == "complete" and "3 trials" in repr(found) and len(found.to_polars()) == 3
     assert made == []
