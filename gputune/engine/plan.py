@@ -6,9 +6,8 @@ and threads of one process share their members. Results do not depend on the cut
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from gputune.engine.cost import Cost, trial_cost
 from gputune.engine.memory import Need
 from gputune.errors import InputError
 from gputune.memory import free_of_gpu
+from gputune.modules.module import Traits
 from gputune.population.population import Population
 from gputune.text import count, size_words
 from gputune.types import Backend
@@ -112,72 +112,76 @@ class Plan:
         return f"; states that wait for a rung take up to {words}"
 
 
-def make_plan(
-    populations: Sequence[Population],
-    data: Dataset,
-    *,
-    epochs: int,
-    memory: int | None,
-    workers: int | None,
-    gpus: int = 1,
-    parameters: int = 0,
-    free: int | None = None,
-    cost_of: Callable[[Population, Cost], Cost] | None = None,
-    measure: Callable[[Population, int], Need | None] | None = None,
-    backend: Backend = "eager",
-    unstackable: Mapping[str, str] = MappingProxyType({}),
-    coded: Collection[str] = (),
-    widest: Mapping[str, int] = MappingProxyType({}),
-) -> Plan:
-    """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
+@dataclass(frozen=True)
+class Planner:
+    """Cuts populations into chunks.
 
-    ``workers`` None lets the estimate decide, between one and the ``gpus`` where the data is on one; ``parameters`` is
-    the size of a user's module; ``free`` are the bytes of a GPU that is not in this machine. ``cost_of`` turns what a
-    trial costs in plain training into what it costs here; ``memory`` is then the only limit. ``measure`` finds what a
-    population takes of a device's memory, by at most so many of its trials; asked where the estimate is near the limit,
-    and for a user's module, whose inside is unknown. ``widest`` says of module__* values, as text, how many numbers a
-    row has in their widest layer, ``unstackable`` why their members train one by one, and ``coded`` are those whose
-    members train in compiled code.
+    data        the rows, and the device that they are on
+    memory      bytes that a chunk may take; None: what the device suggests
+    workers     processes; None lets the estimate decide, between one and ``gpus`` where the data is on a GPU
+    free        bytes of a GPU that is not in this machine
+    traits      those of a user's module, of each text of its module__* values
+    parameters  the size of a user's module
+    cost_of     turns what a trial costs in plain training into what it costs here; ``memory`` is then the only limit
+    measure     finds what a population takes of a device's memory, by at most so many of its trials; asked where the
+                estimate is near the limit, and for a user's module, whose inside is unknown
     """
-    pieces: list[_Piece] = []
-    for population in populations:
-        reason, in_code = unstackable.get(population.arguments, ""), population.arguments in coded
-        way = trains_as(backend, population.kind, population.configs[0], reason, coded=in_code, data=data)
-        own = data.of(population.configs[0])
-        cost = trial_cost(population, own, parameters, way, widest.get(population.arguments, 0))
-        limit = _compiled_limit(population, memory) if way == "compiled" else memory_limit(data, memory, free)
-        if cost_of is not None:
-            cost, limit = cost_of(population, cost), memory or limit
+
+    data: Dataset
+    memory: int | None
+    workers: int | None
+    gpus: int = 1
+    free: int | None = None
+    backend: Backend = "eager"
+    traits: Mapping[str, Traits] = field(default_factory=dict)
+    parameters: int = 0
+    cost_of: Callable[[Population, Cost], Cost] | None = None
+    measure: Callable[[Population, int], Need | None] | None = None
+
+    def plan(self, populations: Sequence[Population], epochs: int) -> Plan:
+        """Return the chunks in which populations train for so many epochs."""
+        pieces = [piece for population in populations for piece in self._pieces(population, epochs)]
+        if self.cost_of is None and self.workers in (None, 1) and all(piece.way == "compiled" for piece in pieces):
+            # Threads share the members of a chunk, and need no start.
+            return _plan(pieces, self.data, workers=1, threads=cores())
+        return self._among_workers(pieces)
+
+    def _pieces(self, population: Population, epochs: int) -> "list[_Piece]":
+        """Return the chunks of a population, each of which fits into memory."""
+        config, traits = population.configs[0], self.traits.get(population.arguments)
+        reason, coded, widest = (traits.loop_reason, traits.coded, traits.widest) if traits else ("", False, 0)
+        way = trains_as(self.backend, population.kind, config, reason, coded=coded, data=self.data)
+        cost = trial_cost(population, self.data.of(config), self.parameters, way, widest)
+        if way == "compiled":
+            limit = _compiled_limit(population, self.memory)
+        else:
+            limit = memory_limit(self.data, self.memory, self.free)
+        if self.cost_of is not None:
+            cost, limit = self.cost_of(population, cost), self.memory or limit
         near = len(population.index) * cost.trial_bytes > _MEASURED_SHARE * limit
-        if measure is not None and (near or population.kind == "module"):
-            need = measure(population, limit // cost.trial_bytes)
+        if self.measure is not None and (near or population.kind == "module"):
+            need = self.measure(population, limit // cost.trial_bytes)
             if need is not None:
                 cost, limit = replace(cost, trial_bytes=need.trial), limit - need.once
         whole = _Piece(population, cost, epochs, way)
-        if way == "loop" and cost_of is None:  # nothing is gained by company, and a stop is heard earlier
-            pieces += whole.cut(len(population.index))
-            continue
+        if way == "loop" and self.cost_of is None:  # nothing is gained by company, and a stop is heard earlier
+            return whole.cut(len(population.index))
         # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the overhead of every
         # step, which each piece would pay anew.
-        pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
-    if cost_of is None and workers in (None, 1) and all(piece.way == "compiled" for piece in pieces):
-        # Threads share the members of a chunk, and need no start.
-        return _plan(pieces, data, workers=1, threads=cores())
-    return _among_workers(pieces, data, workers, gpus)
+        return whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
 
-
-def _among_workers(pieces: "list[_Piece]", data: Dataset, workers: int | None, gpus: int) -> Plan:
-    """Return the plan of pieces for so many workers; None: for as many as the work repays."""
-    total = sum(piece.seconds for piece in pieces)
-    on_gpu = data.device.type == "cuda"
-    if workers is None:
-        most, pays = (gpus, _GPUS_PAY) if on_gpu else (cores(), _WORKERS_PAY)
-        workers = most if total > pays else 1
-    pieces = _share_out(pieces, workers) if on_gpu else _balance(pieces, workers)
-    workers = min(workers, len(pieces))
-    # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
-    threads = cores() if workers == 1 and total > _THREADS_PAY else 1
-    return _plan(pieces, data, workers=workers, threads=threads)
+    def _among_workers(self, pieces: "list[_Piece]") -> Plan:
+        """Return the plan of pieces for the workers, or for as many as the work repays."""
+        total, workers = sum(piece.seconds for piece in pieces), self.workers
+        on_gpu = self.data.device.type == "cuda"
+        if workers is None:
+            most, pays = (self.gpus, _GPUS_PAY) if on_gpu else (cores(), _WORKERS_PAY)
+            workers = most if total > pays else 1
+        pieces = _share_out(pieces, workers) if on_gpu else _balance(pieces, workers)
+        workers = min(workers, len(pieces))
+        # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
+        threads = cores() if workers == 1 and total > _THREADS_PAY else 1
+        return _plan(pieces, self.data, workers=workers, threads=threads)
 
 
 def _compiled_limit(population: Population, memory: int | None) -> int:

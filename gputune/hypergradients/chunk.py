@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress
-from gputune.engine.plan import Plan, make_plan
+from gputune.engine.plan import Plan, Planner
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, measure, twice_differentiable
 from gputune.hypergradients.forward import forward
@@ -331,5 +331,4 @@ def plan_chunks(
             )
         return replace(plain, trial_bytes=sizes[mode], trial_seconds=_SLOWER * plain.trial_seconds)
 
-    epochs, memory = job.epochs, job.budget
-    return make_plan(groups, data, epochs=epochs, memory=memory, workers=workers, gpus=gpus, cost_of=cost_of)
+    return Planner(data, job.budget, workers, gpus=gpus, cost_of=cost_of).plan(groups, job.epochs)

@@ -16,7 +16,7 @@ from gputune.engine.backend import choose_backend, torch_threads, trains_as
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.engine.kernel import compiled, kernel_of, lacks
 from gputune.engine.memory import Failure, Need, run_in_parts
-from gputune.engine.plan import Plan, cores, make_plan
+from gputune.engine.plan import Plan, Planner, cores
 from gputune.engine.stop import Stop
 from gputune.engine.train import Trained
 from gputune.errors import InputError
@@ -165,22 +165,18 @@ class Trainer:
         ``parameters`` is the size of a user's module; ``measure`` finds what a population takes of a GPU that is here.
         """
         is_gpu_here = self.cluster is None and self.data.device.type == "cuda"
-        plan = make_plan(
-            groups,
+        planner = Planner(
             self.data,
-            epochs=epochs,
-            memory=self.memory,
-            workers=self.workers,
+            self.memory,
+            self.workers,
             gpus=1 + len(self.others),
-            parameters=parameters,
             free=None if self.cluster is None else self.cluster.free,
-            measure=measure if is_gpu_here else None,
             backend=self.backend,
-            unstackable={k: t.loop_reason for k, t in known_traits(self.module_class, self.data).items()},
-            coded=[k for k, t in known_traits(self.module_class, self.data).items() if t.coded],
-            widest={k: t.widest for k, t in known_traits(self.module_class, self.data).items()},
+            traits=known_traits(self.module_class, self.data),
+            parameters=parameters,
+            measure=measure if is_gpu_here else None,
         )
-        return self._place(plan)
+        return self._place(planner.plan(groups, epochs))
 
     def plan_differentiated(self, configs: Sequence[Config], job: HypergradientJob) -> tuple[Plan, HypergradientJob]:
         """Return the chunks in which configurations are differentiated, and the job with its budget of bytes.

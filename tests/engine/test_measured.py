@@ -1,6 +1,7 @@
 """Memory measured at two sizes: by what PyTorch allocates on the CPU, where the same code trains as on a GPU."""
 
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ from gputune.engine import memory
 from gputune.engine.cost import trial_cost
 from gputune.engine.job import Job
 from gputune.engine.memory import Need, measure_need
-from gputune.engine.plan import make_plan
+from gputune.engine.plan import Planner
 from gputune.population.population import Population
 from gputune.scoring.scoring import make_scoring
 from problems import fill, make_data
@@ -111,11 +112,11 @@ def test_the_plan_goes_by_what_was_measured():
     need = measure_need(job(Wide), DATA, group, peak)
     room = need.once + 4 * need.trial + 1
     measure = partial(measure_need, job(Wide), DATA, peak=peak)
-    common = {"epochs": 3, "memory": None, "workers": 1, "parameters": 65, "free": round(room / 0.8)}
-    plan = make_plan([group], DATA, measure=lambda found, most: measure(found, most=most), **common)
+    planner = Planner(DATA, None, 1, parameters=65, free=round(room / 0.8))
+    plan = replace(planner, measure=lambda found, most: measure(found, most=most)).plan([group], 3)
     assert [len(chunk.index) for chunk in plan.chunks] == [4] * 4
     assert max(whole_peak(plan.chunks[i], Wide) for i in (0, -1)) <= 1.01 * room
-    assert len(make_plan([group], DATA, **common).chunks) == 1  # the estimate would have taken them all
+    assert len(planner.plan([group], 3).chunks) == 1  # the estimate would have taken them all
 
 
 def test_a_search_that_is_far_from_the_limit_is_not_measured():
@@ -127,7 +128,7 @@ def test_a_search_that_is_far_from_the_limit_is_not_measured():
         asked.append(most)
 
     for free in (25 * one * 2, 5 * one * 2):
-        plan = make_plan([group], DATA, epochs=1, memory=None, workers=1, free=free, measure=measure)
+        plan = Planner(DATA, None, 1, free=free, measure=measure).plan([group], 1)
     assert asked == [8]  # of 0.8 x 10
     assert [len(chunk.index) for chunk in plan.chunks] == [5, 5]  # None: the estimate stands
 

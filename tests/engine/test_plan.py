@@ -11,7 +11,7 @@ from gputune.engine import plan
 from gputune.engine.backend import choose_backend
 from gputune.engine.cost import trial_cost
 from gputune.engine.job import Job, train_chunk
-from gputune.engine.plan import make_plan, parse_memory
+from gputune.engine.plan import Planner, parse_memory
 from gputune.population.population import is_plain, populations
 from gputune.types import OPTIMIZERS
 from problems import fill, make_data
@@ -22,7 +22,8 @@ def groups(data, *configs, kind="mlp", optimizer="adamw"):
     return populations(fill(*configs, optimizer=optimizer), kind, rows=max(len(fold.train) for fold in data.folds))
 
 
-ONCE = {"epochs": 1, "memory": None, "workers": 1}
+def make_plan(found, data, epochs=1, memory=None, workers=1, **more):
+    return Planner(data, memory, workers, **more).plan(found, epochs)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -40,30 +41,30 @@ def test_memory_bounds_a_chunk_but_one_trial_always_fits():
     found = groups(data, *({"width": 100} for _ in range(12)))
     one = trial_cost(found[0], data).trial_bytes
     for memory, sizes in ((3 * one, [3] * 4), (1, [1] * 12)):
-        plan = make_plan(found, data, epochs=1, memory=memory, workers=1)
+        plan = make_plan(found, data, memory=memory)
         assert [len(chunk.index) for chunk in plan.chunks] == sizes
 
 
 def test_short_work_stays_in_one_process_and_long_work_is_cut_for_all():
     data = make_data()
     found = groups(data, *({"width": 256} for _ in range(8)))
-    short = make_plan(found, data, epochs=1, memory=None, workers=None)
+    short = make_plan(found, data, workers=None)
     assert (short.workers, short.threads) == (1, 1)
-    forced = make_plan(found, data, epochs=10**6, memory=None, workers=4)
+    forced = make_plan(found, data, epochs=10**6, workers=4)
     assert forced.workers == 4 and len(forced.chunks) >= 4
     assert forced.threads == 1
 
 
 def test_the_longest_chunk_comes_first():
     data = make_data()
-    plan = make_plan(groups(data, {"width": 8}, {"width": 512}, {"width": 64}), data, **ONCE)
+    plan = make_plan(groups(data, {"width": 8}, {"width": 512}, {"width": 64}), data)
     assert [chunk.configs[0]["width"] for chunk in plan.chunks] == [512, 64, 8]
 
 
 def test_the_first_answer_comes_early():
     data = make_data()  # of four folds
     configs = [{"width": w} for w in (64, 8, 512, 64, 64, 64, 64, 64, 64, 64)]
-    find = partial(make_plan, groups(data, *configs, optimizer="adam"), data, epochs=1, memory=None)
+    find = partial(make_plan, groups(data, *configs, optimizer="adam"), data)
     plan = replace(find(workers=1, backend="compiled"), threads=4)
     assert [chunk.index for chunk in plan.chunks] == [(2,), (0, *range(3, 10)), (1,)]
     early = plan.answering_early(4)
@@ -78,7 +79,7 @@ def test_the_first_answer_comes_early():
 
 def test_the_plan_reads_well():
     data = make_data(folds=3)
-    plan = make_plan(groups(data, {"width": 8}), data, **ONCE)
+    plan = make_plan(groups(data, {"width": 8}), data)
     words = "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process, eager"
     assert str(plan) == words
 
@@ -103,7 +104,7 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
         groups(data, *configs, kind=kind, optimizer=optimizer),
         (data.n_features + 1) * data.n_outputs,
     )
-    plan = make_plan(found, data, parameters=parameters, backend=backend, **ONCE)
+    plan = make_plan(found, data, parameters=parameters, backend=backend)
     job = Job(seed=0, epochs=1, horizon=1, module_class=Net if kind == "module" else None, backend=backend)
     states = [train_chunk(job, data, chunk).state for chunk in plan.chunks]
     assert plan.state_bytes == sum(buffer.nbytes for state in states for buffer in state.buffers)
@@ -119,7 +120,7 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
 )
 def test_the_plan_says_where_states_wait(room, words):
     data = make_data()
-    plan = make_plan(groups(data, {"width": 8}), data, **ONCE)
+    plan = make_plan(groups(data, {"width": 8}), data)
     assert str(replace(plan, state_bytes=10240, cache_bytes=room)) == f"{plan}{words}"
 
 
@@ -140,10 +141,10 @@ def test_bad_memory_is_named(memory):
 def test_the_plan_says_how_its_chunks_train():
     data = make_data()
     found = groups(data, {"width": 8}, {"width": 20}, {"width": 40, "optimizer": "adamhd"})
-    assert str(make_plan(found, data, **ONCE)).endswith(", in this process, eager")
+    assert str(make_plan(found, data)).endswith(", in this process, eager")
     for backend, word in (("compiled", "compiled"), ("graph", "recorded")):
-        assert str(make_plan(found[:2], data, backend=backend, **ONCE)).endswith(f", {word}")
-        assert str(make_plan(found, data, backend=backend, **ONCE)).endswith(f", 2 {word}, 1 eager")
+        assert str(make_plan(found[:2], data, backend=backend)).endswith(f", {word}")
+        assert str(make_plan(found, data, backend=backend)).endswith(f", 2 {word}, 1 eager")
 
 
 def test_compiled_members_share_threads_of_one_process_whatever_their_batch_sizes(monkeypatch):
@@ -151,11 +152,11 @@ def test_compiled_members_share_threads_of_one_process_whatever_their_batch_size
     data = make_data()
     configs = fill(*({"width": 8 + i, "batch_size": 3 + i} for i in range(8)))
     (one,) = populations(configs, "mlp", rows=41, own_steps=lambda config: True)
-    made = make_plan([one], data, epochs=10**6, memory=None, workers=None, backend="compiled")
+    made = make_plan([one], data, epochs=10**6, workers=None, backend="compiled")
     assert [len(chunk.index) for chunk in made.chunks] == [8]
     assert (made.workers, made.threads, made.ways) == (1, 4, ("compiled",))
     assert "in this process on 4 threads, compiled" in str(made)
-    forced = make_plan([one], data, epochs=10**6, memory=None, workers=3, backend="compiled")
+    forced = make_plan([one], data, epochs=10**6, workers=3, backend="compiled")
     assert (forced.workers, forced.threads) == (3, 1)
 
 
