@@ -172,7 +172,7 @@ def _network_of(chunk: StackedChunk, fold: int, seed: int) -> StackedModule:
     present = None if present is None else present[fold : fold + 1].clone()
     return StackedModule(
         network.builder,
-        network.configs[:1],
+        [max(network.configs, key=lambda config: float(config["dropout"]))],  # one that drops, where any does
         replace(network.shape, folds=1, rows=None, present=present),
         seed=seed,
         traits=network.traits,

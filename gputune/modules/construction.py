@@ -165,6 +165,13 @@ def dropout_rates(module: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}.rate".lstrip(".") for path, part in parts if isinstance(part, Dropout))
 
 
+def turn_off_dropout(module: nn.Module, is_off: bool) -> None:
+    """Let every ``gputune.models.Dropout`` in a module be the identity, or be itself again."""
+    for part in module.modules():
+        if isinstance(part, Dropout):
+            part.is_off = is_off
+
+
 def layers_of(module: nn.Module) -> list[str]:
     """Return the names of the submodules that own trained parameters: the layers, in ``named_modules()`` order."""
     # named_parameters() goes through the modules in that order, and gives a shared parameter to its first owner.

@@ -22,6 +22,7 @@ from gputune.modules.construction import (
     layers_of,
     name_of,
     start_from,
+    turn_off_dropout,
 )
 from gputune.modules.draws import ModuleDraws, draws_of, replay_draws
 from gputune.modules.mapped import Mapped
@@ -197,11 +198,19 @@ class StackedModule(ModuleNetwork):
         return flat
 
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
+        """Return the draws of the steps ahead, none where all of them are dropout's and every rate is 0."""
         if not ahead:
             return None  # its own, by the key of the minibatch
         if self.objective.augment is not None:
             raise TraceError("augment draws by the key of the minibatch, which no recording knows")
-        return ModuleDraws(self.alone_losses, batches, self.seed)
+        drops = any(config["dropout"] for config in self.configs)
+        for is_off in (False,) if drops else (True, False):
+            turn_off_dropout(self.template, is_off)
+            self.stateless = Stateless(self.template)
+            draws = ModuleDraws(self.alone_losses, batches, self.seed)
+            if not any(draws.draws.values()):  # else dropout's are drawn too, before what else is drawn
+                break
+        return draws
 
     def alone_losses(self, batch: Batch) -> object:
         """Compute the losses of one member as a plain module, to see what it draws.

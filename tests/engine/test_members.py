@@ -91,13 +91,16 @@ def test_members_differ_in_the_numbers_of_their_loss():
     assert_alike(chunk, other)
 
 
-@pytest.mark.parametrize("goal", ["binary", "regression"])
-def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal):
+@pytest.mark.parametrize(
+    "goal, rates", [("binary", (0.0, 0.1, 0.4)), ("regression", (0.0, 0.1, 0.4)), ("binary", (0.0,))]
+)
+def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal, rates):
+    """Nothing is drawn where all rates are 0."""
     data = make_data(goal)
     configs = fill(
         *({"lr": 0.01, "batch_size": 9, "dropout": rate, "dropout_schedule": word, "schedule": "coslog4",
            "lr_factor__scale": 6.0, "module__width": 5, "module__depth": 2}
-          for rate, word in ((0.1, "flat_cos"), (0.0, "constant"), (0.4, "linear")))
+          for rate, word in zip(rates, ("constant", "flat_cos", "linear")))
     )  # fmt: skip
     traits, options = (
         traits_of(RealMLP, configs[0], data),
@@ -106,6 +109,7 @@ def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal):
     shape = shape_of(data)
     network = StackedModule(RealMLP, configs, shape, seed=0, traits=traits)
     chunk, other = (kind(network, data, configs, **options) for kind in (MemberChunk, StackedChunk))
+    assert (chunk.members[0].draws is not None) == any(rates)
     for epoch in range(2):
         for one in (chunk, other):
             one.advance(epoch)
