@@ -37,7 +37,7 @@ from gputune.types import Backend, BackendWord, Config, Precision
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 
-_BUILT_SECONDS = 1.0  # that it takes to build the code of a member's step
+_BUILT_SECONDS = 0.3  # that it takes to write the code of a member's step, whose kernels its search has built
 
 
 def unseen(_trial_epochs: int, _curves: np.ndarray) -> None:
