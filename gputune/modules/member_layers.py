@@ -93,36 +93,18 @@ def _reduce(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator
     yield writer.call([out, x], body, sizes=sizes)
 
 
-def _softmax(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
-    yield from _along(
-        writer, given, op, out,
-        "T top = -INFINITY, s = 0;\nEACH top = p1[X] > top ? p1[X] : top;\n"
-        "SUM(s) { T e = exponential(p1[X] - top); p0[O] = e; s += e; }\nEACH p0[O] /= s;",
-        ["self"],
-    )  # fmt: skip
+_TOP = "T top = -INFINITY, s = 0;\nEACH top = p1[X] > top ? p1[X] : top;\n"
+_ALONG = {
+    "_softmax": _TOP + "SUM(s) { T e = exponential(p1[X] - top); p0[O] = e; s += e; }\nEACH p0[O] /= s;",
+    "_log_softmax": _TOP + "SUM(s) s += exponential(p1[X] - top);\ns = log(s);\nEACH p0[O] = p1[X] - top - s;",
+    "_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X] * p2[Y];\nEACH p0[O] = (p1[X] - s) * p2[Y];",
+    "_log_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X];\nEACH p0[O] = p1[X] - exponential(p2[Y]) * s;",
+}
+"""What is made along one axis, for all others."""
 
 
-def _log_softmax(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
-    yield from _along(
-        writer, given, op, out,
-        "T top = -INFINITY, s = 0;\nEACH top = p1[X] > top ? p1[X] : top;\n"
-        "SUM(s) s += exponential(p1[X] - top);\ns = log(s);\nEACH p0[O] = p1[X] - top - s;",
-        ["self"],
-    )  # fmt: skip
-
-
-def _softmax_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
-    body = "T s = 0;\nSUM(s) s += p1[X] * p2[Y];\nEACH p0[O] = (p1[X] - s) * p2[Y];"
-    yield from _along(writer, given, op, out, body, ["grad_output", "output"])
-
-
-def _log_softmax_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
-    body = "T s = 0;\nSUM(s) s += p1[X];\nEACH p0[O] = p1[X] - exponential(p2[Y]) * s;"
-    yield from _along(writer, given, op, out, body, ["grad_output", "output"])
-
-
-def _along(writer: Writer, given: Given, op: Operation, out: Place, body: str, names: Sequence[str]) -> Iterator[Line]:
-    """Yield a call whose body works along one axis, for all others."""
+def _along(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    body, names = _ALONG[op.name], ["grad_output", "output"] if "output" in given else ["self"]
     places = [out, *(given[name] for name in names)]
     if any(place.dtype != writer.dtype for place in places):
         raise TraceError(f"{op.function} of {out.dtype} is in no code")
@@ -307,10 +289,7 @@ def _class_loss_slope(writer: Writer, given: Given, op: Operation, out: Place) -
 LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
     **dict.fromkeys(("sum", "mean"), _reduce),
-    "_softmax": _softmax,
-    "_log_softmax": _log_softmax,
-    "_softmax_backward_data": _softmax_slope,
-    "_log_softmax_backward_data": _log_softmax_slope,
+    **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(("gather", "index_select", "index"), _chosen),
     "embedding": _embedding,
     "embedding_dense_backward": _embedding_slope,
