@@ -15,6 +15,7 @@ from gputune.data.target_transform import FittedTransform, fit_transform, transf
 from gputune.errors import InputWarning
 from gputune.models import MLP
 from gputune.population.population import complete
+from problems import needs_compiled_code
 from refused import refused
 
 RNG = np.random.default_rng(0)
@@ -27,7 +28,7 @@ TRANSFORMERS = {"log": FunctionTransformer(np.log, np.exp), "log1p": FunctionTra
 
 
 @pytest.mark.parametrize("transform", ["log", "log1p", QUANTILES], ids=str)
-@pytest.mark.parametrize("backend", ["compiled", "eager"])
+@pytest.mark.parametrize("backend", [pytest.param("compiled", marks=needs_compiled_code), "eager"])
 def test_a_fold_equals_a_plain_loop_on_the_transformed_target(transform, backend):
     params = {"lr": 0.01, "batch_size": 8, "width": 16}
     study = gputune.tune("mlp", X, Y, space=params, target_transform=transform, dtype="float64", backend=backend, **HOW)

@@ -16,6 +16,7 @@ import sklearn
 import torch
 
 from gputune.modules.recorder import RECORDERS
+from problems import needs_compiled_code
 from replay.searches import SEARCHES
 from stand_in import StandIn
 
@@ -62,7 +63,15 @@ def assert_same(found, kept, place):
 
 
 @pytest.mark.usefixtures("recorded_on_cpu")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.cpu] * (name in SINGLE)) for name in SEARCHES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.cpu] * (name in SINGLE) + [needs_compiled_code] * (name == "mlp compiled")
+        )
+        for name in SEARCHES
+    ],
+)
 def test_a_search_gives_the_table_that_is_kept(name, tmp_path):
     if name == "groups and include" and sklearn.__version__.startswith("1.6."):
         pytest.skip("scikit-learn 1.6 shares groups out to folds in another way")
