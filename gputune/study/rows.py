@@ -192,8 +192,9 @@ class Result:
 
 def _table(values: Sequence[bytes]) -> Curve:
     """Return floats as a row for each trial. Raises ValueError where trials have not the same number of them."""
-    if len({*map(len, values)}) > 1:
-        raise ValueError("rows are of unlike length")
+    size, *others = {*map(len, values)}
+    if others or size % 8:
+        raise ValueError(f"{size} bytes are no float64" if size % 8 else "rows are of unlike length")
     return np.frombuffer(b"".join(values), dtype=_FLOAT).reshape(len(values), -1)
 
 
