@@ -40,7 +40,7 @@ SMALL = ["--trials", "3", "--epochs", "2", "--workers", "1"]
 @pytest.fixture
 def bugs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sites = [f"s{i % 6}" for i in range(40)]
+    sites = [f"s{i % 7}" for i in range(40)]
     return write_table(tmp_path / "bugs.csv", site=sites, kind=kinds())
 
 
