@@ -112,13 +112,7 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
 
 
 def _is_within(frame: FrameType) -> bool:
-    packages = (
-        "gputune",
-        "contextlib",
-        "functools",
-        "joblib",
-        "sklearn",
-    )  # sklearn wraps the methods of estimators
+    packages = ("gputune", "contextlib", "functools", "joblib", "sklearn")  # sklearn wraps the methods of estimators
     return frame.f_globals.get("__name__", "").partition(".")[0] in packages
 
 

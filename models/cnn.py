@@ -19,13 +19,7 @@ class CNN(nn.Module):
     """
 
     def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        n_outputs: int,
-        *,
-        channels: int = 16,
-        depth: int = 2,
-        dropout: float = 0.0,
+        self, input_shape: tuple[int, ...], n_outputs: int, *, channels: int = 16, depth: int = 2, dropout: float = 0.0
     ) -> None:
         super().__init__()
         check_size("channels", channels, 1)

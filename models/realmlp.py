@@ -108,12 +108,7 @@ class RealMLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("width", width, 1),
-            ("depth", depth, 1),
-            ("waves", waves, 2),
-            ("size", size, 2),
-        ):
+        for name, value, least in (("width", width, 1), ("depth", depth, 1), ("waves", waves, 2), ("size", size, 2)):
             check_size(name, value, least)
         if activation not in (*ACTIVATIONS, "auto"):
             raise ValueError(f"activation must be auto, {', '.join(ACTIVATIONS)}, got {activation!r}.")

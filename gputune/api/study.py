@@ -55,14 +55,7 @@ class Study(data.Study):
         from gputune.tuning.fold_report import refit_with_folds
 
         return refit_with_folds(
-            self,
-            X,
-            y,
-            trial=trial,
-            intervals=intervals,
-            calibrate=calibrate,
-            check=check,
-            trust_code=trust_code,
+            self, X, y, trial=trial, intervals=intervals, calibrate=calibrate, check=check, trust_code=trust_code
         )
 
     def ensemble(

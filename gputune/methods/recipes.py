@@ -133,7 +133,7 @@ PORTFOLIOS: Mapping[str, Sequence[Config]] = {
             (0.0047, 256, 6.07e-05, 256, 1, 0.4, "silu", "constant", 0.0, "piecewise"),
             (0.00267, 256, 0.000267, 256, 3, 0.1, "gelu", "constant", 0.0, "piecewise"),
         )
-    ],
+    ]
 }
 """Good configurations that a space of a name begins with, chosen over eleven tables (scripts/benchmark)."""
 

@@ -117,13 +117,7 @@ def _outermost(x: Tensor) -> list[int]:
 
 
 def _words(
-    number: int,
-    row: int | None,
-    inputs: Sequence[Tensor],
-    labels: Sequence[str],
-    path: str,
-    size: int,
-    name: str,
+    number: int, row: int | None, inputs: Sequence[Tensor], labels: Sequence[str], path: str, size: int, name: str
 ) -> str:
     """Say which id is in which row of which input, and what the embedding has room for."""
     holding = [label for label, x in zip(labels, inputs) if bool((x == number).any())]

@@ -62,11 +62,7 @@ def _layer_norm(
 
 
 def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     if not _is_mapped(input):
         return functional.group_norm(input, num_groups, weight, bias, eps)

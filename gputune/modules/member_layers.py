@@ -84,8 +84,7 @@ def _reduce(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator
         last = f"i{len(outer.sizes) - 1}"
         row = f"#pragma GCC ivdep\nfor (long {last} = 0; {last} < {outer.sizes[-1]}; {last}++)"
         body = front.nest(
-            f"{row} {to} = 0;\n{inner.nest(f'{row} {to} += {at};', '')}" + (f"\n{row} {to} /= n0;" if mean else ""),
-            "",
+            f"{row} {to} = 0;\n{inner.nest(f'{row} {to} += {at};', '')}" + (f"\n{row} {to} /= n0;" if mean else ""), ""
         )
     else:
         each = inner.nest(f"s += {at};", "omp simd reduction(+ : s)")

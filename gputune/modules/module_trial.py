@@ -34,12 +34,7 @@ class ModuleTrial:
     """A module, the rows on which it is tried, and the words of what is wrong with it."""
 
     def __init__(
-        self,
-        builder: Builder,
-        config: Config,
-        data: Dataset,
-        columns: str = "",
-        objective: Objective | None = None,
+        self, builder: Builder, config: Config, data: Dataset, columns: str = "", objective: Objective | None = None
     ) -> None:
         self.objective = objective or make_objective(None, None, None, data.task)
         self.builder, self.config, self.columns, self.name = builder, config, columns, name_of(builder)

@@ -271,10 +271,7 @@ class _Source:
         return lines
 
     def _line(self, op: Operation) -> str:
-        words = [
-            *map(self._text, op.args),
-            *(f"{key}={self._text(value)}" for key, value in op.kwargs.items()),
-        ]
+        words = [*map(self._text, op.args), *(f"{key}={self._text(value)}" for key, value in op.kwargs.items())]
         if op.out is not None and (op.makes or op.out not in op.kwargs):
             words.append(f"{op.out}={self._text((op.makes or op.writes)[0])}")
             return f"{self._name(op.function, 'f')}({', '.join(words)})"

@@ -49,11 +49,7 @@ class Replays:
     """
 
     def __init__(
-        self,
-        recorder: "Recorder",
-        expected: Counter[Hashable],
-        state: Callable[[], Sequence[Tensor]],
-        tolerance: float,
+        self, recorder: "Recorder", expected: Counter[Hashable], state: Callable[[], Sequence[Tensor]], tolerance: float
     ) -> None:
         self.recorder, self.expected, self.state, self.tolerance = recorder, expected, state, tolerance
         self.spare = recorder.spare

@@ -48,10 +48,7 @@ def attempt(name: str, device: torch.device, compile_it: Callable[[], Code]) -> 
         reason = " ".join(said[: 2 if said[0].endswith(":") else 1])  # the first line of a compiler's log
         remedy = f" {_install()}" if isinstance(error, OSError) or "libnvrtc" in reason else ""
         why = f"{name} cannot be compiled for {device}: {reason}.{remedy}"
-        warn(
-            f"{why} Nothing is lost: its steps are taken by PyTorch's own kernels, in more launches.",
-            RuntimeWarning,
-        )
+        warn(f"{why} Nothing is lost: its steps are taken by PyTorch's own kernels, in more launches.", RuntimeWarning)
         return None, why
 
 

@@ -251,13 +251,7 @@ def test_a_search_has_the_same_table_either_way(method):
     rng = np.random.RandomState(0)
     X = rng.randn(90, 4)
     y = (X[:, 0] + X[:, 1] ** 2 > 0.5).astype(int)
-    space = {
-        "lr": [1e-3, 1e-2],
-        "width": [8, 20],
-        "batch_size": [8, 16, 30],
-        "dropout": [0.0, 0.2],
-        "ema": [0.0, 0.9],
-    }
+    space = {"lr": [1e-3, 1e-2], "width": [8, 20], "batch_size": [8, 16, 30], "dropout": [0.0, 0.2], "ema": [0.0, 0.9]}
     common = {"n_trials": 9, "max_epochs": 9, "cv": 2, "dtype": "float64", "verbose": 0}
     common |= {"space": space, "method": method, "scoring": "neg_log_loss"}
     eager, fast = (gputune.tune("mlp", X, y, backend=b, **common) for b in ("eager", "compiled"))

@@ -102,10 +102,7 @@ def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal, rates):
            "lr_factor__scale": 6.0, "module__width": 5, "module__depth": 2}
           for rate, word in zip(rates, ("constant", "flat_cos", "linear")))
     )  # fmt: skip
-    traits, options = (
-        traits_of(RealMLP, configs[0], data),
-        {"seed": 0, "horizon": 6, "scoring": scoring_of(data)},
-    )
+    traits, options = (traits_of(RealMLP, configs[0], data), {"seed": 0, "horizon": 6, "scoring": scoring_of(data)})
     shape = shape_of(data)
     network = StackedModule(RealMLP, configs, shape, seed=0, traits=traits)
     chunk, other = (kind(network, data, configs, **options) for kind in (MemberChunk, StackedChunk))
@@ -120,12 +117,7 @@ def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal, rates):
 def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
     monkeypatch.setattr(draws, "_DRAW_BYTES", 2 * 2 * 9 * 7 * 8)
     data = make_data()
-    decays = (
-        {"beta2": 0.9, "weight_decay": 0.1},
-        {},
-        {"weight_decay_schedule": "linear", "weight_decay": 0.1},
-        {},
-    )
+    decays = ({"beta2": 0.9, "weight_decay": 0.1}, {}, {"weight_decay_schedule": "linear", "weight_decay": 0.1}, {})
     chunk, other = both(data, fill(*({"lr": 0.01, "batch_size": 9, **decay} for decay in decays)))
     assert chunk.ahead == 2
     for epoch, stays in enumerate(([1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0])):

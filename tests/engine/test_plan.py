@@ -100,10 +100,7 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
     data = make_data()
     own = {} if kind == "module" else {"width": 20, "depth": 1}
     configs = ({**own, "lr": lr, "momentum": momentum} for lr in (0.1, 0.2))
-    found, parameters = (
-        groups(data, *configs, kind=kind, optimizer=optimizer),
-        (data.n_features + 1) * data.n_outputs,
-    )
+    found, parameters = (groups(data, *configs, kind=kind, optimizer=optimizer), (data.n_features + 1) * data.n_outputs)
     plan = make_plan(found, data, parameters=parameters, backend=backend)
     job = Job(seed=0, epochs=1, horizon=1, module_class=Net if kind == "module" else None, backend=backend)
     states = [train_chunk(job, data, chunk).state for chunk in plan.chunks]

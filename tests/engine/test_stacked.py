@@ -286,11 +286,7 @@ def test_who_trains_as_a_graph():
     taken = [o for o in OPTIMIZERS if trains_as("graph", "mlp", {"optimizer": o}) == "graph"]
     assert taken == ["sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon", "schedulefree"]
     plain, clipped, averaged = fill({}, {"clip_norm": 1.0}, {"ema": 0.9})
-    assert [trains_as("compiled", "mlp", c) for c in (plain, clipped, averaged)] == [
-        "compiled",
-        "graph",
-        "compiled",
-    ]
+    assert [trains_as("compiled", "mlp", c) for c in (plain, clipped, averaged)] == ["compiled", "graph", "compiled"]
     assert trains_as("graph", "module", {"optimizer": "adamw"}) == "graph"
     assert trains_as("eager", "module", {"optimizer": "adamw"}) == "eager"
     assert trains_as("compiled", "module", {"optimizer": "adamhd"}) == "eager"

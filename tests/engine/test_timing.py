@@ -122,12 +122,7 @@ def test_trials_that_differ_in_fractions_alone_are_timed_once(monkeypatch, capsy
 
     monkeypatch.setattr("gputune.tuning.context.fastest_way", timing_of)
     X, y = make_data().x[0].float(), make_data().y
-    space = {
-        "lr": [0.01],
-        "module__spread": [0.1, 0.2, 0.4],
-        "module__bias": [True, False],
-        "batch_size": [16],
-    }
+    space = {"lr": [0.01], "module__spread": [0.1, 0.2, 0.4], "module__bias": [True, False], "batch_size": [16]}
     gputune.tune(Scaled, X, y, space=space, n_trials=6, cv=2, max_epochs=2, workers=1, verbose=1)
     assert sorted(timed) == [(False, 3 * 2 * len(X) / 16), (True, 3 * 2 * len(X) / 16)]
     assert "recorded" not in capsys.readouterr().err.split("plan:")[1]

@@ -402,16 +402,7 @@ def program(emulator, tmp_path_factory):
                     content = bytes_of(arrays[field])
                     file.write(np.array([len(content)]).tobytes() + content)
         (folder / "kernel.cu").write_text(replace(kernel_of(numbers, arrays), tf32=tf32).source)
-        watched = [
-            "g++",
-            "-std=c++17",
-            "-O1",
-            "-g",
-            "-w",
-            f"-fsanitize={sanitizer}",
-            f"-I{HERE}",
-            f"-I{folder}",
-        ]
+        watched = ["g++", "-std=c++17", "-O1", "-g", "-w", f"-fsanitize={sanitizer}", f"-I{HERE}", f"-I{folder}"]
         main = [*watched, '-DKERNEL="kernel.cu"', "-c", HERE / "kernel_main.cpp", "-o", folder / "main.o"]
         subprocess.run(main, check=True)
         fibers = ["g++", "-std=c++17", "-O1", "-w", "-c", HERE / "emulation.cpp", "-o", folder / "fibers.o"]
@@ -425,12 +416,7 @@ def program(emulator, tmp_path_factory):
 
 def watched(folder, *, order, left_out=-1):
     """What a sanitizer says of these epochs; empty: nothing."""
-    environment = {
-        **os.environ,
-        "ORDER": str(order),
-        "LEFT_OUT": str(left_out),
-        "TSAN_OPTIONS": "exitcode=66",
-    }
+    environment = {**os.environ, "ORDER": str(order), "LEFT_OUT": str(left_out), "TSAN_OPTIONS": "exitcode=66"}
     command = ["setarch", "-R", folder / "main", folder / "in", folder / "out"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if "doesn't fully support makecontext" not in line]

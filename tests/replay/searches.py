@@ -52,13 +52,7 @@ def tune(model="mlp", x=X, y=Y, *, space=SPACE, **options):
 def study_table(study):
     """Parameters, states, best epochs and curves of a study's trials, and what its best model predicts."""
     trials = [
-        {
-            "params": t.params,
-            "state": t.state,
-            "best_epoch": t.best_epoch,
-            "origin": t.origin,
-            "scores": t.fold_scores,
-        }
+        {"params": t.params, "state": t.state, "best_epoch": t.best_epoch, "origin": t.origin, "scores": t.fold_scores}
         for t in study.trials
     ]
     return {"trials": trials, "best": study.best_trial.number, "curves": study.curves}
@@ -238,10 +232,7 @@ def derivative(mode, optimizer="adamw"):
             mode=mode,
             seed=0,
         )
-        return {
-            "value": result.value,
-            "gradients": {name: np.asarray(result.gradient[name]) for name in names},
-        }
+        return {"value": result.value, "gradients": {name: np.asarray(result.gradient[name]) for name in names}}
 
     return run
 
@@ -293,10 +284,7 @@ SEARCHES = {
     "descent of several": of_method(SEVERAL, space=SMOOTH, n_trials=2),
     "descent of a module": of_method(LR, Net, space=RATES, n_trials=2),
     "descent solved": of_method(
-        gputune.Hypergradient(outer_steps=2, hyperparameters="C"),
-        "logistic",
-        space={"C": [0.1, 10.0]},
-        n_trials=2,
+        gputune.Hypergradient(outer_steps=2, hyperparameters="C"), "logistic", space={"C": [0.1, 10.0]}, n_trials=2
     ),
     "optuna": sampled,
     "resumed": resumed,

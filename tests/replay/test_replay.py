@@ -81,11 +81,7 @@ def test_a_search_gives_the_table_that_is_kept(name, tmp_path):
 def test_backends_agree():
     tables = json.loads(TABLES.read_text())
     assert list(tables) == list(SEARCHES)
-    for other, first in (
-        ("mlp eager", "mlp compiled"),
-        ("mlp graph", "mlp compiled"),
-        ("module graph", "module"),
-    ):
+    for other, first in (("mlp eager", "mlp compiled"), ("mlp graph", "mlp compiled"), ("module graph", "module")):
         assert_same(tables[other], tables[first], other)
 
 

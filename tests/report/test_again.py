@@ -70,11 +70,7 @@ def test_a_study_opened_from_its_file_on_a_bundled_set(tmp_path):
     again = executed(study)["study"]  # nothing need be given
     assert again.best_score == pytest.approx(study.best_score, abs=1e-6)
     assert again.meta["class_weight"] == study.meta["class_weight"]
-    assert (again.meta["schedule"], again.meta["numbers"], again.meta["epoch"]) == (
-        "cosine",
-        "quantile",
-        "last",
-    )
+    assert (again.meta["schedule"], again.meta["numbers"], again.meta["epoch"]) == ("cosine", "quantile", "last")
 
 
 def test_another_metric_than_the_one_that_chose_the_epochs():
@@ -109,12 +105,7 @@ def test_a_module_a_scorer_and_a_splitter_of_ones_own():
     X, y = load_iris(return_X_y=True)
     cv = KFold(3, shuffle=True, random_state=5)
     study = gputune.tune(
-        Net,
-        X,
-        y,
-        space={"lr": [0.01, 0.1], "module__hidden": [3, 5]},
-        scoring=half_accuracy,
-        **{**CHEAP, "cv": cv},
+        Net, X, y, space={"lr": [0.01, 0.1], "module__hidden": [3, 5]}, scoring=half_accuracy, **{**CHEAP, "cv": cv}
     )
     code = code_on(page(study))
     assert "# cv: the KFold of the search" in code and "Net" in code

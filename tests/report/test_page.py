@@ -256,11 +256,7 @@ def test_report_writes_a_file_and_refuses_bad_places(study, tmp_path):
     for shown, place, message in (
         (study, tmp_path, "is a folder; give the name of a file, such as report.html"),
         (made_study(2, file=kept), kept, "is the file of the study itself; give another name"),
-        (
-            study,
-            tmp_path / "report.pdf",
-            r"report\('.*report.pdf'\) must end in .html, since a page of HTML is",
-        ),
+        (study, tmp_path / "report.pdf", r"report\('.*report.pdf'\) must end in .html, since a page of HTML is"),
         (study, "none/r.html", r"report\('none/r.html'\): the folder 'none' does not exist; make it"),
     ):
         with pytest.raises(InputError, match=message):
@@ -332,8 +328,7 @@ def test_ticks_have_room_in_their_drawing(words):
     frame = Frame(440.0, 300.0, x, linear_scale(-20_000, 20_000)).with_room(14)
     axes = str(frame.axes("name", "name", letters=14))
     for left, top, angle, text in re.findall(
-        r'class="tick (?:end|mid)" x="([-\d.]+)" y="([-\d.]+)"(?: transform="rotate\((-\d+)[^"]*")?>([^<]*)<',
-        axes,
+        r'class="tick (?:end|mid)" x="([-\d.]+)" y="([-\d.]+)"(?: transform="rotate\((-\d+)[^"]*")?>([^<]*)<', axes
     ):
         turn, length = math.radians(-float(angle or 0)), 6.0 * len(text)
         assert float(left) - length * math.cos(turn) > (0 if angle else 20)

@@ -59,10 +59,7 @@ def test_what_became_of_a_step(on_gpu, tmp_path):
     assert done["exit code"] == 3 and (tmp_path / "a.txt").read_text() == "said\n"
     late = on_gpu.run("b", [*python, "import time; time.sleep(60)"], 0.2, "", tmp_path, dict(os.environ))
     assert late["stopped after"] == 0.2
-    assert on_gpu.run("c", [], 1, "no time is left", tmp_path, {}) == {
-        "step": "c",
-        "left out": "no time is left",
-    }
+    assert on_gpu.run("c", [], 1, "no time is left", tmp_path, {}) == {"step": "c", "left out": "no time is left"}
 
 
 @pytest.mark.cpu

@@ -117,10 +117,7 @@ def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_pa
         ({"keep_predictions": False}, 2),  # of the log loss, which is scored where the outputs are
         ({"scoring": ["neg_log_loss", "accuracy"]}, 2),
         ({"method": gputune.Halving(factor=2, min_epochs=2)}, 2 + 2),  # from rung to rung
-        (
-            {"scoring": lambda model, X, y: (model.predict(X) == y).mean()},
-            4,
-        ),  # which may ask it for other rows
+        ({"scoring": lambda model, X, y: (model.predict(X) == y).mean()}, 4),  # which may ask it for other rows
         ({"patience": 3}, 4),
         ({"callbacks": [gputune.callbacks.Callback()]}, 4),
     ],
@@ -154,13 +151,7 @@ def test_epochs_between_which_nothing_is_decided_are_one_launch(options, launche
 
 
 def test_the_plan_says_what_the_kernel_trains(iris, capsys):
-    space = {
-        "depth": [2, 5],
-        "lr": [1e-3],
-        "width": [16],
-        "batch_size": [32],
-        "numbers": ["none", "piecewise"],
-    }
+    space = {"depth": [2, 5], "lr": [1e-3], "width": [16], "batch_size": [32], "numbers": ["none", "piecewise"]}
     search(iris, space=space, include_default=False, n_trials=4, max_epochs=1, verbose=1)
     said = capsys.readouterr().err
     assert "2 by the kernel, 2 recorded" in said

@@ -33,12 +33,7 @@ from gputune.optimizers.rules import RULES
 from gputune.scoring.validation import Validation
 from gputune.sklearn import LogisticRegression, MLPClassifier, RandomizedSearchCV
 from gputune.tuning.context import Context
-from problems import (
-    fill,
-    make_data,
-    scoring_of,
-    shape_of,
-)
+from problems import fill, make_data, scoring_of, shape_of
 from simulated_cuda import torch_cuda as cuda
 from simulated_cuda.mutations import MUTATIONS
 
@@ -128,10 +123,7 @@ SEARCHES = {
     "graph": ("mlp", {"backend": "graph"}),
     "halving": ("mlp", {"method": "halving", "n_trials": 9, "max_epochs": 9}),
     "median": ("mlp", {"method": "median", "max_epochs": 8, "backend": "graph"}),
-    "hypergradient": (
-        "mlp",
-        {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 2, "max_epochs": 2, "cv": 2},
-    ),
+    "hypergradient": ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 2, "max_epochs": 2, "cv": 2}),
     "solved": ("logistic", {}),
     "stacked module": (Net, {"backend": "stacked"}),
     "recorded module": (Net, {"backend": "graph"}),
@@ -190,8 +182,7 @@ def test_a_chunk_that_does_not_fit_is_halved(device, iris, monkeypatch):
 
 def test_several_processes_are_refused(device, iris, tmp_path):
     with pytest.raises(
-        InputError,
-        match=f"workers=2: one process drives each GPU, and this search has 1 GPU, {device}; leave",
+        InputError, match=f"workers=2: one process drives each GPU, and this search has 1 GPU, {device}; leave"
     ):
         gputune.tune("mlp", *iris, **{**FAST, "workers": 2}, device=device, study=tmp_path / "study.db")
     assert not list(tmp_path.iterdir())
@@ -220,8 +211,7 @@ def test_a_module_is_built_without_a_context_on_other_gpus(iris):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.long) for name in ("graph", "hypergradient")] + ["module that draws"],
+    "name", [pytest.param(name, marks=pytest.mark.long) for name in ("graph", "hypergradient")] + ["module that draws"]
 )
 def test_the_default_device_of_torch_changes_nothing(name, iris):
     torch.set_default_device("cuda:1")

@@ -318,10 +318,7 @@ def _state(device: Any) -> torch.Tensor:
 for _name, _function in _FUNCTIONS.items():
     setattr(torch.cuda, _name, _function)
 _utils._get_gpu_rtc_library = lambda: None
-_utils._nvrtc_compile = lambda source, name, *options, **more: (
-    source.encode(),
-    name,
-)  # a binary is its source
+_utils._nvrtc_compile = lambda source, name, *options, **more: (source.encode(), name)  # a binary is its source
 _utils._cuda_load_module = lambda binary, names: {name: Kernel(binary.decode(), name) for name in names}
 torch._C._cuda_getCurrentRawStream = lambda device: 0  # what torch.compile imports
 torch.cuda.random.manual_seed_all = _FUNCTIONS["manual_seed_all"]

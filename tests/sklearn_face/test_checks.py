@@ -4,13 +4,7 @@ import pytest
 from sklearn.utils import get_tags
 
 from face_modules import Net
-from gputune.sklearn import (
-    LogisticRegression,
-    MLPClassifier,
-    MLPRegressor,
-    NeuralNetClassifier,
-    NeuralNetRegressor,
-)
+from gputune.sklearn import LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier, NeuralNetRegressor
 from searches import checks_in_turn
 
 MLP = {
@@ -23,12 +17,7 @@ NET = {
 # Where scikit-learn's own fit takes over: for labels, for one class, in partial_fit.
 WARNS = ("ignore:Got `batch_size` less than 1", "ignore:Stochastic Optimizer")
 # One of each class of which the others are a spelling or a sibling.
-ESTIMATORS = [
-    LogisticRegression(),
-    MLPClassifier(**MLP),
-    MLPRegressor(**MLP),
-    NeuralNetClassifier(**NET, lr=0.05),
-]
+ESTIMATORS = [LogisticRegression(), MLPClassifier(**MLP), MLPRegressor(**MLP), NeuralNetClassifier(**NET, lr=0.05)]
 OTHERS = [MLPClassifier(**MLP, alpha=1e-3), NeuralNetRegressor(**NET, lr=0.02)]  # fmt: skip
 
 

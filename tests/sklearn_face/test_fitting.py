@@ -30,12 +30,7 @@ MIXED = [
     {"alpha": 0.5, "batch_size": 32, "solver": "sgd", "learning_rate_init": 0.05, "learning_rate": "cosine"},
     {"solver": "adamwhd", "random_state": 7},
 ]
-NETS = [
-    {},
-    {"module__hidden": 5},
-    {"batch_size": 16, "optimizer": "adam"},
-    {"module__dropout": 0.3, "lr": 0.1},
-]
+NETS = [{}, {"module__hidden": 5}, {"batch_size": 16, "optimizer": "adam"}, {"module__dropout": 0.3, "lr": 0.1}]
 
 
 def unequal_folds(n, folds=3):
@@ -171,12 +166,7 @@ def test_folds_that_cannot_be_trained_on_fail_alone():
     weights[:60] = 0
     folds = [np.arange(150), np.arange(100, 150), np.arange(60), np.arange(0)]
     fits = together(
-        MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=1),
-        [{}, {"learning_rate_init": 0.1}],
-        X,
-        y,
-        folds,
-        weights,
+        MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=1), [{}, {"learning_rate_init": 0.1}], X, y, folds, weights
     )
     messages = ["at least 2 classes, got 1 class: 2", "sample_weight must be above 0", "no rows"]
     assert fits.error(0, 0) is None and fits.error(0, 1) is None
@@ -199,8 +189,7 @@ def test_a_candidate_that_is_refused_fails_alone():
 
 def test_a_diverged_fit_is_an_arithmetic_error_with_a_remedy():
     with pytest.raises(
-        DivergedError,
-        match=r"with nesterov and a learning rate of 1e\+30: .*smaller rate, or scale the inputs",
+        DivergedError, match=r"with nesterov and a learning rate of 1e\+30: .*smaller rate, or scale the inputs"
     ):
         MLPClassifier((8, 8), learning_rate_init=1e30, solver="sgd", max_iter=50, random_state=0).fit(*IRIS)
     assert issubclass(DivergedError, ArithmeticError)

@@ -13,13 +13,7 @@ from sklearn.svm import SVC
 from face_modules import Net
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.stacked import StackedChunk
-from gputune.sklearn import (
-    HalvingRandomSearchCV,
-    LogisticRegression,
-    MLPClassifier,
-    MLPRegressor,
-    NeuralNetClassifier,
-)
+from gputune.sklearn import HalvingRandomSearchCV, LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier
 from searches import assert_same_results, both
 
 X, Y = load_iris(return_X_y=True)
@@ -122,9 +116,7 @@ def test_pipelines():
     assert search.best_estimator_.memory is None
     encoded = make_pipeline(OneHotEncoder(handle_unknown="ignore", sparse_output=False), MLP)
     beside_scikit_learn(
-        encoded,
-        {"mlpclassifier__learning_rate_init": RATES["learning_rate_init"]},
-        resource="mlpclassifier__max_iter",
+        encoded, {"mlpclassifier__learning_rate_init": RATES["learning_rate_init"]}, resource="mlpclassifier__max_iter"
     )
 
 
@@ -180,11 +172,7 @@ def test_epochs_are_the_resource_in_scikit_learns_loop_too():
     pipeline = make_pipeline(StandardScaler(), FitsItself(hidden_layer_sizes=(8,), max_iter=3, random_state=0))
     with pytest.warns(UserWarning, match="FitsItself has a fit of its own"):
         search = HalvingRandomSearchCV(
-            pipeline,
-            {"fitsitself__learning_rate_init": loguniform(1e-3, 1e-1)},
-            n_candidates=3,
-            cv=2,
-            random_state=0,
+            pipeline, {"fitsitself__learning_rate_init": loguniform(1e-3, 1e-1)}, n_candidates=3, cv=2, random_state=0
         ).fit(X, Y)
     assert search.n_resources_ == [1, 3] and search.best_params_["fitsitself__max_iter"] == 3
     assert search.resource == "auto" and search.estimator is pipeline

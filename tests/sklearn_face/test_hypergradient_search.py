@@ -199,10 +199,7 @@ def test_a_value_is_written_in_the_word_that_holds_it(estimator, space, hyperpar
 
 
 def test_values_stay_within_the_range_of_their_distribution():
-    for space in (
-        {"learning_rate_init": loguniform(1e-3, 1.1e-3)},
-        [{"learning_rate_init": loguniform(1e-3, 1.1e-3)}],
-    ):
+    for space in ({"learning_rate_init": loguniform(1e-3, 1.1e-3)}, [{"learning_rate_init": loguniform(1e-3, 1.1e-3)}]):
         rates = path_of(descend(MLP, space, n_iter=1))
         assert rates[1] == 1.1e-3 and len(rates) == 2  # held at the bound, and nowhere to go from there
     alternatives = [

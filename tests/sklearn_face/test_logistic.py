@@ -41,9 +41,7 @@ def same(own, theirs, X):
 def test_the_solution_is_scikit_learns(data, params):
     X, y = data
     same(
-        LogisticRegression(**params).fit(X, y),
-        sklearn.linear_model.LogisticRegression(**params, **TIGHT).fit(X, y),
-        X,
+        LogisticRegression(**params).fit(X, y), sklearn.linear_model.LogisticRegression(**params, **TIGHT).fit(X, y), X
     )
 
 

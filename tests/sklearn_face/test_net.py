@@ -164,10 +164,7 @@ def test_a_class_of_torch_optim_is_fitted_and_searched_with_its_arguments():
 
 def test_a_search_over_a_pipeline_reaches_the_modules_arguments():
     pipeline = make_pipeline(StandardScaler(), NeuralNetClassifier(Net, max_epochs=2, random_state=0))
-    space = {
-        "neuralnetclassifier__module__hidden": [3, 9],
-        "neuralnetclassifier__optimizer__momentum": [0.5],
-    }
+    space = {"neuralnetclassifier__module__hidden": [3, 9], "neuralnetclassifier__optimizer__momentum": [0.5]}
     best = GridSearchCV(pipeline, space, cv=2).fit(*IRIS).best_estimator_
     net = best[-1]
     assert net.module_.first.out_features == net.get_params()["module__hidden"]

@@ -180,8 +180,7 @@ def test_the_module_and_the_coefficients_give_the_same(activation, target):
 
 
 @pytest.mark.parametrize(
-    "estimator",
-    [QUICK, LogisticRegression(), NeuralNetClassifier(lambda: torch.nn.Linear(4, 3), random_state=0)],
+    "estimator", [QUICK, LogisticRegression(), NeuralNetClassifier(lambda: torch.nn.Linear(4, 3), random_state=0)]
 )
 def test_sparse_x_is_what_it_is_as_an_array(estimator):
     dense = clone(estimator).fit(X, Y).predict_proba(X)

@@ -97,8 +97,7 @@ def test_parameters_of_fit_reach_their_steps():
     assert not np.allclose(ours.cv_results_["mean_test_score"], plain.cv_results_["mean_test_score"])
     with sklearn.config_context(enable_metadata_routing=True):
         asking = make_pipeline(
-            StandardScaler().set_fit_request(sample_weight=True),
-            clone(MLP).set_fit_request(sample_weight=True),
+            StandardScaler().set_fit_request(sample_weight=True), clone(MLP).set_fit_request(sample_weight=True)
         )
         accuracy = get_scorer("accuracy").set_score_request(sample_weight=False)
         routed, _, theirs, _ = both_random(

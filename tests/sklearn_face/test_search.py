@@ -234,10 +234,7 @@ def test_a_score_of_one_class_of_named_classes_is_scikit_learns_error():
 def test_a_class_in_place_of_an_estimator_is_scikit_learns_error(ours):
     caught = []
     for search in (ours, model_selection.RandomizedSearchCV):
-        with (
-            warnings.catch_warnings(record=True) as said,
-            pytest.raises(TypeError, match="instance") as found,
-        ):
+        with warnings.catch_warnings(record=True) as said, pytest.raises(TypeError, match="instance") as found:
             warnings.simplefilter("always")
             search(MLPClassifier, RATES).fit(X, Y)
         caught.append(str(found.value))

@@ -17,13 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 import gputune.sklearn as face
 from face_modules import Net
-from gputune.sklearn import (
-    LogisticRegression,
-    MLPClassifier,
-    MLPRegressor,
-    NeuralNetClassifier,
-    NeuralNetRegressor,
-)
+from gputune.sklearn import LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier, NeuralNetRegressor
 
 IRIS = load_iris(return_X_y=True)
 DIABETES = load_diabetes(return_X_y=True)

@@ -15,8 +15,7 @@ def recipe(**params):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [(MLPClassifier, neural_network.MLPClassifier), (MLPRegressor, neural_network.MLPRegressor)],
+    ("ours", "theirs"), [(MLPClassifier, neural_network.MLPClassifier), (MLPRegressor, neural_network.MLPRegressor)]
 )
 def test_the_defaults_are_scikit_learns(ours, theirs):
     extras = {"dropout": 0.0, "weight_decay": None, "device": "auto"}

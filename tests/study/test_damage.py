@@ -171,10 +171,7 @@ def test_a_file_that_is_damaged_while_a_search_writes_to_it_is_noticed_at_the_en
     with Store.create(path, SEARCH.to_json()) as store:
         store.add_trials(candidates(range(2)))
     error = FileNotFoundError if how == "removed" else StudyCorruptError
-    with (
-        pytest.raises(error, match=r"study\.db' is damaged: |no study file"),
-        open_ledger(path, SEARCH) as ledger,
-    ):
+    with pytest.raises(error, match=r"study\.db' is damaged: |no study file"), open_ledger(path, SEARCH) as ledger:
         ledger.finish([result(0), result(1)])
         match how:
             case "overwritten":

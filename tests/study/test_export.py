@@ -191,8 +191,7 @@ class Counting(nn.Linear):
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize(
-    ("module", "reason"),
-    [(Branching, ".*torch.export can trace"), (Counting, "its forward.* fixes the number")],
+    ("module", "reason"), [(Branching, ".*torch.export can trace"), (Counting, "its forward.* fixes the number")]
 )
 def test_a_module_that_cannot_be_traced(module, reason, suffix, tmp_path, capfd):
     path = tmp_path / f"model{suffix}"

@@ -105,8 +105,7 @@ def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "held"),
-    [("Nett", "Module, Net"), ("number", "Net"), ("Settings", "Net"), ("Outer", "Net"), ("", "Net")],
+    ("name", "held"), [("Nett", "Module, Net"), ("number", "Net"), ("Settings", "Net"), ("Outer", "Net"), ("", "Net")]
 )
 def test_a_name_that_is_no_module_class(net, name, held):
     with refused(rf"net\.py' has no torch.nn.Module class '{name}'; it has .*{held}"):

@@ -302,10 +302,7 @@ def test_a_claim_of_before_the_last_start_or_of_a_dead_process_is_void(path, own
 
 
 def test_another_process_that_looks_at_a_lock_for_a_moment_is_no_owner(path, monkeypatch):
-    lock, answers = (
-        claims_file.lock_descriptor,
-        iter([False, False, True, False]),
-    )  # its own file is looked at too
+    lock, answers = (claims_file.lock_descriptor, iter([False, False, True, False]))  # its own file is looked at too
     with Claims(path) as mine:
         foreign(path, host=claims_file.platform.node())
         monkeypatch.setattr(

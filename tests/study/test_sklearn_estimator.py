@@ -57,12 +57,7 @@ def test_it_scores_what_a_search_reads(model):
     text = [f"${value:,.2f}" for value in 1000 * DIABETES[1]]
     assert priced.score(DIABETES[0], text) == r2_score(1000 * DIABETES[1], priced.predict(DIABETES[0]))
     for one, rows, bad, message in (
-        (
-            model,
-            X,
-            IRIS[1],
-            "y has no class that the model knows: it holds '0', '1', '2', and .* 'a', 'b', 'c'",
-        ),
+        (model, X, IRIS[1], "y has no class that the model knows: it holds '0', '1', '2', and .* 'a', 'b', 'c'"),
         (model, X, [None, *y[1:]], r"y has 1 missing value \(the first in row 0\)"),
         (model, X, y[:9], r"one label a row of X, got shape \(9,\) and 150 rows"),
         (priced, DIABETES[0], [None, *DIABETES[1][1:]], "y has 1 missing value"),

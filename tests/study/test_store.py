@@ -84,10 +84,7 @@ def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(path, monkeypat
     with Store.open(path.with_name("whole.db")) as store:
         assert store.outputs(range(5)) == {} and len(store.trials()) == 5
     change(path, "UPDATE outputs SET epoch = 9 WHERE number = 3")
-    with (
-        Store.open(path) as store,
-        pytest.raises(StudyCorruptError, match="row of outputs of trial 3 does not fit"),
-    ):
+    with Store.open(path) as store, pytest.raises(StudyCorruptError, match="row of outputs of trial 3 does not fit"):
         store.outputs([3])
 
 
@@ -389,10 +386,7 @@ def test_a_file_with_other_tables_or_of_another_version_is_refused(path, stateme
 def test_a_changed_value_is_never_returned(path, statement, what):
     make_study(path, 2, [result(0)], META)
     change(path, statement)
-    with (
-        Store.open(path) as store,
-        pytest.raises(StudyCorruptError, match=f"is damaged: {what}.* restore the file"),
-    ):
+    with Store.open(path) as store, pytest.raises(StudyCorruptError, match=f"is damaged: {what}.* restore the file"):
         assert store.meta
         store.check()
     with Store.open(path) as store, pytest.raises(StudyCorruptError, match=what):

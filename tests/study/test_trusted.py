@@ -100,11 +100,7 @@ def test_what_is_no_file_is_not_used(folder, later, kind, tmp_path):
     later()
     place, elsewhere = folder / "trusted-code", tmp_path / "elsewhere"
     place.rename(elsewhere)
-    make = {
-        "link": lambda: place.symlink_to(elsewhere),
-        "pipe": lambda: os.mkfifo(place),
-        "folder": place.mkdir,
-    }
+    make = {"link": lambda: place.symlink_to(elsewhere), "pipe": lambda: os.mkfifo(place), "folder": place.mkdir}
     make[kind]()
     if kind != "link":
         place.chmod(0o700)
@@ -121,12 +117,7 @@ def test_without_a_home_nothing_outlives_the_process(monkeypatch, later, tmp_pat
         raise KeyError(homeless)
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    for home, state, user in (
-        (None, "", me),
-        (None, "state", me),
-        ("home", "", me),
-        (str(tmp_path), "", me + 1),
-    ):
+    for home, state, user in ((None, "", me), (None, "state", me), ("home", "", me), (str(tmp_path), "", me + 1)):
         later()
         monkeypatch.setenv("XDG_STATE_HOME", state)  # one that is relative counts for nothing
         monkeypatch.setattr(os, "geteuid", lambda user=user: user)

@@ -276,8 +276,7 @@ def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(ir
     names = np.array(["a", "b", "c"])[np.where(np.arange(150) == 149, 2, np.minimum(y, 1))]
     common = {"method": "hypergradient", "n_trials": 1, "cv": 3, "verbose": 0}
     with pytest.raises(
-        InputError,
-        match="validation rows of fold . have class 'c', of which it has no training row: its log loss",
+        InputError, match="validation rows of fold . have class 'c', of which it has no training row: its log loss"
     ):
         gputune.tune(model, X, names, **common, **options)
 

@@ -134,10 +134,7 @@ def test_a_member_of_a_fold_is_that_of_the_search():
 class Net(nn.Module):
     def __init__(self, n_features, n_outputs, width=4):
         super().__init__()
-        self.norm, self.layers = (
-            nn.BatchNorm1d(n_features),
-            nn.Sequential(nn.Linear(n_features, width), nn.Tanh()),
-        )
+        self.norm, self.layers = (nn.BatchNorm1d(n_features), nn.Sequential(nn.Linear(n_features, width), nn.Tanh()))
         self.last = nn.Linear(width, n_outputs)
 
     def forward(self, x):

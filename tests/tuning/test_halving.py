@@ -215,12 +215,7 @@ def test_a_refused_call_leaves_no_study(iris, tmp_path):
 def test_trials_with_and_without_momentum_go_on_in_any_company(backend):
     """Those without have no buffer for it, also where a rung leaves them beside one that has."""
     X = np.random.default_rng(0).normal(size=(90, 4))
-    space = {
-        "lr": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3],
-        "momentum": [0.0, 0.9],
-        "width": [8],
-        "batch_size": [16],
-    }
+    space = {"lr": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3], "momentum": [0.0, 0.9], "width": [8], "batch_size": [16]}
     options = {"optimizer": "sgd", "n_trials": 9, "cv": 3, "max_epochs": 9, "workers": 1, "verbose": 0}
     study = gputune.tune("mlp", X, X[:, 0] > 0, space=space, method="halving", backend=backend, **options)
     assert {trial.state for trial in study.trials} == {"complete", "pruned"}

@@ -184,10 +184,7 @@ def test_an_objective_whose_code_has_changed_is_another_search(tmp_path):
     def objective(params, report):
         return params["lr"]
 
-    first, how = (
-        objective,
-        {"direction": "maximize", "study": tmp_path / "study.db", "workers": 1, "verbose": 0},
-    )
+    first, how = (objective, {"direction": "maximize", "study": tmp_path / "study.db", "workers": 1, "verbose": 0})
     gputune.search(first, {"lr": [0.1, 0.2]}, n_trials=1, **how)
 
     def objective(params, report):
@@ -271,10 +268,7 @@ def test_a_search_ends_when_it_is_good_enough(tmp_path, given, trained, capsys):
     for _ in range(1 if "callbacks" in given else 2):  # the same call again trains no more
         study = search(objective, {"lr": [1.0]}, **call, **given)
         assert [trial.state for trial in study.trials].count("complete") == trained
-    words = {
-        "target_score": "trial 4 has reached the target score",
-        "patience_trials": "2 trials in a row were no",
-    }
+    words = {"target_score": "trial 4 has reached the target score", "patience_trials": "2 trials in a row were no"}
     shown = capsys.readouterr().err
     assert all((f"note: the search ends: {words[name]}" in shown) == (trained < 8) for name in words.keys() & given)
 

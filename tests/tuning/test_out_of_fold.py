@@ -117,12 +117,7 @@ def test_what_cannot_train_again_on_its_folds_is_refused(study, tmp_path):
     with refused("trains a trial again on its folds, and this study is of descents, .* another method"):
         points.oof_predictions()
     loop = gputune.search(
-        lambda params, report: params["x"],
-        {"x": [1.0]},
-        direction="maximize",
-        n_trials=1,
-        workers=1,
-        verbose=0,
+        lambda params, report: params["x"], {"x": [1.0]}, direction="maximize", n_trials=1, workers=1, verbose=0
     )
     with refused("this study is of search.., whose training loop is your own: keep what"):
         loop.oof_predictions()

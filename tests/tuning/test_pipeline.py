@@ -187,11 +187,7 @@ def test_trials_that_prepare_numbers_in_a_way_are_those_of_a_search_of_it_alone(
         pytest.param({"method": "median"}, marks=pytest.mark.long),
         {"method": gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0))},
         {"method": gputune.Hypergradient(outer_steps=1), "scoring": "neg_log_loss"},
-        {
-            "method": gputune.Hypergradient(outer_steps=1),
-            "model": "logistic",
-            "space": {"C": loguniform(0.1, 1)},
-        },
+        {"method": gputune.Hypergradient(outer_steps=1), "model": "logistic", "space": {"C": loguniform(0.1, 1)}},
     ],
 )
 def test_each_method_prepares_numbers_as_its_trials_say(iris, how):
@@ -300,10 +296,7 @@ def test_mixed_columns_missing_values_and_unknown_levels(tmp_path):
     assert any("id" in note for note in study.meta["notes"])
     model = study.best_model()
     fresh = frame.head(3).assign(color=["red", "violet", None], extra=1)
-    with (
-        pytest.warns(UserWarning, match="extra"),
-        pytest.warns(gputune.InputWarning, match="column 'color': 'violet'"),
-    ):
+    with pytest.warns(UserWarning, match="extra"), pytest.warns(gputune.InputWarning, match="column 'color': 'violet'"):
         assert model.predict(fresh)[0] == "yes"
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model")
@@ -483,10 +476,7 @@ def test_a_model_has_the_score_of_its_own_rows_alone(tmp_path, iris):
     other = opened.best_model(X[:120], y[:120], check=False)
     assert other.info["rows"] == 120 and other.info["params"] == study.best_params
     assert not {"score", "std_error"} & other.info.keys() and "cross-validated" not in other._repr_html_()
-    for of_other_rows in (
-        other,
-        replace(model, info={**model.info, "fingerprint": other.info["fingerprint"]}),
-    ):
+    for of_other_rows in (other, replace(model, info={**model.info, "fingerprint": other.info["fingerprint"]})):
         with refused("of other parameters, another score or other rows; make it"):
             study.report(tmp_path / "report.html", model=of_other_rows)
     study.report(tmp_path / "report.html", model=model)
@@ -596,10 +586,7 @@ def test_a_random_state_object_is_used_once(iris):
             "sgdhd, nesterovhd, adamhd, adamwhd, or a class of torch.optim, such as RAdam, got 'adagrad'. Did you mean "
             "'Adagrad'",
         ),
-        (
-            {"optimizer": "Adagrad"},
-            "torch.optim.Adagrad takes the steps .*model='mlp' trains all .*models.MLP",
-        ),
+        ({"optimizer": "Adagrad"}, "torch.optim.Adagrad takes the steps .*model='mlp' trains all .*models.MLP"),
         ({"method": "halvng"}, "method must be .*got 'halvng'. Did you mean 'halving'"),
         ({"loss": "hubber", "model": Net}, "loss must be .*got 'hubber'. Did you mean 'huber'"),
         ({"task": "clasification"}, "task must be one of .*Did you mean 'classification'"),
@@ -628,12 +615,7 @@ def test_a_random_state_object_is_used_once(iris):
             "numbers='robust' is not there for tensors; pass a NumPy array",
         ),
         (
-            {
-                "space": {"numbers": ["standard"]},
-                "model": "cnn",
-                "X": np.ones((9, 1, 4, 4)),
-                "y": np.arange(9) % 3,
-            },
+            {"space": {"numbers": ["standard"]}, "model": "cnn", "X": np.ones((9, 1, 4, 4)), "y": np.arange(9) % 3},
             "'numbers' is searched for tables, and X is .* leave the key out, and give numbers='standard' to the whole",
         ),
         (
@@ -646,10 +628,7 @@ def test_a_random_state_object_is_used_once(iris):
         ),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
         ({"max_epochs": 0}, "max_epochs must be an integer of at least 1, got 0"),
-        (
-            {"workers": "rays"},
-            "workers must be a number of processes, 'auto', 'ray' or gputune.Ray.*, got 'rays'",
-        ),
+        ({"workers": "rays"}, "workers must be a number of processes, 'auto', 'ray' or gputune.Ray.*, got 'rays'"),
         ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
         ({"study": 3}, "study is the path of a file, or None, got 3; of a study that is open give its file"),
         ({"target_score": "0.9"}, "target_score must be a score, a number, or None, got '0.9'"),
@@ -672,16 +651,10 @@ def test_a_random_state_object_is_used_once(iris):
         ({"patience": 3, "model": "logistic"}, "and the logistic regression solved .* has no epochs"),
         ({"timeout": -1}, "timeout is a number of seconds above 0, or None, got -1"),
         ({"memory": "lots"}, "memory is a number of bytes or text such as '8GB', above 0, got 'lots'"),
-        (
-            {"device": "cuda:99"},
-            r"device must be 'auto' or one that this machine has \(cpu.*\), got 'cuda:99'",
-        ),
+        ({"device": "cuda:99"}, r"device must be 'auto' or one that this machine has \(cpu.*\), got 'cuda:99'"),
         ({"device": "gpu"}, "device must be 'auto' or one that this machine has"),
         ({"random_state": -1}, "random_state must be in \\[0, 2\\*\\*32\\), as scikit-learn has it, got -1"),
-        (
-            {"random_state": "0"},
-            "random_state is an integer, a numpy RandomState or Generator, or None, got '0'",
-        ),
+        ({"random_state": "0"}, "random_state is an integer, a numpy RandomState or Generator, or None, got '0'"),
         ({"space": {"learning_rate": [1]}}, "learning_rate"),
         ({"scoring": "acuracy"}, "Did you mean 'accuracy'"),
         ({"cv": 200}, "200"),

@@ -62,13 +62,6 @@ def test_a_file_with_the_target_and_what_was_left_out_predicts_without_a_warning
     x = np.random.default_rng(0).normal(size=30)
     frame = pandas.DataFrame({"x": x, "one": 1, "id": [f"id {i}" for i in range(30)], "price": 2 * x + 0.5})
     study = gputune.tune(
-        "mlp",
-        frame.drop(columns="price"),
-        frame["price"],
-        n_trials=1,
-        max_epochs=1,
-        cv=2,
-        workers=1,
-        verbose=0,
+        "mlp", frame.drop(columns="price"), frame["price"], n_trials=1, max_epochs=1, cv=2, workers=1, verbose=0
     )
     assert study.best_model().predict(frame).shape == (30,)

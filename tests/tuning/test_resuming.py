@@ -138,8 +138,7 @@ def told_time(monkeypatch, *, epoch, writing):
 
 
 @pytest.mark.parametrize(
-    ("method", "writing"),
-    [("random", 1.0), ("halving", 0.0), pytest.param("halving", 1.0, marks=pytest.mark.long)],
+    ("method", "writing"), [("random", 1.0), ("halving", 0.0), pytest.param("halving", 1.0, marks=pytest.mark.long)]
 )
 def test_no_more_is_repeated_than_the_time_between_two_checkpoints(iris, tmp_path, monkeypatch, method, writing):
     """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what writing took."""

@@ -59,19 +59,11 @@ def test_with_one_metric_the_best_trial_is_the_only_one():
 def test_a_study_by_another_metric_has_its_scores_order_and_curves():
     study = study_by([(0.9, -0.3), (0.8, -0.2)])
     other = study.ranked_by("log_loss")  # as its table is headed
-    assert (other.best_trial.number, other.best_score, other.metrics) == (
-        1,
-        -0.2,
-        ("neg_log_loss", "accuracy"),
-    )
+    assert (other.best_trial.number, other.best_score, other.metrics) == (1, -0.2, ("neg_log_loss", "accuracy"))
     np.testing.assert_array_equal(other.curves, study.curves_of("neg_log_loss"))
     np.testing.assert_array_equal(other.curves_of("accuracy"), study.curves)
     assert other.ranked_by("accuracy").trials == study.trials and study.ranked_by("accuracy") is study
-    assert (epochs_by(study), epochs_by(other), epochs_by(other.ranked_by("accuracy"))) == (
-        "",
-        "accuracy",
-        "",
-    )
+    assert (epochs_by(study), epochs_by(other), epochs_by(other.ranked_by("accuracy"))) == ("", "accuracy", "")
     assert "which accuracy chose" in page(other) and "which accuracy" not in page(study)
     ensemble = {"ensemble": {"0": 1.0}, "scoring": "accuracy", "held_out_score": 0.9, "held_out_rows": 9}
     assert "0.9000" in page(study, model=ensemble)

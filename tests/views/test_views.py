@@ -7,15 +7,7 @@ import pytest
 
 from gputune.errors import InputError
 from gputune.text import measure_of
-from gputune.views.parameters import (
-    MOST,
-    descended,
-    descent_paths,
-    importance,
-    is_log,
-    parameters,
-    varied_parameters,
-)
+from gputune.views.parameters import MOST, descended, descent_paths, importance, is_log, parameters, varied_parameters
 from gputune.views.scores import curve_view, score_range, score_view
 from made_studies import made_descent, made_study, study_of
 
