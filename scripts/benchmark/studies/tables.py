@@ -36,8 +36,7 @@ SEARCHES = {
 
 HOW = """\
 Of each table {rows:,} rows (four fifths of a smaller one) are searched on and up to {held_out:,} others
-scored, both drawn anew for each split; of {large} also one split of
-{most:,}. A cell is the median over {splits} splits (fewer where it says so) of
+scored, both drawn anew for each split{larger}. A cell is the median over {splits} splits (fewer where it says so) of
 the score, and of the seconds of wall clock of searching, choosing and training. RMSE, less is better, of
 {numbers} (of kc_house that of the logarithm of the price); ROC AUC of {rare}; else accuracy. "mlp" is a
 search of {mlp[0]} trials of {mlp[1]} epochs in its default space, "mlp portfolio" the same of space="mlp",
@@ -198,6 +197,7 @@ def words(machine: dict[str, Any], results: list[Result]) -> str:
     """Return the page: the medians over the splits of each table and way."""
     ways = list(dict.fromkeys(one.way for one in results))
     tables = {one.table: one.scoring for one in results}
+    larger = f"; of {' and '.join(LARGE)} also one of more" if tables.keys() - set(NAMES) else ""
     few_rows = {name: scoring for name, scoring in tables.items() if name in NAMES}
     splits = max(one.split for one in results) + 1
 
@@ -209,7 +209,7 @@ def words(machine: dict[str, Any], results: list[Result]) -> str:
         return f"{median(one.score for one in found):.4f} ({median(one.seconds for one in found):.0f} s{few})"
 
     how = HOW.format(
-        rows=ROWS, held_out=HELD_OUT, large=" and ".join(LARGE), most=max(LARGE.values()),
+        rows=ROWS, held_out=HELD_OUT, larger=larger,
         splits=splits, folds=FOLDS, seconds=SECONDS,
         numbers=" and ".join(name for name, scoring in few_rows.items() if scoring.startswith("neg")),
         rare=" and ".join(name for name, scoring in few_rows.items() if scoring == "roc_auc") or "none",
