@@ -214,6 +214,7 @@ def test_one_logit_is_exported_as_two_classes(model, tmp_path):
     np.testing.assert_array_equal(tuned.classes[label], tuned.predict(X[:7]))
 
 
+@pytest.mark.filterwarnings("ignore:.* train without rows of a class")
 def test_a_class_without_training_rows_does_not_stop_one_logit():
     cut = [(20 + np.flatnonzero(TWO[20:] == "yes"), np.arange(20))]
     assert score(TWO, model=OneLogit, cv=cut, scoring="neg_log_loss") < 0

@@ -41,7 +41,7 @@ def twice_differentiable(training: Training) -> Iterator[None]:
             remedy = "run it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         raise InputError(
             f"module or loss has an operation that cannot be differentiated twice ({text.rstrip('.')}); {remedy}, or "
-            "use mode='fd'."
+            "call gputune.hypergradient with mode='fd'."
         ) from error
 
 
@@ -68,8 +68,8 @@ def _try(training: Training) -> None:
         raise InputError(
             f"module or loss has an operation that cannot be differentiated twice{_suspects(training)}: the second "
             "derivative that torch takes is incomplete. The usual causes are weight_norm, a .detach() of what depends "
-            "on the parameters, and an autograd.Function whose backward has no derivative; replace it, or use "
-            "mode='fd'."
+            "on the parameters, and an autograd.Function whose backward has no derivative; replace it, or "
+            "call gputune.hypergradient with mode='fd'."
         )
 
 
@@ -96,7 +96,8 @@ def _agrees_with_difference(training: Training, gradient: Tensor, weights: Tenso
     """
     if weights.dtype != torch.float64:
         return True
-    v = _direction(weights)
+    # What fills narrower members up to one width is 0 and stays so; moved, its relu would be at a kink.
+    v = _direction(weights).where((weights != 0) | (gradient != 0), 0)
     v *= (weights.detach().norm() / v.norm()).clamp_min(1e-3)
 
     def changes(h: float) -> tuple[Tensor, Tensor]:

@@ -337,6 +337,15 @@ def test_a_module_without_second_derivatives_is_refused(iris):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("width", [6, 20])
+def test_what_fills_narrow_members_is_at_no_kink(width):
+    X, y = (part[:120] for part in load_breast_cancer(return_X_y=True))
+    space = {"lr": [0.01], "width": [width], "depth": [1], "activation": ["relu"]}
+    method = gputune.Hypergradient(outer_steps=1)
+    study = gputune.tune("mlp", X, y, space=space, n_trials=1, method=method, **FAST, dtype="float64")
+    assert study.best_score < 0
+
+
 def test_the_score_is_the_loss_however_large_it_is(iris):
     """scikit-learn's log loss has a limit, the loss that is descended has none."""
     method = gputune.Hypergradient(outer_steps=1)

@@ -52,6 +52,7 @@ def test_a_calibrated_model_has_the_temperature_of_what_its_folds_predict(study,
     assert "temperature" in model._repr_html_() and "temperature" not in plain._repr_html_()
 
 
+@pytest.mark.filterwarnings("ignore:.* train without rows of a class")
 def test_rows_of_a_class_that_their_fold_has_not_seen_calibrate_nothing():
     X, y = (part[np.argsort(IRIS[1], kind="stable")] for part in IRIS)
     study = gputune.tune("mlp", X, y, cv=KFold(3), scoring="accuracy", **HOW)  # a class a fold

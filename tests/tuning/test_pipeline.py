@@ -688,6 +688,7 @@ def test_an_argument_that_there_is_not_is_a_type_error(word, meant):
     assert str(error.value) == f"tune() got an unexpected keyword argument {word!r}.{meant}"
 
 
+@pytest.mark.filterwarnings("ignore:.* train without rows of a class")
 def test_more_bad_input(tmp_path, iris):
     X, y = iris
     with refused("solved with optimizer='exact' predicts classes"):

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 import gputune
 from benchmark.report import describe_machine, page, publish, table
 from gputune.api.study import Study
-from gputune.methods.optuna import OptunaStudy, optuna_distributions
+from gputune.methods.optuna import OptunaStudy, check_askable
 
 BATCH, BATCHES, SEEDS = 16, 10, 10
 EPOCHS, FOLDS = 10, 3
@@ -107,7 +107,7 @@ def timed() -> Iterator[list[float]]:
 
 def alone(seed: int, study: Study) -> float:
     """Return the seconds of asking and telling the same with Optuna alone, which must propose the same."""
-    laws = optuna_distributions(SPACE)
+    _, laws = check_askable([SPACE])
     scores = [trial.score for trial in study.trials]
     asked, seconds = [], 0.0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
