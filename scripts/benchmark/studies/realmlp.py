@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from joblib import cpu_count
 from sklearn.model_selection import KFold, StratifiedKFold
 
 from benchmark.report import Clock, describe_machine, page, publish, table
@@ -27,7 +28,7 @@ HOW = """\
 {epochs} epochs in {folds} folds of {rows:,} rows and then once on all of them at the best epoch of the folds'
 mean; the mean and the best score on up to {held_out:,} other rows (RMSE of numbers, else accuracy), and
 the seconds of all {configurations}. pytabkit trains the folds of one configuration at the same time, and the
-configurations one after the other. One thread each, in turn on the same core.
+configurations one after the other. Threads of each: {cores}, in turn on the same cores.
 """
 
 
@@ -60,7 +61,7 @@ def run(options: Namespace) -> int:
     rows = [[one.table, one.package, f"{one.seconds:.0f}", *summary(one)] for one in results]
     how = HOW.format(
         configurations=CONFIGURATIONS, last=CONFIGURATIONS - 1, epochs=EPOCHS, folds=FOLDS, rows=ROWS,
-        held_out=HELD_OUT,
+        held_out=HELD_OUT, cores=machine["cores"],
     )  # fmt: skip
     text = page("RealMLP's space", machine, how, table(["table", "package", "seconds", "mean score", "best"], rows))
     return publish(options.out, "realmlp", machine, text, results=[asdict(one) for one in results])
@@ -105,7 +106,7 @@ def there(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
     for one in drawn:
         model = kind(
             **{key: _plain(value) for key, value in one.items() if key in (*NAMES_OF, "hidden_sizes")},
-            n_cv=FOLDS, n_refit=1, n_epochs=EPOCHS, n_threads=1, device="cpu", random_state=0,
+            n_cv=FOLDS, n_refit=1, n_epochs=EPOCHS, n_threads=cpu_count(), device="cpu", random_state=0,
         )  # fmt: skip
         model.fit(split.X, split.y.to_numpy(), val_idxs=np.stack([place[:least] for place in valid]))
         yield split.score(model)
