@@ -70,7 +70,8 @@ def _command(typed: list[str]) -> int:
     # Errors about the target begin with its name, whatever that is; only tune has the option --out for a study.
     kept = {getattr(arguments, "target", None) or "", "" if arguments.command in ("tune", "train") else "study"}
     file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
-    words = partial(in_flags, kept=kept, file=file)
+    config = "--set" if arguments.command == "train" else "--include"
+    words = partial(in_flags, kept=kept, file=file, config=config)
     with _warnings_in_words(words):
         return _run(arguments, words)
 

@@ -73,21 +73,24 @@ def flags() -> dict[str, str]:
     return {**known, "verbose": "--quiet"}
 
 
-def in_flags(text: str, *, kept: Collection[str] = (), foreign: Sequence[str] = (), file: str = "FILE") -> str:
+def in_flags(
+    text: str, *, kept: Collection[str] = (), foreign: Sequence[str] = (), file: str = "FILE", config: str = "--include"
+) -> str:
     """Return what ``gputune.tune`` says in the words of the command line: arguments, but those ``kept``, as options.
 
-    X is ``file``. What others say within it, the ``foreign`` texts and what is known to be theirs, stays as it is.
+    X is ``file``, a configuration was given as ``config``. What others say within it, the ``foreign`` texts and what is
+    known to be theirs, stays as it is.
     """
     theirs = [part for part in (*foreign, *_FOREIGN.findall(text)) if part]
     for number, part in enumerate(theirs):
         text = text.replace(part, f"\0{number}\0")
-    text = _in_flags(text, kept)
+    text = _in_flags(text, kept, config)
     text = re.sub(r"\0(\d+)\0", lambda match: theirs[int(match[1])], text)
     return re.sub(r"^X (?=has|must)", lambda match: f"{file} ", text)
 
 
-def _in_flags(text: str, kept: Collection[str]) -> str:
-    known = flags()
+def _in_flags(text: str, kept: Collection[str], config: str) -> str:
+    known = {**flags(), "include": config}
     names = "|".join(name for name in known if name not in kept)
     before, change, after = text.partition("differs from this call in: ")
     if change:
@@ -104,7 +107,7 @@ def _in_flags(text: str, kept: Collection[str]) -> str:
     text = re.sub(rf"\bleave ({names}) out\b", lambda match: f"leave {known[match[1]]} out", text)
     text = re.sub(r"\bspace\['(\w+)'\]", r"--space \1", text)
     text = re.sub(r"\binclude\[\d+\]\['(\w+)'\]", r"\1", text)
-    text = re.sub(r"\binclude\[\d+\](?= (?:must|has)\b)", "--include", text)
+    text = re.sub(r"\binclude\[\d+\](?= (?:must|has)\b)", config, text)
     value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
     text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda match: _option(known, *match.groups()), text)
     verbs = "must|is|are|for|has|needs|cannot|would|with|and"

@@ -42,6 +42,17 @@ def is_missing(value: object) -> bool:
     return isinstance(value, float | np.floating) and math.isnan(value)
 
 
+def checked_labels(values: np.ndarray, name: str) -> np.ndarray:
+    """Return the values of a target, (n,). Raises InputError for text beside other objects: 1 would become '1'."""
+    odd = {isinstance(value, str): value for value in values if not is_missing(value)} if values.dtype == object else {}
+    if len(odd) == 2:
+        raise InputError(
+            f"{name} has values of two types, {type(odd[False]).__name__} ({odd[False]}) and text "
+            f"({str(odd[True])!r}); make them one, as in [str(value) for value in y]."
+        )
+    return values
+
+
 def text_of(value: object) -> str:
     """Return the text of one value as a category: 1 and 1.0 are both '1'."""
     if isinstance(value, float | np.floating) and float(value).is_integer():

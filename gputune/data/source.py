@@ -18,9 +18,9 @@ from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.columns import checked_tensor
 from gputune.data.files import line_of, read_table
 from gputune.data.folds import hold_out, parse_cv
-from gputune.data.kinds import Kind
+from gputune.data.kinds import Kind, checked_labels
 from gputune.data.table import Table, as_rows, as_table, quoted, refuse_lists, refuse_loader, split_target
-from gputune.data.target import Target, TaskWord, check_target, refuse_missing
+from gputune.data.target import Target, TaskWord, check_target, refuse_missing, target_array
 from gputune.errors import InputError
 from gputune.text import did_you_mean
 
@@ -188,6 +188,8 @@ def _source_of(table: Table, y: Any, groups: Any, origin: Origin | None, origina
         table, groups = table.drop(groups), table.column(groups)
     name = y if isinstance(y, str) else "y"
     if isinstance(y, str):
+        if hasattr(original, "columns") and y in table.names:  # the table has text alone where a frame had both
+            checked_labels(target_array(as_rows(original, [y]), y).ravel(), y)
         table, y = split_target(table, y)
     return Source(table, y, name, groups, origin, original)
 

@@ -222,8 +222,8 @@ def checked_table(
         if kind != "category" and np.isinf(values).any():
             row = int(np.isinf(values).argmax())
             raise InputError(
-                f"column {name!r} has an infinite value in row {row}, where the first is row 0; clip it, "
-                "or leave it empty if it is no target."
+                f"column {name!r} has an infinite value in row {row}{', where the first is row 0' * (row > 0)}; "
+                "clip it, or leave it empty."
             )
     read = {
         name: found

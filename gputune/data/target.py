@@ -8,7 +8,7 @@ import narwhals as nw
 import numpy as np
 from torch import Tensor
 
-from gputune.data.kinds import from_values, is_missing
+from gputune.data.kinds import checked_labels, from_values, is_missing
 from gputune.data.target_transform import FittedTransform, TargetTransform, check_values, fit_transform
 from gputune.errors import InputError, InputWarning, warn
 from gputune.text import count, did_you_mean, is_number
@@ -87,7 +87,7 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     Without ``task``: text, booleans and at most 20 distinct whole numbers of which one repeats, integers or floats, are
     classes; others are numbers, with an InputWarning where they may be classes. Of several columns, those of 0 and 1
     are labels, others numbers; more axes are a custom target. Raises InputError for a wrong length,
-    more than one column, missing or infinite values, dates, fewer than two classes, and a task that does not fit.
+    text beside numbers, missing or infinite values, dates, fewer than two classes, and a task that does not fit.
     """
     if task is not None and task not in TASKS:
         raise InputError(
@@ -296,7 +296,7 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
             raise InputError(
                 f"{name} holds {odd}, which is beyond 64-bit integers; pass classes as text, numbers as floats."
             ) from error
-    kind, read = from_values(list(values), name=name, untyped=False)
+    kind, read = from_values(list(checked_labels(values, name)), name=name, untyped=False)
     if kind == "date":
         raise InputError(f"{name} holds dates, which cannot be predicted; turn it into a number first.")
     return read.astype(bool) if kind == "boolean" else read.astype(str) if kind == "category" else read

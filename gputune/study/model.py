@@ -97,11 +97,10 @@ class TunedModel(ModelContent):
 
     def _half_width(self, level: float) -> float:
         if self.task != "regression" or not isinstance(self.center, float):
-            what = "several numbers a row" if self.task == "regression" else "no number but classes or its own"
-            raise InputError(
-                f"predict_interval is of one number a row, and this model predicts {what}: "
-                f"{'search for one column at a time' if self.task == 'regression' else 'use predict_proba'}."
-            )
+            words = {"regression": "several: search for one column at a time", "custom": "its own: use predict"}
+            words["multilabel"] = "labels: use predict_proba"
+            what = words.get(self.task, "classes: use predict_proba")
+            raise InputError(f"predict_interval is for a model of one number a row, and this one predicts {what}.")
         if isinstance(level, bool) or not isinstance(level, float | int | np.number) or not 0 < level < 1:
             raise InputError(
                 f"predict_interval(level={level!r}) must be a share between 0 and 1, such as 0.9 for 90 %."

@@ -60,6 +60,9 @@ def path(name: str, value: object) -> Path | None:
         raise InputError(
             f"{name} is the path of a file, or None, got {value!r}; of a study that is open give its file."
         )
+    if value is not None and Path(value).is_dir():
+        file = str(Path(value) / "study.db")
+        raise InputError(f"{name} must be a file, got the folder {str(value)!r}; give a file in it, such as {file!r}.")
     return None if value is None else Path(value).absolute()  # wherever a module of the user's goes meanwhile
 
 

@@ -223,6 +223,12 @@ def test_columns_weights_and_configurations(bugs, options, words):
     refused_tune(bugs, *options, words=words)
 
 
+def test_the_configuration_of_one_training_is_named_as_it_was_typed(bugs):
+    refused(
+        "train", bugs, "--target", "kind", "--set", "lr=1", "wdth=3", words=["error: --set must have only the keys"]
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

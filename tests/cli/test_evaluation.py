@@ -264,4 +264,4 @@ def test_a_kept_column_has_a_name_of_its_own(folder):
     code, out, err = run(*command)
     assert (code, err) == (0, "") and out.startswith("id,price_given,price\n000,0.25,")
     code, _, err = run("predict", folder / "kind" / "model", folder / "t.csv", "--interval", "0.9")
-    assert code == 2 and "--interval is of one number a row" in err and err.endswith(": use --proba.\n")
+    assert code == 2 and "--interval is for a model" in err and err.endswith("predicts classes: use --proba.\n")

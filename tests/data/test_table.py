@@ -177,8 +177,11 @@ def test_select_and_drop():
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "column names must differ"),
         (pd.DataFrame([[1, 2]], columns=["1", 1]), "column names must differ"),
         (pl.DataFrame({"a": [1]}).lazy(), "lazy frame"),
-        (np.array([[1.0, np.inf]]), "column 'x1' has an infinite value in row 0"),
-        (pd.DataFrame({"price": [1.0, -np.inf]}), "column 'price' has an infinite value in row 1"),
+        (np.array([[1.0, np.inf]]), "column 'x1' has an infinite value in row 0; clip it, or leave it empty.$"),
+        (
+            pd.DataFrame({"price": [1.0, -np.inf]}),
+            "'price' has an infinite value in row 1, where the first is row 0; clip",
+        ),
         (np.zeros((2, 2), dtype=complex), "column 'x0' holds complex128"),
         (pd.DataFrame({"a": [[1], [2]]}), "column 'a' holds list"),
         (np.zeros(2, dtype=[("a", float)]), "structured array"),

@@ -167,6 +167,8 @@ def test_select_keeps_the_classes():
         (np.array(["2020-01-01", "2020-01-02"], dtype="datetime64[D]"), None, r"got datetime64\[D\]"),
         (pd.Series(pd.to_datetime(["2020-01-01", "2020-01-02"])), None, "y holds dates"),
         ([{1}, {2}], None, "holds set"),
+        (np.array([1, "a"], dtype=object), None, r"y has values of two types, int \(1\) and text \('a'\); make them"),
+        (pd.Series([True, "a"], dtype="category"), None, r"two types, bool \(True\) and text \('a'\)"),
     ],
 )
 def test_bad_targets(y, task, message):

@@ -83,17 +83,20 @@ def test_what_is_refused(case):
         model.predict_interval(X, 0.999)
     with refused(r"needs the residuals .* study.best_model\(intervals=True\), or with gputune resume FOLDER --int"):
         replace(model, residuals=None).predict_interval(X)
+    for task, words in {"multilabel": "labels: use predict_proba.", "custom": "its own: use predict."}.items():
+        with refused(f"and this one predicts {words}"):
+            replace(model, task=task).predict_interval(X)
     with refused(r"best_model\(intervals=True\) needs the rows of the search.* leave out check=False"):
         study.best_model(X, y, intervals=True, check=False)
     classes = gputune.tune("mlp", X[:40], X[:40, 0] > 0, **{**HOW, "max_epochs": 1})
     with refused("is for a number to be predicted, and the study is of classes; leave it out"):
         classes.best_model(intervals=True)
-    with refused("predict_interval is of one number a row, and this model predicts no number .* use predict_proba"):
+    with refused("predict_interval is for a model of one number .* this one predicts classes: use predict_proba"):
         classes.best_model().predict_interval(X)
     two = gputune.tune(MLP, X[:40], X[:40, :2], **{**HOW, "max_epochs": 1})
     with refused("is for one number a row, and the target has several; search for one at a time"):
         two.best_model(intervals=True)
-    with refused("this model predicts several numbers a row: search for one column at a time"):
+    with refused("this one predicts several: search for one column at a time"):
         two.best_model().predict_interval(X)
     points = gputune.tune("mlp", X[:40], X[:40, 0], method=gputune.Hypergradient(outer_steps=1), **HOW)
     with refused(r"best_model\(intervals=True\) trains a trial again on its folds, and this study is of descents"):

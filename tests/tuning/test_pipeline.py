@@ -631,6 +631,7 @@ def test_a_random_state_object_is_used_once(iris):
         ({"workers": "rays"}, "workers must be a number of processes, 'auto', 'ray' or gputune.Ray.*, got 'rays'"),
         ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
         ({"study": 3}, "study is the path of a file, or None, got 3; of a study that is open give its file"),
+        ({"study": "/"}, "study must be a file, got the folder '/'; give a file in it, such as '/study.db'"),
         ({"target_score": "0.9"}, "target_score must be a score, a number, or None, got '0.9'"),
         ({"patience_trials": 0}, "patience_trials must be an integer of at least 1, or None, got 0"),
         ({"patience": 0}, "patience must be an integer of at least 1, or None, got 0"),
@@ -695,6 +696,8 @@ def test_more_bad_input(tmp_path, iris):
         gputune.tune("logistic", X, X[:, 0], **FAST)
     with refused("y and groups must be arrays when X is a tensor or arrays"):
         gputune.tune("mlp", torch.tensor(X), "target", **FAST)
+    with refused(r"kind has values of two types, int \(1\) and text \('a'\)"):
+        gputune.tune("mlp", pd.DataFrame({"x": range(4), "kind": [1, "a"] * 2}), "kind", **FAST)
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
     with refused("y must name the target column of the file"):
         gputune.tune("mlp", tmp_path / "a.csv", y, **FAST)
