@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gputune.modules.member_kernels import FORMULAS, Line, Span, Writer, arguments
+from gputune.modules.formulas import FORMULAS, arguments
+from gputune.modules.member_kernels import Line, Span, Writer
 from gputune.modules.member_layers import LAYERS
 from gputune.modules.program import split_constants
 from gputune.modules.trace import Operation, Place, Trace, TraceError

@@ -53,12 +53,10 @@ template <> struct Own<-1> {};
 // What is in the tile: rows ``which`` of the data.
 struct Part {
     const int64_t *which;
-    int rows;
-    bool begun, whole;         // whether the minibatch has rows before, and none after
+    int rows; bool begun, whole;  // whether the minibatch has rows before, and none after
     const float *draws;        // of dropout in its first layer, NULL: none
     int64_t layer;             // numbers of them in a layer
-    real rate, scale;
-    real share;                // of a row in the loss; 0: of its weight
+    real rate, scale, share;   // share: of a row in the loss; 0: of its weight
     real *scratch;             // gradients of the tiles before
 };
 
@@ -91,8 +89,7 @@ template <int L, bool BACK> ALWAYS_INLINE void move(Shared &s, const Work &w, Ow
 {
     using Z = Layer<L>;
     if constexpr (L > 0) move<L - 1, BACK>(s, w, own, f, c);
-    const Flat at = flat<L>(w, f, c);
-    using Gradient = typename Z::Gradient;
+    const Flat at = flat<L>(w, f, c); using Gradient = typename Z::Gradient;
     Gradient::template tiles<Z::UNROLLED>([&](int number, const Gradient &tile) {
         UNROLL for (int m = 0; m < Gradient::NUMBERS; m++) {
             const int row = tile.row(m), column = tile.place(m), mine = number + m;
@@ -103,8 +100,7 @@ template <int L, bool BACK> ALWAYS_INLINE void move(Shared &s, const Work &w, Ow
             if (Z::IS_HELD && MOMENTS > 1) copy<BACK>(w.second + place, own.second[mine], inside);
         }
     });
-    const int j = bias<L>();
-    if (j < 0) return;
+    const int j = bias<L>(); if (j < 0) return;
     copy<BACK>(w.theta + at.bias + j, s.parameters[Z::BIAS + j], j < Z::ABOVE);
     if (MOMENTS > 0) copy<BACK>(w.first + at.bias + j, own.bias_first, j < Z::ABOVE);
     if (MOMENTS > 1) copy<BACK>(w.second + at.bias + j, own.bias_second, j < Z::ABOVE);

@@ -220,12 +220,7 @@ class Study:
 
     def ranking(self) -> tuple[Trial, ...]:
         """The trials, best first; pruned ones after the others, those without a finite score last; ties by number."""
-        return self._ranking
-
-    @cached_property
-    def _ranking(self) -> tuple[Trial, ...]:
-        trials = self.trials
-        return tuple(trials[row] for row in self.order)
+        return tuple(self.trials[row] for row in self.order)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.
@@ -331,19 +326,6 @@ def check_metric(study: Study, metric: object, method: str) -> str:
         f"{method}(...) must be one of the study's metrics, {', '.join(map(repr, study.metrics))}, got {metric!r}."
         f"{did_you_mean(metric, study.metrics)}"
     )
-
-
-def trial_of_number(study: Study, number: object, caller: str) -> Trial:
-    """Return the trial of a number, None: the best; InputError, in a caller's words, where none of it has a score."""
-    if number is None:
-        return study.best_trial
-    scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
-    if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
-        raise InputError(
-            f"{caller}(trial={number!r}) must be the number of a trial that has a score, for example "
-            f"{study.best_trial.number}; study.trials lists them."
-        )
-    return scored[int(number)]
 
 
 def _kinds(values: Sequence[object]) -> set[type]:

@@ -4,6 +4,7 @@ Predictions, residuals and a temperature of one trial; of the best one the class
 that it needs.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from gputune.scoring.scoring import Scoring
 from gputune.seeding import stream
 from gputune.study.curves import FoldReport
 from gputune.study.model import TunedModel
-from gputune.study.study import Study, trial_of_number
+from gputune.study.study import Study, Trial
 from gputune.tuning.predictions import (
     Predictions,
     check_folds_train,
@@ -42,7 +43,7 @@ def oof_predictions(
 ) -> NDArray[np.float64]:
     """Return what a trial predicts of rows that it was not trained on; see ``Study.oof_predictions``."""
     check_folds_train(study, "oof_predictions()")
-    one = trial_of_number(study, trial, "oof_predictions")
+    one = _trial_of_number(study, trial, "oof_predictions")
     search = search_for("oof_predictions", study, X, y, trust_code)
     predictions = predictions_of(search, [one], Progress(0))
     data = predictions.data
@@ -75,7 +76,7 @@ def refit_with_folds(
         check_folds_train(study, called)
     if intervals and study.record.task != "regression":
         raise InputError(f"{called} is for a number to be predicted, and the study is of classes; leave it out.")
-    one = trial_of_number(study, trial, "best_model")
+    one = _trial_of_number(study, trial, "best_model")
     search = search_of(study, X, y, check=check, trust_code=trust_code)
     if not on_folds:
         return refit_trial(search, one)
@@ -173,3 +174,16 @@ def _shuffle(x: Tensor, order: Tensor, sizes: list[int]) -> Iterator[Tensor]:
         table[:, start : start + size] = x[order, start : start + size]
         yield table
         start += size
+
+
+def _trial_of_number(study: Study, number: object, caller: str) -> Trial:
+    """Return the trial of a number, None: the best; InputError, in a caller's words, where none of it has a score."""
+    if number is None:
+        return study.best_trial
+    scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
+    if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
+        raise InputError(
+            f"{caller}(trial={number!r}) must be the number of a trial that has a score, for example "
+            f"{study.best_trial.number}; study.trials lists them."
+        )
+    return scored[int(number)]
