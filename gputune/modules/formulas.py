@@ -103,6 +103,7 @@ _DEFAULTS: dict[str, object] = {
 
 
 def c_type(dtype: torch.dtype) -> str:
+    """Return the type of C of a dtype. Raises TraceError for one that no code has."""
     if dtype not in C_TYPES:
         raise TraceError(f"{dtype} is in no code")
     return C_TYPES[dtype]
@@ -117,6 +118,7 @@ def arguments(op: Operation) -> dict[str, Any]:
 
 
 def formula_of(name: str, given: dict[str, Any]) -> str:
+    """Return the formula of an operation with these arguments. Raises TraceError where its options are in no code."""
     if any(given.get(key, value) != value for key, value in _DEFAULTS.items()):
         raise TraceError(f"{name} of another kind is in no code")
     if name == "clamp" and None in (given["min"], given["max"]):

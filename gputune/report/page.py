@@ -204,14 +204,13 @@ def page(
 def _texts(study: Study) -> Json:
     """Return what the page says of a study beside its charts and its table."""
     best = best_trial(study)
+    params = {} if best is None else best.params
     return {
         "title": f"Study of {clean(study.record.model)}" if study.record.model else "Study",
         "source": _source(study),
         "best": best,
         "epochs_by": clean(epochs_by(study)),
-        "parameters": []
-        if best is None
-        else [(clean(k), clean(getattr(v, "__name__", v))) for k, v in best.params.items()],
+        "parameters": [(clean(key), clean(getattr(value, "__name__", value))) for key, value in params.items()],
         "why_none": study.why_none_is_best() if best is None else "",
         "waiting": sum(trial.state == "waiting" for trial in study.trials),
         "trials": len(study.trials),
