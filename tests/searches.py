@@ -13,6 +13,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from gputune.sklearn import RandomizedSearchCV
 from gputune.sklearn.base import fit_together
+from gputune.sklearn.dataset import FoldGroup
+from gputune.sklearn.recipe import Training
 
 SCORES = ["neg_log_loss", "accuracy"]
 OPTIONS = {"n_iter": 4, "cv": 3, "random_state": 0}
@@ -129,7 +131,8 @@ class Fits:
 
     def __init__(self, candidates, rows, folds, **options):
         self.candidates, self.rows = candidates, rows
-        self.results = fit_together(candidates, rows, folds, **options)
+        group = FoldGroup(tuple(range(len(folds))), rows, tuple(folds))
+        self.results = fit_together(dict(enumerate(candidates)), group, Training(**options))
 
     def error(self, fold, trial):
         result = self.results[fold, trial]

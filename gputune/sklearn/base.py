@@ -2,10 +2,10 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, is_regressor
 from sklearn.pipeline import Pipeline
-from sklearn.utils import Tags
+from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_consistent_length, validate_data
 from torch import Tensor
@@ -21,11 +21,11 @@ from torch import Tensor
 from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.target import check_target
 from gputune.errors import InputError
-from gputune.sklearn.dataset import Rows, as_dense, as_tensor
+from gputune.sklearn.dataset import FoldGroup, Rows, as_dense, as_tensor
 from gputune.sklearn.member import Place
-from gputune.sklearn.recipe import DrawSeed, Recipe, RungState, fresh_seed
+from gputune.sklearn.recipe import DrawSeed, Training
 from gputune.text import did_you_mean
-from gputune.types import Config
+from gputune.types import Task
 
 Value = TypeVar("Value")
 
@@ -41,26 +41,18 @@ class Foreign:
     ignored: Mapping[str, tuple[tuple[object, ...] | None, str]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
-    def check_values(self, params: Mapping[str, object], owner: str) -> None:
+    def check_values(self, estimator: BaseEstimator) -> None:
         """Raise InputError for a value of an ignored parameter that would change the result."""
         for name, (harmless, remedy) in self.ignored.items():
-            if harmless is not None and not any(params[name] is v or params[name] == v for v in harmless):
-                raise InputError(f"{owner} has no {name}={params[name]!r}: {remedy}.")
+            value = getattr(estimator, name)
+            if harmless is not None and not any(value is v or value == v for v in harmless):
+                raise InputError(f"{type(estimator).__name__} has no {name}={value!r}: {remedy}.")
 
     def check_names(self, owner: type, names: Iterable[str]) -> None:
         """Raise InputError for a refused word, unless a subclass has made a parameter of it."""
         for name in names:
             if name in self.refused and name not in _parameters(owner):
                 raise InputError(f"{owner.__name__} has no parameter {name!r}: {self.refused[name]}.")
-
-    def check_constructor(self, owner: type, names: Iterable[str]) -> None:
-        """Raise InputError for a refused word, and TypeError for one that the constructor does not know."""
-        parameters = _parameters(owner)
-        unknown = [name for name in names if name not in parameters]
-        self.check_names(owner, unknown)
-        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            hint = did_you_mean(unknown[0], [name for name in parameters if name != "self"])
-            raise TypeError(f"{owner.__name__} has no parameter {unknown[0]!r}.{hint}")
 
 
 def _parameters(owner: type) -> Mapping[str, inspect.Parameter]:
@@ -107,12 +99,17 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     _differentiable: ClassVar[Mapping[str, str]] = {}
     """The parameters that a descent may move, the usual one first -> what the engine calls them."""
     _fit_recipes: ClassVar[Callable[..., Mapping[Place, object]]]
-    """Of recipes, rows, folds, workers=, deadline=: for each (fold, trial) what ``_set_fitted`` takes, or an error."""
+    """Of recipes by trial, folds and training: for each (fold, trial) what ``_set_fitted`` takes, or an error."""
 
     def __new__(cls, *args: object, **params: object) -> Self:
         """Refuse what the constructor does not know in words that help."""
         del args
-        cls._foreign.check_constructor(cls, params)
+        parameters = _parameters(cls)
+        unknown = [name for name in params if name not in parameters]
+        cls._foreign.check_names(cls, unknown)
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            hint = did_you_mean(unknown[0], [name for name in parameters if name != "self"])
+            raise TypeError(f"{cls.__name__} has no parameter {unknown[0]!r}.{hint}")
         estimator: Self = super().__new__(cls)
         return estimator
 
@@ -122,12 +119,6 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         super().set_params(**params)
         return self
 
-    def _checked_params(self) -> Config:
-        """Return all parameters; raises InputError for a value that has no counterpart here."""
-        params: Config = self.get_params(deep=False)
-        self._foreign.check_values(params, type(self).__name__)
-        return params
-
     def fit(self, X: object, y: object, sample_weight: object = None) -> Self:
         """Fit on rows X with their targets y; ``sample_weight`` (n,) is each row's weight in the loss.
 
@@ -136,11 +127,14 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         hook = fit_hook.get()
         if hook is not None and hook.fit(self, X, y, sample_weight):
             return self
-        of_its_own = hasattr(self, "_skl_callbacks") and not hasattr(self, "_parent_callback_ctx")
-        if self._left_to_scikit_learn(y) is not None or of_its_own:  # callbacks, since scikit-learn 1.9
-            return self._fit_by_scikit_learn(X, y, sample_weight)
+        own_callbacks = hasattr(self, "_skl_callbacks") and not hasattr(self, "_parent_callback_ctx")
+        if own_callbacks or self._left_to_scikit_learn(y) is not None:  # callbacks, since scikit-learn 1.9
+            weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+            fitted: Self = super().fit(X, y, **weights)
+            return fitted
         rows = check_rows(self, X, y, sample_weight)
-        return self._become(fit_together([self], rows, [np.arange(len(rows.X))])[0, 0], rows)
+        folds = FoldGroup((0,), rows, (np.arange(len(rows.X)),))
+        return self._become(fit_together({0: self}, folds, Training())[0, 0], rows)
 
     def _become(self, fitted: object, rows: Rows) -> Self:
         """Become a fitted estimator and return it; raises the exception of a fit that failed."""
@@ -157,12 +151,6 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         """Return what of the parameters, or of y, scikit-learn's class of this name fits itself; None where nothing."""
         del y
         return None
-
-    def _fit_by_scikit_learn(self, X: object, y: object, sample_weight: object) -> Self:
-        """Fit as scikit-learn's class of this name does, one estimator alone."""
-        weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-        fitted: Self = super().fit(X, y, **weights)
-        return fitted
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -211,36 +199,36 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
     Inputs that are no table, and targets of several columns, are for an estimator that takes them. Raises InputError or
     scikit-learn's ValueError for anything else.
     """
-    numeric = is_regressor(estimator)
+    numeric, any_target = is_regressor(estimator), estimator._takes_any_target
     X = as_dense(X)
     y = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
     several = estimator._takes_arrays and has_columns(y)
     arrays, names = _inputs(X) if estimator._takes_arrays else None, None
-    if estimator._takes_any_target:
+    if any_target:
         y = check_target(y, task="custom", n_rows=len(y) if arrays is None else len(arrays)).values
-        if arrays is None:
-            arrays = Arrays((as_tensor(validate_data(estimator, X, dtype=FLOATS, order="C")),))
-            names = getattr(estimator, "feature_names_in_", None)
-            check_consistent_length(arrays.parts[0], y)
     elif arrays is not None:
         y = _check_y(y, multi_output=several, y_numeric=numeric, estimator=estimator)
-        check_consistent_length(arrays.parts[0], y)
-    else:
-        table, y = validate_data(estimator, X, y, dtype=FLOATS, order="C", y_numeric=numeric, multi_output=several)
+    if arrays is None:
+        target = {} if any_target else {"y": y, "y_numeric": numeric, "multi_output": several}
+        checked = validate_data(estimator, X, dtype=FLOATS, order="C", **target)
+        table, y = (checked, y) if any_target else checked
         arrays, names = Arrays((as_tensor(table),)), getattr(estimator, "feature_names_in_", None)
-    weights = None
+    check_consistent_length(arrays.parts[0], y)
+    weights, classes = None, None
+    task: Task = "regression"
     if sample_weight is not None:
         weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
-    if estimator._takes_any_target:
-        return Rows(arrays, y, weights, None, names, "custom")
-    if several:
-        y = _columns(estimator, y)
-        return Rows(arrays, y, weights, None, names, "regression" if numeric else "multilabel")
-    if numeric:
-        return Rows(arrays, np.asarray(y, dtype=np.float64), weights, None, names)
-    check_classification_targets(y)
-    classes, codes = np.unique(y, return_inverse=True)
-    return Rows(arrays, codes.astype(np.int64), weights, classes, names)
+    if any_target:
+        task = "custom"
+    elif several:
+        y, task = _columns(estimator, y), "regression" if numeric else "multilabel"
+    elif numeric:
+        y = np.asarray(y, dtype=np.float64)
+    else:
+        check_classification_targets(y)
+        classes, codes = np.unique(y, return_inverse=True)
+        y = codes.astype(np.int64)
+    return Rows(arrays, y, weights, classes, names, task)
 
 
 def _inputs(X: object) -> Arrays | None:
@@ -270,45 +258,32 @@ def _columns(estimator: FusedEstimator, y: Any) -> NDArray[np.float64]:
     return np.asarray(y, dtype=np.float64)
 
 
-def fit_together(
-    candidates: Sequence[FusedEstimator],
-    rows: Rows,
-    folds: Sequence[NDArray[np.int64]],
-    *,
-    workers: int | None = 1,
-    deadline: float | None = None,
-    states: Sequence[RungState] | None = None,
-    patient: bool = True,
-) -> dict[Place, object]:
-    """Fit all candidates, of one class, on the training rows of all folds at once.
+def fit_together(candidates: Mapping[int, FusedEstimator], folds: FoldGroup, training: Training) -> dict[Place, object]:
+    """Fit all candidates, of one class and by trial, on the training rows of all folds at once.
 
-    Returns for each (fold, candidate) what ``_become`` takes. ``random_state=None`` is one fresh draw for all of them.
-    A candidate whose parameters are refused fails in every fold, as its own ``fit`` would. ``workers`` None lets an
-    estimate decide about processes; ``deadline`` (``time.monotonic()``) ends training, and fits that have not ended by
-    then fail with TimeoutError. ``states`` say for each candidate where its training goes on from. Unless they are
-    ``patient``, members train to their last epoch, wherever their loss stalls.
+    Returns for each (fold, trial) what ``_become`` takes. ``random_state=None`` is one fresh draw for all of them. A
+    candidate whose parameters are refused fails in every fold, as its own ``fit`` would.
     """
-    draw = functools.cache(fresh_seed)
+
+    @functools.cache
+    def draw() -> int:  # from numpy's global state, as in scikit-learn
+        return int(check_random_state(None).randint(2**31 - 1))
+
     results: dict[Place, object] = {}
     recipes = {}
-    for i, candidate in enumerate(candidates):
+    for trial, candidate in candidates.items():
         try:
-            recipe = candidate._recipe(draw)
-            recipe = recipe if states is None else recipe.resumed(states[i])
-            recipes[i] = recipe if patient or not isinstance(recipe, Recipe) else replace(recipe, patience=None)
+            recipes[trial] = candidate._recipe(draw)
         except (TypeError, ValueError) as error:
-            results |= {(fold, i): error for fold in range(len(folds))}
-    trains = {}
-    for fold, train in enumerate(folds):
-        refusal = rows.refusal(train)
-        if refusal is None:
-            trains[fold] = train
-        else:
-            results |= {(fold, i): refusal for i in recipes}
-    if recipes and trains:
-        index = list(recipes)
-        fits = candidates[0]._fit_recipes(list(recipes.values()), rows, trains, workers=workers, deadline=deadline)
-        results |= {(fold, index[trial]): fitted for (fold, trial), fitted in fits.items()}
+            results |= {(fold, trial): error for fold in folds.numbers}
+    refusals = [folds.rows.refusal(train) for train in folds.trains]
+    for fold, refusal in zip(folds.numbers, refusals):
+        if refusal is not None:
+            results |= {(fold, trial): refusal for trial in recipes}
+    trained = [i for i, refusal in enumerate(refusals) if refusal is None]
+    if recipes and trained:
+        fit_recipes = next(iter(candidates.values()))._fit_recipes
+        results |= fit_recipes(recipes, folds.part(trained), training)
     return results
 
 

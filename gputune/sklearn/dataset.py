@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from gputune.errors import InputError
 from gputune.memory import free_memory
 from gputune.types import Task
 
+Index = NDArray[np.int64]
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -35,7 +38,7 @@ class Rows:
     """
 
     X: Arrays
-    y: NDArray[np.int64] | NDArray[np.float64]
+    y: Index | NDArray[np.float64]
     weights: NDArray[np.float64] | None
     classes: NDArray[np.generic] | None
     names: NDArray[np.object_] | None
@@ -54,19 +57,17 @@ class Rows:
             return "binary" if len(self.classes) == 2 else "multiclass"
         return self.taken_as
 
-    def labels(self, rows: NDArray[np.int64]) -> np.ndarray:
-        """Return the targets of some rows as they were given."""
-        return self.y[rows] if self.classes is None else self.classes[self.y[rows]]
+    @property
+    def form(self) -> Hashable:
+        """What rows must have in common to be laid out in one array."""
+        names = None if self.names is None else tuple(self.names)
+        return ArrayLayout.of(self.X), names, self.weights is None, self.task, self.y.shape[1:]
 
-    def weight(self, rows: NDArray[np.int64]) -> float:
+    def weight(self, rows: Index) -> float:
         """Return the sum of the weights of some rows."""
         return float(len(rows) if self.weights is None else self.weights[rows].sum())
 
-    def present(self, rows: NDArray[np.int64]) -> tuple[int, ...] | None:
-        """Return the classes that some rows have, as positions; None where there are none."""
-        return None if self.classes is None else tuple(np.unique(self.y[rows]).tolist())
-
-    def refusal(self, rows: NDArray[np.int64]) -> ValueError | None:
+    def refusal(self, rows: Index) -> ValueError | None:
         """Return the error that training on these rows alone must raise, None where it can be done."""
         if len(rows) == 0:
             return ValueError("no rows to train on: found array with 0 sample(s).")
@@ -77,51 +78,115 @@ class Rows:
             return ValueError(f"a classifier needs training rows of at least 2 classes, got 1 class: {only}.")
         return None
 
+    def inputs(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Return X on a device; floats are in their own precision on a CPU, single on a GPU, or in ``dtype``."""
+        if dtype is None and device.type != "cpu":
+            dtype = torch.float32
+        return tuple(x.to(device, dtype if x.is_floating_point() else None) for x in self.X.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The training or validation rows of one fold: ``index`` into checked rows, which it may share with other folds."""
+
+    rows: Rows
+    index: Index
+
 
 @dataclass(frozen=True, eq=False)
 class FoldGroup:
-    """Folds that train together, because their rows have the same classes.
+    """Folds that train together: their numbers, and the training rows of each among ``rows``.
 
-    places   their positions among all folds
-    trains   the training rows of each
-    classes  positions of their classes among all classes, None for numbers and labels
+    ``valids`` are the validation rows of each, none where no loss is taken of them.
     """
 
-    places: tuple[int, ...]
-    trains: tuple[NDArray[np.int64], ...]
-    classes: NDArray[np.int64] | None
+    numbers: tuple[int, ...]
+    rows: Rows
+    trains: tuple[Index, ...]
+    valids: tuple[Index, ...] = ()
+
+    @cached_property
+    def classes(self) -> Index | None:
+        """Positions of the classes of their training rows, which ``split`` makes the same; None without classes."""
+        return None if self.rows.classes is None else np.unique(self.rows.y[self.trains[0]])
+
+    @cached_property
+    def codes(self) -> Index:
+        """All rows' positions among ``classes``; rows of other classes are in no fold of the group."""
+        assert self.classes is not None
+        return np.searchsorted(self.classes, self.rows.y).clip(max=len(self.classes) - 1)
+
+    def part(self, index: Sequence[int]) -> "FoldGroup":
+        """Return some of the folds, by their positions."""
+        trains, valids = self.trains, self.valids
+        valids = tuple(valids[i] for i in index) if valids else ()
+        return FoldGroup(tuple(self.numbers[i] for i in index), self.rows, tuple(trains[i] for i in index), valids)
+
+    def split(self, key: Callable[[Index], Hashable] = lambda train: None) -> "list[FoldGroup]":
+        """Return groups of folds whose training rows have the same classes, and the same ``key``.
+
+        A network for the classes of its own fold is what a fit on that fold's rows alone would make.
+        """
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for i, train in enumerate(self.trains):
+            present = None if self.rows.classes is None else np.unique(self.rows.y[train]).tobytes()
+            groups[present, key(train)].append(i)
+        return [self.part(index) for index in groups.values()]
 
 
-def group_folds(
-    rows: Rows,
-    trains: Mapping[int, NDArray[np.int64]],
-    key: Callable[[NDArray[np.int64]], Hashable] = lambda train: None,
-) -> list[FoldGroup]:
-    """Group folds, by number, by the classes of their training rows and by ``key``.
+def lay_out(folds: Mapping[int, Sequence[Part]]) -> list[FoldGroup]:
+    """Group folds, by number, by the form of their rows.
 
-    A network for the classes of its own fold is what a fit on that fold's rows alone would make.
+    Each fold is its training rows, or these and its validation rows, which have the same form.
     """
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for fold, train in trains.items():
-        groups[rows.present(train), key(train)].append(fold)
-    return [
-        FoldGroup(
-            tuple(places),
-            tuple(trains[fold] for fold in places),
-            None if rows.classes is None else np.unique(rows.y[trains[places[0]]]),
-        )
-        for places in groups.values()
-    ]
+    forms: dict[Hashable, list[int]] = defaultdict(list)
+    for number, (train, *_) in folds.items():
+        forms[train.rows.form].append(number)
+    groups = []
+    for numbers in forms.values():
+        blocks = {id(part.rows): part.rows for number in numbers for part in folds[number]}
+        starts = dict(zip(blocks, np.cumsum([0, *(len(rows.X) for rows in blocks.values())])))
+        indices = ([part.index + starts[id(part.rows)] for part in folds[number]] for number in numbers)
+        groups.append(FoldGroup(tuple(numbers), _join(list(blocks.values())), *zip(*indices)))
+    return groups
 
 
-def shared_x(rows: Rows, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Return the inputs (n, ...) on the device.
+def _join(blocks: Sequence[Rows]) -> Rows:
+    """Return the rows of all blocks, one after the other, with codes among the classes of all."""
+    first = blocks[0]
+    if len(blocks) == 1:
+        return first
+    X = Arrays(tuple(map(torch.cat, zip(*(rows.X.parts for rows in blocks)))), first.X.names)
+    weighted = [rows.weights for rows in blocks if rows.weights is not None]
+    weights = np.concatenate(weighted) if weighted else None
+    if first.classes is None:
+        return Rows(X, np.concatenate([rows.y for rows in blocks]), weights, None, first.names, first.taken_as)
+    labels = np.concatenate([rows.classes[rows.y] for rows in blocks if rows.classes is not None])
+    classes, codes = np.unique(labels, return_inverse=True)
+    return Rows(X, codes.astype(np.int64), weights, classes, first.names)
 
-    Floats are in their own precision on a CPU, in single precision on a GPU, unless a dtype is given.
+
+def make_dataset(
+    group: FoldGroup, x: Sequence[Tensor], *, standardise: bool = True, numbers: str = "none", watched: bool = False
+) -> Dataset:
+    """Return the engine's dataset of a group of folds on inputs (n, ...).
+
+    Numbers to be predicted are standardised by the training rows of each fold, unless told not to; ``numbers`` says
+    whether inputs are. Where training is ``watched``, the training rows that weigh something are its validation rows.
     """
-    if dtype is None and device.type != "cpu":
-        dtype = torch.float32
-    return tuple(x.to(device, dtype if x.is_floating_point() else None) for x in rows.X.parts)
+    rows = group.rows
+    weigh = np.full(len(rows.y), watched) if rows.weights is None else (rows.weights > 0) & watched
+    folds = list(zip(group.trains, group.valids or [train[weigh[train]] for train in group.trains]))
+    # Half a number is too little to train in; a module of integers alone has parameters of single precision.
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
+    X, like = Arrays(tuple(x), rows.X.names), torch.empty(0, dtype=dtype, device=x[0].device)
+    statistics, weights = fit_channels(X, group.trains, numbers), Weights(rows.weights, None)
+    if rows.classes is None or group.classes is None:
+        target = Target(rows.taken_as, np.require(rows.y, requirements=["C", "W"]), None)
+    else:
+        task: Task = "binary" if len(group.classes) == 2 else "multiclass"
+        target = Target(task, group.codes, rows.classes[group.classes])
+    return data_of(X, statistics, target, folds, weights=weights, like=like, standardise=standardise, weighted=True)
 
 
 def as_dense(X: Any) -> Any:
@@ -142,97 +207,6 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def make_dataset(
-    rows: Rows,
-    group: FoldGroup,
-    x: Sequence[Tensor],
-    *,
-    standardise: bool = True,
-    numbers: str = "none",
-    watched: bool = False,
-) -> Dataset:
-    """Return the engine's dataset of a group of folds on inputs (n, ...): X as it came, no validation rows.
-
-    Numbers to be predicted are standardised by the training rows of each fold, unless told not to; ``numbers`` says
-    whether inputs are. Where training is ``watched``, the training rows that weigh something are its validation rows.
-    """
-    weigh = np.ones(len(rows.y), dtype=bool) if rows.weights is None else rows.weights > 0
-    folds = [(train, train[weigh[train] & watched]) for train in group.trains]
-    # Half a number is too little to train in; a module of integers alone has parameters of single precision.
-    dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
-    X, like = Arrays(tuple(x), rows.X.names), torch.empty(0, dtype=dtype, device=x[0].device)
-    statistics, weights = fit_channels(X, group.trains, numbers), Weights(rows.weights, None)
-    target = _target(rows, group)
-    return data_of(X, statistics, target, folds, weights=weights, like=like, standardise=standardise, weighted=True)
-
-
-def _target(rows: Rows, group: FoldGroup) -> Target:
-    """Return the targets as the engine has them, classes as codes among those of the group."""
-    if rows.classes is None or group.classes is None:
-        return Target(rows.taken_as, np.require(rows.y, requirements=["C", "W"]), None)
-    task: Task = "binary" if len(group.classes) == 2 else "multiclass"
-    return Target(task, codes_in(group, rows), rows.classes[group.classes])
-
-
-def codes_in(group: FoldGroup, rows: Rows) -> NDArray[np.int64]:
-    """Return the classes of rows as positions among those of a group; rows of other classes are in no fold of it."""
-    assert group.classes is not None
-    return np.searchsorted(group.classes, rows.y).clip(max=len(group.classes) - 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """The training or validation rows of one fold: ``index`` into checked rows, which it may share with other folds."""
-
-    rows: Rows
-    index: NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Folds of one form: ``places`` among all of them, and the training rows of each in ``rows``."""
-
-    places: tuple[int, ...]
-    rows: Rows
-    folds: tuple[NDArray[np.int64], ...]
-
-
-def lay_out(parts: Sequence[Part]) -> list[Layout]:
-    """Return the folds in as few layouts as their columns, names and precision allow."""
-    forms: dict[Hashable, list[int]] = defaultdict(list)
-    for place, part in enumerate(parts):
-        forms[form(part.rows)].append(place)
-    return [_layout(tuple(places), [parts[place] for place in places]) for places in forms.values()]
-
-
-def form(rows: Rows) -> Hashable:
-    """Return what rows must have in common to be laid out in one array."""
-    names = None if rows.names is None else tuple(rows.names)
-    return ArrayLayout.of(rows.X), names, rows.weights is None, rows.task, rows.y.shape[1:]
-
-
-def _layout(places: tuple[int, ...], parts: Sequence[Part]) -> Layout:
-    distinct = list({id(part.rows): part.rows for part in parts}.values())
-    starts = np.cumsum([0, *(len(rows.X) for rows in distinct)])
-    start_of = {id(rows): start for rows, start in zip(distinct, starts)}
-    folds = tuple(part.index + start_of[id(part.rows)] for part in parts)
-    return Layout(places, distinct[0] if len(distinct) == 1 else _join(distinct), folds)
-
-
-def _join(blocks: Sequence[Rows]) -> Rows:
-    """Return the rows of all blocks, one after the other, with codes among the classes of all."""
-    first = blocks[0]
-    X = Arrays(tuple(map(torch.cat, zip(*(rows.X.parts for rows in blocks)))), first.X.names)
-    weighted = [rows.weights for rows in blocks if rows.weights is not None]
-    weights = np.concatenate(weighted) if weighted else None
-    if first.classes is None:
-        y = np.concatenate([rows.y for rows in blocks])
-        return Rows(X, y, weights, None, first.names, first.taken_as)
-    labels = np.concatenate([rows.classes[rows.y] for rows in blocks if rows.classes is not None])
-    classes, codes = np.unique(labels, return_inverse=True)
-    return Rows(X, codes.astype(np.int64), weights, classes, first.names)
-
-
 class SliceDict(dict[str, Any]):
     """Inputs of a module by the names of its forward's arguments, arrays or tensors (n, ...), split by their rows.
 
@@ -247,9 +221,8 @@ class SliceDict(dict[str, Any]):
         super().__init__(inputs, **more)
         for name, value in self.items():
             if not isinstance(value, np.ndarray | Tensor) or value.ndim == 0:
-                raise InputError(
-                    f"SliceDict: {name!r} must be an array or tensor with a row for each case, got {value!r:.60}."
-                )
+                must = "must be an array or tensor with a row for each case"
+                raise InputError(f"SliceDict: {name!r} {must}, got {value!r:.60}.")
         lengths = {name: len(value) for name, value in self.items()}
         if len(set(lengths.values())) != 1:
             raise InputError(f"SliceDict needs inputs of one length, got {lengths or 'none'}.")

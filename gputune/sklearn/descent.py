@@ -19,10 +19,11 @@ from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.methods.distributions import range_of
 from gputune.sklearn.base import constructor
 from gputune.sklearn.dataset import Part
+from gputune.sklearn.recipe import Training
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of
-from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, train, workers
+from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
 from gputune.sklearn.search import CONSTRAINTS, EXTRAS, FusedSearch, current_run
-from gputune.sklearn.slopes import SlopeRequest, check_held_out, descended_parameters, slopes_of, start_values
+from gputune.sklearn.slopes import check_held_out, descended_parameters, slopes_of, start_values
 from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
 
@@ -55,6 +56,7 @@ class DescentRun(SearchRun):
     origins: list[tuple[int, int]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     fits: dict[int, list[Fit]] = field(default_factory=dict)
+    patient: ClassVar[bool] = False  # trainings are differentiated over all epochs
     measures_again: ClassVar[bool] = True
 
     def descend(self, candidates: Candidates, space: object, method: Hypergradient) -> TrainedCandidates:
@@ -66,16 +68,7 @@ class DescentRun(SearchRun):
         Raises InputError, before anything trains, for a candidate or a fold that cannot be descended on.
         """
         begin, self.outer_steps = time.monotonic(), method.outer_steps
-        starts = self._starts(candidates, space if isinstance(space, list) else [space], method)
-        self.X, self.y = indexable(self.X, self.y)
-        self.splits = self.split(self.X, self.y, self.split_params)
-        self._train(candidates, [(number, 0) for number in range(len(candidates))])
-        run_descent(starts, self, method.outer_steps)
-        share = (time.monotonic() - begin) / max(1, len(self.points) * len(self.splits))
-        return TrainedCandidates(self.points, self.splits, self.events, share)
-
-    def _starts(self, candidates: Candidates, dicts: list[Any], method: Hypergradient) -> dict[int, Descent]:
-        """Return the descent of every candidate that its estimator takes."""
+        dicts: list[Any] = space if isinstance(space, list) else [space]
         ranges = {name: range_of(dicts, (parameter,)) for name, parameter in self.parameters.items()}
         bounds = {name: ends for name, ends in ranges.items() if ends is not None}
         starts = {}
@@ -83,7 +76,12 @@ class DescentRun(SearchRun):
             values = start_values(self.estimator, params, self.parameters, number)
             if values is not None:
                 starts[number] = Descent(method, tuple(self.parameters), values, bounds)
-        return starts
+        self.X, self.y = indexable(self.X, self.y)
+        self.splits = self.split(self.X, self.y, self.split_params)
+        self._train(candidates, [(number, 0) for number in range(len(candidates))])
+        run_descent(starts, self, method.outer_steps)
+        share = (time.monotonic() - begin) / max(1, len(self.points) * len(self.splits))
+        return TrainedCandidates(self.points, self.splits, self.events, share)
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
         """Train the points to which starts have moved."""
@@ -95,22 +93,16 @@ class DescentRun(SearchRun):
         if points:
             self._train(points, [(number, step) for number in starts])
 
-    def train(self, candidates: Candidates, fits: Sequence[Fit]) -> None:
-        """Train the fits of candidates to their last epoch, over which they are differentiated."""
-        del candidates
-        train(fits, workers=workers(), deadline=self.deadline, patient=False)
-
     def _train(self, points: Candidates, origins: Sequence[tuple[int, int]]) -> None:
         """Train points, which are numbered after those before."""
-        events = self.record(points, self.X, self.y, self.splits)
+        events, first = self.record(points, self.X, self.y, self.splits), len(self.points)
         fits = fits_of(events)
         check_held_out(fits)
-        for fit in fits:
-            fit.trial += len(self.points)
         self.train(points, fits)
         self.fits = {number: [] for number, _ in origins}
         for fit in fits:
-            self.fits[origins[fit.trial - len(self.points)][0]].append(fit)
+            self.fits[origins[fit.trial][0]].append(fit)
+            fit.trial += first
         self.points += points
         self.origins += origins
         self.events += events
@@ -121,23 +113,16 @@ class DescentRun(SearchRun):
             return {}
         whole = {n: self.fits[n] for n in starts if _can_go_on(self.fits[n], len(self.splits))}
         slopes = {n: _step_down(starts[n]) for n, fits in whole.items() if any(fit.error for fit in fits)}
-        for mode in ("exact", "differences"):
+        modes: tuple[SlopeMode, ...] = ("exact", "differences")
+        for mode in modes:
             fits = {n: f for n, f in whole.items() if n not in slopes and starts[n].mode == mode}
-            slopes |= self._slopes(fits, starts, mode)
-        return slopes
-
-    def _slopes(
-        self, fits: Mapping[int, list[Fit]], starts: Mapping[int, Descent], mode: SlopeMode
-    ) -> dict[int, Slope]:
-        if not fits or (self.deadline is not None and time.monotonic() > self.deadline):
-            return {}
-        request = SlopeRequest(tuple(self.parameters), mode, workers(), self.deadline)
-        by_point = slopes_of([fit for members in fits.values() for fit in members], request)
-        slopes = {}
-        for number, members in fits.items():
-            if (slope := by_point.get(members[0].trial)) is not None:
-                config = starts[number].config
-                slopes[number] = slope_at(config, slope.losses, slope.slopes, slope.ratios, mode)
+            if not fits or (self.deadline is not None and time.monotonic() > self.deadline):
+                continue
+            training = Training(workers(), self.deadline)
+            by_point = slopes_of([fit for own in fits.values() for fit in own], tuple(self.parameters), mode, training)
+            for n, own in fits.items():
+                if (slope := by_point.get(own[0].trial)) is not None:
+                    slopes[n] = slope_at(starts[n].config, slope.losses, slope.slopes, slope.ratios, mode)
         return slopes
 
 
@@ -211,8 +196,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     def score(self, X: object, y: object = None, **params: object) -> float:
         """Return the score of the refitted estimator: by ``scoring`` where it was given, else its own ``score``."""
         by_estimator = self.scoring is None and hasattr(self, "best_estimator_")
-        score: float = (self.best_estimator_.score if by_estimator else super().score)(X, y, **params)
-        return score
+        return float((self.best_estimator_.score if by_estimator else super().score)(X, y, **params))
 
     def _effective_scoring(self) -> object:
         if self.scoring is not None:
@@ -237,7 +221,17 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     ) -> None:
         run = current_run.get()
         assert isinstance(run, DescentRun)
-        run.trained = self._descend(run)
+        run.parameters = descended_parameters(self.hyperparameters, self.estimator)
+        method = Hypergradient(
+            outer_steps=int(self.outer_steps),
+            hyperparameters=tuple(run.parameters),
+            step=self.step,
+            first_step=None if self.first_step is None else float(self.first_step),
+            smallest_step=float(self.smallest_step),
+        )
+        space = self.param_distributions
+        drawn = model_selection.ParameterSampler(space, self.n_iter, random_state=self.random_state)
+        run.trained = run.descend(list(drawn), space, method)
         starts, steps = zip(*run.origins)
         evaluate = {"more_results": {"start": list(starts), "outer_step": list(steps)}}
         if callback_ctx is None:  # before scikit-learn 1.9
@@ -248,17 +242,3 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
         ).call_on_fit_task_begin(estimator=self)
         run.evaluate(evaluate_candidates, run.points, callback_ctx=searching, **evaluate)
         searching.call_on_fit_task_end(estimator=self)
-
-    def _descend(self, run: DescentRun) -> TrainedCandidates:
-        """Draw the starts, and let them descend."""
-        run.parameters = descended_parameters(self.hyperparameters, self.estimator)
-        method = Hypergradient(
-            outer_steps=int(self.outer_steps),
-            hyperparameters=tuple(run.parameters),
-            step=self.step,
-            first_step=None if self.first_step is None else float(self.first_step),
-            smallest_step=float(self.smallest_step),
-        )
-        space = self.param_distributions
-        starts = model_selection.ParameterSampler(space, self.n_iter, random_state=self.random_state)
-        return run.descend(list(starts), space, method)

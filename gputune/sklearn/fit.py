@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend
-from gputune.engine.choice import DeviceChoice, Work, device_for
+from gputune.engine.choice import Work, device_for
 from gputune.engine.job import BegunChunk
 from gputune.engine.memory import Failure
 from gputune.engine.stop import Stop, entry
@@ -23,28 +22,25 @@ from gputune.modules.construction import name_of
 from gputune.modules.inspection import returns_one_logit, traits_of
 from gputune.population.population import Population
 from gputune.scoring.objective import Objective
-from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
-from gputune.sklearn.member import MemberJob, Members, Weights, members_of
-from gputune.sklearn.recipe import Recipe, TrainingLoss
+from gputune.sklearn.dataset import FoldGroup, Rows, make_dataset
+from gputune.sklearn.member import MemberJob, Members, TrainingLoss, Weights, members_of
+from gputune.sklearn.recipe import Recipe, Training
 from gputune.tuning.trainer import Trainer
-from gputune.types import Config, Task
+from gputune.types import Config
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Recipes (C) that have all but their configurations in common, on folds (F) of the same classes.
+    """Recipes, of the ``trials``, that have all but their configurations in common, on folds of the same classes."""
 
-    ``index`` are their positions among all recipes.
-    """
-
-    index: list[int]
+    trials: list[int]
     recipes: list[Recipe]
     configs: list[Config]
-    group: FoldGroup
+    folds: FoldGroup
     data: Dataset
     objective: Objective | None
 
-    def trainer(self, workers: int | None, deadline: float | None) -> Trainer:
+    def trainer(self, training: Training) -> Trainer:
         """Return what trains them, eagerly."""
         recipe = self.recipes[0]
         return Trainer(
@@ -55,51 +51,57 @@ class Batch:
             seed=recipe.seed,
             horizon=recipe.horizon,
             scoring=None if recipe.patience is None else TrainingLoss(),
-            workers=workers,
-            stop=Stop(deadline),
+            workers=training.workers,
+            stop=Stop(training.deadline),
         )
 
 
-def batches(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[np.int64]]) -> Iterator[Batch]:
-    """Yield what trains together of recipes on the training rows of folds, by number."""
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for i, recipe in enumerate(recipes):
-        groups[recipe.family].append(i)
-    for index in groups.values():
-        alike = [recipes[i] for i in index]
-        x = shared_x(rows, _device(alike, rows, folds).device)
-        for group in group_folds(rows, folds, partial(_decays, alike, rows)):
+def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
+    """Yield what trains together of recipes, by trial."""
+    rows, families = folds.rows, defaultdict[Hashable, list[int]](list)
+    for trial, recipe in recipes.items():
+        families[recipe.family].append(trial)
+    for trials in families.values():
+        alike = [recipes[trial] for trial in trials]
+        first = alike[0]
+        x = rows.inputs(_device(alike, folds))
+
+        def decays(train: NDArray[np.int64], alike: Sequence[Recipe] = alike) -> tuple[float, ...]:
+            """Return the weight decays of the recipes with an alpha, which are those of a fold's own rows."""
+            configs = _configs(alike, rows, train)
+            return tuple(c["weight_decay"] for c, recipe in zip(configs, alike) if recipe.alpha is not None)
+
+        for group in folds.split(decays):
             configs = _configs(alike, rows, group.trains[0])
-            first = alike[0]
-            data = make_dataset(
-                rows,
-                group,
-                x,
-                standardise=first.standardises,
-                numbers=first.numbers,
-                watched=first.patience is not None,
-            )
-            objective = _objective(alike[0], configs[0], data)
+            # A loss of the user's own takes numbers as they are.
+            standardise = first.step is None and (first.loss is None or isinstance(first.loss, str))
+            watched = first.patience is not None
+            data = make_dataset(group, x, standardise=standardise, numbers=first.numbers, watched=watched)
+            objective = _objective(first, configs[0], data)
             if objective is not None and objective.one_logit:
                 data = data.with_one_logit()
-            yield Batch(index, alike, configs, group, data, objective)
+            yield Batch(trials, alike, configs, group, data, objective)
 
 
-def _device(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[np.int64]]) -> DeviceChoice:
+def _configs(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[Config]:
+    return [recipe.config_for(len(train), rows.weight(train)) for recipe in recipes]
+
+
+def _device(recipes: Sequence[Recipe], folds: FoldGroup) -> torch.device:
     """Return the device on which recipes that train together do so."""
-    first = recipes[0]
+    rows, first = folds.rows, recipes[0]
     x = rows.X.parts[0]
     work = Work(
         kind=first.kind,
-        configs=_configs(recipes, rows, next(iter(folds.values()))),
-        rows=[len(train) for train in folds.values()],
+        configs=_configs(recipes, rows, folds.trains[0]),
+        rows=[len(train) for train in folds.trains],
         n_features=x[0].numel(),
         n_outputs=1 if rows.classes is None else len(rows.classes),
         # A training that stops at rungs stays where it was begun, however little is left of it: on the CPU.
         epochs=first.epochs if first.state is None else 0,
         dtype=x.dtype,
     )
-    return device_for(first.device, work)
+    return device_for(first.device, work).device
 
 
 def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | None:
@@ -116,49 +118,27 @@ def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | Non
     return recipe.objective(data.task)
 
 
-def _configs(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[Config]:
-    return [recipe.config_for(len(train), rows.weight(train)) for recipe in recipes]
-
-
-def _decays(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> tuple[float, ...]:
-    """Return the weight decays of the recipes with an alpha, which are those of a fold's own rows."""
-    configs = _configs(recipes, rows, train)
-    return tuple(c["weight_decay"] for c, r in zip(configs, recipes) if r.alpha is not None)
-
-
 @entry
-def fit_members(
-    recipes: Sequence[Recipe],
-    rows: Rows,
-    folds: Mapping[int, NDArray[np.int64]],
-    *,
-    workers: int | None = 1,
-    deadline: float | None = None,
-) -> Members:
-    """Train every recipe on the training rows of every fold, as one tensor program as far as shapes allow.
+def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: Training) -> Members:
+    """Train every recipe, by trial, on the training rows of every fold, as one tensor program as far as shapes allow.
 
-    Every member trains for all epochs of its recipe, or as long as its patience; its numbers depend on its recipe
-    and on its rows, not on those that train with it. ``workers`` None lets an estimate decide about processes;
-    ``deadline`` (``time.monotonic()``) ends training, and what has not ended by then is a TimeoutError.
+    A member's numbers depend on its recipe and on its rows, not on those that train with it.
     """
-    refused = _refusals(recipes, rows.task)
-    members: Members = {(fold, i): error for i, error in refused.items() for fold in folds}
-    index = [i for i in range(len(recipes)) if i not in refused]
-    for batch in batches([recipes[i] for i in index], rows, folds):
-        for (f, c), member in _fit_batch(batch, batch.trainer(workers, deadline)).items():
-            members[batch.group.places[f], index[batch.index[c]]] = member
-    return members
-
-
-def _refusals(recipes: Sequence[Recipe], task: Task) -> dict[int, InputError]:
-    """Return the errors of recipes whose loss does not fit the target."""
-    refused = {}
-    for i, recipe in enumerate(recipes):
+    members: Members = {}
+    fitting = {}
+    for trial, recipe in recipes.items():
         try:
-            recipe.objective(task)
-        except InputError as error:
-            refused[i] = in_skorchs_words(error)
-    return refused
+            recipe.objective(folds.rows.task)
+        except InputError as error:  # a loss that does not fit the target
+            members |= dict.fromkeys([(fold, trial) for fold in folds.numbers], in_skorchs_words(error))
+            continue
+        if trial in training.states:
+            recipe = recipe.resumed(training.states[trial])
+        fitting[trial] = recipe if training.patient else replace(recipe, patience=None)
+    for batch in batches(fitting, folds):
+        for (f, c), member in _fit_batch(batch, training).items():
+            members[batch.folds.numbers[f], batch.trials[c]] = member
+    return members
 
 
 _WORDS = {
@@ -179,9 +159,9 @@ def in_skorchs_words(error: InputError) -> InputError:
     return InputError(text.replace("values of the space", "values"))
 
 
-def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
-    """Train the configurations of a batch in its folds."""
-    recipe, data = batch.recipes[0], batch.data
+def _fit_batch(batch: Batch, training: Training) -> Members:
+    """Train a batch; return its members by their positions in it."""
+    recipe, data, trainer = batch.recipes[0], batch.data, batch.trainer(training)
     trainer = replace(trainer, backend=choose_backend("auto", data.device, data.dtype, trainer.kind)[0])
     members: Members = {}
     populations, parameters = [], 0
@@ -210,14 +190,14 @@ def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
         whole = next(chunk for chunk in chunks if outcome.index[0] in chunk.index)
         at = whole.index.index(outcome.index[0])
         chunk = whole.part(at, at + len(outcome.index))  # memory may have held a part of it only
-        members |= members_of(job, data, chunk, outcome, batch.group.classes)
+        members |= members_of(job, data, chunk, outcome, batch.folds.classes)
     return members
 
 
 def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
     """Return the chunk with the states of its members, from which they train on."""
-    states = [state for state in (batch.recipes[i].state for i in chunk.index) if state is not None]
-    members = [[state.buffers[fold] for fold in batch.group.places] for state in states]
+    states = [state for i in chunk.index if (state := batch.recipes[i].state) is not None]
+    members = [[state.buffers[fold] for fold in batch.folds.numbers] for state in states]
     per_trial = [[torch.stack(buffers) for buffers in zip(*folds)] for folds in members]
     buffers = tuple(torch.stack(buffers) for buffers in zip(*per_trial))
     return BegunChunk(chunk.kind, chunk.index, chunk.configs, State(batch.recipes[0].begin, buffers))

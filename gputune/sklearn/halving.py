@@ -1,5 +1,6 @@
 """HalvingRandomSearchCV: successive halving on the fold mean, where training goes on from rung to rung."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,7 +12,7 @@ from gputune.sklearn.member import Member
 from gputune.sklearn.networks import TrainedEstimator
 from gputune.sklearn.recipe import RungState
 from gputune.sklearn.record import Fit
-from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, train, workers
+from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates
 from gputune.sklearn.search import FusedSearch
 
 
@@ -21,31 +22,31 @@ class HalvingRun(SearchRun):
 
     resource: str = ""
     horizon: int = 0
-    states: dict[Hashable, RungState] = field(default_factory=dict)
+    kept: dict[Hashable, RungState] = field(default_factory=dict)
+
+    def states(self, candidates: Candidates) -> dict[int, RungState]:
+        """Return where each candidate is after the rung before; one that failed there in a fold begins again."""
+        begin = RungState(0, self.horizon, None, {})
+        return {trial: self.kept.get(self._key(params), begin) for trial, params in enumerate(candidates)}
 
     def train(self, candidates: Candidates, fits: Sequence[Fit]) -> None:
         """Train to the rung, and keep where everyone is."""
-        begin = RungState(0, self.horizon, None, {})
-        keys = [self._key(params) for params in candidates]
-        states = [self.states.get(key, begin) for key in keys]
-        train(fits, workers=workers(), deadline=self.deadline, states=states)
-        by_key: dict[Hashable, list[Fit]] = {}
+        super().train(candidates, fits)
+        by_trial: dict[int, list[Fit]] = defaultdict(list)
         for fit in fits:
-            by_key.setdefault(keys[fit.trial], []).append(fit)
-        self.states = {key: state for key, members in by_key.items() if (state := self._state(members)) is not None}
+            by_trial[fit.trial].append(fit)
+        self.kept = {}
+        for trial, own in by_trial.items():
+            members = {fit.fold: fit.fitted for fit in own if isinstance(fit.fitted, Member)}
+            if len(members) == len(own):
+                buffers = {fold: member.buffers for fold, member in members.items() if member.buffers is not None}
+                last = members[own[0].fold]
+                state = RungState(last.epochs, self.horizon, last.seed, buffers)
+                self.kept[self._key(candidates[trial])] = state
 
     def _key(self, params: Mapping[str, object]) -> Hashable:
         """Return what a candidate keeps from rung to rung: scikit-learn copies its dict, and not its values."""
         return tuple(sorted((name, id(value)) for name, value in params.items() if name != self.resource))
-
-    def _state(self, fits: Sequence[Fit]) -> RungState | None:
-        """Return where a trial is after the rung; None where it failed in a fold, and would begin again."""
-        members = {fit.fold: fit.fitted for fit in fits if isinstance(fit.fitted, Member)}
-        if len(members) < len(fits):
-            return None
-        buffers = {fold: member.buffers for fold, member in members.items() if member.buffers is not None}
-        first = members[fits[0].fold]
-        return RungState(first.epochs, self.horizon, first.seed, buffers)
 
 
 class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  # type: ignore[misc]

@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,19 +15,17 @@ from scipy.special import log_expit, log_softmax
 from sklearn import linear_model
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.class_weight import compute_class_weight
-from torch import Tensor
 
 from gputune.engine.choice import device_for_solver
 from gputune.errors import InputError, warn
 from gputune.methods.config import check_value
 from gputune.sklearn.base import Foreign, FusedEstimator, constructor
-from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, codes_in, group_folds, shared_x
+from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor
 from gputune.sklearn.member import Place
-from gputune.sklearn.recipe import DrawSeed, whole_number
+from gputune.sklearn.recipe import DrawSeed, Training, whole_number
 from gputune.solver.solve import Problem, solve
 
 _TOLERANCE = 1e-10
-_SOLVED = "the objective has one solution, whichever solver finds it"
 
 
 @dataclass(frozen=True)
@@ -54,34 +53,24 @@ class Solution:
     classes: NDArray[np.int64]
 
 
-SolveGroup = tuple[list[int], FoldGroup]
-"""Positions of penalties that differ in C and l1_ratio alone, and folds of the same classes: solved together."""
-
-
-def solve_groups(penalties: Sequence[Penalty], rows: Rows, folds: Mapping[int, NDArray[np.int64]]) -> list[SolveGroup]:
-    """Return what is solved together of penalties on the training rows of folds, by number."""
+def solve_groups(penalties: Mapping[int, Penalty], folds: FoldGroup) -> list[tuple[list[int], FoldGroup]]:
+    """Return what is solved together: trials that differ in C and l1_ratio alone, and folds of the same classes."""
     alike: dict[Hashable, list[int]] = defaultdict(list)
-    for i, p in enumerate(penalties):
-        alike[p.device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(i)
-    return [(index, group) for index in alike.values() for group in group_folds(rows, folds)]
+    for trial, p in penalties.items():
+        alike[p.device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(trial)
+    return [(trials, group) for trials in alike.values() for group in folds.split()]
 
 
 def solve_members(
-    penalties: Sequence[Penalty],
-    rows: Rows,
-    folds: Mapping[int, NDArray[np.int64]],
-    *,
-    workers: int | None,
-    deadline: float | None,
+    penalties: Mapping[int, Penalty], folds: FoldGroup, training: Training
 ) -> dict[Place, Solution | Exception]:
     """Solve every penalty on the training rows of every fold; ValueError for class weights that do not fit them."""
-    del workers, deadline  # one batched solve, which takes seconds where training takes minutes
+    del training  # one batched solve, which takes seconds where training takes minutes
     members: dict[Place, Solution | Exception] = {}
-    for index, group in solve_groups(penalties, rows, folds):
-        places = [(fold, i) for fold in group.places for i in index]
-        (x,) = shared_x(rows, device_for_solver(penalties[index[0]].device).device, torch.float64)
+    for trials, group in solve_groups(penalties, folds):
+        places = [(fold, trial) for fold in group.numbers for trial in trials]
         try:
-            problem = make_problem([penalties[i] for i in index], rows, group, x)
+            problem = make_problem([penalties[trial] for trial in trials], group)
         except ValueError as error:
             members |= dict.fromkeys(places, error)
             continue
@@ -94,36 +83,37 @@ def solve_members(
     return members
 
 
-def make_problem(penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: Tensor) -> Problem:
+def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
     """Return the problem of penalties that are alike; raises ValueError for weights that leave no rows."""
-    class_weight = penalties[0].class_weight
-    weights = np.stack([_weights(class_weight, rows, group, train) for train in group.trains])
-    assert group.classes is not None
+    first = penalties[0]
+    (x,) = folds.rows.inputs(device_for_solver(first.device).device, torch.float64)
+    weights = np.stack([_weights(first.class_weight, folds, train) for train in folds.trains])
+    assert folds.classes is not None
     return Problem(
         x=x.expand(len(weights), *x.shape),
-        y=as_tensor(codes_in(group, rows)).to(x.device),
+        y=as_tensor(folds.codes).to(x.device),
         weights=as_tensor(weights).to(x.device),
         C=torch.tensor([p.C for p in penalties], dtype=x.dtype, device=x.device),
         l1_ratio=torch.tensor([p.l1_ratio for p in penalties], dtype=x.dtype, device=x.device),
-        n_classes=len(group.classes),
-        fit_intercept=penalties[0].fit_intercept,
-        tolerance=penalties[0].tol,
-        max_steps=penalties[0].max_iter,
+        n_classes=len(folds.classes),
+        fit_intercept=first.fit_intercept,
+        tolerance=first.tol,
+        max_steps=first.max_iter,
     )
 
 
 def _weights(
-    class_weight: Mapping[Any, float] | str | None, rows: Rows, group: FoldGroup, train: NDArray[np.int64]
+    class_weight: Mapping[Any, float] | str | None, folds: FoldGroup, train: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return each row's weight in a fold, (n,), 0 outside of its training rows: sample weight times class weight."""
-    assert rows.classes is not None and group.classes is not None
+    rows, codes = folds.rows, folds.codes[train]
+    assert rows.classes is not None and folds.classes is not None
     of_rows = np.ones(len(train)) if rows.weights is None else rows.weights[train]
-    codes = np.searchsorted(group.classes, rows.y[train])
-    if class_weight == "balanced":
-        counts = np.bincount(codes, of_rows, minlength=len(group.classes))
+    labels = rows.classes[folds.classes]
+    if class_weight == "balanced":  # scikit-learn's own counts rows, and not their weights
+        counts = np.bincount(codes, of_rows, minlength=len(labels))
         per_class = counts.sum() / (len(counts) * np.where(counts > 0, counts, 1.0))
     else:
-        labels = rows.classes[group.classes]
         per_class = compute_class_weight(class_weight, classes=labels, y=labels[codes])
     weights = np.zeros(len(rows.y))
     weights[train] = of_rows * per_class[codes]
@@ -171,7 +161,10 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
         refused={
             "multi_class": "more than two classes are one softmax; leave it out, or use "
             "sklearn.multiclass.OneVsRestClassifier(LogisticRegression())",
-            **dict.fromkeys(("optimizer", "lr", "max_epochs"), f"{_SOLVED}; leave it out"),
+            **dict.fromkeys(
+                ("optimizer", "lr", "max_epochs"),
+                "the objective has one solution, whichever solver finds it; leave it out",
+            ),
             "weight_decay": "give C, the inverse strength of the penalty",
         },
     )
@@ -188,34 +181,31 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
 
     def predict_log_proba(self, X: object) -> NDArray[np.floating]:
         """Return the logarithm of the probability of each class, (n, K) in the order of ``classes_``."""
-        scores: NDArray[np.floating] = self.decision_function(X)
         if self.solver == "liblinear":
-            theirs: NDArray[np.floating] = super().predict_log_proba(X)
-            return theirs
-        if scores.ndim == 1:
-            return np.stack([log_expit(-scores), log_expit(scores)], 1)
-        return np.asarray(log_softmax(scores, 1))
+            return np.asarray(super().predict_log_proba(X))
+        scores = self.decision_function(X)
+        binary = scores.ndim == 1
+        return np.stack([log_expit(-scores), log_expit(scores)], 1) if binary else np.asarray(log_softmax(scores, 1))
 
     def _recipe(self, draw: DrawSeed) -> Penalty:
         del draw  # the solution is unique
         if (reason := self._left_to_scikit_learn(None)) is not None:
             raise InputError(f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone.")
-        self._checked_params()
+        self._foreign.check_values(self)
         C, l1_ratio = _penalty(self.C, self.l1_ratio, self.penalty)
-        if not (self.class_weight is None or isinstance(self.class_weight, Mapping)) and not (
-            isinstance(self.class_weight, str) and self.class_weight == "balanced"
-        ):
-            raise InputError(
-                f"class_weight must be None, 'balanced' or a dict from class to weight, got {self.class_weight!r}."
-            )
+        weight, tol = self.class_weight, self.tol
+        if not (weight is None or isinstance(weight, Mapping) or (isinstance(weight, str) and weight == "balanced")):
+            raise InputError(f"class_weight must be None, 'balanced' or a dict from class to weight, got {weight!r}.")
         if not isinstance(self.fit_intercept, bool | np.bool_):
             raise InputError(f"fit_intercept must be True or False, got {self.fit_intercept!r}.")
+        if isinstance(tol, bool) or not isinstance(tol, Real) or not 0 < float(tol) < math.inf:
+            raise InputError(f"tol must be a number > 0, got {tol!r}. For example 1e-10.")
         return Penalty(
             C=C,
             l1_ratio=l1_ratio,
-            class_weight=self.class_weight,
+            class_weight=weight,
             fit_intercept=bool(self.fit_intercept),
-            tol=min(_tolerance(self.tol), _TOLERANCE),
+            tol=min(float(tol), _TOLERANCE),
             max_iter=whole_number("max_iter", self.max_iter, least=0),
             device=self.device,
         )
@@ -251,9 +241,3 @@ def _penalty(C: Any, l1_ratio: Any, penalty: object) -> tuple[float, float]:
             "l2, 1 is l1."
         )
     return C, meant[penalty]
-
-
-def _tolerance(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < float(value) < math.inf:
-        raise InputError(f"tol must be a number > 0, got {value!r}. For example 1e-10.")
-    return float(value)

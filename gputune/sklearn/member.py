@@ -1,7 +1,7 @@
-"""Members that were trained: each a network of its own as soon as it is asked for, and what the chunks gave of them."""
+"""Members that were trained: how a chunk of them ends, each by itself where its loss stalls, and what it gave."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.data.scaling import Scaling
 from gputune.engine.job import Job, Outcome, Progress, train_chunk
+from gputune.engine.train import Trained
 from gputune.errors import DivergedError
 from gputune.population.network import Network
 from gputune.population.population import Population
-from gputune.sklearn.recipe import Patience, Stopping
-from gputune.types import Config, Params
+from gputune.scoring import scoring
+from gputune.scoring.losses import row_losses
+from gputune.sklearn.recipe import Patience
+from gputune.types import Params
+
+LARGEST = float(np.finfo(np.float64).max)
+"""In place of a loss that is no number: a member that diverges leaves its trial in the other folds alone."""
 
 Place = tuple[int, int]
 """(fold, trial): which member of a search."""
@@ -61,40 +67,60 @@ Members = dict[Place, Member | Exception]
 """What became of each (fold, trial): DivergedError, InputError for a module that cannot be trained, TimeoutError."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemberJob(Job):
-    """A job whose chunks give their members' weights, not their scores; where they may train on, all their state.
+class TrainingLoss(scoring.Scoring):
+    """Minus the loss on the training rows, which are a dataset's validation rows here, by their weights."""
 
-    ``patiences`` are those of the trials by their index, none where all train to the last epoch.
+    def __init__(self) -> None:
+        super().__init__("neg_loss", None, None, None)
+
+    def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: scoring.Member | None = None) -> Tensor:
+        """Return the scores (C,), float64, of outputs (C, m, K); of numbers half the squared error, standardised."""
+        del member
+        rows, outputs = data.folds[fold].valid, outputs.double()
+        if data.present is not None:
+            outputs = outputs.masked_fill(~data.present[fold], -torch.inf)
+        y = data.y[rows] if data.y.dim() == 1 else data.y[fold, rows].double()
+        losses = row_losses(outputs, y.expand(outputs.shape[:2])) / (1 if data.y.dim() == 1 else 2)
+        weights = torch.ones(len(rows), dtype=torch.float64, device=losses.device)
+        if data.weights is not None:
+            weights = data.weights[fold, rows].double()
+        mean = (losses * weights).sum(1) / weights.sum()
+        return -mean.nan_to_num(LARGEST, LARGEST).clamp(max=LARGEST)
+
+
+class Stopping:
+    """What happens after every epoch of a chunk: members whose loss stalls end, and their parameters are kept.
+
+    patiences  of the trials (C)
+    ends       (2, C, F) epochs that each member has trained, and those of them at its end without an improvement
+    rows       (C, F, N) its parameters at its end
     """
 
-    keeps_state: bool = False
-    patiences: Mapping[int, Patience] = field(default_factory=dict)
+    def __init__(self, job: Job, patiences: Sequence[Patience], folds: int) -> None:
+        self.job = job
+        self.tol = np.array([p.tol for p in patiences])[:, None]
+        self.most = np.array([p.epochs for p in patiences])[:, None]
+        self.best = np.full((len(patiences), folds), np.inf)
+        self.ends = np.zeros((2, len(patiences), folds), dtype=int)
+        self.rows: Tensor | None = None
 
-    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Weights":
-        """Train one chunk and return its weights."""
-        begin = time.monotonic()
-        if self.patiences:
-            return self._watch(data, chunk)
-        trained = train_chunk(self, data, chunk, progress)
-        state = tuple(buffer.cpu() for buffer in trained.state.buffers) if self.keeps_state else None
-        seconds = time.monotonic() - begin
-        # A copy: the next chunk may train in this one's memory.
-        flat = trained.scored.to("cpu", copy=True).numpy()
-        ends = np.full((2, len(chunk.index), data.n_folds), trained.epochs)
-        ends[1] = 0
-        return Weights(chunk.index, trained.curves, trained.epochs, seconds, flat, state, ends)
-
-    def _watch(self, data: Dataset, chunk: Population) -> "Weights":
-        begin = time.monotonic()
-        stopping = Stopping(self, [self.patiences[i] for i in chunk.index], data.n_folds)
-        curves = train_chunk(self, data, chunk, after_epoch=stopping).curves
-        seconds = time.monotonic() - begin
-        ends = np.stack([stopping.epochs, stopping.stalled])
-        if stopping.rows is None or not stopping.epochs.all():  # the time was over
-            return Weights(chunk.index, curves, 0, seconds, np.empty(0), None, ends)
-        flat = self.network(data, chunk).blocks.from_rows(stopping.rows).numpy()
-        return Weights(chunk.index, curves, self.epochs, seconds, flat, None, ends)
+    def __call__(self, trained: Trained) -> bool | np.ndarray:
+        """Return which of the trials that are still there have a member that goes on; True where time is over."""
+        alive = np.array(trained.alive)
+        epochs, stalled = self.ends[:, alive]
+        loss, best = -trained.curves[alive, trained.epochs - 1], self.best[alive]
+        goes_on = epochs == 0
+        stalled = np.where(goes_on, np.where(loss > best - self.tol[alive], stalled + 1, 0), stalled)
+        ends = goes_on & ((stalled > self.most[alive]) | (trained.epochs == self.job.epochs))
+        epochs = np.where(ends, trained.epochs, epochs)
+        self.ends[:, alive], self.best[alive] = [epochs, stalled], np.where(goes_on, np.fmin(best, loss), best)
+        if ends.any():
+            rows = trained.network.blocks.to_rows(trained.scored).cpu()
+            if self.rows is None:
+                self.rows = rows.new_empty((*self.best.shape, rows.shape[2]))
+            for c, f in np.argwhere(ends):
+                self.rows[alive[c], f] = rows[c, f]
+        return self.job.is_over() or (epochs == 0).any(1)
 
 
 @dataclass(frozen=True)
@@ -110,16 +136,43 @@ class Weights(Outcome):
     ends: NDArray[np.int64]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemberJob(Job):
+    """A job whose chunks give their members' weights, not their scores; where they may train on, all their state.
+
+    ``patiences`` are those of the trials by their index, none where all train to the last epoch.
+    """
+
+    keeps_state: bool = False
+    patiences: Mapping[int, Patience] = field(default_factory=dict)
+
+    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> Weights:
+        """Train one chunk and return its weights."""
+        begin = time.monotonic()
+        if self.patiences:
+            stopping = Stopping(self, [self.patiences[i] for i in chunk.index], data.n_folds)
+            curves, epochs = train_chunk(self, data, chunk, after_epoch=stopping).curves, 0
+            flat, state, ends = np.empty(0), None, stopping.ends
+            if stopping.rows is not None and ends[0].all():  # else the time was over
+                flat, epochs = self.network(data, chunk).blocks.from_rows(stopping.rows).numpy(), self.epochs
+        else:
+            trained = train_chunk(self, data, chunk, progress)
+            curves, epochs = trained.curves, trained.epochs
+            state = tuple(buffer.cpu() for buffer in trained.state.buffers) if self.keeps_state else None
+            flat = trained.scored.to("cpu", copy=True).numpy()  # the next chunk may train in this one's memory
+            ends = np.zeros((2, len(chunk.index), data.n_folds), dtype=int)
+            ends[0] = epochs
+        return Weights(chunk.index, curves, epochs, time.monotonic() - begin, flat, state, ends)
+
+
 def members_of(
     job: MemberJob, data: Dataset, chunk: Population, weights: Weights, classes: NDArray[np.int64] | None
 ) -> Members:
     """Return the members of a chunk that trained to their last epoch; none where it did not."""
     if weights.epochs < job.epochs:
         return {}
-    network = job.network(data, chunk)
-    flat = torch.from_numpy(weights.flat)
-    params = network.blocks.views(flat)
-    shape = (data.n_folds, len(chunk.index), -1)
+    network, flat = job.network(data, chunk), torch.from_numpy(weights.flat)
+    params, shape = network.blocks.views(flat), (data.n_folds, len(chunk.index), -1)
     whole = [w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
     finite = torch.stack(whole).all(0).tolist()  # F lists of C
     center, scale = data.center.cpu().numpy(), data.scale.cpu().numpy()
@@ -130,7 +183,12 @@ def members_of(
         takes_part = None if present is None or present[f].all() else present[f]
         for c, i in enumerate(chunk.index):
             if not finite[f][c]:
-                members[f, i] = _diverged_error(chunk.configs[c])
+                config = chunk.configs[c]
+                members[f, i] = DivergedError(
+                    f"the training diverged with {config['optimizer']} and a learning rate of {config['lr']:.3g}: its "
+                    "weights are no finite numbers any more; use a smaller rate, or scale the inputs (StandardScaler "
+                    "in a pipeline)."
+                )
                 continue
             epochs, stalled = weights.ends[:, c, f].tolist()
             members[f, i] = Member(
@@ -150,10 +208,3 @@ def members_of(
                 stalled=stalled,
             )
     return members
-
-
-def _diverged_error(config: Config) -> DivergedError:
-    return DivergedError(
-        f"the training diverged with {config['optimizer']} and a learning rate of {config['lr']:.3g}: its weights are "
-        "no finite numbers any more; use a smaller rate, or scale the inputs (StandardScaler in a pipeline)."
-    )

@@ -19,7 +19,8 @@ from sklearn.utils.validation import _check_method_params
 
 from gputune.errors import InputError
 from gputune.sklearn.dataset import Part, as_sliced
-from gputune.sklearn.record import Fit, fits_of, shared_rows
+from gputune.sklearn.recipe import Training
+from gputune.sklearn.record import fits_of, shared_rows
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, with_hook, workers
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, why_not_together
 from gputune.types import Config, Json
@@ -156,7 +157,11 @@ def _train(
     groups = [recorded] if alike else [[each] for each in recorded]
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
     for group in groups:
-        train(_renumber([fits_of(each.events) for each in group]), workers=workers(), deadline=deadline)
+        for first, each in zip(itertools.accumulate((len(r.splits) for r in group), initial=0), group):
+            for fit in fits_of(each.events):
+                fit.fold += first
+        fits = [fit for each in group for fit in fits_of(each.events)]
+        train(fits, Training(workers(), deadline))
     share = (time.monotonic() - begin) / sum(len(each.candidates) * len(each.splits) for each in recorded)
     return [replace(each, seconds=share) for each in recorded]
 
@@ -170,13 +175,3 @@ def _record(
     run = SearchRun(with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
     candidates, splits = search._draw_candidates(), run.split(X, y, routed.splitter.split)
     return TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, within), 0.0)
-
-
-def _renumber(fits: Sequence[Sequence[Fit]]) -> list[Fit]:
-    """Return the fits of all outer folds, with their inner folds numbered on."""
-    first = 0
-    for inner in fits:
-        for fit in inner:
-            fit.fold += first
-        first = 1 + max((fit.fold for fit in inner), default=first - 1)
-    return list(itertools.chain(*fits))

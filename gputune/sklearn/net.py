@@ -119,7 +119,7 @@ class _NeuralNet(TrainedEstimator):
             raise TypeError(
                 f"{type(self).__name__} has no parameter {unknown[0]!r}; arguments of the module are written module__*."
             )
-        self._checked_params()
+        self._foreign.check_values(self)
         optimizer, momentum = optimizer_word(self.optimizer, "optimizer"), self.optimizer__momentum
         if momentum is not None and optimizer not in MOMENTUM:
             raise InputError(

@@ -1,107 +1,20 @@
-"""How one configuration trains, whatever words it was written in: what an estimator's parameters mean to the engine.
+"""How one configuration trains, whatever words it was written in: what an estimator's parameters mean to the engine."""
 
-Training may end where its loss stalls: each member by itself, while those beside it in its chunk go on.
-"""
-
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from types import FunctionType
 
 import cloudpickle
-import numpy as np
-import torch
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from gputune.data.dataset import Dataset
-from gputune.engine.job import Job
-from gputune.engine.train import Trained
 from gputune.errors import InputError
 from gputune.methods.config import check_value
 from gputune.modules.construction import Builder
 from gputune.population.population import ModelKind, complete
-from gputune.scoring.losses import row_losses
 from gputune.scoring.objective import Objective, make_objective
-from gputune.scoring.scoring import Member, Scoring
 from gputune.types import Config, Task
-
-LARGEST = float(np.finfo(np.float64).max)
-"""In place of a loss that is no number: a member that diverges leaves its trial in the other folds alone."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """When training has converged, in scikit-learn's words.
-
-    It ends after more than ``epochs`` epochs one after another whose loss was not below the least by ``tol``.
-    """
-
-    tol: float
-    epochs: int
-
-
-class TrainingLoss(Scoring):
-    """Minus the loss on the training rows, which are a dataset's validation rows here, by their weights."""
-
-    def __init__(self) -> None:
-        super().__init__("neg_loss", None, None, None)
-
-    def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
-        """Return the scores (C,), float64, of outputs (C, m, K); of numbers half the squared error, standardised."""
-        del member
-        rows = data.folds[fold].valid
-        outputs = outputs.double()
-        if data.present is not None:
-            outputs = outputs.masked_fill(~data.present[fold], -torch.inf)
-        y = data.y[rows] if data.y.dim() == 1 else data.y[fold, rows].double()
-        losses = row_losses(outputs, y.expand(outputs.shape[:2])) / (1 if data.y.dim() == 1 else 2)
-        weights = torch.ones(len(rows), dtype=torch.float64, device=losses.device)
-        if data.weights is not None:
-            weights = data.weights[fold, rows].double()
-        mean = (losses * weights).sum(1) / weights.sum()
-        return -mean.nan_to_num(LARGEST, LARGEST).clamp(max=LARGEST)
-
-
-class Stopping:
-    """What happens after every epoch of a chunk: members whose loss stalls end, and their parameters are kept.
-
-    patiences  of the trials (C)
-    epochs     (C, F) that each member has trained
-    rows       (C, F, N) its parameters at its end
-    stalled    (C, F) epochs without an improvement
-    """
-
-    def __init__(self, job: Job, patiences: Sequence[Patience], folds: int) -> None:
-        self.job = job
-        self.tol = np.array([p.tol for p in patiences])[:, None]
-        self.most = np.array([p.epochs for p in patiences])[:, None]
-        self.best = np.full((len(patiences), folds), np.inf)
-        self.stalled = np.zeros((len(patiences), folds), dtype=int)
-        self.epochs = np.zeros((len(patiences), folds), dtype=int)
-        self.rows: Tensor | None = None
-
-    def __call__(self, trained: Trained) -> bool | np.ndarray:
-        """Return which of the trials that are still there have a member that goes on; True where time is over."""
-        alive = np.array(trained.alive)
-        loss = -trained.curves[alive, trained.epochs - 1]
-        goes_on = self.epochs[alive] == 0
-        best, stalled = self.best[alive], self.stalled[alive]
-        stalled = np.where(goes_on, np.where(loss > best - self.tol[alive], stalled + 1, 0), stalled)
-        self.stalled[alive], self.best[alive] = stalled, np.where(goes_on, np.fmin(best, loss), best)
-        ends = goes_on & ((stalled > self.most[alive]) | (trained.epochs == self.job.epochs))
-        if ends.any():
-            self._keep(trained, alive, ends)
-        return self.job.is_over() or (self.epochs[alive] == 0).any(1)
-
-    def _keep(self, trained: Trained, alive: np.ndarray, ends: np.ndarray) -> None:
-        rows = trained.network.blocks.to_rows(trained.scored).cpu()
-        if self.rows is None:
-            self.rows = rows.new_empty((*self.best.shape, rows.shape[2]))
-        self.epochs[alive] = np.where(ends, trained.epochs, self.epochs[alive])
-        for c, f in np.argwhere(ends):
-            self.rows[alive[c], f] = rows[c, f]
-
 
 DrawSeed = Callable[[], int]
 """Draws the seed of random_state=None: once for all configurations that are fitted together."""
@@ -109,7 +22,13 @@ DrawSeed = Callable[[], int]
 MOMENTUM = ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd")
 """The optimizers that have a momentum."""
 
-AUTO_BATCH = 200  # batch_size="auto" is min(200, rows), as in scikit-learn
+
+@dataclass(frozen=True)
+class Patience:
+    """When training has converged: after more than ``epochs`` epochs whose loss was not below the least by ``tol``."""
+
+    tol: float
+    epochs: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +43,22 @@ class RungState:
     horizon: int
     seed: int | None
     buffers: Mapping[int, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How fits that are made together train.
+
+    workers   processes; None lets an estimate decide
+    deadline  a ``time.monotonic()``; what has not ended by then fails with TimeoutError
+    states    where each trial goes on from, in a search that stops at rungs
+    patient   False: members train to their last epoch, wherever their loss stalls
+    """
+
+    workers: int | None = 1
+    deadline: float | None = None
+    states: Mapping[int, RungState] = field(default_factory=dict)
+    patient: bool = True
 
 
 @dataclass(frozen=True)
@@ -158,26 +93,6 @@ class Recipe:
     patience: Patience | None = None
 
     @property
-    def family(self) -> Hashable:
-        """What recipes have in common that train together, on one device and for as long."""
-        length = (self.begin, self.epochs, self.horizon, self.state is None)
-        functions = tuple(map(content, (self.module, self.loss, self.step, self.augment)))
-        return self.device, self.kind, functions, self.numbers, self.seed, length, self.patience is None
-
-    @property
-    def standardises(self) -> bool:
-        """Whether numbers to be predicted are standardised: a loss of the user's own takes them as they are."""
-        return self.step is None and (self.loss is None or isinstance(self.loss, str))
-
-    def objective(self, task: Task) -> Objective | None:
-        """Return what a module is trained on, None for a built-in model; InputError for what does not fit the task."""
-        if self.kind != "module":
-            return None
-        objective = make_objective(self.loss, self.step, self.augment, task)
-        objective.check(self.config)
-        return objective
-
-    @property
     def begin(self) -> int:
         """Epochs that it has trained already."""
         return 0 if self.state is None else self.state.epoch
@@ -187,10 +102,24 @@ class Recipe:
         """Epochs that its schedule runs over."""
         return self.epochs if self.state is None else self.state.horizon
 
+    @property
+    def family(self) -> Hashable:
+        """What recipes have in common that train together, on one device and for as long."""
+        length = (self.begin, self.epochs, self.horizon, self.state is None)
+        functions = tuple(map(content, (self.module, self.loss, self.step, self.augment)))
+        return self.device, self.kind, functions, self.numbers, self.seed, length, self.patience is None
+
+    def objective(self, task: Task) -> Objective | None:
+        """Return what a module is trained on, None for a built-in model; InputError for what does not fit the task."""
+        if self.kind != "module":
+            return None
+        objective = make_objective(self.loss, self.step, self.augment, task)
+        objective.check(self.config)
+        return objective
+
     def resumed(self, state: RungState) -> "Recipe":
         """Return the recipe of a training that goes on from a rung, up to its last epoch."""
-        seed = self.seed if state.seed is None else state.seed
-        return replace(self, state=state, seed=seed, patience=None)
+        return replace(self, state=state, seed=self.seed if state.seed is None else state.seed, patience=None)
 
     def config_for(self, rows: int, weight: float) -> Config:
         """Return the configuration for so many training rows of so much weight in all.
@@ -206,19 +135,11 @@ class Recipe:
 
 
 def draw_seed(random_state: object, draw: DrawSeed) -> int:
-    """Return an integer as it is, one draw from a RandomState, or ``draw()`` for None.
-
-    ValueError for anything else, as in scikit-learn.
-    """
+    """Return an integer as it is, a draw from a RandomState, ``draw()`` for None; else raise scikit-learn's error."""
     if random_state is None:
         return draw()
     generator = check_random_state(random_state)
     return int(random_state) if isinstance(random_state, Integral) else int(generator.randint(2**31 - 1))
-
-
-def fresh_seed() -> int:
-    """Return a draw from numpy's global state, which is what ``random_state=None`` means in scikit-learn."""
-    return int(check_random_state(None).randint(2**31 - 1))
 
 
 def engine_config(values: Mapping[str, tuple[str, object]], *, optimizer: str) -> Config:
@@ -229,7 +150,7 @@ def engine_config(values: Mapping[str, tuple[str, object]], *, optimizer: str) -
     config = {}
     for name, (word, value) in values.items():
         if name == "batch_size" and isinstance(value, str) and value == "auto":
-            value = AUTO_BATCH
+            value = 200  # and at most all rows, as in scikit-learn
         if value is not None:
             config[name] = check_value(name, value, word)
     return complete(config, optimizer=optimizer, schedule="constant")

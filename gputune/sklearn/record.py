@@ -1,7 +1,8 @@
 """What a search fits: every candidate in every fold, recorded from the estimators themselves without training any."""
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from sklearn.utils.validation import _check_method_params, _num_samples
 
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.sklearn.base import FusedEstimator, check_rows, fit_hook, last_step, using
-from gputune.sklearn.dataset import Part, Rows, form
+from gputune.sklearn.dataset import FoldGroup, Part, Rows, lay_out
 from gputune.sklearn.recipe import content
 
 Splits = Sequence[tuple[ArrayLike, ArrayLike]]
@@ -24,7 +25,9 @@ Splits = Sequence[tuple[ArrayLike, ArrayLike]]
 class Fit:
     """One fit of a search: candidate ``trial`` on the training rows of ``fold``, or the error where they are refused.
 
-    ``valid`` are the fold's validation rows, where the search differentiates its loss on them.
+    valid   the fold's validation rows, where the search differentiates its loss on them
+    fitted  what training gave, or an exception; None before
+    rows    those of all fits that were made together
     """
 
     trial: int
@@ -34,9 +37,7 @@ class Fit:
     train: Part | Exception
     valid: Part | Exception | None = None
     fitted: object = None
-    """What training gave, or an exception; None before."""
     rows: Rows | None = None
-    """Those of all fits that were made together."""
 
     @property
     def error(self) -> Exception | None:
@@ -53,9 +54,13 @@ class Fit:
         estimator._become(self.fitted, self.rows)
 
     def is_of(self, estimator: FusedEstimator, X: object) -> bool:
-        """Say whether this is the fit that the estimator wants."""
-        alike = type(estimator) is type(self.estimator) and _num_samples(X) == self.n_rows
-        return alike and _plain_params(estimator) == _plain_params(self.estimator)
+        """Say whether this is the fit that the estimator wants, by what a copy has in the same words."""
+        kinds = (bool, int, float, str, type(None))
+        params, own = (
+            {name: repr(value) for name, value in each.get_params(deep=False).items() if isinstance(value, kinds)}
+            for each in (estimator, self.estimator)
+        )
+        return type(estimator) is type(self.estimator) and _num_samples(X) == self.n_rows and params == own
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +78,35 @@ class Transformation:
 
 Event = Fit | Transformation
 
-FitArguments = tuple[object, object, Mapping[str, object]]
-"""X, y and the parameters of ``fit``."""
 
-Returned = TypeVar("Returned")
-
-
-def _plain_params(estimator: FusedEstimator) -> dict[str, str]:
-    """Return the parameters that a copy of the estimator has in the same words."""
-    kinds = (bool, int, float, str, type(None))
-    return {n: repr(v) for n, v in estimator.get_params(deep=False).items() if isinstance(v, kinds)}
-
-
-def fits_of(events: Sequence[Event]) -> list[Fit]:
+def fits_of(events: Iterable[Event]) -> list[Fit]:
     """Return the fits among the events."""
     return [event for event in events if isinstance(event, Fit)]
+
+
+Trials = dict[int, dict[int, Fit]]
+"""Fits by trial and fold."""
+
+
+def layouts(fits: Iterable[Fit], *, held_out: bool = False) -> Iterator[tuple[FoldGroup, Trials]]:
+    """Yield folds, and the trials that are fitted together in them: of one class, on the same rows of one form.
+
+    ``held_out``: the folds have their validation rows too.
+    """
+    by_trial: Trials = defaultdict(dict)
+    for fit in fits:
+        if isinstance(fit.train, Part):
+            by_trial[fit.trial][fit.fold] = fit
+    groups: dict[Hashable, Trials] = defaultdict(dict)
+    for trial, own in by_trial.items():
+        key = tuple((fold, type(fit.estimator), id(fit.train)) for fold, fit in own.items())
+        groups[key][trial] = own
+    for trials in groups.values():
+        first = next(iter(trials.values()))
+        sides = {fold: (fit.train, fit.valid if held_out else None) for fold, fit in first.items()}
+        parts = {fold: [part for part in both if isinstance(part, Part)] for fold, both in sides.items()}
+        for folds in lay_out(parts):
+            yield folds, trials
 
 
 def shared_rows(candidate: object, X: object, y: object, fit_params: Mapping[str, object]) -> Part | None:
@@ -99,6 +118,9 @@ def shared_rows(candidate: object, X: object, y: object, fit_params: Mapping[str
         return None
     part = _check(clone(candidate), X, y, fit_params.get("sample_weight"))
     return None if isinstance(part, Exception) else part
+
+
+Returned = TypeVar("Returned")
 
 
 class Recorder:
@@ -113,11 +135,7 @@ class Recorder:
         self.place = (0, 0)  # trial and fold
         self.left: dict[tuple[int, int], str] = {}
         """The fits that are left to scikit-learn's loop, and why."""
-        # Each beside what its key has the ids of, so that nothing else gets them.
-        self._parts: dict[Hashable, tuple[Part | Exception, object]] = {}
-        self._transformed: dict[Hashable, tuple[Transformation, object]] = {}
-        self._folds: dict[Hashable, tuple[FitArguments, object]] = {}
-        self._valid: dict[Hashable, Part | Exception] = {}
+        self._made: dict[Hashable, tuple[Any, object]] = {}
 
     def record(
         self,
@@ -139,29 +157,32 @@ class Recorder:
         for trial, candidate in enumerate(candidates):
             for fold, (train, test) in enumerate(splits):
                 self.place = (trial, fold)
-                rows = self._rows(candidate, X, y, train, fit_params)
+                arguments, params = self._arguments(candidate, X, y, train, fit_params)
                 # What fails here fails again where it is replayed, in scikit-learn's loop.
                 with using(fit_hook, self), suppress(Exception):
                     fitted = clone(candidate)
                     if hasattr(fitted, "set_callbacks"):  # which hear of the fits of scikit-learn's loop
                         fitted.set_callbacks()
-                    _fit(fitted, *rows)
+                    fitted.fit(*arguments, **params)
                     if self.held_out and self.place not in self.left:  # only now are the steps those of this fold
                         self._hold_out(fitted, X, y, train, test)
         return self.events
 
     def _of_parts(self, candidates: Sequence[BaseEstimator], splits: Splits, within: Part) -> list[Event]:
-        trains, valids = (
-            [Part(within.rows, within.index[_as_rows(split[side])]) for split in splits] for side in (0, 1)
-        )
-        labels = [within.rows.labels(train.index) for train in trains]
-        reasons = [[candidate._left_to_scikit_learn(y) for y in labels] for candidate in candidates]
-        self.left = {(t, f): why for t, row in enumerate(reasons) for f, why in enumerate(row) if why is not None}
-        return [
-            Fit(trial, fold, candidate, len(train.index), train, valid if self.held_out else None)
+        """Record candidates whose rows are parts of checked ones."""
+        rows, classes = within.rows, within.rows.classes
+        trains, valids = ([Part(rows, within.index[_as_rows(split[side])]) for split in splits] for side in (0, 1))
+        targets = [rows.y[train.index] if classes is None else classes[rows.y[train.index]] for train in trains]
+        reasons = {
+            (trial, fold): candidate._left_to_scikit_learn(y)
             for trial, candidate in enumerate(candidates)
-            for fold, (train, valid) in enumerate(zip(trains, valids))
-            if (trial, fold) not in self.left
+            for fold, y in enumerate(targets)
+        }
+        self.left = {place: reason for place, reason in reasons.items() if reason is not None}
+        return [
+            Fit(t, f, candidates[t], len(trains[f].index), trains[f], valids[f] if self.held_out else None)
+            for t, f in reasons
+            if (t, f) not in self.left
         ]
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
@@ -170,11 +191,8 @@ class Recorder:
         if reason is not None:
             self.left[self.place] = reason
             return True
-        arguments = (X, y, sample_weight)
-        key = (type(estimator), *map(id, arguments))
-        if key not in self._parts:
-            self._parts[key] = (_check(estimator, *arguments), arguments)
-        train = self._parts[key][0]
+        given = (X, y, sample_weight)
+        train = self._once((type(estimator), *map(id, given)), given, lambda: _check(estimator, *given))
         n_rows = _num_samples(X) if isinstance(train, Exception) else len(train.index)
         self.events.append(Fit(*self.place, estimator, n_rows, train))
         if isinstance(train, Exception):
@@ -186,35 +204,46 @@ class Recorder:
     ) -> object:
         """Fit a transformer and return what ``function`` does, once for equal transformers on the same rows."""
         metadata = [value for routed in (options.get("params") or {}).values() for value in routed.values()]
-        key = (content(transformer), id(X), id(y), *map(id, metadata))
-        if key not in self._transformed:
-            call = functools.partial(function, transformer, X, y, *args, **options)
+
+        def fit() -> Transformation:
             with using(fit_hook, None):
-                self._transformed[key] = (Transformation(_result(call)), (X, y, metadata))
-        event = self._transformed[key][0]
+                return Transformation(_result(functools.partial(function, transformer, X, y, *args, **options)))
+
+        event = self._once((content(transformer), id(X), id(y), *map(id, metadata)), (X, y, metadata), fit)
         self.events.append(event)
         return event.take()
+
+    def _once(self, key: Hashable, owners: object, make: Callable[[], Returned]) -> Returned:
+        """Return what ``make`` does, once for a key; ``owners`` are kept, so that nothing else gets their ids."""
+        if key not in self._made:
+            self._made[key] = make(), owners
+        made: Returned = self._made[key][0]
+        return made
 
     def _hold_out(self, fitted: object, X: object, y: object, train: object, test: object) -> None:
         """Give the fit that was just noted its validation rows: once for all candidates on the same training rows."""
         fit = self.events[-1]
         assert isinstance(fit, Fit) and isinstance(fit.train, Part)
-        key = (id(fit.train), self.place[1])
-        if key not in self._valid:
-            rows = _safe_split(fitted, X, y, test, train)
-            with using(fit_hook, None):
-                self._valid[key] = _result(functools.partial(held_out_part, fitted, fit.train, *rows))
-        fit.valid = self._valid[key]
+        rows = fit.train
 
-    def _rows(
+        def hold_out() -> Part | Exception:
+            with using(fit_hook, None):
+                split = _safe_split(fitted, X, y, test, train)
+                return _result(functools.partial(held_out_part, fitted, rows, *split))
+
+        fit.valid = self._once((id(rows), self.place[1]), rows, hold_out)
+
+    def _arguments(
         self, estimator: object, X: object, y: object, train: object, fit_params: Mapping[str, object]
-    ) -> FitArguments:
-        """Return X, y and parameters of ``fit`` for some rows: the same objects whenever they are the same."""
+    ) -> tuple[tuple[object, ...], Mapping[str, object]]:
+        """Return what ``fit`` is given for some rows: the same objects whenever they are the same."""
+
+        def split() -> tuple[tuple[object, ...], Mapping[str, object]]:
+            rows = _safe_split(estimator, X, y, train)
+            return rows if y is not None else rows[:1], _check_method_params(X, params=fit_params, indices=train)
+
         key = (id(X), id(y), np.asarray(train).tobytes(), *map(id, fit_params.values()))
-        if key not in self._folds:
-            params = _check_method_params(X, params=fit_params, indices=train)
-            self._folds[key] = (*_safe_split(estimator, X, y, train), params), (X, y, fit_params)
-        return self._folds[key][0]
+        return self._once(key, (X, y, fit_params), split)
 
 
 def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> Part:
@@ -228,12 +257,11 @@ def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> P
         if step is not None and step != "passthrough":
             X = step.transform(X)
     rows = check_rows(clone(last), X, y)
-    weights = None if train.rows.weights is None else np.ones(len(rows.X))
     if len(rows.X.parts) == len(train.rows.X.parts):  # a transformer may give other precisions than in training
         parts = tuple(x.to(part.dtype) for x, part in zip(rows.X.parts, train.rows.X.parts))
         rows = replace(rows, X=Arrays(parts, rows.X.names))
-    rows = replace(rows, weights=weights)
-    if form(rows) != form(train.rows):
+    rows = replace(rows, weights=None if train.rows.weights is None else np.ones(len(rows.X)))
+    if rows.form != train.rows.form:
         now, before = ArrayLayout.of(rows.X), ArrayLayout.of(train.rows.X)
         raise ValueError(
             f"the transformers gave validation rows of {now}, named {rows.names}, after training rows of {before}, "
@@ -242,17 +270,9 @@ def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> P
     return Part(rows, np.arange(len(rows.X)))
 
 
-def _as_rows(mask_or_rows: object) -> NDArray[np.int64]:
+def _as_rows(mask_or_rows: ArrayLike) -> NDArray[np.int64]:
     array = np.asarray(mask_or_rows)
     return np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)
-
-
-def _fit(estimator: BaseEstimator, X: object, y: object, params: Mapping[str, object]) -> None:
-    """Call ``fit`` as scikit-learn's loop does."""
-    if y is None:
-        estimator.fit(X, **params)
-    else:
-        estimator.fit(X, y, **params)
 
 
 def _check(estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> Part | Exception:

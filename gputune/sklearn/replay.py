@@ -7,10 +7,11 @@ so that every step of it finds what it would have made.
 import copy
 import functools
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Self
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import ClassVar, Self
 
 import numpy as np
 from joblib.parallel import get_active_backend
@@ -21,58 +22,21 @@ from sklearn.utils.validation import check_memory
 
 from gputune.errors import warn
 from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, last_step, using
-from gputune.sklearn.dataset import Part, lay_out
-from gputune.sklearn.recipe import RungState
-from gputune.sklearn.record import Event, Fit, Recorder, Splits, Transformation, fits_of
+from gputune.sklearn.dataset import Part
+from gputune.sklearn.recipe import RungState, Training
+from gputune.sklearn.record import Event, Fit, Recorder, Splits, Transformation, fits_of, layouts
 from gputune.types import Config
 
 Candidates = Sequence[Config]
 
 
-def train(
-    fits: Iterable[Fit],
-    *,
-    workers: int | None = 1,
-    deadline: float | None = None,
-    states: Sequence[RungState] | None = None,
-    patient: bool = True,
-) -> None:
-    """Train fits, as many together as share their rows and their class.
-
-    ``states`` say for each trial where its training goes on from; unless ``patient``, all train to their last epoch.
-    """
-    for trials in group_fits(fit for fit in fits if isinstance(fit.train, Part)):
-        for layout in lay_out([fit.train for fit in trials[0] if isinstance(fit.train, Part)]):
-            members = [[trial[place] for place in layout.places] for trial in trials]
-            results = fit_together(
-                [trial[0].estimator for trial in members],
-                layout.rows,
-                layout.folds,
-                workers=workers,
-                deadline=deadline,
-                states=None if states is None else [_in_layout(states[t[0].trial], t) for t in members],
-                patient=patient,
-            )
-            for c, trial in enumerate(members):
-                for f, fit in enumerate(trial):
-                    fit.fitted, fit.rows = results[f, c], layout.rows
-
-
-def group_fits(fits: Iterable[Fit]) -> list[list[list[Fit]]]:
-    """Return groups of trials, each as its fits, that are of one class and train on the same rows."""
-    by_trial: dict[int, list[Fit]] = defaultdict(list)
-    for fit in fits:
-        by_trial[fit.trial].append(fit)
-    groups: dict[Hashable, list[list[Fit]]] = defaultdict(list)
-    for trial in by_trial.values():
-        groups[type(trial[0].estimator), tuple((fit.fold, id(fit.train)) for fit in trial)].append(trial)
-    return list(groups.values())
-
-
-def _in_layout(state: RungState, fits: Sequence[Fit]) -> RungState:
-    """Return the state of a trial with its folds numbered as they are laid out."""
-    buffers = state.buffers
-    return replace(state, buffers={i: buffers[fit.fold] for i, fit in enumerate(fits)} if buffers else {})
+def train(fits: Iterable[Fit], training: Training) -> None:
+    """Train fits, as many together as share their rows and their class."""
+    for folds, trials in layouts(fits):
+        candidates = {trial: own[folds.numbers[0]].estimator for trial, own in trials.items()}
+        for (fold, trial), fitted in fit_together(candidates, folds, training).items():
+            fit = trials[trial][fold]
+            fit.fitted, fit.rows = fitted, folds.rows
 
 
 def workers() -> int | None:
@@ -116,12 +80,6 @@ def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
         return on_device
     copied.steps[-1] = (copied.steps[-1][0], on_device)
     return copied
-
-
-def without_hook(estimator: object) -> None:
-    """Give a refitted estimator the user's own ``memory`` back."""
-    if isinstance(estimator, Pipeline) and isinstance(estimator.memory, HookedMemory):
-        estimator.memory = estimator.memory.memory
 
 
 class Replay:
@@ -174,7 +132,10 @@ class TrainedCandidates:
 
 @dataclass(eq=False)
 class SearchRun:
-    """One call of a search's ``fit``. ``trained`` are candidates that were trained before, with other searches."""
+    """One call of a search's ``fit``. ``trained`` are candidates that were trained before, with other searches.
+
+    ``seconds`` and ``epochs`` are how long each candidate trained, in the order of their evaluation.
+    """
 
     estimator: BaseEstimator
     cv: object
@@ -185,7 +146,8 @@ class SearchRun:
     recorder: Recorder = field(default_factory=Recorder)
     seconds: list[float] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
-    """How long each candidate trained, in the order of their evaluation."""
+    patient: ClassVar[bool] = True
+    """Whether training ends where its loss stalls."""
 
     def evaluate(
         self,
@@ -199,14 +161,16 @@ class SearchRun:
         candidates = list(candidate_params) if self.trained is None else self.trained.candidates
         replay = Replay()
 
-        def split(X: object, y: object, params: Mapping[str, object]) -> Splits:
+        def split(X: object, y: object, **params: object) -> Splits:
+            """Train before the splits are returned, over which scikit-learn's loop goes."""
             trained = self.trained or self._train_all(candidates, X, y, self.split(X, y, params, cv))
             self._note(trained)
             replay.events.extend(trained.events)
             return trained.splits
 
         with using(fit_hook, replay):
-            results = evaluate_candidates(candidates, _Splitter(split), more_results=more_results, **context)
+            splitter = SimpleNamespace(split=split)
+            results = evaluate_candidates(candidates, splitter, more_results=more_results, **context)
         replay.check_end()
         together = ~np.isnan(self.seconds)  # the others were fitted in this loop
         results["mean_fit_time"][together] = np.array(self.seconds)[together]
@@ -243,24 +207,18 @@ class SearchRun:
 
     def train(self, candidates: Candidates, fits: Sequence[Fit]) -> None:
         """Train the fits of candidates."""
+        train(fits, Training(workers(), self.deadline, self.states(candidates), self.patient))
+
+    def states(self, candidates: Candidates) -> Mapping[int, RungState]:
+        """Return where each candidate goes on from, by its number; none in a search without rungs."""
         del candidates
-        train(fits, workers=workers(), deadline=self.deadline)
+        return {}
 
     def _note(self, trained: TrainedCandidates) -> None:
-        together = {fit.trial for fit in fits_of(trained.events)}
-        self.seconds += [trained.seconds if i in together else np.nan for i in range(len(trained.candidates))]
-        epochs = [1] * len(trained.candidates)
+        """Note how long each candidate trained."""
+        epochs: dict[int, int] = {}
         for fit in fits_of(trained.events):
-            epochs[fit.trial] = max(epochs[fit.trial], getattr(fit.fitted, "epochs", 1))
-        self.epochs += epochs
-
-
-@dataclass(frozen=True)
-class _Splitter:
-    """What scikit-learn takes for a splitter: it splits once, and training comes before the splits are returned."""
-
-    once: Callable[[object, object, Mapping[str, object]], Splits]
-
-    def split(self, X: object, y: object = None, **params: object) -> Splits:
-        """Return the splits."""
-        return self.once(X, y, params)
+            epochs[fit.trial] = max(epochs.get(fit.trial, 1), getattr(fit.fitted, "epochs", 1))
+        numbers = range(len(trained.candidates))
+        self.seconds += [trained.seconds if number in epochs else np.nan for number in numbers]
+        self.epochs += [epochs.get(number, 1) for number in numbers]

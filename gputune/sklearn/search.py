@@ -26,7 +26,7 @@ from gputune.errors import InputError, warn
 from gputune.methods.space import to_scipy
 from gputune.sklearn.base import FusedEstimator, constructor, last_step, using
 from gputune.sklearn.dataset import as_sliced
-from gputune.sklearn.replay import SearchRun, TrainedCandidates, with_hook, without_hook
+from gputune.sklearn.replay import HookedMemory, SearchRun, TrainedCandidates, with_hook
 from gputune.study.rows import State
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.values import to_json
@@ -82,8 +82,9 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
             run = self._make_run(trained, X, y) if reason is None else None
             with using(current_run, run):
                 super().fit(X, y, **params)
-        if hasattr(self, "best_estimator_"):
-            without_hook(self.best_estimator_)
+        memory = getattr(getattr(self, "best_estimator_", None), "memory", None)
+        if isinstance(memory, HookedMemory):
+            self.best_estimator_.memory = memory.memory
         if self.study is not None:
             write_search(self.study, self, None if run is None else run.epochs)
         return self

@@ -1,17 +1,15 @@
 """What a descent moves, and the slopes of its fits: the same training once more, differentiated on validation rows."""
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
 
-from gputune.data.dataset import Fold
-from gputune.engine.choice import device_for_solver
 from gputune.engine.memory import Failure
 from gputune.engine.stop import entry
 from gputune.errors import InputError
@@ -20,14 +18,14 @@ from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.inner import check_classes
 from gputune.sklearn.base import last_step
-from gputune.sklearn.dataset import FoldGroup, Layout, Part, as_tensor, lay_out, shared_x
+from gputune.sklearn.dataset import FoldGroup, Part, Rows, as_tensor
 from gputune.sklearn.fit import Batch, batches, in_skorchs_words
 from gputune.sklearn.logistic import LogisticRegression, Penalty, make_problem, solve_groups
 from gputune.sklearn.member import Member, Place
-from gputune.sklearn.recipe import Recipe
-from gputune.sklearn.record import Fit
-from gputune.sklearn.replay import group_fits
+from gputune.sklearn.recipe import Recipe, Training
+from gputune.sklearn.record import Fit, Trials, layouts
 from gputune.solver.solve import solve
+from gputune.tuning.descent import SlopeMode
 
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
@@ -42,59 +40,50 @@ class TrialSlopes:
     ratios: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class SlopeRequest:
-    """Which slopes are taken: in which hyperparameters, exactly or by wide differences, on what, until when."""
-
-    names: tuple[str, ...]
-    mode: Literal["exact", "differences"]
-    workers: int | None = 1
-    deadline: float | None = None
-
-
 @entry
-def slopes_of(fits: Sequence[Fit], request: SlopeRequest) -> dict[int, TrialSlopes]:
-    """Return the slopes of each trial, of which all fits are made and hold validation rows out.
+def slopes_of(fits: Sequence[Fit], names: Sequence[str], mode: SlopeMode, training: Training) -> dict[int, TrialSlopes]:
+    """Return the slopes of each trial in some hyperparameters; all of its fits are made and hold validation rows out.
 
     The loss is the mean cross-entropy of the validation rows, or the mean squared error in the target's own unit.
-    The slope is in the hyperparameter as the estimator has it: in alpha, where alpha is set. Trials that ``deadline``
-    cuts short are missing.
+    The slope is in the hyperparameter as the estimator has it: in alpha, where alpha is set. It is exact, or taken by
+    wide differences. Trials that the deadline cuts short are missing.
     """
     by_fold: dict[int, dict[int, MemberSlope]] = defaultdict(dict)
-    for trials in group_fits(fits):
-        is_solved = isinstance(trials[0][0].estimator, LogisticRegression)
-        parts = [part for fit in trials[0] for part in (fit.train, fit.valid) if isinstance(part, Part)]
-        for layout in lay_out(parts):  # the validation rows of a fold have the form of its training rows
-            members = [[trial[place // 2] for place in layout.places[::2]] for trial in trials]
-            slopes = _solver_slopes(members, layout) if is_solved else _training_slopes(members, layout, request)
-            for (fold, trial), slope in slopes:
-                fit = members[trial][fold]
-                by_fold[fit.trial][fit.fold] = slope
-    number = Counter(fit.trial for fit in fits)
-    return {trial: _stack(slopes) for trial, slopes in by_fold.items() if len(slopes) == number[trial]}
-
-
-def _stack(folds: dict[int, MemberSlope]) -> TrialSlopes:
-    losses, slopes, ratios = zip(*(folds[fold] for fold in sorted(folds)))
-    tables = {name: np.array([fold[name] for fold in slopes])[:, None, None] for name in slopes[0]}
-    return TrialSlopes(np.array(losses), tables, np.array(ratios))
-
-
-def _valid_rows(layout: Layout, group: FoldGroup, device: torch.device) -> list[torch.Tensor]:
-    """Return the validation rows of a group of folds, which are laid out each behind its training rows."""
-    return [as_tensor(layout.folds[2 * place + 1]).to(device) for place in group.places]
+    for folds, trials in layouts(fits, held_out=True):
+        first = next(iter(trials.values()))[folds.numbers[0]]
+        if isinstance(first.estimator, LogisticRegression):
+            slopes = _solver_slopes(trials, folds)
+        else:
+            slopes = _training_slopes(trials, folds, names, mode, training)
+        for (fold, trial), slope in slopes:
+            by_fold[trial][fold] = slope
+    whole, found = Counter(fit.trial for fit in fits), {}
+    for trial, own in by_fold.items():
+        if len(own) == whole[trial]:
+            losses, slopes_, ratios = zip(*(own[fold] for fold in sorted(own)))
+            tables = {name: np.array([each[name] for each in slopes_])[:, None, None] for name in slopes_[0]}
+            found[trial] = TrialSlopes(np.array(losses), tables, np.array(ratios))
+    return found
 
 
 def _training_slopes(
-    members: Sequence[Sequence[Fit]], layout: Layout, request: SlopeRequest
+    trials: Trials, folds: FoldGroup, names: Sequence[str], mode: SlopeMode, training: Training
 ) -> Iterator[tuple[Place, MemberSlope]]:
-    """Differentiate trials (C) that train in the folds."""
-    recipes = [_recipe(trial[0]) for trial in members]
-    for batch in batches(recipes, layout.rows, dict(enumerate(layout.folds[::2]))):
-        valid = _valid_rows(layout, batch.group, batch.data.device)
-        data = replace(batch.data, folds=tuple(Fold(f.train, v) for f, v in zip(batch.data.folds, valid)))
-        for (f, c), slope in _differentiate(replace(batch, data=data), request):
-            yield (batch.group.places[f], batch.index[c]), slope
+    """Differentiate trials that train in the folds."""
+    recipes = {trial: _recipe(own[folds.numbers[0]]) for trial, own in trials.items()}
+    for batch in batches(recipes, folds):
+        trainer = batch.trainer(training)
+        job = trainer.job(HypergradientJob, epochs=batch.recipes[0].epochs, hyperparameters=tuple(names), mode=mode)
+        try:
+            plan, job = trainer.plan_differentiated(batch.configs, job)
+        except InputError as error:
+            raise in_skorchs_words(error) from error
+        plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
+        for outcome in trainer.train(job, plan):
+            if isinstance(outcome, Failure):
+                raise outcome.error()
+            assert isinstance(outcome, Slopes)
+            yield from _member_slopes(outcome, batch)
 
 
 def _recipe(fit: Fit) -> Recipe:
@@ -105,44 +94,30 @@ def _recipe(fit: Fit) -> Recipe:
     return replace(recipe, seed=seed, patience=None)  # a RandomState has drawn another one
 
 
-def _differentiate(batch: Batch, request: SlopeRequest) -> Iterator[tuple[Place, MemberSlope]]:
-    """Differentiate the configurations of a batch in its folds."""
-    trainer = batch.trainer(request.workers, request.deadline)
-    job = trainer.job(
-        HypergradientJob, epochs=batch.recipes[0].epochs, hyperparameters=request.names, mode=request.mode
-    )
-    try:
-        plan, job = trainer.plan_differentiated(batch.configs, job)
-    except InputError as error:
-        raise in_skorchs_words(error) from error
-    plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
-    for outcome in trainer.train(job, plan):
-        if isinstance(outcome, Failure):
-            raise outcome.error()
-        assert isinstance(outcome, Slopes)
-        if outcome.losses is None or outcome.slopes is None or outcome.ratios is None:
-            continue  # the deadline has cut it short
-        for c, i in enumerate(outcome.index):
-            alpha = batch.recipes[i].alpha
-            for f in range(batch.data.n_folds):
-                slopes = {name: table[c, f].item() for name, table in outcome.slopes.items()}
-                if alpha is not None and "weight_decay" in slopes:
-                    slopes["weight_decay"] *= batch.configs[i]["weight_decay"] / alpha
-                yield (f, i), (outcome.losses[c, f].item(), slopes, outcome.ratios[c, f].item())
+def _member_slopes(outcome: Slopes, batch: Batch) -> Iterator[tuple[Place, MemberSlope]]:
+    """Yield the slopes of the members of a chunk; none where the deadline has cut it short."""
+    if outcome.losses is None or outcome.slopes is None or outcome.ratios is None:
+        return
+    for c, i in enumerate(outcome.index):
+        alpha = batch.recipes[i].alpha
+        for f, fold in enumerate(batch.folds.numbers):
+            slopes = {name: table[c, f].item() for name, table in outcome.slopes.items()}
+            if alpha is not None and "weight_decay" in slopes:
+                slopes["weight_decay"] *= batch.configs[i]["weight_decay"] / alpha
+            yield (fold, batch.trials[i]), (outcome.losses[c, f].item(), slopes, outcome.ratios[c, f].item())
 
 
-def _solver_slopes(members: Sequence[Sequence[Fit]], layout: Layout) -> Iterator[tuple[Place, MemberSlope]]:
-    """Differentiate trials (C) that are solved in the folds, at their minimum."""
-    penalties: list[Penalty] = [trial[0].estimator._recipe(lambda: 0) for trial in members]
-    for index, group in solve_groups(penalties, layout.rows, dict(enumerate(layout.folds[::2]))):
-        (x,) = shared_x(layout.rows, device_for_solver(penalties[index[0]].device).device, torch.float64)
-        problem = make_problem([penalties[i] for i in index], layout.rows, group, x)
-        implicit = implicit_gradients(problem, solve(problem), _valid_rows(layout, group, x.device))
-        losses, slopes = (t.view(len(group.trains), -1) for t in (implicit.value, implicit.gradient))
-        slopes = slopes / problem.C
-        for f, place in enumerate(group.places):
-            for c, i in enumerate(index):
-                yield (place, i), (losses[f, c].item(), {"C": slopes[f, c].item()}, 0.0)
+def _solver_slopes(trials: Trials, folds: FoldGroup) -> Iterator[tuple[Place, MemberSlope]]:
+    """Differentiate trials that are solved in the folds, at their minimum."""
+    penalties = {trial: own[folds.numbers[0]].estimator._recipe(lambda: 0) for trial, own in trials.items()}
+    for numbers, group in solve_groups(penalties, folds):
+        problem = make_problem([penalties[number] for number in numbers], group)
+        valids = [as_tensor(valid).to(problem.y.device) for valid in group.valids]
+        implicit = implicit_gradients(problem, solve(problem), valids)
+        slopes = implicit.gradient / problem.C.repeat(len(valids))  # members are fold-major
+        places = itertools.product(group.numbers, numbers)
+        for place, loss, slope in zip(places, implicit.value.tolist(), slopes.tolist()):
+            yield place, (loss, {"C": slope}, 0.0)
 
 
 def check_held_out(fits: Sequence[Fit]) -> None:
@@ -155,22 +130,15 @@ def check_held_out(fits: Sequence[Fit]) -> None:
         seen.add((fit.fold, id(train)))
         if len(valid.index) == 0:
             raise InputError(f"cv: fold {fit.fold} has no validation rows to descend on; give it some.")
-        check_classes(
-            fit.fold,
-            _classes(valid, weighing=False),
-            _classes(train, weighing=True),
-            weighed=train.rows.weights is not None,
-        )
+        weights = train.rows.weights
+        weighing = train.index if weights is None else train.index[weights[train.index] > 0]
+        labels = (_labels(valid.rows, valid.index), _labels(train.rows, weighing))
+        check_classes(fit.fold, *labels, weighed=weights is not None)
 
 
-def _classes(part: Part, *, weighing: bool) -> set[object]:
-    """Return the labels of all rows, or of those that weigh something; none for a regression."""
-    rows, index = part.rows, part.index
-    if rows.classes is None:
-        return set()
-    if weighing and rows.weights is not None:
-        index = index[rows.weights[index] > 0]
-    return set(rows.classes[np.unique(rows.y[index])].tolist())
+def _labels(rows: Rows, index: NDArray[np.int64]) -> list[object]:
+    """Return the labels that some rows have; none for a regression."""
+    return [] if rows.classes is None else rows.classes[np.unique(rows.y[index])].tolist()
 
 
 def descended_parameters(hyperparameters: str | Sequence[str] | None, estimator: object) -> dict[str, str]:
@@ -208,28 +176,28 @@ def start_values(
         return None
     values = {}
     for name, parameter in parameters.items():
-        value = values[name] = _value(recipe, name, parameter, number)
+        value = values[name] = _value(recipe, name, parameter, f"start {number}")
         check_coordinate(name, value, f"start {number}", called=parameter, space="param_distributions")
     return values
 
 
-def _value(recipe: Recipe | Penalty, name: str, parameter: str, number: int) -> float:
+def _value(recipe: Recipe | Penalty, name: str, parameter: str, start: str) -> float:
     """Return a start's value of a hyperparameter, in the unit of the parameter that holds it."""
     if isinstance(recipe, Penalty):
         if not recipe.fit_intercept:
             raise InputError(
                 "the derivative in C is that of a logistic regression with intercepts, got fit_intercept=False in "
-                f"start {number}; leave it True, or search C with RandomizedSearchCV."
+                f"{start}; leave it True, or search C with RandomizedSearchCV."
             )
         return recipe.C
-    remedy = ", or use RandomizedSearchCV"
-    check_start(recipe.config, name, f"start {number}", argument="hyperparameters", remedy=remedy)
-    if name != "weight_decay":
+    check_start(recipe.config, name, start, argument="hyperparameters", remedy=", or use RandomizedSearchCV")
+    alpha = recipe.alpha
+    if name != "weight_decay" or (alpha is None and not parameter.endswith("alpha")):
         return float(recipe.config[name])
-    if (recipe.alpha is not None) != parameter.endswith("alpha"):
-        other = "weight_decay" if recipe.alpha is None else "alpha"
-        raise InputError(
-            f"hyperparameters: start {number} decays by {other}, and not by {parameter}; name {other!r}, or put "
-            f"{parameter!r} in param_distributions."
-        )
-    return float(recipe.config[name]) if recipe.alpha is None else recipe.alpha
+    if alpha is not None and parameter.endswith("alpha"):
+        return alpha
+    other = "weight_decay" if alpha is None else "alpha"
+    raise InputError(
+        f"hyperparameters: {start} decays by {other}, and not by {parameter}; name {other!r}, or put {parameter!r} in "
+        "param_distributions."
+    )

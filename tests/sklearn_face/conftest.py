@@ -12,9 +12,9 @@ def training(monkeypatch):
     calls = []
     fit_together = replay.fit_together
 
-    def counted(candidates, rows, folds, **options):
-        calls.append((len(candidates), len(folds), tuple(rows.X.parts[0].shape)))
-        return fit_together(candidates, rows, folds, **options)
+    def counted(candidates, folds, training):
+        calls.append((len(candidates), len(folds.trains), tuple(folds.rows.X.parts[0].shape)))
+        return fit_together(candidates, folds, training)
 
     monkeypatch.setattr(replay, "fit_together", counted)
     return calls

@@ -253,9 +253,9 @@ def test_a_point_that_cannot_be_scored_is_the_last():
 def test_no_start_moves_after_the_deadline(monkeypatch):
     slopes_of, calls = descent.slopes_of, []
 
-    def slow(fits, how):
-        calls.append(how.deadline)
-        return {} if len(calls) == 2 else slopes_of(fits, how)
+    def slow(fits, names, mode, training):
+        calls.append(training.deadline)
+        return {} if len(calls) == 2 else slopes_of(fits, names, mode, training)
 
     monkeypatch.setattr(descent, "slopes_of", slow)
     search = descend(MLP, {"learning_rate_init": [0.01]}, timeout=1000.0, n_iter=1)

@@ -14,8 +14,9 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from face_modules import Net
 from gputune.sklearn import LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier
 from gputune.sklearn.descent import DescentRun
+from gputune.sklearn.recipe import Training
 from gputune.sklearn.replay import with_hook
-from gputune.sklearn.slopes import SlopeRequest, slopes_of
+from gputune.sklearn.slopes import slopes_of
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)
@@ -36,7 +37,7 @@ def slopes(estimator, points, names, *, X=X, y=Y, cv=3, weights=None, **how):
     run.fit_params = {} if weights is None else {"sample_weight": weights}
     fits = [event for event in run.record(points, X, y, run.split(X, y, {})) if hasattr(event, "valid")]
     run.train(points, fits)
-    found = slopes_of(fits, SlopeRequest(names, how.pop("mode", "exact"), **how))
+    found = slopes_of(fits, names, how.pop("mode", "exact"), Training(**how))
     return [found.get(trial) for trial in range(len(points))], fits
 
 
@@ -131,7 +132,7 @@ def test_a_pipeline_is_its_last_step_on_transformed_rows(last, weights):
     splits = run.split(X, Y, {})
     fits = [event for event in run.record(points, X, Y, splits) if hasattr(event, "valid")]
     run.train(points, fits)
-    found = slopes_of(fits, SlopeRequest((name,), "exact"))
+    found = slopes_of(fits, (name,), "exact", Training())
     for fold, (train, test) in enumerate(splits):
         scaled = StandardScaler().fit(X[train]).transform(X)
         by_hand, _ = slopes(last, [{word: 0.01}, {word: 0.1}], (name,), X=scaled, cv=[(train, test)], weights=weights)
