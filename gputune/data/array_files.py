@@ -16,8 +16,6 @@ from gputune.data.table import is_image, quoted
 from gputune.errors import InputError
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
-"""Of the files that hold arrays."""
-
 _WRITE = "write it with numpy.savez(path, image=X, label=y), or torch.save of a dict of tensors"
 
 Bar = Callable[[Sequence[int]], Iterable[int]]
@@ -68,23 +66,20 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
     """
     values = read_array_file(path)
     if path.suffix == ".npy":
-        return values[""], *(_beside(path, option, of) for option, of in (("y", y), ("groups", groups)))
-    for option, name in (("y", y), ("groups", groups)):
-        if not (isinstance(name, str) and name in values) and not (option == "groups" and name is None):
-            there = f"which are {quoted(values)}" if values else "and it holds none"
+        return values[""], _beside(path, "y", y), None if groups is None else _beside(path, "groups", groups)
+    for argument, name in (("target", y), ("groups", groups)):
+        if not (isinstance(name, str) and name in values) and not (argument == "groups" and name is None):
+            known = f"which are {quoted(values)}" if values else "and it holds none"
             got = repr(name) if isinstance(name, str | None) else f"an object of type {type(name).__name__}"
-            word = "target" if option == "y" else option
-            raise InputError(f"{word}={got} is none of the arrays of {str(path)!r}, {there}; name one of them.")
+            raise InputError(f"{argument}={got} is none of the arrays of {str(path)!r}, {known}; name one of them.")
     target, of_groups = values.pop(y), None if groups is None else np.asarray(values.pop(groups))
     if not values:
         raise InputError(f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from.")
     return values if len(values) > 1 else next(iter(values.values())), target, of_groups
 
 
-def _beside(path: Path, option: str, name: object) -> Any:
-    """Return the array of a .npy file that ``name`` is; None where it is None and groups."""
-    if name is None and option == "groups":
-        return None
+def _beside(path: Path, option: str, name: object) -> np.ndarray:
+    """Return the array of the .npy file ``name``."""
     if not isinstance(name, str | Path) or Path(name).suffix != ".npy":
         raise InputError(
             f"{option} must be a .npy file too, with one value a row of {str(path)!r}, got {name!r:.60}; or write both "
@@ -115,22 +110,22 @@ def read_dataset(dataset: "TorchDataset[Any]", y: object, bar: Bar = iter) -> tu
     try:
         return _split(default_collate(items), y, name)
     except (RuntimeError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise InputError(
-            f"the items of X, a {name}, cannot be stacked: {_in_short(error)}. All must have one shape; pad them, or "
-            "let the dataset give tensors."
+            f"the items of X, a {name}, cannot be stacked: {reason}. All must have one shape; pad them, or let the "
+            "dataset give tensors."
         ) from error
 
 
 def read_inputs(dataset: "TorchDataset[Any]", number: int) -> Any:
     """Return the ``number`` of inputs of a dataset whose items are inputs, or pairs (inputs, target); see above."""
-    found, _ = read_dataset(dataset, ())
-    if isinstance(found, tuple) and len(found) == 2 and (number == 1 or not isinstance(found[0], Tensor)):
-        found = found[0]
-    return tuple(found) if isinstance(found, list) else found
+    inputs, _ = read_dataset(dataset, ())
+    if isinstance(inputs, tuple) and len(inputs) == 2 and (number == 1 or not isinstance(inputs[0], Tensor)):
+        inputs = inputs[0]
+    return tuple(inputs) if isinstance(inputs, list) else inputs
 
 
 def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> object:
-    """Return an item. Raises InputError where it cannot be read, or holds an image that is no tensor."""
     try:
         item = dataset[place]
     except Exception as error:
@@ -147,20 +142,11 @@ def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> object:
 
 
 def _split(item: object, y: object, name: str) -> tuple[object, object]:
-    """Return inputs and target of what the items are when they are stacked."""
-    if y is not None:
-        return _as_inputs(item), y
-    if not isinstance(item, list | tuple) or len(item) != 2:
-        raise InputError(f"y is missing: the items of X, a {name}, are no pairs (inputs, target); pass y.")
-    return _as_inputs(item[0]), item[1]
-
-
-def _as_inputs(item: object) -> object:
-    """Return the only one of several inputs alone, several as a tuple."""
-    if not isinstance(item, list):
-        return item
-    return tuple(item) if len(item) > 1 else item[0]
-
-
-def _in_short(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    """Return inputs and target of what the items are when they are stacked; several inputs are a tuple."""
+    if y is None:
+        if not isinstance(item, list | tuple) or len(item) != 2:
+            raise InputError(f"y is missing: the items of X, a {name}, are no pairs (inputs, target); pass y.")
+        item, y = item
+    if isinstance(item, list):
+        item = tuple(item) if len(item) > 1 else item[0]
+    return item, y

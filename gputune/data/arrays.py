@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +19,8 @@ from torch import Tensor
 from gputune.errors import InputError
 from gputune.types import TENSOR_NUMBERS, Json
 
-_BLOCK = 1 << 21
-"""Numbers that are looked at at a time."""
-
-_TAKEN_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}
-"""Integers that torch computes little with."""
+_BLOCK = 1 << 21  # numbers that are looked at at a time
+_TAKEN_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}  # integers that torch computes little with
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,83 +95,55 @@ def as_arrays(X: object) -> Arrays | None:
     return None
 
 
-def _check_arrays(values: Sequence[object], names: tuple[str, ...] | None) -> Arrays:
+def _check_arrays(values: Sequence[np.ndarray | Tensor], names: tuple[str, ...] | None) -> Arrays:
     if not values:
         raise InputError("X is empty; pass at least one array or tensor of rows.")
-    labels = Arrays((torch.empty(0),) * len(values), names).labels
-    parts = tuple(_tensor(value, label) for value, label in zip(values, labels))
-    lengths = {label: len(x) for label, x in zip(labels, parts)}
-    if len(set(lengths.values())) > 1:
-        words = ", ".join(f"{label} {length}" for label, length in lengths.items())
+    labels = input_labels(len(values), names)
+    arrays = Arrays(tuple(map(_tensor, values, labels)), names)
+    if len({len(x) for x in arrays.parts}) > 1:
+        words = ", ".join(f"{label} {len(x)}" for label, x in zip(labels, arrays.parts))
         raise InputError(f"the inputs of X must have one row for each of the same cases, got lengths {words}.")
-    arrays = Arrays(parts, names)
     for number, label in enumerate(labels):
-        _check_finite(arrays, number, label)
+        for start, block in arrays.blocks(number) if arrays.parts[number].is_floating_point() else ():
+            if (bad := ~block.isfinite().reshape(len(block), -1).all(1)).any():
+                raise InputError(
+                    f"{label} must be finite, got NaN or an infinite value in row {start + int(bad.int().argmax())}; "
+                    "fill it, or leave that row out."
+                )
     return arrays
 
 
-def _tensor(value: Any, label: str) -> Tensor:
+_OBJECTS = "its rows may be of unlike shapes: pad or crop them to one, then numpy.stack them"
+_NUMBERS_OF = {"O": _OBJECTS, **dict.fromkeys("SUT", "give each text a number, for example its place in a vocabulary")}
+
+
+def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
+    """Return a checked tensor over the memory of an array or a tensor."""
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
-            raise InputError(f"{label} must hold numbers or booleans, got {value.dtype}; {_remedy(value)}.")
-        value = _tensor_of(value)
-    _check_kind(value, label)
+            remedy = _NUMBERS_OF.get(value.dtype.kind, "convert it")
+            raise InputError(f"{label} must hold numbers or booleans, got {value.dtype}; {remedy}.")
+        # torch has no long double, no other order of bytes and no negative strides.
+        native = value.astype(np.float64 if value.itemsize > 8 else value.dtype.newbyteorder("="), copy=False)
+        native = np.ascontiguousarray(native) if any(stride < 0 for stride in native.strides) else native
+        # torch warns of memory that must not be written, such as a file's, and cannot be told that it will not be.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            value = torch.from_numpy(native)
+    for is_bad, words in (
+        (value.is_nested, f"is a nested tensor, whose rows are of unlike shapes; pass {label}.to_padded_tensor(0.0)"),
+        (value.layout is not torch.strided, "is a sparse tensor, and only dense input is supported; pass "
+                                            f"{label}.to_dense()"),
+        (value.is_meta, "lies on the device 'meta', which holds no values; pass one that has them"),
+        (value.is_complex(), f"must hold real numbers, got {value.dtype}; pass real and imaginary parts"),
+        (value.is_quantized, f"is quantized, {value.dtype}; pass {label}.dequantize() or .int_repr()"),
+        (value.is_floating_point() and value.dtype.itemsize < 2,
+         f"must hold floats of 16 bits or more, got {value.dtype}; pass {label}.half()"),
+    ):  # fmt: skip
+        if is_bad:
+            raise InputError(f"{label} {words}.")
     if value.dim() == 0 or 0 in value.shape:
         raise InputError(f"{label} must have rows, and none of its axes may be empty, got shape {tuple(value.shape)}.")
-    tensor: Tensor = value.detach()
-    return tensor.to(_TAKEN_AS.get(tensor.dtype, tensor.dtype))
-
-
-def _check_kind(value: Tensor, label: str) -> None:
-    """Raise InputError for a tensor that is not dense real numbers in some memory."""
-    if value.is_nested:
-        raise InputError(
-            f"{label} is a nested tensor, whose rows are of unlike shapes; pass {label}.to_padded_tensor(0.0)."
-        )
-    if value.layout is not torch.strided:
-        raise InputError(f"{label} is a sparse tensor, and only dense input is supported; pass {label}.to_dense().")
-    if value.is_meta:
-        raise InputError(f"{label} lies on the device 'meta', which holds no values; pass one that has them.")
-    if value.is_complex():
-        raise InputError(f"{label} must hold real numbers, got {value.dtype}; pass real and imaginary parts.")
-    if value.is_quantized:
-        raise InputError(f"{label} is quantized, {value.dtype}; pass {label}.dequantize() or .int_repr().")
-    if value.is_floating_point() and value.dtype.itemsize < 2:
-        raise InputError(f"{label} must hold floats of 16 bits or more, got {value.dtype}; pass {label}.half().")
-
-
-def _remedy(array: np.ndarray) -> str:
-    """Return what makes numbers of an array of another kind."""
-    if array.dtype.kind in "SUT":
-        return "give each text a number, for example its place in a vocabulary"
-    if array.dtype.kind == "O":
-        return "its rows may be of unlike shapes: pad or crop them to one, then numpy.stack them"
-    return "convert it"
-
-
-def _tensor_of(array: np.ndarray) -> Tensor:
-    """Return a tensor over the memory of an array, which may be a file's that cannot be written; nothing writes."""
-    # torch has no long double.
-    dtype = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-    native = array.astype(dtype, copy=False)
-    if any(stride < 0 for stride in native.strides):
-        native = np.ascontiguousarray(native)
-    # torch warns of memory that must not be written, and cannot be told that it will not be.
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        tensor: Tensor = torch.from_numpy(native)
-    return tensor
-
-
-def _check_finite(arrays: Arrays, number: int, label: str) -> None:
-    if not arrays.parts[number].is_floating_point():
-        return
-    for start, block in arrays.blocks(number):
-        bad = ~block.isfinite().flatten(1).all(1) if block.dim() > 1 else ~block.isfinite()
-        if bad.any():
-            raise InputError(
-                f"{label} must be finite, got NaN or an infinite value in row {start + int(bad.int().argmax())}; "
-                "fill it, or leave that row out."
-            )
+    return value.detach().to(_TAKEN_AS.get(value.dtype, value.dtype))
 
 
 @dataclass(frozen=True)
@@ -205,22 +173,17 @@ class ArrayLayout:
                 ) from error
             arrays = _check_arrays((array,), None)
         if self.names is not None and arrays.names is not None:
-            arrays = self._by_name(arrays, self.names)
+            by_name = dict(zip(arrays.names, arrays.parts))
+            if missing := [name for name in self.names if name not in by_name]:
+                known = ", ".join(map(repr, self.names))
+                raise InputError(f"X has no input {missing[0]!r}; those seen in training are {known}.")
+            arrays = replace(arrays, parts=tuple(by_name[name] for name in self.names), names=self.names)
         layout = ArrayLayout.of(arrays)
-        kinds = [torch.empty(0, dtype=getattr(torch, dtype)).is_floating_point() for dtype in self.dtypes]
-        same = kinds == [x.is_floating_point() for x in arrays.parts]
+        are_floats = [getattr(torch, dtype).is_floating_point for dtype in self.dtypes]
+        same = are_floats == [x.is_floating_point() for x in arrays.parts]
         if layout.shapes != self.shapes or layout.names != self.names or not same:
             raise InputError(f"X must be what was seen in training, {self}, got {layout}.")
         return arrays
-
-    def _by_name(self, arrays: Arrays, names: tuple[str, ...]) -> Arrays:
-        assert arrays.names is not None
-        if missing := [name for name in names if name not in arrays.names]:
-            raise InputError(
-                f"X has no input {missing[0]!r}; those seen in training are {', '.join(map(repr, names))}."
-            )
-        parts = tuple(arrays.parts[arrays.names.index(name)] for name in names)
-        return replace(arrays, parts=parts, names=names)
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -239,14 +202,10 @@ class ArrayLayout:
 
     def in_words(self) -> str:
         """Say what a row is made of."""
-        return str(self)
+        parts = zip(self.names or [""] * len(self.shapes), self.dtypes, self.shapes)
+        return " and ".join(f"{name} {dtype} {('rows', *row)}".replace("'", "").strip() for name, dtype, row in parts)
 
-    def __str__(self) -> str:
-        labels = self.names or ("",) * len(self.shapes)
-        parts = zip(labels, self.dtypes, self.shapes)
-        return " and ".join(
-            f"{name} {dtype} {('rows', *shape)}".replace("'", "").strip() for name, dtype, shape in parts
-        )
+    __str__ = in_words
 
     def to_json(self) -> Json:
         """Return plain JSON types."""
@@ -286,25 +245,21 @@ def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> t
     """
     if numbers not in TENSOR_NUMBERS:
         raise InputError(f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'.")
-    fitted = [_fit(arrays, part, folds) if numbers == "standard" else None for part in range(len(arrays.parts))]
-    return tuple(
-        ArrayStatistics(tuple(None if of_part is None else of_part[f] for of_part in fitted)) for f in range(len(folds))
-    )
+    stay: list[None] = [None] * len(folds)
+    fitted = [
+        _fit(arrays, part, folds)
+        if numbers == "standard" and (x.is_floating_point() or x.dtype == torch.uint8)
+        else stay
+        for part, x in enumerate(arrays.parts)
+    ]
+    return tuple(map(ArrayStatistics, zip(*fitted)))
 
 
-def channel_axes(row: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the statistics of a row, with 1 for the axes that are summed over."""
-    if len(row) == 1:
-        return row
-    return (row[0], *[1] * (len(row) - 1)) if len(row) > 2 else (1,) * len(row)
-
-
-def _fit(arrays: Arrays, part: int, folds: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]] | None:
+def _fit(arrays: Arrays, part: int, folds: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return mean and scale of an input's channels in each fold, by sums of every row that are made once."""
     x = arrays.parts[part]
-    if x.dtype != torch.uint8 and not x.is_floating_point():
-        return None
-    shape = channel_axes(tuple(x.shape[1:]))
+    row = tuple(x.shape[1:])
+    shape = tuple(size if len(row) == 1 or (len(row) > 2 and axis == 0) else 1 for axis, size in enumerate(row))
     summed = [axis + 1 for axis, size in enumerate(shape) if size == 1]
     each = x[0].numel() / math.prod(shape)
     shift = next(arrays.blocks(part))[1].double().mean([0, *summed], keepdim=True)  # against cancellation

@@ -11,6 +11,7 @@ and a category gets a level of that name.
 Of torch tensors, tables of numbers, columns are checked, summed up and decided where they lie.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.kinds import Kind, parse_text, read_amounts, read_as, text_of
+from gputune.data.kinds import Kind, parse_text, read_amounts, read_as, written
 from gputune.data.table import two_axes
 from gputune.errors import InputError
 from gputune.text import is_number
@@ -29,10 +30,23 @@ from gputune.types import Json
 
 _DAY = 86400.0
 
+
+def _calendar(seconds: np.ndarray, unit: str) -> np.ndarray:
+    """Return whole calendar units since 1970, NaN for NaN."""
+    known = ~np.isnan(seconds)
+    whole = np.floor(np.where(known, seconds, 0.0)).astype(np.int64).astype("datetime64[s]")
+    return np.where(known, whole.astype(f"datetime64[{unit}]").astype(np.float64), np.nan)
+
+
+def _day_of_month(seconds: np.ndarray) -> np.ndarray:
+    months = np.nan_to_num(_calendar(seconds, "M")).astype(np.int64).astype("datetime64[M]")
+    return np.asarray(np.floor(seconds / _DAY) - months.astype("datetime64[D]").astype(np.float64) + 1)
+
+
 DATE_PARTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "days": lambda seconds: seconds / _DAY,
     "month": lambda seconds: _calendar(seconds, "M") % 12 + 1,
-    "day": lambda seconds: _day_of_month(seconds),
+    "day": _day_of_month,
     "weekday": lambda seconds: (np.floor(seconds / _DAY) + 3) % 7,  # 1970-01-01 was a Thursday
     "hour": lambda seconds: np.floor(seconds % _DAY / 3600),
 }
@@ -66,15 +80,11 @@ class Column:
     def features(self, kind: Kind, values: np.ndarray) -> np.ndarray:
         """Return (n, d) float64 for values of a kind; NaN where a number, boolean or date is missing."""
         values = convert(values, kind, self)
-        if self.kind == "category":
-            return self._one_hot(values)
-        parts = [values if part == "value" else DATE_PARTS[part](values) for part in self.parts]
-        return np.stack([*parts, *[np.isnan(values).astype(np.float64)] * self.missing], axis=1)
-
-    def _one_hot(self, values: np.ndarray) -> np.ndarray:
-        """One 1 a row; none for a level that is unknown where there is no feature ``(other)``."""
+        if self.kind != "category":
+            parts = [values if part == "value" else DATE_PARTS[part](values) for part in self.parts]
+            return np.stack([*parts, *[np.isnan(values).astype(np.float64)] * self.missing], axis=1)
         width = len(self.feature_names)
-        unknown = len(self.levels) if self.other else width
+        unknown = len(self.levels) if self.other else width  # of no feature: all zeros
         position: dict[str | None, int] = {level: j for j, level in enumerate(self.levels)}
         position[None] = width - 1 if self.missing else unknown
         codes = np.array([position.get(value, unknown) for value in values], dtype=np.int64)
@@ -84,18 +94,16 @@ class Column:
         """Return the levels, in order, that were not there at training and that no feature stands for."""
         if self.kind != "category" or self.other:
             return []
-        found = {value for value in convert(values, kind, self) if value is not None}
-        return sorted(found - set(self.levels))
+        return sorted({*convert(values, kind, self)} - {None, *self.levels})
 
     def to_json(self) -> Json:
         """Return plain JSON types."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return asdict(self) | {"parts": list(self.parts), "levels": list(self.levels)}
 
     @staticmethod
     def from_json(value: Json) -> "Column":
         """Return the column that ``to_json`` wrote."""
-        lists = {key: tuple(value[key]) for key in ("parts", "levels")}
-        return Column(**{**value, **lists})
+        return Column(**{**value, "parts": tuple(value["parts"]), "levels": tuple(value["levels"])})
 
 
 def fit_column(
@@ -137,7 +145,7 @@ def _fit_category(name: str, values: np.ndarray, *, max_levels: int, min_count: 
     meant = _meant_otherwise(counts)
     if len(counts) == known and known > 1:
         return Column(name, "category"), (f"left out, text with all {known} values distinct", *meant)
-    least = min(min_count, -(-len(values) // 100))
+    least = min(min_count, math.ceil(len(values) / 100))
     # By count, then by name, so that the order of rows decides nothing.
     ranked = sorted(counts, key=lambda level: (-counts[level], level))[:max_levels]
     levels = tuple(sorted(level for level in ranked if counts[level] >= least))
@@ -157,19 +165,19 @@ def _fit_category(name: str, values: np.ndarray, *, max_levels: int, min_count: 
 
 def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
     """Say where text looks as if numbers or dates were meant: one odd cell makes a whole column text."""
-    most = 0.8 * sum(counts.values())
-    odd = sorted(level for level in counts if not is_number(level))
-    if odd and sum(n for level, n in counts.items() if is_number(level)) >= most:
-        return (f"read as text because of {odd[0]!r}, though most of its values are numbers",)
-    if odd and sum(n for level, n in counts.items() if is_number(level.replace(",", ""))) >= most:
+
+    def are_most(fits: Callable[[str], object]) -> bool:
+        return sum(number for level, number in counts.items() if fits(level)) >= 0.8 * sum(counts.values())
+
+    odd = min((level for level in counts if not is_number(level)), default=None)
+    if odd is not None and are_most(is_number):
+        return (f"read as text because of {odd!r}, though most of its values are numbers",)
+    if odd is not None and are_most(lambda level: is_number(level.replace(",", ""))):
         remedy = "write numbers without them, decimals with a point"
-        return (f"read as text because of commas as in {odd[0]!r}; {remedy}",)
-    if sum(n for level, n in counts.items() if _DAY_FIRST.fullmatch(level)) >= most:
+        return (f"read as text because of commas as in {odd!r}; {remedy}",)
+    if are_most(re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-](\d{4}|\d{2})").fullmatch):
         return (f"read as text; write dates like {min(counts)!r} as year-month-day",)
     return ()
-
-
-_DAY_FIRST = re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-](\d{4}|\d{2})")
 
 
 def _counts_rows(values: np.ndarray) -> bool:
@@ -193,8 +201,13 @@ def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
         return np.full(len(values), None if column.kind == "category" else np.nan)
     if column.kind == "category" and kind != "date":
         return _to_levels(values, kind, column.levels)
-    if kind == "category":
-        return _from_text(values, column)
+    if kind == "category":  # texts that read as something else
+        kind, read = _read(values)
+        if kind != "category":
+            return convert(read, kind, column)
+        texts = [value for value in values if value is not None]
+        odd = (text for text in texts if _read(np.array([text], dtype=object))[0] == "category")
+        raise _misfit(column, f"text such as {next(odd, texts[0])!r}")
     if (column.kind, kind) == ("number", "boolean"):
         return values
     if (column.kind, kind) == ("date", "number"):  # 20200131 reads as both
@@ -202,7 +215,7 @@ def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
             return read_as("date", kind, values, column.name)
     if (column.kind, kind) == ("boolean", "number") and np.isin(values[known], (0.0, 1.0)).all():
         return values
-    raise _misfit(column, f"a {_WORDS[kind]}")
+    raise _misfit(column, f"a {kind}")
 
 
 def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.ndarray:
@@ -210,24 +223,12 @@ def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.nd
 
     The level "007" is the number 7 in a file where all else are numbers as well, "true" a boolean.
     """
-    read = (lambda value: str(bool(value))) if kind == "boolean" else text_of
     level_of = {level: level for level in levels}
     for level in levels:
-        level_kind, (value,) = _read(np.array([level], dtype=object))
+        level_kind, value = _read(np.array([level], dtype=object))
         if level_kind == kind:
-            level_of.setdefault(read(value), level)
-    texts = [None if np.isnan(value) else read(value) for value in values]
-    return np.array([None if text is None else level_of.get(text, text) for text in texts], dtype=object)
-
-
-def _from_text(values: np.ndarray, column: Column) -> np.ndarray:
-    """Return texts read as numbers, booleans or dates."""
-    kind, read = _read(values)
-    if kind != "category":
-        return convert(read, kind, column)
-    texts = [value for value in values if value is not None]
-    odd = (text for text in texts if _read(np.array([text], dtype=object))[0] == "category")
-    raise _misfit(column, f"text such as {next(odd, texts[0])!r}")
+            level_of.setdefault(written(value, kind)[0], level)
+    return np.array([level_of.get(text, text) for text in written(values, kind)], dtype=object)
 
 
 def _read(texts: np.ndarray) -> tuple[Kind, np.ndarray]:
@@ -238,24 +239,8 @@ def _read(texts: np.ndarray) -> tuple[Kind, np.ndarray]:
 
 
 def _misfit(column: Column, got: str) -> InputError:
-    kind = _WORDS[column.kind]
+    kind = column.kind.replace("category", "category (text)")
     return InputError(f"column {column.name!r} must be a {kind} as it was for training, got {got}; convert it.")
-
-
-_WORDS = {"number": "number", "boolean": "boolean", "category": "category (text)", "date": "date"}
-
-
-def _calendar(seconds: np.ndarray, unit: str) -> np.ndarray:
-    """Return whole calendar units since 1970, NaN for NaN."""
-    known = ~np.isnan(seconds)
-    whole = np.floor(np.where(known, seconds, 0.0)).astype(np.int64).astype("datetime64[s]")
-    return np.where(known, whole.astype(f"datetime64[{unit}]").astype(np.float64), np.nan)
-
-
-def _day_of_month(seconds: np.ndarray) -> np.ndarray:
-    months = np.nan_to_num(_calendar(seconds, "M")).astype(np.int64).astype("datetime64[M]")
-    start = months.astype("datetime64[D]").astype(np.float64)
-    return np.asarray(np.floor(seconds / _DAY) - start + 1)
 
 
 def tensor_names(X: Tensor) -> tuple[str, ...]:
@@ -271,17 +256,16 @@ def checked_tensor(X: Tensor) -> Tensor:
     if X.layout is not torch.strided:
         raise InputError("X is a sparse tensor, and only dense input is supported; pass X.to_dense().")
     if X.ndim != 2 or 0 in X.shape:
-        shape = tuple(X.shape)
         raise InputError(
-            f"X must be two-dimensional with at least one row and column, got shape {shape}; {two_axes(X.ndim)}."
+            f"X must be two-dimensional with at least one row and column, got shape {tuple(X.shape)}; "
+            f"{two_axes(X.ndim)}."
         )
     if X.is_complex():
         raise InputError(f"X must hold real numbers, got {X.dtype}; pass X.real and X.imag as columns.")
     X = X.detach()
     if not X.is_floating_point():
         return X.double()
-    infinite = X.isinf().any(0).nonzero().flatten().tolist()
-    if infinite:
+    if infinite := X.isinf().any(0).nonzero().flatten().tolist():
         raise InputError(f"column 'x{infinite[0]}' has an infinite value; replace it by NaN (missing) or clip it.")
     return X.float() if X.dtype.itemsize < 4 else X
 
@@ -293,10 +277,9 @@ def fit_tensor_columns(X: Tensor, *, keep: bool = False) -> list[tuple[Column, t
     high = torch.where(lost, -torch.inf, X).amax(0)
     summary = torch.stack([low, high, lost.any(0).to(X.dtype)], dim=1).cpu().double().numpy()
     # Stand-in values with the same answers: the smallest, the largest, and a missing one where there is any.
-    columns = [np.array([lo, hi, np.nan] if lost else [lo, hi]) for lo, hi, lost in summary]
-    columns = [np.where(np.isinf(values), np.nan, values) for values in columns]
+    columns = [np.array([low, high, np.nan] if lost else [low, high]) for low, high, lost in summary]
     return [
-        fit_column(name, "number", values, max_levels=0, min_count=0, keep=keep)
+        fit_column(name, "number", np.where(np.isinf(values), np.nan, values), max_levels=0, min_count=0, keep=keep)
         for name, values in zip(tensor_names(X), columns)
     ]
 

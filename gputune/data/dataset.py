@@ -74,8 +74,7 @@ class Preparations(dict[str, Inputs]):
         self.make = make
 
     def __missing__(self, numbers: str) -> Inputs:
-        self[numbers] = self.make(numbers)
-        return self[numbers]
+        return self.setdefault(numbers, self.make(numbers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +147,7 @@ class Dataset:
     def input_bytes(self) -> int:
         """Bytes of all inputs, in all ways in which they have been prepared."""
         prepared = (part.inputs for part in self.preparations.values())
-        return sum(x.numel() * x.element_size() for inputs in (self.inputs, *prepared) for x in inputs)
+        return sum(x.nbytes for inputs in (self.inputs, *prepared) for x in inputs)
 
     @property
     def row_numbers(self) -> int:
@@ -162,22 +161,21 @@ class Dataset:
 
     def rows(self, fold: int, positions: Tensor) -> tuple[Tensor, ...]:
         """Return rows of all inputs as a fold reads them, each (m, ...)."""
-        copy, folds = self.copies[fold], slice(fold, fold + 1)
-        return tuple(
-            self.read(number, self._take(x[copy], positions)[None], folds)[0] for number, x in enumerate(self.inputs)
-        )
+        copy, folds, rows = self.copies[fold], slice(fold, fold + 1), []
+        for number, x in enumerate(self.inputs):
+            gathered = x[copy].index_select(0, positions.to(x.device))
+            gathered = stage_rows(gathered, self.device) if self.on_host else gathered
+            rows.append(self.read(number, gathered[None], folds)[0])
+        return tuple(rows)
 
     def training_rows(self, fold: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the training rows of all inputs as a fold reads them, and their training targets, each (n_f, ...)."""
         train = self.folds[fold].train
-        y = self.y if self.task in ("binary", "multiclass") else self.y[fold % len(self.y)]
-        return self.rows(fold, train), y[train]
+        return self.rows(fold, train), self.targets(fold)[train]
 
-    def _take(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Return rows of an input (n, ...) on the device."""
-        if not self.on_host:
-            return x.index_select(0, positions)
-        return stage_rows(x.index_select(0, positions.to(x.device)), self.device)
+    def targets(self, fold: int) -> Tensor:
+        """Return the targets that a fold trains on, (n, ...)."""
+        return self.y if self.task in ("binary", "multiclass") else self.y[fold % len(self.y)]
 
     def read(self, number: int, rows: Tensor, folds: slice) -> Tensor:
         """Return gathered rows (F, ..., *row) of an input as some folds read them."""
@@ -197,8 +195,7 @@ class Dataset:
 
     def example_target(self, number: int) -> Tensor:
         """Return the training targets of those rows, (B, ...), on the CPU."""
-        y = self.y if self.task in ("binary", "multiclass") else self.y[0]
-        return y[self._spread(number)].cpu()
+        return self.targets(0)[self._spread(number)].cpu()
 
     def _spread(self, number: int) -> Tensor:
         train = self.folds[0].train
@@ -230,54 +227,45 @@ def make_dataset(
     weights: Weights,
     like: Tensor,
     standardise: bool = True,
-    weighted: bool = False,
 ) -> Dataset:
     """Return the dataset in the dtype and on the device of ``like``.
 
     ``raw`` is arrays, or (n, D) what ``Layout.raw`` returned, and ``statistics`` are those of each fold's training
-    rows; numbers to be predicted are standardised by these too, unless told not to. Where that is ``weighted``, their
-    weights count in it, and a class whose rows weigh nothing takes no part. Raises InputError where the weights of a
-    fold's training rows add up to 0.
+    rows; numbers to be predicted are standardised by these too, unless told not to. Raises InputError where the weights
+    of a fold's training rows add up to 0.
     """
-    device = like.device
-    names, scaling, on_host = None, scaling_of(statistics, like), False
-    if isinstance(raw, Arrays):
-        on_host = _stays_on_host(raw, device)
-        inputs = tuple((x if on_host else x.to(device))[None] for x in raw.parts)
-        copies, names = (0,) * len(folds), raw.names
-    else:
-        inputs, copies, scaling = table_inputs(raw, statistics, like)
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
-    counted = row_weights if weighted else [None] * len(folds)
-    y, *moments, transforms = standardised(target, folds, standardise, counted)
-    values, present = target.values, _present(target, folds, counted, device)
+    counted = row_weights if weights.count else [None] * len(folds)
+    y, center, scale, transforms = standardised(target, folds, standardise, counted)
+    values, present = target.values, _present(target, folds, counted)
     if isinstance(raw, Arrays) and raw.places is not None:
         # The inputs have other rows as well, which no fold has: folds and targets name rows by their places among all.
         among, places = partial(_among, raw.places, len(raw.parts[0])), raw.places
         y, values = among(y, axis=0 if target.classes is not None else 1), among(values)
         row_weights = [None if row is None else among(row) for row in row_weights]
         folds = [(places[train], places[valid]) for train, valid in folds]
-    positions = [[torch.as_tensor(np.asarray(rows, np.int64), device=device) for rows in f] for f in folds]
-    center, scale = (torch.as_tensor(moment, device=device) for moment in moments)
+    to_device = partial(torch.as_tensor, device=like.device)
+    inputs, copies, scaling, on_host = _inputs(raw, statistics, like)
+    stacked = [np.ones(len(values)) if row is None else row for row in row_weights]
     return Dataset(
         inputs=inputs,
-        names=names,
-        scaling=scaling,
-        dtype=like.dtype,
-        statistics=tuple(statistics),
-        on_host=on_host,
         copies=copies,
-        y=torch.as_tensor(y, dtype=like.dtype if y.dtype.kind == "f" else torch.int64, device=device),
-        column=target.column,
-        transforms=transforms,
-        weights=_stack(row_weights, device),
-        folds=tuple(Fold(train, valid) for train, valid in positions),
-        present=present,
-        center=center,
-        scale=scale,
+        y=to_device(y, dtype=like.dtype if y.dtype.kind == "f" else torch.int64),
+        weights=to_device(np.stack(stacked)) if any(row is not None for row in row_weights) else None,
+        folds=tuple(Fold(*(to_device(np.asarray(rows, np.int64)) for rows in fold)) for fold in folds),
+        present=None if present is None else to_device(present),
+        center=to_device(center),
+        scale=to_device(scale),
         n_outputs=target.n_outputs,
         task=target.task,
-        target=torch.as_tensor(values, device=device),
+        target=to_device(values),
+        column=target.column,
+        names=raw.names if isinstance(raw, Arrays) else None,
+        scaling=scaling,
+        dtype=like.dtype,
+        transforms=transforms,
+        statistics=tuple(statistics),
+        on_host=on_host,
     )
 
 
@@ -288,6 +276,17 @@ def _among(places: np.ndarray, size: int, values: np.ndarray, axis: int = 0) -> 
     return spread
 
 
+def _inputs(
+    raw: np.ndarray | Tensor | Arrays, statistics: Sequence[Statistics | ArrayStatistics], like: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...], bool]:
+    """Return the inputs, the copy that each fold reads, how it is scaled, and whether inputs stay in main memory."""
+    if not isinstance(raw, Arrays):
+        return *table_inputs(raw, statistics, like), False
+    on_host = _stays_on_host(raw, like.device)
+    inputs = tuple((x if on_host else x.to(like.device))[None] for x in raw.parts)
+    return inputs, (0,) * len(statistics), scaling_of(statistics, like), on_host
+
+
 _DEVICE_SHARE = 0.5  # of the memory that is free on a GPU, which inputs may take
 
 
@@ -295,7 +294,7 @@ def _stays_on_host(arrays: Arrays, device: torch.device) -> bool:
     """Whether inputs are too large for a GPU beside what trains on it."""
     if device.type != "cuda" or any(x.device.type == "cuda" for x in arrays.parts):
         return False
-    return sum(x.numel() * x.element_size() for x in arrays.parts) > _DEVICE_SHARE * free_of_gpu(device)
+    return sum(x.nbytes for x in arrays.parts) > _DEVICE_SHARE * free_of_gpu(device)
 
 
 def stage_rows(rows: Tensor, device: torch.device) -> Tensor:
@@ -303,25 +302,16 @@ def stage_rows(rows: Tensor, device: torch.device) -> Tensor:
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
-def _stack(rows: Sequence[np.ndarray | None], device: torch.device) -> Tensor | None:
-    length = next((len(row) for row in rows if row is not None), None)
-    if length is None:
-        return None
-    stacked = np.stack([np.ones(length) if row is None else row for row in rows])
-    return torch.as_tensor(stacked, dtype=torch.float64, device=device)
-
-
-def _present(
-    target: Target, folds: Sequence[Rows], weights: Sequence[np.ndarray | None], device: torch.device
-) -> Tensor | None:
+def _present(target: Target, folds: Sequence[Rows], weights: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Return which classes have training rows that weigh something, (F, K); None where all have, or there are none."""
     if target.classes is None:
         return None
     counts = [
-        np.bincount(target.values[train], w if w is None else w[train], minlength=target.n_outputs)
-        for (train, _), w in zip(folds, weights)
+        np.bincount(target.values[train], None if row is None else row[train], target.n_outputs)
+        for (train, _), row in zip(folds, weights)
     ]
     present = np.stack(counts) > 0
-    return None if present.all() else torch.as_tensor(present, device=device)
+    return None if present.all() else present
 
 
 _ODD = 0x9E3779B97F4A7C15 - 2**64

@@ -12,6 +12,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -24,10 +25,7 @@ Kind = Literal["number", "boolean", "category", "date"]
 
 KINDS = ("number", "category", "date")
 """Kinds that a column can be said to have; booleans are seen."""
-
-MISSING_TEXT = frozenset(
-    ["", "?", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NAN", "null", "NULL", "None", "NaT"]
-)
+MISSING_TEXT = frozenset(["", *"? NA N/A n/a #N/A <NA> NaN nan NAN null NULL None NaT".split()])
 """Texts that stand for a missing value in a source without types."""
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -67,19 +65,15 @@ def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
     other orders of day and month would be a guess.
     """
     texts = texts_of(values)
-    present = {text for text in texts if text is not None}
+    present = {*texts} - {None}
     if present and {text.lower() for text in present} <= {"true", "false"}:
         return "boolean", _each(texts, lambda text: float(text.lower() == "true"))
-    # Python reads 1_000 as a number; in a table it is rather a code.
-    if not any("_" in text for text in present):
-        try:
+    if not any("_" in text for text in present):  # Python reads 1_000 as a number; in a table it is rather a code
+        with suppress(ValueError):
             return "number", _each(texts, float)
-        except ValueError:
-            pass
-    try:
+    with suppress(ValueError):
         return "date", _each(texts, _read_date)
-    except ValueError:
-        return "category", texts
+    return "category", texts
 
 
 def texts_of(values: np.ndarray) -> np.ndarray:
@@ -103,33 +97,27 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
         raise InputError(
             f"kinds={{{name!r}: {wanted!r}}}: column {name!r} holds dates, which nothing else is read from; convert it."
         )
-    texts = values if kind == "category" else _texts(values, kind)
+    texts = values if kind == "category" else written(values, kind)
     if wanted == "category":
         return texts
-    amounts = read_amounts(texts) if wanted == "number" else None
-    read = float if wanted == "number" else _read_date
-    try:
-        return _each(texts, read) if amounts is None else amounts[0]
-    except ValueError:
-        row = next(row for row, text in enumerate(texts) if text is not None and not _reads(read, text))
-        raise InputError(
-            f"kinds={{{name!r}: {wanted!r}}}: column {name!r} has {texts[row]!r} in row {row}; leave that cell empty "
-            "where its value is missing, or choose another kind."
-        ) from None
+    if wanted == "number" and (amounts := read_amounts(texts)) is not None:
+        return amounts[0]
+    read, numbers = float if wanted == "number" else _read_date, np.full(len(texts), np.nan)
+    for row, text in enumerate(texts):
+        try:
+            numbers[row] = math.nan if text is None else read(text)
+        except ValueError:
+            raise InputError(
+                f"kinds={{{name!r}: {wanted!r}}}: column {name!r} has {text!r} in row {row}; leave that cell empty "
+                "where its value is missing, or choose another kind."
+            ) from None
+    return numbers
 
 
-def _texts(values: np.ndarray, kind: Kind) -> np.ndarray:
+def written(values: np.ndarray, kind: Kind) -> np.ndarray:
     """Return numbers or booleans as texts, None where they are missing."""
     text = (lambda value: str(bool(value))) if kind == "boolean" else text_of
     return np.array([None if np.isnan(value) else text(value) for value in values], dtype=object)
-
-
-def _reads(read: Callable[[str], float], text: str) -> bool:
-    try:
-        read(text)
-    except ValueError:
-        return False
-    return True
 
 
 def from_series(series: "nw.Series[Any]") -> tuple[Kind, np.ndarray]:
@@ -186,17 +174,15 @@ def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[
         if all(isinstance(value, types) for value in present):
             try:
                 return kind, _each(values, convert)
-            except OverflowError as error:
-                raise InputError(
-                    f"column {name!r} holds an integer that is larger than any float; pass it as text."
-                ) from error
+            except OverflowError:
+                too_large = f"column {name!r} holds an integer that is larger than any float; pass it as text."
+                raise InputError(too_large) from None
     if untyped and all(isinstance(value, str) for value in present):
         return parse_text(np.array(values, dtype=object))
-    for value in present:
-        if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date):
-            raise InputError(
-                f"column {name!r} holds {type(value).__name__}, which is no number, boolean, text or date; convert it."
-            )
+    if odd := [value for value in present if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date)]:
+        raise InputError(
+            f"column {name!r} holds {type(odd[0]).__name__}, which is no number, boolean, text or date; convert it."
+        )
     return "category", _category(values)
 
 
@@ -228,7 +214,7 @@ _OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
 
 
 _AMOUNT = re.compile(r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)")
-_PLAIN = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
+_PLAIN = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")  # 007 and 1_000 are codes
 _DASHES = ("-", "--", "–", "—")
 _THOUSANDS = 4  # digits from which on a number has a comma, where its column has any
 
@@ -243,24 +229,12 @@ def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
     texts = [None if text is None else text.strip() for text in texts]
     dash = next((text for text in texts if text in _DASHES), None)
     texts = [None if text in _DASHES else text for text in texts]
-    read = _amounts(texts)
-    if read is None and dash is not None and any(texts):
-        try:
-            plain = (math.nan if text is None else _plain(text) for text in texts)
-            return np.fromiter(plain, dtype=np.float64), f"{dash!r} among numbers is read as missing"
-        except ValueError:
-            return None
-    if read is None:
-        return None
-    numbers, example = read
-    missing = "" if dash is None else f", {dash!r} as missing"
-    return numbers, f"text such as {example!r} is read as numbers{missing}"
-
-
-def _plain(text: str) -> float:
-    if not _PLAIN.fullmatch(text):  # 007 and 1_000 are codes
-        raise ValueError(text)
-    return float(text)
+    if (read := _amounts(texts)) is not None:
+        missing = "" if dash is None else f", {dash!r} as missing"
+        return read[0], f"text such as {read[1]!r} is read as numbers{missing}"
+    if dash is not None and any(texts) and all(text is None or _PLAIN.fullmatch(text) for text in texts):
+        return _each(texts, float), f"{dash!r} among numbers is read as missing"
+    return None
 
 
 def _amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:

@@ -58,23 +58,16 @@ class Table:
 
     def drop(self, *names: str) -> "Table":
         """Return the table without some columns."""
-        kept = [i for i, name in enumerate(self.names) if name not in names]
-        return Table(
-            tuple(self.names[i] for i in kept),
-            tuple(self.kinds[i] for i in kept),
-            tuple(self.columns[i] for i in kept),
-            self.amounts,
-        )
+        kept = (column for column in zip(self.names, self.kinds, self.columns) if column[0] not in names)
+        left, kinds, columns = zip(*kept)
+        return Table(left, kinds, columns, self.amounts)
 
     def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
         """Return the table with the columns that ``kinds`` names read as these kinds. Raises InputError."""
-        read = {name: read_as(kinds[name], self.kind(name), self.column(name), name) for name in kinds}
-        return Table(
-            self.names,
-            tuple(kinds.get(name, kind) for name, kind in zip(self.names, self.kinds)),
-            tuple(read.get(name, values) for name, values in zip(self.names, self.columns)),
-            {name: remark for name, remark in self.amounts.items() if name not in kinds},
-        )
+        read = {name: read_as(kind, self.kind(name), self.column(name), name) for name, kind in kinds.items()}
+        columns = tuple(read.get(name, values) for name, values in zip(self.names, self.columns))
+        amounts = {name: remark for name, remark in self.amounts.items() if name not in kinds}
+        return Table(self.names, tuple(map(kinds.get, self.names, self.kinds)), columns, amounts)
 
     def frame(self) -> object:
         """Return the table as a polars frame: dates as Datetime, null where a value is missing."""
@@ -102,7 +95,7 @@ def as_table(X: object) -> Table:
         return X
     from scipy.sparse import issparse
 
-    refuse_containers(X)
+    _refuse_containers(X)
     if issparse(X):
         raise InputError("X is a sparse matrix, and only dense input is supported; pass X.toarray().")
     if np.ma.isMaskedArray(X):
@@ -115,8 +108,19 @@ def as_table(X: object) -> Table:
     if isinstance(frame, nw.LazyFrame):
         raise InputError("X is a lazy frame; pass X.collect().")
     if isinstance(frame, nw.DataFrame):
-        return _from_frame(frame)
-    return _from_array(X)
+        names = [str(name) for name in frame.columns]
+        # A categorical column is no number by its owner's word.
+        typed = [str(s.name) for s in frame.iter_columns() if isinstance(s.dtype, nw.Categorical | nw.Enum)]
+        return checked_table(names, [from_series(series) for series in frame.iter_columns()], typed)
+    array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
+    if array.dtype.names is not None:
+        raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
+    if array.ndim == 0:
+        raise InputError(f"X must be rows, a data frame, an array of two axes or a list of lists, got {X!r:.60}.")
+    if array.ndim != 2:
+        raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}.")
+    names = [f"x{j}" for j in range(array.shape[1])]
+    return checked_table(names, [from_column(column, name) for column, name in zip(array.T, names)])
 
 
 def as_rows(X: object, names: Collection[str]) -> object:
@@ -164,28 +168,9 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _from_frame(frame: "nw.DataFrame[Any]") -> Table:
-    names = [str(name) for name in frame.columns]
-    # A categorical column is no number by its owner's word.
-    typed = [str(s.name) for s in frame.iter_columns() if isinstance(s.dtype, nw.Categorical | nw.Enum)]
-    return checked_table(names, [from_series(series) for series in frame.iter_columns()], typed)
-
-
 def two_axes(ndim: int) -> str:
     """Return how what has so many axes becomes a table."""
     return "one value is X.reshape(1, 1)" if ndim == 0 else _ONE_AXIS if ndim == 1 else _FLATTEN
-
-
-def _from_array(X: object) -> Table:
-    array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
-    if array.dtype.names is not None:
-        raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
-    if array.ndim == 0:
-        raise InputError(f"X must be rows, a data frame, an array of two axes or a list of lists, got {X!r:.60}.")
-    if array.ndim != 2:
-        raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}.")
-    names = [f"x{j}" for j in range(array.shape[1])]
-    return checked_table(names, [from_column(column, name) for column, name in zip(array.T, names)])
 
 
 def _rows_to_array(X: object) -> np.ndarray:
@@ -193,12 +178,10 @@ def _rows_to_array(X: object) -> np.ndarray:
     if not isinstance(X, list | tuple):
         return np.asarray(X)
     if not all(isinstance(row, list | tuple | np.ndarray) for row in X):
-        tensors = (
-            " Make tensors one: torch.stack(X), or of several lengths torch.nn.utils.rnn.pad_sequence(X, "
-            "batch_first=True)."
-        )
-        remedy = tensors if any(isinstance(row, Tensor) for row in X) else ""
-        raise InputError(f"X must be two-dimensional: a list of rows, each a list of values.{remedy}")
+        pad = "torch.nn.utils.rnn.pad_sequence(X, batch_first=True)"
+        remedy = f" Make tensors one: torch.stack(X), or of several lengths {pad}."
+        of_tensors = any(isinstance(row, Tensor) for row in X)
+        raise InputError(f"X must be two-dimensional: a list of rows, each a list of values.{remedy * of_tensors}")
     if len({len(row) for row in X}) > 1:
         raise InputError("the rows of X must be equally long; fill the shorter ones with None.")
     return np.array(X, dtype=object)
@@ -215,8 +198,7 @@ def checked_table(
         raise InputError("the table has no columns; at least one is needed.")
     if len(columns[0][1]) == 0:
         raise InputError("the table has no rows; at least one is needed.")
-    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
-    if repeated:
+    if repeated := sorted(name for name, times in Counter(names).items() if times > 1):
         raise InputError(f"column names must differ, got more than one {quoted(repeated)}; rename them.")
     for name, (kind, values) in zip(names, columns):
         if kind != "category" and np.isinf(values).any():
@@ -225,37 +207,28 @@ def checked_table(
                 f"column {name!r} has an infinite value in row {row}{', where the first is row 0' * (row > 0)}; "
                 "clip it, or leave it empty."
             )
-    read = {
-        name: found
-        for name, (kind, values) in zip(names, columns)
-        if kind == "category" and name not in typed and (found := read_amounts(values)) is not None
-    }
-    return Table(
-        tuple(names),
-        tuple("number" if name in read else kind for name, (kind, _) in zip(names, columns)),
-        tuple(read[name][0] if name in read else values for name, (_, values) in zip(names, columns)),
-        {name: remark for name, (_, remark) in read.items()},
-    )
+    amounts, kinds, read = dict[str, str](), list[Kind](), list[np.ndarray]()
+    for name, (kind, values) in zip(names, columns):
+        if kind == "category" and name not in typed and (found := read_amounts(values)) is not None:
+            kind, (values, amounts[name]) = "number", found
+        kinds.append(kind)
+        read.append(values)
+    return Table(tuple(names), tuple(kinds), tuple(read), amounts)
 
 
-_CONTAINERS = (
-    (TensorDataset, "; pass its tensors: X, y = dataset.tensors"),
-    (Dataset, ", a torch Dataset; pass all its rows as arrays or tensors X and y"),
-    (
-        Mapping,
-        "; pass one table of its columns, pandas.DataFrame(X), or of its inputs, numpy.hstack(list(X.values())), "
-        "which the forward of a module takes apart",
-    ),
-)
-
-
-def refuse_containers(X: object) -> None:
+def _refuse_containers(X: object) -> None:
     """Raise InputError for what holds several inputs, or rows in a form of torch's that is no table."""
     refuse_loader(X)
     name = type(X).__name__
-    for container, remedy in _CONTAINERS:
-        if isinstance(X, container):
-            raise InputError(f"X is a {name}{remedy}.")
+    if isinstance(X, TensorDataset):
+        raise InputError(f"X is a {name}; pass its tensors: X, y = dataset.tensors.")
+    if isinstance(X, Dataset):
+        raise InputError(f"X is a {name}, a torch Dataset; pass all its rows as arrays or tensors X and y.")
+    if isinstance(X, Mapping):
+        raise InputError(
+            f"X is a {name}; pass one table of its columns, pandas.DataFrame(X), or of its inputs, "
+            "numpy.hstack(list(X.values())), which the forward of a module takes apart."
+        )
     shapes = [tuple(getattr(part, "shape", ())) for part in X] if isinstance(X, list | tuple) else []
     if any(len(shape) > 1 for shape in shapes):
         raise InputError(
@@ -274,36 +247,22 @@ def refuse_loader(X: object) -> None:
 
 
 def refuse_lists(X: object) -> None:
-    """Raise InputError for what looks like inputs of a module but is neither arrays nor a table: lists, images, texts.
-
-    The message says which part of X is none, and how it becomes one.
-    """
+    """Raise InputError for what looks like inputs of a module but is neither arrays nor a table, with its remedy."""
     if is_image(X):
         raise InputError(f"X is one PIL image; pass all of them: {_STACK_IMAGES}.")
     if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
         X = list(X)
-    if isinstance(X, Mapping):
-        _refuse_part((f"X[{name!r}]", part) for name, part in X.items())
-    if isinstance(X, tuple):
-        _refuse_part((f"X[{i}]", part) for i, part in enumerate(X))
-    if isinstance(X, list | tuple) and X:
-        _refuse_items(X)
-
-
-def _refuse_part(parts: Iterable[tuple[str, object]]) -> None:
-    """Raise InputError where some of a few inputs have rows of their own and one is no array."""
-    parts = list(parts)
-    if len(parts) > 8 or not any(len(_shape_of(part)) > 1 for _, part in parts):
-        return  # rows or columns of a table
-    for label, part in parts:
-        if not isinstance(part, Tensor | np.ndarray):
-            raise InputError(
-                f"{label} must be an array or a tensor, one for each input, got {type(part).__name__}; pass "
-                f"numpy.asarray({label})."
-            )
-
-
-def _refuse_items(X: Sequence[object]) -> None:
+    parts = dict(X if isinstance(X, Mapping) else enumerate(X if isinstance(X, tuple) else ()))
+    # Some of a few inputs have rows of their own; others are rows or columns of a table.
+    if len(parts) <= 8 and any(len(_shape_of(part)) > 1 for part in parts.values()):
+        for key, part in parts.items():
+            if not isinstance(part, Tensor | np.ndarray):
+                raise InputError(
+                    f"X[{key!r}] must be an array or a tensor, one for each input, got {type(part).__name__}; pass "
+                    f"numpy.asarray(X[{key!r}])."
+                )
+    if not isinstance(X, list | tuple) or not X:
+        return
     kind = f"X is a {type(X).__name__} of {len(X)}"
     if any(isinstance(item, str) for item in X):
         raise InputError(

@@ -16,9 +16,7 @@ from gputune.types import Task
 
 MAX_CLASSES = 20
 """With more distinct whole numbers than this a target is a number to be predicted, unless ``task`` says otherwise."""
-
-_ROWS_PER_NUMBER = 10
-"""Where each of more whole numbers has so many rows on average, they may well be classes: a warning says so."""
+_ROWS_PER_NUMBER = 10  # on average; where more whole numbers than that have so many, they may well be classes
 
 TaskWord = Literal["classification", "binary", "multiclass", "regression", "multilabel", "custom"]
 TASKS = get_args(TaskWord)
@@ -67,9 +65,10 @@ class Target:
         labels = self.labels
         if self.task == "custom" or labels.ndim > 1 or labels.dtype.kind not in "iuf" or not _are_whole(labels):
             return ""
-        if self.classes is None:
-            return "task='classification' takes them for classes"
-        return "task='regression' takes them for numbers"
+        other = (
+            "classification' takes them for classes" if self.classes is None else "regression' takes them for numbers"
+        )
+        return f"task='{other}"
 
     @property
     def labels(self) -> np.ndarray:
@@ -126,13 +125,16 @@ def with_transform(target: Target, transform: TargetTransform | None) -> Target:
     return replace(target, transform=transform)
 
 
+_ALL_EQUAL = "{name} is {value} in every row: there is nothing to predict; check the target's column."
+
+
 def check_spread(target: Target) -> None:
     """Raise InputError for numbers that are all equal, or of which one is so far off that the others seem equal."""
     if target.task != "regression" or target.transform is not None:
         return
     values = target.values.reshape(len(target), -1)
     if (np.ptp(values, 0) == 0).all():
-        raise _all_equal(target.name, values[0, 0])
+        raise InputError(_ALL_EQUAL.format(name=target.name, value=values[0, 0]))
     values = values / np.maximum(np.abs(values).max(0), np.finfo(np.float64).tiny)  # so that no square overflows
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
     spread = high - low
@@ -143,10 +145,6 @@ def check_spread(target: Target) -> None:
             "half of the other numbers are equal in single precision; correct it, leave that row out, or choose "
             "a target_transform."
         )
-
-
-def _all_equal(name: str, value: object) -> InputError:
-    return InputError(f"{name} is {value} in every row: there is nothing to predict; check the target's column.")
 
 
 def standardised(
@@ -187,7 +185,7 @@ def _moments(y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.
 
 
 def _values(values: np.ndarray, name: str) -> np.ndarray:
-    """Return an array (n, ...) as bool, integers, floats or text (str or object of str), nothing missing."""
+    """Return an array (n, ...) as bool, integers, floats or text, nothing missing."""
     if values.ndim == 0 or 0 in values.shape:
         raise InputError(f"{name} must be one value a row, got shape {values.shape}; pass an array of rows.")
     if values.ndim > 1 and values.dtype.kind in "OU":
@@ -199,18 +197,14 @@ def _values(values: np.ndarray, name: str) -> np.ndarray:
     refuse_missing(values, name, "leave those rows out")
     if values.dtype.kind == "O":
         values = _from_objects(values, name)
-    if values.dtype.kind == "f" and np.isinf(values).any():
-        raise InputError(
-            f"{name} must be finite, got {values[np.isinf(values)][0]} in row {_first_row(np.isinf(values))}; "
-            "leave that row out."
-        )
+    if values.dtype.kind == "f" and (bad := np.isinf(values)).any():
+        raise InputError(f"{name} must be finite, got {values[bad][0]} in row {_first_row(bad)}; leave that row out.")
     return values
 
 
 def refuse_missing(values: np.ndarray, name: str, remedy: str, place: Callable[[int], str] = "row {}".format) -> None:
     """Raise InputError where one of the values (n,), of any type, is missing; ``place`` says where a row stands."""
-    numbers = values.dtype.kind in "biuf"
-    lost = np.isnan(values) if numbers else np.array([is_missing(value) for value in values], dtype=bool)
+    lost = np.isnan(values) if values.dtype.kind in "biuf" else np.array([*map(is_missing, values)], dtype=bool)
     if lost.size and lost.all():
         raise InputError(f"{name} is missing in every row; check its values.")
     if lost.any():
@@ -262,23 +256,21 @@ def _task_of_columns(values: np.ndarray, name: str) -> TaskWord:
         return "custom"
     if not np.isin(values, (0, 1)).all():
         return "regression"
-    if (values.sum(1) == 1).all():
-        raise InputError(
-            f"{name} is one-hot rows of shape {values.shape}: pass {name}.argmax(1) for classes, or "
-            "task='multilabel' where each column is a label of its own."
-        )
-    return "multilabel"
+    if (values.sum(1) != 1).any():
+        return "multilabel"
+    raise InputError(
+        f"{name} is one-hot rows of shape {values.shape}: pass {name}.argmax(1) for classes, or task='multilabel' "
+        "where each column is a label of its own."
+    )
 
 
 def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
     """Return the target of several columns, or one that is taken as it is."""
     _check_numbers(values, task, name)
     if task == "custom":
-        return Target("custom", values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name)
-    if task == "multilabel" and values.ndim == 2 and np.isin(values, (0, 1)).all():
-        return Target("multilabel", values.astype(np.float64), None, name)
-    if task == "regression" and values.ndim == 2:
-        return Target("regression", values.astype(np.float64), None, name)
+        return Target(task, values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name)
+    if values.ndim == 2 and (task == "regression" or (task == "multilabel" and np.isin(values, (0, 1)).all())):
+        return Target(task, values.astype(np.float64), None, name)
     needs = "columns of 0 and 1" if task == "multilabel" else "one or several columns"
     raise InputError(
         f"task={task!r} does not fit {name}, an array of shape {values.shape}: it needs {needs}; leave task out, or "
@@ -303,10 +295,8 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _are_classes(values: np.ndarray, name: str) -> bool:
-    if values.dtype.kind in "bU":
-        return True
-    if not _are_whole(values):
-        return False
+    if values.dtype.kind in "bU" or not _are_whole(values):
+        return values.dtype.kind in "bU"
     distinct = len(np.unique(values))
     if distinct > MAX_CLASSES and distinct * _ROWS_PER_NUMBER <= len(values):
         warn(
@@ -338,7 +328,7 @@ def _classes(values: np.ndarray, task: str | None, name: str) -> Target:
         )
     classes, codes = np.unique(values, return_inverse=True)
     if len(classes) < 2 and task is None and values.dtype.kind in "iuf":
-        raise _all_equal(name, classes[0].item())
+        raise InputError(_ALL_EQUAL.format(name=name, value=classes[0].item()))
     if len(classes) < 2:
         raise InputError(
             f"{name} must have at least two classes, got only {classes[0].item()!r}; "

@@ -20,6 +20,7 @@ from gputune.types import Json
 
 TransformWord = Literal["log", "log1p"]
 TRANSFORMS: tuple[TransformWord, ...] = get_args(TransformWord)
+_CHOICES = f"{', '.join(map(repr, TRANSFORMS))} or a transformer of scikit-learn's"
 
 
 class Transformer(Protocol):
@@ -50,7 +51,10 @@ class FittedTransform:
         """Return transformed values, (n,) or (n, K) as they are, float64."""
         if isinstance(self.how, str):
             return _WORDS[self.how][0](values)
-        return _columns(self.how.transform, values)
+        columns = np.asarray(self.how.transform(values.reshape(len(values), -1)), np.float64)
+        if columns.size != values.size or not np.isfinite(columns).all():
+            raise ValueError(f"it makes {columns.shape} of {values.shape}, or numbers that are not finite")
+        return columns.reshape(values.shape)
 
     def inverse(self, values: Tensor) -> Tensor:
         """Return values (..., K) in the target's own units, float64; of what is not finite NaN."""
@@ -77,7 +81,7 @@ class FittedTransform:
             return {"transformer": _plain(self.how, fitted=True), "ends": self.ends}
         except TypeError as error:
             raise InputError(
-                f"save() cannot write target_transform={self.how!r}, which {error}: choose {_choices()}, or keep the "
+                f"save() cannot write target_transform={self.how!r}, which {error}: choose {_CHOICES}, or keep the "
                 "model in this process."
             ) from None
 
@@ -115,19 +119,9 @@ def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTrans
     return fitted
 
 
-def _columns(transform: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    """Return what a transformer makes of values (n,) or (n, K), in the same shape."""
-    columns = np.asarray(transform(values.reshape(len(values), -1)), np.float64)
-    if columns.size != values.size or not np.isfinite(columns).all():
-        raise ValueError(f"it makes {columns.shape} of {values.shape}, or numbers that are not finite")
-    return columns.reshape(values.shape)
-
-
 def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> None:
     """Raise InputError where a word does not know the logarithm of a value (n, ...)."""
-    if not isinstance(transform, str):
-        return
-    lowest = _WORDS[transform][2]
+    lowest = _WORDS[transform][2] if isinstance(transform, str) else -np.inf
     if not (bad := values <= lowest).any():
         return
     other = "'log1p' (all above -1)" if lowest == 0 and (values > -1).all() else "a PowerTransformer"
@@ -142,7 +136,7 @@ def check_transform(name: str, value: object) -> "TargetTransform | None":
     if value is None or (isinstance(value, str) and value in TRANSFORMS) or _is_transformer(value):
         return cast("TargetTransform | None", value)
     raise InputError(
-        f"{name} must be {_choices()} that has an inverse_transform, or None, got {value!r}."
+        f"{name} must be {_CHOICES} that has an inverse_transform, or None, got {value!r}."
         f"{did_you_mean(value, TRANSFORMS) if isinstance(value, str) else ''}"
     )
 
@@ -150,10 +144,6 @@ def check_transform(name: str, value: object) -> "TargetTransform | None":
 def _is_transformer(value: object) -> bool:
     methods = ("fit", "transform", "inverse_transform")
     return not isinstance(value, type) and all(hasattr(value, method) for method in methods)
-
-
-def _choices() -> str:
-    return f"{', '.join(map(repr, TRANSFORMS))} or a transformer of scikit-learn's"
 
 
 def transform_to_json(transform: TargetTransform | None) -> Json | str | None:
@@ -175,17 +165,14 @@ def transform_from_json(value: Json | str) -> TargetTransform:
     """Return a transformation of a study's file, not fitted, or of a model's; ValueError for what there is not."""
     if isinstance(value, str) and value in TRANSFORMS:
         return value
-    found = _from_plain(value)
-    if not _is_transformer(found):
+    transformer = _from_plain(value)
+    if not _is_transformer(transformer):
         raise ValueError(f"its target_transform is no transformation: {value!r:.60}")
-    return cast(Transformer, found)
+    return cast(Transformer, transformer)
 
 
 def _plain(value: object, *, fitted: bool) -> Json:
-    """Return an object of sklearn.preprocessing as its class and its parameters, or its fitted state.
-
-    Raises TypeError for one of another module, and for a part that is no plain value.
-    """
+    """Return an object of sklearn.preprocessing as its class and parameters, or fitted state; TypeError for others."""
     import sklearn.preprocessing
 
     kind = type(value)

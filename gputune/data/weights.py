@@ -18,16 +18,19 @@ ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 class Weights:
     """Checked weights: ``rows`` (n,) and ``classes`` (K,) float64, each None where all are one.
 
-    ``classes="balanced"``: each class weighs as much as another among the training rows of the fold.
+    ``classes="balanced"``: each class weighs as much as another among the training rows of the fold. Where they
+    ``count``, a target is standardised by them too, and a class whose rows weigh nothing takes no part.
     """
 
     rows: np.ndarray | None
     classes: np.ndarray | Literal["balanced"] | None
+    count: bool = False
 
     def for_fold(self, target: Target, train: np.ndarray) -> np.ndarray | None:
         """Return (n,) float64 for all rows, those outside ``train`` too; None where all are one."""
-        per_class = _balanced_weights(target, train, self.rows) if isinstance(self.classes, str) else self.classes
-        weights = self.rows
+        weights, per_class = self.rows, self.classes
+        if isinstance(per_class, str):
+            per_class = _balanced_weights(target, train, self.rows)
         if per_class is not None:
             weights = per_class[target.values] * (1.0 if weights is None else weights)
         if weights is None or (weights == 1.0).all():
@@ -50,7 +53,7 @@ def _check_rows(sample_weight: object, target: Target) -> np.ndarray | None:
     if sample_weight is None:
         return None
     if isinstance(sample_weight, Tensor):
-        sample_weight = sample_weight.detach().cpu().double().numpy()
+        sample_weight = sample_weight.double().numpy(force=True)
     try:
         weights = np.array(sample_weight, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -59,8 +62,7 @@ def _check_rows(sample_weight: object, target: Target) -> np.ndarray | None:
         raise InputError(
             f"sample_weight must have one number a row, shape ({len(target)},), got shape {weights.shape}."
         )
-    bad = ~(np.isfinite(weights) & (weights >= 0))
-    if bad.any():
+    if (bad := ~(np.isfinite(weights) & (weights >= 0))).any():
         raise InputError(
             f"sample_weight must be finite and not negative, got {weights[bad][0]} in row {int(bad.argmax())}; "
             "weight 0 takes a row out of the loss (leave it out of the data to ignore it in all else)."
@@ -94,15 +96,10 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
 
 
 def _balanced_weights(target: Target, train: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
-    """Return n / (classes present * rows of the class), (K,), rows counted with their sample weight.
+    """Return n / (classes present * rows of the class), (K,), rows counted with their weight; 1 for an absent class.
 
-    A class without a training row in the fold weighs 1 (it takes no part). Source: scikit-learn's
-    compute_class_weight.
+    Source: scikit-learn's compute_class_weight, which takes no weights of rows.
     """
-    counts = np.bincount(
-        target.values[train], weights=None if rows is None else rows[train], minlength=target.n_outputs
-    )
+    counts = np.bincount(target.values[train], None if rows is None else rows[train], target.n_outputs)
     present = counts > 0
-    weights = np.ones(target.n_outputs)
-    weights[present] = counts.sum() / (present.sum() * counts[present])
-    return weights
+    return np.where(present, counts.sum() / (present.sum() * np.where(present, counts, 1)), 1.0)

@@ -93,8 +93,7 @@ class Scoring:
     def _of_outputs(self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor) -> Tensor:
         assert self.of_outputs is not None
         if self.is_loss:
-            y = data.y if data.y.dim() == 1 and not data.y.is_floating_point() else data.y[fold % len(data.y)]
-            target = y[data.folds[fold].valid]
+            target = data.targets(fold)[data.folds[fold].valid]
         elif is_one_logit(outputs, data.task, 2):
             outputs = outputs.double().view(*outputs.shape[:2], 1)
         else:
