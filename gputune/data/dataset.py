@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -220,7 +221,7 @@ class Dataset:
 
 def make_dataset(
     raw: np.ndarray | Tensor | Arrays,
-    statistics: Sequence[Statistics | ArrayStatistics],
+    statistics: Sequence[Statistics] | Sequence[ArrayStatistics],
     target: Target,
     folds: Sequence[Rows],
     *,
@@ -277,14 +278,15 @@ def _among(places: np.ndarray, size: int, values: np.ndarray, axis: int = 0) -> 
 
 
 def _inputs(
-    raw: np.ndarray | Tensor | Arrays, statistics: Sequence[Statistics | ArrayStatistics], like: Tensor
+    raw: np.ndarray | Tensor | Arrays, statistics: Sequence[Statistics] | Sequence[ArrayStatistics], like: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...], bool]:
     """Return the inputs, the copy that each fold reads, how it is scaled, and whether inputs stay in main memory."""
     if not isinstance(raw, Arrays):
-        return *table_inputs(raw, statistics, like), False
+        return *table_inputs(raw, cast(Sequence[Statistics], statistics), like), False
     on_host = _stays_on_host(raw, like.device)
     inputs = tuple((x if on_host else x.to(like.device))[None] for x in raw.parts)
-    return inputs, (0,) * len(statistics), scaling_of(statistics, like), on_host
+    scaling = scaling_of(cast(Sequence[ArrayStatistics], statistics), like)
+    return inputs, (0,) * len(statistics), scaling, on_host
 
 
 _DEVICE_SHARE = 0.5  # of the memory that is free on a GPU, which inputs may take

@@ -8,7 +8,7 @@
 Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, with the same numbers.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeVar, overload
 
@@ -29,7 +29,9 @@ LIMIT = 20.0
 _ROUNDING = 1e-6
 """How much farther than it that may be, so that no training row is clipped by rounding in single precision."""
 
-Array = TypeVar("Array", np.ndarray, Tensor, np.ndarray | Tensor)
+Raw = np.ndarray | Tensor
+"""Features before any statistics, (n, D)."""
+Array = TypeVar("Array", np.ndarray, Tensor, Raw)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Layout:
     def raw(self, X: Table) -> np.ndarray: ...
     @overload
     def raw(self, X: Tensor) -> Tensor: ...
-    def raw(self, X: Table | Tensor) -> np.ndarray | Tensor:
+    def raw(self, X: Table | Tensor) -> Raw:
         """Return the features before any statistics, (n, D), NaN where a number is missing.
 
         float64 for a table; on its device for a tensor, in its float dtype (at least float32; float64 for
@@ -105,32 +107,24 @@ class Layout:
 
     def unseen(self, X: Table) -> dict[str, list[str]]:
         """Return the levels of each column that were not there at training and that no feature stands for."""
-        there = set(X.names)
-        found = {
-            column.name: column.unseen(X.kind(column.name), X.column(column.name))
-            for column in self.columns
-            if column.name in there
-        }
-        return {name: levels for name, levels in found.items() if levels}
+        seen = {name: (kind, values) for name, kind, values in zip(X.names, X.kinds, X.columns)}
+        levels = {c.name: c.unseen(*seen[c.name]) for c in self.columns if c.name in seen}
+        return {name: unseen for name, unseen in levels.items() if unseen}
 
     def _positions(self, names: tuple[str, ...]) -> dict[str, int]:
         """Return where each column stands among ``names``."""
         present = set(names)
-        missing = [column.name for column in self.columns if column.name not in present]
-        if missing:
+        if missing := [column.name for column in self.columns if column.name not in present]:
             raise InputError(
                 f"X has no column {quoted(missing)}; the columns seen in training are {quoted(self.inputs)}, "
                 f"got {quoted(names)}."
             )
-        extra = sorted(present - set(self.inputs))
-        if extra:
-            message = f"X has columns that the model does not read: {quoted(extra)}."
-            warn(message)
+        if extra := sorted(present - set(self.inputs)):
+            warn(f"X has columns that the model does not read: {quoted(extra)}.")
         return {name: j for j, name in enumerate(names)}
 
     def _raw_tensor(self, X: Tensor, position: dict[str, int]) -> Tensor:
-        unfit = [column.name for column in self.columns if column.kind not in ("number", "boolean")]
-        if unfit:
+        if unfit := [column.name for column in self.columns if column.kind not in ("number", "boolean")]:
             raise InputError(f"a tensor holds numbers only, but {quoted(unfit)} are text or dates; pass a data frame.")
         source = [position[column.name] for column in self.columns for _ in column.feature_names]
         indicator = [flag for c in self.columns for flag in (*[False] * len(c.parts), *[True] * c.missing)]
@@ -164,33 +158,25 @@ def fit_layout(
     the rows, where that is less); the others share a feature. Constant text, and text with all values
     distinct, are left out, which ``notes`` say. Raises InputError where no column is left.
     """
-    keep, amounts = columns == "keep", list[tuple[str, str]]()
+    keep, reasons = columns == "keep", list[tuple[str, str]]()
     if isinstance(X, Tensor):
         X = checked_tensor(X)
-        names = tensor_names(X)
-        fitted = fit_tensor_columns(X, keep=keep)
+        names, fitted = tensor_names(X), fit_tensor_columns(X, keep=keep)
     else:
-        names = X.names
-        amounts = list(X.amounts.items())
+        names, reasons = X.names, list(X.amounts.items())
         fitted = [
             fit_column(name, kind, values, max_levels=max_levels, min_count=min_count, keep=keep)
             for name, kind, values in zip(X.names, X.kinds, X.columns)
         ]
-    notes = _sentences([*amounts, *[(column.name, reason) for column, reasons in fitted for reason in reasons]])
+    reasons += [(column.name, reason) for column, of_column in fitted for reason in of_column]
+    columns_of: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        columns_of.setdefault(reason, []).append(name)
+    notes = tuple(f"Column{'s' * (len(of) > 1)} {quoted(of)}: {reason}." for reason, of in columns_of.items())
     used = tuple(column for column, _ in fitted if column.feature_names)
     if not used:
         raise InputError(f"X has no usable column. {' '.join(notes)}")
     return Layout(used, names, notes)
-
-
-def _sentences(reasons: list[tuple[str, str]]) -> tuple[str, ...]:
-    """Group columns by reason: "Columns 'a', 'b': left out, constant."."""
-    grouped: dict[str, list[str]] = {}
-    for name, reason in reasons:
-        grouped.setdefault(reason, []).append(name)
-    return tuple(
-        f"Column{'s' if len(names) > 1 else ''} {quoted(names)}: {reason}." for reason, names in grouped.items()
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,8 +208,8 @@ class Statistics:
 
     def to_json(self) -> Json:
         """Return plain JSON types; Python writes floats so that they read back exactly."""
-        parts = {part.name: getattr(self, part.name) for part in fields(self)}
-        return {name: value.tolist() for name, value in parts.items() if name not in _OF_BINS or value.size}
+        of_bins = ("places", "least", "most")
+        return {name: value.tolist() for name, value in vars(self).items() if name not in of_bins or value.size}
 
     @staticmethod
     def from_json(value: Json) -> "Statistics":
@@ -235,61 +221,56 @@ class Statistics:
         return Statistics(**arrays)
 
 
-_OF_BINS = ("places", "least", "most")
-
-
 @np.errstate(over="ignore", invalid="ignore")  # numbers near the largest: what overflows is clipped
 def fit_statistics(
-    raw: np.ndarray | Tensor,
-    layout: Layout,
-    rows: np.ndarray,
-    *,
-    numbers: Numbers = "standard",
-    target: np.ndarray | None = None,
+    raw: Raw, layout: Layout, rows: np.ndarray, *, numbers: Numbers = "standard", target: np.ndarray | None = None
 ) -> Statistics:
     """Fit on the given rows only: the mean (for missing values), and what ``numbers`` asks for.
 
     "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal); other rows are
     clipped at ``LIMIT``, or at the farthest of these if farther, since a network's outputs run away. "robust": by
-    median and quartiles, then clipped smoothly to +-3; a column that is constant in these rows is only centred.
-    "quantile": normal scores, by at most 1000 quantiles of the known values; a column that is constant in these rows is
-    only centred. "piecewise": features of bins between quantiles; "piecewise-tree": of those that a decision tree makes
-    for the ``target`` (n, ...), of which the given rows alone are read; of both, of numbers within the same limit.
-    "none": numbers stay as they are. A column without a known value in the rows is filled with 0.
+    median and quartiles, then clipped smoothly to +-3. "quantile": normal scores, by at most 1000 quantiles of the
+    known values; of both, a column that is constant in these rows is only centred. "piecewise": features of bins
+    between quantiles; "piecewise-tree": of those that a decision tree makes for the ``target`` (n, ...), of which the
+    given rows alone are read; of both, of numbers within the same limit. "none": numbers stay as they are. A column
+    without a known value in the rows is filled with 0.
 
     Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``quantiles.py``.
     """
     check_numbers(numbers, raw)
     if isinstance(raw, Tensor):
+        part = np.empty((0, 0))  # what needs it is for tables
         mean, scale, farthest = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
     else:
         part = raw[rows]
-        # A column with no known value in these rows has mean 0 and scale 1.
-        part[:, np.isnan(part).all(0)] = 0.0
+        part[:, np.isnan(part).all(0)] = 0.0  # a column with no known value in these rows has mean 0 and scale 1
         mean, scale, farthest = _moments(part)
-    scaled = layout.numeric if numbers != "none" else np.zeros(len(mean), dtype=bool)
-    ranked, quantiles = np.empty(0, dtype=np.int64), np.empty((0, 0))
-    if numbers == "quantile" and not isinstance(raw, Tensor):
-        ranked = np.flatnonzero(layout.numeric & (np.nanmax(part, 0) > np.nanmin(part, 0)))
-        quantiles = fit_quantiles(part[:, ranked])
-        scaled = scaled & ~np.isin(np.arange(len(mean)), ranked)
-    center, clipped = mean, np.empty(0, dtype=np.int64)
-    reach = np.minimum(np.maximum(LIMIT * scale, farthest * (1 + _ROUNDING)), OPEN[3])
-    reach = np.where(layout.numeric, reach, np.inf)
-    if numbers == "robust" and not isinstance(raw, Tensor):
-        (center, scale), clipped = median_and_spread(part), np.flatnonzero(scaled)
-    center, scale = np.where(scaled, center, 0.0), np.where(scaled, scale, 1.0)
-    places, ends = np.empty(0, dtype=np.int64), np.empty((2, 0))
-    if numbers == "standard":
-        ends = np.where(layout.numeric, [[-1], [1]] * reach / scale, OPEN[2:])
-    if numbers.startswith("piecewise") and not isinstance(raw, Tensor):
-        of_rows = target[rows] if numbers == "piecewise-tree" and target is not None else None
-        parts = [bins_of(part[:, j], of_rows) if is_number else OPEN for j, is_number in enumerate(layout.numeric)]
-        center, scale, least, most = np.concatenate(parts, axis=1)
-        places = layout.places(numbers)
-        low, high = (mean[places] - center + [[-1], [1]] * reach[places]) / scale
-        ends = np.stack([np.maximum(least, low), np.minimum(most, high)])
-    return Statistics(mean, center, scale, ranked, quantiles, clipped, places, *ends)
+    numeric = layout.numeric
+    reach = np.where(numeric, np.minimum(np.maximum(LIMIT * scale, farthest * (1 + _ROUNDING)), OPEN[3]), np.inf)
+    numeric = numeric & (numbers != "none")
+    center, scale = np.where(numeric, mean, 0.0), np.where(numeric, scale, 1.0)
+    fitted = Statistics(mean, center, scale, ranked=np.empty(0, dtype=np.int64), quantiles=np.empty((0, 0)))
+    match numbers:
+        case "standard":
+            least, most = np.where(numeric, [[-1], [1]] * reach / scale, OPEN[2:])
+            return replace(fitted, least=least, most=most)
+        case "quantile":
+            varies = numeric & (np.nanmax(part, 0) > np.nanmin(part, 0))
+            center, scale, ranked = np.where(varies, 0.0, center), np.where(varies, 1.0, scale), np.flatnonzero(varies)
+            return replace(fitted, center=center, scale=scale, ranked=ranked, quantiles=fit_quantiles(part[:, ranked]))
+        case "robust":
+            median, spread = median_and_spread(part)
+            center, scale = np.where(numeric, median, 0.0), np.where(numeric, spread, 1.0)
+            return replace(fitted, center=center, scale=scale, clipped=np.flatnonzero(numeric))
+        case "piecewise" | "piecewise-tree":
+            of_rows = target[rows] if numbers == "piecewise-tree" and target is not None else None
+            bins = [bins_of(part[:, j], of_rows) if is_number else OPEN for j, is_number in enumerate(numeric)]
+            center, scale, least, most = np.concatenate(bins, axis=1)
+            places = layout.places(numbers)
+            low, high = (mean[places] - center + [[-1], [1]] * reach[places]) / scale
+            least, most = np.maximum(least, low), np.minimum(most, high)
+            return replace(fitted, center=center, scale=scale, places=places, least=least, most=most)
+    return fitted
 
 
 def _moments(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -305,7 +286,7 @@ def _moments(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean * unit, scale * unit, farthest * unit
 
 
-def check_numbers(numbers: str, raw: np.ndarray | Tensor) -> None:
+def check_numbers(numbers: str, raw: Raw) -> None:
     """Raise InputError for a way to prepare numbers that there is not, or not for tensors."""
     if numbers not in NUMBERS:
         raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
@@ -318,10 +299,8 @@ def transform(raw: Array, statistics: Statistics) -> Array:
     """Return the inputs of a network, (n, D'), without NaN; type, device and dtype of ``raw``."""
     if isinstance(raw, Tensor):
         of = statistics
-        fill, center, scale, least, most = (
-            torch.as_tensor(part, dtype=raw.dtype, device=raw.device)
-            for part in (of.fill, of.center, of.scale, of.least, of.most)
-        )
+        parts = (of.fill, of.center, of.scale, of.least, of.most)
+        fill, center, scale, least, most = (torch.as_tensor(part, dtype=raw.dtype, device=raw.device) for part in parts)
         scaled = (torch.where(raw.isnan(), fill, raw) - center) / scale
         return scaled.clamp_(least, most) if least.numel() else scaled
     x = np.where(np.isnan(raw), statistics.fill, raw)

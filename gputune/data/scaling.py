@@ -46,7 +46,7 @@ _BLOCK = 2**22  # numbers that are transformed at a time
 
 
 def table_inputs(
-    raw: np.ndarray | Tensor, statistics: Sequence[Any], like: Tensor
+    raw: np.ndarray | Tensor, statistics: Sequence[Statistics], like: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...]]:
     """Return the copies of a table that folds read, (V, n, D), which of them each fold reads, and how it scales it."""
     lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
@@ -82,17 +82,14 @@ def _from_first(
     return Scaling(_stack(center, like), _stack(scale, like), missing=bool(lost.any()))
 
 
-def _range(raw: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """Return the least and the largest known number of each column, (2, D); 0 where there is none."""
-    if isinstance(raw, Tensor):
-        return torch.stack(torch.where(raw.isnan(), 0.0, raw).aminmax(dim=0))
-    known: np.ndarray = np.nan_to_num(np.stack([np.fmin.reduce(raw), np.fmax.reduce(raw)]))
-    return known
-
-
 def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics]) -> list[int]:
     """Return which features, that are one input each, have a number beyond the limits of a fold."""
-    ends, limited = _range(raw), torch.zeros(raw.shape[1], dtype=torch.bool)
+    ends: np.ndarray | Tensor  # the least and the largest known number of each column, (2, D)
+    if isinstance(raw, Tensor):
+        ends = torch.stack(torch.where(raw.isnan(), 0.0, raw).aminmax(dim=0))
+    else:
+        ends = np.nan_to_num(np.stack([np.fmin.reduce(raw), np.fmax.reduce(raw)]))
+    limited = torch.zeros(raw.shape[1], dtype=torch.bool)
     for fitted in statistics:
         free = replace(fitted, least=np.empty(0), most=np.empty(0))
         if fitted.least.size:
@@ -106,18 +103,12 @@ def _stack(parts: Sequence[np.ndarray], like: Tensor) -> Tensor:
     return torch.as_tensor(np.stack(parts)).to(like)
 
 
-def scaling_of(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None, ...]:
-    """Return how each input is scaled in each fold; a table's copies are scaled already."""
-    if not isinstance(statistics[0], ArrayStatistics):
-        return (None,)
-
-    def of(channels: Sequence[Any]) -> Scaling | None:
-        if channels[0] is None:
-            return None
-        center, scale = zip(*channels)
-        return Scaling(_stack(center, like), _stack(scale, like))
-
-    return tuple(map(of, zip(*(fitted.channels for fitted in statistics))))
+def scaling_of(statistics: Sequence[ArrayStatistics], like: Tensor) -> tuple[Scaling | None, ...]:
+    """Return how each input, that is no table, is scaled in each fold."""
+    return tuple(
+        None if of[0] is None else Scaling(_stack([m for m, _ in of], like), _stack([s for _, s in of], like))
+        for of in zip(*(fitted.channels for fitted in statistics))
+    )
 
 
 def encode(
@@ -125,8 +116,9 @@ def encode(
 ) -> tuple[Tensor, ...]:
     """Return the inputs that a module takes of a table or of arrays, each (n, ...), as ``Dataset.rows`` gives them."""
     if isinstance(layout, Layout):
-        assert isinstance(statistics, Statistics)
+        assert isinstance(statistics, Statistics) and not isinstance(X, Tensor)
         return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
+    assert isinstance(statistics, ArrayStatistics)
     scaling = scaling_of([statistics], torch.empty(0, dtype=dtype))
     return tuple(
         x.to(dtype if x.is_floating_point() else x.dtype) if scale is None else scale(x[None].cpu(), slice(0, 1))[0]
@@ -136,39 +128,26 @@ def encode(
 
 def _distinct(lost: np.ndarray, statistics: Sequence[Statistics]) -> tuple[list[Statistics], tuple[int, ...]]:
     """Return the statistics that give different copies of X, and which of them each fold uses."""
-    distinct: dict[bytes, tuple[int, Statistics]] = {}
-    copies = []
+    distinct, copies = dict[bytes, Statistics](), list[int]()
     for fitted in statistics:
         fill = np.where(lost, fitted.fill, 0.0)  # that of a column without missing values changes nothing
-        parts = [fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles, fitted.clipped]
-        parts += [fitted.least, fitted.most]
-        key = b"".join(part.tobytes() for part in parts)
-        number, _ = distinct.setdefault(key, (len(distinct), fitted))
-        copies.append(number)
-    return [fitted for _, fitted in distinct.values()], tuple(copies)
+        key = b"".join(part.tobytes() for part in vars(replace(fitted, fill=fill)).values())
+        distinct.setdefault(key, fitted)
+        copies.append(list(distinct).index(key))
+    return list(distinct.values()), tuple(copies)
 
 
 def side_by_side(parts: Sequence[Statistics]) -> Statistics:
     """Return what makes the inputs of all parts beside each other; they were fitted on the same rows, in other ways."""
     begins = np.cumsum([0, *(part.n_inputs for part in parts)])
     whole = [part if part.places.size else _by_place(part) for part in parts]
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in whole])
-
-    def moved(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) + begin for part, begin in zip(parts, begins)])
-
+    joined = ("center", "scale", "places", "least", "most")
+    positions = ("ranked", "clipped")
     return Statistics(
         fill=parts[0].fill,
-        center=joined("center"),
-        scale=joined("scale"),
-        ranked=moved("ranked"),
         quantiles=next((part.quantiles for part in parts if part.ranked.size), parts[0].quantiles),
-        clipped=moved("clipped"),
-        places=joined("places"),
-        least=joined("least"),
-        most=joined("most"),
+        **{name: np.concatenate([getattr(part, name) for part in whole]) for name in joined},
+        **{name: np.concatenate([getattr(part, name) + at for part, at in zip(parts, begins)]) for name in positions},
     )
 
 

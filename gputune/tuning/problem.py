@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ class Problem:
     def _inputs(self, trains: Sequence[np.ndarray], like: Tensor, numbers: Numbers) -> Inputs:
         """Return the table with its numbers prepared in a way, which is fitted on the training rows of each fold."""
         assert isinstance(self.layout, Layout) and not isinstance(self.raw, Arrays)
-        statistics = self._statistics(trains, numbers)
+        statistics = cast(tuple[Statistics, ...], self._statistics(trains, numbers))
         groups = self.layout.groups(self.layout.places(numbers))
         return Inputs(*table_inputs(self.raw, statistics, like), statistics, groups)
 
