@@ -4,10 +4,10 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from gputune.data.table import Table, as_table, checked_table, quoted
 from gputune.errors import InputError
 from gputune.memory import free_memory
 from gputune.text import count, did_you_mean, is_number, size_words
+
+if TYPE_CHECKING:
+    import polars as pl
 
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
 """scikit-learn's data sets that ``sklearn:NAME`` reads."""
@@ -44,14 +47,17 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(source)!r}; give a CSV or Parquet file or 'sklearn:iris'.")
     if path.is_dir():
-        raise InputError(f"{str(source)!r} is a folder; {_of_folder(path)}.")
+        files = (path for path, _ in zip(path.rglob("*"), range(1000)))  # a large folder is not gone through
+        of_images = any(path.suffix.lower() in _IMAGES for path in files)
+        raise InputError(f"{str(source)!r} is a folder; {_OF_IMAGES if of_images else 'give the file in it'}.")
     if not path.is_file():  # a pipe would be waited for, a device has no end
         raise InputError(f"{str(source)!r} is a pipe or a device and no file; write its rows into a file first.")
-    name = path.name.lower()
-    if name.endswith(".parquet"):
+    if path.suffix.lower() == ".parquet":
         return _read_parquet(path)
-    if name.removesuffix(".gz").endswith((".csv", ".tsv")):
-        return _read_text(path, kinds, tabs=name.removesuffix(".gz").endswith(".tsv"))
+    if _text_suffix(path):
+        names, fields = _read_fields(path)
+        columns = [_column(series, as_text=name in kinds) for name, series in zip(names, fields)]
+        return checked_table(names, columns, typed=kinds)
     remedy = _OF_IMAGES if path.suffix.lower() in _IMAGES else "convert it first"
     raise InputError(f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}.")
 
@@ -60,13 +66,12 @@ def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]
     """Return columns of a file that ``read_table`` reads, text as it is written. Raises InputError for one it lacks."""
     import polars as pl
 
-    path, suffixes = Path(source), {suffix.lower() for suffix in Path(source).suffixes}
-    if suffixes & {".csv", ".tsv"}:
-        found, rows = _read_fields(path, tabs=".tsv" in suffixes)
-        values = dict(zip(found, rows))
-    elif ".parquet" in suffixes:
+    path, values = Path(source), dict[str, Iterable[object]]()
+    if _text_suffix(path):
+        values = dict(zip(*_read_fields(path)))
+    elif path.suffix.lower() == ".parquet":
         with path.open("rb") as file:
-            values = pl.read_parquet(file).to_dict()
+            values.update(pl.read_parquet(file).to_dict())
     else:
         table = read_table(source)
         values = dict(zip(table.names, table.columns))
@@ -84,12 +89,6 @@ _OF_IMAGES = (
     "images go in as one array: in Python pass a Dataset such as torchvision.datasets.ImageFolder(folder, transform) "
     "as X, or write numpy.savez('images.npz', image=X, label=y) with X (rows, channels, height, width), for a module"
 )
-
-
-def _of_folder(folder: Path) -> str:
-    """Return what to do with a folder: of images, or of anything else."""
-    files = (path for path, _ in zip(folder.rglob("*"), range(1000)))  # a large one is not gone through
-    return _OF_IMAGES if any(path.suffix.lower() in _IMAGES for path in files) else "give the file in it"
 
 
 def _read_bundled_table(name: str) -> Table:
@@ -132,22 +131,19 @@ def _read_parquet(path: Path) -> Table:
     return as_table(frame)
 
 
-def _read_text(path: Path, kinds: Collection[str], *, tabs: bool) -> Table:
-    """Read a text file with a header line; polars cuts it into fields, kinds.py reads them."""
-    names, rows = _read_fields(path, tabs=tabs)
-    columns = [_field(series, as_text=name in kinds) for name, series in zip(names, rows)]
-    return checked_table(names, columns, typed=kinds)
+def _text_suffix(path: Path) -> str:
+    """Return .csv or .tsv for a text file, which may be packed; "" for another one."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in (".csv", ".tsv") else ""
 
 
-def _read_fields(path: Path, *, tabs: bool) -> tuple[list[str], Any]:
-    """Return the names in the header line, and a polars frame of the fields below it, as text."""
+def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
+    """Return the names in the header line, and the fields below it, as text."""
     import polars as pl
 
     rule = "; it must be UTF-8 text with one header line and equally many fields in every line."
     with _read_errors(path, "a text table", rule):
-        with _open_text(path) as file:
-            header = next((line for line in file if line.strip()), b"")
-        separator = _separator(header, tabs=tabs)
+        header, separator = _header(path)
         _check_room(path, header.count(separator.encode()) * _COLUMN_BYTES, free_memory())
         try:
             with _open_text(path) as file:  # anew: older polars go on where the system has read to
@@ -158,7 +154,12 @@ def _read_fields(path: Path, *, tabs: bool) -> tuple[list[str], Any]:
     if fields.width > 1 and fields.to_series(-1).null_count():  # polars fills up a line that is too short
         _check_lines(path, separator)
     names = ["" if name is None else name.strip() for name in fields.row(0)]
-    _check_header(path, names)
+    numbers = [name for name in names if is_number(name)]  # whole ones, such as years, may be names
+    if any(not name.lstrip("-").isdecimal() for name in numbers) and len(numbers) * 2 >= len(names):
+        raise InputError(
+            f"{str(path)!r} has {quoted(numbers, 3)} in its first line, where the names of the columns are due; write "
+            "a line of names above it."
+        )
     rows = fields[1:]
     if fields.width > 1 and len(rows) and not any(field and field.strip() for field in rows.row(-1)):
         # Blank lines at the end (spreadsheets also write lines of nothing but separators) are no rows.
@@ -184,35 +185,24 @@ def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     with _open_text(path) as file:
         lines = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
         reader = csv.reader(lines, delimiter=separator)
-        for fields in reader:
-            yield reader.line_num, fields
+        yield from ((reader.line_num, fields) for fields in reader)
 
 
 def line_of(source: str | Path, row: int) -> str:
     """Return where a row of a file that ``read_table`` read stands: its line in a text file, else its number."""
     path = Path(source)
-    name = path.name.lower().removesuffix(".gz")
-    if not name.endswith((".csv", ".tsv")):
+    if not _text_suffix(path):
         return f"row {row}"
-    with _open_text(path) as file:
-        separator = _separator(next((line for line in file if line.strip()), b""), tabs=name.endswith(".tsv"))
-    below = (line for n, (line, _) in enumerate(_lines(path, separator)) if n == row + 1)
+    below = (line for n, (line, _) in enumerate(_lines(path, _header(path)[1])) if n == row + 1)
     return f"line {next(below, row + 2)}"
 
 
-def _separator(header: bytes, *, tabs: bool) -> str:
-    """Return what separates the fields. Rows do not tell: where semicolons separate, commas may be decimal."""
-    return "\t" if tabs else ";" if b";" in header and b"," not in header else ","
-
-
-def _check_header(path: Path, names: Sequence[str]) -> None:
-    """Raise InputError where the first line is a row of numbers; whole ones, such as years, may be names."""
-    numbers = [name for name in names if is_number(name)]
-    if any(not name.lstrip("-").isdecimal() for name in numbers) and len(numbers) * 2 >= len(names):
-        raise InputError(
-            f"{str(path)!r} has {quoted(numbers, 3)} in its first line, where the names of the columns are due; write "
-            "a line of names above it."
-        )
+def _header(path: Path) -> tuple[bytes, str]:
+    """Return the header line and what separates its fields; in rows, commas may be decimal."""
+    with _open_text(path) as file:
+        header = next((line for line in file if line.strip()), b"")
+    commas = ";" if b";" in header and b"," not in header else ","
+    return header, "\t" if _text_suffix(path) == ".tsv" else commas
 
 
 def _open_text(path: Path) -> IO[bytes]:
@@ -245,7 +235,7 @@ def _check_room(path: Path, needed: int, free: int) -> None:
         )
 
 
-def _field(texts: Any, *, as_text: bool) -> tuple[Kind, np.ndarray]:
+def _column(texts: "pl.Series", *, as_text: bool) -> tuple[Kind, np.ndarray]:
     """Read a polars series of text as ``parse_text`` does, numbers in a long one 20 times faster."""
     import polars as pl
 
@@ -256,6 +246,6 @@ def _field(texts: Any, *, as_text: bool) -> tuple[Kind, np.ndarray]:
     stripped = texts.str.strip_chars()
     missing = stripped.is_null() | stripped.is_in(sorted(MISSING_TEXT))
     numbers = stripped.set(missing, None).cast(pl.Float64, strict=False)
-    if numbers.null_count() == missing.sum():
-        return "number", np.array(numbers.to_numpy(), dtype=np.float64)
-    return parse_text(texts.to_numpy())
+    if numbers.null_count() != missing.sum():
+        return parse_text(texts.to_numpy())
+    return "number", np.array(numbers.to_numpy(), dtype=np.float64)

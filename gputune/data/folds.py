@@ -8,9 +8,9 @@ import base64
 import math
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from sklearn.model_selection import (
@@ -51,24 +51,27 @@ def make_folds(
     folds, of folds that validate on their own training rows, and of folds that train without a class. Raises InputError
     for folds that cannot be made, and for a group on both sides of a fold.
     """
-    groups = check_groups(groups, n_rows)
-    refuse_groups_in_time(cv, groups)
+    groups = check_groups(groups, n_rows, cv)
     if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
         pairs = _split(_fold_splitter(int(cv), target, n_rows, groups, seed), target, X, groups)
     elif isinstance(cv, Splitter) and not isinstance(cv, str):
         pairs = _split(cv, target, X, groups)
     elif isinstance(cv, Iterable) and not isinstance(cv, str):
-        pairs = _pairs(cv)
+        pairs = list(cv)
     else:
         raise InputError(
             f"cv must be a number of folds, a splitter of scikit-learn or pairs of (train, valid) rows, got {cv!r}."
         )
     if not pairs:
         raise InputError("cv must give at least one fold, got none.")
-    folds = [
-        (_rows(train, n_rows, f, "training"), _rows(valid, n_rows, f, "validation"))
-        for f, (train, valid) in enumerate(pairs)
-    ]
+    folds = []
+    for f, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(
+                f"cv must hold pairs of (train, valid) rows, got {type(pair).__name__} for fold {f}; one split is "
+                "cv=[(train, valid)]."
+            )
+        folds.append((_rows(pair[0], n_rows, f, "training"), _rows(pair[1], n_rows, f, "validation")))
     if groups is not None:
         _refuse_split_groups(folds, groups, cv)
     _warn_of_overlap(folds)
@@ -82,25 +85,14 @@ def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> N
     codes = np.array([known.setdefault(group, len(known)) for group in groups.tolist()])
     names = list(known)
     for f, (train, valid) in enumerate(folds):
-        both = np.intersect1d(codes[train], codes[valid])
-        if len(both):
-            more = f" (and {len(both) - 1} more)" if len(both) > 1 else ""
-            rows = "the (train, valid) rows of cv"
-            splitter = f"cv={type(cv).__name__}(...)" if isinstance(cv, Splitter) else rows
+        if len(both := np.intersect1d(codes[train], codes[valid])):
+            more = f" (and {len(both) - 1} more)" * (len(both) > 1)
+            what = f"cv={type(cv).__name__}(...)" if isinstance(cv, Splitter) else "the (train, valid) rows of cv"
             raise InputError(
-                f"groups are not kept whole by {splitter}: in fold {f} the group {names[both[0]]!r}{more} is among the "
+                f"groups are not kept whole by {what}: in fold {f} the group {names[both[0]]!r}{more} is among the "
                 "training and the validation rows; give a splitter that keeps them, such as GroupKFold, or a number of "
                 "folds, or leave groups out."
             )
-
-
-def refuse_groups_in_time(cv: object, groups: np.ndarray | None) -> None:
-    """Raise InputError for a time series split of groups: it would cut them, in spite of what was asked for."""
-    if groups is not None and isinstance(cv, TimeSeriesSplit):
-        raise InputError(
-            "groups cannot be kept whole by a time series split (cv='time:K', TimeSeriesSplit), which cuts by the "
-            "order of rows; leave groups out, or give a number of folds."
-        )
 
 
 def all_rows(n_rows: int) -> Rows:
@@ -116,17 +108,20 @@ def parse_cv(text: str) -> int | TimeSeriesSplit:
     return TimeSeriesSplit(int(count)) if kind else int(count)
 
 
-def check_groups(groups: object, n_rows: int) -> np.ndarray | None:
-    """Return groups as an array, (n,), or None; InputError for a wrong length or missing values."""
+def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray | None:
+    """Return groups as an array, (n,), or None; InputError for a wrong length, missing values, and a split by time."""
     if groups is None:
         return None
     values = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
     if values.shape != (n_rows,):
-        raise InputError(
-            f"groups must have one value a row, shape ({n_rows},), got shape {values.shape}; "
-            "pass the group of each row."
-        )
+        shapes = f"shape ({n_rows},), got shape {values.shape}"
+        raise InputError(f"groups must have one value a row, {shapes}; pass the group of each row.")
     refuse_missing(values, "groups", "give each such row a group of its own")
+    if isinstance(cv, TimeSeriesSplit):
+        raise InputError(
+            "groups cannot be kept whole by a time series split (cv='time:K', TimeSeriesSplit), which cuts by the "
+            "order of rows; leave groups out, or give a number of folds."
+        )
     return values
 
 
@@ -138,12 +133,9 @@ def _fold_splitter(cv: int, target: Target, n_rows: int, groups: np.ndarray | No
         raise InputError(f"cv={cv} folds need at least as many rows, got {n_rows}; use fewer folds.")
     if groups is not None and cv > (count := len(set(groups.tolist()))):
         raise InputError(f"cv={cv} folds need at least as many groups, got {count}; use fewer folds.")
-    if target.classes is None:
-        kind = KFold if groups is None else GroupKFold
-    else:
-        kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-    splitter: Splitter = kind(cv, shuffle=True, random_state=stream_seed(seed, "folds") % 2**32)
-    return splitter
+    kinds = (KFold, GroupKFold) if target.classes is None else (StratifiedKFold, StratifiedGroupKFold)
+    kind: Callable[..., Splitter] = kinds[groups is not None]
+    return kind(cv, shuffle=True, random_state=stream_seed(seed, "folds") % 2**32)
 
 
 def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | None) -> list[tuple[object, object]]:
@@ -163,17 +155,6 @@ def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | N
     if isinstance(splitter, StratifiedKFold | StratifiedGroupKFold):
         _warn_of_rare_classes(target, len(pairs))
     return pairs
-
-
-def _pairs(cv: Iterable[Any]) -> list[tuple[object, object]]:
-    pairs = list(cv)
-    for f, pair in enumerate(pairs):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InputError(
-                f"cv must hold pairs of (train, valid) rows, got {type(pair).__name__} for fold {f}; one split is "
-                "cv=[(train, valid)]."
-            )
-    return [(train, valid) for train, valid in pairs]
 
 
 def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
@@ -204,10 +185,9 @@ def _warn_of_rare_classes(target: Target, folds: int) -> None:
     if target.classes is None:
         return
     counts = np.bincount(target.values, minlength=target.n_outputs)
-    rare = np.flatnonzero(counts < folds)
-    if len(rare):
+    if len(rare := np.flatnonzero(counts < folds)):
         shown = ", ".join(f"{target.classes[k].item()!r} ({counts[k]})" for k in rare[:8])
-        more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
+        more = f" and {len(rare) - 8} more" * (len(rare) > 8)
         warn(
             f"{target.name} has classes with fewer rows than the {folds} folds: {shown}{more}; "
             f"some folds are validated without them{'; ' * bool(target.override)}{target.override}."
@@ -215,8 +195,7 @@ def _warn_of_rare_classes(target: Target, folds: int) -> None:
 
 
 def _warn_of_overlap(folds: list[Rows]) -> None:
-    shared = [f for f, (train, valid) in enumerate(folds) if np.isin(valid, train).any()]
-    if shared:
+    if shared := [f for f, (train, valid) in enumerate(folds) if np.isin(valid, train).any()]:
         warn(
             f"{len(shared)} of {len(folds)} folds (the first is fold {shared[0]}) validate on rows that they train "
             "on, so their scores are too good."
@@ -253,14 +232,19 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
     if test_size == 0:
         return all_rows(n_rows)
     n_test = math.ceil(test_size * n_rows)
-    groups = check_groups(groups, n_rows)
-    refuse_groups_in_time(cv, groups)
+    groups = check_groups(groups, n_rows, cv)
     random_state = stream_seed(seed, "hold out") % 2**32
     if isinstance(cv, TimeSeriesSplit):
         test = np.arange(n_rows - n_test, n_rows)
         rest = np.arange(max(n_rows - n_test - cv.gap, 0))
     elif groups is not None:
-        rest, test = _whole_groups(groups, test_size, random_state)
+        count = len(set(groups.tolist()))
+        if math.ceil(test_size * count) >= count:
+            raise InputError(
+                f"test_size={test_size} leaves none of the {count} groups to train on; use a smaller one or 0."
+            )
+        by_group = GroupShuffleSplit(1, test_size=test_size, random_state=random_state)
+        rest, test = next(by_group.split(groups, groups=groups))
     elif target.classes is not None:
         rest, test = _stratified_rows(target, n_test, random_state)
     elif n_test < n_rows:
@@ -271,17 +255,6 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
     if len(rest) == 0:
         raise InputError(f"test_size={test_size} leaves none of the {n_rows} rows to train on; use a smaller one.")
     return np.sort(rest).astype(np.int64), np.sort(test).astype(np.int64)
-
-
-def _whole_groups(groups: np.ndarray, test_size: float, random_state: int) -> Rows:
-    count = len(set(groups.tolist()))
-    if math.ceil(test_size * count) >= count:
-        raise InputError(
-            f"test_size={test_size} leaves none of the {count} groups to train on; use a smaller one or 0."
-        )
-    splitter = GroupShuffleSplit(1, test_size=test_size, random_state=random_state)
-    rest, test = next(splitter.split(groups, groups=groups))
-    return rest, test
 
 
 def _stratified_rows(target: Target, n_test: int, random_state: int) -> Rows:

@@ -106,7 +106,9 @@ def _stack(parts: Sequence[np.ndarray], like: Tensor) -> Tensor:
 def scaling_of(statistics: Sequence[ArrayStatistics], like: Tensor) -> tuple[Scaling | None, ...]:
     """Return how each input, that is no table, is scaled in each fold."""
     return tuple(
-        None if of[0] is None else Scaling(_stack([m for m, _ in of], like), _stack([s for _, s in of], like))
+        None
+        if of[0] is None
+        else Scaling(_stack([mean for mean, _ in of], like), _stack([scale for _, scale in of], like))
         for of in zip(*(fitted.channels for fitted in statistics))
     )
 

@@ -139,19 +139,25 @@ def read_source(
     read behind a ``bar``. The columns ``drop`` of a table are left out, those of ``kinds`` are read as they say.
     Raises InputError or FileNotFoundError for what cannot be read.
     """
-    from_file, kinds = isinstance(X, str | Path), kinds or {}
-    if from_file and Path(X).suffix in ARRAY_SUFFIXES:
+    kinds = kinds or {}
+    if isinstance(X, str | Path):
+        if Path(X).suffix not in ARRAY_SUFFIXES:
+            return _read_table_file(X, y, groups, drop, kinds)
         _refuse_columns(drop, kinds)
         return _read_arrays(Path(X), y, groups, module=module)
     refuse_loader(X)
     if module and isinstance(X, TorchDataset):
         X, y = read_dataset(X, y, bar)
-    y = "target" if from_file and y is None and str(X).startswith("sklearn:") else y
-    if y is None and not from_file:
-        alone = "; a loss of X alone, as of an autoencoder, takes y=X and task='custom'" if module else ""
+    if y is None:
+        alone = "; a loss of X alone, as of an autoencoder, takes y=X and task='custom'" * module
         raise InputError(f"y is missing: pass the target as an array, or the name of its column in X{alone}.")
-    if not module:
-        _refuse_arrays(X)
+    shape = tuple(X.shape) if isinstance(X, np.ndarray | Tensor) else ()
+    if not module and len(shape) > 2:
+        sequences = ", model='gru' for sequences" * (len(shape) == 3)
+        raise InputError(
+            f"X has rows of shape {shape[1:]}, and the model takes tables, of two axes: choose model='cnn' for images"
+            f"{sequences}, or a module of your own; or pass X.reshape(len(X), -1)."
+        )
     arrays = as_arrays(X) if module else None
     if arrays is not None or isinstance(X, Tensor):
         _refuse_columns(drop, kinds)
@@ -161,25 +167,41 @@ def read_source(
                 "the values themselves."
             )
         return Source(checked_tensor(X) if arrays is None else arrays, y, "y", groups, None)
-    if module and not from_file:
+    if module:
         refuse_lists(X)
-    table = read_table(X, kinds) if from_file else as_table(X)
-    table = _choose_columns(table, drop, kinds, kept=[name for name in (y, groups) if isinstance(name, str)])
-    if not from_file:
-        return _source_of(table, y, groups, None, None if isinstance(X, Table) else X)
+    return _source_of(as_table(X), y, groups, drop, kinds, original=None if isinstance(X, Table) else X)
+
+
+def _read_table_file(X: str | Path, y: Any, groups: Any, drop: Sequence[str], kinds: Mapping[str, Kind]) -> Source:
+    """Return the table of a file, whose target and groups are columns of it; of scikit-learn's sets "target"."""
+    of_sklearn = str(X).startswith("sklearn:")
+    y = "target" if of_sklearn and y is None else y
+    source = _source_of(read_table(X, kinds), y, groups, drop, kinds)
     if not isinstance(y, str):
         raise InputError(f"y must name the target column of the file {str(X)!r}, got {type(y).__name__}.")
-    path = str(X) if str(X).startswith("sklearn:") else str(Path(X).resolve())
-    column = groups if isinstance(groups, str) else None
-    origin: dict[str, Any] = {"path": path, "target": y, "groups": column}
-    origin |= {name: value for name, value in (("drop", list(drop)), ("kinds", dict(kinds))) if value}
-    source = _source_of(table, y, groups, origin, None)
     refuse_missing(np.asarray(source.y), y, "fill it, or leave those rows out", partial(line_of, X))
-    return source
+    path, column = str(X) if of_sklearn else str(Path(X).resolve()), groups if isinstance(groups, str) else None
+    asked = {"drop": list(drop), "kinds": dict(kinds)}
+    origin = {"path": path, "target": y, "groups": column} | {name: value for name, value in asked.items() if value}
+    return replace(source, origin=origin)
 
 
-def _source_of(table: Table, y: Any, groups: Any, origin: Origin | None, original: object) -> Source:
-    """Return a table with target and groups, which may be names of columns of it."""
+def _source_of(
+    table: Table, y: Any, groups: Any, drop: Sequence[str], kinds: Mapping[str, Kind], original: object = None
+) -> Source:
+    """Return a table with target and groups, which may be names of its columns, that are read and dropped as asked."""
+    for argument, names in (("drop", drop), ("kinds", kinds)):
+        for name in names:
+            if name not in table.names:
+                known = f"the columns of the table are {quoted(table.names)}.{did_you_mean(name, table.names)}"
+                raise InputError(f"{argument} has {name!r}, and {known}")
+    kept = {name for name in (y, groups) if isinstance(name, str)}
+    for name in drop:
+        if name in kept:
+            raise InputError(f"drop has {name!r}, which is the target or the groups; name other columns.")
+    if drop and not {*table.names} - {*drop} - kept:
+        raise InputError(f"drop must leave a column to predict from, got {quoted(drop)}; name fewer columns.")
+    table = table.read_as(kinds).drop(*drop)
     if isinstance(groups, str):
         if isinstance(y, str) and groups == y:
             raise InputError(f"groups and the target must be two columns, got {groups!r} for both.")
@@ -191,41 +213,13 @@ def _source_of(table: Table, y: Any, groups: Any, origin: Origin | None, origina
         if hasattr(original, "columns") and y in table.names:  # the table has text alone where a frame had both
             checked_labels(target_array(as_rows(original, [y]), y).ravel(), y)
         table, y = split_target(table, y)
-    return Source(table, y, name, groups, origin, original)
+    return Source(table, y, name, groups, None, original)
 
 
 def _refuse_columns(drop: Sequence[str], kinds: Mapping[str, Kind]) -> None:
     for name, value in (("drop", list(drop)), ("kinds", dict(kinds))):
         if value:
             raise InputError(f"{name} is for tables, whose columns have names, got {value!r}; leave {name} out.")
-
-
-def _choose_columns(table: Table, drop: Sequence[str], kinds: Mapping[str, Kind], *, kept: Sequence[str]) -> Table:
-    """Return a table with columns read as ``kinds`` say, and without those to ``drop``; target and groups stay."""
-    for argument, names in (("drop", drop), ("kinds", kinds)):
-        for name in names:
-            if name not in table.names:
-                raise InputError(
-                    f"{argument} has {name!r}, and the columns of the table are {quoted(table.names)}."
-                    f"{did_you_mean(name, table.names)}"
-                )
-    for name in kept:
-        if name in drop:
-            raise InputError(f"drop has {name!r}, which is the target or the groups; name other columns.")
-    if len({*table.names} - {*drop, *kept}) == 0 and drop:
-        raise InputError(f"drop must leave a column to predict from, got {quoted(drop)}; name fewer columns.")
-    return table.read_as(kinds).drop(*drop)
-
-
-def _refuse_arrays(X: Any) -> None:
-    """Raise InputError for rows of several axes, which a model of tables does not take."""
-    shape = tuple(X.shape) if isinstance(X, np.ndarray | Tensor) else ()
-    if len(shape) > 2:
-        sequences = ", model='gru' for sequences" * (len(shape) == 3)
-        raise InputError(
-            f"X has rows of shape {shape[1:]}, and the model takes tables, of two axes: choose model='cnn' for images"
-            f"{sequences}, or a module of your own; or pass X.reshape(len(X), -1)."
-        )
 
 
 def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
