@@ -7,9 +7,10 @@ refused by an error that names the file; nothing is ever unpickled.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +23,29 @@ from gputune.data.encode import Layout, Statistics
 from gputune.data.target_transform import FittedTransform
 from gputune.errors import InputError, UntrustedCodeError, warn
 from gputune.models import MLP, LogisticRegression
-from gputune.modules.construction import Builder, name_of
-from gputune.population.network import Ensemble
+from gputune.modules.calls import convert
+from gputune.modules.construction import Builder, call_arguments, construct, materialise, name_of
+from gputune.population.network import Ensemble, InputKind
 from gputune.scratch import write_files
-from gputune.study.model_modules import TENSORS, arguments_of, build_modules, check_size
-from gputune.study.module_source import (
-    class_source,
-    find_class,
-    is_builder,
-    is_changed,
-    remember_code,
-    source_file,
-    why_not_found,
-)
+from gputune.seeding import keyed_draws
+from gputune.study import module_source
 from gputune.study.record import has_form
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
 
-DESCRIPTION = "model.json"
+DESCRIPTION, TENSORS = "model.json", "model.safetensors"
 FORMAT, FORMAT_VERSION = "gputune model", 2
 DRAFTS = ".model"
 """How what a killed process may have left in the folder begins."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_INFO = {"drop?": [str], "loss?": str, "loss_arguments?": {"": (int, float)}}
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
+_INFO = {"drop?": [str], "loss?": str, "loss_arguments?": {"": (int, float)}}
+_PLAIN = ("task", "classes", "center", "scale", "target", "info", "residuals", "temperature")
+"""The fields of a model that its description has as they are."""
+
+_Members = Sequence[tuple[Config, Config]]
+"""Of each module the sizes with which it is built, and its other arguments."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,22 +72,20 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     """Write the model into ``folder``; see ``TunedModel.save``."""
     import safetensors.torch
 
-    body = {
-        "task": model.task,
-        "classes": model.classes,
-        "center": model.center,
-        "scale": model.scale,
+    body = {name: getattr(model, name) for name in _PLAIN} | {
         "dtype": str(model.dtype).removeprefix("torch."),
-        "target": model.target,
         "target_transform": None if model.transform is None else model.transform.to_json(),
         "layout": model.layout.to_json(),
         "statistics": model.statistics.to_json(),
         "spec": _full_spec(model),
-        "info": model.info,
-        "residuals": model.residuals,
-        "temperature": model.temperature,
     }
-    state, place = _state(model.module), Path(folder)
+    state, place = model.module.state_dict(), Path(folder)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{type(model.module).__name__} keeps {name!r}, a {type(value).__name__}, in its state; "
+                "only tensors can be saved, make it a buffer."
+            )
     _check_free(place)
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
     tensors = safetensors.torch.save({key: value.cpu().clone().contiguous() for key, value in state.items()})
@@ -97,10 +94,10 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     place.mkdir(parents=True, exist_ok=True)
     files = {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()}
     write_files(place, files, prefix=DRAFTS)
-    module_class = _module_type(model)
     if model.spec["kind"] == "module" and "made" not in model.spec:
-        remember_code(module_class)
-        if where := why_not_found(module_class):
+        module_class = _module_type(model)
+        module_source.remember_code(module_class)
+        if where := module_source.why_not_found(module_class):
             call = f"load_model({str(folder)!r}, module={module_class.__name__})"
             warn(
                 f"save({str(folder)!r}): the class {module_class.__name__} was defined {where}, so that load_model "
@@ -109,69 +106,173 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
             )
 
 
+def _check_free(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"save(folder={str(folder)!r}): a file has that name; choose another.")
+    for name in sorted(os.listdir(folder)) if folder.exists() else ():
+        if name not in (TENSORS, DESCRIPTION) and not name.startswith(DRAFTS):
+            raise InputError(
+                f"save(folder={str(folder)!r}): the folder holds {name!r}, which is no part of a model; "
+                "give a new or an empty folder."
+            )
+
+
+def _full_spec(model: ModelContent) -> Json:
+    """Return how the module is built again; of a user's class with the file where it lies now."""
+    if model.spec["kind"] != "module" or "made" in model.spec:  # by a function, of which the module knows nothing
+        return model.spec
+    source, file = module_source.class_source(_module_type(model)), module_source.source_file(_module_type(model))
+    kept: Config = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns") if key in model.spec}
+    return {**kept, **source, **({"file": file} if file is not None and "import" in source else {})}
+
+
+def _module_type(model: ModelContent) -> type[nn.Module]:
+    """Return the class of the module, or of the members of an ensemble."""
+    return type(model.module.members[0] if isinstance(model.module, Ensemble) else model.module)
+
+
 def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> ModelContent:
     """Return what ``save_model`` wrote; see ``load_model``."""
     body = read_description(folder / DESCRIPTION)
     state = _read_tensors(folder / TENSORS, body)
     with file_errors(folder / DESCRIPTION):
-        layout, statistics = _read_preprocessing(body["layout"], body["statistics"])
-        spec, classes, dtype = dict(body["spec"]), body["classes"], DTYPES[body["dtype"]]
-        kind = str(spec["kind"])
-        if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
-            raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
-        members = arguments_of(spec, layout, statistics, 1 if classes is None else len(classes))
-        if kind in BUILT_IN:
-            check_size([sizes | arguments for sizes, arguments in members], kind, state)
-        task, target, info = body["task"], body["target"], dict(body["info"])
-        if not has_form(info, _INFO):
-            raise ValueError("its info is of another type")
-        center, scale, how = (_of_target(body["center"]), _of_target(body["scale"]), body.get("target_transform"))
-        transform = None if how is None else FittedTransform.from_json(how)
-        residuals = body.get("residuals")  # files of an earlier version have none
-        if not (residuals is None or (isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f")):
-            raise ValueError("its residuals are no numbers")
-        temperature = float(body.get("temperature", 1.0))
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"its temperature is {temperature}")
+        known = _fields(body)
+        spec, members = known["spec"], _members(known)
+        if (kind := str(spec["kind"])) in BUILT_IN:
+            _check_size(members, kind, state)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
-    file = source_file(module_class) or name_of(module_class)
-    changed = kind == "module" and module is None and is_changed(module_class, spec)
-    remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
-    modules = build_modules(module_class, members, layout, statistics, dtype, remedy)
+    file, name = module_source.source_file(module_class), name_of(module_class)
+    changed = kind == "module" and module is None and module_source.is_changed(module_class, spec)
+    change = f"{file or name!r} has changed since the model was saved"
+    remedy = f"{change}: restore it, or pass the class as it was." if changed else "pass the class as it was."
+    try:
+        modules = _build(module_class, members, known)
+    except Exception as error:  # a user's constructor may raise anything
+        raise InputError(
+            f"{name} could not be built from the saved arguments {members[0][0] | members[0][1]}: "
+            f"{type(error).__name__}: {error}; {remedy}"
+        ) from error
     weights, columns = [1 / len(modules)] * len(modules), spec.get("columns", ())
-    network = Ensemble(modules, weights, task, columns) if "ensemble" in spec else modules[0]
+    network = Ensemble(modules, weights, known["task"], columns) if "ensemble" in spec else modules[0]
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
-        raise InputError(
-            f"{str(folder / TENSORS)!r} does not fit {name_of(module_class)}: {reason}; {remedy}pass the class as it "
-            "was."
-        ) from error
+        raise InputError(f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}") from error
     if changed:
-        warn(f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise.")
-    network.eval()
-    return ModelContent(
-        network,
-        layout,
-        statistics,
-        task,
-        classes,
-        center,
-        scale,
-        dtype,
-        target,
-        spec,
-        info,
-        transform,
-        residuals,
-        temperature,
-    )
+        warn(f"{change}; its parameters still fit, but it may predict otherwise.")
+    return ModelContent(module=network.eval(), **known)
+
+
+def _fields(body: Json) -> Json:
+    """Return the fields of a ``ModelContent`` but its module. Raises ValueError where one cannot be what it says."""
+    layout, statistics, classes = body["layout"], body["statistics"], body["classes"]
+    later = {"target_transform": None, "residuals": None, "temperature": 1.0}  # which files of earlier versions lack
+    transform, residuals, temperature = ({**later, **body}[name] for name in later)
+    if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
+        raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
+    if not has_form(info := dict(body["info"]), _INFO):
+        raise ValueError("its info is of another type")
+    if not (residuals is None or (isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f")):
+        raise ValueError("its residuals are no numbers")
+    if not 0 < float(temperature) < math.inf:
+        raise ValueError(f"its temperature is {temperature}")
+    are_arrays = "shapes" in layout
+    return {
+        "layout": (ArrayLayout if are_arrays else Layout).from_json(layout),
+        "statistics": (ArrayStatistics if are_arrays else Statistics).from_json(statistics),
+        "task": body["task"],
+        "classes": classes,
+        "center": _of_target(body["center"]),
+        "scale": _of_target(body["scale"]),
+        "dtype": DTYPES[body["dtype"]],
+        "target": body["target"],
+        "spec": dict(body["spec"]),
+        "info": info,
+        "transform": None if transform is None else FittedTransform.from_json(transform),
+        "residuals": residuals,
+        "temperature": float(temperature),
+    }
 
 
 def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:
     """Return the center or scale of a target, one number or one a column."""
     return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
+
+
+def _members(known: Json) -> _Members:
+    """Return the arguments of a model's modules, an ensemble's several."""
+    spec, layout, statistics = known["spec"], known["layout"], known["statistics"]
+    members = [dict(member) for member in spec.get("ensemble", [spec["kwargs"]])]
+    pairs = []
+    for member, ends in zip(members, spec.get("columns") or [None] * len(members), strict=True):
+        if isinstance(layout, Layout):
+            begin, end = ends or (0, statistics.n_inputs)
+            D, groups = end - begin, layout.groups(statistics.places)[begin:end]
+            sizes: Config = {"n_features": D, "input_shape": (D,), "feature_groups": groups}
+        else:
+            sizes = {"n_features": layout.n_features, "input_shape": layout.shapes[0], "feature_groups": None}
+        sizes["n_outputs"] = 1 if known["classes"] is None else len(known["classes"])
+        sizes |= {name: value for name, value in {**spec["kwargs"], **member}.items() if name in sizes}
+        pairs.append((sizes, {name: value for name, value in member.items() if name not in sizes}))
+    return pairs
+
+
+def _check_size(members: _Members, kind: str, state: dict[str, Tensor]) -> None:
+    """Raise ValueError for networks that are larger than their tensors, before they take the memory."""
+    numbers, standard = 0, {"width": 128, "depth": 2 if kind == "mlp" else 0}
+    for sizes, others in members:
+        words = {**standard, **sizes, **others}
+        D, K, width = int(words["n_features"] or 0), int(words["n_outputs"] or 0), words["width"]
+        if isinstance(width, tuple):  # of each layer
+            numbers += sum((a + 1) * b for a, b in pairwise((D, *map(int, width), K)))
+        elif depth := int(words["depth"]):
+            H = int(width)
+            numbers += (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K
+        else:
+            numbers += (D + 1) * K
+    there = sum(tensor.numel() for tensor in state.values())
+    if numbers > there:
+        raise ValueError(f"it describes a network of {numbers} parameters, and {TENSORS} holds {there}")
+
+
+def _module_class(spec: Mapping[str, object], module: Builder | None, folder: Path, *, trust_code: bool) -> Builder:
+    kind = str(spec["kind"])
+    if module is not None and not module_source.is_builder(module):
+        raise InputError(f"load_model(module=...) must be a subclass of torch.nn.Module, got {module!r}.")
+    if module is not None and kind in BUILT_IN:
+        raise InputError(f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module out.")
+    if known := module or BUILT_IN.get(kind):
+        return known
+    or_pass = f"Or pass the class: load_model({str(folder)!r}, module=...)."
+    try:
+        with file_errors(folder / DESCRIPTION):
+            if kind != "module":
+                raise ValueError(f"it names an unknown kind of model, {kind!r}")
+            return module_source.find_class(spec, trust_code=trust_code, or_changed=True)
+    except UntrustedCodeError as error:
+        raise UntrustedCodeError(error.code, f"If you trust it, pass trust_code=True. {or_pass}") from error
+    except InputError as error:
+        raise InputError(f"{error} {or_pass}") from error
+
+
+def _build(module_class: Builder, members: _Members, known: Json) -> list[nn.Module]:
+    """Build the modules of a model, on the CPU."""
+    layout, statistics = known["layout"], known["statistics"]
+    names, kinds = None, list[InputKind]()
+    if isinstance(layout, ArrayLayout):
+        parts = zip(layout.shapes, layout.dtypes, statistics.channels, strict=True)
+        kinds = [(shape, torch.float32 if scaled else getattr(torch, dtype)) for shape, dtype, scaled in parts]
+        names = layout.names
+    modules = []
+    # Its start is thrown away, the caller's stream is not.
+    with keyed_draws(torch.device("cpu"), 0, "load"):
+        for sizes, arguments in members:
+            module = construct(module_class, call_arguments(module_class, sizes, arguments))
+            materialise(module, kinds or [(sizes["input_shape"], torch.float32)], names)
+            convert(module, known["dtype"])
+            modules.append(module)
+    return modules
 
 
 def read_description(path: Path) -> Json:
@@ -231,67 +332,3 @@ def _read(path: Path) -> bytes:
         remedy = f"did you mean {str(inner)!r}?" if (inner / path.name).exists() else "save the model again."
         raise InputError(f"the model folder {str(path.parent)!r} has no {path.name}; {remedy}")
     return path.read_bytes()
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"save(folder={str(folder)!r}): a file has that name; choose another.")
-    for name in sorted(entry.name for entry in folder.iterdir()) if folder.exists() else ():
-        if name not in (TENSORS, DESCRIPTION) and not name.startswith(DRAFTS):
-            raise InputError(
-                f"save(folder={str(folder)!r}): the folder holds {name!r}, which is no part of a model; "
-                "give a new or an empty folder."
-            )
-
-
-def _read_preprocessing(layout: Json, statistics: Json) -> tuple[Layout | ArrayLayout, Statistics | ArrayStatistics]:
-    if "shapes" in layout:
-        return ArrayLayout.from_json(layout), ArrayStatistics.from_json(statistics)
-    return Layout.from_json(layout), Statistics.from_json(statistics)
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    state = module.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise InputError(
-                f"{type(module).__name__} keeps {name!r}, a {type(value).__name__}, in its state; "
-                "only tensors can be saved, make it a buffer."
-            )
-    return state
-
-
-def _full_spec(model: ModelContent) -> Json:
-    """Return how the module is built again; of a user's class with the file where it lies now."""
-    if model.spec["kind"] != "module" or "made" in model.spec:  # by a function, of which the module knows nothing
-        return model.spec
-    source, file = class_source(_module_type(model)), source_file(_module_type(model))
-    beside = {"file": file} if file is not None and "import" in source else {}
-    kept: Config = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns") if key in model.spec}
-    return {**kept, **source, **beside}
-
-
-def _module_type(model: ModelContent) -> type[nn.Module]:
-    """Return the class of the module, or of the members of an ensemble."""
-    return type(model.module.members[0] if isinstance(model.module, Ensemble) else model.module)
-
-
-def _module_class(spec: Mapping[str, object], module: Builder | None, folder: Path, *, trust_code: bool) -> Builder:
-    kind = str(spec["kind"])
-    if module is not None and not is_builder(module):
-        raise InputError(f"load_model(module=...) must be a subclass of torch.nn.Module, got {module!r}.")
-    if module is not None and kind in BUILT_IN:
-        raise InputError(f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module out.")
-    if known := module or BUILT_IN.get(kind):
-        return known
-    with file_errors(folder / DESCRIPTION):
-        if kind != "module":
-            raise ValueError(f"it names an unknown kind of model, {kind!r}")
-    or_pass = f"Or pass the class: load_model({str(folder)!r}, module=...)."
-    try:
-        with file_errors(folder / DESCRIPTION):
-            return find_class(spec, trust_code=trust_code, or_changed=True)
-    except UntrustedCodeError as error:
-        raise UntrustedCodeError(error.code, f"If you trust it, pass trust_code=True. {or_pass}") from error
-    except InputError as error:
-        raise InputError(f"{error} {or_pass}") from error
