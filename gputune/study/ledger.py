@@ -103,24 +103,21 @@ class Ledger:
         """Return the frozen chunks of a stage that hold these trials; what is in none is cut into new ones first."""
         if self._without_plan(trials, stage):
             with self.alone():
-                if new := self._without_plan(trials, stage):
-                    self._freeze(new, stage, cut(new))
+                trials_left = self._without_plan(trials, stage)
+                first = 1 + max((chunk.number for chunk in self.plan), default=-1)
+                new = [
+                    Chunk(number, stage, tuple(trials_left[position].number for position in part), threads)
+                    for number, (part, threads) in enumerate(cut(trials_left) if trials_left else (), first)
+                ]
+                if self.store is not None:
+                    self.store.add_chunks(new)
+                self.plan += new
         numbers = {trial.number for trial in trials}
         return [c for c in self.plan if c.stage == stage and not numbers.isdisjoint(c.trials)]
 
     def _without_plan(self, trials: Sequence[Candidate], stage: int) -> list[Candidate]:
         planned = {number for chunk in self.plan if chunk.stage == stage for number in chunk.trials}
         return [trial for trial in trials if trial.number not in planned]
-
-    def _freeze(self, trials: Sequence[Candidate], stage: int, parts: Sequence[tuple[Sequence[int], int]]) -> None:
-        first = 1 + max((chunk.number for chunk in self.plan), default=-1)
-        new = [
-            Chunk(number, stage, tuple(trials[position].number for position in part), threads)
-            for number, (part, threads) in enumerate(parts, first)
-        ]
-        if self.store is not None:
-            self.store.add_chunks(new)
-        self.plan += new
 
     def show(self, progress: Json) -> None:
         """Say to other processes how far this one is, where there is a file."""
@@ -183,38 +180,34 @@ class Ledger:
 
 def _differences(there: SearchRecord, here: SearchRecord) -> list[str]:
     """Return what makes a call another search than the one that its file holds, in words."""
-    values = {name: (_value(there, name), _value(here, name)) for name in IDENTITY}
-    names = [name for name, pair in values.items() if _without_steps(pair[0]) != _without_steps(pair[1])]
+    values = {
+        # Files that lack max_levels are of a version in which 32 was the only choice.
+        name: [getattr(r, name) if name not in r.absent or name == "max_levels" else None for r in (there, here)]
+        for name in IDENTITY
+    }
+    names = {name for name, pair in values.items() if _without_steps(pair[0]) != _without_steps(pair[1])}
+    code = [name for name, digest in here.code.items() if there.code.get(name) != digest]
     if "code" in there.absent or "objective" in names:  # of an earlier version, or of another name
-        names = [name for name in names if name != "code"]
-    if "fingerprint" not in names:
-        words = _words(names, values)
+        code = []
+    said = names - {"code"} - ({"scoring"} if "metrics" in names else set())
+    others: list[str] = []
+    if "fingerprint" in names:
+        # Other rows are cut into other folds, and others of them are held out: that is no news then.
+        said -= {"splits", "fingerprint"}
+        others = _other_rows(there, here, of_target="target" in names)
+    else:
         parts = [(record.source or {}).get("held_out") for record in (there, here)]
-        return [*words, "the held-out rows"] if None not in parts and parts[0] != parts[1] else words
-    # Other rows are cut into other folds, and others of them are held out: that is no news then.
-    names = [name for name in names if name not in ("splits", "fingerprint")]
-    return _words(names, values) + _other_rows(there, here, of_target="target" in names)
-
-
-def _words(names: Sequence[str], values: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """Return what differs, and how where that is short."""
-    said = [name for name in names if name != "code" and (name != "scoring" or "metrics" not in names)]
-    words = [_word(name, *values[name]) for name in said]
-    there, here = values["code"] if "code" in names else ({}, {})
-    changed = [name for name, digest in here.items() if there.get(name) != digest]
-    return words + [f"{name} (its code or its values have changed)" for name in changed]
+        others = ["the held-out rows"] if None not in parts and parts[0] != parts[1] else []
+    words = [_word(name, *values[name]) for name in values if name in said]
+    return [*words, *(f"{name} (its code or its values have changed)" for name in code), *others]
 
 
 def _word(name: str, there: Any, here: Any) -> str:
+    """Return what differs, and how where that is short."""
     if name == "scoring" and DIRECTIONS.keys() >= {there, here}:  # which search() calls by another name
         return f"direction{_in_words(DIRECTIONS[there], DIRECTIONS[here])}"
     is_loop = name == "spec" and (here or {}).get("kind") == "objective"
     return f"{'objective' if is_loop else IDENTITY[name]}{_in_words(there, here)}"
-
-
-def _value(record: SearchRecord, name: str) -> object:
-    unknown = name in record.absent and name != "max_levels"  # which was its default before
-    return None if unknown else getattr(record, name)
 
 
 def _without_steps(value: object) -> object:
@@ -261,8 +254,15 @@ def open_ledger(path: str | Path | None, record: SearchRecord, store: Store | No
     if path is None:
         yield Ledger(None)
         return
-    sweep(Path(path).parent, prefix=DRAFTS)
-    with store or _open(Path(path), record) as store, Claims(Path(path)) as claims:
+    path = Path(path)
+    sweep(path.parent, prefix=DRAFTS)
+    if store is None and not path.exists():
+        try:
+            store = Store.create(path, record.to_json())
+        except InputError:
+            if not path.exists():  # else another process has just made it
+                raise
+    with store or Store.open(path) as store, Claims(path) as claims:
         # In files that do not say which class was positive it was the last one.
         positive = None if record.positive is None or record.classes is None else record.classes[-1]
         there = SearchRecord.from_json({"positive": positive, "metrics": [], **store.meta})
@@ -279,11 +279,6 @@ def open_ledger(path: str | Path | None, record: SearchRecord, store: Store | No
             )
         ledger = Ledger(store, claims)
         yield ledger
-    _check_rows(Path(path), ledger)
-
-
-def _check_rows(path: Path, ledger: Ledger) -> None:
-    """Raise StudyCorruptError where a file does not hold what this process wrote, or has lost another row."""
     final = sum(result.state != "stopped" for result in ledger.results.values())
     with Store.open(path) as store:
         if (
@@ -293,14 +288,3 @@ def _check_rows(path: Path, ledger: Ledger) -> None:
             or len(store.plan()) < len(ledger.plan)
         ):
             raise damage_error(path, "rows are gone that were written to it")
-
-
-def _open(path: Path, record: SearchRecord) -> Store:
-    """Open a study, or make it; another process may make it at the same time."""
-    if not path.exists():
-        try:
-            return Store.create(path, record.to_json())
-        except InputError:
-            if not path.exists():
-                raise
-    return Store.open(path)

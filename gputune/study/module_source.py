@@ -30,7 +30,7 @@ from gputune.errors import InputError, UntrustedCodeError
 from gputune.modules.construction import Builder
 from gputune.study.code import FILE_MODULE, Files, files_of, files_to_import, is_remembered, remember
 from gputune.study.values import sha256
-from gputune.types import Config, Json
+from gputune.types import Json
 
 MAIN = "__main__"
 MODELS = "gputune.models"
@@ -69,24 +69,26 @@ def _unwrap(builder: Builder) -> Builder:
 def _place(builder: Builder) -> tuple[str, str]:
     """Return the module and the name under which a class, a function or a partial stands there."""
     inner = _unwrap(builder)
-    if inner is not builder:
-        for module in (inner.__module__, MAIN):
-            for name, value in vars(sys.modules.get(module, object)).items():
-                if value is builder:
-                    return module, name
+    for module in (inner.__module__, MAIN) if inner is not builder else ():
+        for name, value in vars(sys.modules.get(module, object)).items():
+            if value is builder:
+                return module, name
     return inner.__module__, inner.__qualname__
 
 
 def _builder_json(builder: Builder) -> Json:
     """Return what is written of a builder beside its place."""
-    inner = _unwrap(builder)
-    if inner is builder:
-        return {"made": "function"} if inspect.isfunction(inner) else {}
-    assert isinstance(builder, functools.partial)
+    if not isinstance(builder, functools.partial):
+        return {"made": "function"} if inspect.isfunction(builder) else {}
+    inner = builder.func
     if _place(builder) != (inner.__module__, inner.__qualname__):
         return {"made": "function"}
+    parameters = inspect.signature(inner).parameters.values()
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = dict(zip(named, builder.args)) | builder.keywords
     try:
-        keywords = _keywords(builder)
+        if len(named) < len(builder.args):
+            raise TypeError("it has arguments without a keyword")
         json.dumps(keywords)
     except TypeError as error:
         raise InputError(
@@ -94,15 +96,6 @@ def _builder_json(builder: Builder) -> Json:
             "the file of its function, or make it with numbers and texts as keywords."
         ) from error
     return {"made": "function", "keywords": keywords}
-
-
-def _keywords(builder: functools.partial[nn.Module]) -> Config:
-    """Return all that a partial has set by its name; raises TypeError for what has none."""
-    parameters = inspect.signature(builder.func).parameters.values()
-    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    if len(named) < len(builder.args):
-        raise TypeError("it has arguments without a keyword")
-    return {**dict(zip(named, builder.args)), **builder.keywords}
 
 
 def source_file(module_class: Builder) -> str | None:
@@ -166,15 +159,14 @@ def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = Fal
     ``trust_code`` is not given; InputError where the class is gone or, unless ``or_changed``, its file has changed.
     """
     if keywords := source.get("keywords"):
-        plain = {key: value for key, value in source.items() if key != "keywords"}
-        builder = find_class(plain, trust_code=trust_code, or_changed=or_changed)
+        builder = find_class({**source, "keywords": None}, trust_code=trust_code, or_changed=or_changed)
         return functools.partial(builder, **keywords)
     if "import" not in source:
-        path, name = Path(source["path"]), str(source["class"])
-        return _of_file(path, name, source.get("sha256"), trust_code=trust_code, or_changed=or_changed)
+        path, name, known = source["path"], str(source["class"]), source.get("sha256")
+        return _of_file(path, name, known, trust_code=trust_code, or_changed=or_changed)
     place, file = str(source["import"]), source.get("file")
     package, _, name = place.partition(":")
-    module_class = _of_main(name, file, trust_code) if package == MAIN else _import_builder(place, file, trust_code)
+    module_class = (_of_main if package == MAIN else _import_builder)(place, file, trust_code)
     if not or_changed and is_changed(module_class, source):
         raise InputError(f"the module class {place!r} has changed since the search was begun; restore its source.")
     return module_class
@@ -186,13 +178,19 @@ def class_from_file(path: str | os.PathLike[str], name: str) -> Builder:
     That runs the file, once a process. Raises InputError for a missing file, one that does not run, and a name that is
     neither.
     """
+    return _of_file(path, name, trust_code=True)
+
+
+def _of_file(
+    path: str | os.PathLike[str], name: str, known: str | None = None, *, trust_code: bool, or_changed: bool = True
+) -> Builder:
+    """Return the class of a file whose digest was ``known``, None where it was not."""
     path = Path(path).resolve()
-    return _class_of(_run(path, _read(path)), name)
-
-
-def _of_file(path: Path, name: str, known: str | None, *, trust_code: bool, or_changed: bool) -> Builder:
-    path = path.resolve()
-    content = _read(path)
+    if not path.is_file():
+        raise InputError(f"model: the file {str(path)!r} does not exist; check the path.")
+    if path.stat().st_size > LARGEST_SOURCE:
+        raise InputError(f"model: the file {str(path)!r} is too large for a Python file; check the path.")
+    content = path.read_bytes()
     digest = sha256(content)
     changed = known not in (None, digest)
     if changed and not or_changed:
@@ -203,8 +201,9 @@ def _of_file(path: Path, name: str, known: str | None, *, trust_code: bool, or_c
     return _class_of(_run(path, content), name)
 
 
-def _of_main(name: str, script: str | None, trust_code: bool) -> Builder:
+def _of_main(place: str, script: str | None, trust_code: bool) -> Builder:
     """Return a class of the running program, or of the script that it was defined in, which is then run."""
+    name = place.partition(":")[2]
     here = vars(sys.modules[MAIN]).get(name)
     if is_builder(here) and _place(here)[0] == MAIN:
         return here
@@ -229,7 +228,7 @@ def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
     except ImportError as error:
         # A file that lay beside a script.
         if file is not None and "." not in package and Path(file).is_file():
-            return _of_file(Path(file), name, None, trust_code=trust_code, or_changed=True)
+            return _of_file(file, name, trust_code=trust_code)
         there = "" if file is None else f"; it was in {file!r}"
         raise InputError(
             f"the module class {place!r} cannot be imported ({error}){there}; make its package importable here."
@@ -276,14 +275,6 @@ def _class_of(module: ModuleType, name: str) -> Builder:
             f"it has {there or 'none'}."
         )
     return kind
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise InputError(f"model: the file {str(path)!r} does not exist; check the path.")
-    if path.stat().st_size > LARGEST_SOURCE:
-        raise InputError(f"model: the file {str(path)!r} is too large for a Python file; check the path.")
-    return path.read_bytes()
 
 
 def _run(path: Path, content: bytes) -> ModuleType:
