@@ -39,15 +39,21 @@ def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> It
 
 
 def sweep(parent: Path, *, prefix: str) -> None:
-    """Remove the scratch folders in ``parent`` whose processes on this host have ended."""
+    """Remove the scratch folders of this user in ``parent`` whose processes on this host have ended."""
     if sys.platform == "win32":  # which locks files alone
         return
     name = re.compile(re.escape(_start(prefix)) + "[a-z0-9_]{8}")
+    places: list[Path] = []
     with suppress(OSError):  # no folder, or one that cannot be read
-        for place in parent.iterdir():
-            if name.fullmatch(place.name):
-                with suppress(OSError):  # it has just gone, or is no folder
-                    _remove_if_free(place)
+        places += (place for place in parent.iterdir() if name.fullmatch(place.name))
+    for place in places:
+        with suppress(OSError):  # it has just gone, or is no folder
+            lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if is_users(os.fstat(lock)) and lock_descriptor(lock, blocking=False):
+                    shutil.rmtree(place)
+            finally:
+                os.close(lock)
 
 
 def user_cache() -> Path:
@@ -80,18 +86,6 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
         with suppress(FileNotFoundError):  # another process swept it before it was locked
             if folder.stat().st_ino == os.fstat(lock).st_ino:
                 return folder, lock
-        os.close(lock)
-
-
-def _remove_if_free(place: Path) -> None:
-    """Remove a folder of this user's that no process holds. Raises OSError where it is no folder."""
-    if sys.platform == "win32":
-        return
-    lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        if is_users(os.fstat(lock)) and lock_descriptor(lock, blocking=False):
-            shutil.rmtree(place)
-    finally:
         os.close(lock)
 
 

@@ -51,8 +51,7 @@ def open_file(path: Path) -> sqlite3.Connection:
     StudyCorruptError for a damaged or foreign file, StudyVersionError for one of a newer gputune.
     """
     check_file(path)
-    _check_header(path)
-    _check_journal(path)
+    _check_bytes(path)
     with _closed_on_error(_connect_readonly(path)) as connection:
         _check_content(connection, path)
         if os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK):
@@ -166,13 +165,6 @@ def _in_words(error: sqlite3.Error, path: Path) -> Exception:
     return damage_error(path, str(error))
 
 
-def _foreign(path: Path, reason: str) -> StudyCorruptError:
-    return StudyCorruptError(
-        f"{str(path)!r} is not a gputune study: {reason}; check the path. Where it was a study once, its first page is "
-        f"damaged: restore it from a copy, or try gputune repair {shlex.quote(str(path))} --out NEW.db."
-    )
-
-
 def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connection:
     """Return a connection in autocommit mode; with ``threads`` any thread may use it, one at a time."""
     uri = f"{path.resolve().as_uri()}?mode={mode}"
@@ -201,27 +193,28 @@ def _connect_readonly(path: Path) -> sqlite3.Connection:
     return connect(path, "ro&immutable=1")
 
 
-def _check_header(path: Path) -> None:
-    """Refuse a foreign file before SQLite touches it."""
+def _check_bytes(path: Path) -> None:
+    """Refuse, before SQLite touches it, a foreign file, or one whose rollback journal names a super-journal.
+
+    None of ours does, and SQLite removes the file that it names.
+    """
     with path.open("rb") as file:
         header = file.read(100)
     if not header:
         raise StudyCorruptError(f"{str(path)!r} is not a gputune study: it is empty; remove it, or check the path.")
-    if len(header) < 100 or header[:16] != b"SQLite format 3\x00":
-        raise _foreign(path, "it is no SQLite file")
-    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise _foreign(path, "it is an SQLite file of another program")
-
-
-def _check_journal(path: Path) -> None:
-    """Refuse a rollback journal that names a super-journal: none of ours does, and SQLite removes the file it names."""
+    is_sqlite = len(header) == 100 and header[:16] == b"SQLite format 3\x00"
+    if not is_sqlite or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        reason = "it is an SQLite file of another program" if is_sqlite else "it is no SQLite file"
+        raise StudyCorruptError(
+            f"{str(path)!r} is not a gputune study: {reason}; check the path. Where it was a study once, its first "
+            f"page is damaged: restore it from a copy, or try gputune repair {shlex.quote(str(path))} --out NEW.db."
+        )
     journal = beside(path, "-journal")
-    if not journal.is_file():
-        return
-    with journal.open("rb") as file:
-        file.seek(max(0, journal.stat().st_size - len(JOURNAL_MAGIC)))
-        if file.read() == JOURNAL_MAGIC:
-            raise damage_error(path, f"{str(journal)!r} beside it is not its own; remove that")
+    if journal.is_file():
+        with journal.open("rb") as file:
+            file.seek(max(0, journal.stat().st_size - len(JOURNAL_MAGIC)))
+            if file.read() == JOURNAL_MAGIC:
+                raise damage_error(path, f"{str(journal)!r} beside it is not its own; remove that")
 
 
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:
@@ -292,8 +285,9 @@ def copy_file(source: sqlite3.Connection, path: Path) -> None:
 @contextmanager
 def _draft(path: Path) -> Iterator[sqlite3.Connection]:
     """Yield a new file in a folder of its own; it gets the name ``path`` when the block has ended well."""
+    exists_already = InputError(f"study={str(path)!r} exists already; open it, or give a path that is free.")
     if path.exists():
-        raise _already_exists(path)
+        raise exists_already
     if not path.parent.is_dir():
         raise no_folder(f"study={str(path)!r}", path)
     with scratch_folder(path.parent, prefix=DRAFTS) as folder:
@@ -304,19 +298,10 @@ def _draft(path: Path) -> Iterator[sqlite3.Connection]:
             # Now, while no other process knows the file: changing the mode later needs it alone.
             use_wal(connection, path)
         flush(draft)
-        _publish(draft, path)
-
-
-def _publish(draft: Path, path: Path) -> None:
-    """Give the finished draft its name, unless another process took the name meanwhile."""
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        raise _already_exists(path) from None
-    except OSError:  # a file system without hard links
-        os.rename(draft, path)
-    flush(path.parent)
-
-
-def _already_exists(path: Path) -> InputError:
-    return InputError(f"study={str(path)!r} exists already; open it, or give a path that is free.")
+        try:
+            os.link(draft, path)
+        except FileExistsError:  # another process took the name meanwhile
+            raise exists_already from None
+        except OSError:  # a file system without hard links
+            os.rename(draft, path)
+        flush(path.parent)

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,16 +20,8 @@ import numpy as np
 from gputune.errors import InputError
 from gputune.garbage import without_collector
 from gputune.scoring.outputs import Outputs, beyond_limit
-from gputune.study.database import (
-    OUTPUTS,
-    copy_file,
-    create_file,
-    damage_error,
-    insert,
-    open_file,
-    sqlite_errors,
-    transaction,
-)
+from gputune.study import database
+from gputune.study.database import damage_error, sqlite_errors, transaction
 from gputune.study.record import lost_option
 from gputune.study.rows import (
     HOW_MANY,
@@ -59,8 +51,7 @@ _AT_ONCE = 100
 
 __all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
 
-
-Kept = TypeVar("Kept", Candidate, Chunk)
+Kept = TypeVar("Kept", Candidate, Chunk, Result)
 
 States = list[tuple[TrialState, Json, int]]
 """How many trials there are of each state and detail."""
@@ -85,7 +76,7 @@ class Store:
         self._connection = connection
         self._whole = path.absolute()  # wherever this process goes meanwhile
         self._file = path.stat()
-        # What was read once is not read again: no candidate is changed, and no result that stays.
+        # What was read once is not read again: no candidate and no chunk is changed, and no result that stays.
         self._candidates: dict[int, Candidate] = {}
         self._chunks: dict[int, Chunk] = {}
         self._results: dict[int, Result] = {}
@@ -101,9 +92,9 @@ class Store:
 
         def fill(draft: sqlite3.Connection) -> None:
             for row in rows:
-                insert(draft, "meta", (*row, checksum(*row)))
+                database.insert(draft, "meta", (*row, checksum(*row)))
 
-        create_file(Path(path), fill)
+        database.create_file(Path(path), fill)
         return cls.open(path)
 
     @classmethod
@@ -114,7 +105,7 @@ class Store:
         format.
         """
         path = Path(path)
-        return cls(path, open_file(path))
+        return cls(path, database.open_file(path))
 
     @property
     def meta(self) -> Meta:
@@ -150,8 +141,20 @@ class Store:
         that has any other result already (which is never replaced) or that was never added; the file is then as before.
         """
         self._insert("results", [result.to_row() for result in results])
-        if outputs:
-            self._keep(outputs)
+        if not outputs:
+            return
+        self._check_place()
+        rows = [outputs_to_row(*one) for one in outputs.items()]
+        query = "SELECT number, length(outputs), substr(score, 1, 8) FROM outputs JOIN results USING (number)"
+        with transaction(self._connection, self.path):
+            write = self._connection.execute
+            write(database.OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
+            for row in rows:  # also over those of a trial whose result was lost
+                write("INSERT OR REPLACE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
+            kept = write(query).fetchall()
+            scores = {number: float(np.frombuffer(score, "<f8")[0]) for number, _, score in kept}
+            for number in beyond_limit({number: size for number, size, _ in kept}, scores):
+                write("DELETE FROM outputs WHERE number = ?", (number,))
 
     def trials(self, numbers: Collection[int] | None = None) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate, or those of some numbers, in their order, each with its result or None.
@@ -176,12 +179,8 @@ class Store:
 
     def results(self) -> dict[int, Result]:
         """Return every result by the number of its trial, in that order. Raises StudyCorruptError."""
-        known = self._results
-        unread = [one.number for one in self.candidates() if one.number not in known] if known else None
-        new = {result.number: result for result in self._rows("results", Result.from_rows, unread)}
-        results = dict(sorted({**known, **new}.items())) if known else new
-        known |= {number: result for number, result in new.items() if result.state != "stopped"}
-        return results
+        self._results = {number: result for number, result in self._results.items() if result.state != "stopped"}
+        return {result.number: result for result in self._all("results", Result.from_rows, self._results)}
 
     def states(self) -> States:
         """Return how many trials there are of each state and detail. Nothing is held against a checksum."""
@@ -223,28 +222,13 @@ class Store:
 
         Raises InputError where something lies at ``path`` already, or where its folder does not exist.
         """
-        copy_file(self._connection, Path(path))
+        database.copy_file(self._connection, Path(path))
 
     def outputs(self, numbers: Collection[int]) -> dict[int, Outputs]:
         """Return the outputs that are kept of trials with these numbers. Raises StudyCorruptError."""
         if not self._read("SELECT 1 FROM sqlite_schema WHERE name = 'outputs'"):
             return {}
         return dict(self._rows("outputs", partial(map, outputs_from_row), numbers))
-
-    def _keep(self, outputs: Mapping[int, Outputs]) -> None:
-        """Write outputs, also over others of a trial whose result was lost; drop the worst where all take too much."""
-        self._check_place()
-        rows = [outputs_to_row(*one) for one in outputs.items()]
-        query = "SELECT number, length(outputs), substr(score, 1, 8) FROM outputs JOIN results USING (number)"
-        with transaction(self._connection, self.path):
-            write = self._connection.execute
-            write(OUTPUTS.replace("TABLE", "TABLE IF NOT EXISTS"))
-            for row in rows:
-                write("INSERT OR REPLACE INTO outputs VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
-            kept = write(query).fetchall()
-            scores = {number: float(np.frombuffer(score, "<f8")[0]) for number, _, score in kept}
-            for number in beyond_limit({number: size for number, size, _ in kept}, scores):
-                write("DELETE FROM outputs WHERE number = ?", (number,))
 
     def close(self) -> None:
         """Close the file. Everything was on the disk before; closing twice does nothing."""
@@ -267,16 +251,15 @@ class Store:
         with without_collector(), sqlite_errors(self.path):
             cursor = self._connection.execute(query, given)
             while rows := cursor.fetchmany(_AT_ONCE):
-                values += self._read_rows(table, make, rows)
+                try:
+                    values += read_rows(make, rows)
+                except ValueError:  # one is damaged, or they are of unlike length
+                    for row in rows:
+                        try:
+                            values += read_rows(make, [row])
+                        except ValueError as error:
+                            raise damage_error(self.path, f"{_ROWS[table].format(row[0])} {error}") from error
         return values
-
-    def _read_rows(self, table: str, make: Callable[..., Iterable[Value]], rows: Sequence[Row]) -> list[Value]:
-        try:
-            return read_rows(make, rows)
-        except ValueError as error:
-            if len(rows) > 1:  # which of them is damaged, or of another length than the others
-                return [value for row in rows for value in self._read_rows(table, make, [row])]
-            raise damage_error(self.path, f"{_ROWS[table].format(rows[0][0])} {error}") from error
 
     def _all(self, table: str, make: Callable[..., Iterable[Kept]], known: dict[int, Kept]) -> list[Kept]:
         """Return what a table says whose rows are never changed; those that are ``known`` are not read again."""
@@ -286,9 +269,9 @@ class Store:
             known |= {value.number: value for value in self._rows(table, make, numbers)}
         return [known[number] for number in sorted(known)]
 
-    def _read(self, query: str, *values: object) -> list[Row]:
+    def _read(self, query: str) -> list[Row]:
         with sqlite_errors(self.path):
-            return self._connection.execute(query, values).fetchall()
+            return self._connection.execute(query).fetchall()
 
     def _check_place(self) -> None:
         """Raise OSError where the file is not at its path any more: what is written to it then may be in none."""
@@ -310,7 +293,7 @@ class Store:
                 try:
                     if table == "results":
                         self._connection.execute("DELETE FROM results WHERE number = ? AND state = 'stopped'", row[:1])
-                    insert(self._connection, table, (*row, checksum(*row)))
+                    database.insert(self._connection, table, (*row, checksum(*row)))
                 except sqlite3.IntegrityError as error:
                     never_added = error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY
                     raise InputError(

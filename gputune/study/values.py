@@ -68,33 +68,27 @@ def _encode(value: object, name: str) -> object:
             return [_encode(item, name) for item in value]
         case tuple():
             return {"tuple": [_encode(item, name) for item in value]}
+        case Mapping() if all(isinstance(key, str) for key in value):
+            encoded = {str(key): _encode(item, name) for key, item in value.items()}
+            return {"dict": encoded} if len(encoded) == 1 and encoded.keys() <= DECODERS.keys() else encoded
         case Mapping():
-            return _encode_mapping(value, name)
+            return {"pairs": [[_encode(key, name), _encode(item, name)] for key, item in value.items()]}
         case np.ndarray() if value.dtype.kind in ARRAY_KINDS:
             items = [_encode(item, name) for item in value.ravel().tolist()]
             return {"array": {"dtype": value.dtype.str, "shape": list(value.shape), "items": items}}
     return {"torch": _torch_name(value, name)}
 
 
-def _encode_mapping(value: Mapping[object, object], name: str) -> object:
-    if not all(isinstance(key, str) for key in value):
-        return {"pairs": [[_encode(key, name), _encode(item, name)] for key, item in value.items()]}
-    encoded = {str(key): _encode(item, name) for key, item in value.items()}
-    looks_like_a_tag = len(encoded) == 1 and next(iter(encoded)) in DECODERS
-    return {"dict": encoded} if looks_like_a_tag else encoded
-
-
 def _decode(value: object) -> Any:
     if isinstance(value, dict):
-        if len(value) == 1:
+        if len(value) == 1 and value.keys() <= DECODERS.keys():
             ((tag, content),) = value.items()
-            if tag in DECODERS:
-                return DECODERS[tag](content)
+            return DECODERS[tag](content)
         plain = _PLAIN.issuperset(map(type, value.values()))
         return value if plain else {key: _decode(item) for key, item in value.items()}
-    if not isinstance(value, list) or _PLAIN.issuperset(map(type, value)):
-        return value
-    return [_decode(item) for item in value]
+    if isinstance(value, list) and not _PLAIN.issuperset(map(type, value)):
+        return [_decode(item) for item in value]
+    return value
 
 
 def _decode_array(content: Json) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The store gives back what was put in, bit for bit, and each trial has at most one result."""
 
 import math
+import os
 import pickle
 import shutil
 import sqlite3
@@ -181,13 +182,13 @@ def test_create_that_fails_leaves_nothing(path):
 
 
 def test_create_never_replaces_a_file_that_came_meanwhile(path, monkeypatch):
-    publish = database._publish
+    link = os.link
 
     def late(draft, path):
         path.write_text("of another process")
-        publish(draft, path)
+        link(draft, path)
 
-    monkeypatch.setattr(database, "_publish", late)
+    monkeypatch.setattr(database.os, "link", late)
     with refused("exists already"):
         Store.create(path, {})
     assert path.read_text() == "of another process"
