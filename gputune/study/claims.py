@@ -118,13 +118,9 @@ class Claims:
         found = []
         for place in sorted(self._whole.parent.iterdir()):
             with suppress(OSError, *MALFORMED):
-                owner, said = self._alive(place.name), _beside(place)
-                if (
-                    owner is not None
-                    and said.is_file()
-                    and has_form(progress := json.loads(said.read_text()), PROGRESS)
-                ):
-                    found.append((owner, progress))
+                if (owner := self._alive(place.name)) is not None and (said := _beside(place)).is_file():
+                    progress = json.loads(said.read_text())
+                    found += [(owner, progress)] * has_form(progress, PROGRESS)
         return found
 
     def close(self) -> None:
@@ -206,7 +202,19 @@ class Claims:
         """Make the lock file of this process when it is first needed; return its name."""
         try:
             while self._file is None:
-                self._make_lock(f"{self._whole.name}-{secrets.token_hex(8)}.lock")
+                lock = f"{self._whole.name}-{secrets.token_hex(8)}.lock"
+                place = self._place(lock)
+                file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                try:
+                    if lock_descriptor(file, blocking=False):  # else another process is just about to sweep it
+                        me = {"host": platform.node(), "boot": boot(), "pid": os.getpid()}
+                        os.write(file, json.dumps(me).encode())
+                        with suppress(FileNotFoundError):  # another process swept it before it was locked
+                            if os.fstat(file).st_ino == place.stat().st_ino:
+                                self._file, self._lock = file, lock
+                finally:
+                    if self._file is None:
+                        _remove(place, file)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -214,20 +222,6 @@ class Claims:
                 "rights of its folder, and that its file system has locks",
             ) from error
         return self._lock
-
-    def _make_lock(self, lock: str) -> None:
-        place = self._place(lock)
-        file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            if lock_descriptor(file, blocking=False):  # else another process is just about to sweep it
-                me = {"host": platform.node(), "boot": boot(), "pid": os.getpid()}
-                os.write(file, json.dumps(me).encode())
-                with suppress(FileNotFoundError):  # another process swept it before it was locked
-                    if os.fstat(file).st_ino == place.stat().st_ino:
-                        self._file, self._lock = file, lock
-        finally:
-            if self._file is None:
-                _remove(place, file)
 
     def _sweep(self) -> None:
         """Remove the lock files of dead processes."""

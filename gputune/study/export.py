@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics
+from gputune.data.arrays import Arrays, ArrayStatistics
 from gputune.data.columns import convert
 from gputune.data.encode import Layout, Statistics
 from gputune.data.quantiles import normal_scores_of, smooth_clip
@@ -59,11 +59,8 @@ class TableInputs(nn.Module):
         self.places = statistics.places.tolist()
         columns = layout.columns
         self.from_columns = takes_columns(layout)
-        if self.from_columns:
-            source = [i for i, column in enumerate(columns) for _ in column.feature_names]
-            indicator = [k >= len(c.parts) for c in columns for k, _ in enumerate(c.feature_names)]
-        else:
-            source, indicator = list(range(len(layout.feature_names))), [False]
+        source = [i for i, column in enumerate(columns) for _ in column.feature_names]
+        indicator = [k >= len(column.parts) for column in columns for k, _ in enumerate(column.feature_names)]
         self.register_buffer("source", torch.tensor(source))
         self.register_buffer("indicator", torch.tensor(indicator))
 
@@ -97,13 +94,11 @@ class ArrayInputs(nn.Module):
                 self.register_buffer(f"{name}{number}", torch.tensor(part, dtype=torch.float64))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._scale(x, number) for number, x in enumerate(inputs))
-
-    def _scale(self, x: Tensor, number: int) -> Tensor:
-        if not self.scaled[number]:
-            return x
-        center, scale = (self.get_buffer(f"{name}{number}") for name in ("center", "scale"))
-        return (x.double() - center) / scale
+        buffer = self.get_buffer
+        return tuple(
+            (x.double() - buffer(f"center{number}")) / buffer(f"scale{number}") if self.scaled[number] else x
+            for number, x in enumerate(inputs)
+        )
 
 
 class WholeModel(nn.Module):
@@ -119,22 +114,25 @@ class WholeModel(nn.Module):
 
     def __init__(self, model: ModelContent) -> None:
         super().__init__()
-        self.network = _copy(model.module).cpu().eval()
+        # Activations that a forward kept have a graph, with which torch does not copy them.
+        values = [value for part in model.module.modules() for value in vars(part).values()]
+        values += [member for value in values if isinstance(value, dict) for member in value.values()]
+        values += [member for value in values if isinstance(value, list) for member in value]
+        graphs = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
+        self.network = copy.deepcopy(model.module, {id(value): value.detach() for value in graphs}).cpu().eval()
         self.dtype, self.task = model.dtype, model.task
         self.transform = model.transform
         self.several = not isinstance(model.center, float)
-        # Buffers, since a plain number would be written in single precision.
-        self.register_buffer("target_center", torch.tensor(model.center, dtype=torch.float64))
-        self.register_buffer("target_scale", torch.tensor(model.scale, dtype=torch.float64))
-        self.register_buffer("temperature", torch.tensor(model.temperature, dtype=torch.float64))
+        numbers = {"target_center": model.center, "target_scale": model.scale, "temperature": model.temperature}
+        for name, number in numbers.items():  # as buffers, since a plain number would be written in single precision
+            self.register_buffer(name, torch.tensor(number, dtype=torch.float64))
         self.names = None if isinstance(model.layout, Layout) else model.layout.names
         self.inputs: nn.Module
-        if isinstance(model.layout, Layout):
-            assert isinstance(model.statistics, Statistics)
-            self.inputs = TableInputs(model.layout, model.statistics)
-        else:
-            assert isinstance(model.statistics, ArrayStatistics)
+        if isinstance(model.statistics, ArrayStatistics):
             self.inputs = ArrayInputs(model.statistics)
+        else:
+            assert isinstance(model.layout, Layout)
+            self.inputs = TableInputs(model.layout, model.statistics)
 
     def forward(self, *rows: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in self.inputs(*rows)]
@@ -151,15 +149,6 @@ class WholeModel(nn.Module):
             return output if self.transform is None else self.transform.inverse(output)
         logits = class_logits(output, self.task, 1) / self.temperature
         return logits.argmax(1), logits.softmax(1)
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """Return a deep copy; activations that a forward kept lose their graph, with which torch does not copy them."""
-    values = [value for part in module.modules() for value in vars(part).values()]
-    values += [member for value in values if isinstance(value, dict) for member in value.values()]
-    values += [member for value in values if isinstance(value, list) for member in value]
-    graphs = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(module, {id(value): value.detach() for value in graphs})
 
 
 def takes_columns(layout: Layout) -> bool:
@@ -183,9 +172,22 @@ def encoded(model: ModelContent, table: Table | Arrays) -> Any:
 
 
 def description(model: ModelContent) -> Json:
-    """Return what must be known of the inputs and outputs, as plain JSON."""
-    return {
-        **_inputs(model.layout),
+    """Return what must be known of the inputs and outputs, as plain JSON.
+
+    The names of arrays are X, or of several their own, or X0, X1.
+    """
+    layout = model.layout
+    if isinstance(layout, Layout):
+        columns = takes_columns(layout)
+        names = [column.name for column in layout.columns] if columns else list(layout.feature_names)
+        inputs: dict[str, object] = {"inputs": "columns" if columns else "features", "names": names}
+        inputs["columns"] = [column.to_json() for column in layout.columns]
+    else:
+        several = len(layout.shapes) > 1
+        names = list(layout.names or ([f"X{i}" for i in range(len(layout.shapes))] if several else ["X"]))
+        shapes = [["rows", *shape] for shape in layout.shapes]
+        inputs = {"inputs": "arrays", "names": names, "shapes": shapes, "dtypes": list(layout.dtypes)}
+    return inputs | {
         "outputs": ["prediction"] if model.task in ("regression", "custom") else ["label", "probabilities"],
         "task": model.task,
         "target": model.target,
@@ -193,40 +195,10 @@ def description(model: ModelContent) -> Json:
     }
 
 
-def _inputs(layout: Layout | ArrayLayout) -> Json:
-    if not isinstance(layout, Layout):
-        shapes = [["rows", *shape] for shape in layout.shapes]
-        return {"inputs": "arrays", "names": input_names(layout), "shapes": shapes, "dtypes": list(layout.dtypes)}
-    columns = takes_columns(layout)
-    names = [column.name for column in layout.columns] if columns else layout.feature_names
-    return {
-        "inputs": "columns" if columns else "features",
-        "names": list(names),
-        "columns": [column.to_json() for column in layout.columns],
-    }
-
-
-def input_names(layout: Layout | ArrayLayout) -> list[str]:
-    """Return what an ONNX file calls its inputs: X, or of several their own names, or X0, X1."""
-    if isinstance(layout, Layout) or (layout.names is None and len(layout.shapes) == 1):
-        return ["X"]
-    return list(layout.names or (f"X{i}" for i in range(len(layout.shapes))))
-
-
-def _examples(layout: Layout | ArrayLayout, columns: int) -> tuple[Tensor, ...]:
-    """Return inputs of two rows, since PyTorch takes a size of one for a constant."""
-    if isinstance(layout, Layout):
-        return (torch.zeros(2, columns, dtype=torch.float64),)
-    return tuple(
-        torch.zeros(2, *shape, dtype=getattr(torch, dtype)) for shape, dtype in zip(layout.shapes, layout.dtypes)
-    )
-
-
 def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     """Write the model to a new file, ``.onnx`` or ``.pt2``; see ``TunedModel.export``."""
-    path = Path(path)
-    writers = {".onnx": _write_onnx, ".pt2": _write_program}
-    if path.suffix not in writers:
+    path, layout = Path(path), model.layout
+    if path.suffix not in (".onnx", ".pt2"):
         raise InputError(f"export(path={str(path)!r}) must end in .onnx or .pt2; choose one of them.")
     if path.exists():
         raise InputError(f"export(path={str(path)!r}) exists already; give a path that is free, or remove it.")
@@ -237,24 +209,38 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
             f"export() cannot write target_transform={model.transform.how!r}, which is code of scikit-learn's: search "
             "with 'log' or 'log1p', or keep the model with save()."
         )
-    if path.suffix == ".onnx":
-        for needed in ("onnx", "onnxscript"):
-            import_extra(needed, extra="onnx", used_by=f"export({path.name!r})")
+    for needed in ("onnx", "onnxscript") if path.suffix == ".onnx" else ():
+        import_extra(needed, extra="onnx", used_by=f"export({path.name!r})")
     whole, known = WholeModel(model).eval(), description(model)
-    examples = _examples(model.layout, len(known["names"]))
+    shapes = [(len(known["names"]),)] if isinstance(layout, Layout) else layout.shapes
+    dtypes = ["float64"] if isinstance(layout, Layout) else layout.dtypes
+    # Of two rows, since PyTorch takes a size of one for a constant.
+    examples = tuple(torch.zeros(2, *shape, dtype=getattr(torch, dtype)) for shape, dtype in zip(shapes, dtypes))
     text = json.dumps({"format": "gputune export", "gputune": __version__, **known})
     with scratch_folder(path.parent, prefix=".export") as folder:
         draft = folder / path.name
-        with _quiet(), torch.no_grad(), _in_words(f"{type(model.module).__name__} cannot be exported to {path.suffix}"):
-            writers[path.suffix](whole, examples, text, draft)
+        with _tracing(f"{type(model.module).__name__} cannot be exported to {path.suffix}"):
+            if path.suffix == ".onnx":
+                _write_onnx(whole, examples, text, draft)
+            else:
+                torch.export.save(_trace(whole, examples), draft, extra_files={METADATA: text})
         os.replace(draft, path)
 
 
 @contextmanager
-def _in_words(failure: str) -> Iterator[None]:
-    """Put into words what the tracing of a user's module may raise."""
+def _tracing(failure: str) -> Iterator[None]:
+    """Put into words what the tracing of a user's module may raise.
+
+    What the exporters warn of and log is left out, since nobody who tuned a model can act on it.
+    """
+    levels = {logger: logger.level for logger in map(logging.getLogger, _TALKATIVE)}
     try:
-        yield
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
+        # torch.export prints its graph where it fails.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
     except OSError:
         raise
     except Exception as error:  # torch.export raises anything, its own and the module's
@@ -267,22 +253,8 @@ def _in_words(failure: str) -> Iterator[None]:
             f"{failure}: {reason} Its forward() must be one that torch.export can trace for any number of rows; "
             "save() keeps the model as it is."
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what the exporters warn of and log, which nobody who tuned a model can act on."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        # torch.export prints its graph where it fails.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
     finally:
-        for logger, level in zip(loggers, before):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 
@@ -308,10 +280,6 @@ def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draf
         program = converted_program()
     program.model.metadata_props[METADATA] = text
     program.save(draft, external_data=False)
-
-
-def _write_program(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draft: Path) -> None:
-    torch.export.save(_trace(whole, examples), draft, extra_files={METADATA: text})
 
 
 def _trace(whole: WholeModel, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
