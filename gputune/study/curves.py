@@ -18,14 +18,6 @@ _LARGE, _PADDING = 2**30, 64
 """Bytes that the curves of all trials may take side by side in any case, and for each byte of them."""
 
 
-def made(study: object, name: str) -> object:
-    """Return a field of a study, which is made now where it is a function."""
-    value = vars(study)[name]
-    if callable(value):
-        value = vars(study)[name] = value()
-    return value
-
-
 class Lazy(Generic[Value]):
     """A field of a study: a value, or a function that makes it when it is first asked for."""
 
@@ -35,7 +27,15 @@ class Lazy(Generic[Value]):
     def __get__(self, study: object, owner: type | None = None) -> Value:
         if study is None:
             raise AttributeError(self.name)  # by which a dataclass knows that there is no default
-        return cast(Value, made(study, self.name))
+        return cast(Value, self.value(study, self.name))
+
+    @staticmethod
+    def value(study: object, name: str) -> object:
+        """Return the field of that name, which is made now where it is a function."""
+        value = vars(study)[name]
+        if callable(value):
+            value = vars(study)[name] = value()
+        return value
 
     def __set__(self, study: object, value: object) -> None:
         vars(study)[self.name] = value
@@ -51,7 +51,7 @@ class Curves(Lazy[Curve]):
     @staticmethod
     def of_all(study: object) -> Curve:
         """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) where there is one."""
-        return cast(Curve, made(study, "curves"))
+        return cast(Curve, Lazy.value(study, "curves"))
 
 
 def stack_curves(rows: Sequence[Curve | None]) -> Curve:

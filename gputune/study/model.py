@@ -254,9 +254,16 @@ class TunedModel(ModelContent):
         return None if isinstance(self.layout, Layout) else self.layout.names
 
     def _inputs(self, X: object) -> Table | Arrays:
-        """Return X as a table (a tensor too, so that tensors and arrays are predicted alike), or as arrays."""
+        """Return X, or what a file has beside the target, as a table or as arrays like those of the training.
+
+        A tensor of a table's rows becomes a table too, so that tensors and arrays are predicted alike.
+        """
         if not isinstance(self.layout, Layout):
-            return self._arrays(X, self.layout)
+            if isinstance(X, str | Path):
+                values = read_array_file(Path(X))
+                values.pop(self.target, None)
+                X = values if self.layout.names is not None else next(iter(values.values()), None)
+            return self.layout.raw(read_inputs(X, len(self.layout.shapes)) if isinstance(X, Dataset) else X)
         if isinstance(X, Tensor):
             return as_table(checked_tensor(X).cpu().numpy())
         # "007" and "7" are two levels, and one number.
@@ -273,16 +280,6 @@ class TunedModel(ModelContent):
             )
         return table
 
-    def _arrays(self, X: object, layout: ArrayLayout) -> Arrays:
-        """Return X, or the arrays of a file without its target, as those that were seen in training."""
-        if isinstance(X, str | Path):
-            values = read_array_file(Path(X))
-            values.pop(self.target, None)
-            X = values if layout.names is not None else next(iter(values.values()), None)
-        if isinstance(X, Dataset):
-            X = read_inputs(X, len(layout.shapes))
-        return layout.raw(X)
-
     def _batches(self, table: Table | Arrays) -> Iterator[Table | Arrays]:
         """Cut the rows, so that the encoded numbers need no more memory for a large file than for a small one."""
         if isinstance(self.layout, ArrayLayout):
@@ -297,14 +294,15 @@ class TunedModel(ModelContent):
     def _check_output(self, output: object, rows: int) -> Tensor:
         output = first_output(output)
         K = self.spec["kwargs"].get("n_outputs", 1) if self.classes is None else len(self.classes)
-        if self.task == "custom" and isinstance(output, Tensor) and len(output) == rows:
-            return output
-        if isinstance(output, Tensor) and output.shape == (rows,) and (self.classes is None or K == 2):
-            output = output[:, None]
-        if self.task == "binary" and isinstance(output, Tensor) and output.shape == (rows, 1):
-            return two_logits(output)
-        if isinstance(output, Tensor) and output.shape == (rows, K):
-            return output
+        if isinstance(output, Tensor):
+            if self.task == "custom" and len(output) == rows:
+                return output
+            if output.shape == (rows,) and (self.classes is None or K == 2):
+                output = output[:, None]
+            if self.task == "binary" and output.shape == (rows, 1):
+                return two_logits(output)
+            if output.shape == (rows, K):
+                return output
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(
             f"{type(self.module).__name__} must return a tensor of shape {(rows, K)}, got {got}; correct its forward()."
@@ -320,8 +318,8 @@ class TunedModel(ModelContent):
             measure = measure_of(str(info.get("scoring") or "score"), info["score"], info.get("positive"))
             rows.append((f"cross-validated {measure.title}", measure.text(info["score"])))
             if (score := info.get("held_out_score")) is not None:
-                rows_held_out = count(info["held_out_rows"], "row")
-                rows.append((f"held-out {measure.name}", f"{measure.text(score)} on {rows_held_out}"))
+                held_out = f"{measure.text(score)} on {count(info['held_out_rows'], 'row')}"
+                rows.append((f"held-out {measure.name}", held_out))
         rows += [("temperature", short(self.temperature))] * (self.temperature != 1)
         rows += [(name, short(value)) for name, value in info.get("params", {}).items()]
         return card(f"TunedModel: {type(self.module).__name__}", rows)

@@ -97,7 +97,7 @@ class Study:
 
     def __post_init__(self) -> None:
         if not callable(vars(self)["trials"]):
-            object.__setattr__(self, "trials", tuple(self.trials))
+            vars(self)["trials"] = tuple(self.trials)
         if callable(vars(self)["curves"]):
             return
         curves = np.array(vars(self)["curves"], dtype=np.float64)
@@ -107,7 +107,7 @@ class Study:
                 f"trials, got shape {curves.shape}."
             )
         curves.flags.writeable = False
-        object.__setattr__(self, "curves", curves)
+        vars(self)["curves"] = curves
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -211,11 +211,10 @@ class Study:
 
         "chaotic": the slope was noise, and the start stepped down; "differences": taken by wide finite differences.
         """
-        details = [trial.detail for trial in self.trials if trial.detail]
-        exact = [detail for detail in details if detail.get("mode") == "exact"]
+        modes = [(trial.detail.get("mode"), trial.detail.get("usable", True)) for trial in self.trials]
         return {
-            "chaotic": sum(not detail.get("usable", True) for detail in exact),
-            "differences": sum(detail.get("mode") == "differences" for detail in details),
+            "chaotic": sum(mode == "exact" and not usable for mode, usable in modes),
+            "differences": sum(mode == "differences" for mode, _ in modes),
         }
 
     def ranking(self) -> tuple[Trial, ...]:
@@ -254,53 +253,53 @@ class Study:
     def columns(self) -> dict[str, list[object]]:
         """Return the columns of ``to_pandas`` as lists; None where a trial does not have a parameter."""
         trials = self.trials
-
-        def column(name: str) -> list[object]:
-            return [getattr(trial, name) for trial in trials]
-
-        columns = {name: column(name) for name in ("number", "state", "score", "std_error")}
-        for f in range(max((len(t.fold_scores) for t in trials), default=0)):
-            columns[f"fold_{f}"] = [t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials]
-        for name in self.metrics:
-            columns[f"score_{name}"] = [t.scores.get(name, math.nan) for t in trials]
-        columns |= {name.removesuffix("_text"): column(name) for name in ("best_epoch", "seconds", "origin_text")}
-        for name in dict.fromkeys(name for t in trials for name in t.params):
-            columns[f"params_{name}"] = [t.params.get(name) for t in trials]
-        return columns
+        folds = range(max((len(t.fold_scores) for t in trials), default=0))
+        names = dict.fromkeys(name for t in trials for name in t.params)
+        return {
+            "number": [t.number for t in trials],
+            "state": [t.state for t in trials],
+            "score": [t.score for t in trials],
+            "std_error": [t.std_error for t in trials],
+            **{f"fold_{f}": [t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials] for f in folds},
+            **{f"score_{name}": [t.scores.get(name, math.nan) for t in trials] for name in self.metrics},
+            "best_epoch": [t.best_epoch for t in trials],
+            "seconds": [t.seconds for t in trials],
+            "origin": [t.origin_text for t in trials],
+            **{f"params_{name}": [t.params.get(name) for t in trials] for name in names},
+        }
 
     def why_none_is_best(self) -> str:
         """Return the reason, and what to do, where no trial has a finite score."""
-        if not self.trials:
+        trials, states = self.trials, Counter(trial.state for trial in self.trials)
+        if not trials:
             return "the study has no trials; search with n_trials >= 1."
-        states = Counter(trial.state for trial in self.trials)
-        if states["waiting"] == len(self.trials):
-            return f"none of the {len(self.trials)} trials has been trained yet; run the search."
-        if errors := [str(t.detail["error"]) for t in self.trials if "error" in t.detail]:
-            raised = f"{len(errors)} of {count(len(self.trials), 'trial')} raised an error"
-            return f"no trial has a finite score: {raised}, the first {errors[0]}."
-        reasons = {str(t.detail["reason"]) for t in self.trials if "reason" in t.detail}
+        if states["waiting"] == len(trials):
+            return f"none of the {len(trials)} trials has been trained yet; run the search."
+        all_of, no_score = count(len(trials), "trial"), "no trial has a finite score"
+        if errors := [str(t.detail["error"]) for t in trials if "error" in t.detail]:
+            return f"{no_score}: {len(errors)} of {all_of} raised an error, the first {errors[0]}."
+        reasons = {str(t.detail["reason"]) for t in trials if "reason" in t.detail}
         if lost := [reason for reason in reasons if not reason.startswith(TOO_BIG)]:
-            return f"no trial has a finite score, and some of {len(self.trials)} were given up: {min(lost)}"
+            return f"{no_score}, and some of {len(trials)} were given up: {min(lost)}"
         if reasons:
             return (
-                f"no trial has a finite score, and some of {len(self.trials)} did not fit into memory even alone "
-                f"({min(reasons)}); search smaller widths and batch sizes."
+                f"{no_score}, and some of {len(trials)} did not fit into memory even alone ({min(reasons)}); search "
+                "smaller widths and batch sizes."
             )
         waiting = f", {states['waiting']} have not been trained" * (states["waiting"] > 0)
         if self.record.face == "loop":
             return (
-                f"no trial has a finite score: of {count(len(self.trials), 'trial')} the objective returned or "
-                f"reported NaN or an infinite number in {states['failed']}{waiting}; look at what it returns."
+                f"{no_score}: of {all_of} the objective returned or reported NaN or an infinite number in "
+                f"{states['failed']}{waiting}; look at what it returns."
             )
         return (
-            f"no trial has a finite score: of {len(self.trials)} trials {states['failed']} diverged{waiting}; "
-            "lower the learning rates of the space, and look for extreme values in the data."
+            f"{no_score}: of {len(trials)} trials {states['failed']} diverged{waiting}; lower the learning rates of "
+            "the space, and look for extreme values in the data."
         )
 
     def __repr__(self) -> str:
         states = Counter("waiting" if result is None else result.state for _, result in self.rows)
-        parts = [self.record.model] if self.record.model else []
-        parts.append(count(len(self.rows), "trial"))
+        parts = [*filter(None, [self.record.model]), count(len(self.rows), "trial")]
         parts += [f"{states[s]} {s}" for s in ("pruned", "stopped", "failed", "waiting") if s in states]
         if np.isfinite(self.scores).any():
             score, best = f"{self.record.scoring or 'score'}{of_class(self.record.ranked_class)}", self.order[0]
@@ -334,15 +333,14 @@ def _kinds(values: Sequence[object]) -> set[type]:
 
 @without_collector()
 def _trials(rows: Sequence[tuple[Candidate, Result | None]], record: SearchRecord) -> tuple[Trial, ...]:
-    names, descent = [metric["name"] for metric in record.metrics], record.descends
-    return tuple(_trial(*row, names, descent=descent) for row in rows)
-
-
-def _trial(candidate: Candidate, result: Result | None, names: Sequence[str] = (), *, descent: bool) -> Trial:
-    number, params = candidate.number, dict(candidate.params)
-    origin = (number, 0) if descent and isinstance(candidate.origin, str) else candidate.origin
-    if result is None:
-        return Trial(number, params, math.nan, (), 0, "waiting", math.nan, origin)
-    of_training = result.score, tuple(result.fold_scores), result.best_epoch, result.state, result.seconds
-    metrics = dict(zip(names, map(tuple, result.metrics.T.tolist()))) if names else {}
-    return Trial(number, params, *of_training, origin, dict(result.detail), metrics)
+    names, descends, trials = [metric["name"] for metric in record.metrics], record.descends, []
+    for candidate, result in rows:
+        number, params = candidate.number, dict(candidate.params)
+        origin = (number, 0) if descends and isinstance(candidate.origin, str) else candidate.origin
+        if result is None:
+            trials.append(Trial(number, params, math.nan, (), 0, "waiting", math.nan, origin))
+            continue
+        of_training = result.score, tuple(result.fold_scores), result.best_epoch, result.state, result.seconds
+        metrics = dict(zip(names, map(tuple, result.metrics.T.tolist()))) if names else {}
+        trials.append(Trial(number, params, *of_training, origin, dict(result.detail), metrics))
+    return tuple(trials)
