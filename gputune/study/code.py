@@ -15,7 +15,7 @@ import os
 import stat
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -69,13 +69,12 @@ def digest_of_code(value: object) -> str:
 
 def _parts(value: Any, path: tuple[int, ...]) -> Iterator[str]:
     """Return texts that differ where values do; ``path`` are the values that hold this one."""
+    held: object = ()
     if isinstance(value, _PLAIN):
         yield repr(value)
+    elif id(value) in path:
         return
-    if id(value) in path:
-        return
-    held: object = ()
-    if isinstance(value, Tensor):
+    elif isinstance(value, Tensor):
         numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         yield f"{value.dtype}{tuple(value.shape)}{sha256(numbers.tobytes())}"
     elif isinstance(value, np.ndarray | np.generic):
@@ -139,8 +138,8 @@ def _attributes(value: Any) -> dict[str, object]:
     own = dict(getattr(value, "__dict__", {})) if callable(value) or is_dataclass(value) else {}
     if not isinstance(value, nn.Module):
         return own
-    own = {name: held for name, held in own.items() if name not in _OF_MODULES}
-    return own | value._parameters | value._buffers | value._modules
+    held = value._parameters | value._buffers | value._modules
+    return {name: part for name, part in own.items() if name not in _OF_MODULES} | held
 
 
 Files = tuple[tuple[str, str], ...]
@@ -216,8 +215,7 @@ def remember(text: str) -> None:
     """Remember a text, which says what was run, for this process and where it can be for later ones."""
     digest = sha256(text)
     _here.add(digest)
-    file = _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    if file is None:
+    if (file := _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)) is None:
         return
     with suppress(OSError), os.fdopen(file, "rb+", buffering=0) as lines:  # a full disk: it is asked about again
         known = _digests(file)
@@ -235,8 +233,7 @@ def is_remembered(text: str) -> bool:
     digest = sha256(text)
     if digest in _here:
         return True
-    file = _open(os.O_RDONLY)
-    if file is None:
+    if (file := _open(os.O_RDONLY)) is None:
         return False
     with os.fdopen(file, "rb"):
         return digest in _digests(file)
@@ -267,35 +264,25 @@ def _open(flags: int) -> int | None:
     folder = _folder()
     if folder is None or sys.platform == "win32":
         return None
+    opened: list[int] = []
     try:
         if flags & os.O_CREAT:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        if not _is_own(place, stat.S_ISDIR):
-            _say_not_used(folder)
-            return None
-        file = os.open(LIST, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=place)
+        for path, how, is_kind in (
+            (folder, os.O_RDONLY | os.O_DIRECTORY, stat.S_ISDIR),
+            (folder / LIST, flags | os.O_NOFOLLOW | os.O_NONBLOCK, stat.S_ISREG),
+        ):
+            opened.append(os.open(path.name if opened else path, how, 0o600, dir_fd=opened[0] if opened else None))
+            status = os.fstat(opened[-1])
+            if not (is_kind(status.st_mode) and is_users(status)):
+                warn(
+                    f"the list of the code that you have trained is not used, since {str(path)!r} is not yours, or "
+                    "others may write to it: remove it, or take that right away (chmod go-w)."
+                )
+                return None
+        return opened.pop()
     except OSError:
         return None
     finally:
-        os.close(place)
-    if _is_own(file, stat.S_ISREG):
-        return file
-    os.close(file)
-    _say_not_used(folder / LIST)
-    return None
-
-
-def _is_own(opened: int, is_kind: Callable[[int], bool]) -> bool:
-    status = os.fstat(opened)
-    return is_kind(status.st_mode) and is_users(status)
-
-
-def _say_not_used(path: Path) -> None:
-    warn(
-        f"the list of the code that you have trained is not used, since {str(path)!r} is not yours, or others may "
-        "write to it: remove it, or take that right away (chmod go-w)."
-    )
+        for file in opened:
+            os.close(file)

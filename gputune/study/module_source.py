@@ -20,6 +20,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TypeGuard
@@ -46,12 +47,12 @@ def class_source(module_class: Builder) -> Json:
     Raises InputError for a partial that has no name and cannot be written down.
     """
     home, name = _place(module_class)
-    module = sys.modules.get(home)
+    module, builder = sys.modules.get(home), _builder_json(module_class)
     if module is not None and module.__name__.startswith(FILE_MODULE):
         ((path, digest),) = files_of(module)
-        return {"path": path, "class": name, "sha256": digest, **_builder_json(module_class)}
-    place, source = {"import": f"{home}:{name}", **_builder_json(module_class)}, _digest(module_class)
-    return place if source is None else {**place, "sha256": source}
+        return {"path": path, "class": name, "sha256": digest, **builder}
+    source = _digest(module_class)
+    return {"import": f"{home}:{name}", **builder, **({} if source is None else {"sha256": source})}
 
 
 def is_builder(value: object) -> TypeGuard[Builder]:
@@ -110,11 +111,9 @@ def why_not_found(module_class: Builder) -> str | None:
     if home == MAIN:
         script = source_file(module_class)
         return "in a notebook or at a prompt" if script is None else f"in the script {script!r}"
-    try:
+    with suppress(KeyError, InputError):
         if _class_of(sys.modules[home], name) in (module_class, _unwrap(module_class)):
             return None
-    except (KeyError, InputError):
-        pass
     return f"in {home!r}, where no import reaches it"
 
 
@@ -149,7 +148,7 @@ def remember_code(module_class: Builder) -> None:
     home = _place(module_class)[0]
     module = sys.modules.get(home)
     if module is not None and home != MAIN and (files := files_of(module)):
-        remember(_text(files))
+        remember(json.dumps(files))  # where they lie too, since what they import lies beside them
 
 
 def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = False) -> Builder:
@@ -246,17 +245,12 @@ def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
 
 def _check_remembered(files: Files, name: str, more: str = "") -> None:
     """Raise UntrustedCodeError, which names the file that would run, unless these files are remembered."""
-    if not files or not is_remembered(_text(files)):
+    if not files or not is_remembered(json.dumps(files)):
         where = repr(files[-1][0]) if files else "a package without a file"
         raise UntrustedCodeError(
             f"the module class {name!r} is in {where}, and loading it runs that code, which you have not trained or "
             f"saved on this machine as it is now{more}."
         )
-
-
-def _text(files: Files) -> str:
-    """What is remembered of files: where they lie too, since what they import lies beside them."""
-    return json.dumps(files)
 
 
 def _is_module_class(value: object) -> TypeGuard[type[nn.Module]]:
