@@ -7,6 +7,7 @@ draws in a buffer, and may be recorded.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,38 +26,21 @@ _PLAIN = {
 }
 """Operations that read the shape of what they are given, and none of its numbers."""
 _PLAIN_OVERLOADS = {"bernoulli": "p", "bernoulli_": "float", "normal": "float_float", "normal_functional": "default"}
-
-
 _UNIFORM = {torch.ops.aten.rand.default, torch.ops.aten.rand_like.default}
-
 _DROPOUT = torch.ops.aten.native_dropout.default
 """Dropout in training on a GPU: (input, p, True) -> (output, mask)."""
 
 
 @dataclass(frozen=True)
-class _Empty:
-    """A tensor of which only this matters."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def make(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-
-@dataclass(frozen=True)
 class _Draw:
-    """One draw of a forward."""
+    """One draw of a forward; of a tensor that it is given only the layout matters, so that it is made again, empty."""
 
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def make(self) -> Tensor:
-        args = (arg.make() if isinstance(arg, _Empty) else arg for arg in self.args)
-        result: Tensor = self.function(*args, **self.kwargs)
+        result: Tensor = self.function(*(x() if isinstance(x, partial) else x for x in self.args), **self.kwargs)
         return result
 
 
@@ -74,7 +58,9 @@ class ModuleDraws:
         for step, shape in enumerate(batches.shapes):
             for part, batch in zip(shape.parts, batches.at(0, step)):
                 if part.rows not in self.draws:
-                    self.draws[part.rows] = self._draws_of(forward, batch)
+                    with torch.no_grad(), keyed_draws(self.device, seed, "try"), (recorder := _DrawRecorder()):
+                        forward(batch)
+                    self.draws[part.rows] = recorder.draws
         with keyed_draws(self.device, seed, "try"):
             samples = {rows: [draw.make() for draw in draws] for rows, draws in self.draws.items()}
         size = sum(sample.nbytes for sample in tensors(samples))
@@ -90,11 +76,6 @@ class ModuleDraws:
             and all(x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu" for x in several)
         }
         """Rows whose draws compiled code can make: the same numbers."""
-
-    def _draws_of(self, forward: Callable[[Batch], object], batch: Batch) -> list[_Draw]:
-        with torch.no_grad(), keyed_draws(self.device, self.seed, "try"), (recorder := _DrawRecorder()):
-            forward(batch)
-        return recorder.draws
 
     def fill(self, epoch: int, step: int) -> None:
         """Draw for this step and those ahead, where the buffer ends before it."""
@@ -142,7 +123,7 @@ class _DrawRecorder(DispatchMode):
             plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
             if not plain or kwargs.get("generator") is not None:
                 raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
-            self.draws.append(_Draw(func, tuple(map(_empty, args)), kwargs))
+            self.draws.append(_Draw(func, tuple(_empty_like(x) if isinstance(x, Tensor) else x for x in args), kwargs))
             result = func(*args, **kwargs)
             self.results.append(result.clone())  # the module goes on in place
             return result
@@ -153,10 +134,8 @@ def _dropout(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return x * kept * (1 / (1 - p)), kept.bool()
 
 
-def _empty(value: object) -> Any:
-    if isinstance(value, Tensor):
-        return _Empty(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
-    return value
+def _empty_like(x: Tensor) -> partial[Tensor]:
+    return partial(torch.empty_strided, tuple(x.shape), x.stride(), dtype=x.dtype, device=x.device)
 
 
 @contextmanager

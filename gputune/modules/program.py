@@ -8,12 +8,13 @@ kernel. The numbers are those of the step itself: the same kernels in the same o
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from gputune.modules.trace import ALIGNED, Operation, Place, Trace, TraceError, arrange
 
@@ -59,61 +60,42 @@ def _without_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]
     changed = {place.memory for op in trace.operations for place in op.writes}
     constants: dict[int, Tensor] = {}
     rest = []
+
+    def tensor(place: Place) -> Tensor:
+        held = constants.get(place.memory)
+        return place.on(held.untyped_storage()) if held is not None else empty(place)
+
+    def empty(place: Place) -> Tensor:
+        return torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
+
     for op in trace.operations:
         reads = [] if op.name in _FACTORIES else op.reads
         constant = all(place.memory in constants for place in reads) and len(op.results) == 1 and not op.writes
-        if constant and op.makes[0].memory not in changed:
-            constants[op.makes[0].memory] = _constant_result(op, constants)
+        if constant and (made := op.makes[0]).memory not in changed:
+            args, kwargs = tree_map_only(Place, tensor, (op.args, op.kwargs))
+            result = op.function(*args, **kwargs)
+            constants[made.memory] = result if result.stride() == made.stride else empty(made).copy_(result)
         else:
             rest.append(op)
     return constants, rest
 
 
-def _constant_result(op: Operation, constants: dict[int, Tensor]) -> Tensor:
-    def tensor(place: Place) -> Tensor:
-        held = constants.get(place.memory)
-        return place.on(held.untyped_storage()) if held is not None else _empty_at(place)
-
-    args, kwargs = _map_places(op.args, tensor), _map_places(op.kwargs, tensor)
-    result: Tensor = op.function(*args, **kwargs)
-    if tuple(result.stride()) == op.makes[0].stride:
-        return result
-    return _empty_at(op.makes[0]).copy_(result)
-
-
-def _empty_at(place: Place) -> Tensor:
-    return torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
-
-
 def _with_out(op: Operation) -> Operation:
     """Let an operation write its result into memory that it is given, where it has a kernel that does."""
-    if (
-        op.function is aten.max_pool2d_with_indices.default
-        and op.args[0].shape[-3] >= _CHANNELS
-        and op.args[0].stride[-3] > 1
-    ):
-        return replace(op, function=_max_pool)
+    if op.function is aten.max_pool2d_with_indices.default:
+        x = op.args[0]
+        return replace(op, function=_max_pool) if x.shape[-3] >= _CHANNELS and x.stride[-3] > 1 else op
     if len(op.results) != 1 or op.writes:
         return op
-    if op.name in _FACTORIES:  # of memory that is written into later
-        return _prepare(op)
+    if (name := op.name) in _FACTORIES:  # of memory that is written into later
+        fill = _zero if "zeros" in name else _do_nothing if "empty" in name else None
+        return replace(op, function=fill, args=[], kwargs={}, out="out") if fill else op
     if (writer := _WRITERS.get(op.function)) is not None:
         return replace(op, function=writer, out="out")
-    found = _out_variant(op.function)
-    if found is None:
+    if (found := _out_variant(op.function)) is None:
         return op
-    name = op.name
     function = getattr(torch, name) if name in _PLAIN and found[1] == "out" else found[0]
     return replace(op, function=function, out=found[1])
-
-
-def _prepare(op: Operation) -> Operation:
-    name = op.name
-    if "zeros" in name:
-        return replace(op, function=_zero, args=[], kwargs={}, out="out")
-    if "empty" in name:
-        return replace(op, function=_do_nothing, args=[], kwargs={}, out="out")
-    return op
 
 
 def _zero(*, out: Tensor) -> None:
@@ -126,10 +108,6 @@ def _do_nothing(*, out: Tensor) -> None:
 
 def _copy(source: Tensor, *, out: Tensor, **_: object) -> None:
     out.copy_(source)
-
-
-def _relu(source: Tensor, *, out: Tensor) -> None:
-    torch.clamp_min(source, 0, out=out)
 
 
 def _max_pool(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
@@ -146,7 +124,7 @@ def _select_backward(slope: Tensor, shape: Sequence[int], axis: int, index: int,
 _WRITERS: dict[Any, Callable[..., object]] = {
     aten.clone.default: _copy,
     aten._to_copy.default: _copy,
-    aten.relu.default: _relu,
+    aten.relu.default: partial(torch.clamp_min, min=0),
     aten.select_backward.default: _select_backward,
     aten.mul.Scalar: torch.mul,
     aten.div.Scalar: torch.div,
@@ -159,9 +137,9 @@ _WRITERS: dict[Any, Callable[..., object]] = {
 @cache
 def _out_variant(function: Any) -> tuple[Any, str] | None:
     """Return an operation's variant that writes into a given tensor by a kernel of its own, and the keyword for it."""
-    wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
     if len(function._schema.returns) != 1:
         return None
+    wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
     for name in function.overloadpacket.overloads():
         variant = getattr(function.overloadpacket, name)
         given = [(a.name, str(a.type)) for a in variant._schema.arguments if not a.is_out]
@@ -241,8 +219,8 @@ class _Source:
             if place.memory not in self.storages
         }
         ours = {p.memory: i for i, op in enumerate(operations) if op.out for p in op.makes}
-        self.begins, size = arrange([(ours[m], self.last[m], trace.sizes[m]) for m in ours])
-        self.begin = dict(zip(ours, self.begins))
+        begins, size = arrange([(ours[m], self.last[m], trace.sizes[m]) for m in ours])
+        self.begin = dict(zip(ours, begins))
         self.arena = torch.empty(size + ALIGNED, dtype=torch.uint8)
         self.shift = -self.arena.data_ptr() % ALIGNED
         self.names: dict[Any, str] = {}
@@ -251,79 +229,55 @@ class _Source:
 
     def function(self) -> Callable[[], None]:
         """Return the function."""
-        source = "\n    ".join(["def step():", *(self.lines() or ["pass"])])
-        exec(compile(source, "<recorded step>", "exec"), self.values)
-        step: Callable[[], None] = self.values["step"]
-        return step
-
-    def lines(self) -> list[str]:
-        """Return its lines."""
         gone = defaultdict(list)
         for memory, i in self.last.items():
             if memory not in self.begin:
                 gone[i].append(memory)
-        lines = []
+        lines = ["def step():", "pass"]
         for i, op in enumerate(self.operations):
             if op.function is not _do_nothing:
                 lines.append(self._line(op))
             if gone[i]:
                 lines.append(f"del {', '.join(self.results[memory][1] for memory in gone[i])}")
-        return lines
+        exec(compile("\n    ".join(lines), "<recorded step>", "exec"), self.values)
+        step: Callable[[], None] = self.values["step"]
+        return step
 
     def _line(self, op: Operation) -> str:
         words = [*map(self._text, op.args), *(f"{key}={self._text(value)}" for key, value in op.kwargs.items())]
         if op.out is not None and (op.makes or op.out not in op.kwargs):
             words.append(f"{op.out}={self._text((op.makes or op.writes)[0])}")
-            return f"{self._name(op.function, 'f')}({', '.join(words)})"
-        method = op.name
-        if not op.results and method.endswith("_") and hasattr(Tensor, method):
-            return f"{words[0]}.{method}({', '.join(words[1:])})"
+        elif not op.results and op.name.endswith("_") and hasattr(Tensor, op.name):
+            return f"{words[0]}.{op.name}({', '.join(words[1:])})"
         call = f"{self._name(op.function, 'f')}({', '.join(words)})"
-        return f"{self._prepare(op)} = {call}" if op.makes else call
-
-    def _prepare(self, op: Operation) -> str:
-        """Give names to results in memory that an operation takes itself."""
+        if op.out is not None or not op.makes:
+            return call
         names = []
-        for place in op.results:
+        for place in op.results:  # in memory that the operation takes itself
             names.append("_" if place is None else f"v{len(self.results)}")
             if place is not None:
                 self.results[place.memory] = (place, names[-1])
-        return ", ".join(names)
+        return f"{', '.join(names)} = {call}"
 
     def _text(self, value: object) -> str:
-        if isinstance(value, Place):
-            return self._tensor(value)
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return f"[{', '.join(map(self._text, value))}]"
         if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
             return repr(value)
-        return self._name(value, "c")
-
-    def _tensor(self, place: Place) -> str:
-        if place.memory not in self.results:
-            return self._name(place, "t")
-        whole, name = self.results[place.memory]
-        if whole.dtype != place.dtype:
-            raise TraceError(f"a result of {whole.dtype} is read as {place.dtype}")
-        if whole == place:
-            return name
-        return f"as_strided({name}, {place.shape}, {place.stride}, {place.offset})"
+        if not isinstance(value, Place) or value.memory not in self.results:
+            return self._name(value, "t" if isinstance(value, Place) else "c")
+        whole, name = self.results[value.memory]
+        if whole.dtype != value.dtype:
+            raise TraceError(f"a result of {whole.dtype} is read as {value.dtype}")
+        return name if whole == value else f"as_strided({name}, {value.shape}, {value.stride}, {value.offset})"
 
     def _name(self, value: object, prefix: str) -> str:
         if value not in self.names:
-            self.names[value] = f"{prefix}{len(self.names)}"
-            self.values[self.names[value]] = self._value(value) if isinstance(value, Place) else value
+            self.names[value] = name = f"{prefix}{len(self.names)}"
+            if not isinstance(value, Place):
+                self.values[name] = value
+            elif value.memory in self.begin:
+                self.values[name] = value.on(self.arena.untyped_storage(), self.shift + self.begin[value.memory])
+            else:
+                self.values[name] = value.on(self.storages[value.memory])
         return self.names[value]
-
-    def _value(self, place: Place) -> Tensor:
-        if place.memory in self.begin:
-            return place.on(self.arena.untyped_storage(), self.shift + self.begin[place.memory])
-        return place.on(self.storages[place.memory])
-
-
-def _map_places(value: object, tensor: Callable[[Place], Tensor]) -> Any:
-    if isinstance(value, Place):
-        return tensor(value)
-    if isinstance(value, list):
-        return [_map_places(part, tensor) for part in value]
-    return {k: _map_places(part, tensor) for k, part in value.items()} if isinstance(value, dict) else value

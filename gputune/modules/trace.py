@@ -4,13 +4,14 @@ Tensors are known by their place in memory. What was there before the step keeps
 other memory each time, so a trace says only how it came about.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 
@@ -93,7 +94,7 @@ class Operation:
     @property
     def reads(self) -> list[Place]:
         """The places among its arguments."""
-        return list(places((self.args, self.kwargs)))
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Place)]
 
     @property
     def makes(self) -> list[Place]:
@@ -130,63 +131,45 @@ class _OperationRecorder(DispatchMode):
         self.operations: list[Operation] = []
         self.outside: dict[int, torch.UntypedStorage] = {}
         self.sizes: dict[int, int] = {}
-        self.kept: list[Tensor] = []  # what the step makes, so that no memory is given twice
+        self.made: list[Tensor] = []  # kept, so that no memory is given twice
         self.written: dict[int, tuple[Tensor, Tensor]] = {}  # bytes that were there before, and what they were
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        _check(func, args)
+        masked = any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
+        for tag, reason in _RULES:
+            if tag in func.tags and (func is not aten.index.Tensor or masked):
+                raise TraceError(f"{func} {reason}")
         if func is aten.lift_fresh.default:  # numbers of the host: the step has a copy of its own
             func = aten.clone.default
-        inputs = list(tensors((args, kwargs)))
+        inputs, targets = tensors((args, kwargs)), _targets(func, args, kwargs)
         _check_plain(inputs)
-        targets = list(_targets(func, args, kwargs))
         for tensor in inputs:
-            self._find(tensor)
+            if not self._knows(tensor):
+                self.outside[memory_of(tensor)] = tensor.untyped_storage()
         for tensor in targets:
-            self._remember(tensor)
-        before = [Place.of(tensor) for tensor in inputs]
+            memory = memory_of(tensor)
+            if memory in self.outside and memory not in self.written:
+                held = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                self.written[memory] = held, held.clone()
+        before = list(map(Place.of, inputs))
         result = func(*args, **kwargs)
-        if before != [Place.of(tensor) for tensor in inputs]:
+        if before != list(map(Place.of, inputs)):
             raise TraceError(f"{func} moves or resizes a tensor")
-        self._note(func, args, kwargs, result, targets)
-        return result
-
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, targets: Sequence[Tensor]) -> None:
         parts = list(result) if isinstance(result, tuple | list) else [result]
-        _check_plain([part for part in parts if isinstance(part, Tensor)])
-        made = [part for part in parts if isinstance(part, Tensor) and not self._knows(part)]
-        if not made and not targets:
-            return
-        for tensor in made:
-            self.kept.append(tensor)
-            self.sizes[memory_of(tensor)] = tensor.untyped_storage().nbytes()
-        fresh = {memory_of(tensor) for tensor in made}
-        results = [Place.of(part) if isinstance(part, Tensor) and memory_of(part) in fresh else None for part in parts]
-        encoded = [_encode(value) for value in args], {k: _encode(v) for k, v in kwargs.items()}
-        self.operations.append(
-            Operation(func, *encoded, results if made else [], [Place.of(tensor) for tensor in targets])
-        )
+        _check_plain(found := tensors(parts))
+        if (made := [tensor for tensor in found if not self._knows(tensor)]) or targets:
+            self.made += made
+            fresh = {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in made}
+            self.sizes |= fresh
+            results = [Place.of(x) if isinstance(x, Tensor) and memory_of(x) in fresh else None for x in parts]
+            args, kwargs = tree_map_only(Tensor, Place.of, (list(args), kwargs))
+            writes = list(map(Place.of, targets))
+            self.operations.append(Operation(func, args, kwargs, results if made else [], writes))
+        return result
 
     def _knows(self, tensor: Tensor) -> bool:
         return memory_of(tensor) in self.sizes or memory_of(tensor) in self.outside
-
-    def _find(self, tensor: Tensor) -> None:
-        if not self._knows(tensor):
-            self.outside[memory_of(tensor)] = tensor.untyped_storage()
-
-    def _remember(self, tensor: Tensor) -> None:
-        memory = memory_of(tensor)
-        if memory in self.outside and memory not in self.written:
-            held = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-            self.written[memory] = held, held.clone()
-
-
-def _check(func: Any, args: Any) -> None:
-    masked = any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
-    for tag, reason in _RULES:
-        if tag in func.tags and (func is not aten.index.Tensor or masked):
-            raise TraceError(f"{func} {reason}")
 
 
 def _check_plain(tensors: Sequence[Tensor]) -> None:
@@ -196,12 +179,14 @@ def _check_plain(tensors: Sequence[Tensor]) -> None:
             raise TraceError(f"a tensor of {tensor.layout} on {tensor.device} is not a plain one in main memory")
 
 
-def _targets(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """What an operation writes in place."""
-    hidden = _HIDDEN.get(func, ())
-    for i, argument in enumerate(func._schema.arguments):
-        if i in hidden or (argument.alias_info is not None and argument.alias_info.is_write):
-            yield from tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+def _targets(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return what an operation writes in place."""
+    given = [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for i, argument in enumerate(func._schema.arguments)
+        if i in _HIDDEN.get(func, ()) or (argument.alias_info is not None and argument.alias_info.is_write)
+    ]
+    return tensors(given)
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -209,31 +194,9 @@ def memory_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def tensors(value: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
-    yield from _of_kind(value, Tensor)
-
-
-def places(value: object) -> Iterator[Place]:
-    """Every place in nested tuples, lists and dicts."""
-    yield from _of_kind(value, Place)
-
-
-def _of_kind(value: object, kind: type) -> Iterator[Any]:
-    if isinstance(value, kind):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _of_kind(part, kind)
-    elif isinstance(value, dict):
-        yield from _of_kind(list(value.values()), kind)
-
-
-def _encode(value: object) -> Any:
-    """An argument with places for tensors."""
-    if isinstance(value, Tensor):
-        return Place.of(value)
-    return [_encode(part) for part in value] if isinstance(value, tuple | list) else value
+def tensors(value: object) -> list[Tensor]:
+    """Return every tensor in nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
