@@ -33,7 +33,7 @@ class CaptureError(RuntimeError):
 class StandIn:
     """Records steps on a CPU."""
 
-    before, repays, spare, compares = 3, 3, 0, False
+    before, repays, spare = 3, 3, 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -42,12 +42,12 @@ class StandIn:
         """Take a step as it is."""
         step()
 
-    def capture(self, step: Callable[[], None]) -> "Tape":
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """Record a step; all that it wrote is then as it was before. Raises CaptureError."""
         recording = Recording(self.device)
         with recording.undone(), NoReading(), recording:
             step()
-        return recording.close()
+        return recording.close().replay
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ wrote when it was recorded, and nothing of it waits for the device.
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,13 +32,6 @@ class Direct:
         step()
 
 
-class Recorded(Protocol):
-    """A step as it was recorded."""
-
-    def replay(self) -> None:
-        """Take the step again, on what its memory holds now."""
-
-
 class Replays:
     """Takes the first steps of each shape as they are, which warms up what a recording needs; then replays one.
 
@@ -54,7 +46,7 @@ class Replays:
         self.recorder, self.expected, self.state, self.tolerance = recorder, expected, state, tolerance
         self.spare = recorder.spare
         """Numbers in the tensors of members up to which those that have left may stay: it is as short without them."""
-        self.steps: dict[Hashable, Recorded] = {}
+        self.steps: dict[Hashable, Step] = {}
         self.taken = Counter[Hashable]()
         self.refused = set[Hashable]()
 
@@ -66,34 +58,32 @@ class Replays:
     def take(self, shape: Hashable, step: Step) -> None:
         """Take a step of this shape, which writes into tensors that were there before and leaves nothing else."""
         if shape in self.steps:
-            self.steps[shape].replay()
-        elif (recording := self._record(shape, step)) is None:
+            self.steps[shape]()
+            return
+        self.taken[shape] += 1
+        recording, taken = None, self.taken[shape]
+        repaid = max(self.expected[shape], taken) > self.recorder.repays
+        if shape not in self.refused and taken > self.recorder.before and repaid:
+            try:
+                recording = self.recorder.capture(step)
+            except TraceError:
+                self.refused.add(shape)
+        if recording is None:
             self.recorder.warm_up(step)
-        elif self.recorder.compares and (difference := self._take_both_ways(recording, step)):
+        elif not isinstance(self.recorder, CudaRecorder):
+            self.steps[shape] = recording
+            recording()
+        elif difference := self._take_both_ways(recording, step):
             self.steps.clear()
             self.recorder.fail(f"a recorded step differs from the step itself by {difference}")
         else:
             self.steps[shape] = recording
-            if not self.recorder.compares:
-                recording.replay()
 
-    def _record(self, shape: Hashable, step: Step) -> Recorded | None:
-        """Record a step of this shape, if it is time to."""
-        self.taken[shape] += 1
-        worth = max(self.expected[shape], self.taken[shape]) > self.recorder.repays
-        if shape in self.refused or self.taken[shape] <= self.recorder.before or not worth:
-            return None
-        try:
-            return self.recorder.capture(step)
-        except TraceError:
-            self.refused.add(shape)
-            return None
-
-    def _take_both_ways(self, recording: Recorded, step: Step) -> str:
+    def _take_both_ways(self, recording: Step, step: Step) -> str:
         """Take a step as it is, after a replay of it; return by how much they differ, "" where they agree."""
         state = self.state()
         others = [tensor.clone() for tensor in state]
-        recording.replay()
+        recording()
         for tensor, other in zip(state, others):
             replayed = tensor.clone()
             tensor.copy_(other)
@@ -128,8 +118,6 @@ class CudaRecorder:
     before, repays = 3, 3  # as in PyTorch's documentation
     """Steps of one shape to take before it is recorded, and that together repay its recording."""
     spare = 1 << 20  # a pass over 4 MB takes a GPU about as long as launching it
-    compares = True
-    """Whether the first replay of a recording is compared with the step itself."""
     failure: ClassVar[str] = ""
     """Why this process records nothing any more, in a sentence."""
 
@@ -146,7 +134,7 @@ class CudaRecorder:
             step()
         current.wait_stream(self.stream)
 
-    def capture(self, step: Step) -> Recorded:
+    def capture(self, step: Step) -> Step:
         """Record a step; this waits for the device. Raises TraceError where CUDA refuses it, with a warning."""
         if CudaRecorder.failure:
             raise TraceError("a capture failed before")
@@ -155,28 +143,23 @@ class CudaRecorder:
             current = torch.cuda.current_stream(self.device)
             try:
                 # What other threads of the program ask of CUDA meanwhile is none of this capture's business.
-                mode = "thread_local"
-                with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
+                with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                     step()
             except RuntimeError as error:
                 # Where a capture cannot be ended, PyTorch leaves the side stream current.
                 torch.cuda.set_stream(current)
                 if is_out_of_memory(error):
                     raise
-                self._check_device(error)
+                try:
+                    torch.cuda.synchronize(self.device)
+                except RuntimeError as lost:
+                    raise RuntimeError(
+                        f"{self.device} has failed, and this process cannot use it any more: "
+                        f"{str(lost).splitlines()[0]}. What a study has finished is kept; go on in a new process."
+                    ) from error
                 self.fail(f"recording a step on {self.device} failed: {str(error).splitlines()[0]}")
                 raise TraceError(CudaRecorder.failure) from error
-        return graph
-
-    def _check_device(self, reason: RuntimeError) -> None:
-        """Raise RuntimeError where a capture has failed because the device has."""
-        try:
-            torch.cuda.synchronize(self.device)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{self.device} has failed, and this process cannot use it any more: {str(error).splitlines()[0]}. "
-                "What a study has finished is kept; go on in a new process."
-            ) from reason
+        return graph.replay
 
     def fail(self, reason: str) -> None:
         """Record nothing from now on in this process, for a reason that is said."""
@@ -198,7 +181,7 @@ class CpuRecorder:
     """Straight functions of the kernels of a step (``program.py``)."""
 
     before, repays = 1, 8  # a recording takes as long as it saves in about so many steps of a small module
-    spare, compares = 0, False
+    spare = 0
 
     def __init__(self, device: torch.device) -> None:
         del device  # there is one
@@ -207,20 +190,9 @@ class CpuRecorder:
         """Take a step as it is."""
         step()
 
-    def capture(self, step: Step) -> Recorded:
+    def capture(self, step: Step) -> Step:
         """Record a step. Raises TraceError."""
-        return Program(compile_trace(trace(step)))
-
-    def fail(self, reason: str) -> None:
-        """Nothing is compared here, so that nothing fails."""
-        raise AssertionError(reason)
-
-
-@dataclass(frozen=True)
-class Program:
-    """A function that takes a step."""
-
-    replay: Step
+        return compile_trace(trace(step))
 
 
 Steps = Direct | Replays

@@ -147,7 +147,7 @@ class OnMetaAlone(TorchDispatchMode):
 class PlainRecorder:
     """Takes every step as it is."""
 
-    before, repays, spare, compares = 3, 3, 0, False
+    before, repays, spare = 3, 3, 0
 
     def __init__(self, device):
         assert device.type == "meta"
@@ -157,10 +157,7 @@ class PlainRecorder:
             step()
 
     def capture(self, step):
-        class Recorded:
-            replay = staticmethod(step)
-
-        return Recorded
+        return step
 
 
 def on_meta(value):
@@ -254,7 +251,7 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
 
         def capture(self, step):
             tape = super().capture(step)
-            left.append(weakref.ref(tape))
+            left.append(weakref.ref(tape.__self__))
             return tape
 
     def failing(steps, shape, step):

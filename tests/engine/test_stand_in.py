@@ -20,8 +20,8 @@ def test_a_recorded_step_happens_at_its_replays_alone(total):
 
     recorded = StandIn(CPU).capture(step)
     assert total.tolist() == [0, 0, 0, 0]
-    recorded.replay()
-    recorded.replay()
+    recorded()
+    recorded()
     assert total.tolist() == [6, 6, 6, 6]
 
 
@@ -35,7 +35,7 @@ def test_temporaries_views_and_counters_on_the_device_are_replayed(total):
 
     recorded = StandIn(CPU).capture(step)
     for _ in range(3):
-        recorded.replay()
+        recorded()
     assert total.tolist() == [2 * (2 + 6 + 10), 2 * (3 + 7 + 11), 0 + 4 + 8, 1 + 5 + 9]
 
 
@@ -43,7 +43,7 @@ def test_a_number_of_the_host_is_the_same_in_every_replay(total):
     number = [1.0]
     recorded = StandIn(CPU).capture(lambda: total.add_(number[0]))
     number[0] = 5.0
-    recorded.replay()
+    recorded()
     assert total.tolist() == [1, 1, 1, 1]
 
 
@@ -97,7 +97,7 @@ def test_a_tensor_that_was_replaced_is_missed():
         total = torch.zeros(4)
 
     recorded = StandIn(CPU).capture(lambda: Owner.total.add_(1))
-    recorded.replay()
+    recorded()
     Owner.total = Owner.total + 1
     with pytest.raises(CaptureError, match=r"the memory of a \(4,\) tensor .* is gone: keep its tensors"):
-        recorded.replay()
+        recorded()

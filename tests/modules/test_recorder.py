@@ -75,7 +75,7 @@ def test_warm_up_and_capture_are_on_one_side_stream(cuda):
     assert RECORDERS["cuda"] is CudaRecorder
     one = CudaRecorder(torch.device("cuda", 1))
     one.warm_up(lambda: cuda.log.append("step"))
-    one.capture(lambda: cuda.log.append("step")).replay()
+    one.capture(lambda: cuda.log.append("step"))()
     assert cuda.log == [
         "side cuda:1 waits for current", "in side cuda:1", "step", "out of side cuda:1",
         "current waits for side cuda:1", "in cuda:1", "capture on side cuda:1 into pool", "step", "captured",
