@@ -5,7 +5,8 @@ batch norm or a convolution gives in passes of their own. Images lie as (B, P*C,
 that nothing copies them between.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,56 +18,51 @@ from torch.overrides import TorchFunctionMode
 
 _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
-Axes = Sequence[int | None]
-"""The axis of the members in each argument, None: it has none."""
-
 
 class Mapped(TorchFunctionMode):
     """Maps the layers of this file by its own rules, here and in this thread alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _LAYERS.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is functional.embedding:
+            return _embedding(*args, **kwargs)
+        if (found := _RULES.get(func)) is not None:
+            rule, place = found
+            tensor = args[place] if len(args) > place else kwargs[("input", "weight")[place]]
+            if _is_mapped(tensor) and (result := _call_rule(rule, args, kwargs)) is not None:
+                return result
+        return func(*args, **kwargs)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not _is_mapped(weight):
-        return functional.linear(input, weight, bias)
-    return _call_rule(_map_linear, input, weight, bias)
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor has an axis of members here, which no derivative of the user's own hides."""
+    if not torch._C._functorch.is_batchedtensor(tensor):
+        return False
+    return retrieve_current_functorch_interpreter().key() == TransformType.Vmap
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not _is_mapped(input):
-        return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _call_rule(_map_batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
+Rule = Callable[..., tuple[Tensor, int] | None]
+"""Gives the members' results, and their axis there, of the arguments of a function of torch, in which it is the first.
+
+None: it maps no such arguments.
+"""
 
 
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not _is_mapped(input):
-        return functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    return _call_rule(_map_layer_norm, input, weight, bias, normalized_shape, eps)
+def _call_rule(rule: Rule, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor | None:
+    """Do as an ``autograd.Function`` with a rule for vmap does, at a tenth of the cost of its call."""
+    interpreter = retrieve_current_functorch_interpreter()
+    assert isinstance(interpreter, VmapInterpreter)
+    level, members = interpreter.level(), interpreter.batch_size()
 
+    def first(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        tensor, axis = torch._C._functorch._unwrap_batched(value, level)
+        return tensor.expand(members, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
 
-def _group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    if not _is_mapped(input):
-        return functional.group_norm(input, num_groups, weight, bias, eps)
-    return _call_rule(_map_group_norm, input, weight, bias, num_groups, eps)
+    with interpreter.lower():
+        result = rule(*map(first, args), **{name: first(value) for name, value in kwargs.items()})
+    return None if result is None else torch._C._functorch._add_batch_dim(*result, level)
 
 
 def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -77,73 +73,10 @@ def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *arg
     return torch.where((ids == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
 
 
-def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def convolve(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        options = stride, padding, dilation, groups
-        if not _is_mapped(weight) or input.dim() < weight.dim():  # one image, without an axis of rows
-            return function(input, weight, bias, *options)
-        return _call_rule(_map_convolution, function, input, weight, bias, *options)
-
-    return convolve
-
-
-def _pool(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    def pool(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        gives_indices = kwargs.get("return_indices") or len(args) > 5
-        if not _is_mapped(input) or input.dim() < 4 or gives_indices:
-            return function(input, *args, **kwargs)
-        return _call_rule(_map_pool, function, input, args, kwargs)
-
-    return pool
-
-
-_LAYERS: dict[Any, Callable[..., Any]] = {
-    functional.linear: _linear,
-    functional.batch_norm: _batch_norm,
-    functional.layer_norm: _layer_norm,
-    functional.group_norm: _group_norm,
-    functional.embedding: _embedding,
-    torch.conv1d: _convolution(torch.conv1d),
-    torch.conv2d: _convolution(torch.conv2d),
-    torch.conv3d: _convolution(torch.conv3d),
-    **{f: _pool(f) for f in (functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d)},
-}
-
-
-def _is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor has an axis of members here, which no derivative of the user's own hides."""
-    if not torch._C._functorch.is_batchedtensor(tensor):
-        return False
-    return retrieve_current_functorch_interpreter().key() == TransformType.Vmap
-
-
-def _call_rule(rule: Callable[..., tuple[Tensor, int]], *args: Any) -> Tensor:
-    """Call a rule with the number of members, their axes, and the arguments with those.
-
-    As an ``autograd.Function`` with a rule for vmap does, at a tenth of the cost of its call.
-    """
-    interpreter = retrieve_current_functorch_interpreter()
-    assert isinstance(interpreter, VmapInterpreter)
-    level = interpreter.level()
-    given = [torch._C._functorch._unwrap_batched(x, level) if isinstance(x, Tensor) else (x, None) for x in args]
-    with interpreter.lower():
-        result, axis = rule(interpreter.batch_size(), [axis for _, axis in given], *(x for x, _ in given))
-    return torch._C._functorch._add_batch_dim(result, axis, level)
-
-
-def _map_linear(members: int, axes: Axes, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-    first = [_first(t, axis, members) for t, axis in zip((x, weight, bias), axes)]
-    shape, rows = first[0].shape[:-1], first[0].flatten(1, -2) if first[0].dim() > 2 else first[0][:, None]
-    result: Tensor = _Linear.apply(rows, *first[1:])  # type: ignore[no-untyped-call]
-    return result.view(*shape, -1), 0
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int]:
+    rows = input.flatten(1, -2) if input.dim() > 2 else input[:, None]
+    result: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    return result.view(*input.shape[:-1], -1), 0
 
 
 class _Linear(torch.autograd.Function):
@@ -165,16 +98,16 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _map_layer_norm(
-    members: int, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any, eps: float
+def _layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> tuple[Tensor, int]:
-    x = _first(x, axes[0], members)
-    outputs: Tensor = _LayerNorm.apply(x, list(shape), eps)  # type: ignore[no-untyped-call]
-    between = [1] * (x.dim() - 1 - len(shape))
+    shape = list(normalized_shape)
+    outputs: Tensor = _LayerNorm.apply(input, shape, eps)  # type: ignore[no-untyped-call]
+    between = [1] * (input.dim() - 1 - len(shape))
     if weight is not None:
-        outputs = outputs * _first(weight, axes[1], members).view(members, *between, *shape)
+        outputs = outputs * weight.view(len(input), *between, *shape)
     if bias is not None:
-        outputs = outputs + _first(bias, axes[2], members).view(members, *between, *shape)
+        outputs = outputs + bias.view(len(input), *between, *shape)
     return outputs, 0
 
 
@@ -194,65 +127,65 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
         x, mean, scale = ctx.saved_tensors
-        wanted = [True, False, False]
-        found = _norm_backward(slope, x, ctx.shape, mean, scale, None, None, wanted)
-        return found[0], None, None
+        return _norm_backward(slope, x, ctx.shape, mean, scale, None, None, [True, False, False])[0], None, None
 
 
-def _map_batch_norm(members: int, axes: Axes, x: Tensor, *given: Any) -> tuple[Tensor, int]:
-    rows = _by_channels(x, axes[0], members)
-    tables: list[Any] = [
-        t if t is None else _first(t, axis, members).reshape(-1) for t, axis in zip(given[:4], axes[1:])
-    ]
-    outputs = functional.batch_norm(rows, *tables, *given[4:])
-    for before, after, axis in zip(given[:2], tables, axes[1:]):  # running statistics
-        if axis is not None and before.data_ptr() != after.data_ptr():
-            before.copy_(after.view(members, -1).movedim(0, axis))
-    return _by_members(outputs, members), 1
-
-
-def _map_group_norm(
-    members: int, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+def _batch_norm(
+    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, int]:
-    rows = _by_channels(x, axes[0], members)
-    tables: list[Any] = [
-        t if t is None else _first(t, axis, members).reshape(-1) for t, axis in zip((weight, bias), axes[1:])
-    ]
-    outputs = functional.group_norm(rows, groups * members, tables[0], tables[1], eps)
-    return _by_members(outputs, members), 1
+    tables: list[Any] = [t if t is None else t.reshape(-1) for t in (running_mean, running_var, weight, bias)]
+    outputs = functional.batch_norm(_by_channels(input), *tables, *args, **kwargs)
+    for before, after in zip((running_mean, running_var), tables):
+        # A stride of 0: all members have the same, which training leaves as it is.
+        if before is not None and before.stride(0) and before.data_ptr() != after.data_ptr():
+            before.copy_(after.view(before.shape))
+    return _by_members(outputs, len(input)), 1
 
 
-def _map_convolution(
-    members: int, axes: Axes, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> tuple[Tensor, int]:
-    rows, weight = _by_channels(x, axes[1], members), _first(weight, axes[2], members).flatten(0, 1)
+    tables: list[Any] = [t if t is None else t.reshape(-1) for t in (weight, bias)]
+    outputs = functional.group_norm(_by_channels(input), num_groups * len(input), tables[0], tables[1], eps)
+    return _by_members(outputs, len(input)), 1
+
+
+def _convolution(
+    function: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, int] | None:
+    if input.dim() < weight.dim():  # one image, without an axis of rows
+        return None
+    rows = _by_channels(input)
     if rows.dim() == 4 and rows.device.type == "cpu":  # two to four times as fast in groups of few channels
         rows = rows.contiguous(memory_format=torch.channels_last)
-    outputs = function(rows, weight, None, *options[:-1], options[-1] * members)
+    outputs = function(rows, weight.flatten(0, 1), None, stride, padding, dilation, groups * len(input))
     if bias is not None:  # apart, since the kernel for its gradient is slow
-        outputs.add_(_first(bias, axes[3], members).flatten().view(-1, *[1] * (rows.dim() - 2)))
-    return _by_members(outputs, members), 1
+        outputs.add_(bias.flatten().view(-1, *[1] * (rows.dim() - 2)))
+    return _by_members(outputs, len(input)), 1
 
 
-def _map_pool(members: int, axes: Axes, function: Any, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, int]:
-    rows = _by_channels(x, axes[1], members)
+def _pool(function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, int] | None:
+    if input.dim() < 5 or len(args) > 5:  # a module of averages passes more in their order, and is mapped by torch
+        return None
+    rows = _by_channels(input)
     outputs = function(rows, *args, **kwargs)
     if outputs.requires_grad and rows.is_contiguous(memory_format=torch.channels_last):
-        outputs.register_hook(_with_channels_last)  # a slope that lies otherwise costs six times as much
-    return _by_members(outputs, members), 1
+        # A slope that lies otherwise costs six times as much.
+        last = partial(Tensor.contiguous, memory_format=torch.channels_last)
+        outputs.register_hook(last)  # type: ignore[no-untyped-call]
+    return _by_members(outputs, len(input)), 1
 
 
-def _first(tensor: Any, axis: int | None, members: int) -> Any:
-    """Return a tensor with the members' axis first."""
-    if tensor is None:
-        return None
-    return tensor.expand(members, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-
-
-def _by_channels(x: Tensor, axis: int | None, members: int) -> Tensor:
-    """Return rows (B, C, ...) of members as (B, P*C, ...)."""
-    rows: Tensor = _first(x, axis, members)
-    return rows.movedim(0, 1).flatten(1, 2)
+def _by_channels(x: Tensor) -> Tensor:
+    """Return rows (P, B, C, ...) of members as (B, P*C, ...)."""
+    return x.movedim(0, 1).flatten(1, 2)
 
 
 def _by_members(rows: Tensor, members: int) -> Tensor:
@@ -260,5 +193,15 @@ def _by_members(rows: Tensor, members: int) -> Tensor:
     return rows.view(len(rows), members, -1, *rows.shape[2:])
 
 
-def _with_channels_last(slope: Tensor) -> Tensor:
-    return slope.contiguous(memory_format=torch.channels_last)
+_RULES: dict[Any, tuple[Rule, int]] = {
+    functional.linear: (_linear, 1),
+    functional.batch_norm: (_batch_norm, 0),
+    functional.layer_norm: (_layer_norm, 0),
+    functional.group_norm: (_group_norm, 0),
+    **{f: (partial(_convolution, f), 1) for f in (torch.conv1d, torch.conv2d, torch.conv3d)},
+    **{
+        f: (partial(_pool, f), 0)
+        for f in (functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d)
+    },
+}
+"""Rules, and the place of the argument that must have members: 0 its input, 1 its weight."""

@@ -1,7 +1,7 @@
 """Operations in place of those that torch cannot map over members: the same numbers and derivatives."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -15,8 +15,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 _fused = functional.scaled_dot_product_attention
-
-
 _ATTENDS = signature(functional.multi_head_attention_forward)
 
 
@@ -94,7 +92,7 @@ def make_mappable(module: nn.Module) -> None:
 
 
 def _averages(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Whether it is a BatchNorm that divides by its count of batches, of which torch makes a Python number."""
+    """Whether it is a BatchNorm that divides by its count of batches."""
     return isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats
 
 
@@ -111,9 +109,6 @@ def counting_on_device(module: nn.Module) -> Iterator[None]:
             del vars(part)["forward"]
 
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
 def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     """Return the BatchNorms that keep running statistics, and compute them as torch's do, by their paths."""
     return {
@@ -128,22 +123,20 @@ def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
 
     torch's own kernel writes them beside the graph, and knows no slope in them.
     """
-    norms = running_norms(module)
-    for part in norms.values():
+    for part in (norms := running_norms(module)).values():
         part.forward = partial(_batch_norm_with_slopes, part)  # type: ignore[method-assign]
-    return tuple(f"{path}.{name}".lstrip(".") for path in norms for name in _STATISTICS)
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    return tuple(f"{path}.{name}".lstrip(".") for path in norms for name in names)
 
 
 def _batch_norm_with_slopes(norm: _BatchNorm, x: Tensor) -> Tensor:
     """Return what ``norm(x)`` returns; its count of minibatches may be a tensor of any type."""
     mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
     assert mean is not None and var is not None and count is not None
-    columns = (-1, *[1] * (x.dim() - 2))
     if not norm.training:
+        columns = (-1, *[1] * (x.dim() - 2))
         outputs = (x - mean.view(columns)) * (var.view(columns) + norm.eps).rsqrt()
-        if norm.weight is None:
-            return outputs
-        return outputs * norm.weight.view(columns) + norm.bias.view(columns)
+        return outputs if norm.weight is None else outputs * norm.weight.view(columns) + norm.bias.view(columns)
     outputs = functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
     axes = [axis for axis in range(x.dim()) if axis != 1]
     norm.num_batches_tracked = count = count + 1
@@ -207,56 +200,40 @@ def _run_direction(rnn: nn.RNNBase, x: Tensor, start: list[Tensor], layer: int, 
     if not start:
         size = rnn.proj_size or rnn.hidden_size
         start = [x.new_zeros(x.shape[1], size)] + [x.new_zeros(x.shape[1], rnn.hidden_size)] * (rnn.mode == "LSTM")
-    times = range(len(x)) if side == 0 else range(len(x) - 1, -1, -1)
-    if rnn.mode == "LSTM":
-        outputs, ends = _lstm(functional.linear(x, w_ih, _sum(b_ih, b_hh)), w_hh, start, times, project)
-    elif rnn.mode == "GRU":
-        outputs, ends = _gru(functional.linear(x, w_ih, b_ih), w_hh, b_hh, start, times)
+    gates = functional.linear(x, w_ih, b_ih if rnn.mode == "GRU" or b_ih is None else b_ih + b_hh)
+    steps: Sequence[Any] = gates.unbind(0)
+    cell: Callable[..., list[Tensor]]
+    if rnn.mode == "GRU":
+        parts = torch.split(gates, [2 * rnn.hidden_size, rnn.hidden_size], -1)
+        steps, cell = [*zip(*(part.unbind(0) for part in parts))], partial(_gru, w_hh, b_hh)
+    elif rnn.mode == "LSTM":
+        cell = partial(_lstm, w_hh, project)
     else:
-        activation = torch.tanh if rnn.mode == "RNN_TANH" else torch.relu
-        outputs, ends = _rnn(functional.linear(x, w_ih, _sum(b_ih, b_hh)), w_hh, start, times, activation)
-    return [torch.stack(outputs if side == 0 else outputs[::-1]), *ends]
+        cell = partial(_rnn, w_hh, torch.tanh if rnn.mode == "RNN_TANH" else torch.relu)
+    outputs, state = [], start
+    for step in reversed(steps) if side else steps:
+        state = cell(step, *state)
+        outputs.append(state[0])
+    return [torch.stack(outputs[::-1] if side else outputs), *state]
 
 
-Outcome = tuple[list[Tensor], list[Tensor]]
-"""Outputs at all times, in the order in which they were computed, and the state after the last."""
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else a + b
-
-
-def _rnn(
-    gates: Tensor, w_hh: Tensor, start: list[Tensor], times: range, activation: Callable[[Tensor], Tensor]
-) -> Outcome:
+def _rnn(w_hh: Tensor, activation: Callable[[Tensor], Tensor], x: Tensor, h: Tensor) -> list[Tensor]:
     """h = activation(x's part + W h)."""
-    (h,), outputs, steps = start, [], gates.unbind(0)
-    for t in times:
-        h = activation(steps[t] + functional.linear(h, w_hh))
-        outputs.append(h)
-    return outputs, [h]
+    return [activation(x + functional.linear(h, w_hh))]
 
 
-def _gru(gates: Tensor, w_hh: Tensor, b_hh: Tensor | None, start: list[Tensor], times: range) -> Outcome:
+def _gru(w_hh: Tensor, b_hh: Tensor | None, x: tuple[Tensor, Tensor], h: Tensor) -> list[Tensor]:
     """r, z = sigmoid(x's part + W h + b); n = tanh(x's part + r (W h + b)); h = (1 - z) n + z h."""
-    (h,), outputs, size = start, [], w_hh.shape[-1]
-    both, new = (part.unbind(0) for part in torch.split(gates, [2 * size, size], -1))
-    for t in times:
-        own_both, own_new = torch.split(functional.linear(h, w_hh, b_hh), [2 * size, size], -1)
-        r, z = torch.sigmoid(both[t] + own_both).chunk(2, -1)
-        n = torch.tanh(new[t] + r * own_new)
-        h = n + z * (h - n)
-        outputs.append(h)
-    return outputs, [h]
+    size = w_hh.shape[-1]
+    both, new = torch.split(functional.linear(h, w_hh, b_hh), [2 * size, size], -1)
+    r, z = torch.sigmoid(x[0] + both).chunk(2, -1)
+    n = torch.tanh(x[1] + r * new)
+    return [n + z * (h - n)]
 
 
-def _lstm(gates: Tensor, w_hh: Tensor, start: list[Tensor], times: range, project: Tensor | None) -> Outcome:
+def _lstm(w_hh: Tensor, project: Tensor | None, x: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
     """i, f, g, o of x's part + W h; c = sigmoid(f) c + sigmoid(i) tanh(g); h = sigmoid(o) tanh(c), projected."""
-    (h, c), outputs, steps = start, [], gates.unbind(0)
-    for t in times:
-        i, f, g, o = (steps[t] + functional.linear(h, w_hh)).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        h = h if project is None else functional.linear(h, project)
-        outputs.append(h)
-    return outputs, [h, c]
+    i, f, g, o = (x + functional.linear(h, w_hh)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return [h if project is None else functional.linear(h, project), c]
