@@ -7,8 +7,9 @@ Source: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-
-from gputune.types import Precision
 
 
 class Stateless:
@@ -55,31 +54,21 @@ class Stateless:
                     held[key] = tensors[name]
             yield self.module
         finally:
-            self._put_back()
+            for attributes, before in self._attributes:
+                for name in attributes.keys() - before.keys():
+                    del attributes[name]
+                attributes.update(before)
+            for value, members in self._containers:
+                if value or members:
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(members)
+            for held, key, tensor, _ in self._places:  # a scripted module holds them in no dict
+                held[key] = tensor
 
     def held(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the tensors that stand under some names now: what a forward has written there, inside ``holding``."""
         wanted = set(names)
         return {name: held[key] for held, key, _, name in self._places if name in wanted} if wanted else {}
-
-    def _put_back(self) -> None:
-        for attributes, before in self._attributes:
-            for name in attributes.keys() - before.keys():
-                del attributes[name]
-            attributes.update(before)
-        for value, members in self._containers:
-            if value or members:
-                value.clear()
-                _extend(value, members)
-        for held, key, tensor, _ in self._places:  # a scripted module holds them in no dict
-            held[key] = tensor
-
-
-def _extend(container: Any, members: Any) -> None:
-    if isinstance(container, list):
-        container.extend(members)
-    else:
-        container.update(members)
 
 
 def not_trained(module: nn.Module) -> dict[str, Tensor]:
@@ -90,28 +79,21 @@ def not_trained(module: nn.Module) -> dict[str, Tensor]:
 
 def state_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Return the buffers, frozen parameters and Python numbers of some names, the numbers as tensors."""
-    tensors = not_trained(module)
-    return {k: tensors[k].detach() if k in tensors else _as_tensor(_number(module, k)) for k in names}
+    found = {}
+    for name in names:
+        value = attrgetter(name)(module)
+        if not isinstance(value, Tensor):
+            value = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+        found[name] = value.detach()
+    return found
 
 
 def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give the Python numbers among some names their values; tensors are left as they are."""
-    tensors = not_trained(module)
     for name, value in values.items():
-        if name not in tensors:
+        if not isinstance(before := attrgetter(name)(module), Tensor):
             path, _, key = name.rpartition(".")
-            kind = type(_number(module, name))
-            setattr(module.get_submodule(path), key, kind(value.item()))
-
-
-def _as_tensor(number: float) -> Tensor:
-    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
-
-
-def _number(module: nn.Module, name: str) -> float:
-    path, _, key = name.rpartition(".")
-    number: float = getattr(module.get_submodule(path), key)
-    return number
+            setattr(module.get_submodule(path), key, type(before)(value.item()))
 
 
 def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -156,13 +138,3 @@ class Rounded(TorchFunctionMode):
 def _cast(values: object, before: torch.dtype, after: torch.dtype) -> Any:
     """Return nested arguments with the tensors of one type in another."""
     return tree_map(lambda v: v.to(after) if isinstance(v, Tensor) and v.dtype == before else v, values)
-
-
-def rounding(precision: Precision) -> AbstractContextManager[Any]:
-    """Compute in a precision inside, of members that are stacked."""
-    return Rounded() if precision == "bf16" else nullcontext()
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Compute in a precision inside, of a plain module: torch.autocast itself."""
-    return nullcontext() if precision == "full" else torch.autocast(device.type, torch.bfloat16)

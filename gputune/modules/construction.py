@@ -4,9 +4,10 @@ what it has then: layers, hidden matrices, rates of dropout.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,7 +37,12 @@ def build_module(builder: Builder, arguments: Config, shape: Shape, *, seed: int
     sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
     sizes["input_shape"] = row
     words = call_arguments(builder, sizes, arguments)
-    with keyed_draws(_drawing_device(), seed, "module"), torch.device("cpu"), _single_precision():
+    # A constructor may draw on the current GPU, where this process has used one; saving the state of any other's
+    # generator would make a context there, some hundred megabytes.
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
+    with keyed_draws(device, seed, "module"), torch.device("cpu"), ExitStack() as after:
+        after.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)  # what a constructor draws must not depend on it
         module = construct(builder, words, columns)
         inputs = shape.inputs or ((row, torch.float32),)
         try:
@@ -59,16 +65,15 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
     So members begin with a pretrained part as it is, and the user's own never trains. Of ``torch.compile`` it is what
     that compiles. Raises InputError where the builder fails, or a tensor that it shares cannot be copied.
     """
-    module, known, key = _call_builder(builder, words, columns), _shared.setdefault(builder, {}), repr(words)
-    if (inner := _inner(module)) is not module:
-        if key not in known:
+    compiled, known, key = _call_builder(builder, words, columns), _shared.setdefault(builder, {}), repr(words)
+    module = _inner(compiled)
+    if key not in known:
+        if module is not compiled:
             warn(
                 f"{name_of(builder)} returns torch.compile(module): the module itself trains, and gputune chooses how "
                 "its steps are computed. Leave torch.compile out.",
                 InputWarning,
             )
-        module = inner
-    if key not in known:
         known[key] = _first_shared(module, _inner(_call_builder(builder, words, columns)))
     if not (name := known[key]):
         return module
@@ -86,18 +91,24 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
 
 
 def _call_builder(builder: Builder, words: Config, columns: str) -> nn.Module:
-    """Return what a builder returns. Raises InputError where that fails, or is no module."""
+    """Return what a builder returns. Raises InputError where that fails, or is no module that torch has begun."""
+    name, cause = name_of(builder), None
     try:
         module = builder(**words)
     except Exception as error:
-        if "before Module.__init__() call" in str(error):
-            raise _unbegun(builder) from error
-        raise InputError(
-            f"model: {name_of(builder)}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
-            f"{type(error).__name__}: {error}. Mend it, or the module__* values of the space.{columns}"
-        ) from error
-    _check_module(module, builder)
-    return module
+        if "before Module.__init__() call" not in str(error):
+            raise InputError(
+                f"model: {name}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised {type(error).__name__}: "
+                f"{error}. Mend it, or the module__* values of the space.{columns}"
+            ) from error
+        cause = error
+    else:
+        if not isinstance(module, nn.Module):
+            kind = type(module).__name__
+            raise InputError(f"model: {name} must return a torch.nn.Module, got {kind}; return the module.")
+        if "_parameters" in vars(module):
+            return module
+    raise InputError(f"model: an __init__ of {name} does not call super().__init__(); let it do so first.") from cause
 
 
 def _inner(module: nn.Module) -> nn.Module:
@@ -109,11 +120,15 @@ def _inner(module: nn.Module) -> nn.Module:
 
 def _first_shared(one: nn.Module, other: nn.Module) -> str:
     """Return the name of the first parameter or buffer of a module that lies in the memory of the other's."""
-    one_has, other_has = (
-        {**dict(module.named_parameters()), **dict(module.named_buffers())} for module in (one, other)
-    )
-    held = {_memory(tensor) for tensor in other_has.values()}
-    return next((name for name, tensor in one_has.items() if _memory(tensor) in held), "")
+
+    def memory(tensor: Tensor) -> int:
+        if is_lazy(tensor) or tensor.layout is not torch.strided:  # which have no memory, or none of one address
+            return id(tensor)
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+
+    held = set(map(memory, (*other.parameters(), *other.buffers())))
+    tensors = chain(one.named_parameters(), one.named_buffers())
+    return next((name for name, tensor in tensors if memory(tensor) in held), "")
 
 
 def has_gradient_hook(parameter: Tensor) -> bool:
@@ -121,37 +136,14 @@ def has_gradient_hook(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-def _memory(tensor: Tensor) -> int:
-    if is_lazy(tensor) or tensor.layout is not torch.strided:  # which have no memory, or none of one address
-        return id(tensor)
-    return tensor.untyped_storage().data_ptr() or id(tensor)
-
-
-def _check_module(module: object, builder: Builder) -> None:
-    """Raise InputError for what a builder returned where it is no module, or one that torch has not begun."""
-    if not isinstance(module, nn.Module):
-        raise InputError(
-            f"model: {name_of(builder)} must return a torch.nn.Module, got {type(module).__name__}; return the module."
-        )
-    if "_parameters" not in vars(module):
-        raise _unbegun(builder)
-
-
-def _unbegun(builder: Builder) -> InputError:
-    return InputError(f"model: an __init__ of {name_of(builder)} does not call super().__init__(); let it do so first.")
-
-
 def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:
-    """Let a module that has a method ``start_from(*inputs, y)`` begin from training rows, under a stream of its own.
+    """Let a module begin from training rows by its method ``start_from(*inputs, y)``, under a stream of its own.
 
     Raises InputError where that fails.
     """
-    begin = getattr(module, "start_from", None)
-    if begin is None:
-        return
     with keyed_draws(y.device, seed, "start_from"), torch.no_grad():
         try:
-            begin(*inputs, y)
+            getattr(module, "start_from")(*inputs, y)  # noqa: B009
         except Exception as error:
             raise InputError(
                 f"model: {type(module).__name__}.start_from(rows, y) raised {type(error).__name__}: {error}. Mend it, "
@@ -163,13 +155,6 @@ def dropout_rates(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the buffers that hold the rates of ``gputune.models.Dropout`` in a module."""
     parts = module.named_modules()
     return tuple(f"{path}.rate".lstrip(".") for path, part in parts if isinstance(part, Dropout))
-
-
-def turn_off_dropout(module: nn.Module, is_off: bool) -> None:
-    """Let every ``gputune.models.Dropout`` in a module be the identity, or be itself again."""
-    for part in module.modules():
-        if isinstance(part, Dropout):
-            part.is_off = is_off
 
 
 def layers_of(module: nn.Module) -> list[str]:
@@ -185,12 +170,11 @@ def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
     The matrix of a convolution has all axes but the first as its columns.
     """
     matrices = [name for name, w in trained.items() if w.dim() > 1 and not w.is_complex()]
-    kinds = (nn.Embedding, nn.EmbeddingBag)
     owners = dict(module.named_modules())
-    embeddings = [name for name in matrices if isinstance(owners[name.rpartition(".")[0]], kinds)]
+    embedding = (nn.Embedding, nn.EmbeddingBag)
+    embeddings = [name for name in matrices if isinstance(owners[name.rpartition(".")[0]], embedding)]
     left_out = {*(embeddings or matrices[:1]), *matrices[-1:]}
-    shapes = {name: trained[name].flatten(1).shape for name in matrices if name not in left_out}
-    return {name: max(shape) for name, shape in shapes.items()}
+    return {name: max(trained[name].flatten(1).shape) for name in matrices if name not in left_out}
 
 
 def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:
@@ -245,26 +229,6 @@ def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
 
 
 _EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-
-
-def _drawing_device() -> torch.device:
-    """Return the GPU on which a constructor may draw too: the current one, where this process has used one before.
-
-    Not all of them: to save the state of a GPU's generator makes a context on it, some hundred megabytes.
-    """
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.device("cuda" if used else "cpu")
-
-
-@contextmanager
-def _single_precision() -> Iterator[None]:
-    """Construct in float32 inside: what a constructor draws must not depend on torch.set_default_dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def materialise(module: nn.Module, inputs: Sequence[InputKind], names: Sequence[str] | None) -> None:

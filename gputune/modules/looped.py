@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.modules.calls import autocast, not_trained, put_numbers, state_of
+from gputune.modules.calls import not_trained, put_numbers, state_of
 from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.module import ModuleNetwork
 from gputune.optimizers.blocks import Block, Blocks
@@ -299,6 +299,7 @@ class LoopChunk:
         """Take the steps of an epoch: this is the loop."""
         module = member.module.train()
         names, draws, objective = self.network.shape.names, self.network.traits.draws, self.network.objective
+        rounded = self.network.shape.precision == "bf16"
         absent = None if self.data.present is None else ~self.data.present[fold]
         member.update.begin(epoch)
         dropouts = member.dropouts(epoch, len(minibatches)) if member.rates else []
@@ -310,7 +311,7 @@ class LoopChunk:
             if objective.augment is not None:
                 found = objective.augmented([x[None] for x in inputs], names, self.seed, (epoch, step))
                 inputs = tuple(x[0] for x in found)
-            with autocast(self.network.shape.precision, self.network.shape.device):
+            with torch.autocast(self.network.shape.device.type, torch.bfloat16) if rounded else nullcontext():
                 losses = objective.losses(module, inputs, y, member.config, names=names, absent=absent)
             member.grad.zero_()
             _mean(losses, weights).backward()  # type: ignore[no-untyped-call]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from gputune.errors import InputError
-from gputune.modules.calls import Stateless, convert, put_numbers, rounding, state_of
+from gputune.models import Dropout
+from gputune.modules.calls import Rounded, Stateless, convert, put_numbers, state_of
 from gputune.modules.construction import (
     Builder,
     build_module,
@@ -22,7 +23,6 @@ from gputune.modules.construction import (
     layers_of,
     name_of,
     start_from,
-    turn_off_dropout,
 )
 from gputune.modules.draws import ModuleDraws, draws_of, replay_draws
 from gputune.modules.mapped import Mapped
@@ -205,7 +205,9 @@ class StackedModule(ModuleNetwork):
             raise TraceError("augment draws by the key of the minibatch, which no recording knows")
         drops = any(config["dropout"] for config in self.configs)
         for is_off in (False,) if drops else (True, False):
-            turn_off_dropout(self.template, is_off)
+            for part in self.template.modules():
+                if isinstance(part, Dropout):
+                    part.is_off = is_off
             self.stateless = Stateless(self.template)
             draws = ModuleDraws(self.alone_losses, batches, self.seed)
             if not any(draws.draws.values()):  # else dropout's are drawn too, before what else is drawn
@@ -328,7 +330,8 @@ class StackedModule(ModuleNetwork):
         warns = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled")  # noqa: B009
         warns(False)
         try:
-            with Mapped(), rounding(self.shape.precision if training else "full"), Substitutes():
+            rounded = training and self.shape.precision == "bf16"
+            with Mapped(), Rounded() if rounded else nullcontext(), Substitutes():
                 result, after = vmap(of_member, randomness="same")(members, *tensors)
         except IndexError as error:
             raise InputError(
