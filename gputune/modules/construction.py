@@ -185,12 +185,11 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     made, for an argument that it has not, and for one that it needs and nothing gives.
     """
     signature, parameters = inspect.signature(builder), parameters_of(builder)
-    kinds = {name: parameter.kind for name, parameter in parameters.items()}
     inner = builder.func if isinstance(builder, partial) else builder
     # torch's own takes any keyword in its signature, and refuses them all.
     own = getattr(inner, "__init__", None) is not nn.Module.__init__
-    open_ended = own and any(kind is inspect.Parameter.VAR_KEYWORD for kind in kinds.values())
-    named = {k for k, kind in kinds.items() if kind in (_EITHER, _KEYWORD)}
+    open_ended = own and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {k for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for name in arguments:
         if name not in named and not open_ended:
             raise InputError(f"module__{name} is no argument of {name_of(builder)}{signature}; remove it or rename it.")
@@ -200,11 +199,11 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     asked = named | ({"n_features", "n_outputs"} if alone else set())
     if isinstance(builder, partial):
         asked -= set(builder.keywords)  # what a partial has set stays so
-    given = {**{name: value for name, value in sizes.items() if name in asked}, **arguments}
+    given = {name: value for name, value in sizes.items() if name in asked} | dict(arguments)
     if "num_classes" in asked and parameters["num_classes"].default is inspect.Parameter.empty:
         given.setdefault("num_classes", sizes["n_outputs"])
     for name, parameter in signature.parameters.items():
-        if kinds[name] in (_EITHER, _KEYWORD) and parameter.default is parameter.empty and name not in given:
+        if name in named and parameter.default is parameter.empty and name not in given:
             raise InputError(
                 f"model: {name_of(builder)}{signature} asks for {name!r}, which the data do not give: put "
                 f"'module__{name}' into the space (some values, or one), give it a default, or pass "
@@ -226,9 +225,6 @@ def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
             last = dict(own)
             found = {**last, **found}
     return found
-
-
-_EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def materialise(module: nn.Module, inputs: Sequence[InputKind], names: Sequence[str] | None) -> None:

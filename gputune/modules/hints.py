@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
 
 
 def _of_channels(error: str, inputs: Sequence[Tensor]) -> str:
-    """Return the remedy for channels that are not the axis after the rows, as torch's layers want them."""
+    """Return the remedy for channels that are not the axis after the rows."""
     lacking = any(f"expected {axes}D input (got {axes - 1}D" in error for axes in (4, 5))
     if lacking or f"expected input[1, {len(inputs[0])}, " in error:
         return " X lacks the axis of the channels, which torch's layers want after the rows: pass X[:, None]."
@@ -73,13 +72,26 @@ def check_ids(module: nn.Module, data: Dataset, name: str) -> None:
     inputs = [x.cpu() for x in data.rows(0, rows.to(data.device))]
     wrong: list[str] = []
 
-    def check(path: str, part: nn.Embedding, arguments: tuple[Any, ...]) -> None:
-        found = _id_out_of_range(arguments[0], part.num_embeddings)
-        if found is not None:
-            number, place = found
-            in_order = len(arguments[0]) == len(rows)  # otherwise the forward has made rows of its own
-            row, own = (int(rows[place]), [x[place] for x in inputs]) if in_order else (None, inputs)
-            wrong.append(_words(number, row, own, data.labels, path, part.num_embeddings, name))
+    def check(path: str, part: nn.Embedding, arguments: tuple[object, ...]) -> None:
+        ids, size = arguments[0], part.num_embeddings
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() == 0 or ids.numel() == 0:
+            return  # which the embedding says itself
+        least, most = int(ids.min()), int(ids.max())
+        if least >= 0 and most < size:
+            return
+        number = most if most >= size else least
+        row, own = "", inputs
+        if len(ids) == len(rows):  # otherwise the forward has made rows of its own
+            place = int((ids == number).nonzero()[0, 0])
+            row, own = f" in row {int(rows[place])}", [x[place] for x in inputs]
+        holder = next((label for label, x in zip(data.labels, own) if bool((x == number).any())), None)
+        where = f"the forward of {name} makes the id" if holder is None else f"{holder} has the id"
+        remedy = "give such ids other numbers" if number < 0 else f"give it num_embeddings={number + 1} or more"
+        scaled = holder is None and any(x.is_floating_point() for x in own)
+        wrong.append(
+            f"model: {where} {number}{row}, and the embedding {path!r} of {name} has {size} places, for ids 0 to "
+            f"{size - 1}; {remedy}.{_SCALED * scaled}"
+        )
 
     hooks = [part.register_forward_pre_hook(partial(check, path)) for path, part in embeddings]
     with torch.no_grad(), suppress(Exception):
@@ -90,51 +102,22 @@ def check_ids(module: nn.Module, data: Dataset, name: str) -> None:
         raise InputError(wrong[0])
 
 
-def _id_out_of_range(ids: object, size: int) -> tuple[int, int] | None:
-    """Return the largest of some ids (B, ...) where it is above size - 1, else the smallest where it is negative.
-
-    Beside it its place in B; None where all fit.
-    """
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() == 0:
-        return None  # which the embedding says itself
-    if ids.numel() == 0:
-        return None
-    least, most = int(ids.min()), int(ids.max())
-    number = most if most >= size else least
-    return (number, int((ids == number).nonzero()[0, 0])) if most >= size or least < 0 else None
-
-
-def _outermost(x: Tensor) -> list[int]:
-    """Return the rows of an input (n, ...) with the largest and the smallest numbers; none of images and the like."""
-    if x.dim() > 2 and x.is_floating_point():
-        return []
-    columns = x.flatten(1) if x.dim() > 1 else x[:, None]
-    if x.dtype == torch.bool or (x.is_floating_point() and columns.shape[1] > _MOST_COLUMNS):
-        return []
-    if columns.shape[1] > _MOST_COLUMNS:
-        columns = torch.stack([columns.amax(1), columns.amin(1)], 1)
-    return [*columns.argmax(0).tolist(), *columns.argmin(0).tolist()]
-
-
-def _words(
-    number: int, row: int | None, inputs: Sequence[Tensor], labels: Sequence[str], path: str, size: int, name: str
-) -> str:
-    """Say which id is in which row of which input, and what the embedding has room for."""
-    holding = [label for label, x in zip(labels, inputs) if bool((x == number).any())]
-    where = f"{holding[0]} has the id {number}" if holding else f"the forward of {name} makes the id {number}"
-    where += "" if row is None else f" in row {row}"
-    remedy = "give such ids other numbers" if number < 0 else f"give it num_embeddings={number + 1} or more"
-    scaled = not holding and any(x.is_floating_point() for x in inputs)
-    return (
-        f"model: {where}, and the embedding {path!r} of {name} has {size} places, for ids 0 to {size - 1}; {remedy}."
-        + _SCALED * scaled
-    )
-
-
 _SCALED = (
     " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or numbers='none', which "
     "leaves codes as they are."
 )
+
+
+def _outermost(x: Tensor) -> list[int]:
+    """Return the rows of an input (n, ...) with the largest and the smallest numbers; none of images and the like."""
+    if x.dtype == torch.bool or (x.dim() > 2 and x.is_floating_point()):
+        return []
+    columns = x.flatten(1) if x.dim() > 1 else x[:, None]
+    if columns.shape[1] > _MOST_COLUMNS:
+        if x.is_floating_point():
+            return []
+        columns = torch.stack([columns.amax(1), columns.amin(1)], 1)
+    return [*columns.argmax(0).tolist(), *columns.argmin(0).tolist()]
 
 
 class Trail:
@@ -144,10 +127,9 @@ class Trail:
         self.open: list[str] = []
         self.largest = 0
         for name, part in module.named_modules():
-            if isinstance(part, torch.jit.ScriptModule):
-                continue  # which takes no hooks
-            part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
-            part.register_forward_hook(self._leave)
+            if not isinstance(part, torch.jit.ScriptModule):  # which takes no hooks
+                part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
+                part.register_forward_hook(self._leave)
 
     def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
         self.open.pop()
