@@ -2,12 +2,12 @@
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from gputune.data.dataset import Dataset, Fold
+from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import is_out_of_memory
 from gputune.modules.construction import name_of
@@ -27,18 +27,25 @@ def explain(error: Exception, network: Network, flat: Tensor, data: Dataset, epo
     ``flat`` are the members' parameters as they are, after so many epochs. Members run in evaluation mode.
     """
     cause = error.__cause__ if isinstance(error, InputError) else error
-    if not isinstance(network, ModuleNetwork) or not isinstance(cause, Exception) or _is_of_device(cause):
+    if not isinstance(network, ModuleNetwork) or not isinstance(cause, Exception):
+        return error
+    if is_out_of_memory(cause) or _DEVICE.search(str(cause)):
         return error
     params = network.blocks.views(flat)
     for f, fold in enumerate(data.folds):
-        run = _attempt(network, network.member(params, f, 0), data, f, type(cause))
-        for kind, rows in _blocks(fold):
-            if not run(rows):
+        fails = _attempt(network, network.member(params, f, 0), data, f, type(cause))
+        kinds = ("training", fold.train), ("validation", fold.valid)
+        for kind, rows in ((kind, rows) for kind, whole in kinds for rows in torch.split(whole, _ROWS)):
+            if not fails(rows):
                 continue
-            row = _narrow(run, rows)
-            if len(row) == 1 and _fails_on_any(run, fold.train, row):
-                return _of_no_row(cause, network, epoch, "No single row of X is at fault, others fail too")
-            place = f"row {int(row[0])}" if len(row) == 1 else f"some of rows {int(row.min())} to {int(row.max())}"
+            while len(rows) > 1 and (half := next((part for part in rows.chunk(2) if fails(part)), None)) is not None:
+                rows = half
+            place = f"some of rows {int(rows.min())} to {int(rows.max())}"
+            if len(rows) == 1:
+                place, others = f"row {int(rows[0])}", fold.train[fold.train != rows.to(fold.train.device)]
+                few = torch.split(others[:: max(1, len(others) // 8)], 1)  # enough to tell
+                if len(others) and all(map(fails, few)):
+                    return _of_no_row(cause, network, epoch, "No single row of X is at fault, others fail too")
             return InputError(
                 f"model: {name_of(network.builder)} raised {type(cause).__name__} in fold {f}, after "
                 f"{count(epoch, 'epoch')}: {str(cause) or 'without a message'}. It fails on {place} of X, of the "
@@ -48,12 +55,6 @@ def explain(error: Exception, network: Network, flat: Tensor, data: Dataset, epo
     if any(isinstance(frame.f_locals.get("self"), nn.Module) for frame in inside):
         return _of_no_row(cause, network, epoch, "In evaluation mode it fails on no row of X")
     return error
-
-
-def _fails_on_any(fails: Callable[[Tensor], bool], rows: Tensor, row: Tensor) -> bool:
-    """Whether other rows fail too, one by one: as many as are enough to tell."""
-    others = rows[rows != row.to(rows.device)]
-    return len(others) > 0 and all(fails(other) for other in torch.split(others[:: max(1, len(others) // 8)], 1))
 
 
 def _of_no_row(cause: Exception, network: ModuleNetwork, epoch: int, finding: str) -> InputError:
@@ -66,41 +67,21 @@ def _of_no_row(cause: Exception, network: ModuleNetwork, epoch: int, finding: st
     )
 
 
-def _is_of_device(error: Exception) -> bool:
-    return is_out_of_memory(error) or bool(_DEVICE.search(str(error)))
-
-
-def _blocks(fold: Fold) -> Iterator[tuple[str, Tensor]]:
-    for kind, rows in (("training", fold.train), ("validation", fold.valid)):
-        for block in torch.split(rows, _ROWS):
-            yield kind, block
-
-
 def _attempt(
     network: ModuleNetwork, module: nn.Module, data: Dataset, fold: int, kind: type[Exception]
 ) -> Callable[[Tensor], bool]:
     """Return what says whether a member raises that kind of error on some rows of a fold."""
     targets = network.targets(data.y)
-    config, names = network.configs[0], network.shape.names
+    y = targets[fold % len(targets)]
 
     def fails(rows: Tensor) -> bool:
         inputs = [x.cpu() for x in data.rows(fold, rows)]
-        y = targets[fold % len(targets)][rows].cpu()
+        config, names = network.configs[0], network.shape.names
         try:
             with torch.no_grad():
-                network.objective.losses(module, inputs, y, config, names=names)
+                network.objective.losses(module, inputs, y[rows].cpu(), config, names=names)
         except Exception as found:
             return type(found) is kind
         return False
 
     return fails
-
-
-def _narrow(fails: Callable[[Tensor], bool], rows: Tensor) -> Tensor:
-    """Return the first row that fails alone, or the fewest that fail together."""
-    while len(rows) > 1:
-        half = next((part for part in rows.chunk(2) if fails(part)), None)
-        if half is None:
-            break
-        rows = half
-    return rows

@@ -4,7 +4,7 @@ Two members of unlike parameters see two minibatches stacked, and each alone, as
 outputs must agree. What differs, or cannot be mapped at all, trains member by member.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -31,10 +31,7 @@ _ADVICE = (
     "that torch.func.vmap does not know"
 )
 
-
 _known: WeakKeyDictionary[Dataset, dict[Builder, dict[str, Traits]]] = WeakKeyDictionary()
-
-
 _gains: WeakKeyDictionary[Builder, dict[str, float]] = WeakKeyDictionary()
 
 
@@ -125,25 +122,25 @@ def note_fastest(builder: Builder, data: Dataset, arguments: str, *, slow: str, 
 def inspect_module(trial: ModuleTrial) -> Traits:
     """Try a module in training twice, and in evaluation, then stacked; return what it did."""
     module, x = trial.module, trial.inputs
-    before, numbers = trial.tensors(), [trial.numbers()]
+    before, start = trial.tensors(), trial.numbers()
     draws, decides = trial.draws()
     trained = trial.forward(x, training=True)
-    numbers.append(trial.numbers())
+    first = trial.numbers()
     with trial.moved():
         trial.forward(x, training=True)
-    numbers.append(trial.numbers())
+    second = trial.numbers()
     trial.check_outputs(trained)
     trial.check_trainable(trained)
-    after = trial.tensors()
-    changing = tuple(name for name, tensor in after.items() if not torch.equal(tensor, before[name]))
-    changing += tuple(name for name in dropout_rates(module) if name not in changing)
+    changing = [name for name, tensor in trial.tensors().items() if not torch.equal(tensor, before[name])]
+    changing += [name for name in dropout_rates(module) if name not in changing]
+    counted = [k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])]
     alone = trial.forward(x, training=False)
     trial.check_outputs(alone)
     trial.warn_of_probabilities(trained)
     few = trial.forward([part[:2] for part in x], training=False)
     losses = trial.losses()
     traits = Traits(
-        changing=changing,
+        changing=(*changing, *counted),
         least_rows=1 if trial.takes_one_row() else 2,
         alone=_close(few, alone[:2]),
         widest=trial.widest,
@@ -155,8 +152,6 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         scheduled=dropout_rates(module),
         probabilities=are_probabilities(trained),
     )
-    counted = _changed_numbers(numbers)
-    traits = replace(traits, changing=(*changing, *counted))
     unused: tuple[str, ...] = ()
     if not (reason := _of_itself(module, counted, changing)):
         reason, unused = _stacking_traits(trial, traits)
@@ -165,18 +160,11 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     return replace(traits, unstackable=reason, unused=() if reason else unused)
 
 
-def _changed_numbers(numbers: Sequence[dict[str, object]]) -> tuple[str, ...]:
-    """Return the names of the numbers that a forward has changed."""
-    start, first, second = numbers
-    return tuple(k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k]))
-
-
 def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
     """Return what a module does beside its tensors, which stacked members cannot each do; "" for nothing."""
     if counted:
         return f"it counts in {counted[0]!r}, a number of its own"
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    for name, tensor in tensors.items():
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_complex() and (tensor.requires_grad or name in changing):
             return f"its {name!r} holds complex numbers that change"
     for name, parameter in module.named_parameters():
@@ -220,10 +208,12 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
     except InputError:
         raise
     except Exception as error:
-        return f"{trail.submodule or 'its forward'} says: {_first_sentence(error)}. {_ADVICE}", ()
+        says = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")  # the rest is for torch's developers
+        return f"{trail.submodule or 'its forward'} says: {says}. {_ADVICE}", ()
     for c, (outputs, gradients, after) in enumerate(alone):
         for found, expected in zip(together[1], gradients):
-            if not _all_close((v[0, c], _or_zero(expected[k], v[0, c])) for k, v in found.items()):
+            own = {k: torch.zeros_like(found[k][0, c]) if slope is None else slope for k, slope in expected.items()}
+            if not _all_close((v[0, c], own[k]) for k, v in found.items()):
                 return f"it has another gradient {_DIFFERS}", ()
         if not _all_close(((v[0, c], after[k]) for k, v in together[2].items())):
             return f"it has other buffers after a step {_DIFFERS}", ()
@@ -232,16 +222,15 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
     return "", tuple(k for k in stacked.first if all(g[k] is None for _, gradients, _ in alone for g in gradients))
 
 
-Gradients = Mapping[str, Tensor | None]
-"""By the names of parameters; None for one that a step does not use."""
-
-
 def _plain_results(
     stacked: StackedModule, module: nn.Module, trial: ModuleTrial
-) -> tuple[Tensor, list[Gradients], Params]:
-    """Return the outputs of a plain module after two minibatches, the gradients of each, and what they have changed."""
+) -> tuple[Tensor, list[dict[str, Tensor | None]], Params]:
+    """Return the outputs of a plain module after two minibatches, the gradients of each, and what they have changed.
+
+    A parameter that a step does not use has the gradient None.
+    """
     objective, names = stacked.objective, trial.shape.names
-    gradients: list[Gradients] = []
+    gradients: list[dict[str, Tensor | None]] = []
     for rows in _minibatches(trial):
         inputs, y = [x[rows] for x in trial.augmented()], trial.y[rows]
         with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
@@ -270,10 +259,6 @@ def _stacked_results(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -
     return outputs, gradients, {k: params[k] for k in stacked.kept}
 
 
-def _or_zero(slope: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if slope is None else slope
-
-
 def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
     """Return the rows of two minibatches, where there are enough for a second one that differs."""
     n = len(trial.inputs[0])
@@ -281,7 +266,7 @@ def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding, also where both are no number: that is for the training to say."""
+    """Equal up to rounding, also where both are no number."""
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
@@ -290,8 +275,3 @@ def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     pairs = [(a.double(), b.double()) for a, b in pairs]
     largest = max([float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) for _, b in pairs if b.numel()], default=0.0)
     return all(torch.allclose(a.view(b.shape), b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True) for a, b in pairs)
-
-
-def _first_sentence(error: Exception) -> str:
-    """What torch says first; the rest is advice to its own developers."""
-    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")

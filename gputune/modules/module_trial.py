@@ -26,8 +26,6 @@ from gputune.types import Config
 
 _CPU = torch.device("cpu")
 _EXAMPLES = 31  # rows that are tried: a prime number, which a wrong view of their columns does not divide
-_SEVERAL = ("tuple", "list", "dict")
-_TORCH_BROADCASTS = r"Using a target size .* that is different to the input size"
 
 
 class ModuleTrial:
@@ -47,9 +45,12 @@ class ModuleTrial:
 
     def in_double(self) -> Self:
         """Return this trial with floats of double precision; its module stays as it is."""
+
+        def widened(x: Tensor) -> Tensor:
+            return x.double() if x.is_floating_point() else x
+
         double = copy.copy(self)
-        double.inputs = [_widen(x) for x in self.inputs]
-        double.y = _widen(self.y)
+        double.inputs, double.y = [widened(x) for x in self.inputs], widened(self.y)
         kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in double.inputs)
         double.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
         return double
@@ -77,14 +78,20 @@ class ModuleTrial:
             if isinstance(value, int | float) and name != "training"
         }
 
-    def draws(self) -> tuple[bool, bool]:
-        """Whether a forward in training takes numbers from torch's generator, and whether it then reads numbers."""
+    @contextmanager
+    def _watched(self) -> Iterator["_ReadRecorder"]:
+        """Yield what notes whether a number of a tensor is read inside, and whether torch's generator is drawn from."""
         with keyed_draws(_CPU, 0, "check"):
             state = torch.get_rng_state()
-            with counting_on_device(self.module), _ReadRecorder() as reading:
-                self._call(self.inputs, training=True)
-            draws = not torch.equal(state, torch.get_rng_state())
-        return draws, draws and reading.read
+            with counting_on_device(self.module), (seen := _ReadRecorder()):
+                yield seen
+            seen.draws = not torch.equal(state, torch.get_rng_state())
+
+    def draws(self) -> tuple[bool, bool]:
+        """Whether a forward in training takes numbers from torch's generator, and whether it then reads numbers."""
+        with self._watched() as seen:
+            self._call(self.inputs, training=True)
+        return seen.draws, seen.draws and seen.reads
 
     def forward(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
         """Return the outputs on some rows, always with the same draws."""
@@ -110,15 +117,11 @@ class ModuleTrial:
         name = self.objective.in_words
         refuse_one_number(self.objective.loss, self.y)
         try:
-            with torch.enable_grad(), keyed_draws(_CPU, 0, "check"), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", _TORCH_BROADCASTS)  # refused below, if it is one
-                state = torch.get_rng_state()
-                with counting_on_device(self.module), _ReadRecorder() as reading:
-                    losses = self.objective.losses(
-                        self.module.train(), self.inputs, self.y, self.config, names=self.shape.names
-                    )
-                self.loss_draws = not torch.equal(state, torch.get_rng_state())
-                self.loss_decides = self.loss_draws and reading.read
+            with torch.enable_grad(), warnings.catch_warnings(), self._watched() as seen:
+                warnings.filterwarnings("ignore", "Using a target size .* that is different to the input size")
+                module, names = self.module.train(), self.shape.names
+                losses = self.objective.losses(module, self.inputs, self.y, self.config, names=names)
+            self.loss_draws, self.loss_decides = seen.draws, seen.draws and seen.reads
         except Exception as error:
             raise InputError(
                 f"{name} raised {type(error).__name__}: {str(error).rstrip('.')}. {self._what_a_loss_gets()}"
@@ -146,10 +149,10 @@ class ModuleTrial:
         if self.objective.step is not None:
             x = " and ".join(map(in_words, self.inputs))
             return f"It is called as training_step(module, (x, y)), x {x}, y {y}, and returns row losses or a mean."
-        outputs = self.forward(self.inputs, training=False)
-        one_logit = self.objective.binary and outputs.numel() == len(self.y)
-        remedy = " One logit a row of two classes takes loss='bce'." * one_logit
-        if not (one_logit or self.objective.any_outputs):
+        outputs, remedy = self.forward(self.inputs, training=False), ""
+        if self.objective.binary and outputs.numel() == len(self.y):
+            remedy = " One logit a row of two classes takes loss='bce'."
+        elif not self.objective.any_outputs:
             other = ("numbers", "classification") if self.y.is_floating_point() else ("classes", "regression")
             remedy = " y is {} here; task='{}' takes it the other way.".format(*other)
         return (
@@ -196,12 +199,12 @@ class ModuleTrial:
         loss, end = self.objective.loss if self.objective.is_named else None, ""
         if loss == "cross_entropy" and outputs.shape[1:] != (1,):
             end = "softmax" * are_probabilities(outputs)
-        if loss == "bce":
+        elif loss == "bce":
             end = "sigmoid" * _ends_in_sigmoid(outputs)
         if end:
             warn(
-                f"{self.name} returns probabilities, and the cross-entropy wants logits: "
-                f"leave out the {end} at its end.",
+                f"{self.name} returns probabilities, and the cross-entropy wants logits: leave out the {end} at its "
+                "end.",
                 InputWarning,
             )
 
@@ -260,7 +263,8 @@ def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
 def _of_shape(found: object, n_outputs: int, *, binary: bool) -> str:
     """Return what such outputs usually come from, a sentence."""
     if not isinstance(found, tuple):
-        return " Of several outputs return the first, or train them by training_step." * (found in _SEVERAL)
+        several = found in ("tuple", "list", "dict")
+        return " Of several outputs return the first, or train them by training_step." * several
     if binary and n_outputs == 2 and (len(found) == 1 or found[1:] == (1,)):
         return " A target of two classes takes two logits a row, or one with loss='bce'."
     if binary and n_outputs == 1 and found[1:] == (2,):
@@ -288,22 +292,13 @@ def _ends_in_sigmoid(outputs: Tensor) -> bool:
     return node is not None and node.name().startswith("Sigmoid")
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
-
-
 def in_words(x: Tensor) -> str:
-    values = "" if x.is_floating_point() else f" of values from {int(x.min())} to {int(x.max())}"
-    return f"{_kind(x)} tensor of shape {_any_rows(x)}{values}"
-
-
-def _kind(x: Tensor) -> str:
-    name = str(x.dtype).removeprefix("torch.")
-    return "a float" if x.is_floating_point() else f"an {name}" if name.startswith("i") else f"a {name}"
-
-
-def _any_rows(x: Tensor) -> str:
-    return f"({', '.join(['rows', *map(str, x.shape[1:])])})"
+    """Return the type, the shape and, of integers, the values of an input."""
+    name, shape = str(x.dtype).removeprefix("torch."), ", ".join(["rows", *map(str, x.shape[1:])])
+    if x.is_floating_point():
+        return f"a float tensor of shape ({shape})"
+    article = "an" if name.startswith("i") else "a"
+    return f"{article} {name} tensor of shape ({shape}) of values from {int(x.min())} to {int(x.max())}"
 
 
 class _ReadRecorder(DispatchMode):
@@ -311,8 +306,8 @@ class _ReadRecorder(DispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.read = False
+        self.reads = self.draws = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.read |= torch.Tag.data_dependent_output in func.tags
+        self.reads |= torch.Tag.data_dependent_output in func.tags
         return func(*args, **(kwargs or {}))
