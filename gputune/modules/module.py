@@ -2,7 +2,7 @@
 torch.func.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -103,8 +103,6 @@ class ModuleNetwork:
         self.builder, self.configs, self.shape, self.seed = builder, tuple(configs), shape, seed
         self.traits, self.least_rows, self.alone = traits, traits.least_rows, traits.alone
         self.template = self.plain(shape.device)
-        self._prepare(self.template)
-        self.stateless = Stateless(self.template)
         self.scheduled = dropout_rates(self.template)
         own = dict(self.template.named_parameters())
         self.first = {k: w.detach() for k, w in own.items() if w.requires_grad and k not in traits.unused}
@@ -112,15 +110,13 @@ class ModuleNetwork:
         if hasattr(self.template, "start_from"):  # which may set any buffer
             changing |= dict.fromkeys(k for k, _ in self.template.named_buffers() if k in self.template.state_dict())
         self.kept = state_of(self.template, tuple(changing))
-        tensors: Params = {**own, **dict(self.template.named_buffers())}
-        self.fixed = {k: w.detach() for k, w in tensors.items() if k not in self.first | self.kept}
+        tensors = (*own.items(), *self.template.named_buffers())
+        self.fixed = {k: w.detach() for k, w in tensors if k not in self.first | self.kept}
         self.members = (shape.folds, len(configs))
         self.loss_values = self.objective.values(self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device))
         self.widest = max(traits.widest, shape.n_features)
         self._lay_out()
-
-    def _prepare(self, module: nn.Module) -> None:
-        """Change the module that members are computed with, where its own way will not do."""
+        self.stateless = Stateless(self.template)
 
     def _lay_out(self) -> None:
         """Say how the members' tensors lie in the flat buffers: ``trained``, and all that is kept, ``blocks``."""
@@ -174,20 +170,15 @@ class ModuleNetwork:
 class StackedModule(ModuleNetwork):
     """Members whose parameters are stacked, and whose forward is mapped over them."""
 
-    def _prepare(self, module: nn.Module) -> None:
-        make_mappable(module)
-
     def _lay_out(self) -> None:
-        self.trained, self.blocks = self._stack(self.first), self._stack(self.first | self.kept)
-
-    def _stack(self, tensors: Mapping[str, Tensor]) -> Blocks:
+        make_mappable(self.template)
         trials, sides = self.members[1], hidden_sides(self.template, self.first)
-        return Blocks(
-            [
-                Block(k, (*self.members, *w.shape), 1, (sides[k],) * trials if k in sides else None)
-                for k, w in tensors.items()
-            ]
-        )
+
+        def stacked(tensors: Params) -> Blocks:
+            each = {k: (sides[k],) * trials if k in sides else None for k in tensors}
+            return Blocks([Block(k, (*self.members, *w.shape), 1, each[k]) for k, w in tensors.items()])
+
+        self.trained, self.blocks = stacked(self.first), stacked(self.first | self.kept)
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
@@ -265,8 +256,8 @@ class StackedModule(ModuleNetwork):
         trials = len(self.configs)
         if not self.objective.is_named:
 
-            def own(module: nn.Module, rows: Sequence[Tensor]) -> Tensor:
-                *rows, y = rows
+            def own(module: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+                *rows, y = parts
                 return self.objective.losses(module, rows, y, self.configs[0], names=self.shape.names)
 
             losses, after = self._map_members(own, members, [*inputs, for_members(batch.y, trials)], training=True)
@@ -279,8 +270,7 @@ class StackedModule(ModuleNetwork):
         return self.row_losses(outputs, batch.y[:, None]), after
 
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
-        members = {k: w[fold] for k, w in params.items()}
-        trials = len(self.configs)
+        trials, members = len(self.configs), {k: w[fold] for k, w in params.items()}
         return self._forward(members, [x.expand(trials, *x.shape) for x in inputs], training=False)[0]
 
     def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
@@ -322,8 +312,7 @@ class StackedModule(ModuleNetwork):
 
         def of_member(own: Params, *parts: Tensor) -> tuple[Tensor, Params]:
             with self.stateless.substitute({**own, **self.fixed}) as module:
-                result = function(module.train(training), parts)
-                return result, self.stateless.held(self.kept)
+                return function(module.train(training), parts), self.stateless.held(self.kept)
 
         members = members | {k: members[k].to(start.dtype) for k, start in self.kept.items()}
         # Said of the user's operations, and for PyTorch's developers; the remark that members train slower is ours.
@@ -332,7 +321,8 @@ class StackedModule(ModuleNetwork):
         try:
             rounded = training and self.shape.precision == "bf16"
             with Mapped(), Rounded() if rounded else nullcontext(), Substitutes():
-                result, after = vmap(of_member, randomness="same")(members, *tensors)
+                result: tuple[Tensor, Params] = vmap(of_member, randomness="same")(members, *tensors)
+                return result
         except IndexError as error:
             raise InputError(
                 f"model: {name_of(self.builder)} raised IndexError: {error}, on other rows than it was tried on; "
@@ -340,7 +330,6 @@ class StackedModule(ModuleNetwork):
             ) from error
         finally:
             warns(True)
-        return result, after
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         return self.filled({name: w[fold, trial] for name, w in params.items()})
