@@ -1,10 +1,11 @@
 """The only loop over epochs and batches: a chunk of members trains in lock step and is scored at every epoch."""
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from gputune.engine.cost import operations
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Reuse
+from gputune.engine.stacked import StackedChunk
 from gputune.errors import warn
 from gputune.modules.blame import explain
 from gputune.modules.looped import LoopChunk, LoopedModule
@@ -26,50 +28,11 @@ from gputune.native.library import NotBuiltError
 from gputune.population.network import Network
 from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
-from gputune.scoring.validation import BestOutputs, Validation
+from gputune.scoring.validation import BestOutputs
 from gputune.types import Backend, Config, first_metric
 
-
-class Chunk(Protocol):
-    """The members of a chunk while they train, however that is done. No method mixes members."""
-
-    alive: list[int]
-    """The trials that are still in it, counted as they were at the start."""
-
-    validation: Validation
-    """What scores them; its outputs are those of the trials that are still in it."""
-
-    @property
-    def flat(self) -> Tensor:
-        """The parameters and buffers of the members that are still in it."""
-
-    @property
-    def scored(self) -> Tensor:
-        """What is scored and saved of them: ``flat``, or an average of its parameters."""
-
-    @property
-    def network(self) -> Network:
-        """The model of the members that are still in it."""
-
-    @property
-    def moments(self) -> tuple[Tensor, ...]:
-        """The optimizer's flat buffers."""
-
-    @property
-    def scoring_share(self) -> float:
-        """The part of the time of ``advance`` that went into outputs on validation rows."""
-
-    def advance(self, epoch: int) -> None:
-        """Train for one epoch."""
-
-    def scores(self) -> np.ndarray:
-        """Return the scores of all members, (C, F) or (C, epochs, F), each on the validation rows of its fold."""
-
-    def keep(self, stays: np.ndarray) -> None:
-        """Go on with the trials of ``stays`` (C,) alone."""
-
-    def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Go on from flat buffers: of the parameters, then of the moments."""
+Chunk = CompiledChunk | StackedChunk | LoopChunk
+"""Members while they train, which no method mixes; the trials ``alive`` are counted as they were at the start."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +52,7 @@ class State:
     @staticmethod
     def stack(states: "Sequence[State]") -> "State":
         """Return several states of one epoch and one shape as one."""
-        parts = zip(*(state.buffers for state in states))
-        return State(states[0].epoch, tuple(torch.cat(buffers) for buffers in parts))
+        return State(states[0].epoch, tuple(map(torch.cat, zip(*(state.buffers for state in states)))))
 
 
 @dataclass(frozen=True)
@@ -105,20 +67,17 @@ class Spent:
     operations: float = 0.0
 
     def __add__(self, other: "Spent") -> "Spent":
-        pairs = zip(astuple(self), astuple(other))
-        return Spent(*(a + b for a, b in pairs))
+        return Spent(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A chunk after its training: ``curves`` (C, epochs, F), NaN from the epoch on at which a trial diverged.
+    """A chunk after ``epochs`` epochs: ``curves`` (C, epochs, F), NaN from the epoch on at which a trial diverged.
 
-    With several metrics they are (C, epochs, F, M).
-
-    ``epochs`` is the number of epochs done. The members of trials that did not diverge are ``member(fold, trial)``,
-    and ``state`` is theirs. ``scored`` is what is
-    scored and saved of ``flat``; ``moments`` are the optimizer's flat buffers. These are the chunk's own tensors, in
-    which the next one may train; ``state`` and ``member`` are copies. ``best`` has the outputs that a scoring keeps.
+    With several metrics they are (C, epochs, F, M). The members of trials that did not diverge are
+    ``member(fold, trial)``, and ``state`` is theirs: copies. ``scored`` is what is scored and saved of ``flat``,
+    ``moments`` are the optimizer's flat buffers: the chunk's own tensors, in which the next one may train. ``best`` has
+    the outputs that a scoring keeps.
     """
 
     curves: np.ndarray
@@ -179,53 +138,53 @@ def train(
     ``at_once`` nothing is decided after each epoch, so that a launch of a kernel may take several.
     """
     reuse = reuse or Reuse()
-    options = {"seed": seed, "horizon": horizon, "scoring": scoring}
-    chunk = _make_chunk(backend, reuse, network, data, configs, **options)
+    chunk = _make_chunk(backend, reuse, network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
     _resume(chunk, begin, alive)
     curves = np.full((len(configs), epochs, *shape_of_scores(scoring, data.n_folds)), np.nan)
-    each_epoch = [operations(config, network.kind, data) for config in configs]
-    epoch, spent = 0 if begin is None else begin.epoch, Spent()
+    each_epoch = np.array([operations(config, network.kind, data) for config in configs])
+    epoch, spent, best, over = 0 if begin is None else begin.epoch, Spent(), None, False
     if before is not None:
         curves[:, :epoch] = before
-    best = _best_outputs(scoring, curves[:, :epoch])
+    if scoring is not None and scoring.kept_bytes:
+        means = first_metric(curves[:, :epoch], axes=3).mean(2)
+        best = BestOutputs(scoring.kept_bytes, means.max(1, initial=-np.inf))
 
     def so_far() -> Trained:
         alive, moments = tuple(chunk.alive), chunk.moments
         return Trained(curves, epoch, alive, chunk.network, chunk.flat, chunk.scored, moments, spent, best)
 
-    while epoch < epochs and chunk.alive:
-        work = sum(each_epoch[trial] for trial in chunk.alive)
+    while epoch < epochs and chunk.alive and not over:
+        work = float(each_epoch[chunk.alive].sum())
         many = chunk.take(epochs - epoch) if at_once and isinstance(chunk, KernelChunk) else 1
         scores, took = _train_epochs(chunk, data, epoch, scored=scoring is not None)
         spent += replace(took, operations=many * work)
         if scores is not None:
-            scores = scores.reshape(len(chunk.alive), many, *curves.shape[2:])
-            goes_on = _goes_on(scores)
-            scores[:, 1:][~goes_on[:, :-1]] = np.nan
-            curves[chunk.alive, epoch : epoch + many] = scores
-            if best is not None:
-                means = first_metric(scores, axes=3).mean(2)
-                with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
-                    for e, outputs in enumerate(chunk.validation.outputs):
-                        best.take(epoch + e + 1, chunk.alive, means[:, e], outputs)
-            many = min(many, 1 + int(goes_on.any(0).sum()))  # nothing is left after the last divergence
-            chunk.keep(goes_on[:, -1])
+            many = _keep_scores(chunk, curves, epoch, many, scores, best)
         epoch += many
-        over = after_epoch is not None and after_epoch(so_far())
-        if isinstance(over, np.ndarray):
-            chunk.keep(over)
-        elif over:
-            break
+        stays = after_epoch is not None and after_epoch(so_far())
+        if isinstance(stays, np.ndarray):
+            chunk.keep(stays)
+        else:
+            over = stays
     reuse.give(chunk)
     return so_far()
 
 
-def _best_outputs(scoring: Scoring | None, before: np.ndarray) -> BestOutputs | None:
-    """Return what keeps the outputs of trials with these curves (C, epochs, F) so far; None where nothing does."""
-    if scoring is None or not scoring.kept_bytes:
-        return None
-    means = first_metric(before, axes=3).mean(2).max(1, initial=-np.inf)
-    return BestOutputs(scoring.kept_bytes, means)
+def _keep_scores(
+    chunk: Chunk, curves: np.ndarray, epoch: int, many: int, scores: np.ndarray, best: BestOutputs | None
+) -> int:
+    """Write the scores of ``many`` epochs into the curves, and let go who diverged; return how many epochs count."""
+    scores = scores.reshape(len(chunk.alive), many, *curves.shape[2:])
+    goes_on = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)  # (C, epochs)
+    scores[:, 1:][~goes_on[:, :-1]] = np.nan
+    curves[chunk.alive, epoch : epoch + many] = scores
+    if best is not None:
+        means = first_metric(scores, axes=3).mean(2)
+        with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
+            for e, outputs in enumerate(chunk.validation.outputs):
+                best.take(epoch + e + 1, chunk.alive, means[:, e], outputs)
+    chunk.keep(goes_on[:, -1])
+    return min(many, 1 + int(goes_on.any(0).sum()))  # nothing is left after the last divergence
 
 
 def _resume(chunk: Chunk, begin: State | None, alive: Sequence[int] | None) -> None:
@@ -237,23 +196,14 @@ def _resume(chunk: Chunk, begin: State | None, alive: Sequence[int] | None) -> N
         chunk.resume([chunk.network.blocks.from_rows(flat), *map(chunk.network.trained.from_rows, moments)])
 
 
-def _goes_on(scores: np.ndarray) -> np.ndarray:
-    """Return which trials have not diverged by each epoch, (C, epochs), of their scores (C, epochs, F)."""
-    finite = np.isfinite(first_metric(scores, axes=3)).all(2)
-    going: np.ndarray = np.logical_and.accumulate(finite, axis=1)
-    return going
-
-
 def _train_epochs(chunk: Chunk, data: Dataset, epoch: int, *, scored: bool) -> tuple[np.ndarray | None, Spent]:
     """Train an epoch, or several; return the scores after them, None where there are none, and the seconds of both."""
     begun = _time(data.device)
     with _row_errors(chunk, data, epoch):
         chunk.advance(epoch)
     trained = _time(data.device)
-    scores = None
-    if scored:
-        with _row_errors(chunk, data, epoch + 1):
-            scores = chunk.scores()
+    with _row_errors(chunk, data, epoch + 1):
+        scores = chunk.scores() if scored else None
     in_steps, in_scores = _seconds(begun, trained), _seconds(trained, _time(data.device))
     share = in_steps * chunk.scoring_share
     return scores, Spent(in_steps - share, in_scores + share)
