@@ -56,10 +56,14 @@ def sweep(parent: Path, *, prefix: str) -> None:
                 os.close(lock)
 
 
-def user_cache() -> Path:
-    """Return the folder of this user's caches (XDG). Raises RuntimeError for a user without a home."""
+def cache_folder() -> Path | None:
+    """Return the folder ``gputune`` in this user's caches (XDG), made where it is missing; None where none can be."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return base if base.is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
+    with suppress(OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
+        folder = (base if base.is_absolute() else Path.home() / ".cache") / "gputune"  # a relative one is to be ignored
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+    return None
 
 
 def is_users(status: os.stat_result) -> bool:

@@ -10,9 +10,10 @@ wide convolutions lose by it what small layers gain. Which of these a module doe
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -70,10 +71,8 @@ class Work:
 
     def seconds(self, speed: Speed, *, alone: bool) -> float:
         """Estimate how long it takes at a speed; ``alone`` where every member takes its own steps."""
-        rows = max(self.rows)
-        groups = populations(self.configs, self.kind, rows=rows, own_steps=lambda config: alone)
-        seconds = 0.0
-        for group in groups:
+        rows, seconds = max(self.rows), 0.0
+        for group in populations(self.configs, self.kind, rows=rows, own_steps=lambda config: alone):
             steps = [sum(-(-n // min(config["batch_size"], n)) for n in self.rows) for config in group.configs]
             work = (work_of_a_step(c, self.n_features, self.n_outputs, rows, self.kind) for c in group.configs)
             seconds += speed.member * sum(n * each for n, each in zip(steps, work))
@@ -92,20 +91,16 @@ def device_for(word: str, work: Work) -> DeviceChoice:
         return DeviceChoice(CPU)
     if work.solved:
         return _SOLVED
-    return _choice_by_speed(gpu, work) if _compiles(work) else DeviceChoice(gpu)
+    if work.kind == "module" or work.differentiated or work.backend != "auto":
+        return DeviceChoice(gpu)
+    backend, _ = choose_backend("auto", CPU, work.dtype)
+    compiles = all(trains_as(backend, work.kind, config) == "compiled" for config in work.configs)
+    return _choice_by_speed(gpu, work) if compiles else DeviceChoice(gpu)
 
 
 def device_for_solver(word: str) -> DeviceChoice:
     """Return the device on which the logistic regression is solved, whose X is in main memory."""
     return _SOLVED if word == "auto" else DeviceChoice(choose_device(word))
-
-
-def _compiles(work: Work) -> bool:
-    """Whether all of it can train in compiled code on the CPU."""
-    if work.kind == "module" or work.differentiated or work.backend != "auto":
-        return False
-    backend, _ = choose_backend("auto", CPU, work.dtype)
-    return all(trains_as(backend, work.kind, config) == "compiled" for config in work.configs)
 
 
 def _choice_by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
@@ -116,11 +111,8 @@ def _choice_by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
     if here < _SOON:
         return DeviceChoice(CPU, f"compiled code takes about {here:.1f} s on the CPU")
     there = work.seconds(_speed(gpu, backend), alone=backend in BY_MEMBER)
-    if there < here:
-        return DeviceChoice(gpu)
-    return DeviceChoice(
-        CPU, f"compiled code takes about {here:.0f} s on the CPU, {device_name(gpu)} about {there:.0f} s"
-    )
+    why = f"compiled code takes about {here:.0f} s on the CPU, {device_name(gpu)} about {there:.0f} s"
+    return DeviceChoice(gpu) if there < here else DeviceChoice(CPU, why)
 
 
 def _speed(device: torch.device, backend: Backend) -> Speed:
@@ -137,8 +129,8 @@ FEW = 4
 MANY = {"cpu": 40, "cuda": 200}
 """Trials, each of which has a member in every fold."""
 
-_ROWS, _EPOCHS = 640, 4  # 16 steps an epoch
-_WARM = 2  # of these epochs: what is made on first use, and the recording
+_ROWS, _EPOCHS = 640, 6  # 16 steps an epoch; what is made on first use, and the recording, is in the first two
+_LONG = 10**6  # epochs of a horizon over which a recording pays, as it will in the search
 
 
 def measure_speed(device: torch.device, backend: Backend) -> Speed:
@@ -189,25 +181,16 @@ def _data(device: torch.device) -> Dataset:
 
 
 def _seconds_of_a_step(data: Dataset, trials: int, backend: Backend) -> float:
-    rates = np.geomspace(1e-4, 1e-2, trials).tolist()
-    configs = (
-        complete({"lr": lr, "width": WIDTH, "batch_size": BATCH}, optimizer="adamw", schedule="constant")
-        for lr in rates
-    )
-    times: list[float] = []
-
-    def note(_trials: int, _scores: np.ndarray) -> None:
-        synchronize(data.device)
-        times.append(time.perf_counter())
-
-    job = Job(seed=0, epochs=_EPOCHS + _WARM, horizon=10**6, backend=backend)
+    config = {"width": WIDTH, "batch_size": BATCH}
+    make = partial(complete, optimizer="adamw", schedule="constant")
+    configs = tuple(make({"lr": lr, **config}) for lr in np.geomspace(1e-4, 1e-2, trials).tolist())
+    job = Job(seed=0, epochs=_EPOCHS, horizon=_LONG, backend=backend)
     with torch_threads(cores() if backend == "compiled" else 1):
-        train_chunk(job, data, Population("mlp", tuple(range(trials)), tuple(configs)), note)
-    steps = math.ceil(max(len(fold.train) for fold in data.folds) / BATCH)
-    return min(b - a for a, b in pairwise(times[_WARM - 1 :])) / steps
+        seconds = _fastest_epoch(job, data, Population("mlp", tuple(range(trials)), configs), time.perf_counter)
+    return seconds / math.ceil(max(len(fold.train) for fold in data.folds) / BATCH)
 
 
-_STEPS = 3  # of one shape, which is recorded in the first of the epochs
+_STEPS, _TRIED_EPOCHS = 3, 4  # of one shape, which is recorded in the first of the epochs
 _WORTH_SECONDS = 3.0  # of all members one by one: less is trained before it could be told
 _CODE_SECONDS = 3.0  # of all members the faster way: from there one of building code is repaid
 _TRIALS = 4
@@ -227,7 +210,8 @@ def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: flo
     ``member_steps`` is how many steps all members of a search take that train as these do.
     """
     data = data.of(group.configs[0])
-    few = _with_few_rows(data, group.configs[0]["batch_size"])
+    rows = _STEPS * group.configs[0]["batch_size"]
+    few = replace(data, folds=tuple(Fold(fold.train[:rows], fold.valid) for fold in data.folds))
     alone = _seconds(job, few, group.part(0, 1), "loop")
     if alone * member_steps < _WORTH_SECONDS:
         return "", 0.0
@@ -266,28 +250,31 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
 
 def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> float:
     """Return the seconds of one step of one member, once what is made in the first steps is there."""
-    times: list[float] = []
-    begun = time.perf_counter()
+    short = replace(
+        job, epochs=_TRIED_EPOCHS, horizon=_LONG, scoring=None, checkpointing=None, backend=backend, fits=Fits()
+    )
+    with torch_threads(1):  # whose time is counted, whatever else the machine does
+        seconds = _fastest_epoch(short, data, chunk, time.process_time, patience=_PATIENCE_SECONDS)
+    size = int(chunk.configs[0]["batch_size"])
+    return seconds / (sum(-(-len(fold.train) // size) for fold in data.folds) * len(chunk.index))
+
+
+def _fastest_epoch(
+    job: Job, data: Dataset, chunk: Population, clock: Callable[[], float], patience: float = math.inf
+) -> float:
+    """Return the seconds of the fastest epoch after the first two, of which ``patience`` may end more than two.
+
+    0.0 where training is over before there are two.
+    """
+    times, begun = list[float](), time.perf_counter()
 
     def note(_trials: int, _scores: np.ndarray) -> None:
-        times.append(time.process_time())  # of one thread, whatever else the machine does
-        if len(times) > 1 and time.perf_counter() - begun > _PATIENCE_SECONDS:
+        synchronize(data.device)
+        times.append(clock())
+        if len(times) > 1 and time.perf_counter() - begun > patience:
             raise _Enough
 
-    # Over a long horizon a recording pays, as it will in the search.
-    short = replace(job, epochs=_EPOCHS, horizon=10**6, scoring=None, checkpointing=None, backend=backend, fits=Fits())
-    with torch_threads(1), suppress(_Enough):
-        train_chunk(short, data, chunk, note)
-    size = int(chunk.configs[0]["batch_size"])
-    steps = sum(-(-len(fold.train) // size) for fold in data.folds)
-    if len(times) < 2:
-        return 0.0  # training is over
+    with suppress(_Enough):
+        train_chunk(job, data, chunk, note)
     between = [b - a for a, b in pairwise(times)]
-    fastest = min(between[1:] or between)
-    return fastest / (steps * len(chunk.index))
-
-
-def _with_few_rows(data: Dataset, batch_size: int) -> Dataset:
-    """Return the data with so many whole minibatches in each fold, or what rows there are."""
-    folds = [Fold(fold.train[: _STEPS * batch_size], fold.valid) for fold in data.folds]
-    return replace(data, folds=tuple(folds))
+    return min(between[1:] or between, default=0.0)

@@ -9,13 +9,13 @@ import platform
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from gputune.native.library import processor_name
-from gputune.scratch import user_cache, write_text
+from gputune.scratch import cache_folder, write_text
 from gputune.types import Backend
 from gputune.version import __version__
 
@@ -47,16 +47,13 @@ class Findings:
 
 def device_name(device: torch.device) -> str:
     """Return what a person calls a device: the name of the card, or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return processor_name() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name() or platform.machine()
 
 
 def read_findings(device: torch.device) -> Findings:
     """Return what is known of a device; nothing where nothing is, or where it cannot be read."""
-    path = _path(device)
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        if path is not None:
+        if (path := _path(device)) is not None:
             kept = json.loads(path.read_text())
             return Findings(kept["failed"], {name: Speed(**speed) for name, speed in kept["speeds"].items()})
     return Findings()
@@ -64,15 +61,12 @@ def read_findings(device: torch.device) -> Findings:
 
 def keep_findings(device: torch.device, found: Findings) -> Path | None:
     """Keep what was found, with the speeds that were known before; return where, None where there is no place."""
-    path = _path(device)
-    if path is None:
-        return None
-    known = read_findings(device)
+    known, path = read_findings(device), _path(device)
     failed = known.failed if found.failed is None else found.failed
-    found = replace(found, failed=failed, speeds={**known.speeds, **found.speeds})
     with suppress(OSError):  # a full disk, or a home that cannot be written
-        write_text(path, json.dumps(asdict(found), indent=1))
-        return path
+        if path is not None:
+            write_text(path, json.dumps(asdict(Findings(failed, {**known.speeds, **found.speeds})), indent=1))
+            return path
     return None
 
 
@@ -82,12 +76,3 @@ def _path(device: torch.device) -> Path | None:
     folder = cache_folder()
     words = f"{device_name(device)} torch {torch.__version__} gputune {__version__}"
     return folder and folder / f"check-{re.sub(r'[^a-z0-9.+]+', '-', words.lower())}.json"
-
-
-def cache_folder() -> Path | None:
-    """Return the folder ``gputune`` in the user's cache, made where it is missing; None where there is no place."""
-    with suppress(OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
-        folder = user_cache() / "gputune"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder
-    return None

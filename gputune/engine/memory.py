@@ -24,21 +24,16 @@ from gputune.population.population import Population
 
 @dataclass(frozen=True)
 class Failure:
-    """A trial (its place in the search) that cannot be trained, and why."""
+    """A trial (its place in the search) that cannot be trained, and why; ``fits``: into memory, alone."""
 
     index: tuple[int]
     reason: str
+    fits: bool = True
 
     def error(self) -> Exception:
         """Return the error of a training in which no trial may fail."""
-        return RuntimeError(self.reason)
-
-
-class DoesNotFit(Failure):
-    """A trial that does not fit into memory even alone, and what was said."""
-
-    def error(self) -> Exception:
-        """Return the error of a training in which no trial may fail."""
+        if self.fits:
+            return RuntimeError(self.reason)
         return MemoryError(f"{self.reason}. One training alone does not fit; make it smaller.")
 
 
@@ -57,24 +52,21 @@ def run_in_parts(
             continue
         outcome = _attempt(job, data, part, progress)
         if not isinstance(outcome, str):
-            done.append(replace(outcome, fault=_fault(job) if data.device.type == "cuda" else ""))
+            # A GPU trains in another way than was chosen where a kernel or a recording has failed.
+            kernel = KernelChunk.failure if job.backend == "kernel" else ""
+            graph = CudaRecorder.failure if job.backend in ("kernel", "graph") else ""
+            fault = " ".join(filter(None, (kernel, graph))) if data.device.type == "cuda" else ""
+            done.append(replace(outcome, fault=fault))
             continue
         # Only here, where the error and the frames that it holds are gone, is there anything to free.
         gc.collect()
         empty_cache(data.device)
         job.fits.refused(part)
         if len(part.index) == 1:
-            done.append(DoesNotFit((part.index[0],), outcome))
+            done.append(Failure((part.index[0],), outcome, fits=False))
         else:
             waiting.append(part)
     return done
-
-
-def _fault(job: Job) -> str:
-    """Return why a job on a GPU trains in another way than was chosen; "" where it does not."""
-    kernel = KernelChunk.failure if job.backend == "kernel" else ""
-    graph = CudaRecorder.failure if job.backend in ("kernel", "graph") else ""
-    return " ".join(filter(None, (kernel, graph)))
 
 
 def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | None) -> Outcome | str:
@@ -125,7 +117,11 @@ def measure_need(job: Job, data: Dataset, population: Population, peak: Peak, *,
     if small == 0:
         return None
     order = sorted(range(len(population.index)), key=lambda i: -population.configs[i]["batch_size"])
-    few = _with_few_rows(data, population.configs[order[0]]["batch_size"])
+    size = population.configs[order[0]]["batch_size"]
+    # All but two of the whole minibatches are left out of each fold: the last one stays as it is.
+    left_out = [max(0, len(fold.train) // size - _BATCHES) * size for fold in data.folds]
+    folds = tuple(Fold(fold.train[rows:], fold.valid) for fold, rows in zip(data.folds, left_out))
+    few = replace(data, folds=folds)
     short = replace(job, epochs=_EPOCHS, checkpointing=None, fits=Fits())
 
     def train(trials: int) -> Callable[[], object]:
@@ -142,13 +138,6 @@ def measure_need(job: Job, data: Dataset, population: Population, peak: Peak, *,
         return None
     trial = max(1, -(-(greatest - least) // (large - small)))
     return Need(once=max(0, least - small * trial), trial=trial)
-
-
-def _with_few_rows(data: Dataset, batch_size: int) -> Dataset:
-    """Return the data with all but two of the whole minibatches left out of each fold: the last one stays as it is."""
-    left_out = [max(0, len(fold.train) // batch_size - _BATCHES) * batch_size for fold in data.folds]
-    folds = [Fold(fold.train[rows:], fold.valid) for fold, rows in zip(data.folds, left_out)]
-    return replace(data, folds=tuple(folds))
 
 
 def cuda_peak(device: torch.device) -> Peak:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from gputune.errors import warn
-from gputune.scratch import is_users, scratch_folder, user_cache
+from gputune.scratch import cache_folder, is_users, scratch_folder
 
 FOLDER = Path(__file__).parent
 LEVELS = (4, 3, 1)
@@ -139,7 +139,7 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
         raise NotBuiltError("there is no C compiler (cc, gcc or clang) on this machine's PATH")
     name = f"steps-{'double' if dtype == torch.float64 else 'float'}-{_key(compiler, source)}"
     try:
-        folder = cache_folder()
+        folder = code_folder()
         if folder is not None and (kept := _cached_library(folder, name)) is not None:
             return kept
         if folder is not None and os.access(folder, os.W_OK):
@@ -189,18 +189,19 @@ def find_compiler() -> str | None:
     return None
 
 
-def cache_folder() -> Path | None:
+def code_folder() -> Path | None:
     """Return the folder of built code: ``gputune/code`` in the user's cache.
 
     None where there is no such folder, or, with a UserWarning, where its code could be another user's.
     """
+    if (base := cache_folder()) is None:
+        return None
+    folder = base / "code"
     try:
-        base = user_cache()
-        folder = base / "gputune" / "code"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         # In a folder that anyone may write to, without the sticky bit, ours could be exchanged for another.
-        safe = _is_own(folder) and _is_own(folder.parent) and base.stat().st_mode & 0o1002 != 0o0002
-    except (OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
+        safe = _is_own(folder) and _is_own(base) and base.parent.stat().st_mode & 0o1002 != 0o0002
+    except OSError:
         return None
     if not safe:
         warn(
@@ -246,7 +247,7 @@ def _put(built: Path, path: Path, ending: str) -> Path:
 def kept_binary(name: str, source: str, make: Callable[[], bytes]) -> bytes:
     """Return what ``make`` makes of a source, or what an earlier run made of it and left in the user's cache."""
     name = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-    folder = cache_folder()
+    folder = code_folder()
     if folder is None:
         return make()
     for path in _whole(folder, name, ".cubin"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gputune.native import library as built
-from gputune.native.library import NotBuiltError, build, cache_folder, find_compiler, kept_binary
+from gputune.native.library import NotBuiltError, build, code_folder, find_compiler, kept_binary
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 SOURCE = "int three(void) { return 3; }\n"
@@ -133,7 +133,7 @@ def test_a_relative_cache_home_is_ignored_and_users_are_not_asked_for_where_ther
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delattr(built.os, "geteuid")
     (tmp_path / ".cache" / "gputune" / "code").mkdir(parents=True, mode=0o777)
-    assert cache_folder() == tmp_path / ".cache" / "gputune" / "code"
+    assert code_folder() == tmp_path / ".cache" / "gputune" / "code"
 
 
 @needs_compiler
