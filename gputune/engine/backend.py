@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.findings import Findings, read_findings
+from gputune.engine.findings import read_findings
 from gputune.engine.kernel import KernelChunk, lacks, obstacle
 from gputune.errors import InputError
 from gputune.modules.recorder import RECORDERS, CudaRecorder
@@ -49,7 +49,7 @@ def choose_backend(
     if word == "stacked" and kind != "module":
         return "eager", ""
     if word == "auto" and device.type == "cuda":
-        return _on_gpu(read_findings(device), own=kind != "module" and dtype == torch.float32)
+        return _on_gpu(device, own=kind != "module" and dtype == torch.float32)
     if word == "stacked" or (word == "auto" and (device.type != "cpu" or kind == "module")):
         return ("graph" if device.type in RECORDERS else "eager"), ""
     if device.type != "cpu":
@@ -71,11 +71,12 @@ def choose_backend(
     return "compiled", ""
 
 
-def _on_gpu(found: Findings, *, own: bool) -> tuple[Backend, str]:
+def _on_gpu(device: torch.device, *, own: bool) -> tuple[Backend, str]:
     """Return how members train on a GPU, by what was found of it, and why not in recorded steps.
 
     ``own`` are those of gputune's models, which its kernel may train: where its law was checked and holds.
     """
+    found = read_findings(device)
     seconds = {way: speed.of(_FEW) for way, speed in found.speeds.items()}
     fastest = min(seconds, key=seconds.__getitem__, default="graph")
     if own and fastest == "kernel" and found.failed is not None and not found.why_not("kernel"):
@@ -89,16 +90,13 @@ def choose_device(device: str) -> torch.device:
     """Return the device of "auto", "cpu", "cuda" or "cuda:1"; InputError where there is none."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = None
+    why, count = "", torch.cuda.device_count()
     with suppress(RuntimeError, TypeError):
         chosen = torch.device(device)
-    count = torch.cuda.device_count()
-    if chosen is not None and chosen.type == "cpu":
-        return chosen
-    asks_gpu = chosen is not None and chosen.type == "cuda"
-    if chosen is not None and asks_gpu and (chosen.index or 0) < count and torch.cuda.is_available():
-        return chosen
-    why = f" {_why_no_gpu()}" if asks_gpu and not torch.cuda.is_available() else ""
+        on_gpu, is_there = chosen.type == "cuda", torch.cuda.is_available()
+        if chosen.type == "cpu" or (on_gpu and is_there and (chosen.index or 0) < count):
+            return chosen
+        why = f" {_why_no_gpu()}" if on_gpu and not is_there else ""
     there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count) if not why)])
     raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.{why}")
 
@@ -158,7 +156,7 @@ def trains_as(
         if not KernelChunk.failure and not lacks(config, kind, data):
             return "kernel"
         backend = "graph"
-    if backend == "compiled":
+    elif backend == "compiled":
         if config["optimizer"] in OPTIMIZERS and config["clip_norm"] == math.inf and not beyond_adam(config):
             return "compiled" if config["depth"] <= _DEEPEST else "eager"
         backend = "graph"

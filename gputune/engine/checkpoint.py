@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,23 +67,13 @@ class CheckpointFolder:
         """Keep a checkpoint in the place of an older one of the same trials. Raises OSError where it cannot."""
         tensors = {str(i): buffer.cpu().contiguous() for i, buffer in enumerate(checkpoint.state.buffers)}
         tensors["curves"] = torch.from_numpy(np.ascontiguousarray(checkpoint.curves))
-        facts = {
-            "format": _FORMAT,
-            "search": self.identity,
-            "configs": _digest_of_configs(configs),
-            "trials": checkpoint.trials,
-            "alive": checkpoint.alive,
-            "epoch": checkpoint.state.epoch,
-            "seconds": checkpoint.seconds,
-        }
-        text = json.dumps(facts)
+        facts = {key: getattr(checkpoint, key) for key in ("trials", "alive", "seconds")}
+        facts |= {"format": _FORMAT, "search": self.identity, "configs": _digest_of_configs(configs)}
+        text = json.dumps({**facts, "epoch": checkpoint.state.epoch})
         path = self.path(checkpoint.trials)
         draft = path.with_suffix(".tmp")
         self._make_draft(draft, sum(tensor.nbytes for tensor in tensors.values()))
-        try:
-            save_file(tensors, draft, metadata={"facts": text, "checksum": _checksum(text, tensors)})
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(str(error)) from error
+        _save(tensors, draft, {"facts": text, "checksum": _checksum(text, tensors)})
         flush(draft)
         os.replace(draft, path)
         flush(self.folder)
@@ -149,18 +138,19 @@ class CheckpointFolder:
             trials -= ended
             if not trials:
                 del self._trials[path]
-                _remove(path, path.with_suffix(".tmp"))
-        self._remove_folder()
+                self._remove(path, path.with_suffix(".tmp"))
+        self._remove()
 
     def clear(self) -> None:
         """Remove all files, also those that could not be used: no trial of the search waits any more."""
         with suppress(OSError):  # there is no folder
-            _remove(*(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)))
-        self._remove_folder()
+            self._remove(*(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)))
 
-    def _remove_folder(self) -> None:
-        with suppress(OSError):  # there is none, or something is left in it
-            self.folder.rmdir()
+    def _remove(self, *files: Path) -> None:
+        """Remove files, and the folder with the last of them."""
+        for remove in (*(file.unlink for file in files), self.folder.rmdir):
+            with suppress(OSError):  # what cannot be removed does no harm
+                remove()
 
 
 @dataclass(frozen=True)
@@ -189,12 +179,6 @@ class Checkpointing:
         return max(self.seconds, pause_after(time.monotonic() - begin))
 
 
-def _remove(*files: Path) -> None:
-    for file in files:
-        with suppress(OSError):  # what cannot be removed does no harm
-            file.unlink()
-
-
 def pause_after(writing: float) -> float:
     """Return the seconds of training before the next checkpoint, when one took so long to write."""
     return _WRITING_SHARE * writing
@@ -205,10 +189,18 @@ def _digest_of_configs(configs: Sequence[Config]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file. Raises OSError where the disk is full."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
-        array: np.ndarray[Any, Any] = tensor.numpy()
+        array = tensor.numpy()
         digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
@@ -225,9 +217,8 @@ class StateCache:
 
     def park(self, trial: int, state: State) -> None:
         """Keep the state (one row) of a trial."""
-        size = sum(buffer.nbytes for buffer in state.buffers)
-        if self.size + size <= self.limit:
-            self.size += size
+        if self.size + state.nbytes <= self.limit:
+            self.size += state.nbytes
             # A copy of its own: a row of a chunk would keep the whole chunk alive.
             self.states[trial] = State(state.epoch, tuple(buffer.clone() for buffer in state.buffers))
             return
@@ -236,8 +227,8 @@ class StateCache:
         path = self.folder / f"{trial}.safetensors"
         tensors = {str(i): buffer.contiguous() for i, buffer in enumerate(state.buffers)}
         try:
-            save_file(tensors, path, metadata={"epoch": str(state.epoch)})
-        except SafetensorError as error:  # what it makes of a full disk
+            _save(tensors, path, {"epoch": str(state.epoch)})
+        except OSError as error:
             raise OSError(
                 f"no room for the states of trials that wait for their rung: {str(path.parent)!r} takes no more "
                 f"({error}). Make room there, let TMPDIR name a folder of a larger disk, or allow more memory=."
@@ -246,8 +237,11 @@ class StateCache:
 
     def look(self, trial: int) -> State:
         """Return the state of a trial, which stays."""
-        state = self.states[trial]
-        return state if isinstance(state, State) else self._load(state)
+        if isinstance(state := self.states[trial], State):
+            return state
+        with safe_open(state, framework="pt") as file:
+            buffers = tuple(file.get_tensor(str(i)) for i in range(len(list(file.keys()))))
+            return State(int(file.metadata()["epoch"]), buffers)
 
     def take(self, trials: Sequence[int]) -> State:
         """Return the states of some trials, all after one number of epochs, and keep them no longer."""
@@ -256,17 +250,11 @@ class StateCache:
             self.drop(trial)
         return State.stack(states)
 
-    def _load(self, path: Path) -> State:
-        with safe_open(path, framework="pt") as file:
-            count = len(list(file.keys()))
-            buffers = tuple(file.get_tensor(str(i)) for i in range(count))
-            return State(int(file.metadata()["epoch"]), buffers)
-
     def drop(self, trial: int) -> None:
         """Forget the state of a trial that has left."""
         state = self.states.pop(trial, None)
         if isinstance(state, State):
-            self.size -= sum(buffer.nbytes for buffer in state.buffers)
+            self.size -= state.nbytes
         elif state is not None:
             state.unlink()
 

@@ -48,8 +48,7 @@ class CompiledChunk:
         self.data, self.seed, self.horizon, self.scoring = data, seed, horizon, scoring
         self.validation = Validation(data, scoring)
         self.row_mean = _row_mean(data, scoring)
-        self.configs = list(configs)
-        self.alive = list(range(len(configs)))
+        self.configs, self.alive = list(configs), list(range(len(configs)))
         self.nanoseconds = torch.zeros(2, dtype=torch.int64)
         self.flat = network.start()
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
@@ -57,8 +56,7 @@ class CompiledChunk:
         self._moments = [torch.zeros_like(self.flat) for _ in range(moments + self.averages)]
         self.targets = [data.target[fold.valid] for fold in data.folds]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
-        valid = [len(fold.valid) for fold in data.folds]
-        self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
+        self.starts = np.cumsum([0, *(len(fold.valid) for fold in data.folds)], dtype=np.int64)
         self.fixed = {**_of_data(data), "lengths": self.place(self.lengths), "valid_start": self.place(self.starts)}
         self._rebuild()
 
@@ -68,10 +66,10 @@ class CompiledChunk:
 
     def _rebuild(self) -> None:
         """Tell what stays as it is until a trial leaves."""
-        data, folds, trials = self.data, self.data.n_folds, len(self.configs)
+        data = self.data
         self.numbers = {
-            "folds": folds,
-            "trials": trials,
+            "folds": data.n_folds,
+            "trials": len(self.configs),
             "inputs": data.n_features,
             "width": self.network.hidden,
             "outputs": data.n_outputs,
@@ -101,9 +99,7 @@ class CompiledChunk:
             "average": self._moments[-1] if self.averages else None,
             # The longest first, and of those one fold after another, whose rows are then in the cache.
             "queue": self.place(np.argsort(-self.steps.flatten(), kind="stable")),
-            "draws": None,
-            "draw_start": None,
-            "draw_rows": None,
+            **dict.fromkeys(("draws", "draw_start", "draw_rows")),
             "nanoseconds": self.nanoseconds,
             **self.room(1),
         }
@@ -138,8 +134,7 @@ class CompiledChunk:
     def scoring_share(self) -> float:
         """The part of the time of ``advance`` that went into outputs on validation rows."""
         training, scoring = self.nanoseconds.tolist()
-        share: float = scoring / max(1, training + scoring)
-        return share
+        return float(scoring / max(1, training + scoring))
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch, and compute the outputs on the validation rows where there is a scoring."""
@@ -158,7 +153,7 @@ class CompiledChunk:
             for step, n in enumerate(rows)
             for layer in range(depth)
         ]
-        start = np.concatenate([[0], np.cumsum(rows * depth * width)[:-1]]).astype(np.int64)
+        start = np.cumsum([0, *(rows * depth * width)[:-1]], dtype=np.int64)
         return {"draws": torch.cat(draws), "draw_start": self.place(start), "draw_rows": self.place(rows)}
 
     def draw_rows(self) -> np.ndarray:
@@ -175,20 +170,15 @@ class CompiledChunk:
             [part.view(trials, size, -1) for part, size in zip(torch.split(epoch, numbers), sizes)]
             for epoch in ([] if written is None else written)
         ]
-        if means is None:
+        if means is None or self.row_mean is None:
             params = self.network.blocks.views(self.scored)
             scores = np.stack([self.validation.scores(self.network, params, trials, one) for one in outputs], 1)
-        else:
-            scores = self._of_means(means)
+        else:  # of (epochs, F, C)
+            of_folds = [self.row_mean.score(mean, target) for mean, target in zip(means.unbind(1), self.targets)]
+            stacked = torch.stack(of_folds, -1).movedim(1, 0)
+            scores = torch.where(stacked.isfinite(), stacked, torch.nan).cpu().numpy()
         self.validation.outputs = outputs
         return scores
-
-    def _of_means(self, means: Tensor) -> np.ndarray:
-        """Return the scores (C, epochs, F) of means (epochs, F, C) over validation rows."""
-        assert self.row_mean is not None
-        folds = zip(means.unbind(1), self.targets)
-        scores = torch.stack([self.row_mean.score(mean, target) for mean, target in folds], -1).movedim(1, 0)
-        return torch.where(scores.isfinite(), scores, torch.nan).cpu().numpy()
 
     def keep(self, stays: np.ndarray) -> None:
         """Go on with the trials of ``stays`` (C,) alone."""

@@ -77,12 +77,9 @@ def trial_cost(
 
 def _kept_buffers(population: Population) -> int:
     """How many numbers a parameter needs while its training waits: itself, its moments, what adapts its rate."""
-    optimizer = population.configs[0]["optimizer"]
-    if class_of(population.configs[0]):
-        moments = _CLASS_MOMENTS
-    else:
-        moments = n_moments(optimizer, (config["momentum"] for config in population.configs))
-    return 1 + moments + 3 * (optimizer in ONLINE) + bool(population.configs[0]["ema"])
+    first, momenta = population.configs[0], (config["momentum"] for config in population.configs)
+    moments = _CLASS_MOMENTS if class_of(first) else n_moments(first["optimizer"], momenta)
+    return 1 + moments + 3 * (first["optimizer"] in ONLINE) + bool(first["ema"])
 
 
 def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
@@ -103,11 +100,8 @@ def _compiled_cost(population: Population, data: Dataset) -> Cost:
     longest = max(len(fold.train) for fold in data.folds)
     _, size, units = _shape(population, data, 0)
     rows = np.array([min(config["batch_size"], longest) for config in population.configs])
-    step_seconds = (
-        _COMPILED_STEP_SECONDS
-        + _COMPILED_PARAMETER_SECONDS * size
-        + rows * (3 * _COMPILED_PRODUCT_SECONDS * size + _COMPILED_ACTIVATION_SECONDS * units)
-    )
+    row_seconds = 3 * _COMPILED_PRODUCT_SECONDS * size + _COMPILED_ACTIVATION_SECONDS * units
+    step_seconds = _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * size + rows * row_seconds
     scored = sum(len(fold.valid) for fold in data.folds) * data.n_outputs
     terms = 4 * max(len(fold.valid) for fold in data.folds) * data.n_outputs  # while one fold is scored
     return Cost(

@@ -86,8 +86,6 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
     expected = [torch.rand(1500, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
     if torch.equal(out.cpu(), torch.stack(expected)):
         return compiled[0]
-    warn(
-        f"what {device} draws for dropout is not what PyTorch draws on a CPU: the CPU draws, which is slower.",
-        RuntimeWarning,
-    )
+    what = f"what {device} draws for dropout is not what PyTorch draws on a CPU"
+    warn(f"{what}: the CPU draws, which is slower.", RuntimeWarning)
     return None

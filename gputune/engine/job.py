@@ -1,14 +1,13 @@
-"""How many trials of one shape memory has held: what failed once in a search is not tried again at that size.
+"""One chunk, from its configurations to its results: the unit of work of a process, of a store, of a cluster.
 
-One chunk, from its configurations to its results: the unit of work of a process, of a store, of a cluster. It trains
-to its end, or to a rung, from which it goes on later.
+It trains to its end, or to a rung, from which it goes on later.
 """
 
 import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,11 +32,10 @@ from gputune.types import Backend, Precision, first_metric
 
 
 class Fits:
-    """What a process has found of one search: the sizes, by tensor shape, as far as memory has refused larger ones.
+    """How many trials of each tensor shape memory has held in one search: what failed once is not tried again.
 
-    Also its chunks that take recorded steps, in whose memory the next of their shape train.
-
-    Within a process all copies of it are one object, however often it is sent there with a job.
+    Also the search's chunks that take recorded steps, in whose memory the next of their shape train. Within a process
+    all copies of it are one object, however often it is sent there with a job.
     """
 
     def __init__(self) -> None:
@@ -99,14 +97,14 @@ class BegunChunk(Population):
         """Return the trials start..stop-1 as a chunk of their own, with their states."""
         alive = range(len(self.index)) if self.alive is None else self.alive
         rows = [row for row, c in enumerate(alive) if start <= c < stop]
-        return BegunChunk(
-            self.kind,
-            self.index[start:stop],
-            self.configs[start:stop],
-            None if self.state is None else self.state.select(rows),
-            None if self.alive is None else tuple(alive[row] - start for row in rows),
-            None if self.before is None else self.before[start:stop],
-            self.seconds * (stop - start) / len(self.index),
+        return replace(
+            self,
+            index=self.index[start:stop],
+            configs=self.configs[start:stop],
+            state=self.state and self.state.select(rows),
+            alive=None if self.alive is None else tuple(alive[row] - start for row in rows),
+            before=None if self.before is None else self.before[start:stop],
+            seconds=self.seconds * (stop - start) / len(self.index),
         )
 
 
@@ -152,8 +150,8 @@ class Job:
             self.module_class, chunk.configs[0], data, objective=self.objective
         )
         objective = self.objective or make_objective(None, None, None, data.task)
-        looped = trains_as(self.backend, chunk.kind, chunk.configs[0], traits.loop_reason) == "loop"
-        kind = LoopedModule if looped else StackedModule
+        way = trains_as(self.backend, chunk.kind, chunk.configs[0], traits.loop_reason)
+        kind = LoopedModule if way == "loop" else StackedModule
         return kind(self.module_class, chunk.configs, shape, seed=self.seed, traits=traits, objective=objective)
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
@@ -228,10 +226,17 @@ class RungJob(Job):
         """Train one chunk; its curves have the epochs since it was begun."""
         begin, start = time.monotonic(), _as_begun_chunk(chunk).epoch
         trained = train_chunk(self, data, chunk, progress)
-        kept = State(trained.state.epoch, tuple(buffer.cpu() for buffer in trained.state.buffers))
-        seconds, curves = time.monotonic() - begin, trained.curves[:, start : trained.epochs]
-        spent, outputs, epochs = trained.spent, trained.outputs_of(chunk.index), trained.epochs - start
-        return RungOutcome(chunk.index, curves, epochs, seconds, kept, trained.alive, spent=spent, outputs=outputs)
+        state = State(trained.epochs, tuple(buffer.cpu() for buffer in trained.state.buffers))
+        return RungOutcome(
+            chunk.index,
+            trained.curves[:, start : trained.epochs],
+            trained.epochs - start,
+            time.monotonic() - begin,
+            state,
+            trained.alive,
+            spent=trained.spent,
+            outputs=trained.outputs_of(chunk.index),
+        )
 
 
 class _Watch:
@@ -240,8 +245,7 @@ class _Watch:
     def __init__(self, job: Job, chunk: BegunChunk, progress: Progress | None) -> None:
         self.job, self.chunk, self.progress = job, chunk, progress
         self.begin, self.told = time.monotonic(), chunk.epoch
-        seconds = math.inf if job.checkpointing is None else job.checkpointing.seconds
-        self.due = self.begin + seconds
+        self.due = self.begin + (math.inf if job.checkpointing is None else job.checkpointing.seconds)
 
     def __call__(self, trained: Trained) -> bool | np.ndarray:
         epoch, curves = trained.epochs, trained.curves
@@ -249,24 +253,17 @@ class _Watch:
             for done in range(self.told, epoch):
                 self.progress(len(curves), curves[:, done : done + 1])
         self.told = epoch
-        over = self.job.is_over()
-        goes_on = epoch < self.job.epochs and bool(trained.alive)
-        if goes_on and (time.monotonic() >= self.due or (over and self.job.keep_stopped)):
-            self._keep(trained)
+        over, checkpointing, now = self.job.is_over(), self.job.checkpointing, time.monotonic()
+        is_due = now >= self.due or (over and self.job.keep_stopped)
+        if checkpointing is not None and is_due and epoch < self.job.epochs and trained.alive:
+            trials = tuple(checkpointing.numbers[i] for i in self.chunk.index)
+            seconds = self.chunk.seconds + now - self.begin
+            checkpoint = Checkpoint(trials, trained.alive, curves[:, :epoch], trained.state, seconds)
+            self.due = time.monotonic() + checkpointing.keep(checkpoint, self.chunk.configs)
         if over or self.job.patience is None or not trained.alive:
             return over
         means = first_metric(curves[list(trained.alive), :epoch], axes=3).mean(2)
         return stalled_epochs(means)[:, -1] < self.job.patience
-
-    def _keep(self, trained: Trained) -> None:
-        checkpointing, index = self.job.checkpointing, self.chunk.index
-        if checkpointing is None:
-            return
-        seconds = self.chunk.seconds + time.monotonic() - self.begin
-        curves = trained.curves[:, : trained.epochs]
-        trials = tuple(checkpointing.numbers[i] for i in index)
-        checkpoint = Checkpoint(trials, trained.alive, curves, trained.state, seconds)
-        self.due = time.monotonic() + checkpointing.keep(checkpoint, self.chunk.configs)
 
 
 def stalled_epochs(means: np.ndarray) -> np.ndarray:

@@ -80,10 +80,8 @@ class KernelChunk(CompiledChunk):
         several = self.scoring is None or self.scoring.on_outputs  # else members are asked as each epoch leaves them
         many = 1
         if several and self.pace < math.inf:
-            many = min(most, int(self.pace * _SECONDS / self.turns[-1]), _ROOM_BYTES // each)
-            if self.draws is not None:
-                many = min(many, self.draws.room // self.draws.steps)
-            many = max(1, many)
+            drawn = most if self.draws is None else self.draws.room // self.draws.steps
+            many = max(1, min(most, int(self.pace * _SECONDS / self.turns[-1]), _ROOM_BYTES // each, drawn))
         if many != self.epochs:
             self.epochs = many
             self.arrays |= self.room(many)
@@ -101,7 +99,10 @@ class KernelChunk(CompiledChunk):
             if self.draws is not None:
                 self.draws.fill(epoch, begin)
             began = time.perf_counter()
-            self._launch(work, begin, end)
+            self.next.zero_()
+            args: list[torch.Tensor | int] = [work, self.next, self.scratch, begin, end, self.epochs]
+            threads = self.kernel.threads
+            launch(self.compiled, self.blocks * threads, args, block=threads, shared=self.kernel.shared)
             synchronize(device)
             if begin == 0:  # later ones are quicker: the smallest minibatches make the most steps
                 turns = self.turns[end - 1] if self.epochs == 1 else self.turns[-1] * self.epochs
@@ -116,13 +117,6 @@ class KernelChunk(CompiledChunk):
         if self.draws is not None:
             end = min(end, (begin // self.draws.ahead + 1) * self.draws.ahead)
         return min(end, len(self.turns))
-
-    def _launch(self, work: torch.Tensor, begin: int, end: int) -> None:
-        """Let every member take the steps from ``begin`` to before ``end``, without waiting for them."""
-        self.next.zero_()
-        threads = self.kernel.threads
-        args: list[torch.Tensor | int] = [work, self.next, self.scratch, begin, end, self.epochs]
-        launch(self.compiled, self.blocks * threads, args, block=threads, shared=self.kernel.shared)
 
 
 def kernel_of(configs: Sequence[Config], kind: ModelKind, data: Dataset) -> MemberKernel:
@@ -166,33 +160,25 @@ def compiled(kernel: MemberKernel, device: torch.device, say: Callable[[str], ob
 def _blocks(kernel: MemberKernel, device: torch.device) -> int:
     """Return how many blocks a GPU holds at once; one that waits for its turn finds an empty queue."""
     card = torch.cuda.get_device_properties(device)
-    by_memory = card.shared_memory_per_multiprocessor // (kernel.shared + _RESERVED_BYTES)
-    each = max(1, min(by_memory, _THREADS // kernel.threads))
-    blocks: int = card.multi_processor_count * each
-    return blocks
+    room = card.shared_memory_per_multiprocessor // (kernel.shared + _RESERVED_BYTES)
+    return int(card.multi_processor_count * max(1, min(room, _THREADS // kernel.threads)))
 
 
 def _shared_bytes(device: torch.device) -> int:
     """Return the shared memory that a thread block may have."""
-    card = torch.cuda.get_device_properties(device)
-    size: int = card.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return size
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def obstacle(device: torch.device) -> str:
     """Return why the kernel cannot train on a device, and what to do; "" where it can."""
     if device.type != "cuda":
-        return (
-            f"backend='kernel' trains on a GPU, and the device is {str(device)!r}; choose device='cuda', or "
-            "backend='auto'."
-        )
+        where = f"the device is {str(device)!r}; choose device='cuda', or backend='auto'."
+        return f"backend='kernel' trains on a GPU, and {where}"
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST:
-        return (
-            "backend='kernel' needs a GPU of compute capability 8.0 (Ampere) or newer, and "
-            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}; choose backend='graph', or "
-            "'auto'."
-        )
+        has = f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+        needs = "backend='kernel' needs a GPU of compute capability 8.0 (Ampere) or newer"
+        return f"{needs}, and {has}; choose backend='graph', or 'auto'."
     if why := without_nvrtc():
         return f"backend='kernel' compiles its code when it is first used: {why} Or choose backend='graph'."
     return ""

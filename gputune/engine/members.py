@@ -23,7 +23,6 @@ from gputune.engine.stacked import StackedChunk
 from gputune.modules.member_code import MemberCode
 from gputune.modules.module import StackedModule
 from gputune.native.library import build_kernels
-from gputune.optimizers.blocks import Blocks
 from gputune.types import Config
 
 _TIMED_STEPS = 8
@@ -36,15 +35,13 @@ class MemberChunk(StackedChunk):
         self, network: StackedModule, data: Dataset, configs: Sequence[Config], *, seed: int, **options: Any
     ) -> None:
         super().__init__(network, data, configs, seed=seed, **options)
-        code = MemberCode(data.dtype)
         with torch_threads(1):  # a step of one member is thousands of small operations, which threads only delay
-            self._write(code, seed)
-        self.kernels = build_kernels(list(code.kernels), data.dtype)
+            self.kernels = build_kernels(list(self._write(seed).kernels), data.dtype)
         self.outputs: list[Tensor | None] = []  # room for those (C, m, K) of each fold, None where they are in no code
         self.spaces: list[dict[OneMember, Space]] = []  # of threads: to ask the system for pages takes long
 
-    def _write(self, code: MemberCode, seed: int) -> None:
-        """Write the steps of a member of each fold as code, once for folds of equal lengths."""
+    def _write(self, seed: int) -> MemberCode:
+        """Return the steps of a member of each fold as code, once for folds of equal lengths."""
         lengths = [(len(fold.train), len(fold.valid)) for fold in self.data.folds]
         ones = {length: OneMember(self, lengths.index(length), seed) for length in dict.fromkeys(lengths)}
         self.members = [ones[length] for length in lengths]
@@ -52,8 +49,10 @@ class MemberChunk(StackedChunk):
         self.ahead = min([draws.ahead for draws in drawing], default=len(self.batches.shapes))
         for draws in drawing:
             draws.ahead = self.ahead
+        code = MemberCode(self.data.dtype)
         for one in ones.values():
             one.write(code)
+        return code
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
@@ -98,11 +97,6 @@ class MemberChunk(StackedChunk):
             space.take(self.kernels, 0, end)
             times.append(time.thread_time())
         return min(b - a for a, b in pairwise(times)) / min(end, len(one.steps))
-
-    def _buffers(self) -> list[tuple[Blocks, Tensor]]:
-        """What a step changes in the members, and how it lies."""
-        moments = [(self._network.trained, buffer) for buffer in self.update.state()]
-        return [(self._network.blocks, self._flat), *moments]
 
     def _take(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
         """Let as many threads as torch has here take members from one queue, each through some steps."""

@@ -93,14 +93,10 @@ class StackedMLP:
         return StackedMLP(self.kind, [self.configs[c] for c in keep], self.shape, seed=self.seed)
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
-        config, shape = self.configs[trial], self.shape
-        module: MLP | LogisticRegression
-        if self.kind == "mlp":
-            words = {k: config[k] for k in ("width", "depth", "activation", "dropout")}
-            module = MLP(shape.n_features, shape.n_outputs, **words)
-        else:
-            module = LogisticRegression(shape.n_features, shape.n_outputs)
-        module = module.to(shape.dtype)
+        config, sizes = self.configs[trial], (self.shape.n_features, self.shape.n_outputs)
+        words = {key: config[key] for key in ("width", "depth", "activation", "dropout")}
+        module: MLP | LogisticRegression = MLP(*sizes, **words) if self.kind == "mlp" else LogisticRegression(*sizes)
+        module = module.to(self.shape.dtype)
         with torch.no_grad():
             for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
                 weight = params[f"weight{layer}"].movedim(2 if layer == 0 else 1, 1)[fold, trial]
@@ -122,9 +118,9 @@ class StackedMLP:
 
     def draws(self, batches: Batches, *, ahead: bool) -> Draws | None:
         del ahead  # always
-        rows = [shape.parts[0].rows for shape in batches.shapes]
         if self.rates is None:
             return None
+        rows = [shape.parts[0].rows for shape in batches.shapes]
         return Draws(rows, layers=self.depth, width=self.hidden, seed=self.seed, device=self.shape.device)
 
     def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
@@ -146,22 +142,16 @@ class StackedMLP:
         return {block.name: int(block.name.removeprefix("weight").removeprefix("bias")) for block in self.blocks.blocks}
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
-        space = self._workspace(batch.x.shape[1])
-        self._forward(params, batch, space)
-        slope = space.out
-        if self.mask is not None:
-            slope.add_(self.mask)
-        y = batch.y.view(self.shape.folds, -1, *batch.y.shape[1:])  # (F, 1 or C, B, K)
-        if self.shape.regression:
-            squared_error_slope_(slope, y, batch.share)
-        else:
-            cross_entropy_slope_(slope, y, batch.share)
-        self._backward(params, batch, space, grads)
-
-    def _workspace(self, rows: int) -> "_Workspace":
-        if rows not in self._workspaces:
+        if (rows := batch.x.shape[1]) not in self._workspaces:
             self._workspaces[rows] = _Workspace(self, rows)
-        return self._workspaces[rows]
+        space = self._workspaces[rows]
+        self._forward(params, batch, space)
+        if self.mask is not None:
+            space.out.add_(self.mask)
+        y = batch.y.view(self.shape.folds, -1, *batch.y.shape[1:])  # (F, 1 or C, B, K)
+        loss_slope_ = squared_error_slope_ if self.shape.regression else cross_entropy_slope_
+        loss_slope_(space.out, y, batch.share)
+        self._backward(params, batch, space, grads)
 
     def _forward(self, params: Params, batch: Batch, space: "_Workspace") -> None:
         z = self._first_layer(params, batch, space)  # (F, C, B, H)
@@ -275,11 +265,8 @@ def _activate(name: str, z: Tensor, out: Tensor | None = None) -> Tensor:
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device) if out is None else out
     if name == "relu":
         return torch.clamp_min(z, 0, out=out)
-    if name == "tanh":
-        return torch.tanh(z, out=out)
-    rule = aten.gelu.out if name == "gelu" else aten.silu.out
-    result: Tensor = rule(z, out=out)
-    return result
+    {"tanh": aten.tanh.out, "gelu": aten.gelu.out, "silu": aten.silu.out}[name](z, out=out)
+    return out
 
 
 def _slope(name: str, above: Tensor, z: Tensor, h: Tensor, *, out: Tensor) -> Tensor:
@@ -288,8 +275,7 @@ def _slope(name: str, above: Tensor, z: Tensor, h: Tensor, *, out: Tensor) -> Te
         aten.threshold_backward.grad_input(above, h, 0, grad_input=out)
     elif name == "tanh":
         aten.tanh_backward.grad_input(above, h, grad_input=out)
-    elif name == "gelu":
-        aten.gelu_backward.grad_input(above, z, grad_input=out)
     else:
-        aten.silu_backward.grad_input(above, z, grad_input=out)
+        rule = aten.gelu_backward if name == "gelu" else aten.silu_backward
+        rule.grad_input(above, z, grad_input=out)
     return out

@@ -69,8 +69,9 @@ class OneMember:
     def _outputs(self, code: MemberCode) -> Step | None:
         """Write what the member makes of its validation rows as code; None where that is not what is scored."""
         own, validation = self.own, self.chunk.validation
-        is_scored = validation.scoring is not None and self.chunk.scored is self.chunk.flat
-        if not is_scored or not validation.is_small(own.network):
+        if validation.scoring is None or self.chunk.scored is not self.chunk.flat:
+            return None
+        if not validation.is_small(own.network):
             return None
         data = own.validation.data
         self.rows = [x.clone() for x in data.rows(0, data.folds[0].valid)]
@@ -102,8 +103,7 @@ class OneMember:
     def _shared(self, value: Any, path: "_Path") -> Any:
         if isinstance(value, dict):
             return {key: self._shared(part, (*path, key)) for key, part in value.items()}
-        own = _part(value, 0, 0).clone()
-        self.tables.append((path, own))
+        self.tables.append((path, own := _part(value, 0, 0).clone()))
         return own
 
     def of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -113,16 +113,14 @@ class OneMember:
         yield theirs.batches.start[:, part], mine.batches.start
         for name in ("taken", "counted", "active_until"):
             yield getattr(theirs.batches, name)[part, :1], getattr(mine.batches, name)
-        pairs = [
-            (theirs.batches.weights, mine.batches.weights),
-            (theirs.network.shape.present, mine.network.shape.present),
-        ]
-        for of_all, own in zip(theirs.validation.data.scaling, mine.batches.data.scaling):
-            if of_all is not None and own is not None:
-                pairs += [(of_all.center, own.center), (of_all.scale, own.scale)]
         if self.outputs is not None:
             data = theirs.validation.data
             yield from zip(data.rows(fold, data.folds[fold].valid), self.rows)
+        shapes = theirs.network.shape, mine.network.shape
+        pairs = [(theirs.batches.weights, mine.batches.weights), (shapes[0].present, shapes[1].present)]
+        for of_all, own in zip(theirs.validation.data.scaling, mine.batches.data.scaling):
+            if of_all is not None and own is not None:
+                pairs += [(of_all.center, own.center), (of_all.scale, own.scale)]
         yield from ((of_all[part], own) for of_all, own in pairs if of_all is not None and own is not None)
 
 
@@ -242,22 +240,20 @@ class Space:
             if tensor is not None:
                 tensor.copy_(value)
 
-    def take(self, kernels: Kernels, begin: int, end: int) -> None:
-        """Take some steps of the epoch."""
-        self._take(kernels, begin, min(end, len(self.one.steps)))
+    def take(self, kernels: Kernels, begin: int, end: int, *, outputs: bool = False) -> None:
+        """Take some steps of the epoch; after these, with ``outputs``, what follows them in the code."""
+        end = min(end, len(self.one.steps)) + outputs
+        if begin < end:
+            calls, numbers = (ctypes.byref(table, begin * _POINTER) for table in (self.calls, self.numbers))
+            kernels.take_steps(ctypes.c_int64(end - begin), calls, kernels.addresses, self.memories, numbers)
 
     def outputs(self, kernels: Kernels) -> Tensor:
         """Return the outputs (m, K) on the validation rows, which are in the code."""
-        self._take(kernels, len(self.one.steps), len(self.one.steps) + 1)
+        steps = len(self.one.steps)
+        self.take(kernels, steps, steps, outputs=True)
         result = self._here(self.one.result)
         assert result is not None
         return result[0]
-
-    def _take(self, kernels: Kernels, begin: int, end: int) -> None:
-        if begin >= end:
-            return
-        calls, numbers = (ctypes.byref(table, begin * _POINTER) for table in (self.calls, self.numbers))
-        kernels.take_steps(ctypes.c_int64(end - begin), calls, kernels.addresses, self.memories, numbers)
 
     def store(self, rows: Sequence[Tensor]) -> None:
         """Give the rows of the member back."""

@@ -5,6 +5,7 @@ passes over the whole state at every step. Compiled members come into the cache 
 and threads of one process share their members. Results do not depend on the cut beyond rounding.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,9 @@ _MEASURED_SHARE = 0.5  # of the limit, beyond which an estimate of a population'
 _WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
 _GPUS_PAY = 600.0  # and a second GPU: its process takes some 10 s to start, and a core is far slower than a GPU
 _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, where nothing can be cut
+_WORDS: Mapping[Backend, str] = {
+    "compiled": "compiled", "kernel": "by the kernel", "graph": "recorded", "eager": "eager", "loop": "one by one"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,33 +87,18 @@ class Plan:
             place = f"on {self.workers} GPUs"
         if self.cluster:
             place = f"on {count(self.workers, 'Ray worker')}"
+        ways = [way for way in _WORDS if way in self.ways]
+        many = {way: f"{self.ways.count(way)} " if len(ways) > 1 else "" for way in ways}
+        how = "".join(f", {many[way]}{_WORDS[way]}" for way in ways)
+        if self.cache_bytes is not None:
+            in_memory = min(self.state_bytes, self.cache_bytes)
+            waiting = {"main memory": in_memory, "files": self.state_bytes - in_memory}
+            parts = " and ".join(f"{size_words(size)} in {where}" for where, size in waiting.items() if size)
+            how += f"; states that wait for a rung take up to {parts}"
         return (
             f"{count(sum(sizes), 'trial')} in {count(len(sizes), 'chunk')} of {trials}, about "
-            f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, {place}"
-            f"{self._how()}{self._waiting_text()}"
+            f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, {place}{how}"
         )
-
-    def _how(self) -> str:
-        """How the chunks train, in words."""
-        words = {
-            "compiled": "compiled",
-            "kernel": "by the kernel",
-            "graph": "recorded",
-            "eager": "eager",
-            "loop": "one by one",
-        }
-        if len(set(self.ways)) == 1:
-            return f", {words[self.ways[0]]}"
-        return "".join(f", {self.ways.count(way)} {word}" for way, word in words.items() if way in self.ways)
-
-    def _waiting_text(self) -> str:
-        """Where the states lie that wait for their next rung, in words."""
-        if self.cache_bytes is None:
-            return ""
-        in_memory = min(self.state_bytes, self.cache_bytes)
-        places = [(in_memory, "main memory"), (self.state_bytes - in_memory, "files")]
-        words = " and ".join(f"{size_words(size)} in {place}" for size, place in places if size)
-        return f"; states that wait for a rung take up to {words}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +142,8 @@ class Planner:
         way = trains_as(self.backend, population.kind, config, reason, coded=coded, data=self.data)
         cost = trial_cost(population, self.data.of(config), self.parameters, way, widest)
         if way == "compiled":
-            limit = _compiled_limit(population, self.memory)
+            most = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
+            limit = min(most, self.memory or most)
         else:
             limit = memory_limit(self.data, self.memory, self.free)
         if self.cost_of is not None:
@@ -177,16 +167,15 @@ class Planner:
         if workers is None:
             most, pays = (self.gpus, _GPUS_PAY) if on_gpu else (cores(), _WORKERS_PAY)
             workers = most if total > pays else 1
-        pieces = _share_out(pieces, workers) if on_gpu else _balance(pieces, workers)
+        share = total / (2 * workers) if workers > 1 else math.inf
+        if on_gpu:  # a part for each GPU of those that are long, and no more: a short chunk is no faster
+            pieces = [part for piece in pieces for part in piece.cut(workers if piece.seconds > share else 1)]
+        else:
+            pieces = [part for piece in reversed(pieces) for part in piece.halves(share)]
         workers = min(workers, len(pieces))
         # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
         threads = cores() if workers == 1 and total > _THREADS_PAY else 1
         return _plan(pieces, self.data, workers=workers, threads=threads)
-
-
-def _compiled_limit(population: Population, memory: int | None) -> int:
-    limit = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
-    return min(limit, memory or limit)
 
 
 def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: int) -> Plan:
@@ -221,25 +210,11 @@ class _Piece:
         parts = np.array_split(np.arange(len(self.chunk.index)), min(number, len(self.chunk.index)))
         return [replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts]
 
-
-def _balance(pieces: list[_Piece], workers: int) -> list[_Piece]:
-    """Return the pieces with those halved that would keep one worker long after the others."""
-    share = sum(piece.seconds for piece in pieces) / (2 * workers)
-    done: list[_Piece] = []
-    waiting = list(pieces)
-    while waiting:
-        piece = waiting.pop()
-        if workers > 1 and piece.seconds > share and len(piece.chunk.index) > 1:
-            waiting += piece.cut(2)
-        else:
-            done.append(piece)
-    return done
-
-
-def _share_out(pieces: list[_Piece], workers: int) -> list[_Piece]:
-    """Return the pieces with a part for each GPU of those that are long, and no more: a short chunk is no faster."""
-    share = sum(piece.seconds for piece in pieces) / (2 * workers)
-    return [part for piece in pieces for part in piece.cut(workers if piece.seconds > share else 1)]
+    def halves(self, seconds: float) -> list["_Piece"]:
+        """Halve it until no piece takes longer, and would keep one worker long after the others."""
+        if self.seconds <= seconds or len(self.chunk.index) == 1:
+            return [self]
+        return [part for half in reversed(self.cut(2)) for part in half.halves(seconds)]
 
 
 def memory_limit(data: Dataset, memory: int | None, free: int | None = None) -> int:

@@ -127,15 +127,12 @@ def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:
         if (mine.shape, mine.dtype, mine.stride()) != (theirs.shape, theirs.dtype, theirs.stride()):
             raise _Unlike
         yield mine, theirs
-    elif isinstance(mine, list | tuple):
-        if len(mine) != len(theirs):
+    elif isinstance(mine, list | tuple | dict):
+        if len(mine) != len(theirs) or (isinstance(mine, dict) and list(mine) != list(theirs)):
             raise _Unlike
-        for a, b in zip(mine, theirs):
+        parts = zip(mine.values(), theirs.values()) if isinstance(mine, dict) else zip(mine, theirs)
+        for a, b in parts:
             yield from _pairs(a, b)
-    elif isinstance(mine, dict):
-        if list(mine) != list(theirs):
-            raise _Unlike
-        yield from _pairs(list(mine.values()), list(theirs.values()))
     elif type(mine).__module__.startswith("gputune."):
         for name, value in vars(mine).items():
             place = f"{type(mine).__name__}.{name}"
@@ -143,8 +140,5 @@ def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:
                 yield (mine, name), getattr(theirs, name)
             elif place not in _STAYS:
                 yield from _pairs(value, getattr(theirs, name))
-    elif isinstance(mine, np.ndarray):
-        if not np.array_equal(mine, theirs):
-            raise _Unlike
-    elif mine != theirs:
+    elif not (np.array_equal(mine, theirs) if isinstance(mine, np.ndarray) else mine == theirs):
         raise _Unlike

@@ -51,13 +51,9 @@ class StackedChunk:
         self._network, self.recorded, self.horizon = network, recorded and not data.on_host, horizon
         self._options = {"data": data, "seed": seed, "horizon": horizon, "scoring": scoring, "recorded": recorded}
         self.validation = Validation(data, scoring)
-        self.alive = list(range(len(configs)))
-        self.slots = list(self.alive)
-        self.configs = list(configs)
-        sizes = [config["batch_size"] for config in configs]
-        self.batches = Batches(
-            data, sizes, network.targets(data.y), seed=seed, exact=network.exact, least_rows=network.least_rows
-        )
+        self.alive, self.slots, self.configs = list(range(len(configs))), list(range(len(configs))), list(configs)
+        sizes, target = [config["batch_size"] for config in configs], network.targets(data.y)
+        self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows)
         self._flat = network.start()
         steps = self.batches.active_until
         self.update = Optimizer(configs, network.trained, self._trained, steps=steps, horizon=horizon)
@@ -99,18 +95,16 @@ class StackedChunk:
 
     def is_made_with(self, data: Dataset, **options: object) -> bool:
         """Whether it was made with these arguments, the trials and their network apart."""
-        given = {"data": data, **options}
+        given, own = {"data": data, **options}, self._options
         # Objects are the same one, since some hold arrays, which know no equality.
-        return given.keys() == self._options.keys() and all(
-            held is value or (isinstance(value, int) and held == value)
-            for held, value in ((self._options[key], value) for key, value in given.items())
+        return given.keys() == own.keys() and all(
+            own[key] is value or (isinstance(value, int) and own[key] == value) for key, value in given.items()
         )
 
     def holds(self, trials: int) -> bool:
         """Whether so many trials are enough for its tensors: what is empty in them costs little."""
-        if trials > len(self.slots):
-            return False
-        return trials >= _FULL * len(self.slots) or self._flat.numel() <= self.steps.spare
+        slots = len(self.slots)
+        return trials <= slots and (trials >= _FULL * slots or self._flat.numel() <= self.steps.spare)
 
     def restart(self, configs: Sequence[Config]) -> None:
         """Go on as the chunk of other trials, whose start is in the tensors already."""
@@ -150,6 +144,11 @@ class StackedChunk:
         """The optimizer's flat buffers, of those members."""
         return tuple(self._of_alive(self._network.trained, moment) for moment in self.update.state())
 
+    def _buffers(self) -> list[tuple[Blocks, Tensor]]:
+        """What a step changes in the members, and how it lies."""
+        moments = [(self._network.trained, buffer) for buffer in self.update.state()]
+        return [(self._network.blocks, self._flat), *moments]
+
     def _of_alive(self, blocks: Blocks, buffer: Tensor) -> Tensor:
         return buffer if self._places is None else blocks.select(buffer, self._places)
 
@@ -159,8 +158,7 @@ class StackedChunk:
             self._flat.copy_(buffers[0])
             self.update.resume(buffers[1:])
             return
-        blocks = self._network.blocks, *[self._network.trained] * (len(buffers) - 1)
-        for block, tensor, values in zip(blocks, [self._flat, *self.update.state()], buffers, strict=True):
+        for (block, tensor), values in zip(self._buffers(), buffers, strict=True):
             block.put(tensor, self._places, values)
 
     def advance(self, epoch: int) -> None:
@@ -175,8 +173,7 @@ class StackedChunk:
     def _step(self, shape: StepShape, key: tuple[int, int]) -> None:
         """One step of all members, on what lies on the device alone; the counters there go on by one."""
         for name in self._network.scheduled:
-            clock = self.update.update.clock
-            self.params[name].copy_(self.dropout * clock.factor("dropout_schedule"))
+            self.params[name].copy_(self.dropout * self.update.update.clock.factor("dropout_schedule"))
         if sum(part.end - part.begin for part in shape.parts) < len(self.batches.lengths):
             self.grad.zero_()  # folds without a part would keep the last step's gradient, or what became of it
         for run, part in zip(shape.parts, self.batches.parts(shape, key)):
@@ -203,22 +200,16 @@ class StackedChunk:
         if not self.alive:
             return
         places = np.flatnonzero(np.isin(self.slots, self.alive))
-        if not (self.steps.begun and self.holds(len(places))):
-            self._compact(places)
-        else:
-            self._places = torch.as_tensor(places).to(self._flat.device)
-            self._seen = self._network.subset(places.tolist())
-
-    def _compact(self, places: np.ndarray) -> None:
-        """Make the tensors anew for the trials at some places, and forget what was recorded over the old ones."""
-        self.steps = Direct()
         on_device = torch.as_tensor(places).to(self._flat.device)
+        if self.steps.begun and self.holds(len(places)):
+            self._places, self._seen = on_device, self._network.subset(places.tolist())
+            return
+        self.steps = Direct()  # what was recorded is over the old tensors
         self._flat = self._network.blocks.select(self._flat, on_device)
         self._network = self._network.subset(places.tolist())
         self.batches.select(places)
         self.configs = [self.configs[i] for i in places]
-        self.update.select(
-            self.configs, self._network.trained, on_device, self._trained, steps=self.batches.active_until
-        )
+        steps = self.batches.active_until
+        self.update.select(self.configs, self._network.trained, on_device, self._trained, steps=steps)
         self.slots = [self.slots[i] for i in places]
         self._rebuild()

@@ -45,6 +45,11 @@ class State:
     epoch: int
     buffers: tuple[Tensor, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
     def select(self, keep: Sequence[int]) -> "State":
         """Return the state of some trials."""
         return State(self.epoch, tuple(buffer[list(keep)] for buffer in self.buffers))
