@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,7 @@ class HostRows:
         future = self.ahead.pop((folds.start, step, rows), None)
         result = self._gather(folds, step, rows, taken) if future is None else future.result()
         if not last:
-            future = _thread().submit(self._gather, folds, step + 1, rows, taken)
-            self.ahead[folds.start, step + 1, rows] = future
+            self.ahead[folds.start, step + 1, rows] = _thread().submit(self._gather, folds, step + 1, rows, taken)
         return result
 
     def _gather(self, folds: slice, step: int, rows: int, taken: np.ndarray) -> list[Tensor]:
@@ -158,13 +158,12 @@ class Batches:
         counts = np.clip(self.lengths - step * taken, 0, taken)  # (F, 1 or C) rows that count
         if self.exact:
             counts[step >= self.steps[:, :1]] = 0
-        width = 0 if self.shared else int(taken.max())
-        runs = _runs(counts[:, 0]) if self.exact else [slice(0, len(counts))]
+        ends = np.flatnonzero(np.diff(counts[:, 0])) + 1  # of runs of equally many rows
         parts = []
-        for run in runs:
-            rows = width or int(counts[run].max())
+        for begin, end in pairwise([0, *(ends.tolist() if self.exact else ()), len(counts)]):
+            rows = int((counts[begin:end] if self.shared else taken).max())
             if rows > 0:
-                parts.append(Part(run.start, run.stop, rows, bool((counts[run] == rows).all())))
+                parts.append(Part(begin, end, rows, bool((counts[begin:end] == rows).all())))
         return StepShape(tuple(parts), bool((step < self.steps).all()))
 
     def prepare(self) -> None:
@@ -214,17 +213,17 @@ class Batches:
             gathered = self.host.take(folds, key[1], part.rows, self.host_taken, last=last)
         else:
             gathered = [x.index_select(0, of_x.flatten()) for x in self.inputs]
-        inputs = tuple(self._read(i, x, of_x, folds) for i, x in enumerate(gathered))
+        inputs = (x.view(*of_x.shape, *x.shape[1:]) for x in gathered)  # as their folds read them
+        read = tuple(self.data.read(i, x, folds).flatten(0, 1) for i, x in enumerate(inputs))
         y = self.target.index_select(0, of_y.flatten())
-        y = y.view(members, part.rows, *y.shape[1:])
-        return Batch(inputs, y, share, folds, key)
+        return Batch(read, y.view(members, part.rows, *y.shape[1:]), share, folds, key)
 
     def _rows(self, part: Part) -> tuple[Tensor, Tensor | float]:
         """Return where the rows of a minibatch are in weights, inputs and target, (3, F, 1 or C, B), and shares."""
         folds = slice(part.begin, part.end)
         begin = self.step * self.taken[folds]  # (F, 1 or C)
-        positions = self.positions[: part.rows]
-        asked = (begin[..., None] + positions).clamp_max(self.order.shape[-1] - 1)  # (F, 1 or C, B)
+        last = self.order.shape[-1] - 1
+        asked = (begin[..., None] + self.positions[: part.rows]).clamp_max(last)  # (F, 1 or C, B)
         rows = self.order[:, folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
         return rows, self._share(rows[0], begin, part)
 
@@ -240,11 +239,6 @@ class Batches:
         tensors = [self.step, self.order, self.taken, self.counted, weights, rows, share]
         launch(kernel, rows[0].numel(), [*numbers, *tensors])
         return rows, share if shares else 1 / part.rows
-
-    def _read(self, number: int, gathered: Tensor, rows: Tensor, folds: slice) -> Tensor:
-        """Return the rows (F, 1 or C, B) of an input that were found as their folds read them, (F or P, B, ...)."""
-        gathered = gathered.view(*rows.shape, *gathered.shape[1:])
-        return self.data.read(number, gathered, folds).flatten(0, 1)
 
     def _share(self, places: Tensor, begin: Tensor, part: Part) -> Tensor | float:
         """Each row's weight over the minibatch's sum of weights."""
@@ -285,9 +279,3 @@ def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:
     for f, (fold, n) in enumerate(zip(data.folds, lengths)):
         order[f, :n] = fold.train[drawn[n].to(data.device)]
     return order
-
-
-def _runs(values: np.ndarray) -> list[slice]:
-    """Return the slices of consecutive equal values."""
-    edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:])]

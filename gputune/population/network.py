@@ -197,8 +197,7 @@ class Ensemble(nn.Module):
         reads = [inputs] * len(self.members)
         if self.columns:
             reads = [(inputs[0][:, begin:end],) for begin, end in self.columns]
-        members = zip(self.members, reads)
-        outputs = torch.stack([first_output(member(*x, **named)) for member, x in members])
+        outputs = torch.stack([first_output(member(*x, **named)) for member, x in zip(self.members, reads)])
         outputs = class_logits(outputs, self.task, 2)
         weights = self.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
         if self.task == "regression":

@@ -104,12 +104,9 @@ def populations(
         of_loss = sorted((k, repr(v)) for k, v in config.items() if own_loss and k.startswith("loss__"))
         own = own_steps is not None and own_steps(config)
         shapes[own, _shape(config, kind), *of_loss].append(i)
-    groups = []
+    groups = list[list[int]]()
     for (own, *_), members in shapes.items():
-        if own:
-            groups.append(members)
-        else:
-            groups += _by_batch_size(members, configs, rows=rows, exact=kind == "module")
+        groups += [members] if own else _by_batch_size(members, configs, rows=rows, exact=kind == "module")
     return [Population(kind, tuple(g), tuple(configs[i] for i in g)) for g in groups]
 
 
@@ -151,10 +148,9 @@ def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
     buffers = (momentum, config["clip_norm"] < math.inf, config["ema"] > 0)
     options = sorted((k, bool(v)) for k, v in optimizer_arguments(config).items())
     optimizer = (config["optimizer"], rule, *buffers, *options, config.get("numbers"))
-    if kind == "module":
-        return (optimizer, *sorted((k, repr(v)) for k, v in module_arguments(config).items()))
-    if kind == "linear":
-        return (optimizer,)
+    if kind != "mlp":
+        arguments = module_arguments(config) if kind == "module" else {}
+        return (optimizer, *sorted((k, repr(v)) for k, v in arguments.items()))
     width = padded_width(max(hidden_widths(config), default=1))
     return (optimizer, config["depth"], width, config["activation"], config["dropout"] > 0)
 
