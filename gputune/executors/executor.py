@@ -85,7 +85,10 @@ def hand_out(
     try:
         yield from queue.run(task, progress)
     except BaseException:  # GeneratorExit among them: whoever iterates has failed
-        queue.stop()
+        with queue.lock:
+            queue.waiting.clear()
+            queue.lost.clear()
+            executor.stop()
         raise
 
 
@@ -128,16 +131,13 @@ class _Queue(Generic[Chunk, Result]):
                 if self.claim(chunk := self.waiting.popleft()):
                     self.begun = True
                     return chunk
-            return None
+        return None
 
     def _fill(self) -> None:
         """Give chunks to the workers that are free; one chunk at least begins, however little time there is."""
         with self.lock:
-            while len(self.running) < self.executor.capacity:
-                if self.begun and self.stopping.is_over():
-                    return
-                chunk = self.lost.popleft() if self.lost else self._take()
-                if chunk is None:
+            while len(self.running) < self.executor.capacity and not (self.begun and self.stopping.is_over()):
+                if (chunk := self.lost.popleft() if self.lost else self._take()) is None:
                     return
                 self.running.add(chunk.index)
                 if not self.executor.submit(chunk, self._end_chunk):
@@ -181,10 +181,3 @@ class _Queue(Generic[Chunk, Result]):
                 if isinstance(outcome, Outcome):
                     progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
             yield from result
-
-    def stop(self) -> None:
-        """Forget what waits and end the workers."""
-        with self.lock:
-            self.waiting.clear()
-            self.lost.clear()
-            self.executor.stop()

@@ -35,7 +35,7 @@ class Reported(NamedTuple):
 
 
 class Reports:
-    """What all trials of a search have reported, greater being better."""
+    """What all trials of a search have reported, greater being better: a file of each in a folder that exists."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,11 +43,11 @@ class Reports:
 
     def write(self, number: int, values: Sequence[float] | NDArray[np.float64], *, ended: bool) -> None:
         """Replace what is there of a trial; a NaN says that it has ended."""
-        self._place(number).write_bytes(np.asarray([*values, *[math.nan] * ended], "<f8").tobytes())
+        (self.folder / str(number)).write_bytes(np.asarray([*values, *[math.nan] * ended], "<f8").tobytes())
 
     def add(self, number: int, value: float) -> None:
         """Add one value."""
-        with self._place(number).open("ab") as file:
+        with (self.folder / str(number)).open("ab") as file:
             file.write(np.float64(value).tobytes())
 
     def read(self) -> dict[int, Reported]:
@@ -59,9 +59,6 @@ class Reports:
             ended = bool(len(values)) and math.isnan(values[-1])
             reported[int(place.name)] = Reported(values[:-1] if ended else values, ended)
         return reported
-
-    def _place(self, number: int) -> Path:
-        return self.folder / str(number)
 
 
 PruningRule = Callable[[int, int, Reports], bool]
@@ -89,17 +86,16 @@ class Report:
         """Take the score after one more step of the training; higher or lower is better, as the search was told."""
         score = self._task.sign * _number(value, "report(value)")
         if math.isnan(score):
-            self._end("failed")
+            self._state = "failed"
+            raise TrialEnd
         self._values.append(score)
         self._task.reports.add(self.number, score)
         if self._task.stop.is_over():
-            self._end("stopped")
-        if self._task.rule is not None and self._task.rule(self.number, len(self._values), self._task.reports):
-            self._end("pruned")
-
-    def _end(self, state: State) -> None:
-        self._state = state
-        raise TrialEnd
+            self._state = "stopped"
+        elif self._task.rule is not None and self._task.rule(self.number, len(self._values), self._task.reports):
+            self._state = "pruned"
+        if self._state is not None:
+            raise TrialEnd
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import cloudpickle
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
@@ -106,20 +106,16 @@ def _signals_held_off() -> Iterator[None]:
 @contextmanager
 def _streams_that_flush() -> Iterator[None]:
     """Stand in for a standard output or error that is missing, closed or full: loky flushes both as a worker starts."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_that_flushes, before)
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in before.items():
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            setattr(sys, name, io.StringIO())
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
-
-
-def _that_flushes(stream: Any) -> object:
-    try:
-        stream.flush()
-    except (AttributeError, OSError, ValueError):
-        return io.StringIO()
-    return stream
+        sys.stdout, sys.stderr = before.values()
 
 
 training = threading.Lock()

@@ -166,7 +166,9 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
             with torch_threads(1), gpu:
                 return run_in_parts(job, _load(path, device), chunk)
         except Exception as error:
-            if not _travels(error):
+            try:
+                pickle.loads(cloudpickle.dumps(error))
+            except Exception:
                 name = type(error).__qualname__
                 raise RuntimeError(f"{name} (which cannot be pickled) in a worker process: {error}") from error
             raise
@@ -177,15 +179,6 @@ def _unpack_job(packed: bytes) -> Job:
     """Return a job: one object for all chunks of a search, so that steps that were recorded for one serve the next."""
     job: Job = pickle.loads(packed)
     return job
-
-
-def _travels(error: Exception) -> bool:
-    """Whether an error can be pickled, and read again."""
-    try:
-        pickle.loads(cloudpickle.dumps(error))
-    except Exception:
-        return False
-    return True
 
 
 @functools.lru_cache(maxsize=1)
@@ -219,15 +212,10 @@ def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:
 
     ``workers`` None: one a GPU, or one a core. A GPU is chosen by CUDA_VISIBLE_DEVICES, so that "cuda" is it.
     """
-    gpus = _gpus()
+    gpus = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = (gpus or list(map(str, range(there))))[:there]
     number = workers or max(1, min(len(gpus) or cores(), n_trials))
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // number))}
     devices = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(number)]
     return [{**threads, **device} for device in devices]
-
-
-def _gpus() -> list[str]:
-    """Return the names of the GPUs that this process may use."""
-    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return (names or list(map(str, range(number))))[:number]

@@ -171,11 +171,12 @@ class RayTasks(Executor[Population, Outcome | Failure]):
     def submit(self, chunk: Population, ended: _Ended) -> bool:
         """Send a chunk on its way."""
         # Clocks of machines differ; what is left of the time does not.
-        deadline = self.stopping.deadline
-        left = None if deadline is None else deadline - time.monotonic()
-        expected = {"gputune": _public(__version__), "torch": _public(torch.__version__)}
+        deadline, self.submitted = self.stopping.deadline, time.monotonic()
+        left = None if deadline is None else deadline - self.submitted
+        # Without what a build adds: machines with and without a GPU have the same torch in two builds.
+        versions = {"gputune": __version__, "torch": str(torch.__version__)}
+        expected = {name: version.partition("+")[0] for name, version in versions.items()}
         limits = left, self.threads, self.cluster.device
-        self.submitted = time.monotonic()
         ref = self.task.remote(_foreign_folder(), expected, self.common, pickle.dumps(chunk), *limits)
         self.running[ref] = chunk, ended
         return True
@@ -211,9 +212,16 @@ class RayTasks(Executor[Population, Outcome | Failure]):
                 ) from error
             raise error.cause from error
         except errors.RayError as error:
-            return LostWorkerError(_first_sentence(error))
+            text = " ".join(str(error).split()) or type(error).__name__
+            return LostWorkerError(text.partition(". ")[0].rstrip(".") + ".")  # its first sentence
         if end == "other versions":
-            raise InputError(_version_difference(*content))
+            host, expected, there = content
+            name = next(name for name in expected if there[name] != expected[name])
+            version = f"{name} {there[name]}" if there[name] else f"no {name}"
+            raise InputError(
+                f"the Ray worker on {host} has {version}, and this process {name} {expected[name]}: install "
+                f"{name}=={expected[name]} there. {_GO_ON}"
+            )
         self.has_trained = True
         outcomes: Outcomes = content[0]
         return outcomes
@@ -262,23 +270,3 @@ def _foreign_folder() -> str:
 def _tasks_on(node: dict[str, float], cpus: int, device: str) -> int:
     tasks = int(node.get("CPU", 0) // cpus)
     return min(tasks, int(node.get("GPU", 0))) if device == "cuda" else tasks
-
-
-def _public(version: str) -> str:
-    """Leave out what a build adds: machines with and without a GPU have the same torch in two builds."""
-    return version.partition("+")[0]
-
-
-def _version_difference(host: str, expected: dict[str, str], there: dict[str, str]) -> str:
-    """Say which packages of a worker differ from ours."""
-    name = next(name for name in expected if there[name] != expected[name])
-    version = f"{name} {there[name]}" if there[name] else f"no {name}"
-    return (
-        f"the Ray worker on {host} has {version}, and this process {name} {expected[name]}: install "
-        f"{name}=={expected[name]} there. {_GO_ON}"
-    )
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.partition(". ")[0].rstrip(".") + "."

@@ -69,20 +69,20 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator[RayCluster]:
     Raises InputError where it cannot be reached, or has no node that a task fits on.
     """
     ray = import_module("ray")
-    if ray.is_initialized():
-        if workers.is_elsewhere:
-            raise InputError(
-                f"Ray(address={workers.address!r}): this process is connected to a Ray cluster already; call "
-                "ray.shutdown() first, or leave the address out to use that one."
-            )
-        yield RayCluster(ray, device=device, cpus=workers.cpus)
-        return
+    is_ours = not ray.is_initialized()
+    if workers.is_elsewhere and not is_ours:
+        raise InputError(
+            f"Ray(address={workers.address!r}): this process is connected to a Ray cluster already; call "
+            "ray.shutdown() first, or leave the address out to use that one."
+        )
     try:
-        with _keep_signals():
-            _connect(ray, workers.address)
+        if is_ours:
+            with _keep_signals():
+                _connect(ray, workers.address)
         yield RayCluster(ray, device=device, cpus=workers.cpus)
     finally:
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 def _connect(ray: ModuleType, address: str) -> None:
@@ -94,7 +94,12 @@ def _connect(ray: ModuleType, address: str) -> None:
         return
     hint = ""
     try:
-        if (place := _host_and_port(_resolve_address(address))) is not None:
+        noted = address
+        if address == "auto":  # the address that Ray has noted, whose head may be long gone
+            find = getattr(import_module("ray._private.services"), "canonicalize_bootstrap_address", None)
+            # Where Ray has this function no longer it finds out by itself, in minutes.
+            noted = os.environ.get("RAY_ADDRESS", "") or (str(find(address, None)) if find else address)
+        if (place := _host_and_port(noted)) is not None:
             socket.create_connection(place, timeout=_SECONDS).close()
         hint = f" {_TOKEN}"  # someone is there; Ray does not say when it was the token that was missing
         ray.init(address=address, **quiet)
@@ -104,15 +109,6 @@ def _connect(ray: ModuleType, address: str) -> None:
             f"the Ray cluster at {address!r} cannot be used: {reason}. Start it with 'ray start --head', check the "
             f"address and the versions of Ray and Python, or use 'local'.{hint} Nothing was changed."
         ) from error
-
-
-def _resolve_address(address: str) -> str:
-    """Return the address that Ray will take: for "auto" the one that it has noted, whose head may be long gone."""
-    if address != "auto":
-        return address
-    find = getattr(import_module("ray._private.services"), "canonicalize_bootstrap_address", None)
-    # Where Ray has this function no longer it finds out by itself, in minutes.
-    return os.environ.get("RAY_ADDRESS", "") or (str(find(address, None)) if find else address)
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:

@@ -114,15 +114,12 @@ def mapped_file(tensor: Tensor) -> MappedFile | None:
     for line in lines:
         ends, access, offset, _, inode, *path = line.split(maxsplit=5)
         low, high = (int(end, 16) for end in ends.split("-"))
-        if not low <= start < high:
-            continue
-        private = access[1] == "w" and access[3] == "p"  # what was written is not in the file
-        if inode == "0" or not path or private or start + size > high:
-            return None
-        if (file := _identity(path[0])) is None:
-            return None
-        begin = start - low + int(offset, 16)
-        return MappedFile(path[0], file, begin, array.dtype.str, array.shape, array.strides)
+        if low <= start < high:
+            private = access[1] == "w" and access[3] == "p"  # what was written is not in the file
+            if inode == "0" or not path or private or start + size > high or (file := _identity(path[0])) is None:
+                return None
+            begin = start - low + int(offset, 16)
+            return MappedFile(path[0], file, begin, array.dtype.str, array.shape, array.strides)
     return None
 
 
