@@ -19,6 +19,7 @@ from gputune.optimizers.rules import BETA1, BETA2
 from gputune.population.population import beyond_adam
 from gputune.types import DEFAULT_LR, DEFAULTS, ONLINE_RULES, Config, default_momentum, default_weight_decay
 
+_BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
 
 HYPERPARAMETERS_OF = {
@@ -29,33 +30,29 @@ HYPERPARAMETERS_OF = {
 }
 
 
-def why_not_differentiable(config: Config) -> str:
-    """Return what in a configuration hypergradients do not differentiate, and the remedy; "" where there is nothing."""
-    optimizer = config["optimizer"]
-    if optimizer not in HYPERPARAMETERS_OF:
-        return f"optimizer={optimizer!r}; choose one of {', '.join(HYPERPARAMETERS_OF)}"
-    if given := [key for key in config if key.startswith(OPTIMIZER_PREFIX)]:
-        return f"{given[0]}={config[given[0]]!r}, which torch.optim's own class takes; leave it out"
-    if config["clip_norm"] < math.inf:
-        return f"clip_norm={config['clip_norm']:g}; leave it out"
-    if other := [key for key in beyond_adam(config) if key != "beta2"]:
-        return f"{other[0]}={config[other[0]]!r}; leave it out"
-    return f"ema={config['ema']:g}; leave it out" if config["ema"] else ""
-
-
 def check_start(config: Config, name: str, start: str, *, argument: str, remedy: str = "") -> None:
     """Raise InputError where what a ``start`` of a descent trains with has no derivative in a hyperparameter.
 
     ``argument`` is what has chosen it; ``remedy`` is another one than to change the configuration.
     """
     optimizer = config["optimizer"]
-    if reason := why_not_differentiable(config):
-        raise InputError(f"a descent cannot differentiate what {start} has: {reason}{remedy}.")
-    if name not in HYPERPARAMETERS_OF[optimizer]:
+    others = [key for key in beyond_adam(config) if key != "beta2"] + ["ema"] * (config["ema"] > 0)
+    if optimizer not in HYPERPARAMETERS_OF:
+        reason = f"optimizer={optimizer!r}; choose one of {', '.join(HYPERPARAMETERS_OF)}"
+    elif given := [key for key in config if key.startswith(OPTIMIZER_PREFIX)]:
+        reason = f"{given[0]}={config[given[0]]!r}, which torch.optim's own class takes; leave it out"
+    elif config["clip_norm"] < math.inf:
+        reason = f"clip_norm={config['clip_norm']:g}; leave it out"
+    elif others:
+        reason = f"{others[0]}={config[others[0]]!r}; leave it out"
+    elif name in HYPERPARAMETERS_OF[optimizer]:
+        return
+    else:
         raise InputError(
             f"{argument}: {optimizer} has no {name!r}, and {start} uses it; choose from "
             f"{', '.join(HYPERPARAMETERS_OF[optimizer])}, or an optimizer that has it."
         )
+    raise InputError(f"a descent cannot differentiate what {start} has: {reason}{remedy}.")
 
 
 def check_optimizer(optimizer: object) -> tuple[str, float]:
@@ -70,13 +67,8 @@ def check_optimizer(optimizer: object) -> tuple[str, float]:
 
 def default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, Tensor]:
     """Return a (1, 1, 1) table for each hyperparameter, with its default value."""
-    values = {
-        "lr": DEFAULT_LR,
-        "momentum": momentum,
-        "weight_decay": default_weight_decay(optimizer),
-        "beta1": BETA1,
-        "beta2": BETA2,
-    }
+    values = {"lr": DEFAULT_LR, "momentum": momentum, "weight_decay": default_weight_decay(optimizer)}
+    values |= {"beta1": BETA1, "beta2": BETA2}
     return {name: like.new_full((1, 1, 1), value) for name, value in values.items()}
 
 
@@ -116,21 +108,11 @@ def _table(place: str, name: str, value: object, training: ModuleTraining) -> Te
         raise InputError(
             f"{place} must have at most one segment a step, got {len(table)} segments for {training.steps} minibatches."
         )
-    _check_range(place, name, table)
-    return table.reshape(1, -1, table.shape[1] if table.dim() == 2 else 1)
-
-
-def _check_range(place: str, name: str, table: Tensor) -> None:
-    low, high = float(table.min()), float(table.max())
-    legal, rule = low >= 0 and high < 1, "in [0, 1)"
-    if name in ("lr", "weight_decay"):
-        legal = (low > 0 if name == "lr" else low >= 0) and high < math.inf
-        rule = f"finite and {'>' if name == 'lr' else '>='} 0"
-    if not legal:  # NaN is no more than anything
+    high, rule = (1.0, "in [0, 1)") if name in _BETWEEN_0_AND_1 else (math.inf, "finite and >= 0")
+    rule = "finite and > 0" if name == "lr" else rule
+    if not bool(((table > 0 if name == "lr" else table >= 0) & (table < high)).all()):  # NaN is no more than anything
         raise InputError(f"{place} must be {rule}, got {table.tolist()}.")
-
-
-_BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
+    return table.reshape(1, -1, table.shape[1] if table.dim() == 2 else 1)
 
 
 def to_coordinate(name: str, value: Tensor) -> Tensor:
@@ -175,9 +157,17 @@ def check_group(group: Group) -> Group:
             f"rule must be one of {', '.join(ONLINE_RULES)}, got {rule!r}. The scale-free one is {ONLINE_RULES[0]!r}."
         )
     scaled = rule == "multiplicative"
-    numbers = {
+    if group["hypergrad_lr"] is None and not scaled:
+        raise InputError(
+            f"hypergrad_lr must be given with rule={rule!r}, whose unit depends on the model, got None. "
+            "Try powers of ten, or use rule='multiplicative'."
+        )
+    if group["hypergrad_lr"] is None:
+        group = {**group, "hypergrad_lr": DEFAULTS["hypergrad_lr"]}
+    numbers: Group = {
         "lr": _number(group, "lr", "0.001", low_counts=not scaled),
-        "hypergrad_lr": _hypergrad_lr(group, scaled),
+        # A factor of 0 or below would end the training for good: a multiple of zero stays zero.
+        "hypergrad_lr": _number(group, "hypergrad_lr", "0.02", high=1.0 if scaled else math.inf),
         "weight_decay": _number(group, "weight_decay", "0.01"),
     }
     bounds = [name for name in ("lr_min", "lr_max") if group[name] is not None]
@@ -187,37 +177,17 @@ def check_group(group: Group) -> Group:
             f"lr must be within lr_min and lr_max, got lr={numbers['lr']}, lr_min={group['lr_min']}, "
             f"lr_max={group['lr_max']}. Begin with a rate between them; None is no bound."
         )
-    return numbers | (_check_sgd(group) if "momentum" in group else _check_adam(group))
-
-
-def _hypergrad_lr(group: Group, scaled: bool) -> float:
-    if group["hypergrad_lr"] is None:
-        if scaled:
-            return float(DEFAULTS["hypergrad_lr"])
-        raise InputError(
-            f"hypergrad_lr must be given with rule={group['rule']!r}, whose unit depends on the model, got None. "
-            "Try powers of ten, or use rule='multiplicative'."
-        )
-    # A factor of 0 or below would end the training for good: a multiple of zero stays zero.
-    return _number(group, "hypergrad_lr", "0.02", high=1.0 if scaled else math.inf)
-
-
-def _check_sgd(group: Group) -> Group:
-    momentum = _number(group, "momentum", "0.9", high=1.0)
-    if group["nesterov"] and not momentum:
-        raise InputError("momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9.")
-    return {"momentum": momentum}
-
-
-def _check_adam(group: Group) -> Group:
+    if "momentum" in group:
+        momentum = _number(group, "momentum", "0.9", high=1.0)
+        if group["nesterov"] and not momentum:
+            raise InputError("momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9.")
+        return numbers | {"momentum": momentum}
     betas = group["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise InputError(f"betas must be two numbers in [0, 1), got {betas!r}. For example betas=(0.9, 0.999).")
     named = {f"betas[{i}]": beta for i, beta in enumerate(betas)}
-    return {
-        "betas": tuple(_number(named, name, "0.9", high=1.0) for name in named),
-        "eps": _number(group, "eps", "1e-8"),
-    }
+    betas = tuple(_number(named, name, "0.9", high=1.0) for name in named)
+    return numbers | {"betas": betas, "eps": _number(group, "eps", "1e-8")}
 
 
 def _number(

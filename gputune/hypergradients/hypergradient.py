@@ -6,23 +6,16 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gputune.engine.plan import parse_memory
 from gputune.engine.stop import waited_for
 from gputune.errors import InputError, warn
 from gputune.hypergradients.arguments import check_hyperparameters, check_optimizer, default_tables
-from gputune.hypergradients.first_step import (
-    ExactMode,
-    Need,
-    fastest_that_fits,
-    free_bytes,
-    measure,
-    twice_differentiable,
-)
+from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, free_bytes, measure, twice_differentiable
 from gputune.hypergradients.forward import forward
 from gputune.hypergradients.implicit import differentiate_minimum
-from gputune.hypergradients.inner import HypergradientResult, Hypergradients, InnerProblem, Tables
+from gputune.hypergradients.inner import HypergradientResult, Hypergradients, InnerProblem
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
 from gputune.hypergradients.reverse import default_width, differences, reverse
 from gputune.seeding import GLOBAL_DRAWS
@@ -77,11 +70,7 @@ def hypergradient(
     the implicit derivative.
     """
     check_module(module)
-    if not callable(loss):
-        raise InputError(f"loss must be a function loss(module(x), y), got {loss!r}.")
-    batches = _check_batches(batches)
-    _check_pair("valid", valid)
-    _check_choice(mode, truncate, checkpoint)
+    batches = _check_data(loss, batches, valid)
     request = _Request(mode, truncate, checkpoint, parse_memory(memory))
     if optimizer == "exact":
         return differentiate_minimum(module, loss, batches, valid, hyperparameters, memory=request.budget)
@@ -91,63 +80,86 @@ def hypergradient(
             seed = int(torch.randint(2**62, (), device="cpu"))
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
     tables = check_hyperparameters(hyperparameters, rule, training)
-    others = {**default_tables(rule, momentum, training.start()), **_fixed_tables(fixed, tables, rule, training)}
-    problem = InnerProblem(training, rule, {**others, **tables})
-    found_by, reason, slopes = _differentiate(problem, list(tables), request)
-    shapes = {name: torch.as_tensor(value, device="cpu").shape for name, value in hyperparameters.items()}
-    gradient = {name: table.view(shapes[name]) for name, table in slopes.gradients.items()}
-    result = HypergradientResult(
-        value=float(slopes.value),
-        gradient=gradient,
-        log_gradient={name: slope * tables[name].view(shapes[name]) for name, slope in gradient.items()},
-        parameters={name: w.detach().clone() for name, w in training.parameters(slopes.weights).items()},
-        ratio=float(slopes.ratio),
-        mode=found_by,
-        reason=reason,
-    )
-    _warn(result)
-    return result
-
-
-def _warn(result: HypergradientResult) -> None:
-    """Warn of a result that says nothing."""
-    if not math.isfinite(result.value):
-        text = (
-            f"the validation loss is {result.value}: look for NaN in the minibatches and in valid, or lower the "
-            "learning rate."
-        )
-    elif result.chaotic:
-        text = (
-            f"training is chaotic: it amplifies a small change {result.ratio:.3g} times, and the gradient is noise; "
-            "lower the learning rate, train for fewer steps, or look at the trend with a wide finite difference."
-        )
-    else:
-        return
-    warn(text, RuntimeWarning)
-
-
-def _fixed_tables(
-    fixed: Mapping[str, object] | None, searched: Tables, rule: str, training: ModuleTraining
-) -> dict[str, Tensor]:
-    """Return the tables of the hyperparameters that are not differentiated."""
-    if not fixed:
-        return {}
-    twice = sorted(set(fixed) & set(searched))
-    if twice:
+    others = default_tables(rule, momentum, training.start())
+    if fixed and (twice := sorted(set(fixed) & set(tables))):
         raise InputError(
             f"fixed must have other names than hyperparameters, got {', '.join(twice)} in both; leave it out of one."
         )
-    return check_hyperparameters(fixed, rule, training, argument="fixed")
+    if fixed:
+        others |= check_hyperparameters(fixed, rule, training, argument="fixed")
+    problem = InnerProblem(training, rule, others | tables)
+    shapes = {name: torch.as_tensor(value, device="cpu").shape for name, value in hyperparameters.items()}
+    return _result(problem, shapes, request)
+
+
+def _check_data(loss: object, batches: Iterable[Pair], valid: Pair) -> list[Pair]:
+    """Return the minibatches."""
+    if not callable(loss):
+        raise InputError(f"loss must be a function loss(module(x), y), got {loss!r}.")
+    if not isinstance(batches, Iterable):
+        raise InputError(f"batches must be the minibatches (x, y), got {type(batches).__name__}.")
+    pairs = list(batches)
+    if not pairs:
+        raise InputError("batches must have at least one minibatch (x, y), got none.")
+    for name, pair in (*((f"batches[{i}]", pair) for i, pair in enumerate(pairs)), ("valid", valid)):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            got = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
+            raise InputError(f"{name} must be a pair (x, y), got {got}; put several inputs into one x.")
+    return pairs
 
 
 @dataclass(frozen=True)
 class _Request:
-    """How the caller would have it."""
+    """How the derivative is to be taken, in how many bytes (None: most of what is free)."""
 
     mode: Mode
     truncate: int | None
     checkpoint: bool
     budget: int | None
+
+    def __post_init__(self) -> None:
+        mode, truncate, checkpoint = self.mode, self.truncate, self.checkpoint
+        if mode not in get_args(Mode):
+            raise InputError(f"mode must be 'auto', 'reverse', 'forward' or 'fd', got {mode!r}.")
+        if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
+            raise InputError(f"truncate must be a number of steps >= 1 or None, got {truncate!r}.")
+        if not isinstance(checkpoint, bool):
+            raise InputError(f"checkpoint must be True or False, got {checkpoint!r}.")
+        if mode in ("forward", "fd") and (truncate is not None or checkpoint):
+            raise InputError(
+                f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, or use "
+                "mode='reverse'."
+            )
+
+
+def _result(
+    problem: InnerProblem[ModuleTraining], shapes: Mapping[str, torch.Size], request: _Request
+) -> HypergradientResult:
+    """Return the derivatives by the hyperparameters of ``shapes``; warn where they say nothing."""
+    mode, reason, slopes = _differentiate(problem, list(shapes), request)
+    gradient = {name: slopes.gradients[name].view(shape) for name, shape in shapes.items()}
+    result = HypergradientResult(
+        value=float(slopes.value),
+        gradient=gradient,
+        log_gradient={name: slope * problem.tables[name].view(shapes[name]) for name, slope in gradient.items()},
+        parameters={name: w.detach().clone() for name, w in problem.training.parameters(slopes.weights).items()},
+        ratio=float(slopes.ratio),
+        mode=mode,
+        reason=reason,
+    )
+    if not math.isfinite(result.value):
+        warn(
+            f"the validation loss is {result.value}: look for NaN in the minibatches and in valid, or lower the "
+            "learning rate.",
+            RuntimeWarning,
+        )
+    elif result.chaotic:
+        warn(
+            f"training is chaotic: it amplifies a small change {result.ratio:.3g} times, and the gradient is noise; "
+            "lower the learning rate, train for fewer steps, or look at the trend with a wide finite difference.",
+            RuntimeWarning,
+        )
+    return result
 
 
 def _differentiate(
@@ -157,21 +169,25 @@ def _differentiate(
     training = problem.training
     training.check_graph()
     if request.mode == "fd":
-        _check_above_zero(problem.tables, names)
+        if zero := [name for name in names if bool((problem.tables[name] == 0).any())]:
+            raise InputError(
+                f"hyperparameters[{zero[0]!r}] must be above 0 for mode='fd', which moves it in its logarithm, got "
+                f"{problem.tables[zero[0]].tolist()}; use mode='reverse' or 'forward'."
+            )
         width = default_width(training.start().dtype)
         reason = f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
         return "fd", reason, differences(problem, names, width=width)
     with twice_differentiable(training):
-        mode, reason = _choose(request, measure(problem), problem, problem.entries(names))
+        mode, reason = _choose(request, problem, problem.entries(names))
         if mode == "forward":
             return mode, reason, forward(problem, names)
         blocks = mode == "checkpointed"
         return "reverse", reason, reverse(problem, names, truncate=request.truncate, checkpoint=blocks)
 
 
-def _choose(request: _Request, need: Need, problem: InnerProblem[ModuleTraining], number: int) -> tuple[ExactMode, str]:
+def _choose(request: _Request, problem: InnerProblem[ModuleTraining], number: int) -> tuple[ExactMode, str]:
     """Return the mode, the one asked for where it fits or the fastest that fits, and why."""
-    budget = request.budget or free_bytes(problem.tables["lr"].device)
+    need, budget = measure(problem), request.budget or free_bytes(problem.tables["lr"].device)
     steps = min(request.truncate or problem.training.steps, problem.training.steps)
     sizes = need.of_modes(steps, number)
     words = (
@@ -180,19 +196,18 @@ def _choose(request: _Request, need: Need, problem: InnerProblem[ModuleTraining]
         f"{count(number, 'hyperparameter')}; {size_words(budget)} may be used"
     )
     mode: ExactMode
-    if request.mode in ("forward", "reverse") or request.truncate is not None or request.checkpoint:
-        backward: ExactMode = "checkpointed" if request.checkpoint else "reverse"
-        mode, reason = "forward" if request.mode == "forward" else backward, "asked for"
+    if request.mode == "forward":
+        mode, reason = "forward", "asked for"
+    elif request.mode == "reverse" or request.truncate is not None or request.checkpoint:
+        mode, reason = "checkpointed" if request.checkpoint else "reverse", "asked for"
     else:
         mode = fastest_that_fits(sizes, budget, hyperparameters=number)
-        reasons: dict[ExactMode, str] = {
+        single = "one hyperparameter, whose tangent is no slower than reverse"
+        reason = {
             "reverse": "one price for all hyperparameters",
             "checkpointed": "checkpointed, since the whole does not fit",
-            "forward": "one hyperparameter, whose tangent is no slower than reverse"
-            if number == 1
-            else "reverse does not fit",
-        }
-        reason = reasons[mode]
+            "forward": single if number == 1 else "reverse does not fit",
+        }[mode]
     if sizes[mode] > budget:
         remedies: dict[str, ExactMode] = {"checkpoint=True": "checkpointed", "mode='forward'": "forward"}
         fitting = [word for word, other in remedies.items() if sizes[other] <= budget]
@@ -204,42 +219,3 @@ def _choose(request: _Request, need: Need, problem: InnerProblem[ModuleTraining]
             f"{''.join(word + ' (fits), ' for word in fitting)}smaller minibatches or a larger memory=."
         )
     return mode, f"{reason}; {words}"
-
-
-def _check_batches(batches: Iterable[Pair]) -> list[Pair]:
-    if not isinstance(batches, Iterable):
-        raise InputError(f"batches must be the minibatches (x, y), got {type(batches).__name__}.")
-    pairs = list(batches)
-    if not pairs:
-        raise InputError("batches must have at least one minibatch (x, y), got none.")
-    for i, pair in enumerate(pairs):
-        _check_pair(f"batches[{i}]", pair)
-    return pairs
-
-
-def _check_pair(name: str, pair: object) -> None:
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        got = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
-        raise InputError(f"{name} must be a pair (x, y), got {got}; put several inputs into one x.")
-
-
-def _check_choice(mode: object, truncate: int | None, checkpoint: bool) -> None:
-    if mode not in get_args(Mode):
-        raise InputError(f"mode must be 'auto', 'reverse', 'forward' or 'fd', got {mode!r}.")
-    if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
-        raise InputError(f"truncate must be a number of steps >= 1 or None, got {truncate!r}.")
-    if not isinstance(checkpoint, bool):
-        raise InputError(f"checkpoint must be True or False, got {checkpoint!r}.")
-    if mode in ("forward", "fd") and (truncate is not None or checkpoint):
-        raise InputError(
-            f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, or use mode='reverse'."
-        )
-
-
-def _check_above_zero(tables: Tables, names: Iterable[str]) -> None:
-    for name in names:
-        if bool((tables[name] == 0).any()):
-            raise InputError(
-                f"hyperparameters[{name!r}] must be above 0 for mode='fd', which moves it in its logarithm, got "
-                f"{tables[name].tolist()}; use mode='reverse' or 'forward'."
-            )
