@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from gputune.errors import InputError
-from gputune.hypergradients.inner import InnerProblem, Training, hessian_times, rows_of, slope
+from gputune.hypergradients.inner import InnerProblem, Training, hessian_times, leaves_of, rows_of, slope
 from gputune.memory import free_memory, free_of_gpu
 from gputune.seeding import stream
 
@@ -156,7 +156,7 @@ class Need:
 def measure(problem: InnerProblem[Training]) -> Need:
     """Take the first step once and count what its graph keeps."""
     leaves = {name: table.detach().requires_grad_() for name, table in problem.tables.items()}
-    state = problem.start().leaves()
+    state = leaves_of(problem.start())
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -166,10 +166,10 @@ def measure(problem: InnerProblem[Training]) -> Need:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
         end = problem.step(state, 0, rows=rows_of(leaves, problem.training.layer), graph=True)
-    for tensor in (end.weights, *end.moments):
+    for tensor in end:
         pack(tensor)
     step = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return Need(step, sum(tensor.nbytes for tensor in (end.weights, *end.moments)))
+    return Need(step, sum(tensor.nbytes for tensor in end))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -55,20 +55,16 @@ class Dual:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of both."""
         return self.value.dtype
 
     @property
     def device(self) -> torch.device:
-        """That of both."""
         return self.value.device
 
     def dim(self) -> int:
-        """Dimensions of the value."""
         return self.value.dim()
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> "Dual":
-        """As ``Tensor.to``."""
         return Dual(self.value.to(device, dtype), self.tangents.to(device, dtype))
 
     def __add__(self, other: Operand) -> "Dual":
@@ -123,58 +119,55 @@ def forward(problem: InnerProblem[Training], names: Sequence[str], *, watch: Wat
     for step in range(training.steps):
         state = tangents.step(state, step)
         if watch is not None:
-            watch(step + 1, state.weights)
-    weights = state.weights.detach().requires_grad_()
+            watch(step + 1, state[0])
+    weights = state[0].detach().requires_grad_()
     with torch.enable_grad():
         value = training.validation(weights)
         (slopes,) = torch.autograd.grad(value.sum(), weights, materialize_grads=True)
     gradients = {name: torch.zeros_like(tables[name]) for name in names}
-    for (name, s, layer), tangent in zip(columns, tangents.weights):
+    for (name, s, layer), tangent in zip(columns, tangents.of_state[0]):
         gradients[name][:, s, layer] = (slopes * tangent).sum(1)
-    return Hypergradients(value.detach(), gradients, tangents.ratio, state.weights)
+    return Hypergradients(value.detach(), gradients, tangents.ratio, state[0])
 
 
 class _Tangents:
-    """The tangents (d, P, N) of the parameters and moments, one for each hyperparameter that has begun."""
+    """The tangents ``of_state``, each (d, P, N), one for each hyperparameter that has begun."""
 
     def __init__(self, problem: InnerProblem[Training], columns: list[tuple[str, int, int]], state: State) -> None:
         self.problem, self.columns = problem, columns
-        none = state.weights.new_zeros(0, *state.weights.shape)
-        self.weights, self.moments = none, [none for _ in state.moments]
+        self.of_state: State = tuple(tensor.new_zeros(0, *tensor.shape) for tensor in state)
         self.sizes = torch.stack([problem.tables[name][:, s, layer] for name, s, layer in columns])  # (d, P)
-        self.ratio = state.weights.new_zeros(len(state.weights))
+        self.ratio = state[0].new_zeros(len(state[0]))
 
     def step(self, state: State, step: int) -> State:
         """Take one step of the training and of its tangents."""
         training = self.problem.training
-        weights = state.weights.detach().requires_grad_()
+        weights = state[0].detach().requires_grad_()
         gradient = slope(training, weights, step, graph=True)
         clock = training.clock(step)
         self._begin(clock)
-        products = [hessian_times(gradient, weights, tangent) for tangent in self.weights]
+        before = self.of_state[0]
+        products = [hessian_times(gradient, weights, tangent) for tangent in before]
         gradient = gradient.detach()  # lets go of the graph, whose memory the update needs
         # Without a copy of the one product there may be.
         tangents = torch.stack(products) if len(products) > 1 else products[0][None]
-        before = self.weights
         new = self._through_the_rule(state, Dual(gradient, tangents), clock)
         if training.kept:
             new = self._through_the_statistics(new, weights, before, step)
-        grown = self.weights.norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
+        grown = self.of_state[0].norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
         # Of weights that are zero, no growth is none.
-        relative = torch.where(grown == 0, grown, grown / new.weights.norm(dim=1))
+        relative = torch.where(grown == 0, grown, grown / new[0].norm(dim=1))
         self.ratio = torch.maximum(self.ratio, relative.amax(0))
         return new
 
     def _begin(self, clock: Clock) -> None:
         """Take in the hyperparameters whose segment has begun in some member; before that their tangent is zero."""
-        reached = {
-            name: int(segment_at(clock.done, self.problem.training.totals, table.shape[1]).max())
-            for name, table in self.problem.tables.items()
-        }
-        more = sum(s <= reached[name] for name, s, _ in self.columns) - len(self.weights)
+        totals, tables = self.problem.training.totals, self.problem.tables
+        reached = {n: int(segment_at(clock.done, totals, table.shape[1]).max()) for n, table in tables.items()}
+        more = sum(s <= reached[name] for name, s, _ in self.columns) - len(self.of_state[0])
         if more:
-            zeros = self.weights.new_zeros(more, *self.weights.shape[1:])
-            self.weights, *self.moments = (torch.cat([t, zeros]) for t in (self.weights, *self.moments))
+            zeros = self.of_state[0].new_zeros(more, *self.of_state[0].shape[1:])
+            self.of_state = tuple(torch.cat([tangents, zeros]) for tangents in self.of_state)
 
     @torch.no_grad()
     def _through_the_rule(self, state: State, gradient: Any, clock: Clock) -> State:
@@ -182,12 +175,10 @@ class _Tangents:
         rates: Any = rates_at(self.problem.rows, clock, self.problem.training.totals)
         searched = dict.fromkeys(name for name, _, _ in self.columns)
         seeded = {name: Dual(getattr(rates, name), self._seed(name, clock)) for name in searched}
-        before: list[Any] = [Dual(state.weights, self.weights), *map(Dual, state.moments, self.moments)]
-        old = State(before[0], tuple(before[1:]))
-        new = update(self.problem.optimizer, old, gradient, replace(rates, **seeded), clock)
-        after: list[Any] = [new.weights, *new.moments]
-        self.weights, *self.moments = (end.tangents for end in after)
-        return State(after[0].value, tuple(end.value for end in after[1:]))
+        old: Any = tuple(map(Dual, state, self.of_state))
+        new: Any = update(self.problem.optimizer, old, gradient, replace(rates, **seeded), clock)
+        self.of_state = tuple(end.tangents for end in new)
+        return tuple(end.value for end in new)
 
     @torch.enable_grad()
     def _through_the_statistics(self, new: State, weights: Tensor, before: Tensor, step: int) -> State:
@@ -197,19 +188,18 @@ class _Tangents:
         v = torch.zeros_like(kept, requires_grad=True)
         (pullback,) = torch.autograd.grad(kept, weights, v, create_graph=True)
         tangents = [torch.autograd.grad(pullback, v, tangent, retain_graph=True)[0] for tangent in before]
-        self.weights = torch.cat([self.weights[..., : -kept.shape[1]], torch.stack(tangents)], -1)
+        self.of_state = with_statistics(self.of_state, torch.stack(tangents))
         return with_statistics(new, kept.detach())
 
     def _seed(self, name: str, clock: Clock) -> Tensor:
         """Return d value / d column for the value that each entry reads: (d, P, N), or (d, P, 1) for all layers."""
-        training = self.problem.training
-        columns = self.columns[: len(self.weights)]
+        training, like = self.problem.training, self.of_state[0]
+        columns = self.columns[: len(like)]
         _, segments, layers = self.problem.tables[name].shape
         segment = segment_at(clock.done, training.totals, segments)
         now = np.stack([(segment == s) & (column == name) for column, s, _ in columns])
-        if name == "lr" and clock.factor is not None:
-            now = now * clock.factor
-        seed = torch.as_tensor(now, device=self.weights.device).to(self.weights)[..., None]
+        now = now * clock.factor if name == "lr" and clock.factor is not None else now
+        seed = torch.as_tensor(now, device=like.device).to(like)[..., None]
         if layers == 1:
             return seed
         place = torch.tensor([layer for _, _, layer in columns], device=seed.device)

@@ -16,14 +16,14 @@ arXiv:2111.05803) describe the effect.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gputune.errors import InputError
-from gputune.optimizers.rules import RULES, Rates
+from gputune.optimizers.rules import MOMENTS, RULES, Rates
 from gputune.types import Params
 
 HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
@@ -34,9 +34,11 @@ Tables = Mapping[str, Tensor]
 Rows = Mapping[str, Sequence[Tensor]]
 """The same, cut into what the steps of each segment read: (P, 1), or (P, N) where layers differ."""
 
-
 Watch = Callable[[int, Tensor], None]
 """Called after each step with the number of steps done and the weights (P, N)."""
+
+State = tuple[Tensor, ...]
+"""Parameters, then the moments of the optimizer, each (P, N)."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,6 @@ class Training(Protocol):
 AnyTraining = TypeVar("AnyTraining", bound=Training, covariant=True)
 
 
-class State(NamedTuple):
-    """Parameters and the optimizer's moments, each (P, N)."""
-
-    weights: Tensor
-    moments: tuple[Tensor, ...]
-
-    def leaves(self) -> "State":
-        """Return the same numbers without their past, to differentiate by."""
-        first, *rest = (tensor.detach().requires_grad_() for tensor in (self.weights, *self.moments))
-        return State(first, tuple(rest))
-
-
 @dataclass(frozen=True, eq=False)
 class InnerProblem(Generic[AnyTraining]):
     """A training, the update rule that it follows, and its hyperparameters."""
@@ -109,33 +99,31 @@ class InnerProblem(Generic[AnyTraining]):
     def start(self) -> State:
         """Return the state before the first step."""
         weights = self.training.start()
-        return State(weights, tuple(torch.zeros_like(weights) for _ in _moments(self.optimizer)))
+        return weights, *(torch.zeros_like(weights) for _ in MOMENTS[self.optimizer])
 
     def step(self, state: State, step: int, *, rows: Rows | None = None, graph: bool = False) -> State:
         """Return the state after one step, with ``graph`` in one to differentiate through.
 
         ``rows`` are read in the place of those of the tables.
         """
-        weights = state.weights if graph else state.weights.detach().requires_grad_()
+        weights = state[0] if graph else state[0].detach().requires_grad_()
         gradient, clock = slope(self.training, weights, step, graph=graph), self.training.clock(step)
         with torch.set_grad_enabled(graph):
             rates = rates_at(self.rows if rows is None else rows, clock, self.training.totals)
             new = update(self.optimizer, state, gradient, rates, clock)
-            if not self.training.kept:
-                return new
-            return with_statistics(new, self.training.statistics(weights, step))
+            return with_statistics(new, self.training.statistics(weights, step)) if self.training.kept else new
 
     def advance(self, state: State, steps: range, watch: Watch | None = None) -> State:
         """Return the state after some steps."""
         for step in steps:
             state = self.step(state, step)
             if watch is not None:
-                watch(step + 1, state.weights)
+                watch(step + 1, state[0])
         return state
 
     def train(self, watch: Watch | None = None, *, steps: int | None = None) -> Tensor:
         """Return the weights (P, N) after all steps, or after the first ``steps``, no derivatives taken."""
-        return self.advance(self.start(), range(steps or self.training.steps), watch).weights
+        return self.advance(self.start(), range(steps or self.training.steps), watch)[0]
 
     def entries(self, names: Sequence[str]) -> int:
         """Return how many numbers a member has in the tables of these hyperparameters."""
@@ -160,21 +148,24 @@ def hessian_times(gradient: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
 
 def update(optimizer: str, state: State, gradient: Tensor, rates: Rates, clock: Clock) -> State:
     """Return the state after one step of the rule; members that are not active stay as they are."""
-    names = _moments(optimizer)
-    before = {name: {"w": tensor} for name, tensor in zip(names, state.moments)}
-    weights, moments = RULES[optimizer]({"w": state.weights}, {"w": gradient}, before, rates)
-    new = State(weights["w"], tuple(moments[name]["w"] for name in names))
+    names = MOMENTS[optimizer]
+    before = {name: {"w": tensor} for name, tensor in zip(names, state[1:])}
+    weights, moments = RULES[optimizer]({"w": state[0]}, {"w": gradient}, before, rates)
+    new = weights["w"], *(moments[name]["w"] for name in names)
     if clock.active is None:
         return new
     active = torch.as_tensor(clock.active, device=gradient.device)[:, None]
-    first, *rest = (torch.where(active, a, b) for a, b in zip((new[0], *new[1]), (state[0], *state[1])))
-    return State(first, tuple(rest))
+    return tuple(torch.where(active, a, b) for a, b in zip(new, state))
 
 
 def with_statistics(state: State, statistics: Tensor) -> State:
     """Return the state with what a step keeps in the place of what its rule made of the last entries."""
-    trained = state.weights[..., : -statistics.shape[-1]]
-    return State(torch.cat([trained, statistics], -1), state.moments)
+    return torch.cat([state[0][..., : -statistics.shape[-1]], statistics], -1), *state[1:]
+
+
+def leaves_of(state: State) -> State:
+    """Return the same numbers without their past, to differentiate by."""
+    return tuple(tensor.detach().requires_grad_() for tensor in state)
 
 
 def rows_of(tables: Tables, layer: Tensor) -> Rows:
@@ -187,18 +178,12 @@ def rows_of(tables: Tables, layer: Tensor) -> Rows:
 
 def rates_at(rows: Rows, clock: Clock, totals: np.ndarray) -> Rates:
     """Return the hyperparameters of one step: (P, 1) where the layers share a value, otherwise (P, N)."""
-    value = {name: _row(parts, segment_at(clock.done, totals, len(parts))) for name, parts in rows.items()}
-    lr = value["lr"]
+    values = {name: _row(parts, segment_at(clock.done, totals, len(parts))) for name, parts in rows.items()}
+    lr, momentum, decay, beta1, beta2 = (values[name] for name in HYPERPARAMETERS)
     if clock.factor is not None:
         lr = lr * torch.as_tensor(clock.factor, dtype=lr.dtype, device=lr.device)[:, None]
-    return Rates(
-        lr=lr,
-        weight_decay=value["weight_decay"],
-        momentum=value["momentum"],
-        beta1=value["beta1"],
-        beta2=value["beta2"],
-        count=torch.as_tensor(clock.done + 1.0, device=lr.device),
-    )
+    count = torch.as_tensor(clock.done + 1.0, device=lr.device)
+    return Rates(lr, decay, momentum, count, beta1=beta1, beta2=beta2)
 
 
 def columns_of(tables: Tables, names: Iterable[str]) -> list[tuple[str, int, int]]:
@@ -214,15 +199,11 @@ def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarra
 
 def _row(rows: Sequence[Tensor], segment: np.ndarray) -> Tensor:
     """Return the row of each member's segment (P,)."""
-    first, *others = np.unique(segment)
+    first, *others = np.unique(segment).tolist()
     row: Tensor = rows[first]
     for s in others:
         row = torch.where(torch.as_tensor(segment == s, device=row.device)[:, None], rows[s], row)
     return row
-
-
-def _moments(optimizer: str) -> tuple[str, ...]:
-    return ("m", "v") if optimizer in ("adam", "adamw") else ("buffer",)
 
 
 CHAOTIC = 100.0
@@ -273,11 +254,8 @@ class HypergradientResult:
             f"{name}: {slope.item():.4g}" if slope.dim() == 0 else f"{name}: {tuple(slope.shape)}"
             for name, slope in self.gradient.items()
         )
-        noise = ", chaotic" if self.chaotic else ""
-        return (
-            f"HypergradientResult(value {self.value:.4g}, gradient {{{slopes}}}, ratio {self.ratio:.3g}{noise}, "
-            f"{self.mode})"
-        )
+        noise = f"ratio {self.ratio:.3g}{', chaotic' if self.chaotic else ''}"
+        return f"HypergradientResult(value {self.value:.4g}, gradient {{{slopes}}}, {noise}, {self.mode})"
 
     @property
     def chaotic(self) -> bool:

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
-from gputune.hypergradients.inner import Hypergradients, InnerProblem, Rows, State, Training, Watch, columns_of, rows_of
+from gputune.hypergradients.inner import (
+    Hypergradients,
+    InnerProblem,
+    Rows,
+    State,
+    Training,
+    Watch,
+    columns_of,
+    leaves_of,
+    rows_of,
+)
 
 
 def reverse(
@@ -33,8 +43,7 @@ def reverse(
     hyperparameters. ``checkpoint`` keeps the state of every sqrt(T)-th step and trains the steps between again on
     the way back: the memory of 2 sqrt(T) steps for one more training.
     """
-    training, tables = problem.training, problem.tables
-    steps = training.steps
+    training, tables, steps = problem.training, problem.tables, problem.training.steps
     begin = 0 if truncate is None else max(0, steps - truncate)
     length = math.isqrt(steps - begin - 1) + 1 if checkpoint else steps - begin
     edges = [*range(begin, steps, length), steps]
@@ -48,26 +57,23 @@ def reverse(
     # Differentiated by the rows, which many steps share, and only then by the tables.
     cut = {name: [row.detach().requires_grad_() for row in parts] for name, parts in spread.items()}
     searched = [row for parts in cut.values() for row in parts]
-    record = _Record(problem, {**problem.rows, **cut})
+    record = _Record(problem, {**problem.rows, **cut}, state[0])
     total: list[Tensor] = []
-    adjoint: list[Tensor] | None = None
+    adjoint: State | None = None
     for here, there, start in reversed(list(zip(edges[:-1], edges[1:], starts))):
-        start = start.leaves()
-        end = record.advance(start, range(here, there), watch if there == steps else None)
-        outputs = [end.weights, *end.moments]
+        start = leaves_of(start)
+        outputs = end = record.advance(start, range(here, there), watch if there == steps else None)
         if there == steps:
-            weights = end.weights.detach()
+            weights = end[0].detach()
             with torch.enable_grad():
-                value = training.validation(end.weights)
-                outputs = [value.sum()]
-        slopes = torch.autograd.grad(
-            outputs, [*searched, start.weights, *start.moments], adjoint, materialize_grads=True
-        )
+                value = training.validation(end[0])
+                outputs = (value.sum(),)
+        slopes = torch.autograd.grad(outputs, (*searched, *start), adjoint, materialize_grads=True)
         total = [a + b for a, b in zip(total, slopes)] if total else list(slopes[: len(searched)])
-        adjoint = list(slopes[len(searched) :])
+        adjoint = slopes[len(searched) :]
     ends = [row for parts in spread.values() for row in parts]
     gradients = dict(zip(names, torch.autograd.grad(ends, list(leaves.values()), total)))
-    return Hypergradients(value.detach(), gradients, record.ratio(weights), weights)
+    return Hypergradients(value.detach(), gradients, record.ratio(), weights)
 
 
 class _Record:
@@ -77,21 +83,20 @@ class _Record:
     off the adjoints on the way back, at no other cost.
     """
 
-    def __init__(self, problem: InnerProblem[Training], rows: Rows) -> None:
+    def __init__(self, problem: InnerProblem[Training], rows: Rows, like: Tensor) -> None:
         self.problem, self.rows = problem, rows
-        self.largest: Tensor | float = 0.0
-        self.final: Tensor | float = 0.0
+        self.largest = self.final = torch.zeros_like(like[:, 0])
 
     def advance(self, state: State, steps: range, watch: Watch | None) -> State:
         """Return the state after some steps, with their graph."""
         for step in steps:
             after = self.problem.step(state, step, rows=self.rows, graph=True)
-            self._look_at(state.weights)  # only now: the step has taken a gradient by them itself
+            self._look_at(state[0])  # only now: the step has taken a gradient by them itself
             state = after
             if watch is not None:
-                watch(step + 1, state.weights.detach())
+                watch(step + 1, state[0].detach())
         if steps.stop == self.problem.training.steps:
-            self._look_at(state.weights, last=True)
+            self._look_at(state[0], last=True)
         return state
 
     def _look_at(self, weights: Tensor, *, last: bool = False) -> None:
@@ -99,24 +104,18 @@ class _Record:
         size = weights.detach().norm(dim=1)
 
         def look(adjoint: Tensor) -> None:
-            weight = adjoint.detach().norm(dim=1) * size
+            growth = adjoint.detach().norm(dim=1) * size
             if last:
-                self.final = weight
+                self.final = growth
             else:
-                self.largest = torch.maximum(
-                    torch.as_tensor(self.largest, dtype=size.dtype, device=size.device), weight
-                )
+                self.largest = torch.maximum(self.largest, growth)
 
         weights.register_hook(look)  # type: ignore[no-untyped-call]
 
-    def ratio(self, like: Tensor) -> Tensor:
+    def ratio(self) -> Tensor:
         """Return the largest ratio (P,), at least 1; 0 where the loss does not depend on the weights at all."""
-        largest, final = (
-            torch.as_tensor(weight, dtype=like.dtype, device=like.device).expand(len(like))
-            for weight in (self.largest, self.final)
-        )
-        ratio = torch.maximum(largest, final) / final
-        return torch.where((final == 0) & (largest == 0), torch.zeros_like(ratio), ratio)
+        ratio = torch.maximum(self.largest, self.final) / self.final
+        return ratio.masked_fill((self.final == 0) & (self.largest == 0), 0.0)
 
 
 def default_width(dtype: torch.dtype) -> float:
@@ -140,10 +139,9 @@ def differences(
         table = tables[name]
         shift = torch.zeros_like(table)
         shift[:, s, layer] = width
-        ends = []
-        for sign in (1, -1):
-            moved = from_coordinate(name, to_coordinate(name, table) + sign * shift)
-            ends.append(replace(problem, tables={**tables, name: moved}).train())
+        place = to_coordinate(name, table)
+        moved = [from_coordinate(name, place + sign * shift) for sign in (1, -1)]
+        ends = [replace(problem, tables={**tables, name: end}).train() for end in moved]
         up, down = map(training.validation, ends)
         gradients[name][:, s, layer] = (up - down) / (2 * width) / speed(name, table)[:, s, layer]
         apart = (ends[0] - ends[1]).norm(dim=1) / (2 * width * weights.norm(dim=1))

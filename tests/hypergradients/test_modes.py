@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
 from gputune.hypergradients.forward import forward
-from gputune.hypergradients.inner import HYPERPARAMETERS, InnerProblem, segment_at, slope
+from gputune.hypergradients.inner import HYPERPARAMETERS, InnerProblem, leaves_of, segment_at, slope
 from gputune.hypergradients.reverse import default_width, differences, reverse
 from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, chaotic, rule_of, tables_of, usable
 from problems import grid
@@ -204,10 +204,10 @@ def test_truncated_is_the_derivative_of_the_last_steps_from_a_fixed_state(optimi
     tables = tables_of(optimizer, 2, segments=3)
     problem = InnerProblem(training, rule, tables)
     leaves = {name: table.clone().requires_grad_() for name, table in tables.items()}
-    last, state = InnerProblem(training, rule, leaves), problem.advance(problem.start(), range(6)).leaves()
+    last, state = InnerProblem(training, rule, leaves), leaves_of(problem.advance(problem.start(), range(6)))
     for step in range(6, 11):
         state = last.step(state, step, graph=True)
-    value = training.validation(state.weights).sum()
+    value = training.validation(state[0]).sum()
     expected = dict(zip(wanted, torch.autograd.grad(value, [leaves[name] for name in wanted])))
     found = reverse(InnerProblem(training, rule, tables), wanted, truncate=5, checkpoint=checkpoint)
     assert_same(found.gradients, expected, tables)
