@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,6 +114,13 @@ def _table(place: str, name: str, value: object, training: ModuleTraining) -> Te
     if not bool(((table > 0 if name == "lr" else table >= 0) & (table < high)).all()):  # NaN is no more than anything
         raise InputError(f"{place} must be {rule}, got {table.tolist()}.")
     return table.reshape(1, -1, table.shape[1] if table.dim() == 2 else 1)
+
+
+def as_table(value: object, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return a number, a list over segments, or one over segments and layers as a table (S, L), spread to a shape."""
+    table = np.asarray(value, dtype=float)
+    table = table.reshape(len(table) if table.ndim else 1, -1)
+    return table if shape is None else np.broadcast_to(table, shape).copy()
 
 
 def to_coordinate(name: str, value: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress
 from gputune.engine.plan import Plan, Planner
 from gputune.errors import InputError
+from gputune.hypergradients.arguments import as_table
 from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, measure, twice_differentiable
 from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, Hypergradients, InnerProblem, Tables, Watch
@@ -70,23 +71,23 @@ class PopulationTraining:
         """Return where the members stand: those with fewer steps an epoch wait for its end."""
         epoch, within = divmod(step, self.each)
         steps = self.batches.steps
-        done = epoch * steps + np.minimum(within, steps - 1)
-        active = within < steps
-        return Clock(done.flatten(), None if active.all() else active.flatten(), self._factor(done))
-
-    def _factor(self, done: np.ndarray) -> np.ndarray | None:
-        if set(self.schedules) == {"constant"}:
-            return None
-        totals = self.totals.reshape(done.shape)
-        columns = [schedule_factor(s, done[:, c], totals[:, c]) for c, s in enumerate(self.schedules)]
-        return np.stack(columns, 1).flatten()
+        done, active, factor = epoch * steps + np.minimum(within, steps - 1), within < steps, None
+        if set(self.schedules) != {"constant"}:
+            totals = self.totals.reshape(done.shape)
+            columns = [schedule_factor(s, done[:, c], totals[:, c]) for c, s in enumerate(self.schedules)]
+            factor = np.stack(columns, 1).flatten()
+        return Clock(done.flatten(), None if active.all() else active.flatten(), factor)
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         """Return each member's minibatch loss (P,); 0 for a member that has no step now."""
         params = self._params_of(weights)
         losses = [weights.new_zeros(self.trials)] * self.folds
         for part in self.batches.at(*divmod(step, self.each)):
-            losses[part.folds] = list(self._part(params, part))
+            outputs = self.network.differentiable(*self._part_inputs(params, part), part.key)
+            outputs = self._mask_absent(outputs.view(-1, self.trials, *outputs.shape[1:]), part.folds)
+            y = part.y.view(len(outputs), -1, *part.y.shape[1:])  # (F, 1 or C, B, ...)
+            share = part.share.squeeze(-1) if isinstance(part.share, Tensor) else part.share
+            losses[part.folds] = list((self.network.row_losses(outputs, y) * share).sum(-1))
         return torch.cat(losses)
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
@@ -98,8 +99,7 @@ class PopulationTraining:
             found = self.network.with_statistics(*self._part_inputs(params, part), part.key)[1]
             for name, folds in after.items():
                 folds[part.folds] = list(found[name].to(weights).view(-1, self.trials, *self.shapes[name]))
-        rows = [torch.stack(folds).view(self.folds * self.trials, -1) for folds in after.values()]
-        return torch.cat(rows, 1)
+        return torch.cat([torch.stack(folds).view(self.folds * self.trials, -1) for folds in after.values()], 1)
 
     def _part_inputs(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
         """Return parameters and inputs of the members of one part of a step, each (P, ...)."""
@@ -107,14 +107,6 @@ class PopulationTraining:
         weights = {name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()}
         shared = len(batch.inputs[0]) != self.folds * self.trials or self.trials == 1
         return weights, [for_members(x, self.trials) if shared else x for x in batch.inputs]
-
-    def _part(self, params: Params, batch: Batch) -> Tensor:
-        """Return the losses (F, C) of the folds of one part of a step."""
-        outputs = self.network.differentiable(*self._part_inputs(params, batch), batch.key)
-        outputs = self._mask_absent(outputs.view(-1, self.trials, *outputs.shape[1:]), batch.folds)
-        y = batch.y.view(len(outputs), -1, *batch.y.shape[1:])  # (F, 1 or C, B, ...)
-        share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
-        return (self.network.row_losses(outputs, y) * share).sum(-1)
 
     def validation(self, weights: Tensor) -> Tensor:
         """Return the loss (P,) on the validation rows: cross-entropy, or squared error in the target's own units."""
@@ -145,16 +137,13 @@ class PopulationTraining:
 
     def _mask_absent(self, outputs: Tensor, folds: slice) -> Tensor:
         """Give -inf to the classes that take no part in a fold, of outputs (F, C, B, K)."""
-        if self.data.present is None:
-            return outputs
-        return outputs.masked_fill(~self.data.present[folds, None, None], -torch.inf)
+        present = self.data.present
+        return outputs if present is None else outputs.masked_fill(~present[folds, None, None], -torch.inf)
 
     def _params_of(self, weights: Tensor) -> Params:
         """Return the parameters (F, C, ...) that rows (P, N) hold."""
-        parts = torch.split(weights, self.sizes, 1)
-        return {
-            name: part.view(self.folds, self.trials, *shape) for (name, shape), part in zip(self.shapes.items(), parts)
-        }
+        parts = zip(self.shapes.items(), torch.split(weights, self.sizes, 1))
+        return {name: part.view(self.folds, self.trials, *shape) for (name, shape), part in parts}
 
     def member(self, weights: Tensor, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module on the CPU, in evaluation mode."""
@@ -199,13 +188,13 @@ class HypergradientJob(Job):
             if self.is_over() and epoch < self.epochs:
                 raise _OverError(epoch)
 
-        epochs, result = self.epochs, None
         try:
             result = self._differentiate(problem, watch)
         except _OverError as over:
-            epochs = over.epochs
-        seconds = time.monotonic() - begin
-        return Slopes(chunk.index, curves, epochs, seconds, *_by_trial(result, self.hyperparameters, data.n_folds))
+            return Slopes(chunk.index, curves, over.epochs, time.monotonic() - begin)
+        losses, ratios = (_by_trial(table, data.n_folds) for table in (result.value, result.ratio))
+        slopes = {name: _by_trial(table, data.n_folds) for name, table in result.gradients.items()}
+        return Slopes(chunk.index, curves, self.epochs, time.monotonic() - begin, losses, slopes, ratios)
 
     def _differentiate(self, problem: InnerProblem[PopulationTraining], watch: Watch) -> Hypergradients:
         if self.mode == "differences":
@@ -228,10 +217,9 @@ class HypergradientJob(Job):
         tables = {}
         for name in HYPERPARAMETERS:
             default = {"beta1": BETA1, "beta2": BETA2}.get(name, 0.0)
-            rows = [
-                _table(config.get(name, default), whole if name in self.hyperparameters else None) for config in configs
-            ]
-            members = np.tile(np.stack(rows), (training.folds, 1, 1))
+            shape = whole if name in self.hyperparameters else None
+            rows = np.stack([as_table(config.get(name, default), shape) for config in configs])
+            members = np.tile(rows, (training.folds, 1, 1))
             tables[name] = torch.as_tensor(members, dtype=training.data.dtype, device=training.data.device)
         return tables
 
@@ -243,9 +231,9 @@ class Slopes(Outcome):
     ``losses`` (C, F) on the validation rows, ``slopes`` hyperparameter -> (C, F, S, L), ``ratios`` (C, F) of the guard.
     """
 
-    losses: np.ndarray | None
-    slopes: dict[str, np.ndarray] | None
-    ratios: np.ndarray | None
+    losses: np.ndarray | None = None
+    slopes: dict[str, np.ndarray] | None = None
+    ratios: np.ndarray | None = None
 
 
 class _OverError(Exception):
@@ -281,26 +269,10 @@ def train_scheduled(job: HypergradientJob, data: Dataset, chunk: Population) -> 
     return problem.training.member(problem.train(steps=job.epochs * problem.training.each), 0, 0)
 
 
-def _table(value: float | list[float] | list[list[float]], whole: tuple[int, int] | None) -> np.ndarray:
-    """A value, one for each segment, or one for each segment and layer, as (S, L)."""
-    table = np.asarray(value, dtype=float)
-    table = table.reshape(len(table) if table.ndim else 1, -1)
-    return table if whole is None else np.broadcast_to(table, whole)
-
-
-def _by_trial(
-    result: Hypergradients | None, names: tuple[str, ...], folds: int
-) -> tuple[np.ndarray | None, dict[str, np.ndarray] | None, np.ndarray | None]:
+def _by_trial(table: Tensor, folds: int) -> np.ndarray:
     """Turn the member axis (fold-major) into trials x folds."""
-    if result is None:
-        return None, None, None
-
-    def turned(table: Tensor) -> np.ndarray:
-        array: np.ndarray = table.detach().double().cpu().numpy()
-        return array.reshape(folds, -1, *array.shape[1:]).swapaxes(0, 1)
-
-    slopes = {name: turned(result.gradients[name]) for name in names}
-    return turned(result.value), slopes, turned(result.ratio)
+    array: np.ndarray = table.detach().double().cpu().numpy()
+    return array.reshape(folds, -1, *array.shape[1:]).swapaxes(0, 1)
 
 
 def plan_chunks(

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from gputune.errors import InputError, check_count
-from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
+from gputune.hypergradients.arguments import as_table, from_coordinate, speed, to_coordinate
 from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS
 from gputune.types import Config, Json
 
@@ -250,12 +250,6 @@ class Descent:
         if self.method.step == "normalized":
             return self.length
         return max(float(table.max()) for table in self.steps.values())
-
-
-def as_table(value: object, shape: tuple[int, ...]) -> Table:
-    """Return a number, a list over segments, or one over segments and layers as a table (S, L)."""
-    table = np.asarray(value, dtype=float)
-    return np.broadcast_to(table.reshape(len(table) if table.ndim else 1, -1), shape).copy()
 
 
 def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
