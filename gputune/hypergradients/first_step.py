@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from gputune.errors import InputError
@@ -23,22 +24,19 @@ _SHARE = 0.8  # of the memory that is free
 
 @contextmanager
 def twice_differentiable(training: Training) -> Iterator[None]:
-    """Raise InputError, with the name of the operation, where a training cannot be differentiated twice.
+    """Raise InputError where a training cannot be differentiated twice: on its first minibatch, or as torch finds it.
 
-    The first minibatch is tried before what is inside begins; what torch itself refuses inside is said in the same
-    words.
+    What torch itself refuses inside of the block is said in the same words.
     """
     try:
-        _try(training)
+        _check_second_derivatives(training)
         yield
     except RuntimeError as error:
         text = str(error).split("\n")[0]
-        words = ("derivative for", "differentiate twice", "double backward")
-        if not any(word in text.lower() for word in words):
+        if not any(word in text.lower() for word in ("derivative for", "differentiate twice", "double backward")):
             raise
-        remedy = "replace it"
-        if "scaled_dot_product" in text:
-            remedy = "run it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        attention = "scaled_dot_product" in text
+        remedy = "run it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)" if attention else "replace it"
         raise InputError(
             f"module or loss has an operation that cannot be differentiated twice ({text.rstrip('.')}); {remedy}, or "
             "call gputune.hypergradient with mode='fd'."
@@ -50,27 +48,32 @@ def nodes(tensor: Tensor) -> set[Node]:
     graph: set[Node] = set()
     waiting = [tensor.grad_fn]
     while waiting:
-        node = waiting.pop()
-        if node is not None and node not in graph:
+        if (node := waiting.pop()) is not None and node not in graph:
             graph.add(node)
             waiting += [following for following, _ in node.next_functions]
     return graph
 
 
 @torch.enable_grad()
-def _try(training: Training) -> None:
+def _check_second_derivatives(training: Training) -> None:
     weights = training.start().requires_grad_()
     gradient = slope(training, weights, 0, graph=True)
     # autograd.grad walks only the paths to what it differentiates by, and the node that torch puts in the place of a
     # missing derivative is on none of them.
     missing = any(type(node).__name__ == "Error" for node in nodes(gradient))
-    if missing or not _symmetric(gradient, weights) or not _agrees_with_difference(training, gradient, weights):
-        raise InputError(
-            f"module or loss has an operation that cannot be differentiated twice{_suspects(training)}: the second "
-            "derivative that torch takes is incomplete. The usual causes are weight_norm, a .detach() of what depends "
-            "on the parameters, and an autograd.Function whose backward has no derivative; replace it, or "
-            "call gputune.hypergradient with mode='fd'."
-        )
+    if not missing and _symmetric(gradient, weights) and _agrees_with_difference(training, gradient, weights):
+        return
+    # What is known to have no second derivative, and the functions of the user's own.
+    kinds = {type(node) for node in nodes(training.losses(weights, 0))}
+    suspects = [k for k in kinds if issubclass(k, BackwardCFunction) or "WeightNorm" in k.__name__]
+    names = sorted({kind.__name__.removesuffix("0").removesuffix("Backward") for kind in suspects})
+    shown = f" ({', '.join(names)})" if names else ""
+    raise InputError(
+        f"module or loss has an operation that cannot be differentiated twice{shown}: the"
+        "  second derivative that torch takes is incomplete. The usual causes are weight_norm, a .detach() of what "
+        "depends on the parameters, and an autograd.Function whose backward has no derivative; replace it, or "
+        "call gputune.hypergradient with mode='fd'."
+    )
 
 
 def _symmetric(gradient: Tensor, weights: Tensor) -> bool:
@@ -118,17 +121,6 @@ def _direction(weights: Tensor) -> Tensor:
     return drawn.to(weights.device, weights.dtype)
 
 
-def _suspects(training: Training) -> str:
-    """Name what is known to have no second derivative, and the functions of the user's own."""
-    weights = training.start().requires_grad_()
-    with torch.enable_grad():
-        graph = nodes(training.losses(weights, 0))
-    functions = [type(n) for n in graph if isinstance(n, torch.autograd.function.BackwardCFunction)]
-    functions += [type(n) for n in graph if "WeightNorm" in type(n).__name__]
-    names = sorted({kind.__name__.removesuffix("0").removesuffix("Backward") for kind in functions})
-    return f" ({', '.join(names)})" if names else ""
-
-
 ExactMode = Literal["reverse", "checkpointed", "forward"]
 
 
@@ -174,9 +166,7 @@ def measure(problem: InnerProblem[Training]) -> Need:
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that may be used on a device: most of what is free."""
-    if device.type == "cuda":
-        return int(_SHARE * free_of_gpu(device))
-    return int(_SHARE * free_memory())
+    return int(_SHARE * (free_of_gpu(device) if device.type == "cuda" else free_memory()))
 
 
 def fastest_that_fits(sizes: Mapping[ExactMode, int], budget: int, *, hyperparameters: int) -> ExactMode:
@@ -184,7 +174,5 @@ def fastest_that_fits(sizes: Mapping[ExactMode, int], budget: int, *, hyperparam
 
     With one hyperparameter forward mode is about as fast as reverse mode, with memory that does not grow.
     """
-    modes: list[ExactMode] = ["reverse", "checkpointed"]
-    if hyperparameters == 1:
-        modes.insert(0, "forward")
-    return next((mode for mode in modes if sizes[mode] <= budget), "forward")
+    modes: tuple[ExactMode, ...] = ("forward", "reverse", "checkpointed")
+    return next((mode for mode in modes[hyperparameters != 1 :] if sizes[mode] <= budget), "forward")

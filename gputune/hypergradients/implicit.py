@@ -75,15 +75,13 @@ def implicit_gradients(
     InputError where one member alone does not fit.
     """
     everyone = torch.arange(len(problem.C), device=problem.y.device)
-    values, gradients = [], []
+    lots: list[tuple[Tensor, Tensor]] = []
     for f, rows in enumerate(valid):
         fold = _fold(problem, f, rows, outputs=solution.coef.shape[1])
         for lot in torch.split(everyone, _members_at_once(fold, memory)):
             members = f * len(everyone) + lot
-            value, gradient = _differentiate(fold, solution, members, problem.C[lot], problem.l1_ratio[lot])
-            values.append(value)
-            gradients.append(gradient)
-    return ImplicitGradient(torch.cat(values), torch.cat(gradients))
+            lots.append(_differentiate(fold, solution, members, problem.C[lot], problem.l1_ratio[lot]))
+    return ImplicitGradient(*map(torch.cat, zip(*lots)))
 
 
 @dataclass(frozen=True)
@@ -98,16 +96,14 @@ class _Fold:
 
 def _fold(problem: Problem, fold: int, valid: Tensor, *, outputs: int) -> _Fold:
     weights = problem.weights[fold]
-    keep = weights > 0
-    total = weights.sum()
+    keep, total = weights > 0, weights.sum()
     share = weights[keep] / total
     center = share @ problem.x[fold, keep]
-    even = share.new_full((len(valid),), 1 / len(valid))
-    train, held_out = (
-        rows_of(problem.x[fold, rows] - center, problem.y[rows], part, outputs, intercept=True)
-        for rows, part in ((keep, share), (valid, even))
-    )
-    return _Fold(train, held_out, total, center)
+
+    def centered(rows: Tensor, share: Tensor) -> Rows:
+        return rows_of(problem.x[fold, rows] - center, problem.y[rows], share, outputs, intercept=True)
+
+    return _Fold(centered(keep, share), centered(valid, share.new_full((len(valid),), 1 / len(valid))), total, center)
 
 
 def _members_at_once(fold: _Fold, memory: int | None) -> int:
@@ -268,11 +264,16 @@ def _join(
             "torch.from_numpy or torch.as_tensor."
         )
     x, y = (torch.cat(parts) for parts in zip(*batches, valid))
+    if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= classes:
+        raise InputError(
+            f"y must be class codes 0 .. {classes - 1}, one integer a row, where optimizer='exact', got "
+            f"{y.dtype} of shape {tuple(y.shape)} with values {y.min().item()} .. {y.max().item()}."
+        )
     places = torch.arange(len(x) - len(valid[0]), len(x), device=x.device)
     weights = torch.ones(1, len(x), dtype=torch.float64, device=x.device)
     weights[:, places] = 0.0
     rates = weights.new_tensor([C]), weights.new_zeros(1)
-    return Problem(x.double()[None], _codes(y, classes), weights, *rates, n_classes=classes), places
+    return Problem(x.double()[None], y.long(), weights, *rates, n_classes=classes), places
 
 
 def _check_problem(module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]) -> tuple[float, int]:
@@ -283,7 +284,10 @@ def _check_problem(module: nn.Module, loss: object, hyperparameters: Mapping[str
             f"gputune.models.LogisticRegression of at least two outputs, got {type(module).__name__}; train it with "
             "another optimizer, for example 'adamw', and mode='reverse'."
         )
-    if loss is not functional.cross_entropy and not _plain(loss):
+    plain = isinstance(loss, nn.CrossEntropyLoss) and (
+        (loss.weight, loss.label_smoothing, loss.reduction, loss.ignore_index) == (None, 0.0, "mean", -100)
+    )
+    if loss is not functional.cross_entropy and not plain:
         raise InputError(
             "loss must be torch.nn.functional.cross_entropy where optimizer='exact' solves the logistic regression, "
             f"got {loss!r}; train it with another optimizer for other losses."
@@ -300,19 +304,3 @@ def _check_problem(module: nn.Module, loss: object, hyperparameters: Mapping[str
     if not 0 < C < float("inf"):
         raise InputError(f"hyperparameters['C'] must be one finite number > 0, got {hyperparameters['C']!r}.")
     return C, module.n_outputs
-
-
-def _plain(loss: object) -> bool:
-    """Whether it is the module of the plain cross-entropy."""
-    return isinstance(loss, nn.CrossEntropyLoss) and (
-        (loss.weight, loss.label_smoothing, loss.reduction, loss.ignore_index) == (None, 0.0, "mean", -100)
-    )
-
-
-def _codes(y: Tensor, classes: int) -> Tensor:
-    if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= classes:
-        raise InputError(
-            f"y must be class codes 0 .. {classes - 1}, one integer a row, where optimizer='exact', got "
-            f"{y.dtype} of shape {tuple(y.shape)} with values {y.min().item()} .. {y.max().item()}."
-        )
-    return y.long()

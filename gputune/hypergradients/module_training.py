@@ -36,8 +36,8 @@ class ModuleTraining:
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         with self.objective.substitute({}):
             names = differentiate_statistics(module)
-        held = dict(module.named_buffers())
-        self.running = {name: held[name] for name in names}
+        buffers = dict(module.named_buffers())
+        self.running = {name: buffers.pop(name) for name in names}
         # Parameters, then running statistics: what a row holds.
         self.entries = {**self.trained, **self.running}
         self.sizes = [p.numel() for p in self.entries.values()]
@@ -50,7 +50,6 @@ class ModuleTraining:
         self.layer = numbers.repeat_interleave(torch.tensor(self.sizes, device="cpu")).to(self.device)
         # Clones, since a forward may write into them.
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-        buffers = {name: b for name, b in held.items() if name not in self.running}
         self.fixed = {name: tensor.detach().clone() for name, tensor in {**frozen, **buffers}.items()}
         self.frozen = frozen.keys()
 
@@ -64,27 +63,24 @@ class ModuleTraining:
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         """Return the loss (1,) of one minibatch; draws of dropout depend on the seed and the step alone."""
-        return self._training_pair(weights, step)[0]
+        return self._loss(weights, step)[0]
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
         """Return the running statistics (1, kept) after a step from these weights, differentiable in them."""
-        return self._training_pair(weights, step)[1]
-
-    def _training_pair(self, weights: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        with keyed_draws(self.device, self.seed, "hypergradient", step):
-            return self._loss(weights, self.batches[step], f"batches[{step}]", training=True)
+        return self._loss(weights, step)[1]
 
     def validation(self, weights: Tensor) -> Tensor:
         """Return the validation loss (1,)."""
-        with keyed_draws(self.device, self.seed, "hypergradient", "valid"):
-            return self._loss(weights, self.valid, "valid", training=False)[0]
+        return self._loss(weights, None)[0]
 
-    def _loss(self, weights: Tensor, pair: Pair, name: str, *, training: bool) -> tuple[Tensor, Tensor]:
-        """Return the loss (1,) of a pair and the running statistics (1, kept) after it."""
+    def _loss(self, weights: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
+        """Return the loss (1,) of a minibatch, or of the validation pair, and the running statistics (1, kept)."""
+        pair, name = (self.valid, "valid") if step is None else (self.batches[step], f"batches[{step}]")
+        draws = keyed_draws(self.device, self.seed, "hypergradient", "valid" if step is None else step)
         tensors = {**self.parameters(weights), **self.fixed}
         state = {f"module.{key}": tensor for key, tensor in tensors.items()}
-        with _module_errors(name, pair), self.objective.substitute(state) as objective:
-            self.module.train(training)
+        with draws, _module_errors(name, pair), self.objective.substitute(state) as objective:
+            self.module.train(step is not None)
             differentiate_statistics(self.module)
             # One made in inference mode is copied: autograd could not keep it.
             loss = objective(*(p.clone() if isinstance(p, Tensor) and p.is_inference() else p for p in pair))
@@ -119,8 +115,7 @@ class ModuleTraining:
         with torch.no_grad():
             self.validation(self.start())  # so that what is wrong with the pair is said before the training
         read = {id(getattr(node, "variable", None)) for node in nodes(loss)}
-        behind = [name for name, p in self.trained.items() if id(p) in read]
-        if behind:
+        if behind := [name for name, p in self.trained.items() if id(p) in read]:
             raise InputError(
                 f"loss or module reads the parameter {behind[0]!r} from a variable of its own, where training does not "
                 "reach it; read it from the module when it is called, for example by module.parameters()."
@@ -171,15 +166,13 @@ def check_module(module: nn.Module) -> None:
     """Raise InputError for a module that cannot be trained as a function of its parameters."""
     if not isinstance(module, nn.Module):
         raise InputError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
-    lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
-    if lazy:
+    if lazy := [name for name, held in (*module.named_parameters(), *module.named_buffers()) if is_lazy(held)]:
         raise InputError(
             f"module must have its parameters, but {lazy[0]!r} waits for a first minibatch; call module(x) once before."
         )
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if not trained:
+    kinds = {(p.dtype, p.device) for p in module.parameters() if p.requires_grad}
+    if not kinds:
         raise InputError("module has no parameter with requires_grad: there is nothing to train.")
-    kinds = {(p.dtype, p.device) for p in trained.values()}
     if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
         kinds_words = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise InputError(

@@ -73,8 +73,7 @@ class _Online(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on, bit for bit, where an optimizer of the same class was. Raises InputError for another class."""
         keys = self.defaults.keys() - {"differentiable"}  # which torch adds of itself when it loads
-        lacking = sorted({key for group in state_dict["param_groups"] for key in keys - group.keys()})
-        if lacking:
+        if lacking := sorted({key for group in state_dict["param_groups"] for key in keys - group.keys()}):
             raise InputError(
                 f"state_dict must be one of {type(self).__name__}, got groups without {', '.join(lacking)}. "
                 "Leave the state of another optimizer out; the parameters are all that this one needs."
@@ -88,27 +87,22 @@ class _Online(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Adapt the ``lr`` of every group, then go with it; ``closure`` computes the loss anew and returns it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
-            self._step_group(group)
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = self._gradients(group, params)
+            self._adapt(group, params, grads)
+            for part in _parts(list(zip(params, grads)), group["foreach"]):
+                moved, downhill = [params[i] for i in part], [grads[i] for i in part]
+                directions = self._directions(group, moved, downhill)
+                torch._foreach_add_(moved, directions, alpha=-group["lr"])
+                for p, direction in zip(moved, directions):
+                    self.state[p]["direction"] = direction
+            for p in group["params"]:
+                if p.grad is None and p in self.state:  # it stays where it is, so the next h has no part of it
+                    self.state[p].pop("direction", None)
         return loss
-
-    def _step_group(self, group: Group) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        grads = self._gradients(group, params)
-        self._adapt(group, params, grads)
-        for part in _parts(list(zip(params, grads)), group["foreach"]):
-            moved = [params[i] for i in part]
-            directions = self._directions(group, moved, [grads[i] for i in part])
-            torch._foreach_add_(moved, directions, alpha=-group["lr"])
-            for p, direction in zip(moved, directions):
-                self.state[p]["direction"] = direction
-        for p in group["params"]:
-            if p.grad is None and p in self.state:  # it stays where it is, so the next h has no part of it
-                self.state[p].pop("direction", None)
 
     def _adapt(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the rate of a group by its rule: one rate for all its tensors, whatever their order."""
@@ -125,9 +119,9 @@ class _Online(Optimizer):
             scaled = rule == "multiplicative"
             change = _share(lr * h, grad_norm * norm) if scaled else _share(h, group["grad_norm"] * norm)
             group["grad_norm"] = grad_norm
-        low, high = (-math.inf if group["lr_min"] is None else group["lr_min"]), group["lr_max"]
-        lr = max(lr + group["hypergrad_lr"] * change, low)
-        group["lr"] = float(lr if high is None else min(lr, high))
+        lr += group["hypergrad_lr"] * change
+        lr = lr if group["lr_min"] is None else max(lr, group["lr_min"])
+        group["lr"] = float(lr if group["lr_max"] is None else min(lr, group["lr_max"]))
 
 
 class SGDHD(_Online):
@@ -173,13 +167,13 @@ class SGDHD(_Online):
         super().__init__(**_arguments(locals()))
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        mu = group["momentum"]
-        if not mu:
-            return _copies(grads)
+        if not (mu := group["momentum"]):
+            return list(torch._foreach_mul(grads, 1.0))  # copies, in one launch
         buffers = self._moments("momentum_buffer", params)
         torch._foreach_mul_(buffers, mu)
         torch._foreach_add_(buffers, grads)
-        return list(torch._foreach_add(grads, buffers, alpha=mu)) if group["nesterov"] else _copies(buffers)
+        ahead = torch._foreach_add(grads, buffers, alpha=mu) if group["nesterov"] else torch._foreach_mul(buffers, 1.0)
+        return list(ahead)
 
 
 class AdamHD(_Online):
@@ -210,23 +204,19 @@ class AdamHD(_Online):
         super().__init__(**_arguments(locals()))
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        (beta1, beta2), counts = group["betas"], self._count(params)
+        (beta1, beta2), states = group["betas"], [self.state[p] for p in params]
+        for state in states:
+            state["step"] = state.get("step", 0) + 1
         m, v = self._moments("exp_avg", params), self._moments("exp_avg_sq", params)
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
         below = torch._foreach_sqrt(v)
-        torch._foreach_div_(below, [math.sqrt(1 - beta2**t) for t in counts])
+        torch._foreach_div_(below, [math.sqrt(1 - beta2 ** state["step"]) for state in states])
         torch._foreach_add_(below, group["eps"])
-        torch._foreach_mul_(below, [1 - beta1**t for t in counts])
+        torch._foreach_mul_(below, [1 - beta1 ** state["step"] for state in states])
         return list(torch._foreach_div(m, below))
-
-    def _count(self, params: list[Tensor]) -> list[int]:
-        """Count this step of each parameter, from 1."""
-        for p in params:
-            self.state[p]["step"] = self.state[p].get("step", 0) + 1
-        return [self.state[p]["step"] for p in params]
 
 
 class AdamWHD(AdamHD):
@@ -275,10 +265,6 @@ def _dense(p: Tensor) -> Tensor:
             "with sparse=False, and a complex parameter from torch.view_as_real."
         )
     return grad
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_mul(tensors, 1.0))  # one launch for all
 
 
 def _parts(pairs: list[Pair], foreach: bool | None) -> list[list[int]]:
