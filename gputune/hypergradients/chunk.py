@@ -20,9 +20,8 @@ from gputune.engine.plan import Plan, Planner
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import as_table
 from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, measure, twice_differentiable
-from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, Hypergradients, InnerProblem, Tables, Watch
-from gputune.hypergradients.reverse import differences, reverse
+from gputune.hypergradients.modes import differences, forward, reverse
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.optimizers.rules import BETA1, BETA2, schedule_factor

@@ -13,11 +13,10 @@ from gputune.engine.stop import waited_for
 from gputune.errors import InputError, warn
 from gputune.hypergradients.arguments import check_hyperparameters, check_optimizer, default_tables
 from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, free_bytes, measure, twice_differentiable
-from gputune.hypergradients.forward import forward
 from gputune.hypergradients.implicit import differentiate_minimum
 from gputune.hypergradients.inner import HypergradientResult, Hypergradients, InnerProblem
+from gputune.hypergradients.modes import default_width, differences, forward, reverse
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
-from gputune.hypergradients.reverse import default_width, differences, reverse
 from gputune.seeding import GLOBAL_DRAWS
 from gputune.text import count, size_words
 

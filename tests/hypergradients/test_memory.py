@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from gputune.hypergradients.first_step import Need, fastest_that_fits, free_bytes, measure
-from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import InnerProblem
-from gputune.hypergradients.reverse import reverse
+from gputune.hypergradients.modes import forward, reverse
 from inner_problems import OF, StackedNets, peak_bytes, rule_of, tables_of
 
 checkpointed = functools.partial(reverse, checkpoint=True)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
-from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import HYPERPARAMETERS, InnerProblem, leaves_of, segment_at, slope
-from gputune.hypergradients.reverse import default_width, differences, reverse
+from gputune.hypergradients.modes import default_width, differences, forward, reverse
 from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, chaotic, rule_of, tables_of, usable
 from problems import grid
 

@@ -12,9 +12,8 @@ from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import train
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob, PopulationTraining, inner_problem
-from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import InnerProblem
-from gputune.hypergradients.reverse import reverse
+from gputune.hypergradients.modes import forward, reverse
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
 from gputune.population.population import Population

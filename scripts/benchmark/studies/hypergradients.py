@@ -20,9 +20,8 @@ from gputune.data.source import read_source
 from gputune.engine.job import Job
 from gputune.engine.train import Trained, train
 from gputune.hypergradients.chunk import HypergradientJob, inner_problem
-from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import Hypergradients
-from gputune.hypergradients.reverse import differences, reverse
+from gputune.hypergradients.modes import differences, forward, reverse
 from gputune.population.population import complete, populations
 from gputune.tuning.choices import ModelChoice, choose_model
 from gputune.tuning.options import Options
