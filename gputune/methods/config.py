@@ -1,11 +1,4 @@
-"""One configuration: which keys it may have, and the type and range of each value.
-
-legal_keys(...)    the keys of a kind of model
-check_key(...)     an unknown key is an error that suggests the nearest
-check_value(...)   one value -> a Python number or word in its range
-check_config(...)  one configuration, drawn or written -> the same, ``penalty`` translated
-plain_config(...)  the same of a user's own loop, where any key and value may stand
-"""
+"""One configuration: which keys it may have, and the type and range of each value."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -130,11 +123,10 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
 
     name: how the error calls the dict that has the key.
     """
-    if key in keys:
+    with_prefix = isinstance(key, str) and any(key.startswith(p) and len(key) > len(p) for p in PREFIXES)
+    if key in keys or (with_prefix and module):
         return
-    if isinstance(key, str) and any(key.startswith(p) and len(key) > len(p) for p in PREFIXES):
-        if module:
-            return
+    if with_prefix:
         raise InputError(
             f"{name} has the key {key!r}, but {'*, '.join(PREFIXES)}* keys need an nn.Module class as the model. Leave "
             "it out."
@@ -180,8 +172,7 @@ def check_config(config: Mapping[str, object], *, name: str = "config") -> Confi
             f"{name} must have no 'depth' beside the width {layers}, which is of {len(layers)} layers, got "
             f"{checked['depth']}. Leave it out."
         )
-    penalty = checked.pop("penalty", None)
-    if penalty is not None:
+    if (penalty := checked.pop("penalty", None)) is not None:
         checked["l1_ratio"] = 1.0 if penalty == "l1" else 0.0
     if penalty == "none":
         checked["C"] = math.inf
@@ -211,49 +202,18 @@ def check_penalty(keys: Collection[str], name: str) -> None:
 def check_value(key: str, value: object, name: str) -> Any:
     """Return one value of ``key`` as a Python number or word; raise InputError if it is out of range."""
     value = _plain(value)
-    if key == "width" and isinstance(value, list | tuple):
-        return _check_layers(tuple(value), name)
-    if key in RANGES:
-        return _check_number(RANGES[key], value, name)
-    if key.startswith((LR_FACTOR, DECAY_FACTOR)):
-        return _check_number(_FACTOR, value, name)
+    if key == "width" and isinstance(value, list | tuple):  # the units of each hidden layer
+        if not value:
+            raise InputError(f"{name} must have the units of each hidden layer, got (). For example (100, 50).")
+        return tuple(_check_number(RANGES["width"], units, f"each layer of {name}") for units in value)
+    if key in RANGES or key.startswith((LR_FACTOR, DECAY_FACTOR)):
+        return _check_number(RANGES.get(key, _FACTOR), value, name)
     if key == "optimizer":
         return optimizer_word(value, name)
-    if key in WORDS:
-        return _check_word(key, "none" if key == "penalty" and value is None else value, name)
-    return value  # of module__* and its like, which is the module's own business
-
-
-def _check_layers(widths: tuple[object, ...], name: str) -> tuple[float | int, ...]:
-    """Return the units of each hidden layer, where they are not all alike."""
-    if not widths:
-        raise InputError(f"{name} must have the units of each hidden layer, got {widths!r}. For example (100, 50).")
-    return tuple(_check_number(RANGES["width"], units, f"each layer of {name}") for units in widths)
-
-
-def _check_number(rule: Range, value: object, name: str) -> float | int:
-    if isinstance(value, str):
-        raise InputError(f"{name} must be {rule.rule}, got the text {value!r}. For example {rule.example}.")
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(
-            f"{name} must be {rule.rule}, got {value!r}. "
-            f"Give a number, for example {rule.example}, a list, or a frozen scipy.stats distribution."
-        )
-    try:
-        number = float(value)
-    except OverflowError:  # an int of more than 308 digits
-        number = math.inf
-    if rule.integer and math.isfinite(number) and not number.is_integer():
-        raise InputError(f"{name} must be {rule.rule}, got {value!r}. {INTEGER_REMEDY}")
-    if not rule.holds(number):
-        raise InputError(f"{name} must be {rule.rule}, got {value!r}. For example {rule.example}.")
-    if not rule.integer:
-        return number
-    return value if isinstance(value, int) else int(number)  # a float would lose digits of a large int
-
-
-def _check_word(key: str, value: object, name: str) -> str:
+    if key not in WORDS:
+        return value  # of module__* and its like, which is the module's own business
     words = WORDS[key]
+    value = "none" if key == "penalty" and value is None else value
     if isinstance(value, str) and value in words:
         return value
     remedy = did_you_mean(value, words) if isinstance(value, str) else ""
@@ -261,3 +221,23 @@ def _check_word(key: str, value: object, name: str) -> str:
         remedy = " For elastic net leave 'penalty' out and give 'l1_ratio' between 0 and 1."
     remedy = remedy or f" For example {words[0]!r}."
     raise InputError(f"{name} must be one of {', '.join(words)}, got {value!r}.{remedy}")
+
+
+def _check_number(rule: Range, value: object, name: str) -> float | int:
+    words, remedy = f"{name} must be {rule.rule}, got", f"For example {rule.example}."
+    if isinstance(value, str):
+        raise InputError(f"{words} the text {value!r}. {remedy}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        other = f"Give a number, for example {rule.example}, a list, or a frozen scipy.stats distribution."
+        raise InputError(f"{words} {value!r}. {other}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        number = math.inf
+    if rule.integer and math.isfinite(number) and not number.is_integer():
+        raise InputError(f"{words} {value!r}. {INTEGER_REMEDY}")
+    if not rule.holds(number):
+        raise InputError(f"{words} {value!r}. {remedy}")
+    if not rule.integer:
+        return number
+    return value if isinstance(value, int) else int(number)  # a float would lose digits of a large int

@@ -64,17 +64,19 @@ def _draw_on(known: Sequence[Config], space: Space, n_trials: int, seed: int, ch
 
 def _pass_over(law: Choices, generator: np.random.RandomState, bits: np.random.MT19937) -> Callable[[], object]:
     """Return what moves a generator, which is over the ``bits``, on by a draw of a law."""
-    if isinstance(law, list):
-        return partial(_pass_over_choice, len(law) - 1, (1 << (len(law) - 1).bit_length()) - 1, bits.random_raw)
     if isinstance(getattr(law, "dist", None), stats.rv_continuous):
         return generator.random_sample  # most take the quantile of one, and ``rvs`` takes its time
-    return partial(law.rvs, random_state=generator)
+    if not isinstance(law, list):
+        return partial(law.rvs, random_state=generator)
+    last, word = len(law) - 1, bits.random_raw
+    mask = (1 << last.bit_length()) - 1
 
+    def pass_over_choice() -> None:
+        """Take the words of ``randint(last + 1)``, which takes ten times as long for its checks."""
+        while last and word() & mask > last:
+            pass
 
-def _pass_over_choice(last: int, mask: int, word: Callable[[], int]) -> None:
-    """Take the words of ``randint(last + 1)``, which takes ten times as long for its checks."""
-    while last and word() & mask > last:
-        pass
+    return pass_over_choice
 
 
 def first_candidates(
@@ -171,15 +173,21 @@ def notes(
             sentences.append(
                 f"Trial {trial.number} is the default configuration, held to the space: {', '.join(moved)}."
             )
-    return (*sentences, *_without_effect(trials, str(defaults["optimizer"])))
+    for key, takers in TAKERS.items():
+        used = {t.params.get("optimizer", str(defaults["optimizer"])) for t in trials if key in t.params}
+        if used and used.isdisjoint(takers):
+            sentences.append(
+                f"{key!r} has no effect: {' and '.join(sorted(used))} {'has' if len(used) == 1 else 'have'} none; "
+                f"leave it out, or use {', '.join(takers[:-1])} or {takers[-1]}."
+            )
+    return tuple(sentences)
 
 
 def remarks(trials: Sequence[Candidate], space: Space, *, n_trials: int, include_default: bool) -> tuple[str, ...]:
     """Return the sentences, if any, that tell the user once how the ``trials`` are other than ``n_trials``."""
-    sentences = []
-    default = [trial.number for trial in trials if trial.origin == "default"]
-    if default and not include_default:
-        sentences.append(f"Trial {default[0]} is the default configuration, which an earlier call asked for: it stays.")
+    default = [trial.number for trial in trials if trial.origin == "default" and not include_default]
+    stays = "is the default configuration, which an earlier call asked for: it stays."
+    sentences = [f"Trial {number} {stays}" for number in default]
     n_draws, counted = _n_draws(space, n_trials), n_counted(trials)
     if n_draws < n_trials:
         sentences.append(
@@ -203,19 +211,6 @@ def _replaced_defaults(config: Config, space: Space, defaults: Mapping[str, obje
     ]
 
 
-def _without_effect(trials: Sequence[Candidate], optimizer: str) -> list[str]:
-    """Return what to say of keys that trials have, and no optimizer of theirs."""
-    sentences = []
-    for key, takers in TAKERS.items():
-        used = {t.params.get("optimizer", optimizer) for t in trials if key in t.params}
-        if used and used.isdisjoint(takers):
-            sentences.append(
-                f"{key!r} has no effect: {' and '.join(sorted(used))} {'has' if len(used) == 1 else 'have'} none; "
-                f"leave it out, or use {', '.join(takers[:-1])} or {takers[-1]}."
-            )
-    return sentences
-
-
 def _n_draws(space: Space, n_trials: int) -> int:
     # At most the number of points where all are lists; asking for no more keeps scikit-learn from warning.
     try:
@@ -236,8 +231,7 @@ def _number(
     number = 1 + max((trial.number for trial in old), default=-1)
     new: list[Candidate] = []
     for config, origin in wanted:
-        identity = _identity(config)
-        if identity not in seen:
+        if (identity := _identity(config)) not in seen:
             seen.add(identity)
             new.append(Candidate(number + len(new), config, origin))
     return tuple(new)
@@ -255,10 +249,8 @@ def _missing_keys(config: Config, space: Space, defaults: Mapping[str, object]) 
 
 def _fill(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
     full = _with_defaults(config, space, defaults)
-    keys = _keys(space) | config.keys()
-    if isinstance(full.get("width"), tuple):  # of so many layers
-        keys -= {"depth"} - config.keys()
-    return {key: full[key] for key in sorted(keys)}
+    without = {"depth"} - config.keys() if isinstance(full.get("width"), tuple) else set()  # of so many layers
+    return {key: full[key] for key in sorted((_keys(space) | config.keys()) - without)}
 
 
 def _with_defaults(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
