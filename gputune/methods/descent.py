@@ -67,8 +67,7 @@ class Hypergradient:
             raise InputError(f"Hypergradient(per_layer=...) must be True or False, got {self.per_layer!r}.")
         if self.step not in ("sign", "normalized"):
             raise InputError(f"Hypergradient(step=...) must be 'sign' or 'normalized', got {self.step!r}.")
-        for name in ("first_step", "smallest_step"):
-            value = getattr(self, name)
+        for name, value in (("first_step", self.first_step), ("smallest_step", self.smallest_step)):
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise InputError(f"Hypergradient({name}=...) must be a finite number > 0, got {value!r}.")
         several = len(names) > 1 or self.segments > 1 or self.per_layer
@@ -163,12 +162,8 @@ class Descent:
         if not self.steps:
             self._begin(slope)
         before = self._position(slope)
-        if not slope.usable:
-            moves = self._step_down(slope)
-        elif self.method.step == "sign":
-            moves = self._sign_step(slope)
-        else:
-            moves = self._normalized_step(slope)
+        step = self._sign_step if self.method.step == "sign" else self._normalized_step
+        moves = step(slope) if slope.usable else self._step_down(slope)
         unclear = not slope.usable or not any(move.any() for move in moves.values())
         after = self._move(before, moves)
         while not _alike(after, before) and any(_alike(after, place) for place in self.visited):
@@ -180,20 +175,19 @@ class Descent:
         self.visited.append(before)
         # A solution, of C alone, is as smooth from near as from afar.
         again = slope.mode == "exact" and self.names != ("C",)
+        lengths = [self.length] if self.method.step == "normalized" else [t.max() for t in self.steps.values()]
         if _alike(after, before) and unclear and again:
             self.hits = _HITS  # noise, or chaos with nowhere to step down to: again, by finite differences
-        elif _alike(after, before) or self._longest() < self.method.smallest_step:
+        elif _alike(after, before) or max(lengths) < self.method.smallest_step:
             self.ended = True
         else:
             self.config |= {name: _as_value(self._values(name, after[name])) for name in self.names}
 
     def _begin(self, slope: Slope) -> None:
         number = sum(table.size for table in slope.slopes.values())
-        first = self.method.first_step or (FIRST_STEP if number == 1 else FIRST_OF_SEVERAL)
-        self.length = first
-        for name, table in slope.slopes.items():
-            self.steps[name] = np.full(table.shape, first)
-            self.signs[name] = np.zeros(table.shape)
+        self.length = self.method.first_step or (FIRST_STEP if number == 1 else FIRST_OF_SEVERAL)
+        self.steps = {name: np.full(table.shape, self.length) for name, table in slope.slopes.items()}
+        self.signs = {name: np.zeros(table.shape) for name, table in slope.slopes.items()}
 
     def _position(self, slope: Slope) -> dict[str, Table]:
         tables = {name: as_table(self.config[name], slope.slopes[name].shape) for name in self.names}
@@ -246,11 +240,6 @@ class Descent:
         low, high = self.bounds.get(name, (-math.inf, math.inf))
         return np.clip(values, low, high)
 
-    def _longest(self) -> float:
-        if self.method.step == "normalized":
-            return self.length
-        return max(float(table.max()) for table in self.steps.values())
-
 
 def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
     """Whether two points are the same but for rounding."""
@@ -259,9 +248,7 @@ def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
 
 def _as_value(table: Table) -> float | list[float] | list[list[float]]:
     """Return a table as a configuration has it: a number, a list over segments, or one over segments and layers."""
-    value: float | list[float] | list[list[float]] = table.tolist()
     if table.size == 1:
-        value = float(table.item())
-    elif table.shape[1] == 1:
-        value = table[:, 0].tolist()
+        return float(table.item())
+    value: list[float] | list[list[float]] = (table if table.shape[1] > 1 else table[:, 0]).tolist()
     return value

@@ -6,6 +6,7 @@ Optuna's, ``Description``. Also which best values of a study lie at the edge of 
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from operator import index
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
@@ -98,10 +99,9 @@ def log_int(low: int, high: int) -> LogInt:
     log((k + 1) / k) / log((high + 1) / low). Rounding [low, high] to the nearest would give the two ends half
     of their share. Raises InputError unless both are integers with 0 < low < high < 2**53.
     """
-    try:
+    ends = (0, 0)
+    with suppress(TypeError):
         ends = (0, 0) if isinstance(low, bool) or isinstance(high, bool) else (index(low), index(high))
-    except TypeError:
-        ends = (0, 0)
     if not 0 < ends[0] < ends[1] < 2**53:
         raise InputError(
             f"log_int needs integers 0 < low < high < 2**53, got low={low!r}, high={high!r}. "
@@ -287,28 +287,22 @@ def edge_remarks(study: Study) -> tuple[str, ...]:
         value, ends = study.rows[best][0].params.get(key), _ends(law)
         if ends is None or not _is_number(value) or key in study.record.descended:
             continue
-        tried = _numbers([params.get(key) for params in scored])
+        values = [params.get(key) for params in scored]
+        plain = {int, float}.issuperset(map(type, values))  # as those of 100,000 trials are, and have few values
+        tried = set(filter(_is_number, set(values) if plain else values))
         if len(tried) < _TRIED:
             continue
-        low, high = ends
+        (low, high), rule = ends, RANGES.get(key)
         places = [_place(params[key], low, high, law) for params in equal if _is_number(params.get(key))]
-        if max(places) <= _NEAR and low <= min(tried) and not _is_last(key, low, "low"):
-            sentences.append(_sentence(key, value, "lower", "smaller", ends))
-        if min(places) >= 1 - _NEAR and max(tried) <= high and not _is_last(key, high, "high"):
-            sentences.append(_sentence(key, value, "upper", "larger", ends))
+        # Beyond a bound of the key no value may lie.
+        bounded = (low <= rule.low, high >= rule.high) if rule else (low == 0, False)
+        lower = max(places) <= _NEAR and low <= min(tried) and not bounded[0]
+        upper = min(places) >= 1 - _NEAR and max(tried) <= high and not bounded[1]
+        for at_end, end, beyond in ((lower, "lower", "smaller"), (upper, "upper", "larger")):
+            if at_end:
+                where = f"at the {end} end of the space, {short(low)} to {short(high)}"
+                sentences.append(f"The best {key}, {short(value)}, lies {where}: no {beyond} one was tried.")
     return tuple(sentences)
-
-
-def _numbers(values: Sequence[object]) -> set[float]:
-    """Return the numbers among values, each once."""
-    plain = {int, float}.issuperset(map(type, values))  # as those of 100,000 trials are, and have few values
-    return set(filter(_is_number, {*values} if plain else values))
-
-
-def _sentence(key: str, value: object, end: str, beyond: str, ends: tuple[float, float]) -> str:
-    low, high = map(short, ends)
-    where = f"at the {end} end of the space, {low} to {high}"
-    return f"The best {key}, {short(value)}, lies {where}: no {beyond} one was tried."
 
 
 def _ends(law: Mapping[str, object]) -> tuple[float, float] | None:
@@ -329,14 +323,6 @@ def _place(value: float, low: float, high: float, law: Mapping[str, object]) -> 
     if law.get("log") and low > 0 and value > 0:
         value, low, high = math.log(value), math.log(low), math.log(high)
     return (value - low) / (high - low) if high > low else 0.5
-
-
-def _is_last(key: str, end: float, side: str) -> bool:
-    """Whether no value of the key may lie beyond an end."""
-    rule = RANGES.get(key)
-    if rule is None:
-        return side == "low" and end == 0
-    return end <= rule.low if side == "low" else end >= rule.high
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -105,9 +105,8 @@ class OptunaStudy:
 
     def tell(self, trial: "optuna.Trial", result: Result) -> None:
         """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
-        if result.state == "pruned":
-            for epoch, mean in fold_means(result.curve).items():
-                trial.report(mean, epoch)
+        for epoch, mean in fold_means(result.curve).items() if result.state == "pruned" else ():
+            trial.report(mean, epoch)
         if result.state == "complete":
             self.study.tell(trial, result.score)
         else:
@@ -203,7 +202,15 @@ def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna
 @contextmanager
 def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterator["optuna.Study"]:
     """Make a study that maximizes; one that cannot be written to its end goes again."""
-    place = _storage(optuna, storage)
+    try:
+        place = optuna.storages.get_storage(storage)
+        if not isinstance(place, optuna.storages.BaseStorage):
+            raise TypeError(f"{type(place).__name__} is no storage")
+    except Exception as error:  # SQLAlchemy's own, a driver's that is missing, those of other storages
+        raise InputError(
+            f"to_optuna(storage={str(storage)!r}) cannot be opened: {str(error).splitlines()[0]}. It is a URL such as "
+            "'sqlite:///optuna.db' in a folder that exists, a storage of Optuna's, or None for one in memory."
+        ) from error
     try:
         study = optuna.create_study(storage=place, study_name=name, direction="maximize")
     except optuna.exceptions.DuplicatedStudyError as error:
@@ -216,20 +223,6 @@ def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterato
     except BaseException:
         optuna.delete_study(study_name=study.study_name, storage=place)
         raise
-
-
-def _storage(optuna: ModuleType, storage: object) -> object:
-    """Return Optuna's storage of a URL, or of what else Optuna takes."""
-    try:
-        place = optuna.storages.get_storage(storage)
-        if not isinstance(place, optuna.storages.BaseStorage):
-            raise TypeError(f"{type(place).__name__} is no storage")
-        return place
-    except Exception as error:  # SQLAlchemy's own, a driver's that is missing, those of other storages
-        raise InputError(
-            f"to_optuna(storage={str(storage)!r}) cannot be opened: {str(error).splitlines()[0]}. It is a URL such as "
-            "'sqlite:///optuna.db' in a folder that exists, a storage of Optuna's, or None for one in memory."
-        ) from error
 
 
 def _frozen_trial(
@@ -287,9 +280,10 @@ def widened_law(study: Study, key: str) -> Description:
     inside = [value for value in values if _holds(law, value)]
     low, high = min([law["low"], *inside]), max([law["high"], *inside])
     plain = {"kind": law["kind"], "low": low, "high": high, "log": law.get("log", False)}
-    step = law.get("step")
-    on_grid = step is not None and all(_is_multiple(value - low, step) for value in (law["low"], high, *inside))
-    return plain | ({"step": step} if on_grid else {})
+    if (step := law.get("step")) is None:
+        return plain
+    multiples = [(value - low) / step for value in (law["low"], high, *inside)]
+    return plain | ({"step": step} if all(math.isclose(round(n), n, abs_tol=1e-9) for n in multiples) else {})
 
 
 def _guess_law(values: Sequence[object]) -> Description:
@@ -307,7 +301,3 @@ def _holds(law: Description, value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if law["kind"] == "int" else int | float):
         return False
     return math.isfinite(value) and (value > 0 or not law.get("log", False))
-
-
-def _is_multiple(distance: float, step: float) -> bool:
-    return math.isclose(round(distance / step) * step, distance, abs_tol=1e-9 * step)

@@ -1,11 +1,4 @@
-"""The space of a search: lists, scipy.stats distributions and fixed values, checked before anything trains.
-
-check_space(...)    what the user wrote -> a list of dicts that scikit-learn's ParameterSampler draws from
-check_own_space(...), check_own_include(...)  the same of a user's own loop, whose keys and values are any
-check_include(...)  the configurations that the user wants run -> the same in their ranges
-space_text(...)     a checked space as text that is the same in every process
-space_to_json(...)  a checked space as plain values for a study file: by names of scipy.stats, never by a pickle
-"""
+"""The space of a search: lists, scipy.stats distributions and fixed values, checked before anything trains."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +14,6 @@ from gputune.methods.config import (
     MODULE_PREFIX,
     RANGES,
     WORDS,
-    Range,
     check_config,
     check_key,
     check_penalty,
@@ -61,18 +53,16 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
             check_key(key, keys=keys, module=module, name=name)
         check_penalty(d, name)
         _check_online(d, name)
-    parts = {
-        name: {key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()}
-        for name, d in named.items()
-    }
-    for name, part in parts.items():
+    parts = []
+    for name, d in named.items():
+        parts.append(part := {key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()})
         widths = part.get("width")
         if "depth" in part and isinstance(widths, list) and any(isinstance(width, tuple) for width in widths):
             raise InputError(
                 f"{name} must have no 'depth' beside a width that is a tuple, which has its layers, got {widths!r}. "
                 "Write a list of spaces, one with the tuples and one with 'depth'."
             )
-    return list(parts.values())
+    return parts
 
 
 def choices_of(space: Space, key: str, *, default: object) -> list[Any]:
@@ -123,10 +113,11 @@ def check_include(include: object, *, keys: Collection[str], module: bool) -> li
 
     Raises InputError.
     """
-    for i, config in enumerate(_dicts(include)):
+    named = {f"include[{i}]": config for i, config in enumerate(_dicts(include))}
+    for name, config in named.items():
         for key in config:
-            check_key(key, keys=keys, module=module, name=f"include[{i}]")
-    return [check_config(config, name=f"include[{i}]") for i, config in enumerate(_dicts(include))]
+            check_key(key, keys=keys, module=module, name=name)
+    return [check_config(config, name=name) for name, config in named.items()]
 
 
 def check_own_include(include: object, space: Space) -> list[Config]:
@@ -155,8 +146,7 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
         return value
     if isinstance(value, np.ndarray) and value.ndim > 1:
         raise InputError(f"{name} must be 1-D, got an array of shape {value.shape}. Give a list of the choices.")
-    if isinstance(value, np.ndarray) and value.ndim == 1:
-        value = list(value)
+    value = list(value) if isinstance(value, np.ndarray) and value.ndim else value
     if isinstance(value, set | frozenset):
         raise InputError(f"{name} must be a list, since a set has no order, got {value!r}.")
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
@@ -193,20 +183,16 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
             f"{name} must have parameters in their range, got {distribution_text(value)}. "
             "loguniform needs 0 < low < high, uniform(low, width) a width > 0, randint(low, high) low < high."
         )
-    if key in RANGES:
-        _check_support(RANGES[key], value, low, high, real, name)
-
-
-def _check_support(rule: Range, value: object, low: float, high: float, real: bool, name: str) -> None:
+    if (rule := RANGES.get(key)) is None:
+        return
     if real and rule.integer:
         raise InputError(
             f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws real numbers. {INTEGER_REMEDY}"
         )
+    inside = rule.holds(low) and (rule.holds(high) or high == rule.high == math.inf)
     # A continuous draw meets an end of its support with probability zero, so an end may lie on the bound.
     if real and not isinstance(value, Steps):
         inside = rule.low <= low and high <= rule.high
-    else:
-        inside = rule.holds(low) and (rule.holds(high) or high == rule.high == math.inf)
     if not inside:
         raise InputError(
             f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws from {low:g} to {high:g}. "

@@ -5,7 +5,7 @@ median rule is milder than successive halving.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,17 +92,14 @@ class Halving(StoppingRule):
 
     def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
         """Return the bracket of each trial, by its number: every bracket gets about the same number of epochs."""
-        costs = [self._cost(rungs, max_epochs) for rungs in self.rungs(max_epochs)]
+        edges = [[0, *rungs, max_epochs] for rungs in self.rungs(max_epochs)]
+        # The epochs that one trial of a bracket takes on average.
+        costs = [sum((b - a) / self.factor**i for i, (a, b) in enumerate(zip(e[:-1], e[1:]))) for e in edges]
         shares = np.cumsum([1 / cost for cost in costs])
         # Of every run of trials, however long, about its share goes to each bracket: more trials move no other.
         places = (np.arange(n_trials) * (math.sqrt(5) - 1) / 2) % 1
         brackets: list[int] = np.searchsorted(shares / shares[-1], places, side="right").tolist()
         return brackets
-
-    def _cost(self, rungs: Sequence[int], max_epochs: int) -> float:
-        """Epochs that one trial of a bracket takes on average."""
-        edges = [0, *rungs, max_epochs]
-        return sum((b - a) / self.factor**i for i, (a, b) in enumerate(zip(edges[:-1], edges[1:])))
 
 
 def survivors(means: np.ndarray, factor: float) -> np.ndarray:
