@@ -1,12 +1,4 @@
-"""The classes of torch.optim: which rule here is one of them, and what a configuration makes of one.
-
-optimizer_word(...)      a word or a class, as the user gave it -> the word of a configuration
-class_of(...)            the class whose steps a configuration takes, where no rule here takes them
-optimizer_defaults(...)  learning rate, weight decay and momentum where a configuration is silent
-check_optimizer(...)     what a configuration or a model cannot have, refused
-make_optimizer(...)      an instance for the parameters of one member
-RowUpdate                takes its steps
-"""
+"""The classes of torch.optim: which rule here is one of them, and what a configuration makes of one."""
 
 import inspect
 import math
@@ -42,21 +34,16 @@ _MACHINERY = ("params", "maximize", "foreach", "capturable", "differentiable", "
 Class = type[torch.optim.Optimizer]
 
 
-def _classes() -> dict[str, Class]:
-    found = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
-    return {
-        name: kind
-        for name, kind in sorted(found.items())
-        if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
-    }
-
-
-CLASSES: Mapping[str, Class] = {
-    name: kind for name, kind in _classes().items() if name not in _RULES and name not in _REFUSED
+_CLASSES: Mapping[str, Class] = {
+    name: kind
+    for name, kind in sorted(vars(torch.optim).items())
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
 }
+
+CLASSES = {name: kind for name, kind in _CLASSES.items() if name not in _RULES and name not in _REFUSED}
 """Classes that train members one by one, by the word of a configuration, which is their name."""
 
-_CLASS_OF_RULE = {word: _classes()[name] for name, word in _RULES.items() if word != "muon"}
+_CLASS_OF_RULE = {word: _CLASSES[name] for name, word in _RULES.items() if word != "muon"}
 _CLASS_OF_RULE["nesterov"] = torch.optim.SGD
 
 
@@ -68,7 +55,7 @@ def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> s
     """
     text = value
     if isinstance(value, type):
-        text = value.__name__ if value in _classes().values() else f"{value.__module__}.{value.__qualname__}"
+        text = value.__name__ if value in _CLASSES.values() else f"{value.__module__}.{value.__qualname__}"
     if isinstance(text, str):
         short = text.removeprefix("torch.optim.")
         short = next((name for name in _REFUSED if name.lower() == short.lower()), short)
@@ -171,29 +158,23 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
         _check_argument(kind, name, known)
     words = {key: config[key] for key in _OWN_KEYS if key in known}
     words |= {"nesterov": config["momentum"] > 0} if config["optimizer"] == "nesterov" else {}
-    words |= {} if class_of(config) else _words_of_rule(config, known, parameters[0].dtype)
+    if not class_of(config):  # the steps of a rule, computed in the fewest calls
+        # Held to what the dtype can say: a larger one makes members diverge all the same.
+        words["weight_decay"] = min(config["weight_decay"], torch.finfo(parameters[0].dtype).max)
+        # The fused SGD fails where a parameter has its first gradient after others.
+        adam = {"betas": (BETA1, config["beta2"]), "fused": True}
+        words |= adam if "betas" in known else {"foreach": True}
     words |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
         return kind(list(parameters), **words)
     except Exception as error:
         shown = ", ".join(f"{name}={value!r}" for name, value in words.items())
-        lone = [
-            name for name, value in given.items() if isinstance(known[name].default, tuple) > isinstance(value, tuple)
-        ]
+        lone = [k for k, value in given.items() if isinstance(known[k].default, tuple) > isinstance(value, tuple)]
         remedy = f" Several numbers are one value as a tuple in a list, [{known[lone[0]].default}]." if lone else ""
         raise InputError(
             f"optimizer: torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: {error}. Mend the "
             f"values.{remedy}"
         ) from error
-
-
-def _words_of_rule(config: Config, known: Collection[str], dtype: torch.dtype) -> Config:
-    """Return what a class takes for the steps of a rule, and the way that computes them in the fewest calls."""
-    # Held to what the dtype can say: a larger one makes members diverge all the same.
-    words: Config = {"weight_decay": min(config["weight_decay"], torch.finfo(dtype).max)}
-    if "betas" in known:
-        return words | {"betas": (BETA1, config["beta2"]), "fused": True}
-    return words | {"foreach": True}  # the fused SGD fails where a parameter has its first gradient after others
 
 
 def _check_argument(kind: Class, name: str, known: Mapping[str, inspect.Parameter]) -> None:
@@ -216,8 +197,7 @@ def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> Non
 
     ``stacked`` is whether members have to be stacked.
     """
-    words = loop_reason(config)
-    if not words:
+    if not (words := loop_reason(config)):
         return
     if model != "module":
         raise InputError(

@@ -64,10 +64,6 @@ class UpdateKernel:
             ones = torch.ones_like(none, dtype=update.dtype)
             self.factors = torch.stack([of.get(block.name, ones) for of in of_blocks for block in blocks.blocks])
 
-    def begin(self, epoch: int) -> None:
-        """Make ready for the steps of an epoch."""
-        self.schedules.begin(epoch)
-
     def step(
         self, theta: Tensor, grad: Tensor, update: Update, *, average: Tensor | None, active: Tensor | None
     ) -> None:
@@ -117,14 +113,6 @@ class _FactorTable:
             self.table[begin:end] = schedule(done[begin:end], total[begin:end])
 
 
-def make_kernel(update: Update, *, clip_norm: Tensor | None, ema: Tensor | None) -> UpdateKernel | None:
-    """Return the kernels of an optimizer on a GPU, None where it has none, or where they cannot be compiled."""
-    if update.optimizer not in _RULES or update.lr.device.type != "cuda":
-        return None
-    compiled = kernels(SOURCE, NAMES, update.lr.device, update.dtype)
-    return None if compiled is None else UpdateKernel(compiled, update, clip_norm=clip_norm, ema=ema)
-
-
 def _layout(blocks: Blocks) -> list[int]:
     """Return for each block where it begins, the entries of a fold, and how many neighbours belong to one trial."""
     layout, begin = [], 0
@@ -171,14 +159,17 @@ class Optimizer:
 
     def prepare(self) -> None:
         """Make ready for steps that are recorded: on a GPU kernels take the place of the operations that are here."""
-        ema = None if self.average is None else self.ema
-        self.kernel = make_kernel(self.update, clip_norm=self.clip_norm, ema=ema)
+        update, ema = self.update, None if self.average is None else self.ema
+        if update.optimizer in _RULES and update.lr.device.type == "cuda":
+            compiled = kernels(SOURCE, NAMES, update.lr.device, update.dtype)
+            if compiled is not None:
+                self.kernel = UpdateKernel(compiled, update, clip_norm=self.clip_norm, ema=ema)
 
     def begin(self, epoch: int) -> None:
         """Count from the first step of an epoch."""
-        self.update.begin(epoch)
+        self.update.clock.begin(epoch)
         if self.kernel is not None:
-            self.kernel.begin(epoch)
+            self.kernel.schedules.begin(epoch)
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
         """Take one step of the members that are ``active`` (F, C), None: of all. ``grad`` is used up."""
@@ -186,22 +177,18 @@ class Optimizer:
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
             self.kernel.step(theta, grad, self.update, average=self.average, active=active)
             return
-        self._clip(grad)
+        if self.clip_norm is not None and self.squares is not None:
+            norm = self.blocks.total(torch.mul(grad, grad, out=self.squares)).double().sqrt()
+            scale = (self.clip_norm / (norm + NORM_EPS)).clamp(max=1.0)
+            scale = scale.masked_fill(self.clip_norm == math.inf, 1.0).to(self.dtype)
+            for value, part in self.blocks.by_block(scale, grad):
+                part.mul_(value)
         first = None if self.average is None else self.update.clock.done == 0
         self.update.step(theta, grad, active)
         if self.average is not None and first is not None:
             share = (1 - self.ema).masked_fill(first, 1.0)  # the first weights are the average of themselves
             share = share if active is None else share * active
             self.blocks.lerp_(self.average, self._evaluate(theta), share.to(self.dtype))
-
-    def _clip(self, grad: Tensor) -> None:
-        if self.clip_norm is None or self.squares is None:
-            return
-        norm = self.blocks.total(torch.mul(grad, grad, out=self.squares)).double().sqrt()
-        scale = (self.clip_norm / (norm + NORM_EPS)).clamp(max=1.0)
-        scale = scale.masked_fill(self.clip_norm == math.inf, 1.0).to(self.dtype)
-        for value, part in self.blocks.by_block(scale, grad):
-            part.mul_(value)
 
     def scored(self, theta: Tensor) -> Tensor:
         """Return the weights that are scored and saved: an average where there is one, else ``theta`` itself."""

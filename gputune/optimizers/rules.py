@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune import types
 from gputune.types import Params
 
 Moments = dict[str, Params]
@@ -133,14 +134,7 @@ def schedule_free_average(y: Tensor, z: Tensor) -> Tensor:
 
 
 RULES: Mapping[str, Rule] = {
-    "sgd": sgd,
-    "nesterov": nesterov,
-    "adam": adam,
-    "adamw": adamw,
-    "rmsprop": rmsprop,
-    "lion": lion,
-    "muon": muon,
-    "schedulefree": schedulefree,
+    rule.__name__: rule for rule in (sgd, nesterov, adam, adamw, rmsprop, lion, muon, schedulefree)
 }
 
 MOMENTS: Mapping[str, tuple[str, ...]] = {
@@ -214,12 +208,9 @@ def _adam_step(params: Params, grads: Params, moments: Moments, rates: Rates) ->
 
 
 def _root(squares: Tensor) -> Tensor:
-    """The square root, with slope 0 at 0 instead of an infinite one.
-
-    An entry whose gradient has always been 0, as every padded one, stays where it is whatever the hyperparameters
-    are; an infinite slope times its gradient of 0 would make the hypergradient NaN. Below the smallest number the
-    clamp has no slope, and what it adds is nothing beside eps.
-    """
+    """The square root, with slope 0 at 0 instead of an infinite one."""
+    # An entry whose gradient has always been 0, as every padded one, stays where it is whatever the hyperparameters
+    # are; an infinite slope times its gradient of 0 would make the hypergradient NaN.
     return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
 
 
@@ -275,15 +266,9 @@ def flat_cos(done: Tensor, total: Tensor) -> Tensor:
     return torch.where(2 * done < total, 1.0, cosine(2 * done - total, total))
 
 
-SCHEDULES: Mapping[str, Schedule] = {
-    "constant": constant,
-    "cosine": cosine,
-    "linear": linear,
-    "warmup+cosine": warmup_cosine,
-    "one_cycle": one_cycle,
-    "coslog4": coslog4,
-    "flat_cos": flat_cos,
-}
+SCHEDULES: Mapping[str, Schedule] = dict(
+    zip(types.SCHEDULES, (constant, cosine, linear, warmup_cosine, one_cycle, coslog4, flat_cos), strict=True)
+)
 
 
 def schedule_factor(name: str, done: np.ndarray, total: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ now (``active`` false) keep their parameters and their moments.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -19,7 +18,6 @@ from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, Config
 
 Amount: TypeAlias = float | Tensor
 """One value of all members, or each member's own, (F, C)."""
-
 
 IN_PLACE = ("sgd", "nesterov", "adam", "adamw")
 """Rules that are written here once more, in a few passes; the others are taken as ``rules.py`` has them."""
@@ -50,10 +48,8 @@ class Clock:
 
     def _by_schedule(self, words: Sequence[str]) -> dict[Schedule, Tensor]:
         """Return which members have which schedule, but for the constant one."""
-        return {
-            SCHEDULES[name]: torch.tensor([word == name for word in words], device=self.steps.device)
-            for name in sorted(set(words) - {"constant"})
-        }
+        names, device = sorted(set(words) - {"constant"}), self.steps.device
+        return {SCHEDULES[name]: torch.tensor([word == name for word in words], device=device) for name in names}
 
     def begin(self, epoch: int) -> None:
         """Count from the first step of an epoch."""
@@ -101,9 +97,8 @@ class Update:
         self.lr = self.clock.table(configs, "lr")
         decoupled = self.optimizer == "adamw"
         decays = any(config["weight_decay"] for config in configs)
-        decay = self.clock.table(configs, "weight_decay")
-        self.decay = decay
-        self.shrink = self.lr * decay if decoupled and decays else None
+        self.decay = self.clock.table(configs, "weight_decay")
+        self.shrink = self.lr * self.decay if decoupled and decays else None
         self.l2 = 0.0 if decoupled else self._amount(configs, "weight_decay")
         self.sides = {
             block.name: torch.tensor(block.sides, device=steps.device).repeat(len(steps), 1)
@@ -119,11 +114,8 @@ class Update:
 
     def _factors(self, configs: Sequence[Config], *prefixes: str) -> dict[str, Tensor]:
         """Return each member's factor (F, C) on a rate, of the blocks that have one."""
-        names = [block.name for block in self.blocks.blocks]
-        factors = {name: [factor_of(config, prefixes, name) for config in configs] for name in names}
-        return {
-            k: self.clock.per_trial(numbers).to(self.dtype) for k, numbers in factors.items() if set(numbers) != {1.0}
-        }
+        factors = {b.name: [factor_of(config, prefixes, b.name) for config in configs] for b in self.blocks.blocks}
+        return {k: self.clock.per_trial(own).to(self.dtype) for k, own in factors.items() if set(own) != {1.0}}
 
     def _amount(self, configs: Sequence[Config], key: str, dtype: torch.dtype | None = None) -> Amount:
         values = {number_of(config, key) for config in configs}
@@ -145,10 +137,6 @@ class Update:
         """Go on with the trials ``keep`` alone, of which all else is given."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self._set_trials(configs, blocks, flat, steps)
-
-    def begin(self, epoch: int) -> None:
-        """Count from the first step of an epoch."""
-        self.clock.begin(epoch)
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
         """Take one step of the members that are ``active`` (F, C), None: of all.
@@ -219,11 +207,10 @@ class Update:
             w, g, *moments = (view[block.name] for view in views)
             factors = [of.get(block.name, 1.0) for of in (self.lr_factors, self.decay_factors)]
             tables = (lr * factors[0], decay * factors[1], self.mu, count)
-            own = [with_axes_of(block, table) for table in tables]
             beta2 = self.beta2 if isinstance(self.beta2, float) else with_axes_of(block, self.beta2)
-            rates = Rates(own[0], own[1], own[2], own[3], beta2=beta2)
-            if (sides := self.sides.get(block.name)) is not None:
-                rates = replace(rates, sides={"w": with_axes_of(block, sides)})
+            sides = {"w": with_axes_of(block, self.sides[block.name])} if block.name in self.sides else {}
+            rate, shrink, mu, n = (with_axes_of(block, table) for table in tables)
+            rates = Rates(rate, shrink, mu, n, beta2=beta2, sides=sides)
             before = {name: {"w": moment} for name, moment in zip(names, moments)}
             new, after = RULES[self.optimizer]({"w": w}, {"w": g}, before, rates)
             for old, value in zip([w, *moments], [new["w"], *(after[name]["w"] for name in names)]):

@@ -185,7 +185,10 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
         trial = point_at(rows, weight, logits, here.ridge, here.lasso)
         enough = before[left] + SUFFICIENT * length * slope[left] + ROUNDING * before[left].abs()
         good = objective(trial) <= enough
-        good |= _is_lost_in_rounding(before[left], slope[left]) & (violation(rows, trial) < violation(rows, here))
+        # Where the decrease that a slope promises is lost in the rounding of the objective, slopes must judge. Source:
+        # the approximate conditions of Hager and Zhang (2005), doi:10.1137/030601880.
+        unseen = slope[left].abs() < UNSEEN * before[left].abs()
+        good |= unseen & (violation(rows, trial) < violation(rows, here))
         if len(left) == len(step) and good.all():
             return trial
         new = _replace(new, left[good], trial[good])
@@ -196,14 +199,6 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
     return new
 
 
-def _is_lost_in_rounding(objective: Tensor, slope: Tensor) -> Tensor:
-    """Whether the decrease that a slope promises is lost in the rounding of the objective, so that slopes must judge.
-
-    Source: the approximate conditions of Hager and Zhang (2005), doi:10.1137/030601880.
-    """
-    return slope.abs() < UNSEEN * objective.abs()
-
-
 def _replace(point: Point, members: Tensor, by: Point) -> Point:
     """The point with some members' state taken from another."""
     state = ("weight", "logits", "chance", "loss", "slope", "error")
@@ -211,12 +206,10 @@ def _replace(point: Point, members: Tensor, by: Point) -> Point:
 
 
 def proximal_newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
-    """A proximal gradient step, then a Newton step on the weights that it left nonzero."""
-    return newton_step(rows, proximal_step(rows, point), tolerance)
+    """A proximal gradient step, then a Newton step on the weights that it left nonzero.
 
-
-def proximal_step(rows: Rows, point: Point) -> Point:
-    """The gradient step of length 1 / (curvature's bound), shrunk by the lasso; the objective never rises."""
+    The first has the length 1 / (curvature's bound) and is shrunk by the lasso; the objective never rises.
+    """
     length = 1 / (rows.bound + point.ridge)
     target = point.weight - length * point.slope
     target = target.sign() * (target.abs() - length * point.lasso).clamp_min(0)
@@ -228,7 +221,7 @@ def proximal_step(rows: Rows, point: Point) -> Point:
         middle = target.sort(1).values[:, (rows.outputs - 1) // 2, None]
         target = target - only_lasso * middle
     logits = point.logits + change_of_logits(rows, target - point.weight)
-    return point_at(rows, target, logits, point.ridge, point.lasso)
+    return newton_step(rows, point_at(rows, target, logits, point.ridge, point.lasso), tolerance)
 
 
 def minimise(rows: Rows, model: Model) -> Tensor:

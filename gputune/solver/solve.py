@@ -150,8 +150,10 @@ def _groups(
     total = weights.sum()
     share = weights / total
     huge = bool(x.abs().amax() > HUGE)
-    scale = _scale(x) if huge else torch.ones_like(x[0])
-    x = x / scale if huge else x
+    scale = torch.ones_like(x[0])
+    if huge:  # the power of two at or below each input's largest value
+        scale = (x.abs().amax(0).frexp().exponent - 1).to(x.dtype).exp2()
+        x = x / scale
     x, center = _center(x, share) if problem.fit_intercept else (x, torch.zeros_like(x[0]))
     most = torch.finfo(x.dtype).max  # infinity times the intercept's 0 would be NaN
     lasso, ridge = ((part / (C * total)).clamp_max(most) for part in (problem.l1_ratio, 1 - problem.l1_ratio))
@@ -190,12 +192,6 @@ def _constant_solution(classes: Tensor, members: int, x: Tensor) -> Solution:
         residual=x.new_zeros(members),
         converged=torch.ones(members, dtype=torch.bool, device=x.device),
     )
-
-
-def _scale(x: Tensor) -> Tensor:
-    """Return the power of two, (D,), at or below each input's largest value."""
-    exponent = x.abs().amax(0).frexp().exponent - 1
-    return exponent.to(x.dtype).exp2()
 
 
 def _center(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +259,14 @@ def _member(solution: Solution, first: int, trial: int) -> LogisticRegression:
 def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:
     """Solve C configurations in F folds, members fold-major; warns of those that did not converge."""
     solution = solve(problem_of(data, configs))
-    _warn_of_unsolved(solution, configs)
+    unsolved = ~solution.converged.cpu().numpy().reshape(-1, len(configs))  # (F, C)
+    if unsolved.any():
+        values = sorted({configs[int(c)]["C"] for c in np.flatnonzero(unsolved.any(0))})
+        warn(
+            f"the logistic regression did not converge in {int(unsolved.sum())} of {unsolved.size} fits, for C = "
+            f"{', '.join(f'{v:.3g}' for v in values[:5])}; a smaller C, or scaled inputs, converge.",
+            ConvergenceWarning,
+        )
     return solution
 
 
@@ -284,8 +287,7 @@ def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:
     # A fold with rows of the second class alone has intercept inf: the first class takes no part.
     alone = intercept.isposinf()
     first = torch.zeros_like(intercept).masked_fill(alone, -torch.inf)
-    second = intercept.masked_fill(alone, 0)
-    return torch.cat([torch.zeros_like(coef), coef], 1), torch.cat([first, second], 1)
+    return torch.cat([torch.zeros_like(coef), coef], 1), torch.cat([first, intercept.masked_fill(alone, 0)], 1)
 
 
 def solved_module(solution: Solution, member: int) -> LogisticRegression:
@@ -294,14 +296,3 @@ def solved_module(solution: Solution, member: int) -> LogisticRegression:
     module = LogisticRegression(coef.shape[1], coef.shape[0]).double()
     module.layers[0].load_state_dict({"weight": coef, "bias": intercept})
     return module.eval()
-
-
-def _warn_of_unsolved(solution: Solution, configs: Sequence[Config]) -> None:
-    unsolved = ~solution.converged.cpu().numpy().reshape(-1, len(configs))  # (F, C)
-    if unsolved.any():
-        values = sorted({configs[int(c)]["C"] for c in np.flatnonzero(unsolved.any(0))})
-        warn(
-            f"the logistic regression did not converge in {int(unsolved.sum())} of {unsolved.size} fits, for C = "
-            f"{', '.join(f'{v:.3g}' for v in values[:5])}; a smaller C, or scaled inputs, converge.",
-            ConvergenceWarning,
-        )

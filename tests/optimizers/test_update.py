@@ -56,7 +56,7 @@ def test_in_place_equals_the_pure_rule(name, alike, schedules):
     configs, params = configs_of(name, alike=alike, schedules=schedules), stacked(flat)
     moments, update = empty_moments(name, params), make_update(configs, flat)
     for epoch in range(2):
-        update.begin(epoch)
+        update.clock.begin(epoch)
         for step in range(STEPS.max()):
             grad = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
             active, done = step < STEPS, epoch * STEPS + np.minimum(step, STEPS)
