@@ -29,6 +29,7 @@ from gputune.tuning.loops import search_loop
 from gputune.tuning.options import RULES, Options
 from gputune.tuning.pipeline import search as search_rows
 from gputune.tuning.progress import Progress, reading_bar
+from gputune.tuning.record import RecordedSearch
 from gputune.types import BackendWord, MethodWord, Numbers, Precision, ScheduleWord, defaults_in_words
 
 Given = ParamSpec("Given")
@@ -231,7 +232,7 @@ def _search(choice: ModelChoice, options: Options, X: object, y: object, groups:
     bar = partial(reading_bar, verbose=options.verbose)
     module = choice.takes_arrays
     source = read_source(X, y, groups, module=module, bar=bar, drop=options.drop, kinds=options.kinds)
-    return search_rows(choice, source, options, study_type=Study)
+    return search_rows(RecordedSearch(choice, source, options), study_type=Study)
 
 
 def study_so_far(run: Callable[[], Study], verbose: int) -> Study:

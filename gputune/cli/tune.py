@@ -28,13 +28,13 @@ from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
 from gputune.study.model_files import DESCRIPTION, read_description
 from gputune.study.study import Trial
-from gputune.tuning.candidates import checked_space, first_trials
 from gputune.tuning.choices import choose_model
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import RecordedSearch, recorded_search
+from gputune.tuning.session import checked_space, first_trials
 from gputune.types import Json
 
 _HELD_OUT = 0.2
@@ -143,8 +143,7 @@ class _Run:
         return f"{text}\n\n{self.profile.report(dtype=dtype, device=self.profile.device)}"
 
     def _search(self) -> Study:
-        searched = self.recorded.choice, self.recorded.source, self.recorded.options
-        run = partial(search, *searched, (CTRL_C, TERMINATED), say_notes=False)
+        run = partial(search, self.recorded, (CTRL_C, TERMINATED), say_notes=False)
         try:
             return run(profile=self.profile, words=in_flags, study_type=Study)
         except SearchInterrupted as stop:

@@ -5,7 +5,7 @@ resumed, and every process that works on it, therefore run whole chunks of one p
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -44,10 +44,6 @@ class RecordedPlan:
     configs: tuple[Config, ...]
     chunks: dict[tuple[int, ...], Chunk]
 
-    def chunk(self, population: Population) -> Chunk:
-        """Return the recorded chunk that a chunk of the plan is, or is a part of."""
-        return next(chunk for index, chunk in self.chunks.items() if population.index[0] in index)
-
 
 def failed_result(trial: int, curve: np.ndarray, reason: str) -> Result:
     """Return the result of a trial that cannot be trained, with its curve so far (epochs, F)."""
@@ -75,17 +71,14 @@ class Context:
     """What went wrong while chunks trained and did no harm, a sentence each."""
 
     def is_over(self) -> bool:
-        """Whether training ends now: the deadline has passed, or someone asks for it."""
         return self.trainer.stop.is_over()
 
     @property
     def data(self) -> Dataset:
-        """The rows and their folds."""
         return self.trainer.data
 
     @property
     def scoring(self) -> Scoring:
-        """How trials are judged."""
         assert self.trainer.scoring is not None
         return self.trainer.scoring
 
@@ -134,20 +127,19 @@ class Context:
         builder, data = self.choice.module_class, self.data
         if builder is None or self.options.backend != "auto" or data.device.type != "cpu" or self.trainer.cluster:
             return False
-        has_news = False
-        stacked = [chunk for chunk, way in zip(plan.chunks, plan.ways) if way != "loop"]
         alike: dict[str, list[Population]] = {}
-        for chunk in stacked:
-            # A fraction, such as a standard deviation of the start, is no size: its trials are timed once.
-            sizes = {key: value for key, value in chunk.configs[0].items() if not isinstance(value, float)}
-            alike.setdefault(arguments_text(sizes), []).append(chunk)
-        rows = sum(len(fold.train) for fold in data.folds)
+        for chunk, way in zip(plan.chunks, plan.ways):
+            if way != "loop":
+                # A fraction, such as a standard deviation of the start, is no size: its trials are timed once.
+                sizes = {key: value for key, value in chunk.configs[0].items() if not isinstance(value, float)}
+                alike.setdefault(arguments_text(sizes), []).append(chunk)
+        rows, has_news = sum(len(fold.train) for fold in data.folds), False
         for key, chunks in alike.items():
             if key not in self.timed:
                 trials = sum(len(chunk.index) for chunk in chunks)
                 steps = trials * epochs * rows / chunks[0].configs[0]["batch_size"]
-                job = self.trainer.job(Job, epochs=epochs)
                 group = next(group for group in groups if chunks[0].index[0] in group.index)
+                job = self.trainer.job(Job, epochs=epochs)
                 self.timed[key] = fastest_way(job, data, group, member_steps=steps)
                 if slow := self.timed[key][0]:
                     self.progress.say(f"note: {self.choice.name} trains one by one, which is faster here: {slow}")
@@ -226,17 +218,16 @@ class Context:
             self.progress.say(f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True)
         return checkpoints
 
-    def ended(self, results: Sequence[Result]) -> None:
+    def ended(self, results: Iterable[Result]) -> None:
         """Remove the checkpoints of trials with a final result."""
         if self.checkpoints is not None:
             self.checkpoints.drop(result.number for result in results if result.state != "stopped")
 
     def tidy(self, ledger: Ledger) -> None:
         """Remove what earlier calls left of trials that have ended, and all checkpoints where no trial waits."""
-        if self.checkpoints is not None:
-            self.ended(list(ledger.results.values()))
-            if not ledger.has_waiting():
-                self.checkpoints.clear()
+        self.ended(ledger.results.values())
+        if self.checkpoints is not None and not ledger.has_waiting():
+            self.checkpoints.clear()
 
     def finish(
         self, ledger: Ledger, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
@@ -278,14 +269,14 @@ class Context:
         known = known_traits(self.choice.module_class, self.data)
         smallest = min(len(fold.train) for fold in self.data.folds)
         for group in groups:
+            traits = known[group.arguments]
             for config in group.configs:
-                check_rates(self.choice.name, config, known[group.arguments], usual=self.choice.recipe)
-            least = known[group.arguments].least_rows
+                check_rates(self.choice.name, config, traits, usual=self.choice.recipe)
             rows = min(smallest, *(config["batch_size"] for config in group.configs))
-            if rows < least:
+            if rows < traits.least_rows:
                 raise InputError(
                     f"model: {self.choice.name} cannot train on a minibatch of one row, as BatchNorm cannot, and "
-                    f"batch_size={rows} gives no other; use minibatches of {least} rows or more."
+                    f"batch_size={rows} gives no other; use minibatches of {traits.least_rows} rows or more."
                 )
 
     def remarks_on(self, configs: Sequence[Config]) -> tuple[str, ...]:

@@ -5,10 +5,9 @@ import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -26,19 +25,18 @@ from gputune.methods.space import Space, check_own_include, check_own_space, spa
 from gputune.methods.stopping import StoppingRule, ends_on_arrival
 from gputune.scratch import scratch_folder
 from gputune.study.code import source_text
-from gputune.study.ledger import Ledger, open_ledger
+from gputune.study.ledger import open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.study.study import Study
 from gputune.study.values import sha256
-from gputune.tuning.candidates import draws_at_once, earlier_configs, with_earlier
 from gputune.tuning.choices import method_name, method_to_json
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import sample, train_waiting
 from gputune.tuning.record import distributions, versions
-from gputune.tuning.session import Session, check_ending
+from gputune.tuning.session import Session, check_ending, draws_at_once, earlier_configs, with_earlier
 from gputune.tuning.trainer import unseen
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
@@ -57,7 +55,12 @@ def search_loop(
             "workers='ray' is for gputune.tune: search() trains on this machine; give a number of processes, or 'auto'."
         )
     space = check_own_space(to_scipy(options.space))
-    _check_earlier(options, direction)
+    for study in options.warm_start:
+        if (other := DIRECTIONS.get(study.record.scoring, direction)) != direction:
+            raise InputError(
+                f"warm_start must be of studies of direction={direction!r}, got one of {other!r}, whose best trials "
+                "would be the worst here; leave it out."
+            )
     options = with_earlier(options, space)
     first = _first_trials(options, space)
     rule = _pruning_rule(options, max_epochs)
@@ -74,7 +77,9 @@ def search_loop(
         for result in ledger.results.values():
             task.reports.write(result.number, result.curve[:, 0], ended=True)
         with _workers(task, options, folder) as workers:
-            run = partial(_Loop(ledger, task, workers, progress).search, space, options)
+            train = partial(train_waiting, session, partial(_train, session, task, workers), epochs=1)
+            asks = isinstance(options.method, OptunaSampler)
+            run = partial(sample, session, space, train, epochs=1, check=plain_config) if asks else train
             numbers = session.run(run, callbacks, make_study, (CTRL_C,))
     return check_ending(make_study(ledger.rows(), file=options.study), numbers)
 
@@ -91,16 +96,6 @@ def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
         return first
     seed = options.random_state
     return (*first, *top_up(first, space, options.n_trials, seed, plain_config, earlier_configs(options)))
-
-
-def _check_earlier(options: Options, direction: Direction) -> None:
-    """Raise InputError for an earlier study whose best trials are the worst ones here."""
-    for study in options.warm_start:
-        if DIRECTIONS.get(study.record.scoring, direction) != direction:
-            raise InputError(
-                f"warm_start must be of studies of direction={direction!r}, got one of "
-                f"{DIRECTIONS[study.record.scoring]!r}, whose best trials would be the worst here; leave it out."
-            )
 
 
 def _check_objective(objective: object, direction: object) -> None:
@@ -127,14 +122,6 @@ def _name(objective: object) -> str:
 def _function(objective: object) -> object:
     """Return what a partial is of."""
     return _function(objective.func) if isinstance(objective, functools.partial) else objective
-
-
-def _digest(objective: object) -> str:
-    """Return a hash of an objective's source; of its bytecode where there is no source, "" where there is neither."""
-    function: Any = _function(objective)
-    function = function if inspect.isroutine(function) else type(function)
-    text = source_text(function)
-    return sha256(text) if text else ""
 
 
 def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | None:
@@ -167,11 +154,13 @@ cv splits objective code positive baseline dtype device
 def _record(
     objective: object, options: Options, space: Space, direction: Direction, max_epochs: int | None
 ) -> SearchRecord:
-    name = _name(objective)
+    name, function = _name(objective), _function(objective)
+    # Its source, its bytecode where there is none, "" where there is neither.
+    text = source_text(function if inspect.isroutine(function) else type(function))
     return SearchRecord(
         face="loop",
         model=name,
-        spec={"kind": "objective", "name": name, "sha256": _digest(objective)},
+        spec={"kind": "objective", "name": name, "sha256": sha256(text) if text else ""},
         space=space_text(space),
         distributions=distributions(space),
         method=method_to_json(options.method),
@@ -197,57 +186,34 @@ def _workers(task: Task, options: Options, folder: Path) -> Iterator[Executor[Tr
     workers = options.workers if isinstance(options.workers, int) else None
     places = environments(workers, max(1, options.n_trials + len(options.include)))
     with task.stop.heard_by_workers(folder / "stop"):
-        executor: Executor[Trial, Ending] = Executor()
-        if len(places) > 1:
-            executor = TrialProcesses(task, places, folder)
+        executor = TrialProcesses(task, places, folder) if len(places) > 1 else Executor[Trial, Ending]()
         try:
             yield executor
         finally:
             executor.stop()
 
 
-@dataclass(frozen=True)
-class _Loop:
-    """The trials of a ledger, and who trains them: workers, or this process where there are none."""
+def _train(
+    session: Session, task: Task, workers: Executor[Trial, Ending], waiting: Sequence[Candidate]
+) -> Sequence[Chunk]:
+    """Train the trials that can be claimed; return those that other processes have where none can."""
+    ledger, progress = session.ledger, session.progress
+    chunks = ledger.chunks(waiting, 0, lambda trials: [((place,), 1) for place in range(len(trials))])
+    chunk_of = {chunk.trials[0]: chunk for chunk in chunks}
+    trials, begun = [Trial(trial.number, trial.params) for trial in waiting], False
+    here = None if workers.capacity else task
 
-    ledger: Ledger
-    task: Task
-    workers: Executor[Trial, Ending]
-    progress: Progress
+    def claim(trial: Trial) -> bool:
+        return ledger.claim(chunk_of[trial.number])
 
-    def search(self, space: Space, options: Options) -> None:
-        """Train what waits, and what Optuna's sampler proposes where one is asked."""
-        if isinstance(options.method, OptunaSampler):
-            method, progress = options.method, self.progress
-            sample(self.ledger, space, method, options, progress, train=self.train, epochs=1, check=plain_config)
-        else:
-            self.train()
-
-    def train(self) -> bool:
-        """Train what waits; say whether there is time for more."""
-        return train_waiting(self.ledger, self._train, self.progress, self.task.stop.is_over, epochs=1)
-
-    def _train(self, waiting: Sequence[Candidate]) -> Sequence[Chunk]:
-        """Train the trials that can be claimed; return those that other processes have where none can."""
-        chunks = self.ledger.chunks(waiting, 0, lambda trials: [((place,), 1) for place in range(len(trials))])
-        chunk_of = {chunk.trials[0]: chunk for chunk in chunks}
-        trials, begun = [Trial(trial.number, trial.params) for trial in waiting], False
-        here = None if self.workers.capacity else self.task
-
-        def claim(trial: Trial) -> bool:
-            return self.ledger.claim(chunk_of[trial.number])
-
-        for ending in hand_out(trials, self.workers, here, self.task.stop, progress=unseen, claim=claim):
-            self._keep(ending)
-            begun = True
-        return [] if begun else chunks
-
-    def _keep(self, ending: Ending) -> None:
-        curve = np.array(ending.values or [ending.score], dtype=np.float64)[:, None]
+    for ending in hand_out(trials, workers, here, task.stop, progress=unseen, claim=claim):
+        begun, detail = True, {}
         if ending.error:
-            self.progress.say(f"note: trial {ending.number} failed: {ending.error}")
-        detail = {"error": ending.error} if ending.error else {}
-        self.progress.advance(1, curve[None])
-        self.progress.finished(1, pruned=int(ending.state == "pruned"))
+            progress.say(f"note: trial {ending.number} failed: {ending.error}")
+            detail = {"error": ending.error}
+        curve = np.array(ending.values or [ending.score], dtype=np.float64)[:, None]
+        progress.advance(1, curve[None])
+        progress.finished(1, pruned=int(ending.state == "pruned"))
         of_training = (ending.score,), len(ending.values), ending.seconds, curve, detail
-        self.ledger.finish([Result(ending.number, ending.state, ending.score, *of_training)])
+        ledger.finish([Result(ending.number, ending.state, ending.score, *of_training)])
+    return [] if begun else chunks

@@ -12,7 +12,6 @@ from gputune.data.arrays import Arrays
 from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.data.encode import LIMIT, Layout, Statistics
 from gputune.data.scaling import limited_features
-from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.engine.backend import matrix_products, other_gpus
 from gputune.engine.plan import parse_memory
@@ -34,13 +33,12 @@ from gputune.scoring.outputs import KEPT_BYTES
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import baseline, remark_on_accuracy
 from gputune.study.code import remember
-from gputune.study.ledger import Ledger, open_ledger
+from gputune.study.ledger import open_ledger
 from gputune.study.module_source import remember_code
 from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate, Store
 from gputune.study.study import Study
 from gputune.text import size_words
-from gputune.tuning.candidates import checked_space, first_trials, notes_on, open_store, with_earlier
 from gputune.tuning.choices import ModelChoice, check_patience
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
@@ -51,14 +49,22 @@ from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.random import check_sampling, sample, train_batches, train_fully
 from gputune.tuning.record import RecordedSearch, checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, train_in_rungs
-from gputune.tuning.session import Session, check_ending
+from gputune.tuning.session import (
+    Session,
+    check_ending,
+    checked_space,
+    first_trials,
+    notes_on,
+    open_store,
+    with_earlier,
+)
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
-Training = Callable[[Ledger, Context], object]
-"""Trains the trials of a ledger as a method has it."""
+Training = Callable[[Session, Context], object]
+"""Trains the trials of a session as a method has it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +86,7 @@ class _Setup:
 
 @entry
 def search(
-    choice: ModelChoice,
-    source: Source,
-    options: Options,
+    recorded: RecordedSearch,
     signals: Sequence[int] = (CTRL_C,),
     *,
     say_notes: bool = True,
@@ -96,23 +100,21 @@ def search(
     ``profile`` is told where the time goes, and ``words`` is as in ``Progress``.
     Raises SearchInterrupted where one of ``signals`` ended the training early.
     """
-    stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
-    callbacks = Callbacks(options.callbacks, stop)
+    stop = Stop(None if recorded.options.timeout is None else time.monotonic() + recorded.options.timeout)
+    callbacks = Callbacks(recorded.options.callbacks, stop)
     # A copy of the curves, since the search goes on with its own.
-    progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
+    progress = Progress(recorded.options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
     profile = Profile() if profile is None else profile
-    with open_store(options) as store:
+    with open_store(recorded.options) as store:
         with profile.clock(PREPARING):
-            setup = _prepare(choice, source, options, progress, store)
-        profile.device, progress.scoring = setup.data.device, setup.scoring.name
+            setup = _prepare(recorded, progress, store)
+        options, profile.device, progress.scoring = setup.options, setup.data.device, setup.scoring.name
         with _cluster(setup) as cluster:
-            trainer = _trainer(setup, stop, cluster, progress)
-            columns, options = setup.problem.columns_in_words(), setup.options
+            columns, trainer = setup.problem.columns_in_words(), _trainer(setup, stop, cluster, progress)
             context = Context(trainer, setup.choice, options, progress, None, profile, columns)
             context.check_module(setup.first, first=True)
             _remember_what_runs(setup.choice, options)
-            check, training = _procedure(setup, context)
-            check()  # before a study file is made
+            training = _training(setup, context)
             record = _record(setup, context)
             _say_what_was_understood(setup, progress, record.notes if say_notes else ())
             context = replace(context, checkpoints=checkpoint_folder(options.study, record))
@@ -121,27 +123,29 @@ def search(
                 session = Session(ledger, options, progress, stop)
                 session.add(setup.trials, setup.space)
                 with profile.clock("training"), matrix_products(tf32=options.tf32):
-                    numbers = session.run(partial(training, ledger, context), callbacks, make_study, signals)
+                    numbers = session.run(partial(training, session, context), callbacks, make_study, signals)
                 profile.ended = stop.reason
                 context.tidy(ledger)
                 if context.faults:
-                    record = replace(record, notes=[*record.notes, *context.faults])
                     ledger.note(list(context.faults))
-                    make_study = partial(study_type.from_rows, record.to_json())
+                    noted = replace(record, notes=[*record.notes, *context.faults])
+                    make_study = partial(study_type.from_rows, noted.to_json())
     refitted = replace(options, callbacks=(), warm_start=())  # a refit calls none
-    data = RecordedSearch(setup.choice, replace(source, original=None), refitted, outputs=ledger.outputs)
+    source = replace(recorded.source, original=None)
+    data = RecordedSearch(setup.choice, source, refitted, outputs=ledger.outputs)
     study = make_study(ledger.rows(), data=data, file=options.study)
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
     return check_ending(study, numbers)
 
 
-def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Progress, store: Store | None) -> _Setup:
+def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) -> _Setup:
     """Understand a call. Raises InputError for what cannot be searched."""
+    choice, options = recorded.choice, recorded.options
     checked_space(choice, options)  # refused before the rows are encoded
     if options.patience is not None:
         check_patience(options.method, options.epoch, solved=choice.solved)
-    problem = make_problem(source, options.task, choice, options)
+    problem = make_problem(recorded.source, options.task, choice, options)
     choice = choice.of(problem.target, problem.objective)
     space = checked_space(choice, options)  # again: what is predicted decides some
     options = with_earlier(options, space)
@@ -151,14 +155,25 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
     with without_collector():
         trials = first_trials(space, choice, options, store, problem)
         configs = [choice.complete(trial.params, options.schedule) for trial in trials]
-    data = _dataset(problem, folds, options, choice, configs, progress)
+    # On its way to a cluster the data lies in main memory.
+    local = replace(options, workers=1, device="cpu") if isinstance(options.workers, Ray) else options
+    repeats = max(1.0, options.n_trials / max(1, len(configs)))  # of what a sampler draws later
+    place = problem.device_choice(folds, local, choice, configs, repeats=repeats)
+    if place.why:
+        progress.say(f"note: trials train on the CPU and not on the GPU, which device='cuda' takes: {place.why}")
+    data = problem.dataset(folds, local, choice, place.device)
+    if has_function(options.scoring):  # which sees the rows as the user gave them
+        data = replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
     first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
     if loss := default_loss(data, choice, options, first):
         options, data = replace(options, loss=loss), data.with_one_logit()
         problem = replace(problem, objective=make_objective(loss, None, options.augment, data.task))
     if problem.objective is not None:
         problem = replace(problem, objective=problem.objective.of_space(space))
-    scoring = replace(problem.scoring(options), kept_bytes=_outputs_limit(options, data))
+    # A descent has no epoch that is the best, a custom target no mean of outputs.
+    has_best = options.epoch == "best" and not isinstance(options.method, Hypergradient) and data.task != "custom"
+    kept_bytes = KEPT_BYTES if options.keep_predictions and has_best else 0
+    scoring = replace(problem.scoring(options), kept_bytes=kept_bytes)
     check_folds(scoring, data)
     for trial, config in zip(trials, configs):
         if problem.objective is not None:
@@ -167,72 +182,31 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
     return _Setup(choice, options, problem, space, folds, trials, configs, data, scoring, first)
 
 
-def _outputs_limit(options: Options, data: Dataset) -> int:
-    """Return the bytes of outputs that are kept; 0 where there is no mean of them, or no epoch that is the best."""
-    descends = isinstance(options.method, Hypergradient)
-    known = options.epoch == "best" and not descends and data.task != "custom"
-    return KEPT_BYTES if options.keep_predictions and known else 0
-
-
-def _remarks_on_outputs(setup: _Setup) -> tuple[str, ...]:
-    """Return that not all outputs are kept, where they take too many bytes."""
-    data, limit = setup.data, setup.scoring.kept_bytes
-    most = limit // (4 * data.n_outputs * sum(len(fold.valid) for fold in data.folds))
-    if not limit or most >= max(setup.options.n_trials, len(setup.trials)):
-        return ()
-    return (
-        f"predictions of validation rows are kept of about {most} trials, the best, since those of all take more than "
-        f"{size_words(limit)}: an ensemble of others trains them again",
-    )
-
-
 def _record(setup: _Setup, context: Context) -> SearchRecord:
-    """Return what the study's file keeps of the search."""
-    problem = setup.problem
-    without_model = baseline(setup.data, setup.scoring, problem.target.classes)
-    notes = (
+    """Return what the study's file keeps of the search, with its notes, a sentence each."""
+    problem, data, limit = setup.problem, setup.data, setup.scoring.kept_bytes
+    without_model = baseline(data, setup.scoring, problem.target.classes)
+    notes = [
         *notes_on(setup.trials, setup.space, setup.choice, setup.options),
         *context.remarks_on(setup.configs),
         *remarks_on_loss(problem, setup.choice, setup.scoring),
         *remark_on_accuracy(without_model, setup.scoring),
-        *_remarks_on_outputs(setup),
-        *_remark_on_limits(problem, setup.data),
-    )
+    ]
+    most = limit // (4 * data.n_outputs * sum(len(fold.valid) for fold in data.folds))
+    if limit and most < max(setup.options.n_trials, len(setup.trials)):
+        notes.append(
+            f"predictions of validation rows are kept of about {most} trials, the best, since those of all take more "
+            f"than {size_words(limit)}: an ensemble of others trains them again"
+        )
+    if problem.numbers == "standard" and isinstance(problem.layout, Layout) and not isinstance(problem.raw, Arrays):
+        columns = [column.name for column in problem.layout.columns for _ in column.feature_names]
+        statistics = [fitted for fitted in data.statistics if isinstance(fitted, Statistics)]
+        if names := list(dict.fromkeys(columns[feature] for feature in limited_features(problem.raw, statistics))):
+            notes.append(
+                f"Column{'s' * (len(names) > 1)} {quoted(names)}: numbers beyond {LIMIT:g} standard deviations and "
+                "beyond all training rows of a fold count as the farther of the two."
+            )
     return search_record(context, problem, setup.space, setup.folds, notes, without_model)
-
-
-def _remark_on_limits(problem: Problem, data: Dataset) -> tuple[str, ...]:
-    """Return which columns have numbers so far from those of training rows that they are clipped, a sentence."""
-    if problem.numbers != "standard" or not isinstance(problem.layout, Layout) or isinstance(problem.raw, Arrays):
-        return ()
-    columns = [column.name for column in problem.layout.columns for _ in column.feature_names]
-    statistics = [fitted for fitted in data.statistics if isinstance(fitted, Statistics)]
-    names = list(dict.fromkeys(columns[feature] for feature in limited_features(problem.raw, statistics)))
-    said = (
-        f"Column{'s' * (len(names) > 1)} {quoted(names)}: numbers beyond {LIMIT:g} standard deviations and beyond all"
-    )
-    return (f"{said} training rows of a fold count as the farther of the two.",) if names else ()
-
-
-def _dataset(
-    problem: Problem,
-    folds: Sequence[Rows],
-    options: Options,
-    choice: ModelChoice,
-    configs: Sequence[Config],
-    progress: Progress,
-) -> Dataset:
-    """Return the data, with the rows as the user gave them where a scorer of the user's own sees them."""
-    if isinstance(options.workers, Ray):  # on its way to a cluster the data lies in main memory
-        options = replace(options, workers=1, device="cpu")
-    repeats = max(1.0, options.n_trials / max(1, len(configs)))  # of what a sampler draws later
-    chosen = problem.device_choice(folds, options, choice, configs, repeats=repeats)
-    if chosen.why:
-        progress.say(f"note: trials train on the CPU and not on the GPU, which device='cuda' takes: {chosen.why}")
-    data = problem.dataset(folds, options, choice, chosen.device)
-    if not has_function(options.scoring):
-        return data
-    return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
 
 
 def _remember_what_runs(choice: ModelChoice, options: Options) -> None:
@@ -280,26 +254,24 @@ def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Pr
     return trainer if choice.solved else trainer.with_backend(options.backend, setup.configs, progress.say)
 
 
-def _procedure(setup: _Setup, context: Context) -> tuple[Callable[[], None], Training]:
-    """Return what refuses a search that its method cannot make, and what trains trials by the method."""
+def _training(setup: _Setup, context: Context) -> Training:
+    """Return what trains trials by the method. Raises InputError for a search that it cannot make."""
     space = setup.space
     match setup.options.method:
         case Hypergradient() as descent:
-            check = partial(check_descent, descent, setup.trials, context, setup.problem.target.classes)
-            return check, lambda ledger, context: descend(ledger, space, descent, context)
+            check_descent(descent, setup.trials, context, setup.problem.target.classes)
+            return lambda session, context: descend(session.ledger, space, descent, context)
         case StoppingRule() as rule:
-            check = partial(check_rungs, rule, context)
-            return check, lambda ledger, context: train_in_rungs(ledger, ledger.candidates, rule, context)
+            check_rungs(rule, context)
+            return lambda session, context: train_in_rungs(session.ledger, session.ledger.candidates, rule, context)
         case OptunaSampler() as sampler:
-            check = partial(check_sampling, sampler, space, context)
+            check_sampling(sampler, space, context)
 
-            def ask(ledger: Ledger, context: Context) -> None:
-                train = partial(train_batches, ledger, sampler, context)
-                options, progress = context.options, context.progress
-                sample(ledger, space, sampler, options, progress, train=train, epochs=context.epochs)
+            def ask(session: Session, context: Context) -> None:
+                sample(session, space, partial(train_batches, session, sampler, context), epochs=context.epochs)
 
-            return check, ask
-    return lambda: None, train_fully
+            return ask
+    return train_fully
 
 
 def _say_what_was_understood(setup: _Setup, progress: Progress, notes: Sequence[str]) -> None:

@@ -27,41 +27,35 @@ from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, failed_result
-from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.tuning.rungs import check_rungs, train_in_rungs
+from gputune.tuning.session import Session
 from gputune.types import Config, first_metric
 
 _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
 
-def train_fully(ledger: Ledger, context: Context) -> bool:
+def train_fully(session: Session, context: Context) -> bool:
     """Train what waits in the ledger, chunk by chunk; say whether there is time for more."""
-    train = partial(_solve if context.choice.solved else _train, ledger, context)
-    return train_waiting(ledger, train, context.progress, context.is_over, epochs=context.epochs)
+    train = partial(_solve if context.choice.solved else _train, session.ledger, context)
+    return train_waiting(session, train, epochs=context.epochs)
 
 
-def train_waiting(
-    ledger: Ledger,
-    train: Callable[[Sequence[Candidate]], Sequence[Chunk]],
-    progress: Progress,
-    is_over: Callable[[], bool],
-    *,
-    epochs: int,
-) -> bool:
+def train_waiting(session: Session, train: Callable[[Sequence[Candidate]], Sequence[Chunk]], *, epochs: int) -> bool:
     """Train what waits in the ledger, for so many ``epochs`` each; say whether there is time for more.
 
     Chunks that another process trains are left to it and waited for, and trained here where it ends without them:
     ``train`` returns them where it could train none.
     """
-    with progress.bar_over(len(ledger.waiting()), epochs):
+    ledger, is_over = session.ledger, session.stop.is_over
+    with session.progress.bar_over(len(ledger.waiting()), epochs):
         while waiting := ledger.waiting():
             left = train(waiting)
             ledger.refresh()
             if is_over():
                 break
             if left:
-                wait_for_others(ledger, left, progress, is_over)
+                wait_for_others(ledger, left, session.progress, is_over)
     return not is_over()
 
 
@@ -76,23 +70,24 @@ def _train(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> li
     if not any(map(ledger.claim, chunks)):  # the first will do
         return chunks
     for recorded in plans:
-        _run(ledger, recorded, context)
+        numbers = [trial.number for trial in recorded.trials]
+        plan = _with_begun(recorded.plan, context.checkpoints_of(numbers, recorded.configs), numbers, recorded.configs)
+        context.progress.plan(plan)
+        checkpointing, patience = context.checkpointing(numbers), context.options.patience
+        job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing, patience=patience)
+        claim = partial(_claim, ledger, recorded)
+        for outcome in context.train(job, plan, claim=claim):
+            if isinstance(outcome, Failure):
+                number = numbers[outcome.index[0]]
+                context.finish(ledger, [failed_result(number, context.no_curve, outcome.reason)])
+            else:
+                _keep(ledger, recorded.trials, outcome, context)
     return []
 
 
-def _run(ledger: Ledger, recorded: RecordedPlan, context: Context) -> None:
-    numbers = [trial.number for trial in recorded.trials]
-    plan = _with_begun(recorded.plan, context.checkpoints_of(numbers, recorded.configs), numbers, recorded.configs)
-    context.progress.plan(plan)
-    checkpointing = context.checkpointing(numbers)
-    patience = context.options.patience
-    job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing, patience=patience)
-    for outcome in context.train(job, plan, claim=lambda population: ledger.claim(recorded.chunk(population))):
-        if isinstance(outcome, Failure):
-            number = numbers[outcome.index[0]]
-            context.finish(ledger, [failed_result(number, context.no_curve, outcome.reason)])
-        else:
-            _keep(ledger, recorded.trials, outcome, context)
+def _claim(ledger: Ledger, recorded: RecordedPlan, population: Population) -> bool:
+    """Claim the recorded chunk that a chunk of the plan is, or is a part of."""
+    return ledger.claim(next(chunk for index, chunk in recorded.chunks.items() if population.index[0] in index))
 
 
 def _solve(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
@@ -121,10 +116,23 @@ def _solve(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> li
 
 
 def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
+    """Keep the results of a chunk."""
+    patience, results = context.options.patience, []
     context.profile.spent += outcome.spent
     if not context.is_over():
         context.progress.spare(len(outcome.index) * (context.epochs - outcome.epochs))
-    results = [_result(trials[i], curve, outcome, context.options) for i, curve in zip(outcome.index, outcome.curves)]
+    for i, curve in zip(outcome.index, outcome.curves):
+        epochs = outcome.epochs
+        if patience is not None:
+            stalled = stalled_epochs(first_metric(curve, axes=2)[None, :epochs].mean(2))[0]
+            # By the curve alone: a trial that went on from a checkpoint may have trained for an epoch more.
+            if (ends := np.flatnonzero(stalled >= patience)).size:
+                epochs = int(ends[0]) + 1
+                curve = curve[:epochs]
+        share = outcome.seconds / len(outcome.index)
+        results.append(
+            Result.of_curve(trials[i].number, curve, epochs=epochs, rule=context.options.epoch, seconds=share)
+        )
     context.finish(ledger, results, {trials[i].number: one for i, one in outcome.outputs.items()})
 
 
@@ -134,17 +142,6 @@ def wait_for_others(ledger: Ledger, chunks: Sequence[Chunk], progress: Progress,
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
     progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
     ledger.wait(chunks, is_over)
-
-
-def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Options) -> Result:
-    share, epochs = outcome.seconds / len(outcome.index), outcome.epochs
-    if options.patience is not None:
-        stalled = stalled_epochs(first_metric(curve, axes=2)[None, :epochs].mean(2))[0]
-        # By the curve alone: a trial that went on from a checkpoint may have trained for an epoch more.
-        if (ends := np.flatnonzero(stalled >= options.patience)).size:
-            epochs = int(ends[0]) + 1
-            curve = curve[:epochs]
-    return Result.of_curve(trial.number, curve, epochs=epochs, rule=options.epoch, seconds=share)
 
 
 def _with_begun(
@@ -186,26 +183,20 @@ def check_sampling(method: OptunaSampler, space: Space, context: Context) -> Non
 
 
 def sample(
-    ledger: Ledger,
-    space: Space,
-    method: OptunaSampler,
-    options: Options,
-    progress: Progress,
-    *,
-    train: Callable[[], bool],
-    epochs: int,
-    check: ConfigCheck = check_config,
+    session: Session, space: Space, train: Callable[[], bool], *, epochs: int, check: ConfigCheck = check_config
 ) -> None:
     """Train what waits, tell the sampler all results in order, then ask, train and tell batch by batch.
 
     This process alone asks and trains: the next batch depends on every result of the last one. ``train`` trains what
     waits in the ledger, and says whether the search goes on.
     """
-    if not train() or not _n_missing(ledger, options):
+    ledger, method = session.ledger, session.options.method
+    assert isinstance(method, OptunaSampler)
+    if not train() or not _n_missing(session):
         return
-    study = _study_so_far(ledger, space, method, options, progress, check)
-    with progress.bar_over(_n_missing(ledger, options), epochs):
-        while count := min(method.batch, _n_missing(ledger, options)):
+    study = _study_so_far(session, partial(OptunaStudy, method.sampler, space, check=check))
+    with session.progress.bar_over(_n_missing(session), epochs):
+        while count := min(method.batch, _n_missing(session)):
             proposals = [study.ask() for _ in range(count)]
             number = 1 + max((c.number for c in ledger.candidates), default=-1)
             batch = f"{_BATCH}{1 + max(map(_batch_of, ledger.candidates), default=0)}"
@@ -216,10 +207,11 @@ def sample(
                 study.tell(trial, ledger.results[number + i])
 
 
-def _n_missing(ledger: Ledger, options: Options) -> int:
+def _n_missing(session: Session) -> int:
     """How many trials are still to be asked for: the default one counts, included ones do not."""
-    proposed = sum(_batch_of(c) > 0 for c in ledger.candidates)
-    return max(0, options.n_trials - proposed - n_counted(ledger.candidates))
+    candidates = session.ledger.candidates
+    proposed = sum(_batch_of(candidate) > 0 for candidate in candidates)
+    return max(0, session.options.n_trials - proposed - n_counted(candidates))
 
 
 def _batch_of(candidate: Candidate) -> int:
@@ -228,29 +220,40 @@ def _batch_of(candidate: Candidate) -> int:
     return int(origin.removeprefix(_BATCH)) if isinstance(origin, str) and origin.startswith(_BATCH) else 0
 
 
-def train_batches(ledger: Ledger, method: OptunaSampler, context: Context) -> bool:
+def train_batches(session: Session, method: OptunaSampler, context: Context) -> bool:
     """Train what waits in the ledger together, with halving each batch by itself; False where time is over."""
+    ledger = session.ledger
     if method.halving is None:
-        return train_fully(ledger, context) if ledger.waiting() else not context.is_over()
+        return train_fully(session, context) if ledger.waiting() else not context.is_over()
     for batch in sorted({_batch_of(candidate) for candidate in ledger.waiting()}):
         trials = [candidate for candidate in ledger.candidates if _batch_of(candidate) == batch]
         train_in_rungs(ledger, trials, method.halving, context)
     return not context.is_over()
 
 
-def _study_so_far(
-    ledger: Ledger, space: Space, method: OptunaSampler, options: Options, progress: Progress, check: ConfigCheck
-) -> OptunaStudy:
+def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaStudy:
     """Return a study of a fresh copy of the sampler in which all results so far have been told, in order.
 
     The copy is asked again for what it was asked before. A seeded sampler proposes the same again, and then goes on as
     if it had never stopped. Where it proposes something else, a reseeded copy is told what was tried in the place of
     its proposals.
     """
+    progress = session.progress
     for reseed in (False, True):
-        study = OptunaStudy(method.sampler, space, reseed=reseed, check=check)
-        _tell_earlier(study, options, progress)
-        if _repeat(study, ledger, progress, enqueue=reseed):
+        study = make(reseed=reseed)
+        for earlier in session.options.warm_start:
+            if earlier.record.scoring != progress.scoring:
+                progress.say(
+                    f"note: warm_start: a study of {earlier.record.scoring} says nothing of {progress.scoring}, so the "
+                    "sampler is not told its scores.",
+                    once=True,
+                )
+                continue
+            for t in earlier.trials:
+                if t.state == "complete":
+                    curve = np.array([t.fold_scores])
+                    study.add(t.params, Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve))
+        if _repeat(study, session, enqueue=reseed):
             break
         progress.say(
             "note: the sampler does not propose the finished trials again (it has no seed, or is another one); a "
@@ -260,39 +263,23 @@ def _study_so_far(
     return study
 
 
-def _tell_earlier(study: OptunaStudy, options: Options, progress: Progress) -> None:
-    """Tell the sampler what earlier studies found in its space, where they have the same score."""
-    for earlier in options.warm_start:
-        if earlier.record.scoring != progress.scoring:
-            progress.say(
-                f"note: warm_start: a study of {earlier.record.scoring} says nothing of {progress.scoring}, so the "
-                "sampler is not told its scores.",
-                once=True,
-            )
-            continue
-        for t in earlier.trials:
-            if t.state == "complete":
-                curve = np.array([t.fold_scores])
-                study.add(t.params, Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve))
-
-
-def _repeat(study: OptunaStudy, ledger: Ledger, progress: Progress, *, enqueue: bool) -> bool:
+def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
     """Tell the results of the ledger, batch by batch; False where a proposal is another than the first time.
 
     enqueue: put what was proposed in the place of what is proposed now.
     """
-    for batch, group in groupby(ledger.candidates, _batch_of):
+    results = session.ledger.results
+    for batch, group in groupby(session.ledger.candidates, _batch_of):
         candidates = list(group)
         if batch == 0:
             for c in candidates:
-                if not study.add(c.params, ledger.results[c.number]):
-                    progress.say(
-                        f"note: trial {c.number} ({c.origin}) is not in the space, so the sampler is not told."
-                    )
+                if not study.add(c.params, results[c.number]):
+                    words = f"trial {c.number} ({c.origin}) is not in the space, so the sampler is not told."
+                    session.progress.say(f"note: {words}")
             continue
         proposals = [study.ask(c.params if enqueue else None) for c in candidates]
         if any(params != c.params for (_, params), c in zip(proposals, candidates)):
             return False
         for (trial, _), candidate in zip(proposals, candidates):
-            study.tell(trial, ledger.results[candidate.number])
+            study.tell(trial, results[candidate.number])
     return True

@@ -1,29 +1,165 @@
-"""The ledger of a search while this process works on it: trials are added, trained till a signal comes, and checked."""
+"""The trials of a call, and the session in which they train: the space, the trials, the ledger till a signal comes.
+
+The trials are the default one, those of a portfolio, included and drawn ones, and what an old ledger lacks of them.
+"""
 
 import errno
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+from torch import Tensor
 
 from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop
-from gputune.errors import SearchFailedError, SearchInterrupted
-from gputune.methods.config import ConfigCheck, check_config
-from gputune.methods.random import remarks
-from gputune.methods.space import Space
+from gputune.errors import InputError, SearchFailedError, SearchInterrupted, StudyCorruptError, StudyVersionError
+from gputune.garbage import without_collector
+from gputune.methods.config import ConfigCheck, check_config, legal_keys
+from gputune.methods.descent import Hypergradient
+from gputune.methods.optuna import OptunaSampler
+from gputune.methods.random import first_candidates, is_inside, n_counted, notes, remarks, top_up
+from gputune.methods.recipes import PORTFOLIOS, SPACES, default_space, named_space
+from gputune.methods.space import Space, check_include, check_space, choices_of, space_text, to_scipy
+from gputune.modules.construction import parameters_of
+from gputune.optimizers.classes import argument_defaults
+from gputune.scoring.objective import loss_defaults
 from gputune.study.ledger import Ledger
-from gputune.study.store import Candidate, Result
+from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study
 from gputune.text import count
-from gputune.tuning.candidates import add_missing, draws_at_once
-from gputune.tuning.choices import method_name
+from gputune.tuning.choices import ModelChoice, method_name
 from gputune.tuning.interrupt import interrupted_words, run_until_signal
 from gputune.tuning.options import Options
+from gputune.tuning.problem import Problem
 from gputune.tuning.progress import Progress
+from gputune.types import DEFAULTS, NUMBERS, TENSOR_NUMBERS, Config
 
-Rows = Sequence[tuple[Candidate, Result | None]]
 AnyStudy = TypeVar("AnyStudy", bound=Study)
+
+_BEST = 5  # trials of each earlier study that are tried first
+
+
+def checked_space(choice: ModelChoice, options: Options) -> Space:
+    """Return the checked space of a call, by default that of the model. Raises InputError."""
+    keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
+    check_include(options.include, keys=keys, module=module)
+    space = options.space
+    if isinstance(space, str):
+        _check_named(space, choice)
+        space = named_space(space, choice.goal)
+    elif space is None and choice.recipe:
+        space = named_space("realmlp", choice.goal)
+    elif space is None:
+        space = default_space(choice.searched, choice.optimizer, choice.module_class)
+    checked = check_space(to_scipy(space), keys=keys, module=module)
+    ways = choices_of(checked, "numbers", default=options.numbers)
+    if options.numbers not in ("auto", *ways):
+        raise InputError(
+            f"numbers={options.numbers!r} is none of those that the space has, {', '.join(ways)}, so no trial would "
+            "have it; leave it out, or add it to the space."
+        )
+    return checked
+
+
+def _check_named(space: str, choice: ModelChoice) -> None:
+    """Raise InputError for a space of a name that is another model's, or was measured with another optimizer."""
+    if space not in SPACES:
+        return  # which ``named_space`` says
+    if choice.searched != "mlp" if space in PORTFOLIOS else not choice.recipe:
+        model, words = ("mlp", "the MLP") if space in PORTFOLIOS else ("realmlp", "RealMLP")
+        given = "realmlp" if choice.recipe else choice.name
+        raise InputError(
+            f"space={space!r} is of {words}, got model={given!r}; choose model={model!r}, or a space of keys."
+        )
+    if space in PORTFOLIOS and choice.optimizer != "adamw":
+        raise InputError(
+            f"space={space!r} begins with configurations that were measured with adamw, got optimizer="
+            f"{choice.optimizer!r}; leave one of them out."
+        )
+
+
+def open_store(options: Options) -> AbstractContextManager[Store | None]:
+    """Open the study of the search that goes on; None of a new one, and of a file with a fault, which is said later."""
+    if options.study is not None:
+        with suppress(OSError, StudyCorruptError, StudyVersionError):
+            return Store.open(options.study)
+    return nullcontext()
+
+
+def first_trials(
+    space: Space, choice: ModelChoice, options: Options, store: Store | None = None, problem: Problem | None = None
+) -> tuple[Candidate, ...]:
+    """Draw the trials of this call: default, portfolio, included, random, of which those in the study come first."""
+    portfolio: list[Config] = []  # those that the rows and the method can have: a descent knows no averages of weights
+    if problem is not None and isinstance(options.space, str) and not isinstance(options.method, Hypergradient):
+        ways = TENSOR_NUMBERS if isinstance(problem.raw, Tensor) else NUMBERS
+        portfolio = [one for one in PORTFOLIOS.get(options.space, ()) if one.get("numbers", "standard") in ways]
+    first = first_candidates(
+        space,
+        n_trials=options.n_trials,
+        include=options.include,
+        include_default=options.include_default,
+        defaults=_defaults(choice, options),
+        portfolio=portfolio,
+    )
+    if not draws_at_once(options):
+        return first
+    stored: tuple[Candidate, ...] = ()  # to draw many takes long
+    with suppress(OSError, StudyCorruptError):  # said where the search is opened
+        asked = options.random_state, space_text(space)
+        if store is not None and (store.meta.get("seed"), store.meta.get("space")) == asked:
+            stored = tuple(trial for trial in store.candidates() if trial.origin == "random")
+    known = first + stored[: max(0, options.n_trials - n_counted(first))]
+    return known + top_up(known, space, options.n_trials, options.random_state, earlier=earlier_configs(options))
+
+
+def earlier_configs(options: Options) -> list[Config]:
+    """Return the configurations that earlier studies have trained, which are not drawn again."""
+    return [t.params for study in options.warm_start for t in study.trials if t.state != "waiting"]
+
+
+def with_earlier(options: Options, space: Space) -> Options:
+    """Return the options with the best trials of earlier studies among those that are included.
+
+    Raises InputError for a study that has none in the space.
+    """
+    configs: list[Mapping[str, object]] = []
+    for study in options.warm_start:
+        name = "warm_start: a study in memory" if study.file is None else f"warm_start: study {str(study.file)!r}"
+        trials = [t.params for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)]
+        if not trials:
+            raise InputError(f"{name} has no finished trial; leave it out.")
+        inside = [params for params in trials if is_inside(params, space)]
+        if not inside:
+            keys = sorted(trials[0].keys() ^ {key for part in space for key in part})
+            differs = f"the keys {', '.join(keys)}" if keys else f"values, such as {trials[0]!r}"
+            raise InputError(
+                f"{name} was searched in another space, which differs in {differs}; leave warm_start out, or search "
+                "that space."
+            )
+        configs += inside[:_BEST]
+    return replace(options, include=[*options.include, *configs])
+
+
+def notes_on(trials: Sequence[Candidate], space: Space, choice: ModelChoice, options: Options) -> tuple[str, ...]:
+    """Return what the user should know of the trials of this call, a sentence each."""
+    return notes(trials, space, include_default=options.include_default, defaults=_defaults(choice, options))
+
+
+def draws_at_once(options: Options) -> bool:
+    """Whether trials are drawn at once; a sampler of Optuna's proposes its own later."""
+    return not isinstance(options.method, OptunaSampler)
+
+
+def _defaults(choice: ModelChoice, options: Options) -> Config:
+    defaults: Config = {**DEFAULTS, "numbers": options.numbers}
+    if choice.module_class is not None:  # what signatures say
+        parameters = parameters_of(choice.module_class).items()
+        defaults |= argument_defaults(choice.optimizer) | loss_defaults(options.loss)
+        defaults |= {f"module__{name}": one.default for name, one in parameters if one.default is not one.empty}
+    return defaults | choice.defaults(options.schedule)
 
 
 @dataclass(frozen=True)
@@ -36,18 +172,48 @@ class Session:
     stop: Stop
 
     def add(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck = check_config) -> None:
-        """Add the trials that the ledger lacks, and say what is known of it."""
-        self.ledger.on_wait, self.progress.on_look = self._wait, self.ledger.show
-        if not isinstance(self.options.method, str):
-            self.ledger.claim_search(method_name(self.options.method))
-        add_missing(self.ledger, trials, space, self.options, check)
-        if finished := len(self.ledger.results):
-            trials_there = count(len(self.ledger.candidates), "trial")
-            self.progress.say(f"going on: {finished} of {trials_there} are finished")
-        options, known = self.options, self.ledger.candidates
+        """Add the trials that the ledger lacks: all of a new study, or what a call adds to an old one.
+
+        What is known of the ledger, and of its trials, is said.
+        """
+        ledger, options = self.ledger, self.options
+        ledger.on_wait, self.progress.on_look = self._wait, ledger.show
+        if not isinstance(options.method, str):
+            ledger.claim_search(method_name(options.method))
+        known = len(ledger.candidates)
+        with without_collector():
+            new = self._missing(trials, space, check)
+        if new:
+            with ledger.alone():
+                if len(ledger.candidates) > known:  # another process has added some meanwhile
+                    new = self._missing(trials, space, check)
+                ledger.add(new)
+        candidates = ledger.candidates
+        if finished := len(ledger.results):
+            self.progress.say(f"going on: {finished} of {count(len(candidates), 'trial')} are finished")
         if draws_at_once(options):
-            for sentence in remarks(known, space, n_trials=options.n_trials, include_default=options.include_default):
+            n_trials, include_default = options.n_trials, options.include_default
+            for sentence in remarks(candidates, space, n_trials=n_trials, include_default=include_default):
                 self.progress.say(f"note: {sentence}")
+
+    def _missing(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck) -> Sequence[Candidate]:
+        candidates, options = self.ledger.candidates, self.options
+        if not candidates:
+            return trials
+        known = [candidate.params for candidate in candidates]
+        # The default configuration was another one where it was not yet held to the space: it runs once.
+        origins = {"random"} | {c.origin for c in candidates if c.origin == "default"}
+        new = [c for c in trials if c.origin not in origins and c.params not in known]
+        room = max(0, options.n_trials - n_counted(candidates))
+        beyond = [c for c in new if c.origin == "portfolio"][room:]
+        number = 1 + max(candidate.number for candidate in candidates)
+        added = [replace(c, number=number + i) for i, c in enumerate(c for c in new if c not in beyond)]
+        if not draws_at_once(options):
+            return added
+        there = {candidate.number: candidate for candidate in candidates}
+        drawn = [c.params for c in trials if c.origin == "random" and there.get(c.number) != c]
+        known_now, seed = [*candidates, *added], options.random_state
+        return [*added, *top_up(known_now, space, options.n_trials, seed, check, earlier_configs(options), drawn)]
 
     def _wait(self, words: str) -> None:
         """Say why this process waits before it has a plan; end that where training would end."""
@@ -67,7 +233,7 @@ class Session:
         """Train what waits, and tell the callbacks; return the numbers of the signals that ended it early."""
         ledger, file = self.ledger, self.options.study
 
-        def finished(rows: Rows) -> None:
+        def finished(rows: Sequence[tuple[Candidate, Result | None]]) -> None:
             callbacks.tell("on_trials_end", make_study(rows))
             self._stop_where_enough()
 
@@ -84,22 +250,22 @@ class Session:
     def _stop_where_enough(self) -> None:
         """Let training end where a trial is good enough, or none has been better for long."""
         target, patience = self.options.target_score, self.options.patience_trials
-        if target is None and patience is None:
+        if self.stop.asked or (target is None and patience is None):
             return
         best, since, number = -math.inf, 0, None
         for result in self.ledger.results.values():
             since += 1
             if result.state == "complete" and result.score > best:
                 best, since, number = result.score, 0, result.number
-        why = ""
         if target is not None and best >= target:
             why = f"trial {number} has reached the target score (target_score={target:g})"
         elif patience is not None and since >= patience:
             why = f"{count(since, 'trial')} in a row were no better than the best before (patience_trials={patience})"
-        if why and not self.stop.asked:
-            self.stop.ask()
-            self.stop.reason = why
-            self.progress.say(f"note: the search ends: {why}")
+        else:
+            return
+        self.stop.ask()
+        self.stop.reason = why
+        self.progress.say(f"note: the search ends: {why}")
 
 
 def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
