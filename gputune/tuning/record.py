@@ -21,7 +21,6 @@ from gputune.methods.distributions import Description, describe
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.space import Space, space_from_json, space_text, space_to_json
 from gputune.scoring.metrics import has_function
-from gputune.scoring.objective import Objective
 from gputune.scoring.outputs import Outputs
 from gputune.study.code import digest_of_code, is_remembered
 from gputune.study.record import PARTS, Arguments, SearchRecord
@@ -39,9 +38,13 @@ def search_record(
 ) -> SearchRecord:
     """Return what a study holds beside its trials; ``notes`` are those on the trials."""
     choice, options, data, scoring = context.choice, context.options, context.data, context.scoring
-    cluster, metrics = context.trainer.cluster, [scoring, *scoring.others]
-    classes = None if problem.target.classes is None else problem.target.classes.tolist()
-    positives = [None if classes is None or metric.positive is None else classes[metric.positive] for metric in metrics]
+    cluster, target, objective = context.trainer.cluster, problem.target, problem.objective
+    classes = None if target.classes is None else target.classes.tolist()
+    metrics: list[Json] = []
+    for metric in (scoring, *scoring.others):
+        positive = None if classes is None or metric.positive is None else classes[metric.positive]
+        metrics.append({"name": metric.label, "scorer": metric.name, "positive": positive})
+    parts = objective and {"loss": objective.loss, "training_step": objective.step, "augment": objective.augment}
     return SearchRecord(
         model=choice.name,
         spec=choice.spec,
@@ -50,12 +53,12 @@ def search_record(
         space=space_text(space),
         distributions=distributions(space),
         method=method_to_json(options.method),
-        task=problem.target.task,
+        task=target.task,
         target_transform=transform_to_json(options.target_transform),
-        target=problem.target.name,
+        target=target.name,
         classes=classes,
         source=problem.source.origin,
-        fingerprint=fingerprint(problem.source.X, problem.target),
+        fingerprint=fingerprint(problem.source.X, target),
         features=problem.n_features,
         notes=[*problem.layout.notes, *notes],
         columns=problem.columns,
@@ -66,15 +69,11 @@ def search_record(
         cv=repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
         folds=data.n_folds,
         splits=digest_of(*(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))),
-        objective="" if problem.objective is None else problem.objective.name_unless_default(problem.target.task),
-        code={} if problem.objective is None else _code(problem.objective),
+        objective="" if objective is None else objective.name_unless_default(target.task),
+        code={name: digest_of_code(part) for name, part in (parts or {}).items() if callable(part)},
         scoring=scoring.name,
-        metrics=[
-            {"name": one.label, "scorer": one.name, "positive": positive} for one, positive in zip(metrics, positives)
-        ]
-        if scoring.others
-        else [],
-        positive=next((positive for positive in positives if positive is not None), None),
+        metrics=metrics if scoring.others else [],
+        positive=next((one["positive"] for one in metrics if one["positive"] is not None), None),
         baseline=baseline,
         epoch=options.epoch,
         patience=options.patience,
@@ -87,32 +86,23 @@ def search_record(
     )
 
 
-def _code(objective: Objective) -> dict[str, str]:
-    """Return the digests of the functions of the user's own, by argument."""
-    given = {"loss": objective.loss, "training_step": objective.step, "augment": objective.augment}
-    return {name: digest_of_code(one) for name, one in given.items() if callable(one)}
-
-
 def _arguments(options: Options, source: Source, space: Space, folds: Sequence[Rows]) -> Arguments:
     values = space_to_json(space)
-    lacking = [
-        word
-        for word, lost in {
-            "X and y, which were in memory": source.origin is None,
-            "groups, which were in memory": source.groups is not None and not (source.origin or {}).get("groups"),
-            "scoring, a function": has_function(options.scoring),
-            "loss, a function": callable(options.loss),
-            "training_step, a function": options.training_step is not None,
-            "augment, a function": options.augment is not None,
-            "class_weight": not _is_storable(options.class_weight),
-            "sample_weight": options.sample_weight is not None,
-            "target_transform, an object of your own": not is_known(transform_to_json(options.target_transform)),
-            "space, with an object of your own": values is None,
-            "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
-        }.items()
-        if lost
-    ]
-    kept = {name: getattr(options, name) for name in KEPT if _is_storable(getattr(options, name))}
+    is_lacking = {
+        "X and y, which were in memory": source.origin is None,
+        "groups, which were in memory": source.groups is not None and not (source.origin or {}).get("groups"),
+        "scoring, a function": has_function(options.scoring),
+        "loss, a function": callable(options.loss),
+        "training_step, a function": options.training_step is not None,
+        "augment, a function": options.augment is not None,
+        "class_weight": not _is_storable(options.class_weight),
+        "sample_weight": options.sample_weight is not None,
+        "target_transform, an object of your own": not is_known(transform_to_json(options.target_transform)),
+        "space, with an object of your own": values is None,
+        "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
+    }
+    lacking = [words for words, lacks in is_lacking.items() if lacks]
+    kept = {name: value for name in KEPT if _is_storable(value := getattr(options, name))}
     if isinstance(options.workers, Ray):
         kept["workers"] = asdict(options.workers)
     callbacks = [type(callback).__name__ for callback in options.callbacks]
@@ -130,8 +120,7 @@ def recorded_options(record: SearchRecord, **changed: object) -> Options:
 
 def versions() -> dict[str, str]:
     """Return the versions that a study was searched with."""
-    modules = {"torch": torch, "sklearn": sklearn, "numpy": np}
-    return {"gputune": __version__, **{name: module.__version__ for name, module in modules.items()}}
+    return {"gputune": __version__, "torch": torch.__version__, "sklearn": sklearn.__version__, "numpy": np.__version__}
 
 
 def distributions(space: Space) -> dict[str, Description]:
@@ -157,8 +146,7 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     # Without these as it was before there were such.
     later = {"metrics": record.metrics, "code": record.code, "max_levels": record.max_levels}
     values |= {name: value for name, value in later.items() if value and value != SearchRecord.max_levels}
-    text = to_json(values, name="checkpoint")
-    return CheckpointFolder(Path(f"{study}.state"), sha256(text))
+    return CheckpointFolder(Path(f"{study}.state"), sha256(to_json(values, name="checkpoint")))
 
 
 @dataclass(frozen=True)
@@ -183,38 +171,36 @@ def recorded_search(
     Raises InputError, saying what is missing or has changed, and UntrustedCodeError where it names code, or a cluster,
     that this user has not trained with.
     """
+    arguments, file = record.arguments, repr(str(path))
+    kept = {**arguments.kept, **changed}
+    why = ""
     if record.face == "sklearn":
-        raise InputError(
-            f"study {str(path)!r} is of {record.method}, which searched scikit-learn's estimators: a search of that "
-            "face is not resumed."
+        why = f"is of {record.method}, which searched scikit-learn's estimators: a search of that face is not resumed."
+    elif record.face == "loop":
+        why = (
+            "is of gputune.search, whose training loop is in no file: repeat the call with "
+            f"study={file}, which goes on where it stopped."
         )
-    if record.face == "loop":
-        raise InputError(
-            f"study {str(path)!r} is of gputune.search, whose training loop is in no file: repeat the call with "
-            f"study={str(path)!r}, which goes on where it stopped."
+    elif record.lost or {"arguments", "source"} & record.absent:
+        why = (
+            "has lost options of its search and cannot go on; search again, into another folder. `gputune trials` "
+            "shows what it holds."
         )
-    if record.lost or {"arguments", "source"} & record.absent:
-        raise InputError(
-            f"study {str(path)!r} has lost options of its search and cannot go on; search again, into another "
-            "folder. `gputune trials` shows what it holds."
-        )
-    arguments = record.arguments
-    if arguments.lacking:
+    elif arguments.lacking:
         of_command = "test_size" in (record.source or {})  # which alone keeps rows apart
-        call = f"call of gputune.tune(..., study={str(path)!r})"
-        raise InputError(
-            f"study {str(path)!r} does not hold: {'; '.join(arguments.lacking)}. Repeat the "
-            f"{'command that began it' if of_command else call}, which goes on where it stopped."
+        call = "command that began it" if of_command else f"call of gputune.tune(..., study={file})"
+        why = f"does not hold: {'; '.join(arguments.lacking)}. Repeat the {call}, which goes on where it stopped."
+    elif kept.get("n_trials") == 0:
+        why = (
+            "holds configurations that were trained one by one, and no search that could go on; repeat the command or "
+            "call that trained one of them, or search from here with n_trials=8 or more."
         )
-    if {**arguments.kept, **changed}.get("n_trials") == 0:
-        raise InputError(
-            f"study {str(path)!r} holds configurations that were trained one by one, and no search that could go on; "
-            "repeat the command or call that trained one of them, or search from here with n_trials=8 or more."
-        )
+    if why:
+        raise InputError(f"study {file} {why}")
     study = path.absolute()  # wherever a module of the user's goes meanwhile
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
     source, test = _reread(record, choice)
-    workers = {**arguments.kept, **changed}.get("workers", "auto")
+    workers = kept.get("workers", "auto")
     if isinstance(workers, dict):
         workers = _cluster(Ray(**workers), trust_code)
     space, folds = space_from_json(arguments.space or ()), unpack_folds(arguments.folds)
@@ -235,26 +221,22 @@ def _cluster(named: Ray, trust_code: bool) -> Ray:
 def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:
     """Return the rows of a search, read again from its file, and those that it held out."""
     assert record.source is not None  # rows in memory are lacking
-    origin = record.source
+    origin, file = record.source, repr(record.source["path"])
     try:
         source, test = read_apart(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:
         raise InputError(
-            f"the search cannot go on: its data {origin['path']!r} is gone; put it back, or repeat the first call with "
-            "its new place."
+            f"the search cannot go on: its data {file} is gone; put it back, or repeat the first call with its new "
+            "place."
         ) from error
     task = cast(TaskWord, record.task)
     now = fingerprint(source.X, check_target(source.y, task=task, n_rows=len(source.X), name=source.target))
+    change, held_out = "", origin.get("held_out")
     if now != record.fingerprint:
         sizes = table_size(record.fingerprint, origin), table_size(now, source.origin)
-        raise InputError(
-            f"the search cannot go on: the rows of {origin['path']!r} have changed since it was begun "
-            f"({rows_difference(*sizes)}); restore the file."
-        )
-    held_out = origin.get("held_out")
-    if held_out is not None and held_out != (source.origin or {}).get("held_out"):
-        raise InputError(
-            f"the search cannot go on: the rows of {origin['path']!r} that were held out have changed since it was "
-            "begun; restore the file."
-        )
+        change = f"have changed since it was begun ({rows_difference(*sizes)})"
+    elif held_out is not None and held_out != (source.origin or {}).get("held_out"):
+        change = "that were held out have changed since it was begun"
+    if change:
+        raise InputError(f"the search cannot go on: the rows of {file} {change}; restore the file.")
     return source, test

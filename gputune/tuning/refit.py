@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gputune.data.arrays import ArrayStatistics
 from gputune.data.dataset import Dataset, Rows
@@ -32,7 +31,7 @@ from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.record import RecordedSearch, recorded_options
 from gputune.tuning.trainer import Trainer, unseen
-from gputune.types import Backend, Config
+from gputune.types import Config
 from gputune.version import __version__
 
 
@@ -61,8 +60,7 @@ class Search:
 
     def config(self, trial: Trial) -> Config:
         """Return the complete configuration of a trial, and how it prepares numbers."""
-        own = {"numbers": self.problem.numbers, **trial.params}
-        return self.choice.complete(own, self.options.schedule)
+        return self.choice.complete({"numbers": self.problem.numbers, **trial.params}, self.options.schedule)
 
     def train(
         self, data: Dataset, trials: Sequence[Trial], *, seed: int, progress: Progress = unseen
@@ -72,10 +70,8 @@ class Search:
         Raises DivergedError where one diverges.
         """
         configs, epochs = [self.config(trial) for trial in trials], [trial.best_epoch for trial in trials]
-        options, descent = self.options, self.options.method
-        members: list[list[nn.Module]]
         if self.choice.solved:
-            members = [[] for _ in configs]
+            members: list[list[nn.Module]] = [[] for _ in configs]
             for places in by_numbers(configs):
                 alike = [configs[place] for place in places]
                 solution = solve_all(data.of(alike[0]), alike)
@@ -83,14 +79,7 @@ class Search:
                     numbers = range(c, data.n_folds * len(alike), len(alike))
                     members[place] = [solved_module(solution, number) for number in numbers]
         else:
-            trainer = self._trainer(data, seed)
-            with matrix_products(tf32=options.tf32):
-                if isinstance(descent, Hypergradient):
-                    members = [[trainer.train_scheduled(configs[0], descent, epochs=epochs[0])]]
-                else:
-                    if options.backend == "auto":
-                        trainer.take_code(configs, epochs)
-                    members = trainer.train_members(configs, epochs, progress)
+            members = self._train(data, configs, epochs, seed, progress)
         for trial, modules in zip(trials, members):
             if not all(bool(w.isfinite().all()) for module in modules for w in module.parameters()):
                 raise DivergedError(
@@ -99,28 +88,34 @@ class Search:
                 )
         return members
 
-    def _trainer(self, data: Dataset, seed: int) -> Trainer:
-        options, choice = self.options, self.choice
-        backend: Backend = "eager"
-        if not isinstance(options.method, Hypergradient):
-            backend, _ = choose_backend(options.backend, data.device, data.dtype, choice.kind)
-        return Trainer(
+    def _train(
+        self, data: Dataset, configs: Sequence[Config], epochs: Sequence[int], seed: int, progress: Progress
+    ) -> list[list[nn.Module]]:
+        options, choice, descent = self.options, self.choice, self.options.method
+        descends = isinstance(descent, Hypergradient)
+        trainer = Trainer(
             data=data,
             kind=choice.kind,
             module_class=choice.module_class,
             objective=self.problem.objective,
             seed=seed,
             horizon=options.max_epochs,
-            backend=backend,
+            backend="eager" if descends else choose_backend(options.backend, data.device, data.dtype, choice.kind)[0],
             precision=options.precision,
         )
+        with matrix_products(tf32=options.tf32):
+            if isinstance(descent, Hypergradient):
+                return [[trainer.train_scheduled(configs[0], descent, epochs=epochs[0])]]
+            if options.backend == "auto":
+                trainer.take_code(configs, epochs)
+            return trainer.train_members(configs, epochs, progress)
 
     def dataset(self, folds: Sequence[Rows], trials: Sequence[Trial]) -> Dataset:
         """Return the data of some folds as the first trial reads them, on the device on which trials train there."""
         configs = [self.config(trial) for trial in trials]
-        chosen = self.problem.device_choice(folds, self.options, self.choice, configs)
+        device = self.problem.device_choice(folds, self.options, self.choice, configs).device
         problem = replace(self.problem, numbers=configs[0]["numbers"])
-        return problem.dataset(folds, self.options, self.choice, chosen.device)
+        return problem.dataset(folds, self.options, self.choice, device)
 
     def all_rows(self, trials: Sequence[Trial]) -> Dataset:
         """Return all rows as the one fold of a refit."""
@@ -144,30 +139,33 @@ class Search:
         # A series that was the target is named as its column, which frames to be predicted may still have.
         names = groups, getattr(self.problem.source.y, "name", None)
         unread = [*self.options.drop, *(name for name in names if isinstance(name, str))]
+        info = info | {
+            "scoring": record.scoring,
+            "positive": record.ranked_class,
+            "loss": record.objective,
+            **({"loss_arguments": loss.fixed} if loss is not None and loss.is_named and loss.fixed else {}),
+            "trials": len(self.study.trials),
+            "rows": self.rows["rows"],
+            "fingerprint": self.rows,
+            "versions": {"gputune": __version__, "torch": torch.__version__},
+            **({"drop": unread} if unread else {}),
+        }
+        center, scale = (
+            float(one[0]) if one[0].dim() == 0 else one[0].cpu().numpy() for one in (data.center, data.scale)
+        )
         return TunedModel(
             module=module,
             layout=self.problem.layout,
             statistics=data.statistics[0] if statistics is None else statistics,
             task=target.task,
             classes=target.classes,
-            center=_plain(data.center[0]),
-            scale=_plain(data.scale[0]),
+            center=center,
+            scale=scale,
             dtype=data.dtype,
             transform=data.transforms[0] if data.transforms else None,
             target=target.name,
             spec={**self.choice.spec, **spec},
-            info={
-                **info,
-                "scoring": record.scoring,
-                "positive": record.ranked_class,
-                "loss": record.objective,
-                **({"loss_arguments": loss.fixed} if loss is not None and loss.is_named and loss.fixed else {}),
-                "trials": len(self.study.trials),
-                "rows": self.rows["rows"],
-                "fingerprint": self.rows,
-                "versions": {"gputune": __version__, "torch": torch.__version__},
-                **({"drop": unread} if unread else {}),
-            },
+            info=info,
         )
 
     def arguments(self, config: Config, data: Dataset) -> Config:
@@ -215,10 +213,6 @@ def refit_trial(search: Search, one: Trial) -> TunedModel:
     )
 
 
-def _plain(value: Tensor) -> float | np.ndarray:
-    return float(value) if value.dim() == 0 else value.cpu().numpy()
-
-
 def _read_search(study: Study, X: object, y: object, trust_code: bool) -> RecordedSearch:
     """Return the model, the rows and the options of the search, from memory or from the study's file."""
     record = study.record
@@ -231,25 +225,6 @@ def _read_search(study: Study, X: object, y: object, trust_code: bool) -> Record
                 "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
             )
         return replace(kept, source=_source_of(X, y, kept.choice, kept.options))
-    check_refitted(record)
-    if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
-        raise lost_option(study.file, lost[0])
-    if record.sample_weight is not None:
-        raise _lost_weights("sample_weight again, which this study used")
-    if not is_known(record.target_transform):
-        raise _lost_weights("target_transform again, which is an object of your own")
-    options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
-    choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
-    rows = _reread(study, module=choice.takes_arrays) if X is None else _source_of(X, y, choice, options)
-    return RecordedSearch(choice, rows, options)
-
-
-def _source_of(X: object, y: object, choice: ModelChoice, options: Options) -> Source:
-    return read_source(X, y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
-
-
-def check_refitted(record: SearchRecord) -> None:
-    """Raise InputError where what a study searched is trained by others."""
     if record.face == "sklearn":
         raise InputError(
             f"best_model() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
@@ -260,40 +235,51 @@ def check_refitted(record: SearchRecord) -> None:
             "best_model() cannot refit a study of search(), whose training loop is your own: call your objective with "
             "study.best_params."
         )
+    if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
+        raise lost_option(study.file, lost[0])
+    # The record has class weights as text, its arguments as they were given.
+    given, lacking = record.arguments.kept.get("class_weight"), ""
+    class_weight = {None: None, "'balanced'": "balanced"}.get(record.class_weight, given)
+    if record.sample_weight is not None:
+        lacking = "sample_weight again, which this study used"
+    elif not is_known(record.target_transform):
+        lacking = "target_transform again, which is an object of your own"
+    elif record.class_weight is not None and class_weight is None:
+        lacking = f"class_weight={record.class_weight} again"
+    if lacking:
+        raise InputError(
+            f"best_model() cannot read {lacking}; call it on the study that tune() returned, in the same process."
+        )
+    options = recorded_options(record, **_machine(record), class_weight=class_weight)
+    choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
+    rows = _reread(study, module=choice.takes_arrays) if X is None else _source_of(X, y, choice, options)
+    return RecordedSearch(choice, rows, options)
 
 
-def _lost_weights(what: str) -> InputError:
-    return InputError(
-        f"best_model() cannot read {what}; call it on the study that tune() returned, in the same process."
-    )
+def _source_of(X: object, y: object, choice: ModelChoice, options: Options) -> Source:
+    return read_source(X, y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
 
 
 def _machine(record: SearchRecord) -> Config:
     """Return what a study's file says of the machine, as far as this one has it; a refit is for one process."""
     kept = record.arguments.kept
-    on_cluster = isinstance(kept.get("workers"), dict)
-    device, backend = "auto" if on_cluster else kept.get("device", "auto"), kept.get("backend", "auto")
+    device = "auto" if isinstance(kept.get("workers"), dict) else kept.get("device", "auto")  # of a cluster's tasks
+    backend = kept.get("backend", "auto")
     try:
         place = choose_device(device)
     except InputError:
         device, place = "auto", choose_device("auto")
-    if backend != "auto":
-        try:
+    try:
+        if backend != "auto":
             choose_backend(backend, place, DTYPES[record.dtype])
-        except InputError:
-            backend = "auto"
-    tf32 = kept.get("tf32", False) and place.type == "cuda"
-    return {"device": device, "backend": backend, "tf32": tf32, "workers": 1}
-
-
-def _class_weight(record: SearchRecord) -> object:
-    """Return the class weights of a study: its record has them as text, its arguments as they were given."""
-    kept = record.arguments.kept
-    if record.class_weight in (None, "'balanced'"):
-        return None if record.class_weight is None else "balanced"
-    if "class_weight" in kept:
-        return kept["class_weight"]
-    raise _lost_weights(f"class_weight={record.class_weight} again")
+    except InputError:
+        backend = "auto"
+    return {
+        "device": device,
+        "backend": backend,
+        "tf32": kept.get("tf32", False) and place.type == "cuda",
+        "workers": 1,
+    }
 
 
 def _reread(study: Study, *, module: bool) -> Source:
@@ -310,13 +296,12 @@ def _reread(study: Study, *, module: bool) -> Source:
 
 def _other_rows(study: Study, problem: Problem, rows: Mapping[str, object], *, are_given: bool) -> str:
     """Return in which way the rows are not those of the search, and what to do."""
-    origin, then, target = study.record.source, study.record.classes, problem.target
-    now = None if target.classes is None else target.classes.tolist()
+    origin, then, classes = study.record.source, study.record.classes, problem.target.classes
+    now = None if classes is None else classes.tolist()
     difference = rows_difference(study.record.fingerprint, rows)
     if then != now:
         counts = [len(labels or ()) for labels in (then, now)]
-        other = "other classes" if counts[0] == counts[1] else f"{counts[0]} classes then, {counts[1]} now"
-        difference = f"{difference}; {other}"
+        difference += "; other classes" if counts[0] == counts[1] else f"; {counts[0]} classes then, {counts[1]} now"
     if origin is not None and not are_given:
         return (
             f"the rows of {origin['path']!r} have changed since the study was searched on them ({difference}); restore "
