@@ -52,7 +52,7 @@ class Study(data.Study):
         Raises InputError for a number of no scored trial, for other rows, saying what differs, for a class that is not
         trusted, and where rows or options are in no file.
         """
-        from gputune.tuning.fold_report import refit_with_folds
+        from gputune.tuning.validation import refit_with_folds
 
         return refit_with_folds(
             self, X, y, trial=trial, intervals=intervals, calibrate=calibrate, check=check, trust_code=trust_code
@@ -87,7 +87,7 @@ class Study(data.Study):
         Raises InputError for fewer than two finished trials, a study of descents, a custom target, and as
         ``best_model`` does; DivergedError where a trial diverges on all rows.
         """
-        from gputune.tuning.ensemble import ensemble
+        from gputune.tuning.validation import ensemble
 
         return ensemble(
             self, X, y, size=size, candidates=candidates, refit=refit, calibrate=calibrate, trust_code=trust_code,
@@ -107,7 +107,7 @@ class Study(data.Study):
         Raises InputError for a number of no scored trial, a study of descents, of ``search`` or of a custom target,
         and as ``best_model`` does.
         """
-        from gputune.tuning.fold_report import oof_predictions
+        from gputune.tuning.validation import oof_predictions
 
         return oof_predictions(self, X, y, trial=trial, trust_code=trust_code)
 
@@ -155,7 +155,7 @@ class Study(data.Study):
 
         folds = None
         if confusion or importance:
-            from gputune.tuning.fold_report import fold_report
+            from gputune.tuning.validation import fold_report
 
             check_place(f"report({str(path)!r})", Path(path), self.file)
             what = {"confusion": confusion, "importance": importance}

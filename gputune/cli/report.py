@@ -31,7 +31,7 @@ def report(arguments: Namespace) -> str:
     check_place(f"--out {out!r}", Path(out), file)
     study = open_study(arguments)
     if arguments.live and (arguments.confusion or arguments.importance):  # before a page is written
-        from gputune.tuning.fold_report import check_fold_report
+        from gputune.tuning.validation import check_fold_report
 
         check_fold_report(study, confusion=bool(arguments.confusion))
     folds = None if arguments.live else _folds(study, arguments)
@@ -51,7 +51,7 @@ def _folds(study: Study, arguments: Namespace) -> FoldReport | None:
     """Return what the best trial does on the rows that its folds validate on, where that is asked for."""
     if not (arguments.confusion or arguments.importance):
         return None
-    from gputune.tuning.fold_report import fold_report
+    from gputune.tuning.validation import fold_report
 
     what = {"confusion": bool(arguments.confusion), "importance": bool(arguments.importance)}
     return fold_report(study, **what, trust_code=bool(arguments.trust_code))

@@ -20,6 +20,7 @@ from gputune.scoring.metrics import make_metrics, scorers_of
 from gputune.scoring.outputs import Outputs
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, outputs_of
+from gputune.study.model import TunedModel
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial
 from gputune.text import count
@@ -80,25 +81,24 @@ def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) 
     """Return what trials predict on the folds of the search: as the study keeps it, or by training there again."""
     kept = _kept_outputs(search, trials)
     lacking = [trial for trial in trials if trial.number not in kept]
+    values: dict[int, Sequence[Tensor]] = {}  # of each trial by fold
     if lacking:
         told = "the search was told to keep no predictions"
         why = "no predictions of them were kept" if search.options.keep_predictions else told
         progress.say(f"{count(len(lacking), 'trial')} train on their folds once more: {why}")
         members, data, scoring = members_of(search, lacking, progress)
-        again = Predictions.of(members, [data.of(search.config(trial)) for trial in lacking], scoring)
+        for trial, folds in zip(lacking, members):
+            own = data.of(search.config(trial))
+            values[trial.number] = [_predict(module, own, f) for f, module in enumerate(folds)]
+        data = data.of(search.config(lacking[0]))
     else:
-        again = Predictions((), *_folds(search, trials))
-    data, places = again.data, {trial.number: place for place, trial in enumerate(lacking)}
+        data, scoring = _folds(search, trials)
     lengths = [len(fold.valid) for fold in data.folds]
-    parts = {n: torch.split(torch.tensor(one.values, device=data.device), lengths) for n, one in kept.items()}
-
-    def value(number: int, fold: int) -> Tensor:
-        if number in kept:
-            return _values(parts[number][fold].double(), data)
-        return again.values[fold][places[number]]
-
-    values = [torch.stack([value(trial.number, f) for trial in trials]) for f in range(data.n_folds)]
-    return replace(again, values=values)
+    for number, one in kept.items():
+        parts = torch.split(torch.tensor(one.values, device=data.device), lengths)
+        values[number] = [_values(part.double(), data) for part in parts]
+    stacked = [torch.stack([values[trial.number][f] for trial in trials]) for f in range(data.n_folds)]
+    return Predictions(stacked, data, scoring)
 
 
 def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]:
@@ -116,9 +116,15 @@ def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]
 
 
 def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
-    """Return the data of the folds of the search, for some trials, and how it was scored."""
-    data = search.dataset(unpack_folds(search.study.record.arguments.folds), trials)
-    return data, _scoring(search)
+    """Return the data of the folds of the search, for some trials, and how it was scored: by the metric that ranks."""
+    record, target, asked = search.study.record, search.problem.target, search.options.scoring
+    data = search.dataset(unpack_folds(record.arguments.folds), trials)
+    positive = record.ranked_class if asked is None else record.positive
+    if (scorers := scorers_of(asked)) is not None and record.metrics:
+        asked = {one["name"]: scorers[one["name"]] for one in record.metrics}
+    scoring = record.scoring if asked is None else asked
+    of_target = target.task, target.classes, positive, search.objective, target.n_outputs
+    return data, make_metrics(scoring, *of_target)
 
 
 def members_of(
@@ -133,16 +139,6 @@ def members_of(
     return members, data, scoring
 
 
-def _scoring(search: Search) -> Scoring:
-    """Return what the study is scored by, the metric that ranks first."""
-    record, target, asked = search.study.record, search.problem.target, search.options.scoring
-    positive = record.ranked_class if asked is None else record.positive
-    if (scorers := scorers_of(asked)) is not None and record.metrics:
-        asked = {one["name"]: scorers[one["name"]] for one in record.metrics}
-    scoring = record.scoring if asked is None else asked
-    return make_metrics(scoring, target.task, target.classes, positive, search.objective, target.n_outputs)
-
-
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """What M candidates predict of the rows that each fold validates on.
@@ -154,16 +150,12 @@ class Predictions:
     data: Dataset
     scoring: Scoring
 
-    @staticmethod
-    def of(members: Sequence[Sequence[nn.Module]], data: Sequence[Dataset], scoring: Scoring) -> "Predictions":
-        """Return the predictions of members (M, F), each of its own data."""
-        values = [
-            torch.stack([_predict(folds[f], own, f) for folds, own in zip(members, data)])
-            for f in range(data[0].n_folds)
-        ]
-        return Predictions(values, data[0], scoring)
+    def complete(self, model: TunedModel, weights: Tensor, *, calibrated: bool) -> TunedModel:
+        """Return a model, the mean of the candidates by ``weights`` (M,), with its residuals and its temperature."""
+        temperature = self._temperature(weights) if calibrated else 1.0
+        return replace(model, residuals=self._residuals(weights), temperature=temperature)
 
-    def residuals(self, weights: Tensor) -> NDArray[np.float64] | None:
+    def _residuals(self, weights: Tensor) -> NDArray[np.float64] | None:
         """Return how far off the mean of the candidates by ``weights`` (M,) is on validation rows, ascending.
 
         They are on the scale of a transformed target, of a row of several folds the mean, and at most ``_RESIDUALS``,
@@ -184,7 +176,7 @@ class Predictions:
         kept: NDArray[np.float64] = ascending[np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1]
         return kept
 
-    def temperature(self, weights: Tensor) -> float:
+    def _temperature(self, weights: Tensor) -> float:
         """Return the temperature that calibrates the mean of the candidates by ``weights`` (M,) on validation rows.
 
         Rows of a class that their fold's training rows lack tell nothing of it; where there are no others it is 1.
@@ -226,17 +218,14 @@ class Predictions:
 
         Of one fold, (2,): every second row of it, and the others, by what is chosen on the other half.
         """
-        if self.data.n_folds == 1:
-            half, other = self._half(0), self._half(1)
-            return [half._score_of(other.choose(size), 0), other._score_of(half.choose(size), 0)]
-        every = range(self.data.n_folds)
-        return [self._score_of(self.choose(size, [f for f in every if f != fold]), fold) for fold in every]
-
-    def _half(self, start: int) -> "Predictions":
-        """Return what is predicted of every second validation row of the only fold, from the first or second one on."""
-        (fold,), (values,) = self.data.folds, self.values
-        part = replace(self.data, folds=(replace(fold, valid=fold.valid[start::2]),))
-        return replace(self, values=[values[:, start::2]], data=part)
+        if self.data.n_folds > 1:
+            every = range(self.data.n_folds)
+            return [self._score_of(self.choose(size, [f for f in every if f != fold]), fold) for fold in every]
+        (fold,), (values,), halves = self.data.folds, self.values, []
+        for start in (0, 1):
+            part = replace(self.data, folds=(replace(fold, valid=fold.valid[start::2]),))
+            halves.append(replace(self, values=[values[:, start::2]], data=part))
+        return [half._score_of(other.choose(size), 0) for half, other in (halves, halves[::-1])]
 
     def _score_of(self, choice: Counter[int], fold: int) -> float:
         """Return the score of an ensemble on one fold."""

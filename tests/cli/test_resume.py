@@ -92,9 +92,9 @@ def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
     lose_results(bugs.parent / "gputune-out" / "study.db", 1)
     seen, search = [], tune.search
 
-    def spy(choice, source, options, *arguments, **more):
-        seen.append(options)
-        return search(choice, source, options, *arguments, **more)
+    def spy(recorded, *arguments, **more):
+        seen.append(recorded.options)
+        return search(recorded, *arguments, **more)
 
     monkeypatch.setattr(tune, "search", spy)
     changed = ["--backend", "eager", "--checkpoint-seconds", "3", "--memory", "1MB", "--workers", "1"]

@@ -190,9 +190,9 @@ def test_a_study_without_results_is_read(tmp_path):
 
 
 def test_best_model_is_a_refit_of_this_study_on_the_given_rows(monkeypatch):
-    module = types.ModuleType("gputune.tuning.fold_report")
+    module = types.ModuleType("gputune.tuning.validation")
     module.refit_with_folds = lambda *arguments, **how: (*arguments, how)
-    monkeypatch.setitem(sys.modules, "gputune.tuning.fold_report", module)
+    monkeypatch.setitem(sys.modules, "gputune.tuning.validation", module)
     found = study(trial(0, 1.0))
     plain = {"trial": None, "intervals": False, "calibrate": None, "check": True, "trust_code": False}
     assert found.best_model() == (found, None, None, plain)

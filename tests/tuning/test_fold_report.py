@@ -13,7 +13,7 @@ from command_line import FAST, kinds, run, write_table
 from gputune.models import CNN
 from gputune.report.importance import columns_chart, confusion_chart
 from gputune.study.curves import FoldReport
-from gputune.tuning.fold_report import fold_report
+from gputune.tuning.validation import fold_report
 from refused import refused
 
 RNG = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def test_columns_by_another_metric(tmp_path):
 def test_many_rows_are_thinned(iris, monkeypatch):
     study, _ = iris
     whole = fold_report(study, importance=True)
-    monkeypatch.setattr("gputune.tuning.fold_report._ROWS", 20)
+    monkeypatch.setattr("gputune.tuning.validation._ROWS", 20)
     thin = fold_report(study, importance=True)
     assert {*thin.columns} == {*whole.columns} and not np.array_equal(np.sort(thin.drops), np.sort(whole.drops))
 

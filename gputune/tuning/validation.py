@@ -1,0 +1,258 @@
+"""What trials of a study do on the rows that its folds validate on: predictions, an ensemble, a report of the best.
+
+The study keeps what they predict there, or their members train again as in the search.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gputune.data.dataset import Dataset, Fold
+from gputune.data.encode import Layout, Statistics
+from gputune.data.folds import unpack_folds
+from gputune.data.scaling import side_by_side
+from gputune.engine.stop import entry
+from gputune.errors import InputError, check_count
+from gputune.population.network import Ensemble
+from gputune.scoring.scoring import Scoring
+from gputune.seeding import stream, stream_seed
+from gputune.study.curves import FoldReport
+from gputune.study.model import TunedModel
+from gputune.study.study import Study, Trial
+from gputune.tuning.predictions import (
+    Predictions,
+    check_folds_train,
+    is_calibrated,
+    means_of_rows,
+    members_of,
+    predictions_of,
+    search_for,
+    values_of,
+    why_no_folds,
+)
+from gputune.tuning.progress import Progress
+from gputune.tuning.refit import Search, refit_trial, search_of
+from gputune.types import Config
+
+_SHUFFLES, _ROWS = 5, 10_000
+"""Shuffles of a column, and rows of a fold at most that are shuffled."""
+
+
+@entry
+def oof_predictions(
+    study: Study, X: object = None, y: object = None, *, trial: int | None = None, trust_code: bool = False
+) -> NDArray[np.float64]:
+    """Return what a trial predicts of rows that it was not trained on; see ``Study.oof_predictions``."""
+    check_folds_train(study, "oof_predictions()")
+    one = _trial_of_number(study, trial, "oof_predictions")
+    search = search_for("oof_predictions", study, X, y, trust_code)
+    predictions = predictions_of(search, [one], Progress(0))
+    data = predictions.data
+    means = means_of_rows(data, [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)])
+    return means[:, 0] if data.task == "regression" and means.shape[1] == 1 else means
+
+
+@entry
+def refit_with_folds(
+    study: Study,
+    X: object = None,
+    y: object = None,
+    *,
+    trial: int | None = None,
+    intervals: bool = False,
+    calibrate: bool | None = None,
+    check: bool = True,
+    trust_code: bool = False,
+) -> TunedModel:
+    """Return the best trial of a study, or one of a number, trained on all rows; see ``Study.best_model``.
+
+    It trains for as many epochs as its best score took, and its members on the folds tell the rest.
+    """
+    if calibrate is None and (not check or why_no_folds(study)):
+        calibrate = False
+    calibrated = is_calibrated(study, calibrate, "best_model")
+    called, on_folds = f"best_model({'intervals' if intervals else 'calibrate'}=True)", intervals or calibrated
+    if on_folds:
+        check_folds_train(study, called)
+    if intervals and study.record.task != "regression":
+        raise InputError(f"{called} is for a number to be predicted, and the study is of classes; leave it out.")
+    one = _trial_of_number(study, trial, "best_model")
+    search = search_of(study, X, y, check=check, trust_code=trust_code)
+    if not on_folds:
+        return refit_trial(search, one)
+    if search.rows != study.record.fingerprint:
+        raise InputError(f"{called} needs the rows of the search, whose folds it trains on; leave out check=False.")
+    if intervals and search.problem.target.n_outputs > 1:
+        raise InputError(f"{called} is for one number a row, and the target has several; search for one at a time.")
+    predictions = predictions_of(search, [one], Progress(0))
+    return predictions.complete(refit_trial(search, one), torch.ones(1), calibrated=calibrated)
+
+
+def _trial_of_number(study: Study, number: object, caller: str) -> Trial:
+    """Return the trial of a number, None: the best; InputError, in a caller's words, where none of it has a score."""
+    if number is None:
+        return study.best_trial
+    scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
+    if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
+        raise InputError(
+            f"{caller}(trial={number!r}) must be the number of a trial that has a score, for example "
+            f"{study.best_trial.number}; study.trials lists them."
+        )
+    return scored[int(number)]
+
+
+@entry
+def ensemble(
+    study: Study,
+    X: object = None,
+    y: object = None,
+    *,
+    size: int = 25,
+    candidates: int = 25,
+    refit: int | Literal["all", "folds"] = "all",
+    calibrate: bool | None = None,
+    trust_code: bool = False,
+    verbose: int = 1,
+) -> TunedModel:
+    """Choose and train an ensemble of the trials of a study; see ``Study.ensemble``.
+
+    Source: Caruana et al. (2004), Ensemble selection from libraries of models: with repetition, from the best one on.
+    """
+    check_count(size, "ensemble(size=...)")
+    check_count(candidates, "ensemble(candidates=...)", least=2)
+    starts = 1 if isinstance(refit, str) and refit in ("all", "folds") else refit
+    check_count(starts, "ensemble(refit=...), unless it is 'all' or 'folds',")
+    check_folds_train(study, "ensemble()")
+    trials = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)][:candidates]
+    if len(trials) < 2:
+        raise InputError(
+            f"ensemble() needs two finished trials, and the study has {len(trials)}; search on, or use best_model()."
+        )
+    calibrated = is_calibrated(study, calibrate, "ensemble")
+    search = search_for("ensemble", study, X, y, trust_code)
+    predictions = predictions_of(search, trials, Progress(verbose))
+    chosen, scores = predictions.choose(size), predictions.nested_scores(size)
+    places = sorted(chosen)
+    chosen_trials, weights = [trials[place] for place in places], [chosen[place] / chosen.total() for place in places]
+    info = {
+        "ensemble": {str(trial.number): weight for trial, weight in zip(chosen_trials, weights)},
+        "refit": refit,
+        **search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))),
+    }
+    model = _mean_model(search, chosen_trials, weights, None if refit == "folds" else int(starts), info)
+    shares = torch.tensor([chosen[place] / chosen.total() for place in range(len(trials))])
+    return predictions.complete(model, shares, calibrated=calibrated)
+
+
+def _mean_model(
+    search: Search, trials: Sequence[Trial], weights: Sequence[float], starts: int | None, info: Config
+) -> TunedModel:
+    """Return the weighted mean of trials, each trained on all rows from so many starts; None: on those of each fold."""
+    seed, whole = search.options.random_state, search.all_rows(trials)
+    if starts is None:  # prepared as all rows are: members then read the same
+        (every,) = whole.folds
+        folds = unpack_folds(search.study.record.arguments.folds)
+        rows = [torch.as_tensor(train, device=whole.device) for train, _ in folds]
+        parts = [(replace(whole, folds=(replace(every, train=train),)), seed) for train in rows]
+    else:
+        seeds = [seed, *(stream_seed(seed, "ensemble", number) for number in range(1, starts))]
+        parts = [(whole, one) for one in seeds]
+    modules = [module for data, one in parts for (module,) in search.train(data, trials, seed=one)]
+    columns, statistics = _columns(search, whole, trials)
+    columns *= len(parts)
+    shares = [weight / len(parts) for weight in weights] * len(parts)
+    network = Ensemble(modules, shares, search.problem.target.task, columns)
+    arguments = [search.arguments(search.config(trial), whole) for trial in trials] * len(parts)
+    spec = {"kwargs": arguments[0], "ensemble": arguments, **({"columns": columns} if columns else {})}
+    return search.model(network.eval(), whole, statistics=statistics, spec=spec, info=info)
+
+
+def _columns(search: Search, data: Dataset, trials: Sequence[Trial]) -> tuple[list[list[int]], Statistics | None]:
+    """Return the first column and the end of what each trial reads of an ensemble's inputs, and what makes these."""
+    own = [data.of(search.config(trial)) for trial in trials]
+    distinct = {one.numbers: one for one in own}
+    if len(distinct) == 1:
+        return [], None  # all columns of the data itself
+    ends = np.cumsum([one.n_features for one in distinct.values()]).tolist()
+    columns = {word: [end - one.n_features, end] for end, (word, one) in zip(ends, distinct.items())}
+    parts = [part for one in distinct.values() for part in one.statistics if isinstance(part, Statistics)]
+    return [columns[one.numbers] for one in own], side_by_side(parts)
+
+
+@entry
+def fold_report(
+    study: Study,
+    X: object = None,
+    y: object = None,
+    *,
+    confusion: bool = False,
+    importance: bool = False,
+    trust_code: bool = False,
+) -> FoldReport:
+    """Return the confusion matrix and the importance of the columns that were asked for; see ``Study.report``.
+
+    Raises InputError where there are no classes, no columns, or no folds to train on.
+    """
+    check_fold_report(study, confusion=confusion)
+    search, one = search_for("report", study, X, y, trust_code), study.best_trial
+    layout, matrix = search.problem.layout, np.zeros((0, 0), np.int64)
+    if importance and not isinstance(layout, Layout):
+        raise InputError(
+            f"report(importance=True) is of the columns of a table, and X is {layout}; leave importance out."
+        )
+    if confusion:
+        predictions = predictions_of(search, [one], Progress(0))
+        data = predictions.data
+        means = means_of_rows(data, [value[0].cpu() for value in predictions.values])
+        known = np.isfinite(means).all(1)
+        K, true = means.shape[1], data.target.cpu().numpy()[known]
+        counts = np.bincount(true * K + means[known].argmax(1), minlength=K * K)
+        matrix = counts.reshape(K, K).astype(np.int64)
+    if not importance or not isinstance(layout, Layout):
+        return FoldReport(one.number, matrix, (), np.zeros(0), np.zeros(0))
+    (members,), data, scoring = members_of(search, [one], Progress(0))
+    drops = _drops(members, data, scoring, layout.widths(search.config(one)["numbers"]))
+    order = np.argsort(-drops.mean(1), kind="stable")
+    names = tuple(layout.columns[place].name for place in order)
+    return FoldReport(one.number, matrix, names, drops.mean(1)[order], drops.std(1)[order])
+
+
+def check_fold_report(study: Study, *, confusion: bool) -> None:
+    """Raise InputError for a study without folds to train on, and for a ``confusion`` where there are no classes."""
+    check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
+    if confusion and (study.record.classes is None or study.record.task == "multilabel"):
+        what = "several labels" if study.record.task == "multilabel" else "numbers"
+        raise InputError(f"report(confusion=True) is of classes, and the study predicts {what}; leave confusion out.")
+
+
+def _drops(members: list[nn.Module], data: Dataset, scoring: Scoring, sizes: list[int]) -> NDArray[np.float64]:
+    """Return how much the score falls when a column of so many features is shuffled, (columns, shuffles of folds).
+
+    Source: Breiman (2001), Random forests; as sklearn.inspection.permutation_importance, on the rows of each fold.
+    """
+    few = [fold.valid[:: -(-len(fold.valid) // _ROWS) or 1] for fold in data.folds]
+    data = replace(data, folds=tuple(Fold(fold.train, rows) for fold, rows in zip(data.folds, few)))
+    scored, drops = Predictions((), data, scoring), []
+    ends = np.cumsum(sizes).tolist()
+    for f, (module, rows) in enumerate(zip(members, few)):
+        x = data.rows(f, rows)[0].cpu()
+
+        def score(inputs: Tensor, f: int = f, module: nn.Module = module) -> float:
+            return float(scored.scores(f, values_of(module, [inputs], data)[None])[0, 0])
+
+        whole = score(x)
+        for shuffle in range(_SHUFFLES):
+            order = torch.randperm(len(rows), generator=stream(0, "importance", f, shuffle))
+            fallen = []
+            for end, size in zip(ends, sizes):
+                table = x.clone()
+                table[:, end - size : end] = x[order, end - size : end]
+                fallen.append(whole - score(table))
+            drops.append(fallen)
+    return np.stack(drops, 1)
