@@ -8,7 +8,6 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from gputune.engine.job import Outcome
 from gputune.engine.memory import Failure
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
@@ -26,7 +25,7 @@ from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
 from gputune.text import count
 from gputune.tuning.choices import ModelChoice
-from gputune.tuning.context import Context, RecordedPlan, failed_result
+from gputune.tuning.context import Context, failed_result
 from gputune.types import Config, Json
 
 SlopeMode = Literal["exact", "differences"]
@@ -66,12 +65,19 @@ def check_descent(
             f"method='hypergradient' descends on the squared error of the target as it is, got target_transform="
             f"{context.options.target_transform!r}: choose another method, or transform y before."
         )
-    names = searched_names(method, context.choice)
-    if labels is not None:
-        _check_folds(labels.tolist(), context)
-    configs = {c.number: _complete(c.params, context) for c in trials}
-    _check_starts(configs, names, context)
-    if not context.choice.solved:
+    names, data, solved = searched_names(method, context.choice), context.data, context.choice.solved
+    if labels is not None and data.present is not None:  # a fold must train on the classes that it holds out
+        words = labels.tolist()
+        for number, fold in enumerate(data.folds):
+            valid = [words[code] for code in data.target[fold.valid].tolist()]
+            check_classes(number, valid, [words[code] for code in data.present[number].nonzero()])
+    configs = {candidate.number: _complete(candidate.params, context) for candidate in trials}
+    for number, config in configs.items():
+        for name in names:
+            if not solved:
+                check_start(config, name, f"trial {number}", argument="Hypergradient(hyperparameters=...)")
+            check_coordinate(name, config[name], f"trial {number}", called=name, space="the space")
+    if not solved:
         _plan(list(configs.values()), "exact", context)
 
 
@@ -94,25 +100,22 @@ def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_step
         slopes = points.measure(starts, step)
         if step == outer_steps:
             return
-        stayed = {number for number, slope in slopes.items() if not _move(starts[number], slope)}
-        going = set(slopes)
+        going, stayed = set(slopes), {}
+        for number, slope in slopes.items():
+            start = starts[number]
+            before = dict(start.config)
+            start.move(slope)
+            if start.config == before and not start.ended:
+                stayed[number] = start
         if points.measures_again:
-            noisy = {number: starts[number] for number in stayed if not starts[number].ended}
-            again = points.measure(noisy, step)
+            again = points.measure(stayed, step)
             for number, slope in again.items():
                 starts[number].move(slope)
-            going -= noisy.keys() - again.keys()
+            going -= stayed.keys() - again.keys()
         starts = {number: start for number, start in starts.items() if number in going and not start.ended}
         points.add(starts, step + 1)
         if not starts:
             return
-
-
-def _move(start: Descent, slope: Slope) -> bool:
-    """Move a start by its slope, and say whether it is at another point now."""
-    before = dict(start.config)
-    start.move(slope)
-    return start.config != before
 
 
 def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Context) -> None:
@@ -147,29 +150,24 @@ class _Trials:
 
     def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
         """Evaluate the points that have no result yet; one that was cut short, or given up, has no slope."""
-        if step > 0 and self.context.is_over():
+        ledger, context = self.ledger, self.context
+        if step > 0 and context.is_over():
             return {}
-        for mode in ("exact", "differences"):
-            waiting = [
-                point
-                for start, point in self.points.items()
-                if point.number not in self.ledger.results and starts[start].mode == mode
-            ]
-            if waiting and self.context.choice.solved:
+        modes: tuple[SlopeMode, ...] = "exact", "differences"
+        for mode in modes:
+            of_mode = [point for start, point in self.points.items() if starts[start].mode == mode]
+            waiting = [point for point in of_mode if point.number not in ledger.results]
+            if waiting and context.choice.solved:
                 for places in by_numbers([point.params for point in waiting]):
-                    _solve(self.ledger, [waiting[place] for place in places], self.context)
+                    _solve(ledger, [waiting[place] for place in places], context)
             elif waiting:
-                _train(self.ledger, waiting, mode, step, self.context)
-        results = ((number, self.ledger.results.get(self.points[number].number)) for number in starts)
-        return {
-            number: Slope.from_detail(result.detail)
-            for number, result in results
-            if result is not None and "slope" in result.detail
-        }
+                _train(ledger, waiting, mode, step, context)
+        results = {n: ledger.results[p.number] for n in starts if (p := self.points[n]).number in ledger.results}
+        return {n: Slope.from_detail(result.detail) for n, result in results.items() if "slope" in result.detail}
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
         """Make each point a trial of the ledger, unless it is one."""
-        known = {c.origin: c for c in self.ledger.candidates}
+        known = {candidate.origin: candidate for candidate in self.ledger.candidates}
         number = 1 + max(candidate.number for candidate in self.ledger.candidates)
         points: dict[int, Candidate] = {}
         new: list[Candidate] = []
@@ -196,19 +194,16 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
         return plan
 
     complete = partial(_complete, context=context)
-    plans = context.recorded_plans(ledger, points, stage=step, complete=complete, make=make)
-    for recorded in plans:
+    for recorded in context.recorded_plans(ledger, points, stage=step, complete=complete, make=make):
+        trials, configs = recorded.trials, recorded.configs
         context.progress.plan(recorded.plan, aloud=step == 0)
         for outcome in context.train(jobs[-1], recorded.plan):
-            context.finish(ledger, _results(recorded, mode, context, outcome))
-
-
-def _results(recorded: RecordedPlan, mode: SlopeMode, context: Context, outcome: Outcome | Failure) -> list[Result]:
-    if isinstance(outcome, Failure):
-        return [failed_result(recorded.trials[outcome.index[0]].number, context.no_curve, outcome.reason)]
-    assert isinstance(outcome, Slopes)
-    rows = enumerate(outcome.index)
-    return [_result(recorded.trials[i], recorded.configs[i], c, outcome, mode) for c, i in rows]
+            if isinstance(outcome, Failure):
+                results = [failed_result(trials[outcome.index[0]].number, context.no_curve, outcome.reason)]
+            else:
+                assert isinstance(outcome, Slopes)
+                results = [_result(trials[i], configs[i], c, outcome, mode) for c, i in enumerate(outcome.index)]
+            context.finish(ledger, results)
 
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
@@ -228,13 +223,17 @@ def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
     """The result of a point: its score is that of the last epoch, whose loss is descended."""
-    share = outcome.seconds / len(outcome.index)
     detail: Json = {}
     if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
         slopes = {name: table[c] for name, table in outcome.slopes.items()}
         detail = slope_at(config, outcome.losses[c], slopes, outcome.ratios[c], mode).to_detail()
     return Result.of_curve(
-        point.number, outcome.curves[c], epochs=outcome.epochs, rule="last", seconds=share, detail=detail
+        point.number,
+        outcome.curves[c],
+        epochs=outcome.epochs,
+        rule="last",
+        seconds=outcome.seconds / len(outcome.index),
+        detail=detail,
     )
 
 
@@ -245,37 +244,12 @@ def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
     solution, derivative = implicit_chunk(data, configs, memory=context.trainer.memory)
     curves = score_solution(data, len(points), solution, context.scoring)
     losses, slopes = (t.view(data.n_folds, -1).T.cpu().numpy() for t in (derivative.value, derivative.gradient))
-    outcome = Slopes(
-        tuple(range(len(points))),
-        curves,
-        1,
-        time.monotonic() - begin,
-        losses,
-        {"C": slopes[..., None, None] / np.array([c["C"] for c in configs])[:, None, None, None]},
-        np.zeros(losses.shape),
-    )
+    of_C = {"C": slopes[..., None, None] / np.array([c["C"] for c in configs])[:, None, None, None]}
+    index, seconds = tuple(range(len(points))), time.monotonic() - begin
+    outcome = Slopes(index, curves, 1, seconds, losses, of_C, np.zeros(losses.shape))
     context.progress.advance(len(points), curves)
-    context.finish(ledger, [_result(points[i], configs[i], i, outcome, "exact") for i in outcome.index])
+    context.finish(ledger, [_result(points[i], configs[i], i, outcome, "exact") for i in index])
 
 
 def _complete(params: Config, context: Context) -> Config:
     return {"beta1": BETA1, "beta2": BETA2} | context.complete(params)
-
-
-def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Context) -> None:
-    """Refuse, before anything trains, a start that cannot move."""
-    for number, config in configs.items():
-        for name in names:
-            if not context.choice.solved:
-                check_start(config, name, f"trial {number}", argument="Hypergradient(hyperparameters=...)")
-            check_coordinate(name, config[name], f"trial {number}", called=name, space="the space")
-
-
-def _check_folds(labels: Sequence[object], context: Context) -> None:
-    """Refuse a fold that holds out a class on which it does not train."""
-    data = context.data
-    if data.present is None:
-        return
-    for number, fold in enumerate(data.folds):
-        valid = [labels[code] for code in data.target[fold.valid].tolist()]
-        check_classes(number, valid, [labels[code] for code in data.present[number].nonzero()])

@@ -78,24 +78,21 @@ class Problem:
         """Return the data of some folds on a device, and what prepares numbers in other ways."""
         # The solver's tolerance lies beyond single precision.
         dtype = torch.float64 if choice.solved else DTYPES[options.dtype]
-        weights = check_weights(options.sample_weight, options.class_weight, self.target)
         trains, like = [train for train, _ in folds], torch.empty(0, dtype=dtype, device=device)
         data = make_dataset(
             self.raw,
             self._statistics(trains, self.numbers),
             self.target,
             folds,
-            weights=weights,
+            weights=check_weights(options.sample_weight, options.class_weight, self.target),
             like=like,
             standardise=self.objective is None or self.objective.is_named,
         )
         data = replace(data, numbers=self.numbers)
         if isinstance(self.layout, Layout):
             groups = self.layout.groups(self.layout.places(self.numbers))
-            preparations = Preparations(partial(self._inputs, trains, like))
-            data = replace(data, feature_groups=groups, preparations=preparations)
-        one_logit = self.objective is not None and self.objective.one_logit
-        return data.with_one_logit() if one_logit else data
+            data = replace(data, feature_groups=groups, preparations=Preparations(partial(self._inputs, trains, like)))
+        return data.with_one_logit() if self.objective is not None and self.objective.one_logit else data
 
     def _statistics(
         self, trains: Sequence[np.ndarray], numbers: Numbers
@@ -175,12 +172,10 @@ class Problem:
             return ()
         parts = dict(zip(self.raw.labels, self.raw.parts, strict=True))
         can = [label for label, x in parts.items() if x.is_floating_point() or x.dtype == torch.uint8]
-        if not can:
-            return ()
-        if self.numbers == "none":
+        if can and self.numbers == "none":
             return (f"not scaled: {', '.join(can)}; numbers='standard' scales by channel",)
         rest = ", ".join(label for label in parts if label not in can)
-        return (f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}",)
+        return (f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}",) if can else ()
 
     def columns_in_words(self) -> str:
         """Say which columns are no feature, or several, for messages about shapes; "" where there are none."""
@@ -189,15 +184,10 @@ class Problem:
         used = dict(zip((c.name for c in self.layout.columns), self.layout.widths(self.numbers)))
         lost = [name for name in self.layout.inputs if name not in used]
         wide = [name for name, features in used.items() if features > 1]
-        named = ((lost, "left out"), (wide, "several features each"))
-        parts = [f"{quoted(names)} {what}" for names, what in named if names]
-        if not parts:
-            return ""
+        parts = [f"{quoted(lost)} left out"] * bool(lost) + [f"{quoted(wide)} several features each"] * bool(wide)
         remedy = "" if self.columns == "keep" else "; columns 'keep' leaves numbers and booleans as they are"
-        return (
-            f" Of the {len(self.layout.inputs)} columns of X, which are {sum(used.values())} features, "
-            f"{' and '.join(parts)}{remedy}."
-        )
+        counts = f"Of the {len(self.layout.inputs)} columns of X, which are {sum(used.values())} features"
+        return f" {counts}, {' and '.join(parts)}{remedy}." if parts else ""
 
 
 def make_problem(source: Source, task: Any, choice: ModelChoice, options: Options) -> Problem:
@@ -224,10 +214,9 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     target = with_transform(target, options.target_transform)
     check_spread(target)
-    objective = _objective(target, choice, options)
-    columns, word = options.columns, options.numbers
-    keeps = columns == "keep" or (columns == "auto" and choice.kind == "module" and not choice.recipe)
-    how: Columns = "keep" if keeps else "drop-constant"
+    objective, word = _objective(target, choice, options), options.numbers
+    is_own = choice.kind == "module" and not choice.recipe
+    how: Columns = "keep" if options.columns == "keep" or (options.columns == "auto" and is_own) else "drop-constant"
     if isinstance(source.X, Arrays):
         numbers: Numbers = "none" if word == "auto" else word
         return Problem(source, target, ArrayLayout.of(source.X), source.X, how, numbers, objective)
@@ -262,9 +251,8 @@ def _objective(target: Target, choice: ModelChoice, options: Options) -> Objecti
 
 def default_loss(data: Dataset, choice: ModelChoice, options: Options, params: Config) -> str:
     """Return "bce" where no loss is given and the module returns one logit a row of two classes, else ""."""
-    if choice.module_class is None or options.loss is not None or options.training_step is not None:
-        return ""
-    return "bce" if returns_one_logit(choice.module_class, params, data) else ""
+    module, is_given = choice.module_class, options.loss is not None or options.training_step is not None
+    return "bce" if module is not None and not is_given and returns_one_logit(module, params, data) else ""
 
 
 def remarks_on_loss(problem: Problem, choice: ModelChoice, scoring: Scoring) -> tuple[str, ...]:

@@ -95,9 +95,9 @@ class Trainer:
         ways = {trains_as(fast, self.kind, config) for config in configs}
         some_fast = not ways or fast in ways
         if why and some_fast:
-            how = "eagerly, slower than" if backend == "eager" else "in recorded steps, slower than"
-            than = "in recorded steps" if backend == "eager" else "compiled ones"
-            say(f"note: trials train {how} {than}: {why}")
+            eager = backend == "eager"
+            how, than = ("eagerly", "in recorded steps") if eager else ("in recorded steps", "compiled ones")
+            say(f"note: trials train {how}, slower than {than}: {why}")
         if word in ("compiled", "graph") and not some_fast and ways != {"loop"}:
             how = "in recorded steps" if module and word == "compiled" else "eagerly"
             models = "MLPs and linear models with " if word == "compiled" else ""
@@ -127,30 +127,23 @@ class Trainer:
 
     def compile(self, configs: Sequence[Config], say: Callable[[str], object]) -> None:
         """Compile the kernels in which complete configurations train, and say so; plans know where that fails."""
-        if self.backend != "kernel":
-            return
-        known = [config for config in configs if not lacks(config, self.kind, self.data)]
-        kernels = dict.fromkeys(kernel_of([config], self.kind, self.data) for config in known)
-        with suppress(NotBuiltError):  # which a warning has told
-            for kernel in kernels:
-                compiled(kernel, self.data.device, say)
+        if self.backend == "kernel":
+            known = [config for config in configs if not lacks(config, self.kind, self.data)]
+            with suppress(NotBuiltError):  # which a warning has told
+                for kernel in dict.fromkeys(kernel_of([config], self.kind, self.data) for config in known):
+                    compiled(kernel, self.data.device, say)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
         """Return complete configurations as populations of one tensor shape each."""
-        rows = max(len(fold.train) for fold in self.data.folds)
 
         def own_steps(config: Config) -> Hashable:
             way = trains_as(self.backend, self.kind, config, data=self.data)
             # Of those in the kernel what a tile holds decides the order of sums: company then changes no bit.
             return kernel_of([config], self.kind, self.data) if way == "kernel" else way == "compiled"
 
-        return populations(
-            configs,
-            self.kind,
-            rows=rows,
-            own_steps=own_steps,
-            own_loss=self.objective is not None and not self.objective.is_named,
-        )
+        rows = max(len(fold.train) for fold in self.data.folds)
+        own_loss = self.objective is not None and not self.objective.is_named
+        return populations(configs, self.kind, rows=rows, own_steps=own_steps, own_loss=own_loss)
 
     def plan(
         self,
@@ -183,17 +176,15 @@ class Trainer:
 
         Raises InputError where they cannot be.
         """
-        job, gpus = replace(job, budget=self._process_bytes()), 1 + len(self.others)
-        plan = plan_chunks(self.groups(configs), self.data, job, workers=self.workers, gpus=gpus)
+        if self.cluster is not None:  # a task shares ``memory`` with no other
+            budget = min(self.memory or sys.maxsize, self.cluster.bytes_of_a_task())
+        else:
+            device = self.data.device
+            processes = (self.workers or cores()) if device.type == "cpu" else 1  # one has a GPU of its own
+            budget = (self.memory or free_bytes(device)) // processes
+        job = replace(job, budget=budget)
+        plan = plan_chunks(self.groups(configs), self.data, job, workers=self.workers, gpus=1 + len(self.others))
         return self._place(plan), job
-
-    def _process_bytes(self) -> int:
-        """Return the bytes that a process may take; a task of a cluster shares ``memory`` with no other."""
-        if self.cluster is not None:
-            return min(self.memory or sys.maxsize, self.cluster.bytes_of_a_task())
-        device = self.data.device
-        processes = (self.workers or cores()) if device.type == "cpu" else 1  # one has a GPU of its own
-        return (self.memory or free_bytes(device)) // processes
 
     def _place(self, plan: Plan) -> Plan:
         """Return a plan with the threads that each task of a cluster has, where there is one."""
@@ -231,22 +222,22 @@ class Trainer:
             tasks = RayTasks(self.cluster, job, data, plan)
             yield from hand_out(plan.chunks, tasks, None, job.stop, progress=progress, claim=claim)
             return
-        for chunk in plan.chunks:
-            _expect(job, chunk.index)
+        if job.checkpointing is not None:
+            for chunk in plan.chunks:
+                job.checkpointing.expect(chunk.index)
 
         def train(chunk: Population) -> Outcomes:
             return run_in_parts(job, data, chunk, progress)
 
-        with torch_threads(plan.threads), self._here(job, plan) as place:
+        devices = (self.others or (data.device,) * plan.workers)[: plan.workers - 1]
+        executor: AbstractContextManager[Executor[Population, Outcome | Failure]] = (
+            worker_processes(job, data, devices) if devices else nullcontext(Executor())
+        )
+        with torch_threads(plan.threads), executor as place:
             for outcome in hand_out(plan.chunks, place, train, job.stop, progress=progress, claim=claim):
-                if isinstance(outcome, Outcome):
-                    _expect(job, outcome.index)
+                if isinstance(outcome, Outcome) and job.checkpointing is not None:
+                    job.checkpointing.expect(outcome.index)
                 yield outcome
-
-    def _here(self, job: Job, plan: Plan) -> AbstractContextManager[Executor[Population, Outcome | Failure]]:
-        """Return the workers that a plan has on this machine beside this process."""
-        devices = (self.others or (self.data.device,) * plan.workers)[: plan.workers - 1]
-        return worker_processes(job, self.data, devices) if devices else nullcontext(Executor())
 
     def take_code(self, configs: Sequence[Config], epochs: Sequence[int]) -> None:
         """Let a module's members train in compiled code where a search found it faster, and it is worth its building.
@@ -275,8 +266,7 @@ class Trainer:
                 def keep(trained: Trained, index: Sequence[int] = chunk.index) -> bool:
                     for trial, config in enumerate(index):
                         if epochs[config] == trained.epochs:
-                            folds = range(self.data.n_folds)
-                            members[config] = [trained.member(fold, trial) for fold in folds]
+                            members[config] = [trained.member(fold, trial) for fold in range(self.data.n_folds)]
                     progress(len(index), trained.curves[:, trained.epochs - 1 : trained.epochs])
                     return all(epochs[config] <= trained.epochs for config in index)
 
@@ -286,17 +276,6 @@ class Trainer:
     def train_scheduled(self, config: Config, descent: Hypergradient, *, epochs: int) -> nn.Module:
         """Train a point of a descent as it was there, on the only fold; return the module."""
         (chunk,) = self.groups([config])
-        job = self.job(
-            HypergradientJob,
-            epochs=epochs,
-            hyperparameters=tuple(descent.hyperparameters),
-            segments=descent.segments,
-            per_layer=descent.per_layer,
-        )
-        return train_scheduled(job, self.data, chunk)
-
-
-def _expect(job: Job, index: tuple[int, ...]) -> None:
-    """Remember that a worker may write a checkpoint of these trials."""
-    if job.checkpointing is not None:
-        job.checkpointing.expect(index)
+        names = tuple(descent.hyperparameters)
+        more = {"hyperparameters": names, "segments": descent.segments, "per_layer": descent.per_layer}
+        return train_scheduled(self.job(HypergradientJob, epochs=epochs, **more), self.data, chunk)
