@@ -5,7 +5,7 @@ members have the same bits whoever trains beside them; eager ones, and those on 
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -53,14 +53,10 @@ def train_in_rungs(ledger: Ledger, trials: Sequence[Candidate], rule: StoppingRu
 class _RunningTrial:
     """A trial without a result: its curve so far (epochs, F) and the seconds it took."""
 
-    trial: Candidate
+    number: int
     config: Config
     curve: np.ndarray
     seconds: float = 0.0
-
-    @property
-    def number(self) -> int:
-        return self.trial.number
 
     def has_diverged(self, epoch: int) -> bool:
         """Whether it has no score up to an epoch."""
@@ -77,17 +73,14 @@ class _RungSearch:
         ended = ledger.results
         self.curves = {n: ended[n].curve for n in configs if n in ended}  # of the trials that have ended
         self.outputs: dict[int, Outputs] = {}  # at the best epochs so far
-        waiting = [trial for trial in trials if trial.number not in ended]
-        self.running = [_RunningTrial(t, configs[t.number], context.no_curve) for t in waiting]
+        self.running = [_RunningTrial(n, config, context.no_curve) for n, config in configs.items() if n not in ended]
         free = free_bytes(torch.device("cpu")) // 4  # states wait in main memory, wherever they train
         self.states = StateCache(min(free, context.trainer.memory or free))
         self.unsaved: list[tuple[int, ...]] = []  # chunks whose states no file has
         self.saved_at, self.earliest = time.monotonic(), 0.0
-        self._resume(context.checkpoints_of(list(configs), list(configs.values())))
-
-    def _resume(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Put each trial where the furthest of its checkpoints has it."""
+        # Each trial is put where the furthest of its checkpoints has it.
         by_number = {trial.number: trial for trial in self.running}
+        checkpoints = context.checkpoints_of(list(configs), list(configs.values()))
         for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.state.epoch):
             for position, number in enumerate(checkpoint.trials):
                 if (trial := by_number.get(number)) is None:
@@ -125,7 +118,9 @@ class _RungSearch:
             for outcome in context.train(job, plan):
                 trained.update(outcome.index)
                 if isinstance(outcome, Failure):
-                    self._give_up(trials[outcome.index[0]], outcome.reason)
+                    trial = trials[outcome.index[0]]
+                    self.running = [other for other in self.running if other is not trial]
+                    self._store([failed_result(trial.number, trial.curve, outcome.reason)], [trial])
                 else:
                     assert isinstance(outcome, RungOutcome)
                     self._keep(trials, outcome)
@@ -159,7 +154,10 @@ class _RungSearch:
         for i, curve in zip(outcome.index, outcome.curves):
             trials[i].curve = np.concatenate([trials[i].curve, curve])
             trials[i].seconds += outcome.seconds / len(outcome.index)
-        self._keep_outputs({trials[i].number: one for i, one in outcome.outputs.items()})
+        # Outputs of better epochs; where all take too much the worst trials go without.
+        self.outputs |= {trials[i].number: one for i, one in outcome.outputs.items()}
+        means = {t.number: first_metric(t.curve, axes=2).mean(1) for t in self.running if t.number in self.outputs}
+        drop_beyond_limit(self.outputs, {number: float(np.nanmax(mean)) for number, mean in means.items()})
         for row, position in enumerate(outcome.alive):
             self.states.park(trials[outcome.index[position]].number, outcome.state.select([row]))
         self.unsaved.append(tuple(trials[i].number for i in outcome.index))
@@ -167,18 +165,6 @@ class _RungSearch:
         due = self.saved_at + self.context.options.checkpoint_seconds - outcome.seconds
         if time.monotonic() > max(due, self.earliest):
             self._save()
-
-    def _keep_outputs(self, new: Mapping[int, Outputs]) -> None:
-        """Take outputs of better epochs; where all take too much the worst trials go without."""
-        self.outputs |= new
-        means = {t.number: first_metric(t.curve, axes=2).mean(1) for t in self.running if t.number in self.outputs}
-        drop_beyond_limit(self.outputs, {number: float(np.nanmax(mean)) for number, mean in means.items()})
-
-    def _give_up(self, trial: _RunningTrial, reason: str) -> None:
-        """Finish a trial that cannot be trained."""
-        self.running = [other for other in self.running if other is not trial]
-        self._store([failed_result(trial.number, trial.curve, reason)])
-        self._count_ended([trial])
 
     def _save(self) -> None:
         """Keep the states of the chunks that no file has, where there is a study file."""
@@ -220,29 +206,22 @@ class _RungSearch:
             self.states.drop(trial.number)
         if trials:
             results = [self._result(trial, rung) for trial in trials]
-            self._store(results)
+            self._store(results, trials)
             self.context.ended(results)
-            self._count_ended(trials, pruned=sum(result.state == "pruned" for result in results))
 
-    def _store(self, results: Sequence[Result]) -> None:
-        numbers = {result.number for result in results} & self.outputs.keys()
-        self.context.store(self.ledger, results, {number: self.outputs.pop(number) for number in numbers})
+    def _store(self, results: Sequence[Result], trials: Sequence[_RunningTrial]) -> None:
+        """Keep results, and count their trials and what is not trained of them."""
+        context, numbers = self.context, {result.number for result in results} & self.outputs.keys()
+        context.store(self.ledger, results, {number: self.outputs.pop(number) for number in numbers})
         self.curves |= {result.number: result.curve for result in results}
-
-    def _count_ended(self, trials: Sequence[_RunningTrial], *, pruned: int = 0) -> None:
-        """Count trials that have ended, and what is not trained of them."""
-        self.context.progress.finished(len(trials), pruned=pruned)
-        self.context.progress.spare(sum(self.context.epochs - len(trial.curve) for trial in trials))
+        context.progress.finished(len(trials), pruned=sum(result.state == "pruned" for result in results))
+        context.progress.spare(sum(context.epochs - len(trial.curve) for trial in trials))
 
     def _result(self, trial: _RunningTrial, rung: int | None) -> Result:
-        curve = trial.curve[: self.context.epochs if rung is None else rung]
+        curve, epochs, rule = trial.curve, self.context.epochs, self.context.options.epoch
+        curve, detail = (curve[:epochs], {}) if rung is None else (curve[:rung], {"rung": rung})
         done = len(curve)
-        detail = {} if rung is None else {"rung": rung}
-        result = Result.of_curve(
-            trial.number, curve, epochs=done, rule=self.context.options.epoch, seconds=trial.seconds, detail=detail
-        )
-        if result.state == "complete" and rung is not None:
-            return replace(result, state="pruned")
-        if result.state == "complete" and done < self.context.epochs:
-            return replace(result, state="stopped")
+        result = Result.of_curve(trial.number, curve, epochs=done, rule=rule, seconds=trial.seconds, detail=detail)
+        if result.state == "complete" and (rung is not None or done < epochs):
+            return replace(result, state="stopped" if rung is None else "pruned")
         return result
