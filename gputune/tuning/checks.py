@@ -67,19 +67,17 @@ def path(name: str, value: object) -> Path | None:
 
 
 def studies(name: str, value: object) -> "tuple[Study, ...]":
-    """Return studies, those that are given by their files too."""
+    """Return studies, those that are given by their files too, or by the folder that the command line wrote."""
     from gputune.study.study import Study
+
+    def opened(path: Path) -> Study:
+        return Study.open(path / "study.db" if path.is_dir() else path)
 
     one = (str, os.PathLike, Study)
     studies = [value] if isinstance(value, one) else value
     if not isinstance(studies, list | tuple) or not all(isinstance(study, one) for study in studies):
         raise InputError(f"{name} must be a study, the path of one, or a list of them, got {value!r}.")
-    return tuple(study if isinstance(study, Study) else Study.open(_file(Path(study))) for study in studies)
-
-
-def _file(path: Path) -> Path:
-    """Return the study of a path, which may be a folder that the command line wrote."""
-    return path / "study.db" if path.is_dir() else path
+    return tuple(study if isinstance(study, Study) else opened(Path(study)) for study in studies)
 
 
 def method(name: str, value: object) -> "Method":

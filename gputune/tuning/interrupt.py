@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -61,29 +61,12 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
 def run_until_signal(
     run: Callable[[], object], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> list[int]:
-    """Run a training; return the numbers of the signals that ended it early, none where none came."""
-    numbers: list[int] = []
-    with _signal_handlers(signals, numbers, stop, say):
-        try:
-            run()
-        except KeyboardInterrupt:  # the second signal, or one that another handler made of it
-            numbers.append(CTRL_C)
-    return numbers
+    """Run a training; return the numbers of the signals that ended it early, none where none came.
 
-
-def is_interactive() -> bool:
-    """Whether a person types the calls: in a notebook, in IPython, at Python's own prompt."""
-    return hasattr(sys, "ps1")  # all three set it, "so that scripts can decide"
-
-
-@contextmanager
-def _signal_handlers(
-    signals: Sequence[int], numbers: list[int], stop: Stop, say: Callable[[str], None]
-) -> Iterator[None]:
-    """Let signals stop what runs inside, where they would do what is usual; note in ``numbers`` those that came.
-
-    Python lets the main thread alone set handlers; in another one nothing is changed.
+    Signals stop it where they would do what is usual; a handler of the program's own stays. Python lets the main thread
+    alone set handlers; in another one nothing is changed.
     """
+    numbers: list[int] = []
     timers: list[threading.Timer] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -98,18 +81,25 @@ def _signal_handlers(
 
     before: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
-        # A handler of the program's own stays.
         handlers = {number: signal.getsignal(number) for number in signals}
         before = {n: handler for n, handler in handlers.items() if handler in (_USUAL[n], end_command)}
     try:
         for number in before:
             signal.signal(number, handle)
-        yield
+        run()
+    except KeyboardInterrupt:  # the second signal, or one that another handler made of it
+        numbers.append(CTRL_C)
     finally:
         for timer in timers:
             timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+    return numbers
+
+
+def is_interactive() -> bool:
+    """Whether a person types the calls: in a notebook, in IPython, at Python's own prompt."""
+    return hasattr(sys, "ps1")  # all three set it, "so that scripts can decide"
 
 
 def _end_in_time() -> threading.Timer:

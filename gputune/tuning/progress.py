@@ -34,17 +34,14 @@ class _Screen:
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> None:
-        """Write what can be written."""
         with suppress(*_NO_SCREEN):
             sys.stderr.write(text)
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
         with suppress(*_NO_SCREEN):
             sys.stderr.flush()
 
     def isatty(self) -> bool:
-        """Whether somebody may be watching."""
         with suppress(*_NO_SCREEN):
             return sys.stderr.isatty()
         return False
@@ -154,16 +151,14 @@ class Progress:
     def words(self) -> str:
         """What the bar says beside its counts."""
         best = "-"
-        if self.best > float("-inf"):
+        if self.best > -math.inf:
             measure = measure_of(self.scoring, self.best)
             best = f"{measure.name} {measure.text(self.best)}"
-        words = [f"trials {self.trials_done}/{self.trials}", f"best {best}"]
+        words = f"trials {self.trials_done}/{self.trials}, best {best}"
         if self.members > 1:
-            place = "" if self.processes == 1 else f" in each of {self.processes} processes"
-            words.append(f"{self.members} members{place}")
-        if self.pruned:
-            words.append(f"{self.pruned} pruned")
-        return ", ".join(words)
+            words += f", {self.members} members"
+            words += "" if self.processes == 1 else f" in each of {self.processes} processes"
+        return f"{words}, {self.pruned} pruned" if self.pruned else words
 
     @property
     def seconds_left(self) -> float | None:
@@ -219,36 +214,27 @@ class Profile:
         """Return the table; it measures the product of large matrices on the device, for a fraction of a second."""
         total = time.perf_counter() - self.begin
         rest = max(0.0, total - sum(self.seconds.values()))
-        lines = ["Where the time went:", ""]
+        workers, threads = (1, 1) if self.plan is None else (self.plan.workers, self.plan.threads)
+        steps, scores, lines = self.spent.steps, self.spent.scores, ["Where the time went:", ""]
         for name, seconds in [*self.seconds.items(), ("the rest", rest)]:
             lines.append(f"  {name:<30} {seconds:8.2f} s  {seconds / total:4.0%}")
-            if name == "training" and self.spent.steps:  # a descent and a solver are not told apart
-                lines += self._inside(seconds)
-        return "\n".join([*lines, *self._share(dtype, device)])
-
-    def _inside(self, seconds: float) -> list[str]:
-        """What the cores did while the search trained."""
-        at_once = 1 if self.plan is None else self.plan.workers
-        whole = seconds * at_once
-        parts = [("steps", self.spent.steps), ("scores", self.spent.scores)]
-        parts.append(("starting, waiting, telling", max(0.0, whole - sum(part for _, part in parts))))
-        return [f"    {name:<32} {part / whole:9.0%} of it" for name, part in parts if whole]
-
-    def _share(self, dtype: torch.dtype, device: torch.device) -> list[str]:
-        if not self.spent.steps or not self.spent.operations > 0:
-            return []
-        workers, threads = (1, 1) if self.plan is None else (self.plan.workers, self.plan.threads)
-        cores = workers * threads
-        place = "a GPU" if device.type == "cuda" else count(cores, "core")
-        peak = product_speed(cores, dtype, device)
-        # Seconds of steps are added up over processes, of which each one has its threads.
-        reached = self.spent.operations / (self.spent.steps / workers)
-        return [
-            "",
-            f"Steps reached {reached / 1e9:.1f} GFLOP/s, {reached / peak:.0%} of the {peak / 1e9:.1f} that the product "
-            f"of two {_SIZE} x {_SIZE} matrices reaches here on {place} "
-            f"({str(dtype).removeprefix('torch.')}).",
-        ]
+            whole = seconds * workers
+            if name == "training" and steps and whole:  # a descent and a solver are not told apart
+                waiting = max(0.0, whole - (steps + scores))
+                parts = {"steps": steps, "scores": scores, "starting, waiting, telling": waiting}
+                lines += [f"    {part:<32} {spent / whole:9.0%} of it" for part, spent in parts.items()]
+        if steps and self.spent.operations > 0:
+            place = "a GPU" if device.type == "cuda" else count(workers * threads, "core")
+            peak = product_speed(workers * threads, dtype, device)
+            # Seconds of steps are added up over processes, of which each one has its threads.
+            reached = self.spent.operations / (steps / workers)
+            lines += [
+                "",
+                f"Steps reached {reached / 1e9:.1f} GFLOP/s, {reached / peak:.0%} of the {peak / 1e9:.1f} that the "
+                f"product of two {_SIZE} x {_SIZE} matrices reaches here on {place} "
+                f"({str(dtype).removeprefix('torch.')}).",
+            ]
+        return "\n".join(lines)
 
 
 def product_speed(cores: int, dtype: torch.dtype, device: torch.device) -> float:
