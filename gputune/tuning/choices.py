@@ -59,7 +59,6 @@ class ModelChoice:
         return {**self.recipe, **own, "optimizer": self.optimizer}
 
     def complete(self, params: Config, schedule: str) -> Config:
-        """Return a trial's parameters with every key that training reads."""
         return complete({**self.defaults(schedule), **params}, optimizer=self.optimizer, schedule=schedule)
 
     @property
@@ -91,10 +90,7 @@ class ModelChoice:
 
 
 def choose_model(model: object, optimizer: object) -> ModelChoice:
-    """Check ``model`` and ``optimizer`` and return the choice.
-
-    Raises InputError for another model, a file or class that cannot be imported, an optimizer that does not fit.
-    """
+    """Return the checked choice. Raises InputError for what cannot be imported, and an optimizer that does not fit."""
     searched, module_class = _resolve(model)
     if optimizer is None:
         return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
@@ -106,11 +102,7 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
 
 
 def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
-    """Return the choice that a study stored.
-
-    Raises InputError where a user's class is gone or has changed, or for an optimizer that there is not;
-    UntrustedCodeError where code is not trusted.
-    """
+    """Return the choice that a study stored. Raises InputError where a class has gone, UntrustedCodeError."""
     if optimizer not in (*OPTIMIZERS, *CLASSES, "exact"):
         raise InputError(
             f"the study was searched with optimizer={optimizer!r}, which this gputune does not have; open it with the "
@@ -148,7 +140,6 @@ METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {**STOPPING_RU
 
 
 def check_method(method: object) -> Method:
-    """Return the search method of a word or of a value."""
     if isinstance(method, str) and method in METHODS:
         return METHODS[method]()
     if isinstance(method, StoppingRule | Hypergradient | OptunaSampler):
@@ -177,14 +168,12 @@ def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
 
 
 def method_name(method: Method) -> str:
-    """Return the word for a method."""
     if isinstance(method, OptunaSampler):
         return "optuna"
     return method if isinstance(method, str) else type(method).__name__.lower()
 
 
 def method_to_json(method: Method) -> str | Json:
-    """Return a method as a study file holds it."""
     if isinstance(method, str):
         return method
     if isinstance(method, OptunaSampler):

@@ -93,7 +93,6 @@ class Context:
         return self.trainer.horizon
 
     def complete(self, params: Config) -> Config:
-        """Return a trial's parameters with every key that training reads."""
         return self.choice.complete(params, self.options.schedule)
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
@@ -157,11 +156,7 @@ class Context:
         complete: Callable[[Config], Config],
         make: Callable[[Sequence[Config]], Plan],
     ) -> list[RecordedPlan]:
-        """Return the plans in which the ``waiting`` trials train, one for each number of threads.
-
-        What is in no recorded chunk is planned by ``make``, and recorded. Chunks are whole: they may hold trials with a
-        result.
-        """
+        """Return plans of whole recorded chunks, one for each number of threads; ``make`` plans what is in none yet."""
         plan_of: dict[int, Plan] = {}  # a number of trials: where all are new, they are planned once
 
         def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int]]:
@@ -210,7 +205,6 @@ class Context:
         return Checkpointing(self.checkpoints, tuple(numbers), self.options.checkpoint_seconds)
 
     def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
-        """Return the checkpoints that there are of these trials."""
         if self.checkpoints is None:
             return []
         checkpoints = self.checkpoints.read(dict(zip(numbers, configs)))
@@ -245,11 +239,7 @@ class Context:
             ledger.finish(results, outputs)
 
     def check_module(self, config: Config, *, first: bool = False) -> int:
-        """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model.
-
-        Raises InputError for what fails, and for the ``first`` where it is not finite before anything has trained; of
-        others that is the result.
-        """
+        """Try a module, the ``first`` also for finite numbers; return its number of parameters."""
         if self.choice.module_class is None:
             return 0
         traits = traits_of(

@@ -32,10 +32,7 @@ SlopeMode = Literal["exact", "differences"]
 
 
 def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
-    """Return the hyperparameters that are descended on; the solved logistic regression has C alone.
-
-    Raises InputError for one that the model has not.
-    """
+    """Return the hyperparameters that are descended on, of the solved logistic regression C alone."""
     names = tuple(method.hyperparameters)
     if not choice.solved:
         if "C" in names:
@@ -56,10 +53,7 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
 def check_descent(
     method: Hypergradient, trials: Sequence[Candidate], context: Context, labels: np.ndarray | None
 ) -> None:
-    """Raise InputError where these starts cannot descend, before anything is kept or trained.
-
-    ``labels`` are those of the target's classes, None for a regression.
-    """
+    """Raise InputError where starts cannot descend; ``labels`` are the target's classes, None for a regression."""
     if context.options.target_transform is not None:
         raise InputError(
             f"method='hypergradient' descends on the squared error of the target as it is, got target_transform="
@@ -95,7 +89,6 @@ class DescentPoints(Protocol):
 
 
 def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_steps: int) -> None:
-    """Let every start descend, outer step by outer step."""
     for step in range(outer_steps + 1):
         slopes = points.measure(starts, step)
         if step == outer_steps:
@@ -119,10 +112,7 @@ def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_step
 
 
 def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Context) -> None:
-    """Let every start of the ledger descend; finished points are kept at once.
-
-    Points that the ledger has already are not trained again, so that a search goes on where it was stopped.
-    """
+    """Let every start of the ledger descend; points that it has already are not trained again."""
     names = searched_names(method, context.choice)
     starts = {c.number: c for c in ledger.candidates if isinstance(c.origin, str)}
     ranges = {name: range_of(space, (name,)) for name in names}

@@ -52,7 +52,6 @@ def end_command(number: int, frame: FrameType | None) -> None:
 
 
 def end_process(number: int, _frame: FrameType | None) -> NoReturn:
-    """End the process at once, with the exit code of the signal."""
     with suppress(OSError):
         os.write(2, b"gputune: interrupted.\n")
     os._exit(128 + number)
@@ -61,11 +60,7 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
 def run_until_signal(
     run: Callable[[], object], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> list[int]:
-    """Run a training; return the numbers of the signals that ended it early, none where none came.
-
-    Signals stop it where they would do what is usual; a handler of the program's own stays. Python lets the main thread
-    alone set handlers; in another one nothing is changed.
-    """
+    """Run a training; return the numbers of the signals that ended it early, none where none came."""
     numbers: list[int] = []
     timers: list[threading.Timer] = []
 
@@ -80,7 +75,8 @@ def run_until_signal(
             say("stopping after the running epoch; what is finished is kept (once more: stop now)")
 
     before: dict[int, Handler] = {}
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():  # which alone may set handlers
+        # A handler of the program's own stays.
         handlers = {number: signal.getsignal(number) for number in signals}
         before = {n: handler for n, handler in handlers.items() if handler in (_USUAL[n], end_command)}
     try:

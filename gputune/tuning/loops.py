@@ -85,7 +85,6 @@ def search_loop(
 
 
 def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
-    """Return the trials of this call that are known before any is trained."""
     check_count(options.n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
     first = included_candidates(check_own_include(options.include, space))
     if not first and not options.n_trials:
@@ -120,7 +119,6 @@ def _name(objective: object) -> str:
 
 
 def _function(objective: object) -> object:
-    """Return what a partial is of."""
     return _function(objective.func) if isinstance(objective, functools.partial) else objective
 
 

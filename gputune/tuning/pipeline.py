@@ -218,7 +218,6 @@ def _remember_what_runs(choice: ModelChoice, options: Options) -> None:
 
 
 def _cluster(setup: _Setup) -> AbstractContextManager[RayCluster | None]:
-    """Connect to the cluster that was asked for, if one was."""
     workers = setup.options.workers
     if not isinstance(workers, Ray):
         return nullcontext()

@@ -33,7 +33,6 @@ _LEAST = torch.finfo(torch.float64).tiny  # probability that has a logarithm
 
 
 def check_folds_train(study: Study, called: str) -> None:
-    """Raise InputError for a study whose trials do not train again on its folds."""
     if why := why_no_folds(study):
         raise InputError(f"{called} trains a trial again on its folds, and this study is {why}.")
 
@@ -50,10 +49,7 @@ def why_no_folds(study: Study) -> str:
 
 
 def is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
-    """Return whether probabilities are calibrated: as was said, or (None) where trials are ranked by the log loss.
-
-    Raises InputError, in a caller's words, for a study that predicts no single class.
-    """
+    """Return whether probabilities are calibrated; None: where trials are ranked by the log loss."""
     if calibrate not in (None, True, False):
         raise InputError(f"{caller}(calibrate=...) must be True, False or None, got {calibrate!r}.")
     is_of_classes = study.record.task in ("binary", "multiclass")
@@ -228,7 +224,6 @@ class Predictions:
         return [half._score_of(other.choose(size), 0) for half, other in (halves, halves[::-1])]
 
     def _score_of(self, choice: Counter[int], fold: int) -> float:
-        """Return the score of an ensemble on one fold."""
         weights = torch.tensor([number / choice.total() for number in choice.values()])
         mean = torch.tensordot(weights.to(self.values[fold]), self.values[fold][list(choice)], 1)
         return float(self.scores(fold, mean[None])[0][0])

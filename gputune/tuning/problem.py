@@ -136,10 +136,7 @@ class Problem:
         return make_folds(options.cv, self.target, n_rows=n_rows, X=X, groups=groups, seed=seed)
 
     def scoring(self, options: Options) -> Scoring:
-        """Return the scoring of a search: by default that of scikit-learn, for a descent the loss it descends.
-
-        Raises InputError for a scorer, or a transformer of the target, that a study could not know again later.
-        """
+        """Return the scoring of a search. Raises InputError for what a study could not know again later."""
         target = self.target
         if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
             return loss_scoring(target.task, target.classes, options.positive)
@@ -161,7 +158,6 @@ class Problem:
         return sum(layout.widths(self.numbers)) if isinstance(layout, Layout) else len(layout.shapes)
 
     def in_words(self) -> str:
-        """Say how many rows of what there are."""
         layout = self.layout
         what = f" of {layout}" if isinstance(layout, ArrayLayout) else f", {self.n_features} features"
         return f"{len(self.source.X)} rows{what}"

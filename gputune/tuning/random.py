@@ -42,11 +42,7 @@ def train_fully(session: Session, context: Context) -> bool:
 
 
 def train_waiting(session: Session, train: Callable[[Sequence[Candidate]], Sequence[Chunk]], *, epochs: int) -> bool:
-    """Train what waits in the ledger, for so many ``epochs`` each; say whether there is time for more.
-
-    Chunks that another process trains are left to it and waited for, and trained here where it ends without them:
-    ``train`` returns them where it could train none.
-    """
+    """Train what waits in the ledger; say whether time is left. ``train`` returns chunks of other processes."""
     ledger, is_over = session.ledger, session.stop.is_over
     with session.progress.bar_over(len(ledger.waiting()), epochs):
         while waiting := ledger.waiting():
@@ -91,8 +87,6 @@ def _claim(ledger: Ledger, recorded: RecordedPlan, population: Population) -> bo
 
 
 def _solve(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
-    """As ``_train``, for the logistic regression that is solved."""
-
     def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int]]:
         threads, alike = torch.get_num_threads(), by_numbers([trial.params for trial in new])
         together = [(part, range(0, len(part), _SOLVED_TOGETHER)) for part in alike]
@@ -116,7 +110,6 @@ def _solve(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> li
 
 
 def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
-    """Keep the results of a chunk."""
     patience, results = context.options.patience, []
     context.profile.spent += outcome.spent
     if not context.is_over():
@@ -137,7 +130,6 @@ def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context
 
 
 def wait_for_others(ledger: Ledger, chunks: Sequence[Chunk], progress: Progress, is_over: Callable[[], bool]) -> None:
-    """Wait for what other processes are training."""
     who, remedy = ledger.owners_of(chunks)
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
     progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
@@ -147,10 +139,7 @@ def wait_for_others(ledger: Ledger, chunks: Sequence[Chunk], progress: Progress,
 def _with_begun(
     plan: Plan, checkpoints: Sequence[Checkpoint], numbers: Sequence[int], configs: Sequence[Config]
 ) -> Plan:
-    """Return a plan whose chunks go on from checkpoints: these come first, in their old company, for the same bits.
-
-    ``numbers`` are those of the plan's trials; a checkpoint with a trial that is not among them is left out.
-    """
+    """Return a plan whose chunks go on from checkpoints: these come first, in their old company, for the same bits."""
     place = {number: i for i, number in enumerate(numbers)}
     begun: list[Population] = []
     taken: set[int] = set()
@@ -264,10 +253,7 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
 
 
 def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
-    """Tell the results of the ledger, batch by batch; False where a proposal is another than the first time.
-
-    enqueue: put what was proposed in the place of what is proposed now.
-    """
+    """Tell all results, with ``enqueue`` in the place of proposals; False where a proposal is another than it was."""
     results = session.ledger.results
     for batch, group in groupby(session.ledger.candidates, _batch_of):
         candidates = list(group)

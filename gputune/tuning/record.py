@@ -119,7 +119,6 @@ def recorded_options(record: SearchRecord, **changed: object) -> Options:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a study was searched with."""
     return {"gputune": __version__, "torch": torch.__version__, "sklearn": sklearn.__version__, "numpy": np.__version__}
 
 
@@ -166,11 +165,7 @@ class RecordedSearch:
 def recorded_search(
     path: Path, record: SearchRecord, changed: Mapping[str, object], *, trust_code: bool = False
 ) -> RecordedSearch:
-    """Return the search of a study file, with some of its options ``changed``.
-
-    Raises InputError, saying what is missing or has changed, and UntrustedCodeError where it names code, or a cluster,
-    that this user has not trained with.
-    """
+    """Return the search of a study file, some options ``changed``. Raises InputError, UntrustedCodeError."""
     arguments, file = record.arguments, repr(str(path))
     kept = {**arguments.kept, **changed}
     why = ""

@@ -65,10 +65,7 @@ class Search:
     def train(
         self, data: Dataset, trials: Sequence[Trial], *, seed: int, progress: Progress = unseen
     ) -> list[list[nn.Module]]:
-        """Train each trial for as many epochs as its best score took; return its member of every fold of the data.
-
-        Raises DivergedError where one diverges.
-        """
+        """Train trials each to its best epoch; return the member of every fold of the data. Raises DivergedError."""
         configs, epochs = [self.config(trial) for trial in trials], [trial.best_epoch for trial in trials]
         if self.choice.solved:
             members: list[list[nn.Module]] = [[] for _ in configs]
@@ -118,7 +115,6 @@ class Search:
         return problem.dataset(folds, self.options, self.choice, device)
 
     def all_rows(self, trials: Sequence[Trial]) -> Dataset:
-        """Return all rows as the one fold of a refit."""
         return self.dataset([all_rows(len(self.problem.source.X))], trials)
 
     def model(
@@ -130,10 +126,7 @@ class Search:
         spec: Config,
         info: Config,
     ) -> TunedModel:
-        """Return the tuned model of a module trained on ``all_rows``, with its part of the spec and info.
-
-        ``statistics`` are those of the data, unless it reads other inputs.
-        """
+        """Return the tuned model of a module trained on all rows; ``statistics``: of the data where none are given."""
         target, record, loss = self.problem.target, self.study.record, self.objective
         groups = (record.source or {}).get("groups")
         # A series that was the target is named as its column, which frames to be predicted may still have.
@@ -182,10 +175,7 @@ class Search:
 
 
 def search_of(study: Study, X: object, y: object, *, check: bool, trust_code: bool) -> Search:
-    """Return the search of a study on X and y, by default its own rows: kept in memory, or read again from its file.
-
-    Raises InputError where there are none or, with ``check``, others.
-    """
+    """Return the search of a study on X and y, by default its own rows; ``check`` refuses others."""
     from_file = study.file if X is None and study.data is None else None
     with nullcontext() if from_file is None else option_errors(from_file):
         known = _read_search(study, X, y, trust_code)
@@ -202,7 +192,6 @@ def search_of(study: Study, X: object, y: object, *, check: bool, trust_code: bo
 
 
 def refit_trial(search: Search, one: Trial) -> TunedModel:
-    """Return the tuned model of a trial."""
     data = search.all_rows([one])
     ((module,),) = search.train(data, [one], seed=search.options.random_state)
     return search.model(

@@ -28,7 +28,6 @@ from gputune.types import Config, first_metric
 
 
 def check_rungs(rule: StoppingRule, context: Context) -> None:
-    """Raise InputError where this search cannot prune a trial, before anything is kept or trained."""
     if context.choice.solved:
         raise InputError(
             f"method={type(rule).__name__.lower()!r} judges trials while they train, and the solved logistic "
@@ -38,10 +37,7 @@ def check_rungs(rule: StoppingRule, context: Context) -> None:
 
 
 def train_in_rungs(ledger: Ledger, trials: Sequence[Candidate], rule: StoppingRule, context: Context) -> None:
-    """Train trials of the ledger to each stop of a rule and to the end; each is finished when it leaves.
-
-    Trials that a study file has finished already keep their results, and are judged by their curves.
-    """
+    """Train trials of the ledger to each stop of a rule and to the end; those that ended are judged by their curves."""
     search = _RungSearch(ledger, trials, rule, context)
     try:
         search.run()
@@ -105,7 +101,6 @@ class _RungSearch:
             self._finish([trial for trial in self.running if len(trial.curve)])
 
     def _train(self, begin: int, stop: int) -> None:
-        """Train the running trials from one stop to the next."""
         context, trials = self.context, self.running
         plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
         context.progress.plan(replace(plan, cache_bytes=self.states.limit), aloud=begin == 0)

@@ -121,10 +121,7 @@ def earlier_configs(options: Options) -> list[Config]:
 
 
 def with_earlier(options: Options, space: Space) -> Options:
-    """Return the options with the best trials of earlier studies among those that are included.
-
-    Raises InputError for a study that has none in the space.
-    """
+    """Return the options that include the best trials of earlier studies. Raises InputError where there are none."""
     configs: list[Mapping[str, object]] = []
     for study in options.warm_start:
         name = "warm_start: a study in memory" if study.file is None else f"warm_start: study {str(study.file)!r}"
@@ -144,7 +141,6 @@ def with_earlier(options: Options, space: Space) -> Options:
 
 
 def notes_on(trials: Sequence[Candidate], space: Space, choice: ModelChoice, options: Options) -> tuple[str, ...]:
-    """Return what the user should know of the trials of this call, a sentence each."""
     return notes(trials, space, include_default=options.include_default, defaults=_defaults(choice, options))
 
 
@@ -172,10 +168,7 @@ class Session:
     stop: Stop
 
     def add(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck = check_config) -> None:
-        """Add the trials that the ledger lacks: all of a new study, or what a call adds to an old one.
-
-        What is known of the ledger, and of its trials, is said.
-        """
+        """Add the trials that the ledger lacks: all of a new study, or what a call adds to an old one."""
         ledger, options = self.ledger, self.options
         ledger.on_wait, self.progress.on_look = self._wait, ledger.show
         if not isinstance(options.method, str):

@@ -82,10 +82,7 @@ class Trainer:
             )
 
     def with_backend(self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]) -> "Trainer":
-        """Return the trainer with the backend that is asked for or, of "auto", the fastest for configurations.
-
-        Where training is slower than it could be, or not as was asked for, that is said.
-        """
+        """Return the trainer with the backend that is asked for, or the fastest; say where training is slow."""
         device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
         backend, why = choose_backend(word, device, self.data.dtype, self.kind)
         if backend == "kernel":
@@ -105,10 +102,7 @@ class Trainer:
         return replace(self, backend=backend)
 
     def _kernel(self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object] = str) -> Backend:
-        """Return the backend of a search for which a kernel is chosen; which trials it does not know is said.
-
-        Raises InputError where that is asked for, and it trains none of the configurations.
-        """
+        """Return the backend where a kernel is chosen; say what it does not know, or refuse what was asked for."""
         if self.cluster is not None:
             why = "is for a GPU of this machine, and workers='ray' trains on others"
         elif self.kind == "module":
@@ -153,10 +147,7 @@ class Trainer:
         parameters: int = 0,
         measure: Callable[[Population, int], Need | None] | None = None,
     ) -> Plan:
-        """Return the chunks in which populations train for so many epochs.
-
-        ``parameters`` is the size of a user's module; ``measure`` finds what a population takes of a GPU that is here.
-        """
+        """Return the chunks in which populations train; ``measure`` finds what one takes of a GPU that is here."""
         is_gpu_here = self.cluster is None and self.data.device.type == "cuda"
         planner = Planner(
             self.data,
@@ -172,10 +163,7 @@ class Trainer:
         return self._place(planner.plan(groups, epochs))
 
     def plan_differentiated(self, configs: Sequence[Config], job: HypergradientJob) -> tuple[Plan, HypergradientJob]:
-        """Return the chunks in which configurations are differentiated, and the job with its budget of bytes.
-
-        Raises InputError where they cannot be.
-        """
+        """Return the chunks in which configurations are differentiated, and the job with its budget of bytes."""
         if self.cluster is not None:  # a task shares ``memory`` with no other
             budget = min(self.memory or sys.maxsize, self.cluster.bytes_of_a_task())
         else:
@@ -240,10 +228,7 @@ class Trainer:
                 yield outcome
 
     def take_code(self, configs: Sequence[Config], epochs: Sequence[int]) -> None:
-        """Let a module's members train in compiled code where a search found it faster, and it is worth its building.
-
-        For rows that were not searched on: all rows, of which a refit is.
-        """
+        """Let members of a refit train in compiled code where that was faster in the search and repays its building."""
         builder = self.module_class
         if builder is None or self.data.device.type != "cpu":
             return

@@ -70,10 +70,7 @@ def refit_with_folds(
     check: bool = True,
     trust_code: bool = False,
 ) -> TunedModel:
-    """Return the best trial of a study, or one of a number, trained on all rows; see ``Study.best_model``.
-
-    It trains for as many epochs as its best score took, and its members on the folds tell the rest.
-    """
+    """Return the best trial of a study, or one of a number, trained on all rows; see ``Study.best_model``."""
     if calibrate is None and (not check or why_no_folds(study)):
         calibrate = False
     calibrated = is_calibrated(study, calibrate, "best_model")
@@ -195,10 +192,7 @@ def fold_report(
     importance: bool = False,
     trust_code: bool = False,
 ) -> FoldReport:
-    """Return the confusion matrix and the importance of the columns that were asked for; see ``Study.report``.
-
-    Raises InputError where there are no classes, no columns, or no folds to train on.
-    """
+    """Return the confusion matrix and the importance of the columns that were asked for; see ``Study.report``."""
     check_fold_report(study, confusion=confusion)
     search, one = search_for("report", study, X, y, trust_code), study.best_trial
     layout, matrix = search.problem.layout, np.zeros((0, 0), np.int64)
