@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 from gputune.study import study as data
 from gputune.text import card, count, short
+from gputune.views import plots
+from gputune.views.scores import pareto_trials, ranked_by
 
 if TYPE_CHECKING:
     import numpy as np
     import optuna
-    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
     from gputune.study.model import TunedModel
@@ -169,67 +170,17 @@ class Study(data.Study):
         ``best_trial`` is the first of them. Scores are those at a trial's best epoch by the first metric; pruned trials
         count where there are no others. With one metric it is the best trial alone.
         """
-        from gputune.views.scores import pareto_trials
-
         return pareto_trials(self)
 
-    def ranked_by(self, metric: str) -> "Study":
-        """The study by another of several metrics: its scores, order, curves, plots and page are those of that metric.
-
-        A trial's epoch stays the one that the first metric chose. Raises InputError for a name that is none of
-        ``metrics``.
-        """
-        from gputune.views.scores import ranked_by
-
-        return ranked_by(self, metric)
-
-    def plot_pareto(self, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
-        """Trials by two metrics, the first two without names, and the line through those that no other one beats."""
-        from gputune.views.plots import plot_pareto
-
-        return plot_pareto(self, x, y, ax)
-
-    def plot_history(self, *, ax: "Axes | None" = None) -> "Axes":
-        """Score of each trial in the order of their numbers, and the best so far."""
-        from gputune.views.plots import plot_history
-
-        return plot_history(self, ax)
-
-    def plot_curves(self, *, best: int = 5, ax: "Axes | None" = None) -> "Axes":
-        """Learning curves: the ``best`` trials with one standard deviation over the folds, the others behind."""
-        from gputune.views.plots import plot_curves
-
-        return plot_curves(self, ax, best=best)
-
-    def plot_slice(self, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes | np.ndarray":
-        """Score against one hyperparameter; without a name an array of Axes, one for each that varied (no ``ax``)."""
-        from gputune.views.plots import plot_slice
-
-        return plot_slice(self, parameter, ax)
-
-    def plot_parallel(self, *, ax: "Axes | None" = None) -> "Axes":
-        """Parallel coordinates: a line a trial through all hyperparameters that varied, its colour the score."""
-        from gputune.views.plots import plot_parallel
-
-        return plot_parallel(self, ax)
-
-    def plot_importance(self, *, seed: int = 0, ax: "Axes | None" = None) -> "Axes":
-        """Permutation importance of the hyperparameters, by a random forest on the trials."""
-        from gputune.views.plots import plot_importance
-
-        return plot_importance(self, ax, seed=seed)
-
-    def plot_contour(self, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
-        """Score over two hyperparameters, the two most important ones without names."""
-        from gputune.views.plots import plot_contour
-
-        return plot_contour(self, x, y, ax)
-
-    def plot_path(self, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
-        """Paths of a search by hypergradients: a hyperparameter from outer step to outer step, a line a start."""
-        from gputune.views.plots import plot_path
-
-        return plot_path(self, parameter, ax)
+    ranked_by = ranked_by
+    plot_history = plots.plot_history
+    plot_curves = plots.plot_curves
+    plot_slice = plots.plot_slice
+    plot_parallel = plots.plot_parallel
+    plot_importance = plots.plot_importance
+    plot_contour = plots.plot_contour
+    plot_pareto = plots.plot_pareto
+    plot_path = plots.plot_path
 
     def _repr_html_(self) -> str:
         """What a notebook shows: what it searched, its best score and parameters, how many trials ended how."""

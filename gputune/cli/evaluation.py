@@ -34,7 +34,7 @@ class HeldOut:
     ``score`` is NaN where there is none, and ``why`` says why. ``unseen`` rows have a class that no row of the
     search has: they count as wrong, in scores of a class as not of it, and balanced accuracy and scores of
     probabilities leave them out. ``interval`` holds 95 % of the scores of bootstrap samples
-    of the rows; None where few of them have one.
+    of the rows; None where few of them have one. ``positive`` is the class that the score is of; None: of none.
     """
 
     score: float
@@ -42,6 +42,7 @@ class HeldOut:
     unseen: int = 0
     why: str = ""
     interval: tuple[float, float] | None = None
+    positive: object = None
 
     def bounds(self, measure: Measure) -> str:
         """Return the interval in words, "" where there is none."""
@@ -74,39 +75,40 @@ def held_out_score(
         return HeldOut(math.nan, rows, why="a saved model holds no loss but one that has a name")
     classes, y = labels_of(model, test)
     unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
+    shown = None
     try:
         how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
-        outputs, target = model._outputs(test.X) if outputs is None else outputs, torch.from_numpy(y)
-        if loss is not None:
-            outputs, target = _training_outputs(model, loss, outputs, target)
-        else:
-            outputs = _outputs_to_score(model, outputs)
+        shown = None if how.positive is None or classes is None else classes[how.positive]
+        outputs = model._outputs(test.X) if outputs is None else outputs
+        outputs, target = _outputs_to_score(model, loss, outputs, torch.from_numpy(y))
         if classes is not None and unseen:
             how, outputs, target = _with_unseen(how, outputs, target, len(classes))
         with warnings.catch_warnings(action="ignore"):  # of classes that no row is predicted as
             score = _score(how, outputs, target)
     except ValueError as error:  # what scikit-learn raises where a metric is undefined
-        return HeldOut(math.nan, rows, unseen, str(error).rstrip("."))
+        return HeldOut(math.nan, rows, unseen, str(error).rstrip("."), positive=shown)
     if not math.isfinite(score):
-        return HeldOut(math.nan, rows, unseen, "it is undefined on these rows")
-    return HeldOut(score, rows, unseen, interval=_interval(how, outputs, target, score))
+        return HeldOut(math.nan, rows, unseen, "it is undefined on these rows", positive=shown)
+    return HeldOut(score, rows, unseen, interval=_interval(how, outputs, target, score), positive=shown)
 
 
-def _outputs_to_score(model: TunedModel, outputs: Tensor) -> Tensor:
-    """Return outputs of the model as scores take them."""
-    if model.task == "multilabel" or model.classes is not None:
-        # The model's own logits, since those of rounded probabilities would tie, and break ties, otherwise.
-        return outputs
-    predicted = torch.from_numpy(model._predict(outputs))
-    return predicted if predicted.dim() > 1 else predicted[:, None]
+def labels_of(model: TunedModel, test: Source) -> tuple[list[object] | None, np.ndarray]:
+    """Return the classes, those of the held-out rows alone last, and the rows' codes; or None and numbers."""
+    return (None, np.asarray(test.y, dtype=float)) if model.classes is None else class_codes(model.classes, test.y)
 
 
-def _training_outputs(model: TunedModel, loss: Objective, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a loss was of: standardised numbers, or of two classes one logit where it is of one."""
-    if model.task == "regression":
+def _outputs_to_score(model: TunedModel, loss: Objective | None, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs and targets as scores take them; a loss takes those that it was trained on."""
+    if loss is not None and model.task == "regression":
         there = y.numpy() if model.transform is None else model.transform.forward(y.numpy())
         return outputs, torch.from_numpy((there - model.center) / model.scale)
-    return outputs.diff(dim=1) if loss.one_logit else outputs, y
+    if loss is not None:
+        return outputs.diff(dim=1) if loss.one_logit else outputs, y
+    if model.task == "multilabel" or model.classes is not None:
+        # The model's own logits, since those of rounded probabilities would tie, and break ties, otherwise.
+        return outputs, y
+    predicted = torch.from_numpy(model._predict(outputs))
+    return predicted if predicted.dim() > 1 else predicted[:, None], y
 
 
 def _with_unseen(how: Scoring, outputs: Tensor, y: Tensor, classes: int) -> tuple[Scoring, Tensor, Tensor]:
@@ -151,13 +153,6 @@ def _interval(how: Scoring, outputs: Tensor, y: Tensor, score: float) -> tuple[f
     return score + narrower * float(low), score + narrower * float(high)
 
 
-def labels_of(model: TunedModel, test: Source) -> tuple[list[object] | None, np.ndarray]:
-    """Return the classes, those of the held-out rows alone last, and the rows' codes; or None and numbers."""
-    if model.classes is None:
-        return None, np.asarray(test.y, dtype=np.float64)
-    return class_codes(model.classes, test.y)
-
-
 _SCORES: dict[Task, tuple[str, ...]] = {
     "binary": ("accuracy", "balanced_accuracy", "roc_auc", "neg_log_loss"),
     "multiclass": ("accuracy", "balanced_accuracy", "roc_auc_ovr", "neg_log_loss"),
@@ -176,13 +171,13 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of so many rows by name, with the class that each is of (None: of none); of classes a confusion matrix.
+    """Scores of so many rows by name; of classes a confusion matrix.
 
     ``confusion`` has the true classes in its lines and the predicted ones in its columns; both are empty of numbers.
     """
 
     rows: int
-    scores: dict[str, tuple[HeldOut, object]]
+    scores: dict[str, HeldOut]
     classes: list[object]
     confusion: list[list[int]]
 
@@ -191,58 +186,47 @@ class Evaluation:
         scores = {
             name: {
                 **({"score": None, "why": one.why} if one.why else {"score": one.score, "interval": one.interval}),
-                "positive": positive,
+                "positive": one.positive,
             }
-            for name, (one, positive) in self.scores.items()
+            for name, one in self.scores.items()
         }
-        shared = {"rows": self.rows, "scores": scores}
-        return shared | ({"classes": self.classes, "confusion": self.confusion} if self.classes else {})
+        matrix = {"classes": self.classes, "confusion": self.confusion} if self.classes else {}
+        return {"rows": self.rows, "scores": scores} | matrix
 
     def text(self, width: int) -> str:
         """Return tables for a terminal."""
-        rows = []
-        for name, (one, positive) in self.scores.items():
-            measure = measure_of(name, one.score, positive)
+        rows, remarks = [], []
+        for name, one in self.scores.items():
+            measure = measure_of(name, one.score, one.positive)
             rows.append([measure.title, measure.text(one.score), one.bounds(measure) or "-"])
-        parts = [table(["score", "", "95 % of bootstrap samples"], rows, left=["score"])]
-        undefined = [f"No {name}: {clean(one.why)}." for name, (one, _) in self.scores.items() if one.why]
-        undefined += self._of_rows()
-        parts += [paragraph(sentence, width) for sentence in undefined]
-        if self.classes:
-            parts += [self._of_classes(), self._matrix()] if len(self.classes) <= _SHOWN else [self._of_classes()]
-        return "\n\n".join([f"{count(self.rows, 'row')}", *parts])
-
-    def _of_rows(self) -> list[str]:
-        """Return what the scores make of rows of an unknown class, and of a class that no row is predicted as."""
-        said = []
-        positive = self.scores["precision"][1] if "precision" in self.scores else None
+            remarks += [f"No {name}: {clean(one.why)}."] if one.why else []
+        positive = self.scores["precision"].positive if "precision" in self.scores else None
         if positive in self.classes and not np.sum(self.confusion, 0)[self.classes.index(positive)]:
-            said.append(f"No row is predicted as class {clean(positive)!r}: its precision is shown as 0.")
-        if unseen := max((one.unseen for one, _ in self.scores.values()), default=0):
+            remarks.append(f"No row is predicted as class {clean(positive)!r}: its precision is shown as 0.")
+        if unseen := max((one.unseen for one in self.scores.values()), default=0):
             verb = "counts" if unseen == 1 else "count"
-            said.append(
+            remarks.append(
                 f"{count(unseen, 'row')} of a class that the model does not know {verb} as wrong, in scores of a class "
                 "as not of it; balanced accuracy and scores of probabilities leave such rows out."
             )
-        return said
+        scores = table(["score", "", "95 % of bootstrap samples"], rows, left=["score"])
+        matrix = self._class_tables() if self.classes else []
+        return "\n\n".join([count(self.rows, "row"), scores, *(paragraph(one, width) for one in remarks), *matrix])
 
-    def _of_classes(self) -> str:
-        matrix = np.array(self.confusion)
-        right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    def _class_tables(self) -> list[str]:
+        """Return precision and recall of each class, and the matrix where they are few."""
 
         def share(part: int, whole: int) -> str:
             return f"{part / whole:.4f}" if whole else "-"
 
-        rows = [
-            [clean(label), str(true[i]), share(right[i], predicted[i]), share(right[i], true[i])]
-            for i, label in enumerate(self.classes)
-        ]
-        return table(["class", "rows", "precision", "recall"], rows, left=["class"])
-
-    def _matrix(self) -> str:
-        names = [clean(label) for label in self.classes]
-        rows = [[name, *map(str, line)] for name, line in zip(names, self.confusion)]
-        return table(["true \\ predicted", *names], rows, left=["true \\ predicted"])
+        names, matrix = [clean(label) for label in self.classes], np.array(self.confusion)
+        counts = zip(names, matrix.diagonal(), matrix.sum(1), matrix.sum(0))
+        shares = [[name, str(true), share(right, told), share(right, true)] for name, right, true, told in counts]
+        tables = [table(["class", "rows", "precision", "recall"], shares, left=["class"])]
+        if len(names) <= _SHOWN:
+            lines = [[name, *map(str, line)] for name, line in zip(names, self.confusion)]
+            tables.append(table([corner := "true \\ predicted", *names], lines, left=[corner]))
+        return tables
 
 
 def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object) -> Evaluation:
@@ -251,42 +235,34 @@ def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, p
     Raises InputError for a score that there is not, or that is none of the task, for missing columns, and where the
     model knows no class of the rows.
     """
-    loss = saved_loss(model)
-    if model.task == "custom" or (loss is None and "neg_loss" in (scoring or ())):
-        raise InputError(_without_score(model))
+    loss, task = saved_loss(model), model.task
+    if task == "custom":
+        raise InputError(
+            "no score that has a name is of a custom target; gputune predict writes what the model returns."
+        )
+    if loss is None and "neg_loss" in (scoring or ()):
+        kind, its_loss = model.spec["kind"], model.info.get("loss", "another")
+        was = f"was trained on {its_loss}" if kind == "module" else f"is a built-in {kind}"
+        raise InputError(
+            f"scoring='neg_loss' is of a module and of a loss that has a name, {', '.join(LOSSES)}, and this model "
+            f"{was}; choose another, for example {_SCORES[task][-1]}."
+        )
     outputs = model._outputs(test.X)
     classes, y = labels_of(model, test)
     if model.classes is not None and classes is not None:
         refuse_unknown(classes, y, len(model.classes), f"column {test.target!r}")
     own, known = str(model.info.get("scoring") or ""), get_scorer_names()
-    usual = [
-        *([own] if own in known or (own == "neg_loss" and loss is not None) else []),
-        *_SCORES[model.task],
-        *(_OF_CLASS if positive is not None else ()),
-    ]
-    scores: dict[str, tuple[HeldOut, object]] = {}
-    for name in scoring or dict.fromkeys(usual):
-        of_class = model.task == "binary" and name in known and has_positive_class(get_scorer(name))
+    first = [own] if own in known or (own == "neg_loss" and loss is not None) else []
+    scores = {}
+    for name in scoring or dict.fromkeys((*first, *_SCORES[task], *(_OF_CLASS if positive is not None else ()))):
+        of_class = task == "binary" and name in known and has_positive_class(get_scorer(name))
         one = positive if of_class else None
-        how = make_scoring(name, model.task, model.classes, one, loss, n_labels=y.shape[-1])
-        shown = None if how.positive is None or classes is None else classes[how.positive]
-        scores[name] = held_out_score(model, name, test, positive=one, outputs=outputs), shown
-    if classes is None or model.task == "multilabel":
+        make_scoring(name, task, model.classes, one, loss, n_labels=y.shape[-1])  # raises for a name that is none
+        scores[name] = held_out_score(model, name, test, positive=one, outputs=outputs)
+    if classes is None or task == "multilabel":
         return Evaluation(len(test.X), scores, [], [])
     code = {label: code for code, label in enumerate(classes)}
     predicted = [code[label] for label in model._predict(outputs).tolist()]
     K = len(classes)
     matrix = np.bincount(y * K + predicted, minlength=K * K).reshape(K, K)
     return Evaluation(len(test.X), scores, classes, matrix.tolist())
-
-
-def _without_score(model: TunedModel) -> str:
-    """Return why a model has no score of a name, or none by its loss."""
-    if model.task == "custom":
-        return "no score that has a name is of a custom target; gputune predict writes what the model returns."
-    built_in = f"is a built-in {model.spec['kind']}"
-    was = built_in if model.spec["kind"] != "module" else f"was trained on {model.info.get('loss', 'another')}"
-    return (
-        f"scoring='neg_loss' is of a module and of a loss that has a name, {', '.join(LOSSES)}, and this model {was}; "
-        f"choose another, for example {_SCORES[model.task][-1]}."
-    )

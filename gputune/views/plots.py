@@ -2,7 +2,7 @@
 
 import math
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gputune.errors import InputError, check_count, import_extra
 from gputune.study.study import Study, check_metric
 from gputune.text import clean, short
-from gputune.views.axes import curve_scale, parallel_axes, parameter_scale, score_scale
+from gputune.views.axes import Scale, curve_scale, parallel_axes, parameter_scale, score_scale
 from gputune.views.parameters import Parameter, descended, descent_paths, importance, parameters, varied_parameters
 from gputune.views.scores import BEST, Scores, curve_view, pareto_front, score_range, score_view
 
@@ -32,9 +32,7 @@ def _pyplot(plot: str) -> ModuleType:
 def _axes(plot: str, ax: "Axes | None", size: tuple[float, float] = (7.0, 4.0)) -> "Axes":
     """Return the given Axes, or new ones in a figure of so many inches."""
     pyplot = _pyplot(plot)
-    if ax is None:
-        ax = pyplot.subplots(figsize=size, layout="constrained")[1]
-    return ax
+    return pyplot.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
 def _plain(text: object) -> str:
@@ -46,7 +44,7 @@ def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
     """Name both axes; that of a hyperparameter gets its scale: numbers, a logarithm, or words."""
     for axis, what in (("x", x), ("y", y)):
         ax.set(**{f"{axis}label": _plain(what.label if isinstance(what, Parameter) else what)})
-        if not isinstance(what, Parameter):
+        if isinstance(what, str):
             continue
         values = np.unique(what.values[np.isfinite(what.values)])
         ticks = parameter_scale(what).ticks if len(values) else ()
@@ -54,38 +52,41 @@ def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
             ax.set(**{f"{axis}scale": "log"})
         if what.levels or (what.log and len(ticks) == len(values)):
             places, words = [place for place, _ in ticks], [_plain(words) for _, words in ticks]
+            slanted = axis == "x" and sum(map(len, words)) > _LETTERS
+            style: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
             ax.minorticks_off()
-            if axis == "x" and sum(map(len, words)) > _LETTERS:
-                ax.set_xticks(places, words, rotation=30, ha="right", rotation_mode="anchor")
-            else:
-                (ax.set_xticks if axis == "x" else ax.set_yticks)(places, words)
+            (ax.set_xticks if axis == "x" else ax.set_yticks)(places, words, **style)
 
 
-def _scale_scores(ax: "Axes", shown: Scores) -> None:
-    """Let the axis of scores be that of the page, and say in the title what stands at its edge."""
-    scale = score_scale(shown, pad=_PAD)
+def _scale_axis(ax: "Axes", scale: Scale) -> None:
+    """Let the axis of scores be that of the page."""
     ax.set(ylim=(scale.low, scale.high), yscale="log" if scale.log else "linear")
+
+
+def _draw_scores(ax: "Axes", x: Parameter | str, places: NDArray[Any], shown: Scores, **style: Any) -> None:
+    """Draw a point a trial that has a place and a score, and say in the title what stands at the edge of the axis."""
+    drawn = np.isfinite(places) & np.isfinite(shown.values)
+    ax.scatter(places[drawn], shown.on_axis(shown.values[drawn]), s=14, **style)
+    _name_axes(ax, x, shown.measure.title)
+    _scale_axis(ax, score_scale(shown, pad=_PAD))
     ax.set_title("\n".join(shown.notes), fontsize="small")
 
 
-def plot_history(study: Study, ax: "Axes | None" = None) -> "Axes":
-    """Draw the score of each trial that has one, in the order of their numbers, and the best so far."""
+def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
+    """Score of each trial that has one, in the order of their numbers, and the best so far."""
     ax, shown = _axes("plot_history", ax), score_view(study)
     numbers = np.array([trial.number for trial in study.trials], dtype=int)
-    scored = np.isfinite(shown.values)
-    ax.scatter(numbers[scored], shown.on_axis(shown.values[scored]), s=14, color=_GREY, label="trial")
+    _draw_scores(ax, "trial", numbers, shown, color=_GREY, label="trial")
     ax.step(numbers, shown.on_axis(shown.best_so_far), where="post", color=_BLUE, label="best so far")
-    _name_axes(ax, "trial", shown.measure.title)
-    _scale_scores(ax, shown)
     ax.legend()
     return ax
 
 
-def plot_curves(study: Study, ax: "Axes | None" = None, *, best: int = BEST) -> "Axes":
-    """Draw the mean over the folds after each epoch.
+def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> "Axes":
+    """Learning curves: the mean over the folds after each epoch.
 
-    The ``best`` trials have a band of one standard deviation over the folds on either side. Raises InputError for a
-    negative or fractional ``best``.
+    The ``best`` trials have a band of one standard deviation over the folds on either side, the others lie behind.
+    Raises InputError for a negative or fractional ``best``.
     """
     check_count(best, "plot_curves(best=...)", least=0)
     ax, curves = _axes("plot_curves", ax), curve_view(study)
@@ -95,19 +96,17 @@ def plot_curves(study: Study, ax: "Axes | None" = None, *, best: int = BEST) -> 
         mean, spread, colour = curves.mean[row], curves.spread[row], f"C{place % 10}"
         ax.plot(curves.epochs, mean, color=colour, label=f"trial {study.trials[row].number}", zorder=3)
         if np.isfinite(spread).any():
-            band = mean - spread, mean + spread
-            ax.fill_between(curves.epochs, *band, color=colour, alpha=0.15, linewidth=0)
+            ax.fill_between(curves.epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
     _name_axes(ax, "epoch", curves.measure.title)
     if curves.order:
-        scale = curve_scale(study, curves)
-        ax.set(ylim=(scale.low, scale.high), yscale="log" if scale.log else "linear")
+        _scale_axis(ax, curve_scale(study, curves))
     if curves.order[:best]:
         ax.legend()
     return ax
 
 
-def plot_slice(study: Study, parameter: str | None = None, ax: "Axes | None" = None) -> "Axes | np.ndarray":
-    """Draw the score against one hyperparameter; without ``parameter``, an array of Axes, one for each that varied.
+def plot_slice(study: Study, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes | np.ndarray":
+    """Score against one hyperparameter; without ``parameter``, an array of Axes, one for each that varied.
 
     Raises InputError for an unknown hyperparameter, for ``ax`` without ``parameter``, and where none varied.
     """
@@ -119,8 +118,7 @@ def plot_slice(study: Study, parameter: str | None = None, ax: "Axes | None" = N
         return ax
     if ax is not None:
         raise InputError("plot_slice(ax=...) is one Axes and needs parameter=..., got none; name one.")
-    varied = varied_parameters(study)
-    if not varied:
+    if not (varied := varied_parameters(study)):
         raise InputError("plot_slice() needs a hyperparameter in which two trials differ, and there is none.")
     columns = min(_COLUMNS, len(varied))
     rows = math.ceil(len(varied) / columns)
@@ -146,14 +144,11 @@ def _parameter(study: Study, name: str, plot: str) -> Parameter:
 
 
 def _draw_slice(ax: "Axes", parameter: Parameter, shown: Scores) -> None:
-    drawn = np.isfinite(parameter.values) & np.isfinite(shown.values)
-    ax.scatter(parameter.values[drawn], shown.on_axis(shown.values[drawn]), s=14, color=_BLUE, alpha=0.7)
-    _name_axes(ax, parameter, shown.measure.title)
-    _scale_scores(ax, shown)
+    _draw_scores(ax, parameter, parameter.values, shown, color=_BLUE, alpha=0.7)
 
 
-def plot_parallel(study: Study, ax: "Axes | None" = None) -> "Axes":
-    """Draw a line through an axis for each hyperparameter that varied and the score, for each trial that has one.
+def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
+    """Parallel coordinates: a line a trial with a score, through an axis for each hyperparameter that varied.
 
     Each axis runs from 0 to 1 over its range (its logarithm where that is its scale) or through its words; a line
     breaks where a trial lacks one. Its colour is the score; the better lines lie on top.
@@ -178,8 +173,8 @@ def plot_parallel(study: Study, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def plot_pareto(study: Study, x: str | None = None, y: str | None = None, ax: "Axes | None" = None) -> "Axes":
-    """Draw a point a trial by two metrics, the first two without names, and a line through the Pareto front of both.
+def plot_pareto(study: Study, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
+    """Trials by two metrics, the first two without names, and the line through those that no other one beats in both.
 
     Raises InputError for a study of one metric and for a name that is none of its metrics.
     """
@@ -189,9 +184,7 @@ def plot_pareto(study: Study, x: str | None = None, y: str | None = None, ax: "A
     front = pareto_front(study, check_metric(study, x, "plot_pareto"), check_metric(study, y, "plot_pareto"))
     ax, (across, down) = _axes("plot_pareto", ax, (5.0, 4.0)), front.measures
     ax.scatter(front.values[:, 0], front.values[:, 1], s=14, color=_GREY, label="trial")
-    ax.plot(
-        front.values[front.order, 0], front.values[front.order, 1], "o-", color=_BLUE, markersize=5, label="not beaten"
-    )
+    ax.plot(*front.values[front.order].T, "o-", color=_BLUE, markersize=5, label="not beaten")
     _name_axes(ax, across.title, down.title)
     ax.legend()
     return ax
@@ -201,8 +194,8 @@ def _colour_map(shown: Scores) -> str:
     return "viridis_r" if shown.measure.lower_is_better else "viridis"
 
 
-def plot_importance(study: Study, ax: "Axes | None" = None, *, seed: int = 0) -> "Axes":
-    """Draw the importance as bars; see ``gputune.views.parameters`` for what it is. InputError for a small study."""
+def plot_importance(study: Study, *, seed: int = 0, ax: "Axes | None" = None) -> "Axes":
+    """Permutation importance of the hyperparameters, by a random forest on the trials. InputError for a small study."""
     shown = importance(study, seed=seed)
     ax = _axes("plot_importance", ax, (6.0, 1.2 + 0.4 * len(shown.names)))
     places = range(len(shown.names))
@@ -213,8 +206,8 @@ def plot_importance(study: Study, ax: "Axes | None" = None, *, seed: int = 0) ->
     return ax
 
 
-def plot_contour(study: Study, x: str | None = None, y: str | None = None, ax: "Axes | None" = None) -> "Axes":
-    """Draw the score as filled contours; without ``x`` and ``y`` over the two most important hyperparameters.
+def plot_contour(study: Study, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
+    """Score over two hyperparameters as filled contours; without ``x`` and ``y`` over the two most important ones.
 
     Between trials the score is interpolated linearly, on the logarithm where that is the scale; trials at one place are
     averaged. Raises InputError for an unknown hyperparameter, one name without the other, and where the trials
@@ -222,46 +215,37 @@ def plot_contour(study: Study, x: str | None = None, y: str | None = None, ax: "
     """
     if (x is None) != (y is None) or (x is not None and x == y):
         raise InputError(f"plot_contour needs two different hyperparameters or none, got x={x!r}, y={y!r}.")
-    if x is None or y is None:
-        names = importance(study).names
-        if len(names) < 2:
-            raise InputError(f"plot_contour needs two hyperparameters that vary, got {len(names)}.")
-        x, y = names[:2]
-    columns, shown = [_parameter(study, name, "plot_contour") for name in (x, y)], score_view(study)
-    places, means = _mean_scores(columns, shown)
+    names = importance(study).names if x is None else (x, str(y))
+    if len(names) < 2:
+        raise InputError(f"plot_contour needs two hyperparameters that vary, got {len(names)}.")
+    columns, shown = [_parameter(study, name, "plot_contour") for name in names[:2]], score_view(study)
+    at = np.stack([column.values for column in columns], axis=1)
+    scored = np.isfinite(at).all(1) & np.isfinite(shown.values)
+    places, trials = np.unique(at[scored], axis=0, return_inverse=True)
+    means = np.bincount(trials.ravel(), shown.values[scored]) / np.bincount(trials.ravel())
     flat = np.stack([np.log(at) if one.log else at for one, at in zip(columns, places.T)], axis=1)
     if len(places) < 3 or np.linalg.matrix_rank(flat - flat[0], tol=1e-9) < 2:
         raise InputError(
             f"plot_contour needs scored trials at three places that are not on one line, got {len(places)} places in "
-            f"{x!r} and {y!r}; choose others, or search further."
+            f"{columns[0].name!r} and {columns[1].name!r}; choose others, or search further."
         )
     ax = _axes("plot_contour", ax, (6.0, 4.5))
     from matplotlib.tri import Triangulation
 
     # The triangles are those of the scales, drawn where the places are.
-    (across, up), triangles = places.T, Triangulation(*flat.T).triangles
+    (x_places, y_places), triangles = places.T, Triangulation(*flat.T).triangles
     low, high = score_range(means, shown.measure)
     levels = np.linspace(low, high if high > low else low + 1e-12, _LEVELS)
-    filled = ax.tricontourf(
-        Triangulation(across, up, triangles), means, levels=levels, cmap=_colour_map(shown), extend="both"
-    )
-    ax.scatter(across, up, s=10, color="white", edgecolor="black", linewidth=0.5)
+    drawn = Triangulation(x_places, y_places, triangles)
+    filled = ax.tricontourf(drawn, means, levels=levels, cmap=_colour_map(shown), extend="both")
+    ax.scatter(x_places, y_places, s=10, color="white", edgecolor="black", linewidth=0.5)
     ax.figure.colorbar(filled, ax=ax, label=_plain(shown.measure.title))
     _name_axes(ax, *columns)
     return ax
 
 
-def _mean_scores(columns: list[Parameter], shown: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the places (n, 2) at which some trial has a score, and the mean score at each."""
-    at = np.stack([column.values for column in columns], axis=1)
-    scored = np.isfinite(at).all(1) & np.isfinite(shown.values)
-    places, which = np.unique(at[scored], axis=0, return_inverse=True)
-    which = which.ravel()
-    return places, np.bincount(which, shown.values[scored]) / np.bincount(which)
-
-
-def plot_path(study: Study, parameter: str | None = None, ax: "Axes | None" = None) -> "Axes":
-    """Draw a hyperparameter of a search by hypergradients from outer step to outer step, a line a start.
+def plot_path(study: Study, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
+    """Paths of a search by hypergradients: a hyperparameter from outer step to outer step, a line a start.
 
     ``parameter`` is the first of those descended on where it is left out. The best five starts have colours; a hollow
     point is one whose slope the guard took for noise. Raises InputError for a study of another method and for a

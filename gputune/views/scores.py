@@ -214,9 +214,9 @@ def epochs_by(study: Study) -> str:
 
 
 def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
-    """Return the study with its trials scored and ranked by another of its metrics, at the same epochs.
+    """The study by another of several metrics: its scores, order, curves, plots and page are those of that metric.
 
-    Its curves, plots, page and tables are by that metric. Raises InputError for a name that is none of ``metrics``.
+    A trial's epoch stays the one that the first metric chose. Raises InputError for a name that is none of ``metrics``.
     """
     metric = check_metric(study, metric, "ranked_by")
     place = study.metrics.index(metric)
