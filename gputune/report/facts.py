@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,55 +25,45 @@ STATES: dict[TrialState, str] = {
 _RAISED, _TOO_BIG, _LOST = "that raised an error", "too big for the memory", "that lost their workers"
 
 
-@dataclass(frozen=True)
-class Fact:
-    """A number with its name, and a sentence about it."""
-
-    name: str
-    value: str
-    note: str
+Fact = tuple[str, str, str]
+"""A name, the number of that name, and a sentence about it."""
 
 
-def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
+def facts(study: Study, model: Json | None) -> list[Fact]:
     """Return the facts of a study; ``model`` is the ``info`` of its tuned model, checked by ``check_model``."""
     record, best = study.record, best_trial(study)
-    rows = []
+    rows: list[Fact] = []
     if best is not None:
         measure = score_view(study).measure
-        added = " ± standard error" * math.isfinite(best.std_error)
         if record.face == "loop":
-            rows.append(Fact(f"best {measure.title}", measure.text(best.score), f"trial {best.number}"))
+            rows.append((f"best {measure.title}", measure.text(best.score), f"trial {best.number}"))
         else:
+            added = " ± standard error" * math.isfinite(best.std_error)
             note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
-            score = Fact(f"best cross-validated {measure.title}", measure.with_error(best.score, best.std_error), note)
-            tried = sum(math.isfinite(trial.score) for trial in study.trials)
-            rows += [score, _held_out_fact(model, measure, tried)]
+            score = measure.with_error(best.score, best.std_error)
+            rows += [(f"best cross-validated {measure.title}", score, note), _held_out_fact(study, model, measure)]
         if (baseline := record.baseline) is not None:
-            rows.append(Fact("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
-    rows.append(Fact("trials", str(len(study.trials)), states_text(states_of(study))))
+            rows.append(("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
+    rows.append(("trials", str(len(study.trials)), states_text(states_of(study))))
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent
-    note = "the trials' shares of their chunks, summed"
-    if 0 < trained < whole and record.face != "sklearn":
-        note += f"; {trained} of {whole} trial-epochs"
-    rows.append(Fact("time of training", seconds_text(seconds), note))
-    if record.device:
-        rows.append(Fact("device", clean(record.device), clean(record.dtype)))
-    return rows
+    of_epochs = f"; {trained} of {whole} trial-epochs" if 0 < trained < whole and record.face != "sklearn" else ""
+    rows.append(("time of training", seconds_text(seconds), f"the trials' shares of their chunks, summed{of_epochs}"))
+    return [*rows, ("device", clean(record.device), clean(record.dtype))] if record.device else rows
 
 
-def _held_out_fact(model: Json | None, measure: Measure, tried: int) -> Fact:
-    name = f"held-out {measure.name}"
+def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> Fact:
+    tried, name = int(np.isfinite(study.scores).sum()), f"held-out {measure.name}"
     optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
     score = None if model is None else model.get("held_out_score")
     if model is None or score is None or not math.isfinite(score):
-        return Fact(name, "–", f"not known here; {optimistic}")
+        return name, "–", f"not known here; {optimistic}"
     rows, members = count(model["held_out_rows"], "row"), model.get("ensemble")
     what = "the model" if members is None else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
-    return Fact(name, measure.text(score), f"{what} on {rows} nothing was fitted on; {optimistic}")
+    return name, measure.text(score), f"{what} on {rows} nothing was fitted on; {optimistic}"
 
 
-def check_model(study: Study, model: Mapping[str, object]) -> None:
+def check_model(study: Study, model: Json) -> None:
     """Raise InputError where the ``info`` of a model is not that of this study's best trial."""
     if not is_its_model(study, model):
         raise InputError(
@@ -83,15 +72,14 @@ def check_model(study: Study, model: Mapping[str, object]) -> None:
         )
 
 
-def is_its_model(study: Study, model: Mapping[str, object]) -> bool:
+def is_its_model(study: Study, model: Json) -> bool:
     """Whether the ``info`` of a model is that of this study's best trial, trained on the study's rows."""
     best, rows, scoring = best_trial(study), study.record.fingerprint, study.record.scoring
+    if best is None or model.get("scoring", scoring) != scoring:
+        return False
+    same = "ensemble" in model or (model.get("params"), model.get("score")) == (best.params, best.score)
     # Models of earlier versions do not say which rows they were trained on.
-    same = "ensemble" in model or (
-        best is not None and (model.get("params"), model.get("score")) == (best.params, best.score)
-    )
-    same = same and model.get("scoring", scoring) == scoring
-    return best is not None and same and model.get("fingerprint", rows) == rows
+    return same and bool(model.get("fingerprint", rows) == rows)
 
 
 def states_of(study: Study) -> States:
@@ -141,32 +129,29 @@ def _transform(recorded: str | Json | None) -> object:
     return f"{recorded['class']}({', '.join(f'{key}={value!r}' for key, value in recorded['params'].items())})"
 
 
-def _method(method: str | Mapping[str, object]) -> str:
+def _method(method: str | Json) -> str:
     if isinstance(method, str):
         return method
-    options = [f"{key}={_option(value)}" for key, value in method.items() if key != "name" and value is not None]
-    return f"{method.get('name')}: {', '.join(options)}"
+    return f"{method.get('name')}: {_options({key: value for key, value in method.items() if key != 'name'})}"
 
 
-def _option(value: object) -> str:
-    """Return an option of a method as text; a sampler's halving has options of its own."""
-    if isinstance(value, dict):
-        return f"({', '.join(f'{key}={short(part)}' for key, part in value.items() if part is not None)})"
-    return short(value)
+def _options(options: Json) -> str:
+    """Return the options of a method as text; a sampler's halving has options of its own."""
+    texts = {key: f"({_options(one)})" if isinstance(one, dict) else short(one) for key, one in options.items()}
+    return ", ".join(f"{key}={text}" for key, text in texts.items() if options[key] is not None)
 
 
 def states_text(states: States) -> str:
     """Return how many trials there are of each state; of failed ones, why some were given up."""
-    counts = dict.fromkeys([*STATES.values(), _RAISED, _TOO_BIG, _LOST], 0)
+    counts: Counter[str] = Counter(dict.fromkeys([*STATES.values(), _RAISED, _TOO_BIG, _LOST], 0))
     for state, detail, number in states:
         if "error" in detail:
-            said = _RAISED
+            counts[_RAISED] += number
         elif "reason" in detail:
-            said = _TOO_BIG if str(detail["reason"]).startswith(TOO_BIG) else _LOST
+            counts[_TOO_BIG if str(detail["reason"]).startswith(TOO_BIG) else _LOST] += number
         else:
-            said = STATES.get(state, state)
-        counts[said] = counts.get(said, 0) + number
-    return ", ".join(f"{number} {said}" for said, number in counts.items() if number) or "none"
+            counts[STATES.get(state, state)] += number
+    return ", ".join(f"{number} {words}" for words, number in counts.items() if number) or "none"
 
 
 def why_failed(study: Study, trial: Trial) -> str:
@@ -181,9 +166,8 @@ FAILED = 20
 """Failed trials that are listed."""
 
 
-@dataclass(frozen=True)
-class Endings:
-    """What the page says of the ends.
+def endings(study: Study) -> Json:
+    """Return what the page says of how the trials ended.
 
     states     (state, words, trials, share in percent) of those that there are
     rungs      (epoch, trials that were pruned, trials that trained on) of successive halving
@@ -191,27 +175,15 @@ class Endings:
     failed     how many have none
     spent      trial-epochs that were trained, and those of training all to the end
     """
-
-    states: tuple[tuple[str, str, int, float], ...]
-    rungs: tuple[tuple[int, int, int], ...]
-    failures: tuple[tuple[int, str, str], ...]
-    failed: int
-    spent: tuple[int, int]
-
-
-def endings(study: Study) -> Endings:
-    """Return how the trials ended."""
     trials, counts = study.trials, Counter(trial.state for trial in study.trials)
     failed = [trial for trial in trials if trial.state == "failed"]
     pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
     trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
-    return Endings(
-        states=tuple((s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]),
-        rungs=tuple((epoch, n, int((trained > epoch).sum())) for epoch, n in sorted(pruned.items())),
-        failures=tuple(
-            (t.number, why_failed(study, t), ", ".join(f"{clean(k)} = {short(v)}" for k, v in t.params.items()))
-            for t in failed[:FAILED]
-        ),
-        failed=len(failed),
-        spent=study.spent,
-    )
+    params = [", ".join(f"{clean(name)} = {short(value)}" for name, value in t.params.items()) for t in failed[:FAILED]]
+    return {
+        "states": [(s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]],
+        "rungs": [(epoch, number, (trained > epoch).sum()) for epoch, number in sorted(pruned.items())],
+        "failures": [(t.number, why_failed(study, t), text) for t, text in zip(failed, params)],
+        "failed": len(failed),
+        "spent": study.spent,
+    }

@@ -1,7 +1,6 @@
 """The charts of what matters: hyperparameters and columns as bars, parallel coordinates, confused classes."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
@@ -32,10 +31,22 @@ _STRIP = 0.045
 def importance_chart(shown: Importance) -> Chart:
     """Return one bar a hyperparameter, as long as the forest's R2 falls without it."""
     of = "Importance of the hyperparameters", "fall of the forest's R²"
-    return bars(shown.labels, shown.drops, shown.errors, *of, decimals=2)
+    return _bars(shown.labels, shown.drops, shown.errors, *of, decimals=2)
 
 
-def bars(
+def columns_chart(study: Study, report: FoldReport) -> Chart | None:
+    """Return a bar for each column, as long as the score is worse without it; None without columns."""
+    if not report.columns:
+        return None
+    labels = [clean(name) for name in report.columns[:COLUMNS]]
+    measure, left_out = score_view(study).measure, len(report.columns) - len(labels)
+    of = "Importance of the columns", f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
+    drops, errors, decimals = report.drops[:COLUMNS], report.errors[:COLUMNS], max(2, measure.decimals - 1)
+    notes = [f"The {len(labels)} most important columns; {left_out} others are left out."] * (left_out > 0)
+    return _bars(labels, drops, errors, *of, decimals=decimals, notes=notes)
+
+
+def _bars(
     labels: Sequence[str],
     drops: NDArray[np.float64],
     errors: NDArray[np.float64],
@@ -43,113 +54,89 @@ def bars(
     name: str,
     *,
     decimals: int,
+    notes: Sequence[str] = (),
 ) -> Chart:
     """Return a bar for each label, with a standard deviation; ``name`` is that of the axis."""
     scale = linear_scale(0.0, float(max((drops + errors).max(), 10.0**-decimals)), most=5)
-    height = _ROW * len(labels) + 40
-    span, bottom = _WIDTH - _LEFT - _RIGHT, height - 34
-
-    def length(value: float) -> float:
-        return max(0.0, float(scale(value)) * span)
-
+    height, span = _ROW * len(labels) + 40, _WIDTH - _LEFT - _RIGHT
     parts = []
     for value, words in scale.ticks:
-        x = _LEFT + length(value)
-        parts += [path("grid", f"M{x:.1f} 4V{bottom:.1f}"), text("tick mid", x, bottom + 15, words)]
+        x = _LEFT + float(scale(value)) * span
+        parts += [path("grid", f"M{x:.1f} 4V{height - 34:.1f}"), text("tick mid", x, height - 19, words)]
     for row, (label, drop, error) in enumerate(zip(labels, drops.tolist(), errors.tolist())):
         y = 4 + _ROW * row
-        low, high = (_LEFT + length(end) for end in (drop - error, drop + error))
-        box = {"x": _LEFT, "y": y + 5, "width": length(drop), "height": _ROW - 12, "rx": 2}
+        low, middle, high = (max(0.0, float(scale(end)) * span) for end in (drop - error, drop, drop + error))
+        box = {"x": _LEFT, "y": y + 5, "width": middle, "height": _ROW - 12, "rx": 2}
         parts += [
             text("tick end label", _LEFT - 10, y + 19, element("title", label), cut(label, 26)),
             element("rect", class_="bar", **box),
-            path("whisker", f"M{low:.1f} {y + 14:.1f}H{high:.1f}"),
+            path("whisker", f"M{_LEFT + low:.1f} {y + 14:.1f}H{_LEFT + high:.1f}"),
             text("tick end", _WIDTH - 4, y + 19, f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"),
         ]
     parts.append(text("name mid", _LEFT + span / 2, height - 3, name))
-    return Chart(drawing(_WIDTH, height, title, *parts, class_="chart bars"))
+    return drawing(_WIDTH, height, title, *parts, notes=notes, class_="chart bars")
 
 
-@dataclass(frozen=True)
-class Parallel:
-    """The chart and its axes, from left to right; their ``heights`` are in rank order."""
+def brush_data(axes: Sequence[Axis], order: list[int], rows: int, numbers: Collection[str]) -> list[dict[str, object]]:
+    """Return what the page's script needs to place the first rows of the table, in this order, on each axis.
 
-    chart: Chart
-    axes: tuple[Axis, ...]
-    ranked: list[int]
-
-    def to_json(self, rows: int, numbers: Collection[str]) -> list[dict[str, object]]:
-        """Return what the page's script needs to place the first rows of the table on each axis.
-
-        A column of ``numbers`` has a scale; another one has its heights, in thousandths.
-        """
-        return [
-            {"column": a.column, "low": a.scale.low, "high": a.scale.high, "log": a.scale.log}
-            if a.column in numbers
-            else {"heights": [None if h != h else round(1000 * h) for h in a.heights[self.ranked[:rows]].tolist()]}
-            for a in self.axes
-        ]
+    A column of ``numbers`` has a scale; another one has its heights, in thousandths.
+    """
+    return [
+        {"column": a.column, "low": a.scale.low, "high": a.scale.high, "log": a.scale.log}
+        if a.column in numbers
+        else {"heights": [None if h != h else round(1000 * h) for h in a.heights[order[:rows]].tolist()]}
+        for a in axes
+    ]
 
 
-def parallel_chart(study: Study, important: Sequence[str] = ()) -> Parallel | None:
-    """Return the chart; None where no trial has a score or no hyperparameter varied.
+def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, list[Axis]] | None:
+    """Return the chart and its axes, from left to right; None where no trial has a score or no hyperparameter varied.
 
     Where there are too many axes, the ``important`` hyperparameters come first.
     """
-    shown = score_view(study)
-    *columns, of_scores = parallel_axes(study, shown)
-    if not columns or not shown.order:
+    shown, notes = score_view(study), []
+    *axes, of_scores = parallel_axes(study, shown)
+    if not axes or not shown.order:
         return None
-    notes: tuple[str, ...] = ()
-    if len(columns) >= AXES:
+    if len(axes) >= AXES:
         rank = {f"params_{name}": place for place, name in enumerate(important)}
-        first = sorted(columns, key=lambda axis: rank.get(axis.column, len(rank)))[: AXES - 1]
+        first = sorted(axes, key=lambda axis: rank.get(axis.column, len(rank)))[: AXES - 1]
         which = "most important" if important else "first"
-        notes = (f"The {which} {len(first)} of {len(columns)} hyperparameters have an axis here.",)
-        columns = [axis for axis in columns if axis in first]
-    axes, ranked = (*columns, of_scores), study.order
+        notes = [f"The {which} {len(first)} of {len(axes)} hyperparameters have an axis here."]
+        axes = [axis for axis in axes if axis in first]
+    axes, ranked = [*axes, of_scores], study.order
     width = max(960.0, 2 * _SIDE + 105.0 * (len(axes) - 1))
     x = np.linspace(_SIDE, width - _SIDE, len(axes))
-    heights = np.stack([_down(_strips(axis.heights[ranked])) for axis in axes], axis=1)
-    lines, more = _lines(shown.values[ranked], x, heights)
-    half = float(x[1] - x[0]) / 2
-    rooms = [2 * min(half, px, width - px) for px in x.tolist()]
-    parts = [
-        _axis(px, axis, place, int(room / _LETTER))
-        for place, (px, axis, room) in enumerate(zip(x.tolist(), axes, rooms))
+    heights = np.stack([_line_heights(axis.heights[ranked]) for axis in axes], axis=1)
+    scored = np.flatnonzero(np.isfinite(shown.values[ranked])).tolist()
+    drawn = spread_over(scored, LINES)
+    lines = [  # the worst first; a rank is a row of the table
+        path(f"q{min(GROUPS - 1, rank * GROUPS // len(scored))}", line_path(x, heights[rank]), data_rank=rank)
+        for rank in drawn[::-1]
     ]
-    title = "Parallel coordinates: one line a trial"
-    drawn = element("g", *lines, class_="lines")
-    svg = drawing(width, _HEIGHT, title, drawn, *parts, class_="chart parallel")
-    return Parallel(Chart(svg, (*notes, *more)), axes, ranked)
+    if len(drawn) < len(scored):
+        notes.append(
+            f"{len(drawn)} of {len(scored)} scored trials have a line: the best {LINES // 4}, and the others evenly by "
+            "rank. A brush chooses among all of them."
+        )
+    half = float(x[1] - x[0]) / 2
+    parts = [
+        _axis(px, axis, place, int(2 * min(half, px, width - px) / _LETTER))
+        for place, (px, axis) in enumerate(zip(x.tolist(), axes))
+    ]
+    title, drawn_lines = "Parallel coordinates: one line a trial", element("g", *lines, class_="lines")
+    return drawing(width, _HEIGHT, title, drawn_lines, *parts, notes=notes, class_="chart parallel"), axes
 
 
-def _strips(heights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return heights at which lines through one of few values lie beside each other."""
-    if len(np.unique(heights[np.isfinite(heights)])) > FEW:
-        return heights
-    return np.clip(beside(heights, _STRIP), 0, 1)
+def _line_heights(heights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return where lines pass an axis, from the top; those through one of few values lie beside each other."""
+    few = len(np.unique(heights[np.isfinite(heights)])) <= FEW
+    return _down(np.clip(beside(heights, _STRIP), 0, 1) if few else heights)
 
 
 def _down(height: NDArray[np.float64]) -> NDArray[np.float64]:
     return _HEIGHT - _BOTTOM - height * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _lines(
-    scores: NDArray[np.float64], x: NDArray[np.float64], heights: NDArray[np.float64]
-) -> tuple[list[Markup], tuple[str, ...]]:
-    """Return the lines, worst first, each with its rank, which is its row in the table."""
-    scored = np.flatnonzero(np.isfinite(scores)).tolist()
-    drawn = spread_over(scored, LINES)
-    lines = []
-    for rank in drawn[::-1]:
-        group = min(GROUPS - 1, rank * GROUPS // len(scored))
-        lines.append(path(f"q{group}", line_path(x, heights[rank]), data_rank=rank))
-    note = (
-        f"{len(drawn)} of {len(scored)} scored trials have a line: the best {LINES // 4}, and the others evenly by "
-        "rank. A brush chooses among all of them."
-    )
-    return lines, (note,) if len(drawn) < len(scored) else ()
 
 
 def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
@@ -185,46 +172,32 @@ def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
     drawn = np.sort(np.argsort(-report.confusion.sum(1), kind="stable")[:CLASSES])
     matrix, classes = report.confusion[np.ix_(drawn, drawn)], study.record.classes or ()
     labels = [clean(classes[place]) for place in drawn.tolist()]
-    side = max(_SMALLEST, min(_LARGEST, (_WIDTH_OF_MATRIX - _LEFT_OF_MATRIX - 60) / len(labels)))
+    left, top = _LEFT_OF_MATRIX, _TOP_OF_MATRIX
+    side = max(_SMALLEST, min(_LARGEST, (_WIDTH_OF_MATRIX - left - 60) / len(labels)))
     shares = matrix / np.maximum(report.confusion[drawn].sum(1), 1)[:, None]
     slant = max(len(cut(label, 14)) for label in labels) * 7 > side
     parts = []
     for i, label in enumerate(labels):
-        middle, titled = _LEFT_OF_MATRIX + (i + 0.5) * side, (element("title", label), cut(label, 14))
-        turn = f"rotate(-40 {middle:.1f} {_TOP_OF_MATRIX - 10:.1f})" if slant else None
+        middle, titled = left + (i + 0.5) * side, (element("title", label), cut(label, 14))
+        turn = f"rotate(-40 {middle:.1f} {top - 10:.1f})" if slant else None
         parts += [
-            text("tick end", _LEFT_OF_MATRIX - 8, _TOP_OF_MATRIX + (i + 0.5) * side + 4, *titled),
-            text("tick" if slant else "tick mid", middle, _TOP_OF_MATRIX - 10, *titled, transform=turn),
+            text("tick end", left - 8, top + (i + 0.5) * side + 4, *titled),
+            text("tick" if slant else "tick mid", middle, top - 10, *titled, transform=turn),
         ]
         for j, count in enumerate(matrix[i].tolist()):
-            x, y = _LEFT_OF_MATRIX + j * side, _TOP_OF_MATRIX + i * side
-            opacity = f"{_COUNTED * shares[i, j]:.3f}"
+            x, y, opacity = left + j * side, top + i * side, f"{_COUNTED * shares[i, j]:.3f}"
             box = {"x": x + 1, "y": y + 1, "width": side - 2, "height": side - 2, "rx": 2}
             said = element("title", f"{label} predicted as {labels[j]}: {count}")
             parts.append(element("rect", said, class_="cell", fill_opacity=opacity, **box))
             if count:
                 parts.append(text("label mid", x + side / 2, y + side / 2 + 4, str(count)))
     span = side * len(labels)
-    up = _TOP_OF_MATRIX + span / 2
+    up = top + span / 2
     parts += [
-        text("name mid", _LEFT_OF_MATRIX + span / 2, 14 if slant else _TOP_OF_MATRIX - 32, "predicted"),
+        text("name mid", left + span / 2, 14 if slant else top - 32, "predicted"),
         text("name mid", 20, up, "true", transform=f"rotate(-90 20 {up:.1f})"),
     ]
     left_out = len(classes) - len(labels)
-    notes = (f"The {len(labels)} most frequent classes; {left_out} others are left out.",) if left_out else ()
-    size = max(_WIDTH_OF_MATRIX, _LEFT_OF_MATRIX + span + 60), _TOP_OF_MATRIX + span + 12
-    return Chart(drawing(*size, "Confusion matrix", *parts, class_="chart matrix"), notes)
-
-
-def columns_chart(study: Study, report: FoldReport) -> Chart | None:
-    """Return a bar for each column, as long as the score is worse without it; None without columns."""
-    if not report.columns:
-        return None
-    labels = [clean(name) for name in report.columns[:COLUMNS]]
-    measure = score_view(study).measure
-    name = f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
-    drops, errors = report.drops[:COLUMNS], report.errors[:COLUMNS]
-    chart = bars(labels, drops, errors, "Importance of the columns", name, decimals=max(2, measure.decimals - 1))
-    left_out = len(report.columns) - len(labels)
-    notes = (f"The {len(labels)} most important columns; {left_out} others are left out.",) if left_out else ()
-    return Chart(chart.svg, notes)
+    notes = [f"The {len(labels)} most frequent classes; {left_out} others are left out."] * (left_out > 0)
+    size = max(_WIDTH_OF_MATRIX, left + span + 60), top + span + 12
+    return drawing(*size, "Confusion matrix", *parts, notes=notes, class_="chart matrix")

@@ -8,10 +8,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -20,11 +21,11 @@ from gputune.errors import InputError
 from gputune.methods.distributions import edge_remarks
 from gputune.report.charts import curves_chart, folds_note, history_chart, pareto_charts, path_charts, slice_charts
 from gputune.report.facts import check_model, endings, facts, setting
-from gputune.report.importance import WEAK, columns_chart, confusion_chart, importance_chart, parallel_chart
+from gputune.report.importance import WEAK, brush_data, columns_chart, confusion_chart, importance_chart, parallel_chart
 from gputune.report.snippet import snippet
 from gputune.scratch import no_folder, write_text
 from gputune.study.curves import FoldReport
-from gputune.study.study import Study, Trial, best_trial
+from gputune.study.study import Study, best_trial
 from gputune.text import Measure, clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
@@ -34,10 +35,7 @@ from gputune.views.scores import epochs_by, other_measures, pareto_trials, score
 MOST_ROWS, BUDGET = 10_000, 1_100_000
 """Trials and characters of the table; what is worse by rank is left out beyond them."""
 
-_DIGITS = 5
-
-
-Column = Json
+Column = dict[str, Any]
 """A "key", a "label", "values" in rank order (null where there is none), and for words "levels", whose places they are.
 
 Scores have "decimals", and "first" of -1 where a first click sorts the largest up.
@@ -62,15 +60,20 @@ def as_json(value: object) -> str:
 
 
 def _columns(study: Study, rows: int) -> list[Column]:
-    trials = study.ranking()[:rows]
-    measure = score_view(study).measure
+    trials, measure = study.ranking()[:rows], score_view(study).measure
     epochs = [trial.best_epoch or None if math.isfinite(trial.score) else None for trial in trials]
-    columns: list[Column] = [
+    columns = [
         {"key": "number", "label": "trial", "values": [trial.number for trial in trials]},
         _words("state", "state", [trial.state for trial in trials]),
         _score_column("score", measure, [trial.score for trial in trials]),
         _number_column("error", "± error", [trial.std_error for trial in trials], measure.decimals),
-        *_metrics(study, trials),
+    ]
+    for name, other in other_measures(study).items():
+        columns.append(_score_column(f"score_{name}", other, [trial.scores.get(name, math.nan) for trial in trials]))
+    if study.metrics:
+        front = {trial.number for trial in pareto_trials(study)}
+        columns.append(_words("pareto", "not beaten", ["yes" if t.number in front else None for t in trials]))
+    columns += [
         {"key": "epoch", "label": "epoch", "values": epochs},
         _number_column("seconds", "seconds", [trial.seconds for trial in trials], 2),
     ]
@@ -78,15 +81,6 @@ def _columns(study: Study, rows: int) -> list[Column]:
         columns.append(_words("origin", "origin", [trial.origin_text for trial in trials]))
     names = dict.fromkeys(name for trial in study.trials for name in trial.params)
     return columns + [_parameter(name, [trial.params for trial in trials]) for name in names]
-
-
-def _metrics(study: Study, trials: Sequence[Trial]) -> Iterator[Column]:
-    """Yield a column for each metric beside the one that ranks, and which trials no other one beats."""
-    for name, measure in other_measures(study).items():
-        yield _score_column(f"score_{name}", measure, [trial.scores.get(name, math.nan) for trial in trials])
-    if study.metrics:
-        front = {trial.number for trial in pareto_trials(study)}
-        yield _words("pareto", "not beaten", ["yes" if trial.number in front else None for trial in trials])
 
 
 def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> Column:
@@ -100,10 +94,15 @@ def _number_column(key: str, label: str, values: Sequence[float], decimals: int)
 
 
 def _parameter(name: str, params: Sequence[Config]) -> Column:
-    key, label = f"params_{name}", clean(name)
-    values = [config.get(name) for config in params]
-    if all(value is None or _is_number(value) for value in values):
-        return {"key": key, "label": label, "values": list(map(_short_number, values))}
+    """Return the column of a hyperparameter: five digits of numbers, and words where JSON has not all (infinity)."""
+    key, label, values = f"params_{name}", clean(name), [config.get(name) for config in params]
+    present = [value for value in values if value is not None]
+    if all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < math.inf for v in present):
+        return {
+            "key": key,
+            "label": label,
+            "values": [float(f"{v:.5g}") if isinstance(v, float) else v for v in values],
+        }
     return _words(key, label, [short(config[name]) if name in config else None for config in params])
 
 
@@ -114,17 +113,6 @@ def _words(key: str, label: str, texts: Sequence[str | None]) -> Column:
     return {"key": key, "label": label, "levels": levels, "values": values}
 
 
-def _short_number(value: float | None) -> float | None:
-    if value is None or isinstance(value, int):
-        return value
-    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
-
-
-def _is_number(value: object) -> bool:
-    """A number that JSON has: infinity is shown as a word."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
 FIRST_ROWS = 25
 """Rows of the table that the page shows before its script runs, and on a page of the table."""
 
@@ -133,7 +121,7 @@ def write_page(
     study: Study,
     path: str | os.PathLike[str],
     *,
-    model: Mapping[str, object] | None = None,
+    model: Json | None = None,
     folds: FoldReport | None = None,
     reload_seconds: int = 0,
 ) -> None:
@@ -154,9 +142,7 @@ def check_place(argument: str, path: Path, study_file: Path | None) -> None:
         raise no_folder(argument, path)
 
 
-def page(
-    study: Study, *, model: Mapping[str, object] | None = None, folds: FoldReport | None = None, reload_seconds: int = 0
-) -> str:
+def page(study: Study, *, model: Json | None = None, folds: FoldReport | None = None, reload_seconds: int = 0) -> str:
     """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model, ``folds`` what it is on them.
 
     Raises InputError for a model of another study.
@@ -170,7 +156,7 @@ def page(
     parallel = parallel_chart(study, forest.names if forest else ())
     columns, rows = table_columns(study)
     numbers = {column["key"] for column in columns if "levels" not in column}
-    axes = [] if parallel is None else parallel.to_json(rows, numbers)
+    axes = [] if parallel is None else brush_data(parallel[1], study.order, rows, numbers)
     style, script = _read_template("report.css"), _read_template("report.js")
     html: str = _template().render(
         policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
@@ -186,7 +172,7 @@ def page(
         slices=slice_charts(study),
         confusion=None if folds is None else confusion_chart(study, folds),
         needed=None if folds is None else columns_chart(study, folds),
-        parallel=None if parallel is None else parallel.chart,
+        parallel=None if parallel is None else parallel[0],
         importance=importance_chart(forest) if forest else None,
         forest=forest,
         weak=WEAK,
@@ -203,11 +189,12 @@ def page(
 
 def _texts(study: Study) -> Json:
     """Return what the page says of a study beside its charts and its table."""
-    best = best_trial(study)
-    params = {} if best is None else best.params
+    best, record = best_trial(study), study.record
+    params, path = {} if best is None else best.params, str((record.source or {}).get("path", ""))
+    data = path if path.startswith("sklearn:") else Path(path).name
     return {
-        "title": f"Study of {clean(study.record.model)}" if study.record.model else "Study",
-        "source": _source(study),
+        "title": f"Study of {clean(record.model)}" if record.model else "Study",
+        "source": f"{clean(data)}, predicting {clean(record.target)!r}" if record.source else "",
         "best": best,
         "epochs_by": clean(epochs_by(study)),
         "parameters": [(clean(key), clean(getattr(value, "__name__", value))) for key, value in params.items()],
@@ -218,34 +205,24 @@ def _texts(study: Study) -> Json:
         "endings": endings(study),
         "code": snippet(study),
         "setting": setting(study),
-        "notes": [clean(note) for note in (*study.record.notes, *edge_remarks(study))],
+        "notes": [clean(note) for note in (*record.notes, *edge_remarks(study))],
         "version": __version__,
     }
 
 
 def _cells(column: Column) -> list[str]:
     """Return the cells of the first rows, as the script shows them too."""
-    cells = []
-    for value in column["values"][:FIRST_ROWS]:
+
+    def cell(value: Any) -> str:
         if value is None:
-            cells.append("–")
-        elif "levels" in column:
-            cells.append(column["levels"][value])
-        elif "decimals" in column:
-            cells.append(f"{value:.{column['decimals']}f}")
-        else:
-            cells.append(f"{value:.6g}" if isinstance(value, float) else str(value))
-    return cells
+            return "–"
+        if "levels" in column:
+            return str(column["levels"][value])
+        if "decimals" in column:
+            return f"{value:.{column['decimals']}f}"
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
 
-
-def _source(study: Study) -> str:
-    """Return what the study was searched on, in few words."""
-    origin = study.record.source
-    if not origin:
-        return ""
-    path = str(origin.get("path", ""))
-    name = path if path.startswith("sklearn:") else Path(path).name
-    return f"{clean(name)}, predicting {clean(study.record.target)!r}"
+    return [cell(value) for value in column["values"][:FIRST_ROWS]]
 
 
 @cache

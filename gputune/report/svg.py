@@ -117,6 +117,10 @@ class Frame:
     top: float = 14
     bottom: float = 46
 
+    def chart(self, title: str, *children: str, notes: Sequence[str] = ()) -> Chart:
+        """Return the chart of this frame."""
+        return drawing(self.width, self.height, title, *children, notes=notes)
+
     def with_room(self, letters: int = 12) -> "Frame":
         """Return a frame with room for its ticks: a wider left for long ones, and a higher drawing for slanted ones."""
         left = max(self.left, 40 + _LETTER * max((len(words) for _, words in self.y.ticks), default=0))
@@ -169,7 +173,9 @@ class Frame:
         return element("g", *parts)
 
 
-def drawing(width: float, height: float, title: str, *children: str, class_: str = "chart") -> Markup:
-    """Return an SVG that takes the width it is given; ``title`` is what a screen reader says."""
+def drawing(
+    width: float, height: float, title: str, *children: str, notes: Sequence[str] = (), class_: str = "chart"
+) -> Chart:
+    """Return a chart that takes the width it is given; ``title`` is what a screen reader says."""
     box = {"viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria_label": title}
-    return element("svg", *children, class_=class_, **box)
+    return Chart(element("svg", *children, class_=class_, **box), tuple(notes))

@@ -66,8 +66,8 @@ def varied_parameters(study: Study) -> tuple[Parameter, ...]:
 def _parameter(name: str, study: Study) -> Parameter:
     values = [trial.params.get(name) for trial in study.trials]
     present = [value for value in values if value is not None]
-    plain = {int, float}.issuperset(map(type, present)) and _are_near(present)  # as most are
-    if not present or not (plain or all(map(_is_numbers, present))):
+    plain = {int, float}.issuperset(map(type, present)) and all(abs(value) < _FARTHEST for value in present)
+    if not present or not (plain or all(map(_is_numbers, present))):  # most are plain, and lists are slow
         return _words(name, [short(t.params[name]) if name in t.params else None for t in study.trials])
     lists = not plain and any(isinstance(value, list) for value in present)
     label = f"{clean(name)} (median of its values)" if lists else clean(name)
@@ -102,20 +102,13 @@ def _words(name: str, texts: Sequence[str | None]) -> Parameter:
     return Parameter(name, clean(name), np.array(values, dtype=float), levels=tuple(levels))
 
 
-def _are_near(values: Sequence[float]) -> bool:
-    return not values or -_FARTHEST < min(values) <= max(values) < _FARTHEST
-
-
-def _is_number(value: object) -> bool:
-    """A number that has a place among others; of whole numbers some have more digits than a float."""
-    return isinstance(value, float) or (
-        isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FARTHEST
-    )
-
-
 def _is_numbers(value: object) -> bool:
     """A number, or a list over segments (and layers) of a training."""
-    return all(map(_is_numbers, value)) and bool(value) if isinstance(value, list) else _is_number(value)
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_numbers, value))
+    # Some whole numbers have more digits than a float.
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FARTHEST
+    return whole or isinstance(value, float)
 
 
 def _flat(value: Any) -> list[float]:
@@ -204,11 +197,26 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
             f"importance needs {FEWEST} finished trials and a hyperparameter that varies, got {len(done)} trials and "
             f"{len(columns)} hyperparameters; search further."
         )
+    from scipy.stats import rankdata
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+
     drawn = np.random.default_rng(seed).permutation(len(done))[:MOST]
-    ranks = _ranks(np.array([study.trials[row].score for row in done]))[drawn]
-    table = _table(columns)[done[drawn]]
-    one, other = np.array_split(np.arange(len(drawn)), 2)
-    fits, drops = zip(*(_half(table, ranks, *halves, seed) for halves in ((one, other), (other, one))))
+    scores = np.array([study.trials[row].score for row in done])
+    # In [0, 1], the best 1, equal scores alike.
+    ranks = ((rankdata(np.where(np.isfinite(scores), scores, -np.inf)) - 1) / max(1, len(scores) - 1))[drawn]
+    table = np.stack([column.values for column in columns], axis=1)
+    # A hyperparameter that a trial lacks lies below all values, where a tree can cut it off.
+    table = np.where(np.isnan(table), np.nanmin(table, axis=0) - 1.0, table)[done[drawn]]
+    halves = np.array_split(np.arange(len(drawn)), 2)
+    fits, drops = [], []
+    for fitted, judged in (halves, halves[::-1]):
+        forest = RandomForestRegressor(_TREES, min_samples_leaf=2, max_features=0.5, random_state=seed)
+        forest.fit(table[fitted], ranks[fitted])
+        held_out = table[judged], ranks[judged]
+        fits.append(forest.score(*held_out))
+        falls = permutation_importance(forest, *held_out, n_repeats=_SHUFFLES, random_state=seed, scoring="r2")
+        drops.append(falls.importances)
     every = np.concatenate(drops, axis=1)
     order = np.argsort(-every.mean(1), kind="stable")
     return Importance(
@@ -219,35 +227,3 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
         fit=float(np.mean(fits)),
         trials=len(drawn),
     )
-
-
-def _half(
-    table: NDArray[np.float64],
-    ranks: NDArray[np.float64],
-    fitted: NDArray[np.intp],
-    judged: NDArray[np.intp],
-    seed: int,
-) -> tuple[float, NDArray[np.float64]]:
-    """Return R2 of a forest on the judged trials, and its falls (n, shuffles)."""
-    from sklearn.ensemble import RandomForestRegressor
-    from sklearn.inspection import permutation_importance
-
-    forest = RandomForestRegressor(_TREES, min_samples_leaf=2, max_features=0.5, random_state=seed)
-    forest.fit(table[fitted], ranks[fitted])
-    held_out = table[judged], ranks[judged]
-    falls = permutation_importance(forest, *held_out, n_repeats=_SHUFFLES, random_state=seed, scoring="r2")
-    return float(forest.score(*held_out)), falls.importances
-
-
-def _ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return ranks in [0, 1], the best 1, equal scores alike; no score counts as the lowest."""
-    from scipy.stats import rankdata
-
-    ranks: NDArray[np.float64] = rankdata(np.where(np.isfinite(scores), scores, -np.inf))
-    return (ranks - 1) / max(1, len(scores) - 1)
-
-
-def _table(columns: Sequence[Parameter]) -> NDArray[np.float64]:
-    """Return (C, n) columns a tree can cut: a hyperparameter that a trial lacks lies below all values."""
-    table = np.stack([column.values for column in columns], axis=1)
-    return np.where(np.isnan(table), np.nanmin(table, axis=0) - 1.0, table)

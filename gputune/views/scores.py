@@ -116,11 +116,6 @@ class LearningCurves:
         """(epochs,): 1, 2, ..."""
         return np.arange(1, self.mean.shape[1] + 1)
 
-    @property
-    def drawable(self) -> bool:
-        """Whether some trial was scored at two epochs, which makes a line."""
-        return bool((np.isfinite(self.mean).sum(1) > 1).any())
-
 
 def curve_view(study: Study) -> LearningCurves:
     """Return the curves of a study's trials."""

@@ -98,11 +98,13 @@ def test_tables_and_json_show_all_metrics():
 
 def test_the_page_has_a_chart_and_columns_of_the_metrics():
     study = study_by([(0.9, -0.3), (0.8, -0.2), (0.7, -0.4)])
-    ((name, chart),) = pareto_charts(study)
-    assert name == "neg_log_loss" and "trial 1: accuracy 0.8000, log_loss 0.2000" in chart.svg
+    (chart,) = pareto_charts(study)
+    assert (
+        "accuracy and log_loss of the trials" in chart.svg and "trial 1: accuracy 0.8000, log_loss 0.2000" in chart.svg
+    )
     assert "trial 2:" not in chart.svg  # beaten, so without a mark
     far = study_by([*((0.9 + n / 1000, -0.3) for n in range(9)), (0.1, -0.3)])
-    assert pareto_charts(far)[0][1].notes == ("1 trial beyond the axes, drawn at the edge.",)
+    assert pareto_charts(far)[0].notes == ("1 trial beyond the axes, drawn at the edge.",)
     html = page(study)
     assert 'id="pareto"' in html and ">log_loss<" in html and ">not beaten<" in html
     assert 'id="pareto"' not in page(study_of([{"a": 1}, {"a": 2}], [0.5, 0.7]))
