@@ -4,14 +4,16 @@ Where ``gputune tune`` puts what it makes, and how a command finds it again.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gputune.cli.flags import MORE_RULES, Parser
-from gputune.tuning.options import RULES, SEARCH, Rule, Takes
+from gputune.tuning.options import MACHINE, RULES, SEARCH, Rule, Takes
 from gputune.types import defaults_in_words
 from gputune.version import __version__
 
@@ -63,47 +65,40 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=about, epilog=ending, allow_abbrev=False)
         for place, (metavar, help) in places.items():
             command.add_argument(place, metavar=metavar, help=help)
-        if name in ("tune", "train"):
-            _add_options(command, train=name == "train")
-        elif name == "resume":
-            _add_changes(command, flags)
-        else:
-            _add_flags(command, flags)
+        own: dict[str, Rule] = {flag.name.removeprefix("--").replace("-", "_"): flag for flag in flags}
+        for title, rules in _groups(name, own).items():
+            group = command.add_argument_group(title) if title else command
+            for dest, rule in rules.items():
+                _add_flag(group, dest, rule)
+        if name in ("tune", "train", "resume"):
+            how: dict[str, Any] = {"dest": "verbose", "action": "store_const", "const": 0, "default": 1}
+            group.add_argument("-q", "--quiet", help="print nothing but warnings and errors", **how)
     return parser
 
 
-def _add_options(command: argparse.ArgumentParser, *, train: bool) -> None:
-    """Let the options of a search be typed, or those of one training, with ``--set``."""
-    for title, rules in option_groups():
-        group = command.add_argument_group("the training" if train and title == SEARCH else title)
-        if train and title == SEARCH:
-            rules = {"config": _SET, **{name: rules[name] for name in _OF_TRAINING}}
-        for name, rule in rules.items():
-            if not (train and name in _OF_SEARCH):
-                _add_flag(group, name, rule)
-    _add_quiet(group)
-
-
-def _add_changes(resume: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
-    """Let what a search that goes on may change be typed."""
-    changes = {name: rule for _, rules in option_groups() for name, rule in rules.items() if rule.resume}
+def _groups(command: str, own: dict[str, Rule]) -> dict[str, dict[str, Rule]]:
+    """Return the flags of a command by the title of their group, "" for those without one."""
+    groups = option_groups()
+    if command == "tune":
+        return groups
+    if command == "train":
+        of_training = {"config": _SET, **{name: groups[SEARCH][name] for name in _OF_TRAINING}}
+        machine = {name: rule for name, rule in groups[MACHINE].items() if name not in _OF_SEARCH}
+        changed = {SEARCH: of_training, MACHINE: machine}
+        return {"the training" if title == SEARCH else title: changed.get(title, groups[title]) for title in groups}
+    if command != "resume":
+        return {"": own}
+    changes = {name: rule for rules in groups.values() for name, rule in rules.items() if rule.resume}
     for name, rule in changes.items():
         unchanged = re.sub(r"\((auto|60)\)$", "(as the search began)", rule.help)
-        _add_flag(resume, name, replace(rule, help=unchanged if rule.resume is True else str(rule.resume)))
-    _add_flags(resume, flags)
-    _add_quiet(resume)
+        changes[name] = replace(rule, help=unchanged if rule.resume is True else str(rule.resume))
+    return {"": changes | own}
 
 
-def _add_flags(command: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
-    for flag in flags:
-        name = flag.name.removeprefix("--").replace("-", "_")
-        _add_flag(command, name, flag, default=flag.default, required=flag.required)
-
-
-def _add_flag(group: Any, name: str, rule: Rule, **more: Any) -> None:
+def _add_flag(group: argparse._ActionsContainer, name: str, rule: Rule) -> None:
     """Let a flag be typed; what is not said is None, and an option then has its own default."""
     metavar = rule.flag.partition(" ")[2]
-    how: dict[str, object] = {"type": _READERS[rule.takes], "metavar": metavar}
+    how: dict[str, Any] = {"type": _READERS[rule.takes], "metavar": metavar}
     if rule.choices is not None:
         how = {"choices": rule.choices}
     elif not metavar:
@@ -112,20 +107,16 @@ def _add_flag(group: Any, name: str, rule: Rule, **more: Any) -> None:
         how |= {"nargs": "?", "const": "local"}
     elif rule.takes in ("specs", "config"):
         how |= {"nargs": "+", "action": "extend" if rule.takes == "specs" else "append"}
-    group.add_argument(rule.name, dest=name, help=rule.help, **{"default": None, **how, **more})
+    own = {"default": rule.default, "required": rule.required} if isinstance(rule, _Flag) else {"default": None}
+    group.add_argument(rule.name, dest=name, help=rule.help, **how, **own)
 
 
-def _add_quiet(group: Any) -> None:
-    how = {"dest": "verbose", "action": "store_const", "const": 0, "default": 1}
-    group.add_argument("-q", "--quiet", help="print nothing but warnings and errors", **how)
-
-
-def option_groups() -> list[tuple[str, dict[str, Rule]]]:
-    """Return the title and the flags of each group of ``gputune tune --help``, those of the command itself last."""
-    return [
-        (title, {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title} | rules)
+def option_groups() -> dict[str, dict[str, Rule]]:
+    """Return the flags of each group of ``gputune tune --help`` by its title, those of the command itself last."""
+    return {
+        title: {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title} | rules
         for title, rules in MORE_RULES.items()
-    ]
+    }
 
 
 _SET = Rule(
@@ -241,40 +232,27 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
 """Of each command its help, the files or folders that it takes, and its flags beside the options of a search."""
 
 
-def _whole(least: int, other: str = "") -> Callable[[str], int]:
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}{other}, got {text!r}")
-        return value
+def _reader(read: Callable[[str], float], rule: str, least: float = -math.inf) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if not (value := read(text)) < least:
+                return value
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
 
-    return read
+    return number
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number such as 0.5, got {text!r}") from None
-
-
-def _workers(text: str) -> int | str:
-    return text if text == "auto" else _whole(1, other=", or 'auto'")(text)
-
-
+_WHOLE = "a whole number of at least"
 _READERS: dict[Takes, Callable[[str], object]] = {
     "text": str,
     "specs": str,
     "config": str,
-    "number": _number,
-    "0..": _whole(0),
-    "1..": _whole(1),
+    "number": _reader(float, "a number such as 0.5"),
+    "0..": _reader(int, f"{_WHOLE} 0", 0),
+    "1..": _reader(int, f"{_WHOLE} 1", 1),
     "names": lambda text: text.split(","),
     "scorers": lambda text: [word.strip() for word in text.split(",")] if "," in text else text,
-    "workers": _workers,
+    "workers": lambda text: text if text == "auto" else _reader(int, f"{_WHOLE} 1, or 'auto'", 1)(text),
 }
 
 STUDY, MODEL = "study.db", "model"

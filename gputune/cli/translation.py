@@ -69,7 +69,7 @@ _FOREIGN = re.compile(r"[\w.]+\([^\n]*?\)(?= raised )|(?<= says: ).+?(?=\. Contr
 
 def flags() -> dict[str, str]:
     """Return the option of ``gputune tune`` for each argument of ``gputune.tune``, and of a method, that has one."""
-    known = {name: rule.name for _, group in option_groups() for name, rule in group.items()}
+    known = {name: rule.name for rules in option_groups().values() for name, rule in rules.items()}
     return {**known, "verbose": "--quiet"}
 
 
