@@ -5,6 +5,7 @@ A file of its own: a worker process imports scikit-learn, which takes as long as
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,19 +46,15 @@ def takes_task(scorer: Callable[[Any, Any, Any], float], task: Task) -> bool:
     return True
 
 
+@dataclass(eq=False, repr=False)
 class _FittedEstimator(BaseEstimator):  # type: ignore[misc]
     """A fitted estimator, as far as a scorer asks for one: outputs that are already there, and those of other rows."""
 
-    def __init__(
-        self,
-        output: Tensor,
-        classes: np.ndarray | None,
-        X: Any,
-        rows: object,
-        others: Callable[[object], Tensor] | None,
-    ) -> None:
-        self.output, self.classes = output, classes
-        self.X, self.rows, self.others = X, rows, others
+    output: Tensor
+    classes: np.ndarray | None
+    X: Any
+    rows: object
+    others: Callable[[object], Tensor] | None
 
     def __sklearn_is_fitted__(self) -> bool:
         return True

@@ -36,14 +36,12 @@ def cross_entropy_slope_(logits: Tensor, onehot: Tensor, share: Tensor | float) 
     float where all are equal). Source: d/dz of -log softmax(z)[y] is softmax(z) - onehot(y). Classes that take
     no part carry a logit of -inf and get slope 0.
     """
-    return _softmax_(logits).sub_(onehot).mul_(share)
-
-
-def _softmax_(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu" or logits.shape[-1] >= _FULL_REGISTER:
-        return torch.softmax(logits, -1, out=logits)
-    logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    return logits.div_(logits.sum(-1, keepdim=True))
+        torch.softmax(logits, -1, out=logits)
+    else:
+        logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+        logits.div_(logits.sum(-1, keepdim=True))
+    return logits.sub_(onehot).mul_(share)
 
 
 def squared_error_slope_(outputs: Tensor, y: Tensor, share: Tensor | float) -> Tensor:
@@ -83,8 +81,7 @@ class LossNumber(NamedTuple):
         """Whether a value is one that it may have."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
-        number = float(value)
-        return (self.low <= number if self.closed else self.low < number) and number < self.high
+        return self.low < float(value) < self.high or (self.closed and float(value) == self.low)
 
 
 def _cross_entropy(outputs: Tensor, y: Tensor, *, label_smoothing: Tensor | None = None) -> Tensor:
@@ -104,14 +101,6 @@ def _cross_entropy(outputs: Tensor, y: Tensor, *, label_smoothing: Tensor | None
 def _gap(outputs: Tensor, y: Tensor) -> Tensor:
     """Return y - outputs, (..., B, K)."""
     return (y if y.dim() == outputs.dim() else y[..., None]) - outputs
-
-
-def _mse(outputs: Tensor, y: Tensor) -> Tensor:
-    return _gap(outputs, y).square().mean(-1)
-
-
-def _mae(outputs: Tensor, y: Tensor) -> Tensor:
-    return _gap(outputs, y).abs().mean(-1)
 
 
 def _huber(outputs: Tensor, y: Tensor, *, delta: Tensor) -> Tensor:
@@ -144,8 +133,8 @@ class NamedLoss:
 _CLASSES: tuple[Task, ...] = ("binary", "multiclass")
 LOSSES: Mapping[str, NamedLoss] = {
     "cross_entropy": NamedLoss(_cross_entropy, _CLASSES, {"label_smoothing": LossNumber(0.0, 0, 1, closed=True)}),
-    "mse": NamedLoss(_mse, ("regression",), {}),
-    "mae": NamedLoss(_mae, ("regression",), {}),
+    "mse": NamedLoss(lambda outputs, y: _gap(outputs, y).square().mean(-1), ("regression",), {}),
+    "mae": NamedLoss(lambda outputs, y: _gap(outputs, y).abs().mean(-1), ("regression",), {}),
     "huber": NamedLoss(_huber, ("regression",), {"delta": LossNumber(1.0, 0, torch.inf)}),
     "quantile": NamedLoss(_quantile, ("regression",), {"q": LossNumber(0.5, 0, 1)}),
     "bce": NamedLoss(_bce, ("multilabel", "binary"), {}),

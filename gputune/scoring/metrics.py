@@ -55,7 +55,12 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
         raise InputError(
             f"scoring needs at least one score, got {scoring!r}; name one, or leave it out for the usual one."
         )
-    pairs = list(scoring.items() if isinstance(scoring, Mapping) else ((_label(one), one) for one in scoring))
+    if not isinstance(scoring, Mapping):
+        pairs = [
+            (one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__), one) for one in scoring
+        ]
+    else:
+        pairs = list(scoring.items())
     for label, scorer in pairs:
         if not (isinstance(scorer, str) or callable(scorer)):
             raise InputError(
@@ -74,12 +79,6 @@ def has_function(scoring: object) -> bool:
     """Whether a scoring argument is, or holds, a function of the user's own."""
     scorers = scorers_of(scoring)
     return callable(scoring) if scorers is None else any(map(callable, scorers.values()))
-
-
-def _label(scorer: object) -> str:
-    """Return the name of a scorer, or of a function."""
-    named = scorer if isinstance(scorer, str) else getattr(scorer, "__name__", type(scorer).__name__)
-    return str(named)
 
 
 def _is_of_class(scorer: OneScoring, task: Task) -> bool:

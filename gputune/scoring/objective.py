@@ -66,14 +66,12 @@ class Objective:
 
     def remarks_on_neg_loss(self) -> tuple[str, ...]:
         """Return what to know of a ranking by the loss where trials are trained on several, a sentence each."""
+        if not self.varied:
+            return ()
         defaults = ", ".join(f"{name}={value!r}" for name, value in self.varied.items())
         return (
-            (
-                f"neg_loss of each trial is of the loss with {defaults}, its default: losses of other values do not "
-                "compare. Search one value alone to score with it, or in Python give a function as scoring",
-            )
-            if defaults
-            else ()
+            f"neg_loss of each trial is of the loss with {defaults}, its default: losses of other values do not "
+            "compare. Search one value alone to score with it, or in Python give a function as scoring",
         )
 
     @property
@@ -112,30 +110,25 @@ class Objective:
     def check(self, config: Config) -> None:
         """Raise InputError for a ``loss__*`` value that the loss does not take."""
         for name, value in loss_arguments(config).items():
-            self._check_argument(name, value)
+            if words := self._refusal(name, value):
+                raise InputError(f"space: {LOSS_PREFIX}{name} {words}.")
 
-    def _check_argument(self, name: str, value: object) -> None:
+    def _refusal(self, name: str, value: object) -> str:
+        """Return why the loss does not take a value; "" where it does."""
         if self.step is not None:
-            raise InputError(f"space: {LOSS_PREFIX}{name} has no loss to go to beside training_step; leave it out.")
+            return "has no loss to go to beside training_step; leave it out"
         if isinstance(self.loss, str):
             arguments = LOSSES[self.loss].arguments
             if name not in arguments:
-                takes = f"takes {', '.join(arguments)}" if arguments else "takes no numbers"
-                raise InputError(f"space: {LOSS_PREFIX}{name} is none of loss={self.loss!r}, which {takes}.")
-            if not arguments[name].holds(value):
-                raise InputError(f"space: {LOSS_PREFIX}{name} must be {arguments[name].rule()}, got {value!r}.")
-            return
+                return f"is none of loss={self.loss!r}, which takes {', '.join(arguments) or 'no numbers'}"
+            return "" if arguments[name].holds(value) else f"must be {arguments[name].rule()}, got {value!r}"
         if isinstance(self.loss, nn.Module):
-            raise InputError(
-                f"space: {LOSS_PREFIX}{name} has nowhere to go, since the loss is an instance of "
-                f"{type(self.loss).__name__}, which is made; pass the class, loss={type(self.loss).__name__}."
-            )
-        parameters = inspect.signature(self.loss).parameters
-        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise InputError(
-                f"space: {LOSS_PREFIX}{name} is no argument of the loss {qualified_name(self.loss)}"
-                f"{inspect.signature(self.loss)}; remove it or rename it."
-            )
+            name = type(self.loss).__name__
+            return f"has nowhere to go, since the loss is an instance of {name}; pass the class, loss={name}"
+        signature = inspect.signature(self.loss)
+        if name in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            return ""
+        return f"is no argument of the loss {qualified_name(self.loss)}{signature}; remove it or rename it"
 
     def values(self, configs: Sequence[Config], like: Tensor) -> dict[str, Tensor]:
         """Return the numbers that a loss takes, by name, each (C, 1) as ``like`` is; none that are all 0."""
@@ -196,23 +189,25 @@ class Objective:
         for fold in range(len(inputs[0])):
             minibatch = [x[fold] for x in inputs]
             generator = torch.Generator(inputs[0].device).manual_seed(stream_seed(seed, "augment", *key))
-            augmented = _as_inputs(self.augment(_as_argument(minibatch, names), generator), names)
-            found = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in augmented]
-            if found != [tuple(x.shape) for x in minibatch]:
+            augmented = self.augment(_as_argument(minibatch, names), generator)
+            if isinstance(augmented, Mapping):
+                augmented = [augmented.get(name) for name in names or augmented]
+            augmented = list(augmented) if isinstance(augmented, tuple | list) else [augmented]
+            shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in augmented]
+            if shapes != (expected := [tuple(x.shape) for x in minibatch]):
                 raise InputError(
                     f"augment: {qualified_name(self.augment)} must return inputs of the shapes that it is given, "
-                    f"{[tuple(x.shape) for x in minibatch]}, got {found}."
+                    f"{expected}, got {shapes}."
                 )
             folds.append(augmented)
         return [torch.stack(parts) for parts in zip(*folds)]
 
     def neg_loss(self, outputs: Tensor, y: Tensor) -> float:
         """Return minus the mean loss of one member's outputs, the same loss for each trial; see ``of_space``."""
-        losses = (
-            self.rows(outputs[None, None], y[None, None], self.values([self.fixed], outputs))
-            if self.is_named
-            else self.member_loss(self.fixed)(outputs, y)
-        )
+        if self.is_named:
+            losses = self.rows(outputs[None, None], y[None, None], self.values([self.fixed], outputs))
+        else:
+            losses = self.member_loss(self.fixed)(outputs, y)
         return -float(losses.double().mean())
 
     def member_loss(self, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
@@ -221,14 +216,11 @@ class Objective:
         loss: Any = self.loss
         if isinstance(loss, type):
             loss, values = loss(**values), {}
-        if isinstance(loss, nn.Module):
-            return loss if self._ignores_rows(loss) else by_rows(loss)
-        return lambda outputs, y: loss(outputs, y, **values)
-
-    def _ignores_rows(self, loss: nn.Module) -> bool:
-        """Whether a loss may leave rows out of its mean: classes count from 0, and a custom target has any numbers."""
+        if not isinstance(loss, nn.Module):
+            return lambda outputs, y: loss(outputs, y, **values)
         ignored = getattr(loss, "ignore_index", None)
-        return ignored is not None and (self.any_outputs or ignored >= 0)
+        # Rows of that class are not in its mean: classes count from 0, and a custom target has any numbers.
+        return loss if ignored is not None and (self.any_outputs or ignored >= 0) else by_rows(loss)
 
 
 def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:
@@ -236,13 +228,6 @@ def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> objec
     if names is not None:
         return dict(zip(names, inputs, strict=True))
     return inputs[0] if len(inputs) == 1 else tuple(inputs)
-
-
-def _as_inputs(returned: Any, names: Sequence[str] | None) -> list[Any]:
-    """Return the inputs that a user's function returned, in the order of those that it was given."""
-    if isinstance(returned, Mapping):
-        return [returned.get(name) for name in names or returned]
-    return list(returned) if isinstance(returned, tuple | list) else [returned]
 
 
 def pairs_all_rows(function: Callable[[Tensor, Tensor], Any], outputs: Tensor, y: Tensor) -> bool:
@@ -304,7 +289,6 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
             raise InputError(f"{name} must be a function, got {value!r}.")
     if step is not None and loss is not None:
         raise InputError("training_step returns the loss itself, so loss has nothing to do; leave one of them out.")
-    binary = task == "binary"
     loss = loss_fitting(loss, task)
     if loss is None and step is None and task == "custom":
         raise InputError(
@@ -312,21 +296,12 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
             "batch)."
         )
     if loss is None:
-        return Objective(LOSS_OF_TASK.get(task, ""), step, augment, task == "custom", binary)
-    if not isinstance(loss, str):
-        if not callable(loss):
-            raise InputError(f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}.")
-        return Objective(loss, step, augment, task == "custom", binary)
-    if loss not in LOSSES:
-        raise InputError(
-            f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}."
-            f"{did_you_mean(loss, LOSSES)}"
-        )
-    if task not in LOSSES[loss].tasks:
+        loss = LOSS_OF_TASK.get(task, "")
+    elif not (loss in LOSSES if isinstance(loss, str) else callable(loss)):
+        near = did_you_mean(loss, LOSSES) if isinstance(loss, str) else ""
+        names = ", ".join(map(repr, LOSSES))
+        raise InputError(f"loss must be one of {names}, a torch.nn loss, or callable(outputs, y), got {loss!r}.{near}")
+    elif isinstance(loss, str) and task not in LOSSES[loss].tasks:
         fitting = ", ".join(repr(name) for name, of in LOSSES.items() if task in of.tasks)
         raise InputError(f"loss={loss!r} does not fit a {task} target; choose {fitting or 'a loss of your own'}.")
-    return Objective(loss, step, augment, binary=binary)
-
-
-def _names() -> str:
-    return ", ".join(map(repr, LOSSES))
+    return Objective(loss, step, augment, any_outputs=task == "custom", binary=task == "binary")

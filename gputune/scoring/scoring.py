@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -77,17 +77,17 @@ class Scoring:
         target = data.target[data.folds[fold].valid]
         if self.of_outputs is not None:
             result = self._of_outputs(data, fold, outputs, target, finite)
-            return torch.where(finite & result.isfinite(), result, torch.nan)
-        outputs = _as_answers(data, fold, outputs)
-        if data.transforms:  # an inverse may overflow
-            finite &= outputs.isfinite().flatten(1).all(-1)
-        ranks = self.score is None or self.score in scores.RANKING
-        if ranks and (first := data.first_equal[fold]) is not None:
-            outputs = outputs[:, first]
-        if self.score is not None:
-            result = self.score(outputs, target)
         else:
-            result = self._through_sklearn(data, fold, *self.positive_last(outputs, target), finite, member)
+            outputs = _as_answers(data, fold, outputs)
+            if data.transforms:  # an inverse may overflow
+                finite &= outputs.isfinite().flatten(1).all(-1)
+            ranks = self.score is None or self.score in scores.RANKING
+            if ranks and (first := data.first_equal[fold]) is not None:
+                outputs = outputs[:, first]
+            if self.score is not None:
+                result = self.score(outputs, target)
+            else:
+                result = self._through_sklearn(data, fold, *self.positive_last(outputs, target), finite, member)
         return torch.where(finite & result.isfinite(), result, torch.nan)
 
     def _of_outputs(self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor) -> Tensor:
@@ -141,24 +141,17 @@ class Scoring:
                 result[trial] = float(self.scorer(estimator, X, y))
                 estimator.close()
         except Exception as error:
-            of_user = ":" in self.name  # no name of scikit-learn's
-            remedy = (
-                "It is called as scorer(estimator, X, y), with X as you gave it."
-                if of_user
-                else "Choose a scoring that fits the task, for example accuracy or r2."
-            )
-            raise InputError(
-                f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: "
-                f"{str(error).rstrip('.')}. {remedy}"
-            ) from error
+            remedy = "Choose a scoring that fits the task, for example accuracy or r2."
+            if ":" in self.name:  # no name of scikit-learn's
+                remedy = "It is called as scorer(estimator, X, y), with X as you gave it."
+            reason = f"{type(error).__name__} on fold {fold}: {str(error).rstrip('.')}"
+            raise InputError(f"scoring={self.name!r} raised {reason}. {remedy}") from error
         return torch.from_numpy(result).to(outputs.device)
 
 
 def shape_of_scores(scoring: Scoring | None, folds: int) -> tuple[int, ...]:
     """Return the shape of a trial's scores after an epoch: (F,), with several metrics (F, M)."""
-    if scoring is None or not scoring.others:
-        return (folds,)
-    return folds, 1 + len(scoring.others)
+    return (folds,) if scoring is None or not scoring.others else (folds, 1 + len(scoring.others))
 
 
 def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
@@ -224,17 +217,19 @@ def make_scoring(
         if _takes_outputs(scoring):
             return Scoring(name, None, None, classes, of_outputs=cast(Any, scoring))
         return Scoring(name, None, scoring, classes, positive_code(positive, name, None, task, classes))
-    table = dict(scores.OF_TASK[task])
-    if task == "binary":
-        table["roc_auc"] = scores.roc_auc
-        del table["roc_auc_ovr"]  # scikit-learn's own answer for two classes
-    if scoring in table:
+    if (score := _on_device(task).get(scoring)) is not None:
         positive_code(positive, scoring, None, task, classes)
-        return Scoring(scoring, table[scoring], None, classes)
+        return Scoring(scoring, score, None, classes)
     _check_fits_task(scoring, task)
     codes = classes if classes is None or task == "multilabel" else np.arange(len(classes))
     scorer = get_scorer(scoring)
     return Scoring(scoring, None, scorer, codes, positive_code(positive, scoring, scorer, task, classes))
+
+
+def _on_device(task: Task) -> Mapping[str, scores.Score]:
+    """Return the scores of a task that need no scorer; "roc_auc_ovr" of two classes is scikit-learn's own."""
+    one = {"roc_auc_ovr": ("roc_auc", scores.roc_auc)} if task == "binary" else {}
+    return dict(one.get(name, (name, score)) for name, score in scores.OF_TASK[task].items())
 
 
 def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
@@ -279,14 +274,12 @@ def _check_fits_task(scoring: str, task: Task) -> None:
         raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
     other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
     if scoring in other or not takes_task(get_scorer(scoring), task):
-        fitting = ", ".join(scores.OF_TASK[task])
-        if task == "binary":
-            fitting = fitting.replace("roc_auc_ovr", "roc_auc")
+        fitting = ", ".join(_on_device(task))
         raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
 
 
 def positive_code(
-    positive: object, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
+    positive: Any, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
 ) -> int | None:
     """Return the code of the class that a score is of, None where it is of none."""
     labels = [] if classes is None else classes.tolist()
@@ -306,20 +299,14 @@ def positive_code(
             f"positive={positive!r} is for scores of one class, such as f1 or average_precision, and "
             f"scoring={scoring!r} knows no positive class{same}; leave it out."
         )
-    codes = [code for code, label in enumerate(labels) if _is_meant(label, positive)]
-    if not codes:
-        raise InputError(
-            f"positive must be one of the classes {labels[0]!r} and {labels[1]!r}, got {positive!r}."
-            f"{did_you_mean(positive, labels)}"
-        )
-    return codes[0]
-
-
-def _is_meant(label: Any, positive: Any) -> bool:
-    """Whether a class is the one that was asked for, which the command line can do in text alone."""
-    if isinstance(positive, str) and not isinstance(label, str):
-        return positive.lower() in (str(label).lower(), text_of(label))
-    return np.ndim(positive) == 0 and bool(label == positive)
+    for code, label in enumerate(labels):
+        if isinstance(positive, str) and not isinstance(label, str):  # a command line has text alone
+            if positive.lower() in (str(label).lower(), text_of(label)):
+                return code
+        elif np.ndim(positive) == 0 and label == positive:
+            return code
+    near = did_you_mean(positive, labels)
+    raise InputError(f"positive must be one of the classes {labels[0]!r} and {labels[1]!r}, got {positive!r}.{near}")
 
 
 def has_positive_class(scorer: Scorer) -> bool:

@@ -34,15 +34,17 @@ class Validation:
 
     def __init__(self, data: Dataset, scoring: Scoring | None) -> None:
         self.data, self.scoring = data, scoring
-        self.block_bytes = _block_bytes(data.device)
+        self.block_bytes = _BLOCK_BYTES
+        if data.device.type == "cuda":  # a power of two, so that bits do not follow free memory
+            share = max(_BLOCK_BYTES, free_of_gpu(data.device) // _GPU_SHARE)
+            self.block_bytes = min(_GPU_BLOCK_BYTES, 1 << (share.bit_length() - 1))
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
         self.outputs: Sequence[list[Tensor]] = []
         """Of each epoch and fold (C, m, K), as they were last scored, where a scoring keeps them."""
 
     def is_small(self, network: Network) -> bool:
         """Whether one layer's outputs of one member on all validation rows of a fold stay within the block."""
-        most = max(len(fold.valid) for fold in self.data.folds)
-        return most <= _block_rows(self.data, network, 1, self.block_bytes)
+        return max(len(fold.valid) for fold in self.data.folds) <= self._block_rows(network, 1)
 
     def scores(
         self, network: Network, params: Params, trials: int, computed: Sequence[Tensor] | None = None
@@ -53,7 +55,7 @@ class Validation:
         """
         assert self.scoring is not None
         columns, kept = [], []
-        block = _block_rows(self.data, network, trials, self.block_bytes)
+        block = self._block_rows(network, trials)
         for fold in range(self.data.n_folds):
             if computed is not None:
                 outputs = computed[fold]
@@ -75,21 +77,12 @@ class Validation:
             self.kept[fold, rows] = tuple(parts)
         return self.kept[fold, rows]
 
-
-def _block_rows(data: Dataset, network: Network, trials: int, block_bytes: int) -> int:
-    """Rows to evaluate at a time, so that one layer's outputs of all trials stay within the block."""
-    if not network.alone:
-        return data.n_rows
-    widest = max(data.row_numbers, network.widest)
-    return max(64, block_bytes // (trials * widest * data.dtype.itemsize))
-
-
-def _block_bytes(device: torch.device) -> int:
-    """Bytes of one layer's outputs that are there at once; a power of two, so that bits do not follow free memory."""
-    if device.type != "cuda":
-        return _BLOCK_BYTES
-    share = max(_BLOCK_BYTES, free_of_gpu(device) // _GPU_SHARE)
-    return int(min(_GPU_BLOCK_BYTES, 1 << (share.bit_length() - 1)))
+    def _block_rows(self, network: Network, trials: int) -> int:
+        """Return the rows to evaluate at a time, so that one layer's outputs of all trials stay within the block."""
+        if not network.alone:
+            return self.data.n_rows
+        widest = max(self.data.row_numbers, network.widest)
+        return max(64, self.block_bytes // (trials * widest * self.data.dtype.itemsize))
 
 
 class BestOutputs:
@@ -132,12 +125,10 @@ class BestOutputs:
         if self.values is None:
             return {}
         values = self.values.cpu().numpy()
-        places = self.places.items()
-        return {index[c]: Outputs(int(self.epochs[c]), values[place].copy()) for c, place in places}
+        return {index[c]: Outputs(int(self.epochs[c]), values[place].copy()) for c, place in self.places.items()}
 
 
-_LOPSIDED = 0.8
-"""Share of one class from which on an accuracy says little."""
+_LOPSIDED = 0.8  # share of one class from which on an accuracy says little
 
 
 def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Mapping[str, str | float] | None:
@@ -152,12 +143,10 @@ def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Map
     answer, score = _words(data, scoring, classes), _mean_score(data, scoring)
     if scoring.positive is not None and classes is not None:
         # The best f1 without a model is that of the positive class for all rows.
-        of_class = {
-            f"always {label!r}": _mean_score(data, scoring, code) for code, label in enumerate(classes.tolist())
-        }
+        labels = classes.tolist()
+        of_class = {f"always {label!r}": _mean_score(data, scoring, code) for code, label in enumerate(labels)}
         best = max(of_class, key=of_class.__getitem__)
-        ranks = len({*of_class.values()}) == 1  # no matter which class: a score of ranks
-        if of_class[best] >= score and not ranks:
+        if of_class[best] >= score and len({*of_class.values()}) > 1:  # a score of ranks is the same for each
             answer, score = best, of_class[best]
     return {"answer": answer, "score": score} if math.isfinite(score) else None
 
