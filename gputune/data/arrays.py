@@ -157,7 +157,6 @@ class ArrayLayout:
 
     @staticmethod
     def of(arrays: Arrays) -> "ArrayLayout":
-        """Return the layout of arrays."""
         shapes = tuple(tuple(x.shape[1:]) for x in arrays.parts)
         return ArrayLayout(shapes, tuple(str(x.dtype).removeprefix("torch.") for x in arrays.parts), arrays.names)
 
@@ -208,13 +207,11 @@ class ArrayLayout:
     __str__ = in_words
 
     def to_json(self) -> Json:
-        """Return plain JSON types."""
         names = None if self.names is None else list(self.names)
         return {"shapes": [list(shape) for shape in self.shapes], "dtypes": list(self.dtypes), "names": names}
 
     @staticmethod
     def from_json(value: Json) -> "ArrayLayout":
-        """Return the layout that ``to_json`` wrote."""
         names = None if value["names"] is None else tuple(value["names"])
         return ArrayLayout(tuple(tuple(shape) for shape in value["shapes"]), tuple(value["dtypes"]), names)
 
@@ -226,12 +223,10 @@ class ArrayStatistics:
     channels: tuple[tuple[np.ndarray, np.ndarray] | None, ...]
 
     def to_json(self) -> Json:
-        """Return plain JSON types."""
         return {"channels": [None if c is None else [part.tolist() for part in c] for c in self.channels]}
 
     @staticmethod
     def from_json(value: Json) -> "ArrayStatistics":
-        """Return the statistics that ``to_json`` wrote."""
         return ArrayStatistics(
             tuple(None if c is None else (np.array(c[0]), np.array(c[1])) for c in value["channels"])
         )

@@ -97,12 +97,10 @@ class Column:
         return sorted({*convert(values, kind, self)} - {None, *self.levels})
 
     def to_json(self) -> Json:
-        """Return plain JSON types."""
         return asdict(self) | {"parts": list(self.parts), "levels": list(self.levels)}
 
     @staticmethod
     def from_json(value: Json) -> "Column":
-        """Return the column that ``to_json`` wrote."""
         return Column(**{**value, "parts": tuple(value["parts"]), "levels": tuple(value["levels"])})
 
 

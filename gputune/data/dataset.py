@@ -136,7 +136,6 @@ class Dataset:
 
     @property
     def n_rows(self) -> int:
-        """Number of rows n."""
         return self.inputs[0].shape[1]
 
     @property
@@ -157,7 +156,6 @@ class Dataset:
 
     @property
     def n_folds(self) -> int:
-        """Number of folds F."""
         return len(self.folds)
 
     def rows(self, fold: int, positions: Tensor) -> tuple[Tensor, ...]:
@@ -190,17 +188,11 @@ class Dataset:
         values = outputs * self.scale[fold] + self.center[fold]
         return self.transforms[fold].inverse(values) if self.transforms else values
 
-    def example(self, number: int) -> tuple[Tensor, ...]:
-        """Return at most so many training rows of the first fold, as it reads them, evenly spread: each (B, ...)."""
-        return self.rows(0, self._spread(number))
-
-    def example_target(self, number: int) -> Tensor:
-        """Return the training targets of those rows, (B, ...), on the CPU."""
-        return self.targets(0)[self._spread(number)].cpu()
-
-    def _spread(self, number: int) -> Tensor:
+    def example(self, number: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return at most so many training rows of the first fold, evenly spread, and their targets: each (B, ...)."""
         train = self.folds[0].train
-        return train[torch.linspace(0, len(train) - 1, min(number, len(train))).long().to(self.device)]
+        spread = train[torch.linspace(0, len(train) - 1, min(number, len(train))).long().to(self.device)]
+        return self.rows(0, spread), self.targets(0)[spread]
 
     @property
     def device(self) -> torch.device:

@@ -48,7 +48,6 @@ class Layout:
 
     @cached_property
     def feature_names(self) -> tuple[str, ...]:
-        """Names of the features, D of them."""
         return tuple(name for column in self.columns for name in column.feature_names)
 
     @cached_property
@@ -136,13 +135,11 @@ class Layout:
         return torch.where(torch.tensor(indicator, device=X.device), picked.isnan().to(X.dtype), picked)
 
     def to_json(self) -> Json:
-        """Return plain JSON types."""
         columns = [column.to_json() for column in self.columns]
         return {"columns": columns, "inputs": list(self.inputs), "notes": list(self.notes)}
 
     @staticmethod
     def from_json(value: Json) -> "Layout":
-        """Return the layout that ``to_json`` wrote."""
         columns = tuple(Column.from_json(column) for column in value["columns"])
         return Layout(columns, tuple(value["inputs"]), tuple(value["notes"]))
 
@@ -207,13 +204,11 @@ class Statistics:
         return len(self.center)
 
     def to_json(self) -> Json:
-        """Return plain JSON types; Python writes floats so that they read back exactly."""
         of_bins = ("places", "least", "most")
         return {name: value.tolist() for name, value in vars(self).items() if name not in of_bins or value.size}
 
     @staticmethod
     def from_json(value: Json) -> "Statistics":
-        """Return the statistics that ``to_json`` wrote."""
         arrays = {key: np.array(part, dtype=np.float64) for key, part in value.items()}
         for positions in {"ranked", "clipped", "places"} & value.keys():  # not all models have all
             arrays[positions] = np.array(value[positions], dtype=np.int64)

@@ -35,9 +35,7 @@ from gputune.seeding import stream_seed
 class Splitter(Protocol):
     """What scikit-learn calls a CV splitter."""
 
-    def split(self, X: object, y: object = None, groups: object = None) -> Iterable[tuple[object, object]]:
-        """Yield training and validation rows, one pair a fold."""
-        ...
+    def split(self, X: object, y: object = None, groups: object = None) -> Iterable[tuple[object, object]]: ...
 
 
 def make_folds(
@@ -126,7 +124,6 @@ def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray |
 
 
 def _fold_splitter(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, seed: int) -> Splitter:
-    """Return the splitter that a number of folds stands for."""
     if cv < 2:
         raise InputError(f"cv must be at least 2 folds, got {cv}.")
     if cv > n_rows:

@@ -116,7 +116,6 @@ class Source:
         return self.X.frame() if self.original is None else as_rows(self.original, self.X.names)
 
     def rows(self, positions: np.ndarray) -> "Source":
-        """Return the source of some rows alone."""
         X = self.X[positions] if isinstance(self.X, Tensor) else self.X.select(positions)
         groups = None if self.groups is None else np.asarray(self.groups)[positions]
         y = self.y if isinstance(self.y, np.ndarray | Tensor) else np.asarray(self.y)

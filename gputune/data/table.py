@@ -45,7 +45,6 @@ class Table:
         return self.columns[self._places[name]]
 
     def kind(self, name: str) -> Kind:
-        """Return the kind of one column."""
         return self.kinds[self._places[name]]
 
     @cached_property
@@ -57,7 +56,6 @@ class Table:
         return replace(self, columns=tuple(column[rows] for column in self.columns))
 
     def drop(self, *names: str) -> "Table":
-        """Return the table without some columns."""
         kept = (column for column in zip(self.names, self.kinds, self.columns) if column[0] not in names)
         left, kinds, columns = zip(*kept)
         return Table(left, kinds, columns, self.amounts)

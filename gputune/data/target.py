@@ -265,7 +265,6 @@ def _task_of_columns(values: np.ndarray, name: str) -> TaskWord:
 
 
 def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
-    """Return the target of several columns, or one that is taken as it is."""
     _check_numbers(values, task, name)
     if task == "custom":
         return Target(task, values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name)
@@ -279,7 +278,6 @@ def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
 
 
 def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
-    """Return Python objects as booleans, integers, floats or text."""
     if all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values):
         try:
             return values.astype(np.int64)

@@ -36,7 +36,8 @@ class ModuleTrial:
     ) -> None:
         self.objective = objective or make_objective(None, None, None, data.task)
         self.builder, self.config, self.columns, self.name = builder, config, columns, name_of(builder)
-        self.inputs, self.y = [x.cpu() for x in data.example(_EXAMPLES)], data.example_target(_EXAMPLES)
+        inputs, y = data.example(_EXAMPLES)
+        self.inputs, self.y = [x.cpu() for x in inputs], y.cpu()
         self.shape = replace(Shape.of(data), folds=1, device=_CPU, present=None, rows=None)
         self.widest, self.loss_draws, self.loss_decides = 1, False, False
         module = build_module(builder, module_arguments(config), self.shape, seed=0, columns=columns)

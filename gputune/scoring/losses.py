@@ -74,7 +74,6 @@ class LossNumber(NamedTuple):
     closed: bool = False
 
     def rule(self) -> str:
-        """Return in words what it must be."""
         return f"a number in {'[' if self.closed else '('}{self.low:g}, {self.high:g})"
 
     def holds(self, value: object) -> bool:

@@ -365,7 +365,7 @@ def test_shared_and_lazy_submodules_equal_the_plain_loop(build, plain):
     data = make_data()
     configs = fill({"batch_size": 16}, {"batch_size": 16, "lr": 0.1})
     assert_module_equals_plain_loop(build, data, configs, epochs=3, plain=plain)
-    inspect_module(ModuleTrial(build, configs[0], data_of(data.example(8)[0].float(), data.n_outputs)))
+    inspect_module(ModuleTrial(build, configs[0], data_of(data.example(8)[0][0].float(), data.n_outputs)))
 
 
 def test_a_lazy_module_draws_what_a_plain_one_draws():
