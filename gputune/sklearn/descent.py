@@ -22,7 +22,7 @@ from gputune.sklearn.dataset import Part
 from gputune.sklearn.recipe import Training
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
-from gputune.sklearn.search import CONSTRAINTS, EXTRAS, FusedSearch, current_run
+from gputune.sklearn.search import CONSTRAINTS, EXTRAS, FusedSearch
 from gputune.sklearn.slopes import check_held_out, descended_parameters, slopes_of, start_values
 from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
@@ -212,14 +212,14 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
             "RandomizedSearchCV."
         )
 
-    def _make_run(self, trained: TrainedCandidates | None, X: object, y: object) -> SearchRun:
-        run = super()._make_run(trained, X, y)
+    def _make_run(self, X: object, y: object) -> SearchRun:
+        run = super()._make_run(X, y)
         return DescentRun(run.estimator, run.cv, run.deadline, X=X, y=y)
 
     def _run_search(
         self, evaluate_candidates: Callable[..., dict[str, np.ndarray]], *, callback_ctx: Any = None
     ) -> None:
-        run = current_run.get()
+        run = self._run
         assert isinstance(run, DescentRun)
         run.parameters = descended_parameters(self.hyperparameters, self.estimator)
         method = Hypergradient(

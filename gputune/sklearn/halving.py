@@ -12,7 +12,7 @@ from gputune.sklearn.member import Member
 from gputune.sklearn.networks import TrainedEstimator
 from gputune.sklearn.recipe import RungState
 from gputune.sklearn.record import Fit
-from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates
+from gputune.sklearn.replay import Candidates, SearchRun
 from gputune.sklearn.search import FusedSearch
 
 
@@ -105,8 +105,8 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         last._foreign.check_names(type(last), [word])
         return prefix + last._epochs if word in ("auto", last._epochs) else None
 
-    def _make_run(self, trained: TrainedCandidates | None, X: object, y: object) -> SearchRun:
-        run = super()._make_run(trained, X, y)
+    def _make_run(self, X: object, y: object) -> SearchRun:
+        run = super()._make_run(X, y)
         if self._epochs_parameter() is None:
             return run
         return HalvingRun(run.estimator, run.cv, resource=self.resource, horizon=self.max_resources)

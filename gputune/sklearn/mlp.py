@@ -1,7 +1,5 @@
 """MLPClassifier and MLPRegressor: scikit-learn's own, which gputune trains where it can."""
 
-import operator
-from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -29,7 +27,6 @@ from gputune.types import ACTIVATIONS, SCHEDULES
 # Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and without.
 _NESTEROVS = {"sgd": ("nesterov", "sgd"), "sgdhd": ("nesterovhd", "sgdhd")}
 _SOLVERS = ("sgd", "adam", "adamw", "sgdhd", "adamhd", "adamwhd")
-_ALPHA = 1e-4
 
 _THEIRS: dict[str, tuple[object, ...]] = {
     "solver": ("lbfgs", "sgd", "adam"),
@@ -80,28 +77,25 @@ class _MLP(TrainedEstimator):
         if has_columns(y):
             return "a target of several columns"
         labels = np.asarray(y, dtype=object).ravel()
-        one = is_classifier(self) and labels.size > 0 and bool((labels == labels[0]).all())
-        return "a target of one class" if one else None
+        return "a target of one class" if is_classifier(self) and labels.size and (labels == labels[0]).all() else None
 
     def _setting_of_scikit_learn(self) -> str | None:
         """Return the setting that gputune does not train, None where there is none."""
-        theirs: dict[str, Callable[[Any], object]] = {
-            "solver": lambda value: value == "lbfgs",
-            "activation": lambda value: value in ("identity", "logistic"),
-            "learning_rate": lambda value: self.solver == "sgd" and value in ("invscaling", "adaptive"),
-            "hidden_layer_sizes": lambda value: np.size(value) == 0,
-            "loss": lambda value: value != self._loss,
-            "shuffle": operator.not_,
-            "warm_start": bool,
-            "early_stopping": bool,
-            "beta_1": lambda value: self.solver == "adam" and value != 0.9,
-            "beta_2": lambda value: self.solver == "adam" and value != 0.999,
-            "epsilon": lambda value: self.solver == "adam" and value != 1e-8,
+        adam = self.solver == "adam"
+        differing = {
+            "solver": self.solver == "lbfgs",
+            "activation": self.activation in ("identity", "logistic"),
+            "learning_rate": self.solver == "sgd" and self.learning_rate in ("invscaling", "adaptive"),
+            "hidden_layer_sizes": np.size(self.hidden_layer_sizes) == 0,
+            "loss": self.loss != self._loss,
+            "shuffle": not self.shuffle,
+            "warm_start": self.warm_start,
+            "early_stopping": self.early_stopping,
+            "beta_1": adam and self.beta_1 != 0.9,
+            "beta_2": adam and self.beta_2 != 0.999,
+            "epsilon": adam and self.epsilon != 1e-8,
         }
-        for name, differs in theirs.items():
-            if differs(value := getattr(self, name)):
-                return f"{name}={value!r}"
-        return None
+        return next((f"{name}={getattr(self, name)!r}" for name, differs in differing.items() if differs), None)
 
     def _validate_input(self, X: object, y: object, incremental: bool, reset: bool) -> Any:
         """Begin scikit-learn's own ``fit`` and ``partial_fit``: the network of an earlier fit is forgotten.
@@ -129,7 +123,9 @@ class _MLP(TrainedEstimator):
         self._validate_params()
         if (reason := self._setting_of_scikit_learn()) is not None:
             raise InputError(f"{reason} is left to scikit-learn's own {type(self).__name__}, which trains alone.")
-        layers, alpha = _layers(self.hidden_layer_sizes), self._alpha()
+        layers, alpha, patience = _layers(self.hidden_layer_sizes), self._alpha(), None
+        if self.n_iter_no_change < np.inf:
+            patience = Patience(float(self.tol), int(self.n_iter_no_change))
         optimizer = _NESTEROVS.get(self.solver, (self.solver, self.solver))[0 if self.nesterovs_momentum else 1]
         schedule = self.learning_rate if self.learning_rate in SCHEDULES else "constant"  # which is for sgd alone
         momentum = check_value("momentum", self.momentum, "momentum")
@@ -145,7 +141,6 @@ class _MLP(TrainedEstimator):
             "weight_decay": ("weight_decay", self.weight_decay if alpha is None else None),
             "momentum": ("momentum", momentum if optimizer in MOMENTUM else None),
         }
-        patient = self.n_iter_no_change < np.inf
         return Recipe(
             kind="mlp",
             config=engine_config(values, optimizer=optimizer),
@@ -153,12 +148,12 @@ class _MLP(TrainedEstimator):
             epochs=int(self.max_iter),
             seed=draw_seed(self.random_state, draw),
             device=self.device,
-            patience=Patience(float(self.tol), int(self.n_iter_no_change)) if patient else None,
+            patience=patience,
         )
 
     def _alpha(self) -> float | None:
         """Return the L2 penalty, None where another decay takes its place; InputError where both were asked for."""
-        chosen = self.alpha != _ALPHA
+        chosen = self.alpha != 1e-4  # scikit-learn's default
         if self.solver in ("adamw", "adamwhd"):
             if chosen:
                 raise InputError(
@@ -198,8 +193,7 @@ class _MLP(TrainedEstimator):
     def _forward_pass_fast(self, X: object, check_input: bool = True) -> NDArray[np.floating]:
         """Return the probabilities or numbers that the network gives."""
         if self.activation in THEIR_ACTIVATIONS:
-            theirs: NDArray[np.floating] = super()._forward_pass_fast(X, check_input=check_input)
-            return theirs
+            return np.asarray(super()._forward_pass_fast(X, check_input=check_input))
         table = validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False) if check_input else X
         hidden, activation = as_tensor(as_dense(table)), MLP_ACTIVATIONS[self.activation]()
         for weight, bias in zip(self.coefs_[:-1], self.intercepts_[:-1]):
@@ -210,7 +204,6 @@ class _MLP(TrainedEstimator):
 
 
 def _layers(sizes: Any) -> list[int]:
-    """Return the sizes of the hidden layers."""
     layers = [sizes] if isinstance(sizes, Integral) else sizes
     if not isinstance(layers, list | tuple | np.ndarray) or not all(
         isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in layers

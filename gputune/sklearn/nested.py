@@ -1,6 +1,5 @@
 """Nested cross-validation: the inner folds of all outer folds train as one population."""
 
-import itertools
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from gputune.sklearn.dataset import Part, as_sliced
 from gputune.sklearn.recipe import Training
 from gputune.sklearn.record import fits_of, shared_rows
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, with_hook, workers
-from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, why_not_together
+from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, override, why_not_together
 from gputune.types import Config, Json
 
 AnySearch = RandomizedSearchCV | GridSearchCV
@@ -75,13 +74,17 @@ def nested_cv(
     to_split, to_fit, to_score = _route(search, splitter, groups, params or {})
     splits = list(splitter.split(X, y, **to_split))
     searches = [clone(search) for _ in splits]
-    trains = [train for train, _ in splits]
-    rows = [(*_safe_split(search, X, y, t), _check_method_params(X, to_fit, t)) for t in trains]
+    rows = [(*_safe_split(search, X, y, train), _check_method_params(X, to_fit, train)) for train, _ in splits]
     trained: Sequence[TrainedCandidates | None] = [None] * len(splits)
     if why_not_together(search.estimator, getattr(search, search._space_name)) is None:
-        trained = _train(searches, rows, _parts(searches[0], X, y, to_fit, trains))
+        routed = _routed_within(search, X, to_fit).estimator.fit
+        whole = shared_rows(with_hook(search.estimator, search.device), X, y, routed)
+        parts = [whole and Part(whole.rows, whole.index[np.asarray(train)]) for train, _ in splits]
+        trained = _train(searches, rows, parts)
     for each, candidates, train_rows in zip(searches, trained, rows):
-        each._fit_trained(candidates, *train_rows)
+        features, target, own = train_rows
+        with override(each, {"_trained": candidates}):
+            each.fit(features, target, **own)
     scorer = check_scoring(search)  # the search's own score
     scores = [
         scorer(each, *_safe_split(search, X, y, test, train), **_check_method_params(X, to_score, test))
@@ -93,23 +96,6 @@ def nested_cv(
         best_scores=np.array([getattr(each, "best_score_", np.nan) for each in searches], dtype=np.float64),
         searches=tuple(searches),
     )
-
-
-def _route(search: object, splitter: object, groups: object, params: Mapping[str, object]) -> list[Json]:
-    """Return what ``cross_val_score`` would send to the outer splitter, to the search's ``fit`` and its ``score``."""
-    if not get_config()["enable_metadata_routing"]:
-        return [{"groups": groups}, params, {}]
-    if groups is not None:
-        raise InputError(
-            "nested_cv(groups=...) goes to the outer splitter where metadata routing is off, and it is on: give "
-            "params={'groups': ...}."
-        )
-    to = {callee: MethodMapping().add(caller="fit", callee=callee) for callee in ("split", "fit", "score")}
-    router = MetadataRouter(owner="nested_cv").add(splitter=splitter, method_mapping=to["split"])
-    router.add(estimator=search, method_mapping=to["fit"])
-    router.add(scorer=check_scoring(search), method_mapping=to["score"])
-    routed = process_routing(router, "fit", **params)
-    return [routed.splitter.split, routed.estimator.fit, routed.scorer.score]
 
 
 def _check_search(search: object) -> None:
@@ -129,13 +115,21 @@ def _check_search(search: object) -> None:
         )
 
 
-def _parts(
-    search: AnySearch, X: object, y: object, params: Mapping[str, object], trains: Sequence[object]
-) -> list[Part | None]:
-    """Return the rows of each outer fold as parts of all rows, None where a fold has to be checked by itself."""
-    fit_params = _routed_within(search, X, params).estimator.fit
-    whole = shared_rows(with_hook(search.estimator, search.device), X, y, fit_params)
-    return [None if whole is None else Part(whole.rows, whole.index[np.asarray(train)]) for train in trains]
+def _route(search: object, splitter: object, groups: object, params: Mapping[str, object]) -> list[Json]:
+    """Return what ``cross_val_score`` would send to the outer splitter, to the search's ``fit`` and its ``score``."""
+    if not get_config()["enable_metadata_routing"]:
+        return [{"groups": groups}, params, {}]
+    if groups is not None:
+        raise InputError(
+            "nested_cv(groups=...) goes to the outer splitter where metadata routing is off, and it is on: give "
+            "params={'groups': ...}."
+        )
+    to = {callee: MethodMapping().add(caller="fit", callee=callee) for callee in ("split", "fit", "score")}
+    router = MetadataRouter(owner="nested_cv").add(splitter=splitter, method_mapping=to["split"])
+    router.add(estimator=search, method_mapping=to["fit"])
+    router.add(scorer=check_scoring(search), method_mapping=to["score"])
+    routed = process_routing(router, "fit", **params)
+    return [routed.splitter.split, routed.estimator.fit, routed.scorer.score]
 
 
 def _routed_within(search: AnySearch, X: object, params: Mapping[str, object]) -> Bunch:
@@ -151,27 +145,21 @@ def _train(
     parts: Sequence[Part | None],
 ) -> list[TrainedCandidates]:
     """Train the candidates of all searches in their inner folds."""
-    begin = time.monotonic()
-    recorded = [_record(*each) for each in zip(searches, rows, parts)]
+    begin, recorded = time.monotonic(), []
+    for search, (X, y, params), part in zip(searches, rows, parts):
+        routed = _routed_within(search, X, params)
+        run = SearchRun(with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
+        candidates, splits = search._draw_candidates(), run.split(X, y, routed.splitter.split)
+        recorded.append(TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, part), 0.0))
     alike = getattr(searches[0], "random_state", 0) is not None  # then all searches draw the same candidates
-    groups = [recorded] if alike else [[each] for each in recorded]
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
-    for group in groups:
-        for first, each in zip(itertools.accumulate((len(r.splits) for r in group), initial=0), group):
+    for group in [recorded] if alike else [[each] for each in recorded]:
+        fits, folds = [], 0
+        for each in group:
             for fit in fits_of(each.events):
-                fit.fold += first
-        fits = [fit for each in group for fit in fits_of(each.events)]
+                fit.fold += folds
+                fits.append(fit)
+            folds += len(each.splits)
         train(fits, Training(workers(), deadline))
     share = (time.monotonic() - begin) / sum(len(each.candidates) * len(each.splits) for each in recorded)
     return [replace(each, seconds=share) for each in recorded]
-
-
-def _record(
-    search: AnySearch, rows: tuple[object, object, Mapping[str, object]], within: Part | None
-) -> TrainedCandidates:
-    """Return the candidates of one search, not trained yet."""
-    X, y, params = rows
-    routed = _routed_within(search, X, params)
-    run = SearchRun(with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
-    candidates, splits = search._draw_candidates(), run.split(X, y, routed.splitter.split)
-    return TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, within), 0.0)

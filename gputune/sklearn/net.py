@@ -114,11 +114,13 @@ class _NeuralNet(TrainedEstimator):
 
     def _recipe(self, draw: DrawSeed) -> Recipe:
         """Raises InputError also for a module, an optimizer or a criterion that cannot be trained."""
-        unknown = [name for name in self._arguments if not name.startswith(tuple(_PREFIXES))]
-        if unknown:  # said here, because scikit-learn wants constructors that take everything
-            raise TypeError(
-                f"{type(self).__name__} has no parameter {unknown[0]!r}; arguments of the module are written module__*."
-            )
+        arguments = {}
+        for name, value in self._arguments.items():
+            prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+            if prefix is None:  # said here, because scikit-learn wants constructors that take everything
+                own = type(self).__name__
+                raise TypeError(f"{own} has no parameter {name!r}; arguments of the module are written module__*.")
+            arguments[_PREFIXES[prefix] + name.removeprefix(prefix)] = check_value(name, value, name)
         self._foreign.check_values(self)
         optimizer, momentum = optimizer_word(self.optimizer, "optimizer"), self.optimizer__momentum
         if momentum is not None and optimizer not in MOMENTUM:
@@ -136,9 +138,10 @@ class _NeuralNet(TrainedEstimator):
             "weight_decay": ("optimizer__weight_decay", decay),
             "momentum": ("optimizer__momentum", momentum),
         }
-        arguments = {_in_engines_words(name): check_value(name, value, name) for name, value in self._arguments.items()}
         config = engine_config(values, optimizer=optimizer) | arguments
         check_optimizer(config, "module")
+        if self.numbers not in ("none", "standard"):
+            raise InputError(f"numbers must be 'none' or 'standard', got {self.numbers!r}.")
         return Recipe(
             kind="module",
             config=config,
@@ -150,27 +153,18 @@ class _NeuralNet(TrainedEstimator):
             loss=self._loss(),
             step=self.training_step,
             augment=self.augment,
-            numbers=self._numbers(),
+            numbers=self.numbers,
         )
-
-    def _numbers(self) -> str:
-        if self.numbers not in ("none", "standard"):
-            raise InputError(f"numbers must be 'none' or 'standard', got {self.numbers!r}.")
-        return str(self.numbers)
 
     def _loss(self) -> str | Callable[..., object] | None:
         """Return the criterion as the engine's loss: the name of one, or the user's own; None for the task's."""
         criterion: str | Callable[..., object] | None = self.criterion
         words = {name for name in self._arguments if name.startswith("criterion__")}
         for loss, name in self._own_losses.items():
-            if (criterion is loss and words <= _NUMBERS) or (not words and _is_default(criterion, loss)):
+            default = type(self.criterion) is loss and _settings(self.criterion) == _settings(loss())
+            if (default and not words) or (criterion is loss and words <= _NUMBERS):
                 return name
         return criterion
-
-
-def _in_engines_words(name: str) -> str:
-    prefix = next(prefix for prefix in _PREFIXES if name.startswith(prefix))
-    return _PREFIXES[prefix] + name.removeprefix(prefix)
 
 
 def _builder(module: object) -> Builder:
@@ -186,11 +180,6 @@ def _builder(module: object) -> Builder:
             f"{module!r}."
         )
     return module
-
-
-def _is_default(criterion: object, loss: type[nn.Module]) -> bool:
-    """Whether the criterion is an instance of the loss with default settings."""
-    return type(criterion) is loss and _settings(criterion) == _settings(loss())
 
 
 def _settings(criterion: nn.Module) -> Config:

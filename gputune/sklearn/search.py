@@ -8,15 +8,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from numbers import Integral, Real
 from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
-import sklearn
 from sklearn import model_selection
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, is_regressor
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils import Bunch
@@ -24,16 +22,14 @@ from sklearn.utils._param_validation import Interval
 
 from gputune.errors import InputError, warn
 from gputune.methods.space import to_scipy
-from gputune.sklearn.base import FusedEstimator, constructor, last_step, using
+from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import HookedMemory, SearchRun, TrainedCandidates, with_hook
 from gputune.study.rows import State
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.values import to_json
 from gputune.tuning.record import versions
-from gputune.types import Config, Json, first_metric
-
-current_run: ContextVar[SearchRun | None] = ContextVar("current_run", default=None)
+from gputune.types import Config
 
 
 def why_not_together(estimator: BaseEstimator, space: object) -> str | None:
@@ -59,6 +55,10 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
     _space_name: ClassVar[str]
     """The parameter that holds the space."""
+    _trained: TrainedCandidates | None = None
+    """What is evaluated in place of candidates that the search would draw and train."""
+    _run: SearchRun | None = None
+    """The running ``fit``."""
 
     def fit(self, X: object, y: object = None, **params: object) -> Self:
         """Run the search on rows X with targets y, as the estimator takes them, and refit the best candidate on all.
@@ -66,21 +66,20 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         ``params`` are those of scikit-learn's search: ``sample_weight``, ``groups`` and whatever is routed. Returns
         the search. Raises what scikit-learn's search raises, and InputError for a ``study`` that exists.
         """
-        return self._fit_trained(None, X, y, params)
-
-    def _fit_trained(
-        self, trained: TrainedCandidates | None, X: object, y: object, params: Mapping[str, object]
-    ) -> Self:
-        """Fit; candidates that were ``trained`` are evaluated in place of those that the search would draw."""
         X = as_sliced(X)
         if isinstance(self.study, str | os.PathLike):  # what else it may be, scikit-learn refuses
-            check_new(self.study)
+            study = f"study={str(self.study)!r}"
+            if Path(self.study).exists():  # a search of this face is never resumed
+                begins = "exists already, and this search begins a new one"
+                raise InputError(f"{study} {begins}; give it a path of its own, or remove the file.")
+            if not Path(self.study).parent.is_dir():
+                raise InputError(f"{study}: the folder does not exist; make it first.")
         reason = why_not_together(self.estimator, getattr(self, self._space_name))
         if reason is not None and not isinstance(self.estimator, type):  # which scikit-learn refuses
             self._leave_to_own_loop(reason)
-        with _override(self, self._overrides(together=reason is None)):
-            run = self._make_run(trained, X, y) if reason is None else None
-            with using(current_run, run):
+        with override(self, self._overrides(together=reason is None)):
+            run = self._make_run(X, y) if reason is None else None
+            with override(self, {"_run": run}):
                 super().fit(X, y, **params)
         memory = getattr(getattr(self, "best_estimator_", None), "memory", None)
         if isinstance(memory, HookedMemory):
@@ -89,12 +88,11 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
             write_search(self.study, self, None if run is None else run.epochs)
         return self
 
-    def _make_run(self, trained: TrainedCandidates | None, X: object, y: object) -> SearchRun:
+    def _make_run(self, X: object, y: object) -> SearchRun:
         """Return the run of one fit on X and y, which are not checked yet."""
         del X, y
-        timeout = self.timeout if isinstance(self.timeout, Real) else None
-        deadline = None if timeout is None else time.monotonic() + float(timeout)
-        return SearchRun(self.estimator, self.cv, deadline, trained)
+        deadline = time.monotonic() + float(self.timeout) if isinstance(self.timeout, Real) else None
+        return SearchRun(self.estimator, self.cv, deadline, self._trained)
 
     def _overrides(self, *, together: bool) -> dict[str, object]:
         """Return what scikit-learn gets to see in place of the user's parameters while it searches."""
@@ -123,23 +121,22 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
     def _get_routed_params_for_fit(self, params: object) -> Bunch:
         routed = super()._get_routed_params_for_fit(params)
-        if (run := current_run.get()) is not None:
-            run.fit_params, run.split_params = routed.estimator.fit, routed.splitter.split
+        if self._run is not None:
+            self._run.fit_params, self._run.split_params = routed.estimator.fit, routed.splitter.split
         return routed
 
     def _run_search(
         self, evaluate_candidates: Callable[..., dict[str, np.ndarray]], *, callback_ctx: object = None
     ) -> None:
-        run = current_run.get()
-        if run is not None:
-            evaluate_candidates = functools.partial(run.evaluate, evaluate_candidates)
+        if self._run is not None:
+            evaluate_candidates = functools.partial(self._run.evaluate, evaluate_candidates)
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}  # since scikit-learn 1.9
         super()._run_search(evaluate_candidates, **context)
 
 
 @contextmanager
-def _override(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
-    """Let a search have other parameters inside."""
+def override(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
+    """Let a search have other parameters and attributes inside."""
     before = {name: getattr(search, name) for name in overrides}
     vars(search).update(overrides)
     try:
@@ -213,51 +210,18 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
         return list(model_selection.ParameterGrid(self.param_grid))
 
 
-Place = str | os.PathLike[str]
-
-
-def check_new(path: Place) -> None:
-    """Raise InputError where a study file cannot be made at ``path``: a search of this face is never resumed."""
-    if Path(path).exists():
-        raise InputError(
-            f"study={str(path)!r} exists already, and this search begins a new one; give it a path of its own, or "
-            "remove the file."
-        )
-    if not Path(path).parent.is_dir():
-        raise InputError(f"study={str(path)!r}: the folder does not exist; make it first.")
-
-
-def write_search(path: Place, search: BaseSearchCV, epochs: Sequence[int] | None) -> None:
+def write_search(path: str | os.PathLike[str], search: BaseSearchCV, epochs: Sequence[int] | None) -> None:
     """Write a fitted search; ``epochs`` is how long each candidate trained, None where that is not known."""
-    results = search.cv_results_
-    candidates = [
-        Candidate(number, {name: _storable(value) for name, value in params.items()}, origin)
-        for number, (params, origin) in enumerate(zip(results["params"], _origins(results)))
-    ]
-    first = _metric(search, results)
+    results, n = search.cv_results_, len(search.cv_results_["params"])
     known = [name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_")]
+    first = search.refit if search.refit in known else known[0]  # the one that chooses
     metrics = [first, *(name for name in known if name != first)]
     folds = [[results[f"split{f}_test_{name}"] for f in range(search.n_splits_)] for name in metrics]
-    scores = np.array(folds).T  # (C, F, M)
     seconds = search.n_splits_ * (results["mean_fit_time"] + results["mean_score_time"])
-    rows = zip(scores, seconds.tolist(), epochs or [1] * len(candidates))
-    with Store.create(path, _meta(search, metrics)) as store:
-        store.add_trials(candidates)
-        store.finish(_result(number, *row) for number, row in enumerate(rows))
-
-
-def _origins(results: Json) -> list[str | tuple[int, int]]:
-    """Return where each candidate comes from: a point of a descent from its start and outer step."""
-    if "outer_step" not in results:
-        return ["random"] * len(results["params"])
-    places = zip(results["start"].tolist(), results["outer_step"].tolist())
-    return [(start, step) if step else "random" for start, step in places]
-
-
-def _meta(search: BaseSearchCV, metrics: Sequence[str]) -> Json:
-    several = [{"name": name, "scorer": name, "positive": None} for name in metrics] if len(metrics) > 1 else []
-    return {
-        "metrics": several,
+    starts, steps = (results.get(name, np.zeros(n, int)).tolist() for name in ("start", "outer_step"))
+    origins = [(start, step) if step else "random" for start, step in zip(starts, steps)]
+    meta = {
+        "metrics": [{"name": name, "scorer": name, "positive": None} for name in metrics if len(metrics) > 1],
         "face": "sklearn",
         "model": type(last_step(search.estimator)[1]).__name__,
         "method": type(search).__name__,
@@ -265,39 +229,32 @@ def _meta(search: BaseSearchCV, metrics: Sequence[str]) -> Json:
         "folds": search.n_splits_,
         "versions": versions(),
     }
+    with Store.create(path, meta) as store:
+        store.add_trials(
+            Candidate(number, {name: _storable(value) for name, value in params.items()}, origin)
+            for number, (params, origin) in enumerate(zip(results["params"], origins))
+        )
+        rows = zip(np.array(folds).T, seconds.tolist(), epochs or [1] * n)
+        store.finish(_result(number, *row) for number, row in enumerate(rows))
 
 
 def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Result:
     """Return the result of a trial that was scored (F, M) after its last epoch alone."""
-    scores = scores if scores.shape[1] > 1 else scores[:, 0]
     curve = np.full((epochs, *scores.shape), np.nan)
-    curve[-1] = scores
-    folds = first_metric(scores, axes=1)
+    curve[-1], folds = scores, scores[:, 0]
     state: State = "complete" if np.isfinite(folds).all() else "failed"
+    curve = curve if scores.shape[1] > 1 else curve[..., 0]
     return Result(number, state, float(folds.mean()), tuple(folds.tolist()), epochs, seconds, curve)
-
-
-def _metric(search: BaseSearchCV, results: Mapping[str, object]) -> str:
-    """Return the metric that chooses: the one of ``refit``, or the first of many."""
-    if "mean_test_score" in results:
-        return "score"
-    if isinstance(search.refit, str):
-        return search.refit
-    return next(name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_"))
 
 
 def _score_name(search: BaseSearchCV) -> str:
     """Return what the scores are, for a reader."""
-    if isinstance(search.refit, str):
-        return search.refit
-    scoring = search._effective_scoring()
-    if isinstance(scoring, str):
-        return scoring
+    scoring = search.refit if isinstance(search.refit, str) else search._effective_scoring()
     if scoring is None:
-        return "r2" if sklearn.base.is_regressor(search.estimator) else "accuracy"
+        return "r2" if is_regressor(search.estimator) else "accuracy"
     if callable(scoring):
         return getattr(scoring, "__name__", type(scoring).__name__)
-    return str(next(iter(scoring)))
+    return scoring if isinstance(scoring, str) else str(next(iter(scoring)))
 
 
 def _storable(value: object) -> object:
