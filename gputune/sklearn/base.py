@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
@@ -28,35 +27,6 @@ from gputune.text import did_you_mean
 from gputune.types import Task
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """Parameters of other libraries that an estimator takes without an effect, or refuses.
-
-    ignored  parameter -> the values that change nothing (None: any), and what to do in place of another one
-    refused  word that is no parameter -> what to do instead
-    """
-
-    ignored: Mapping[str, tuple[tuple[object, ...] | None, str]] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-
-    def check_values(self, estimator: BaseEstimator) -> None:
-        """Raise InputError for a value of an ignored parameter that would change the result."""
-        for name, (harmless, remedy) in self.ignored.items():
-            value = getattr(estimator, name)
-            if harmless is not None and not any(value is v or value == v for v in harmless):
-                raise InputError(f"{type(estimator).__name__} has no {name}={value!r}: {remedy}.")
-
-    def check_names(self, owner: type, names: Iterable[str]) -> None:
-        """Raise InputError for a refused word, unless a subclass has made a parameter of it."""
-        for name in names:
-            if name in self.refused and name not in _parameters(owner):
-                raise InputError(f"{owner.__name__} has no parameter {name!r}: {self.refused[name]}.")
-
-
-def _parameters(owner: type) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(owner.__init__).parameters  # type: ignore[misc]
 
 
 def keep_parameters(estimator: object, parameters: Mapping[str, object]) -> None:
@@ -91,7 +61,10 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     (``_fit_recipes``), and what a fitted one takes over (``_set_fitted``).
     """
 
-    _foreign: ClassVar[Foreign] = Foreign()
+    _harmless: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {}
+    """Parameters without an effect -> the values that change nothing, and what to do in place of another one."""
+    _refused: ClassVar[Mapping[str, str]] = {}
+    """Words of other libraries that are no parameters -> what to do instead."""
     _takes_any_target: ClassVar[bool] = False
     """Whether y is taken as it is, numbers (n, ...)."""
     _takes_arrays: ClassVar[bool] = False
@@ -104,9 +77,9 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     def __new__(cls, *args: object, **params: object) -> Self:
         """Refuse what the constructor does not know in words that help."""
         del args
-        parameters = _parameters(cls)
+        cls._check_names(params)
+        parameters = inspect.signature(cls.__init__).parameters
         unknown = [name for name in params if name not in parameters]
-        cls._foreign.check_names(cls, unknown)
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             hint = did_you_mean(unknown[0], [name for name in parameters if name != "self"])
             raise TypeError(f"{cls.__name__} has no parameter {unknown[0]!r}.{hint}")
@@ -115,9 +88,24 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 
     def set_params(self, **params: object) -> Self:
         """Set parameters and return the estimator; raises InputError for one that has no counterpart here."""
-        self._foreign.check_names(type(self), params)
+        self._check_names(params)
         super().set_params(**params)
         return self
+
+    @classmethod
+    def _check_names(cls, names: Iterable[str]) -> None:
+        """Raise InputError for a refused word, unless a subclass has made a parameter of it."""
+        parameters = inspect.signature(cls.__init__).parameters
+        for name in names:
+            if name in cls._refused and name not in parameters:
+                raise InputError(f"{cls.__name__} has no parameter {name!r}: {cls._refused[name]}.")
+
+    def _check_values(self) -> None:
+        """Raise InputError for a value of a parameter without an effect that would change the result."""
+        for name, (harmless, remedy) in self._harmless.items():
+            value = getattr(self, name)
+            if not any(value is v or value == v for v in harmless):
+                raise InputError(f"{type(self).__name__} has no {name}={value!r}: {remedy}.")
 
     def fit(self, X: object, y: object, sample_weight: object = None) -> Self:
         """Fit on rows X with their targets y; ``sample_weight`` (n,) is each row's weight in the loss.

@@ -102,7 +102,7 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         if not isinstance(last, TrainedEstimator):
             return None
         word = str(self.resource).removeprefix(prefix)
-        last._foreign.check_names(type(last), [word])
+        last._check_names([word])
         return prefix + last._epochs if word in ("auto", last._epochs) else None
 
     def _make_run(self, X: object, y: object) -> SearchRun:

@@ -19,7 +19,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from gputune.engine.choice import device_for_solver
 from gputune.errors import InputError, warn
 from gputune.methods.config import check_value
-from gputune.sklearn.base import Foreign, FusedEstimator, constructor
+from gputune.sklearn.base import FusedEstimator, constructor
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor
 from gputune.sklearn.member import Place
 from gputune.sklearn.recipe import DrawSeed, Training, whole_number
@@ -150,24 +150,19 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
 
     _fit_recipes = staticmethod(solve_members)
     _differentiable: ClassVar = {"C": "C"}
-    _foreign = Foreign(
-        ignored={
-            "solver": (
-                (None, "lbfgs", "newton-cg", "newton-cholesky", "sag", "saga"),
-                "the solvers are lbfgs, liblinear, newton-cg, newton-cholesky, sag, saga, and all but 'liblinear' find "
-                "one solution; leave it out",
-            )
-        },
-        refused={
-            "multi_class": "more than two classes are one softmax; leave it out, or use "
-            "sklearn.multiclass.OneVsRestClassifier(LogisticRegression())",
-            **dict.fromkeys(
-                ("optimizer", "lr", "max_epochs"),
-                "the objective has one solution, whichever solver finds it; leave it out",
-            ),
-            "weight_decay": "give C, the inverse strength of the penalty",
-        },
-    )
+    _harmless: ClassVar = {
+        "solver": (
+            (None, "lbfgs", "newton-cg", "newton-cholesky", "sag", "saga"),
+            "the solvers are lbfgs, liblinear, newton-cg, newton-cholesky, sag, saga, and all but 'liblinear' find "
+            "one solution; leave it out",
+        )
+    }
+    _refused: ClassVar = {
+        "multi_class": "more than two classes are one softmax; leave it out, or use "
+        "sklearn.multiclass.OneVsRestClassifier(LogisticRegression())",
+        **dict.fromkeys(("optimizer", "lr", "max_epochs"), "the objective has one solution; leave it out"),
+        "weight_decay": "give C, the inverse strength of the penalty",
+    }
     __init__ = constructor(linear_model.LogisticRegression, {"device": "auto"})
 
     def _left_to_scikit_learn(self, y: object) -> str | None:
@@ -191,7 +186,7 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
         del draw  # the solution is unique
         if (reason := self._left_to_scikit_learn(None)) is not None:
             raise InputError(f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone.")
-        self._foreign.check_values(self)
+        self._check_values()
         C, l1_ratio = _penalty(self.C, self.l1_ratio, self.penalty)
         weight, tol = self.class_weight, self.tol
         if not (weight is None or isinstance(weight, Mapping) or (isinstance(weight, str) and weight == "balanced")):

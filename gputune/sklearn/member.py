@@ -167,31 +167,31 @@ class MemberJob(Job):
 
 def members_of(
     job: MemberJob, data: Dataset, chunk: Population, weights: Weights, classes: NDArray[np.int64] | None
-) -> Members:
-    """Return the members of a chunk that trained to their last epoch; none where it did not."""
+) -> list[Member | Exception]:
+    """Return the members of a chunk, fold by fold, that trained to their last epoch; none where it did not."""
     if weights.epochs < job.epochs:
-        return {}
+        return []
     network, flat = job.network(data, chunk), torch.from_numpy(weights.flat)
     params, shape = network.blocks.views(flat), (data.n_folds, len(chunk.index), -1)
     whole = [w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
     finite = torch.stack(whole).all(0).tolist()  # F lists of C
     center, scale = data.center.cpu().numpy(), data.scale.cpu().numpy()
     present = None if data.present is None else data.present.cpu().numpy()
-    members: Members = {}
+    members: list[Member | Exception] = []
     for f in range(data.n_folds):
         scaling = tuple(None if of is None else of.of_fold(f) for of in data.scaling)
         takes_part = None if present is None or present[f].all() else present[f]
-        for c, i in enumerate(chunk.index):
+        for c, config in enumerate(chunk.configs):
             if not finite[f][c]:
-                config = chunk.configs[c]
-                members[f, i] = DivergedError(
+                error = DivergedError(
                     f"the training diverged with {config['optimizer']} and a learning rate of {config['lr']:.3g}: its "
                     "weights are no finite numbers any more; use a smaller rate, or scale the inputs (StandardScaler "
                     "in a pipeline)."
                 )
+                members.append(error)
                 continue
             epochs, stalled = weights.ends[:, c, f].tolist()
-            members[f, i] = Member(
+            member = Member(
                 network,
                 params,
                 (f, c),
@@ -207,4 +207,5 @@ def members_of(
                 losses=-weights.curves[c, : epochs if job.patiences else 0, f],
                 stalled=stalled,
             )
+            members.append(member)
     return members

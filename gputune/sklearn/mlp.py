@@ -17,7 +17,7 @@ from gputune.errors import InputError
 from gputune.methods.config import check_value
 from gputune.models import MLP
 from gputune.models.mlp import ACTIVATIONS as MLP_ACTIVATIONS
-from gputune.sklearn.base import FLOATS, Foreign, constructor, has_columns
+from gputune.sklearn.base import FLOATS, constructor, has_columns
 from gputune.sklearn.dataset import Rows, as_dense, as_tensor
 from gputune.sklearn.member import Member
 from gputune.sklearn.networks import TrainedEstimator
@@ -49,15 +49,13 @@ class _MLP(TrainedEstimator):
         "alpha": "weight_decay",
         "momentum": "momentum",
     }
-    _foreign = Foreign(
-        refused={
-            **dict.fromkeys(("width", "depth"), "give hidden_layer_sizes, (64, 64) for two layers of 64"),
-            "lr": "give learning_rate_init",
-            "max_epochs": "give max_iter",
-            "optimizer": "give solver",
-            "schedule": "give learning_rate",
-        }
-    )
+    _refused: ClassVar = {
+        **dict.fromkeys(("width", "depth"), "give hidden_layer_sizes, (64, 64) for two layers of 64"),
+        "lr": "give learning_rate_init",
+        "max_epochs": "give max_iter",
+        "optimizer": "give solver",
+        "schedule": "give learning_rate",
+    }
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **neural_network.MLPRegressor._parameter_constraints,
         "activation": [StrOptions({*_THEIRS["activation"], *ACTIVATIONS})],

@@ -14,7 +14,7 @@ from gputune.methods.config import check_value
 from gputune.modules.construction import Builder
 from gputune.optimizers.classes import OPTIMIZER_PREFIX, check_optimizer, has_weight_decay, optimizer_word
 from gputune.scoring.objective import LOSS_PREFIX
-from gputune.sklearn.base import Foreign, keep_parameters
+from gputune.sklearn.base import keep_parameters
 from gputune.sklearn.networks import TrainedClassifier, TrainedEstimator, TrainedRegressor
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
 from gputune.study.module_source import is_builder
@@ -41,24 +41,20 @@ class _NeuralNet(TrainedEstimator):
         "optimizer__weight_decay": "weight_decay",
         "optimizer__momentum": "momentum",
     }
-    _foreign = Foreign(
-        ignored={
-            "train_split": ((None, False), "every row is trained on; leave it out, and let a search split the rows"),
-            "verbose": (None, ""),
-            "callbacks": ((None, []), "an estimator calls none; leave them out, or pass them to gputune.tune"),
-        },
-        refused={
-            "warm_start": "fit always begins anew; train longer with max_epochs",
-            "iterator_train__shuffle": "rows are shuffled anew in every epoch; leave it out",
-            "optimizer__lr": "give lr",
-            "optimizer__nesterov": "give optimizer='nesterov'",
-            "learning_rate_init": "give lr",
-            "max_iter": "give max_epochs",
-            "solver": "give optimizer",
-            **dict.fromkeys(("alpha", "weight_decay"), "give optimizer__weight_decay"),
-            "momentum": "give optimizer__momentum",
-        },
-    )
+    _harmless: ClassVar = {
+        "train_split": ((None, False), "every row is trained on; leave it out, and let a search split the rows"),
+        "callbacks": ((None, []), "an estimator calls none; leave them out, or pass them to gputune.tune"),
+    }
+    _refused: ClassVar = {
+        "warm_start": "fit always begins anew; train longer with max_epochs",
+        "iterator_train__shuffle": "rows are shuffled anew in every epoch; leave it out",
+        "optimizer__nesterov": "give optimizer='nesterov'",
+        **dict.fromkeys(("optimizer__lr", "learning_rate_init"), "give lr"),
+        "max_iter": "give max_epochs",
+        "solver": "give optimizer",
+        **dict.fromkeys(("alpha", "weight_decay"), "give optimizer__weight_decay"),
+        "momentum": "give optimizer__momentum",
+    }
 
     def __init__(
         self,
@@ -93,7 +89,7 @@ class _NeuralNet(TrainedEstimator):
 
     def set_params(self, **params: object) -> Self:
         """Set parameters, any ``module__*``, ``criterion__*`` and ``optimizer__*`` among them; return the estimator."""
-        self._foreign.check_names(type(self), params)
+        self._check_names(params)
         own = inspect.signature(type(self)).parameters
         rest = {}
         for name, value in params.items():
@@ -121,7 +117,7 @@ class _NeuralNet(TrainedEstimator):
                 own = type(self).__name__
                 raise TypeError(f"{own} has no parameter {name!r}; arguments of the module are written module__*.")
             arguments[_PREFIXES[prefix] + name.removeprefix(prefix)] = check_value(name, value, name)
-        self._foreign.check_values(self)
+        self._check_values()
         optimizer, momentum = optimizer_word(self.optimizer, "optimizer"), self.optimizer__momentum
         if momentum is not None and optimizer not in MOMENTUM:
             raise InputError(

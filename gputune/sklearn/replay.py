@@ -82,41 +82,6 @@ def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
     return copied
 
 
-class Replay:
-    """Hands each fit of scikit-learn's loop what was made for it. A fit that is no step of the loop fits itself."""
-
-    def __init__(self) -> None:
-        self.events: deque[Event] = deque()
-
-    def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
-        """Finish the estimator where it is its turn."""
-        del sample_weight
-        event = self.events[0] if self.events and estimator._left_to_scikit_learn(y) is None else None
-        if not isinstance(event, Fit) or not event.is_of(estimator, X):
-            return False
-        self.events.popleft()
-        event.finish(estimator)
-        return True
-
-    def transform(self, function: Callable[..., object], *args: object, **options: object) -> object:
-        """Return what fitting a transformer gave where it is its turn, else fit it."""
-        event = self.events[0] if self.events else None
-        if not isinstance(event, Transformation):
-            with using(fit_hook, None):
-                return function(*args, **options)
-        self.events.popleft()
-        return event.take()
-
-    def check_end(self) -> None:
-        """Raise RuntimeError where scikit-learn's loop did not take what was made for it."""
-        if self.events:
-            raise RuntimeError(
-                f"{len(self.events)} of the fits that were trained together were never asked for: a backend of joblib "
-                "runs scikit-learn's loop elsewhere, or this release of scikit-learn has another loop. Leave the "
-                "backend (joblib.parallel_config), or use scikit-learn's own search."
-            )
-
-
 @dataclass(frozen=True, eq=False)
 class TrainedCandidates:
     """Candidates that are trained in all ``splits``, with the events of scikit-learn's loop.
@@ -132,9 +97,11 @@ class TrainedCandidates:
 
 @dataclass(eq=False)
 class SearchRun:
-    """One call of a search's ``fit``. ``trained`` are candidates that were trained before, with other searches.
+    """One call of a search's ``fit``, which hands each fit of scikit-learn's loop what was made for it.
 
-    ``seconds`` and ``epochs`` are how long each candidate trained, in the order of their evaluation.
+    trained          candidates that were trained before, with other searches
+    seconds, epochs  how long each candidate trained, in the order of their evaluation
+    steps            those of scikit-learn's loop that are to come
     """
 
     estimator: BaseEstimator
@@ -146,6 +113,7 @@ class SearchRun:
     recorder: Recorder = field(default_factory=Recorder)
     seconds: list[float] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
+    steps: deque[Event] = field(default_factory=deque)
     patient: ClassVar[bool] = True
     """Whether training ends where its loss stalls."""
 
@@ -159,23 +127,45 @@ class SearchRun:
     ) -> dict[str, np.ndarray]:
         """Do what scikit-learn's ``evaluate_candidates`` does, with fits that are made together."""
         candidates = list(candidate_params) if self.trained is None else self.trained.candidates
-        replay = Replay()
 
         def split(X: object, y: object, **params: object) -> Splits:
             """Train before the splits are returned, over which scikit-learn's loop goes."""
             trained = self.trained or self._train_all(candidates, X, y, self.split(X, y, params, cv))
             self._note(trained)
-            replay.events.extend(trained.events)
+            self.steps.extend(trained.events)
             return trained.splits
 
-        with using(fit_hook, replay):
+        with using(fit_hook, self):
             splitter = SimpleNamespace(split=split)
             results = evaluate_candidates(candidates, splitter, more_results=more_results, **context)
-        replay.check_end()
+        if self.steps:
+            raise RuntimeError(
+                f"{len(self.steps)} of the fits that were trained together were never asked for: a backend of joblib "
+                "runs scikit-learn's loop elsewhere, or this release of scikit-learn has another loop. Leave the "
+                "backend (joblib.parallel_config), or use scikit-learn's own search."
+            )
         together = ~np.isnan(self.seconds)  # the others were fitted in this loop
         results["mean_fit_time"][together] = np.array(self.seconds)[together]
         results["std_fit_time"][together] = 0.0
         return results
+
+    def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
+        """Finish the estimator where it is its turn; one that is no step of the loop fits itself."""
+        del sample_weight
+        step = self.steps[0] if self.steps and estimator._left_to_scikit_learn(y) is None else None
+        if not isinstance(step, Fit) or not step.is_of(estimator, X):
+            return False
+        self.steps.popleft()
+        step.finish(estimator)
+        return True
+
+    def transform(self, function: Callable[..., object], *args: object, **options: object) -> object:
+        """Return what fitting a transformer gave where it is its turn, else fit it."""
+        if self.steps and isinstance(step := self.steps[0], Transformation):
+            self.steps.popleft()
+            return step.take()
+        with using(fit_hook, None):
+            return function(*args, **options)
 
     def split(self, X: object, y: object, params: Mapping[str, object], cv: object = None) -> Splits:
         """Return the splits of ``cv``, the search's own where it is None."""

@@ -19,9 +19,9 @@ from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.inner import check_classes
 from gputune.sklearn.base import last_step
 from gputune.sklearn.dataset import FoldGroup, Part, Rows, as_tensor
-from gputune.sklearn.fit import Batch, batches, in_skorchs_words
 from gputune.sklearn.logistic import LogisticRegression, Penalty, make_problem, solve_groups
 from gputune.sklearn.member import Member, Place
+from gputune.sklearn.networks import Batch, batches, in_skorchs_words
 from gputune.sklearn.recipe import Recipe, Training
 from gputune.sklearn.record import Fit, Trials, layouts
 from gputune.solver.solve import solve
