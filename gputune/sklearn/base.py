@@ -29,11 +29,6 @@ from gputune.types import Task
 Value = TypeVar("Value")
 
 
-def keep_parameters(estimator: object, parameters: Mapping[str, object]) -> None:
-    """Keep the locals of a constructor, each parameter under its name, as scikit-learn wants it."""
-    vars(estimator).update({name: value for name, value in parameters.items() if name != "self"})
-
-
 def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., None]:
     """Return the constructor of a class with the parameters of scikit-learn's installed one, and those of ``defaults``.
 
@@ -48,7 +43,7 @@ def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., N
     def __init__(self: object, *values: object, **params: object) -> None:
         bound = signature.bind(self, *values, **params)
         bound.apply_defaults()
-        keep_parameters(self, bound.arguments)
+        vars(self).update({name: value for name, value in bound.arguments.items() if name != "self"})
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     return __init__
@@ -61,8 +56,6 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     (``_fit_recipes``), and what a fitted one takes over (``_set_fitted``).
     """
 
-    _harmless: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {}
-    """Parameters without an effect -> the values that change nothing, and what to do in place of another one."""
     _refused: ClassVar[Mapping[str, str]] = {}
     """Words of other libraries that are no parameters -> what to do instead."""
     _takes_any_target: ClassVar[bool] = False
@@ -99,13 +92,6 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         for name in names:
             if name in cls._refused and name not in parameters:
                 raise InputError(f"{cls.__name__} has no parameter {name!r}: {cls._refused[name]}.")
-
-    def _check_values(self) -> None:
-        """Raise InputError for a value of a parameter without an effect that would change the result."""
-        for name, (harmless, remedy) in self._harmless.items():
-            value = getattr(self, name)
-            if not any(value is v or value == v for v in harmless):
-                raise InputError(f"{type(self).__name__} has no {name}={value!r}: {remedy}.")
 
     def fit(self, X: object, y: object, sample_weight: object = None) -> Self:
         """Fit on rows X with their targets y; ``sample_weight`` (n,) is each row's weight in the loss.

@@ -1,8 +1,9 @@
 """Rows as scikit-learn checked them, turned into what the engine trains on: one copy of X for all folds."""
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -122,15 +123,15 @@ class FoldGroup:
         valids = tuple(valids[i] for i in index) if valids else ()
         return FoldGroup(tuple(self.numbers[i] for i in index), self.rows, tuple(trains[i] for i in index), valids)
 
-    def split(self, key: Callable[[Index], Hashable] = lambda train: None) -> "list[FoldGroup]":
-        """Return groups of folds whose training rows have the same classes, and the same ``key``.
+    def split(self, keys: Iterable[Hashable] | None = None) -> "list[FoldGroup]":
+        """Return groups of folds whose training rows have the same classes, and that have the same key.
 
         A network for the classes of its own fold is what a fit on that fold's rows alone would make.
         """
         groups: dict[Hashable, list[int]] = defaultdict(list)
-        for i, train in enumerate(self.trains):
+        for i, (train, key) in enumerate(zip(self.trains, keys or itertools.repeat(None))):
             present = None if self.rows.classes is None else np.unique(self.rows.y[train]).tobytes()
-            groups[present, key(train)].append(i)
+            groups[present, key].append(i)
         return [self.part(index) for index in groups.values()]
 
 

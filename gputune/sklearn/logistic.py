@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import log_expit, log_softmax
-from sklearn import linear_model
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression as Theirs
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.class_weight import compute_class_weight
 
 from gputune.engine.choice import device_for_solver
 from gputune.errors import InputError, warn
-from gputune.methods.config import check_value
 from gputune.sklearn.base import FusedEstimator, constructor
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor
 from gputune.sklearn.member import Place
-from gputune.sklearn.recipe import DrawSeed, Training, whole_number
+from gputune.sklearn.recipe import DrawSeed, Training
 from gputune.solver.solve import Problem, solve
 
 _TOLERANCE = 1e-10
@@ -122,10 +122,10 @@ def _weights(
     return weights
 
 
-_PENALTY = inspect.signature(linear_model.LogisticRegression).parameters["penalty"].default
+_PENALTY = inspect.signature(Theirs).parameters["penalty"].default
 
 
-class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # type: ignore[misc]
+class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
     """The logistic regression (softmax for more than two classes), with scikit-learn's objective and its parameters.
 
     Minimises C * (sum of weight * log loss) + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1 by Newton's method, in
@@ -150,12 +150,12 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
 
     _fit_recipes = staticmethod(solve_members)
     _differentiable: ClassVar = {"C": "C"}
-    _harmless: ClassVar = {
-        "solver": (
-            (None, "lbfgs", "newton-cg", "newton-cholesky", "sag", "saga"),
-            "the solvers are lbfgs, liblinear, newton-cg, newton-cholesky, sag, saga, and all but 'liblinear' find "
-            "one solution; leave it out",
-        )
+    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
+        **Theirs._parameter_constraints,
+        "penalty": [StrOptions({"l1", "l2", "elasticnet", "auto", _PENALTY}), None],
+        "solver": [*Theirs._parameter_constraints["solver"], None],
+        "tol": [Interval(Real, 0, None, closed="neither")],
+        "device": [str],
     }
     _refused: ClassVar = {
         "multi_class": "more than two classes are one softmax; leave it out, or use "
@@ -163,7 +163,7 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
         **dict.fromkeys(("optimizer", "lr", "max_epochs"), "the objective has one solution; leave it out"),
         "weight_decay": "give C, the inverse strength of the penalty",
     }
-    __init__ = constructor(linear_model.LogisticRegression, {"device": "auto"})
+    __init__ = constructor(Theirs, {"device": "auto"})
 
     def _left_to_scikit_learn(self, y: object) -> str | None:
         del y
@@ -184,24 +184,17 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
 
     def _recipe(self, draw: DrawSeed) -> Penalty:
         del draw  # the solution is unique
+        self._validate_params()
         if (reason := self._left_to_scikit_learn(None)) is not None:
             raise InputError(f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone.")
-        self._check_values()
-        C, l1_ratio = _penalty(self.C, self.l1_ratio, self.penalty)
-        weight, tol = self.class_weight, self.tol
-        if not (weight is None or isinstance(weight, Mapping) or (isinstance(weight, str) and weight == "balanced")):
-            raise InputError(f"class_weight must be None, 'balanced' or a dict from class to weight, got {weight!r}.")
-        if not isinstance(self.fit_intercept, bool | np.bool_):
-            raise InputError(f"fit_intercept must be True or False, got {self.fit_intercept!r}.")
-        if isinstance(tol, bool) or not isinstance(tol, Real) or not 0 < float(tol) < math.inf:
-            raise InputError(f"tol must be a number > 0, got {tol!r}. For example 1e-10.")
+        C, l1_ratio = _penalty(float(self.C), float(self.l1_ratio or 0), self.penalty)
         return Penalty(
             C=C,
             l1_ratio=l1_ratio,
-            class_weight=weight,
+            class_weight=self.class_weight,
             fit_intercept=bool(self.fit_intercept),
-            tol=min(float(tol), _TOLERANCE),
-            max_iter=whole_number("max_iter", self.max_iter, least=0),
+            tol=min(float(self.tol), _TOLERANCE),
+            max_iter=int(self.max_iter),
             device=self.device,
         )
 
@@ -219,20 +212,16 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
             )
 
 
-def _penalty(C: Any, l1_ratio: Any, penalty: object) -> tuple[float, float]:
+def _penalty(C: float, l1_ratio: float, penalty: str | None) -> tuple[float, float]:
     """Return C and l1_ratio with the older word ``penalty`` translated."""
-    C = check_value("C", C, "C")
-    l1_ratio = check_value("l1_ratio", 0 if l1_ratio is None else l1_ratio, "l1_ratio")
     if penalty is None:
         if C != 1.0 or l1_ratio != 0.0:
             warn(f"Setting penalty=None will ignore the C and l1_ratio parameters, got C={C} and l1_ratio={l1_ratio}.")
         return math.inf, 0.0
-    meant = {"elasticnet": l1_ratio, "l2": 0.0, "l1": 1.0, "auto": l1_ratio, _PENALTY: l1_ratio}
-    if not isinstance(penalty, str) or penalty not in meant:
-        raise InputError(f"penalty must be one of l1, l2, elasticnet, None or auto, got {penalty!r}.")
-    if l1_ratio not in (0.0, meant[penalty]):
+    meant = {"l2": 0.0, "l1": 1.0}.get(penalty, l1_ratio)
+    if l1_ratio not in (0.0, meant):
         raise InputError(
             f"penalty={penalty!r} and l1_ratio={l1_ratio} say the same thing and differ; give l1_ratio alone: 0 is "
             "l2, 1 is l1."
         )
-    return C, meant[penalty]
+    return C, meant

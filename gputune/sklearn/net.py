@@ -14,7 +14,6 @@ from gputune.methods.config import check_value
 from gputune.modules.construction import Builder
 from gputune.optimizers.classes import OPTIMIZER_PREFIX, check_optimizer, has_weight_decay, optimizer_word
 from gputune.scoring.objective import LOSS_PREFIX
-from gputune.sklearn.base import keep_parameters
 from gputune.sklearn.networks import TrainedClassifier, TrainedEstimator, TrainedRegressor
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
 from gputune.study.module_source import is_builder
@@ -25,6 +24,13 @@ _PREFIXES = {"module__": "module__", "criterion__": LOSS_PREFIX, OPTIMIZER_PREFI
 
 _NUMBERS = {"criterion__label_smoothing"}
 """Arguments of a class of torch.nn that its loss by name takes too."""
+
+
+_HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
+    "train_split": ((None, False), "every row is trained on; leave it out, and let a search split the rows"),
+    "callbacks": ((None, []), "an estimator calls none; leave them out, or pass them to gputune.tune"),
+}
+"""Parameters without an effect -> the values that skorch takes for none, and what to do in place of another one."""
 
 
 class _NeuralNet(TrainedEstimator):
@@ -40,10 +46,6 @@ class _NeuralNet(TrainedEstimator):
         "lr": "lr",
         "optimizer__weight_decay": "weight_decay",
         "optimizer__momentum": "momentum",
-    }
-    _harmless: ClassVar = {
-        "train_split": ((None, False), "every row is trained on; leave it out, and let a search split the rows"),
-        "callbacks": ((None, []), "an estimator calls none; leave them out, or pass them to gputune.tune"),
     }
     _refused: ClassVar = {
         "warm_start": "fit always begins anew; train longer with max_epochs",
@@ -79,7 +81,7 @@ class _NeuralNet(TrainedEstimator):
     ) -> None:
         parameters = locals()
         self._arguments = parameters.pop("arguments")
-        keep_parameters(self, parameters)
+        self.__dict__.update({name: value for name, value in parameters.items() if name != "self"})
 
     def get_params(self, deep: bool = True) -> Config:
         """Return all parameters, the ``module__*``, ``criterion__*`` and ``optimizer__*`` given among them."""
@@ -117,7 +119,9 @@ class _NeuralNet(TrainedEstimator):
                 own = type(self).__name__
                 raise TypeError(f"{own} has no parameter {name!r}; arguments of the module are written module__*.")
             arguments[_PREFIXES[prefix] + name.removeprefix(prefix)] = check_value(name, value, name)
-        self._check_values()
+        for name, (harmless, remedy) in _HARMLESS.items():
+            if (value := getattr(self, name)) not in harmless:
+                raise InputError(f"{type(self).__name__} has no {name}={value!r}: {remedy}.")
         optimizer, momentum = optimizer_word(self.optimizer, "optimizer"), self.optimizer__momentum
         if momentum is not None and optimizer not in MOMENTUM:
             raise InputError(

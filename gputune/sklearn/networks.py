@@ -76,15 +76,12 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
     for trials in families.values():
         alike = [recipes[trial] for trial in trials]
         first = alike[0]
-        x = rows.inputs(_device(alike, folds))
-
-        def decays(train: NDArray[np.int64], alike: Sequence[Recipe] = alike) -> tuple[float, ...]:
-            """Return the weight decays of the recipes with an alpha, which are those of a fold's own rows."""
-            configs = _configs(alike, rows, train)
-            return tuple(c["weight_decay"] for c, recipe in zip(configs, alike) if recipe.alpha is not None)
-
+        by_fold = [[r.config_for(len(train), rows.weight(train)) for r in alike] for train in folds.trains]
+        x = rows.inputs(_device(first, by_fold[0], folds))
+        # A weight decay that comes from alpha is that of a fold's own rows.
+        decays = [tuple(config.get("weight_decay") for config in configs) for configs in by_fold]
         for group in folds.split(decays):
-            configs = _configs(alike, rows, group.trains[0])
+            configs = by_fold[folds.numbers.index(group.numbers[0])]
             # A loss of the user's own takes numbers as they are.
             standardise = first.step is None and (first.loss is None or isinstance(first.loss, str))
             watched = first.patience is not None
@@ -95,17 +92,12 @@ def batches(recipes: Mapping[int, Recipe], folds: FoldGroup) -> Iterator[Batch]:
             yield Batch(trials, alike, configs, group, data, objective)
 
 
-def _configs(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[Config]:
-    return [recipe.config_for(len(train), rows.weight(train)) for recipe in recipes]
-
-
-def _device(recipes: Sequence[Recipe], folds: FoldGroup) -> torch.device:
-    """Return the device on which recipes that train together do so."""
-    rows, first = folds.rows, recipes[0]
-    x = rows.X.parts[0]
+def _device(first: Recipe, configs: Sequence[Config], folds: FoldGroup) -> torch.device:
+    """Return the device on which recipes that train together do so, of which one is the first."""
+    rows, x = folds.rows, folds.rows.X.parts[0]
     work = Work(
         kind=first.kind,
-        configs=_configs(recipes, rows, folds.trains[0]),
+        configs=configs,
         rows=[len(train) for train in folds.trains],
         n_features=x[0].numel(),
         n_outputs=1 if rows.classes is None else len(rows.classes),
@@ -180,8 +172,7 @@ def _fit_batch(batch: Batch, training: Training) -> Members:
             parameters = max(parameters, _check_module(trainer, population))
             populations.append(population)
         except InputError as error:
-            refusal = in_skorchs_words(error)
-            members |= dict.fromkeys(batch.places(population), refusal)
+            members |= dict.fromkeys(batch.places(population), in_skorchs_words(error))
     if not populations:
         return members
     plan = trainer.plan(populations, epochs=recipe.epochs - recipe.begin, parameters=parameters)
@@ -208,9 +199,8 @@ def _fit_batch(batch: Batch, training: Training) -> Members:
 def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
     """Return the chunk with the states of its members, from which they train on."""
     states = [state for i in chunk.index if (state := batch.recipes[i].state) is not None]
-    members = [[state.buffers[fold] for fold in batch.folds.numbers] for state in states]
-    per_trial = [[torch.stack(buffers) for buffers in zip(*folds)] for folds in members]
-    buffers = tuple(torch.stack(buffers) for buffers in zip(*per_trial))
+    members = [state.buffers[fold] for state in states for fold in batch.folds.numbers]
+    buffers = tuple(torch.stack(buffers).view(len(states), len(batch.folds.numbers), -1) for buffers in zip(*members))
     return BegunChunk(chunk.kind, chunk.index, chunk.configs, State(batch.recipes[0].begin, buffers))
 
 

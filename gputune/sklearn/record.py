@@ -204,12 +204,10 @@ class Recorder:
     ) -> object:
         """Fit a transformer and return what ``function`` does, once for equal transformers on the same rows."""
         metadata = [value for routed in (options.get("params") or {}).values() for value in routed.values()]
-
-        def fit() -> Transformation:
-            with using(fit_hook, None):
-                return Transformation(_result(functools.partial(function, transformer, X, y, *args, **options)))
-
-        event = self._once((content(transformer), id(X), id(y), *map(id, metadata)), (X, y, metadata), fit)
+        fit = functools.partial(function, transformer, X, y, *args, **options)
+        key = (content(transformer), id(X), id(y), *map(id, metadata))
+        with using(fit_hook, None):
+            event = self._once(key, (X, y, metadata), lambda: Transformation(_result(fit)))
         self.events.append(event)
         return event.take()
 
@@ -224,14 +222,13 @@ class Recorder:
         """Give the fit that was just noted its validation rows: once for all candidates on the same training rows."""
         fit = self.events[-1]
         assert isinstance(fit, Fit) and isinstance(fit.train, Part)
-        rows = fit.train
+        part = fit.train
 
-        def hold_out() -> Part | Exception:
-            with using(fit_hook, None):
-                split = _safe_split(fitted, X, y, test, train)
-                return _result(functools.partial(held_out_part, fitted, rows, *split))
+        def hold_out() -> Part:
+            return held_out_part(fitted, part, *_safe_split(fitted, X, y, test, train))
 
-        fit.valid = self._once((id(rows), self.place[1]), rows, hold_out)
+        with using(fit_hook, None):
+            fit.valid = self._once((id(part), self.place[1]), part, lambda: _result(hold_out))
 
     def _arguments(
         self, estimator: object, X: object, y: object, train: object, fit_params: Mapping[str, object]

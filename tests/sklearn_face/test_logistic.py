@@ -6,7 +6,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 
 import gputune
-from gputune.errors import InputError
 from gputune.sklearn import GridSearchCV, LogisticRegression
 from gputune.sklearn.base import check_rows
 from searches import Callback, Fits
@@ -108,25 +107,24 @@ def test_callbacks_of_its_own_hear_of_the_fit():
 
 
 REFUSED = [
-    ({"C": 0}, "C must be a number > 0"),
-    ({"l1_ratio": 2}, "l1_ratio must be a number in"),
-    ({"penalty": "l3"}, "penalty must be one of l1, l2, elasticnet, None or auto, got 'l3'"),
+    ({"C": 0}, "The 'C' parameter of LogisticRegression must be"),
+    ({"l1_ratio": 2}, "The 'l1_ratio' parameter"),
+    ({"penalty": "l3"}, "The 'penalty' parameter .* Got 'l3'"),
     ({"penalty": "l1", "l1_ratio": 0.5}, "penalty='l1' and l1_ratio=0.5 say the same thing and differ"),
-    ({"class_weight": "even"}, "class_weight must be None, 'balanced' or a dict"),
+    ({"class_weight": "even"}, "The 'class_weight' parameter"),
     ({"class_weight": {0: 1.0, 9: 1.0}}, "are not in class_weight"),
     ({"class_weight": {0: -1.0, 1: 1.0, 2: 1.0}}, "must leave weights >= 0"),
-    ({"fit_intercept": "no"}, "fit_intercept must be True or False"),
-    ({"tol": 0}, "tol must be a number > 0, got 0"),
-    ({"max_iter": -1}, "max_iter must be an integer >= 0"),
+    ({"fit_intercept": "no"}, "The 'fit_intercept' parameter"),
+    ({"tol": 0}, "The 'tol' parameter"),
+    ({"max_iter": -1}, "The 'max_iter' parameter"),
     ({"device": "tpu"}, "device must be"),
 ]
 
 
 @pytest.mark.parametrize(("params", "message"), REFUSED, ids=[str(params) for params, _ in REFUSED])
 def test_what_cannot_be_meant_is_refused(params, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         LogisticRegression(**params).fit(*IRIS)
-    assert isinstance(caught.value, InputError) or "class_weight" in params
 
 
 def test_together_is_what_fit_gives_alone():
