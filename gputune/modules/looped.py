@@ -7,7 +7,7 @@ PyTorch's: by the classes of torch.optim, which take the steps of what cannot be
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import RowUpdate, class_of, class_of_rule, loop_reason
 from gputune.optimizers.optimizer import Optimizer
 from gputune.optimizers.rules import schedule_factor
-from gputune.population.batches import Batch, Batches, row_order, steps_of
+from gputune.population.batches import Batches, row_order, steps_of
 from gputune.population.population import beyond_adam
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import Validation
@@ -75,15 +75,15 @@ class LoopedModule(ModuleNetwork):
         return {k: _real(part) for k, part in self.parts(row).items()}
 
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
-        found = []
+        found, names = [], self.shape.names
         for trial in range(len(self.configs)):
             if (module := self.own.get((fold, trial))) is not None:  # one may have a length, of 0
-                found.append(self.objective.outputs(module.eval(), inputs, self.shape.names))
+                found.append(self.objective.outputs(module.eval(), inputs, names))
                 continue
             values = self.values(params, fold, trial)
             with self.stateless.substitute(values) as module:
                 put_numbers(module, {k: values[k] for k in self.kept})
-                found.append(self.objective.outputs(module.eval(), inputs, self.shape.names))
+                found.append(self.objective.outputs(module.eval(), inputs, names))
         return torch.stack(found)
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
@@ -92,14 +92,10 @@ class LoopedModule(ModuleNetwork):
     def draws(self, batches: Batches, *, ahead: bool) -> None:
         return None
 
-    def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
+    def _refuse(self, *_: object) -> NoReturn:
         raise self.refusal()
 
-    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
-        raise self.refusal()
-
-    def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
-        raise self.refusal()
+    gradient = differentiable = row_losses = _refuse
 
     def refusal(self) -> InputError:
         """Return the error of what needs stacked members."""
@@ -121,22 +117,16 @@ def _reshape(part: Tensor, like: Tensor) -> Tensor:
 
 _AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
 
-_Rows = tuple[tuple[Tensor, ...], Tensor, Tensor | None]
-"""A minibatch: rows of each input, their targets, their weights."""
 
-
-class _Alone(Optimizer):
-    """The optimizer of one member that adapts its own rate, or whose steps no class of torch.optim takes."""
-
-    def __init__(self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int) -> None:
-        sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
-        whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
-        parts = {"trained": theta.shape} if whole else {k: w.shape for k, w in network.leaves(theta).items()}
-        blocks = Blocks(
-            [Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None) for k, shape in parts.items()]
-        )
-        each_epoch = torch.tensor([[steps]], device=theta.device)
-        super().__init__([config], blocks, theta, steps=each_epoch, horizon=horizon)
+def _stacked_optimizer(network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int) -> Optimizer:
+    """Return the optimizer of one member that adapts its own rate, or whose steps no class of torch.optim takes."""
+    sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
+    whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
+    parts = {"trained": theta.shape} if whole else {k: w.shape for k, w in network.leaves(theta).items()}
+    blocks = [Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None) for k, shape in parts.items()]
+    return Optimizer(
+        [config], Blocks(blocks), theta, steps=torch.tensor([[steps]], device=theta.device), horizon=horizon
+    )
 
 
 class _Member:
@@ -164,9 +154,9 @@ class _Member:
         # Those that the optimizer holds one by one, and skips where a step does not use them.
         self.leaves: list[Tensor] = []
         self.leaf_slopes: list[Tensor] = []
-        self.update: RowUpdate | _Alone
+        self.update: RowUpdate | Optimizer
         if not (class_of(config) or class_of_rule(config)) or set(beyond_adam(config)) - {"beta2"}:
-            self.update = _Alone(network, config, self.row, steps=steps, horizon=horizon)
+            self.update = _stacked_optimizer(network, config, self.row, steps=steps, horizon=horizon)
             return
         if class_of(config) or network.traits.unstackable:
             self.leaves = list(network.leaves(self.row).values())
@@ -175,11 +165,6 @@ class _Member:
             self.row.grad = self.grad
         self.update = RowUpdate(config, self.row, self.leaves, steps=steps, horizon=horizon)
 
-    @property
-    def is_its_row(self) -> bool:
-        """Whether it is scored as it is, and no average of it."""
-        return self.update.scored(self.row) is self.row
-
     def step(self) -> None:
         """Take a step by the gradients of a backward; a class of torch.optim leaves out what those have not reached."""
         for parameter, value in self.parts:
@@ -187,15 +172,10 @@ class _Member:
                 value.copy_(parameter.detach())
                 parameter.data = value
         if self.leaves:
-            written = [slope._version for slope in self.slopes]
-            for leaf, slope, before, now in zip(self.leaves, self.leaf_slopes, self.written, written):
-                leaf.grad = None if before == now else slope
-            self.written = written
+            before, self.written = self.written, [slope._version for slope in self.slopes]
+            for leaf, slope, old, new in zip(self.leaves, self.leaf_slopes, before, self.written):
+                leaf.grad = None if old == new else slope
         self.update.step(self.row, self.grad)
-
-    def kept(self) -> Tensor:
-        """Return what training changes beside the parameters, as a row (M,)."""
-        return self.network.as_row(state_of(self.module, tuple(self.network.kept)))
 
     def dropouts(self, epoch: int, steps: int) -> list[float]:
         """Return the rates of dropout in the steps of an epoch."""
@@ -235,38 +215,40 @@ class LoopChunk:
         self.lengths = np.array([len(fold.train) for fold in data.folds])
         self.sizes = np.minimum.outer(self.lengths, np.array([min(c["batch_size"], 2**62) for c in configs]))  # (F, C)
         self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
-        self.members = [
-            [_Member(network, c, start, steps=int(steps), horizon=horizon) for c, steps in zip(configs, row)]
-            for start, row in zip(network.starts(), self.steps)
-        ]
+        self.members = {
+            (f, c): _Member(network, config, start, steps=int(self.steps[f, c]), horizon=horizon)
+            for f, start in enumerate(network.starts())
+            for c, config in enumerate(configs)
+        }
+        """By fold and trial, one fold after another."""
 
     @property
     def flat(self) -> Tensor:
         """The members' rows, as the blocks of the network lie."""
-        return self._rows([member.row for row in self.members for member in row])
+        return self._rows(scored=False)
 
     @property
     def scored(self) -> Tensor:
         """What is scored and saved: the rows, or their averages, and what else training changes."""
-        return self._rows([member.update.scored(member.row) for row in self.members for member in row])
+        return self._rows(scored=True)
 
-    def _rows(self, trained: list[Tensor]) -> Tensor:
-        kept = [member.kept() for row in self.members for member in row] if self.network.kept else []
+    def _rows(self, *, scored: bool) -> Tensor:
+        members, names = self.members.values(), tuple(self.network.kept)
+        trained = [member.update.scored(member.row) if scored else member.row for member in members]
+        kept = [self.network.as_row(state_of(member.module, names)) for member in members] if names else []
         return torch.cat(trained + kept)
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
         """The optimizer's flat buffers."""
-        states = [member.update.state() for row in self.members for member in row]
-        return tuple(torch.cat(buffers) for buffers in zip(*states))
+        return tuple(map(torch.cat, zip(*(member.update.state() for member in self.members.values()))))
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
         """Go on from flat buffers: of the members, then of the moments."""
         params = self.network.blocks.views(buffers[0])
         moments = [self.network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
-        for f, row in enumerate(self.members):
-            for c, member in enumerate(row):
-                member.resume(self.network.values(params, f, c), [moment[f, c] for moment in moments])
+        for (f, c), member in self.members.items():
+            member.resume(self.network.values(params, f, c), [moment[f, c] for moment in moments])
 
     def keep(self, stays: np.ndarray) -> None:
         """Go on with the trials of ``stays`` (C,) alone."""
@@ -276,24 +258,24 @@ class LoopChunk:
         self.alive = [self.alive[c] for c in places]
         if places:
             self.network = self.network.subset(places)
-            self.members = [[row[c] for c in places] for row in self.members]
+            pairs = ((f, i, c) for f in range(len(self.lengths)) for i, c in enumerate(places))
+            self.members = {(f, i): self.members[f, c] for f, i, c in pairs}
             self.sizes, self.steps = self.sizes[:, places], self.steps[:, places]
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        members = {(f, c): member for f, row in enumerate(self.members) for c, member in enumerate(row)}
-        self.network.own = {place: member.module for place, member in members.items() if member.is_its_row}
+        # The others are scored by an average of theirs.
+        self.network.own = {at: m.module for at, m in self.members.items() if m.update.scored(m.row) is m.row}
         return self.validation.scores(self.network, self.network.blocks.views(self.scored), len(self.alive))
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
         order = row_order(self.data, self.seed, epoch)
-        draws = partial(keyed_draws, self.data.device, self.seed, "dropout")
-        for f, row in enumerate(self.members):
-            for c, member in enumerate(row):
-                size, steps = int(self.sizes[f, c]), int(self.steps[f, c])
-                with draws() if self.network.traits.draws else nullcontext(), torch.enable_grad():
-                    self._train(member, f, epoch, torch.split(order[f, : self.lengths[f]], size)[:steps])
+        for (f, c), member in self.members.items():
+            minibatches = torch.split(order[f, : self.lengths[f]], int(self.sizes[f, c]))[: self.steps[f, c]]
+            draws = keyed_draws(self.data.device, self.seed, "dropout") if self.network.traits.draws else nullcontext()
+            with draws, torch.enable_grad():
+                self._train(member, f, epoch, minibatches)
 
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
         """Take the steps of an epoch: this is the loop."""
@@ -314,11 +296,18 @@ class LoopChunk:
             with torch.autocast(self.network.shape.device.type, torch.bfloat16) if rounded else nullcontext():
                 losses = objective.losses(module, inputs, y, member.config, names=names, absent=absent)
             member.grad.zero_()
-            _mean(losses, weights).backward()  # type: ignore[no-untyped-call]
+            if weights is None or losses.dim() == 0:
+                loss = losses.mean()
+            else:
+                share = weights.double() / weights.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
+                loss = (losses * share.to(losses.dtype)).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
             member.step()
 
-    def _gather(self, fold: int, minibatches: Sequence[Tensor]) -> Iterator[_Rows]:
-        """Yield what each minibatch reads, of which some are gathered at once."""
+    def _gather(
+        self, fold: int, minibatches: Sequence[Tensor]
+    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor | None]]:
+        """Yield the inputs, targets and weights of each minibatch, of which some are gathered at once."""
         data, size = self.data, len(minibatches[0])
         ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))
         target = self.target[fold % len(self.target)]
@@ -328,11 +317,3 @@ class LoopChunk:
             weights = None if data.weights is None else torch.split(data.weights[fold, rows], size)
             for i, (y, own) in enumerate(zip(torch.split(target[rows], size), zip(*inputs))):
                 yield own, y, None if weights is None else weights[i]
-
-
-def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the loss of a minibatch of one member, from row losses or their mean."""
-    if weights is None or losses.dim() == 0:
-        return losses.mean()
-    share = weights.double() / weights.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return (losses * share.to(losses.dtype)).sum()
