@@ -8,13 +8,9 @@ import torch
 from gputune.modules.trace import Operation, Place, TraceError
 
 C_TYPES = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.int64: "int64_t",
-    torch.int32: "int32_t",
-    torch.bool: "uint8_t",
-    torch.uint8: "uint8_t",
-}
+    torch.float32: "float", torch.float64: "double", torch.int64: "int64_t", torch.int32: "int32_t",
+    torch.bool: "uint8_t", torch.uint8: "uint8_t",
+}  # fmt: skip
 
 _COMPARED = {
     "gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!=", "logical_and": "&&", "logical_or": "||",
@@ -37,14 +33,9 @@ FORMULAS = {
     "neg": "-{self}",
     "abs": "fabs({self})",
     "exp": "EXP({self})",
-    "log": "log({self})",
-    **{name: f"{name}({{self}})" for name in ("log2", "log1p", "expm1", "floor")},
-    "sqrt": "sqrt({self})",
+    **{name: f"{name}({{self}})" for name in "log log2 log1p expm1 floor sqrt sin cos erf isinf".split()},
     "rsqrt": "1 / sqrt({self})",
     "reciprocal": "1 / {self}",
-    "sin": "sin({self})",
-    "cos": "cos({self})",
-    "erf": "erf({self})",
     "tanh": "1 - 2 / (1 + EXP(2 * {self}))",
     "sigmoid": "1 / (1 + EXP(-{self}))",
     "relu": "{self} < 0 ? 0 : {self}",
@@ -78,11 +69,9 @@ FORMULAS = {
     "remainder": "({self} % {other} + {other}) % {other}",
     "fill": "{value}",
     "copy": "{src}",
-    "clone": "{self}",
-    "_to_copy": "{self}",
+    **dict.fromkeys(("clone", "_to_copy"), "{self}"),
     **dict.fromkeys(("logical_not", "bitwise_not"), "!{self}"),
     **{f"bitwise_{name}": f"{{self}} {sign} {{other}}" for name, sign in {"and": "&&", "or": "||"}.items()},
-    "isinf": "isinf({self})",
     "isnan": "{self} != {self}",
     **dict.fromkeys(("sgn", "sign"), "({self} > 0) - ({self} < 0)"),
     "maximum": "{self} != {self} || {self} > {other} ? {self} : {other}",
@@ -94,12 +83,7 @@ FORMULAS = {
 
 OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}  # computed in the type of what they are given
 _POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {self}"}
-_DEFAULTS: dict[str, object] = {
-    "rounding_mode": None,
-    "approximate": "none",
-    "is_result": False,
-    "self_is_result": False,
-}
+_DEFAULTS = {"rounding_mode": None, "approximate": "none", "is_result": False, "self_is_result": False}
 
 
 def c_type(dtype: torch.dtype) -> str:
@@ -113,8 +97,8 @@ def arguments(op: Operation) -> dict[str, Any]:
     """Return all arguments of an operation by their names in its schema."""
     function: Any = op.function
     schema = function._schema.arguments
-    given = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return {**given, **{a.name: value for a, value in zip(schema, op.args)}, **op.kwargs}
+    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return {**defaults, **{a.name: value for a, value in zip(schema, op.args)}, **op.kwargs}
 
 
 def formula_of(name: str, given: dict[str, Any]) -> str:

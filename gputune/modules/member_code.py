@@ -62,42 +62,39 @@ def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
 
 def _small_first(operations: Sequence[Operation]) -> list[Operation]:
     """Take what makes one number before passes over many that do not depend on it, so that these follow each other."""
+
+    def count(place: Place) -> int:
+        return torch.Size(place.shape).numel()
+
+    def depend(a: Operation, b: Operation) -> bool:  # whether one writes what the other reads or writes
+        into = [{place.memory for place in (*op.makes, *op.writes)} for op in (a, b)]
+        used = [{place.memory for place in op.reads} | own for op, own in zip((a, b), into)]
+        return bool(into[0] & used[1] or into[1] & used[0])
+
     found: list[Operation] = []
     for op in operations:
         at = len(found)
-        if all(_count(place) == 1 for place in (*op.makes, *op.reads, *op.writes)):
-            while at and _is_large(found[at - 1]) and not _depend(op, found[at - 1]):
+        if all(count(place) == 1 for place in (*op.makes, *op.reads, *op.writes)):
+            while at and not depend(op, before := found[at - 1]):
+                if all(count(place) < _LARGE for place in (*before.makes, *before.writes)):
+                    break
                 at -= 1
         found.insert(at, op)
     return found
-
-
-def _count(place: Place) -> int:
-    return torch.Size(place.shape).numel()
-
-
-def _is_large(op: Operation) -> bool:
-    return any(_count(place) >= _LARGE for place in (*op.makes, *op.writes))
-
-
-def _depend(a: Operation, b: Operation) -> bool:
-    """Whether one of two operations writes what the other reads or writes."""
-    into = [{place.memory for place in (*op.makes, *op.writes)} for op in (a, b)]
-    used = [{place.memory for place in op.reads} | own for op, own in zip((a, b), into)]
-    return bool(into[0] & used[1] or into[1] & used[0])
 
 
 def _in_blocks(lines: Sequence[Line]) -> Iterator[list[int]]:
     """Yield runs of calls, those over as many numbers a block at a time, which stays in the cache between them."""
     run: list[Line] = []
     for line in lines:
-        if run and not _go_together([*run, line]):
+        alone = not _go_together([line])
+        if run and (alone or not _go_together([*run, line])):
             yield from _take_lines(run)
             run = []
-        if _go_together([line]):
-            run.append(line)
-        else:
-            yield [1, 1, 1, *line.call()]
+        run.append(line)
+        if alone:
+            yield from _take_lines(run)
+            run = []
     yield from _take_lines(run)
 
 
@@ -122,9 +119,9 @@ def _go_together(lines: Sequence[Line]) -> bool:
 
 
 def _take_lines(run: Sequence[Line]) -> Iterator[list[int]]:
-    if len(run) < 2:
-        yield from ([1, 1, 1, *line.call()] for line in run)
-        return
-    unit = max(line.unit for line in run)
-    calls = [number for line in run for number in line.call(unit)]
-    yield [len(run), run[0].total // unit, max(1, _BLOCK // unit), *calls]
+    if len(run) == 1:
+        yield [1, 1, 1, *run[0].call()]
+    elif run:
+        unit = max(line.unit for line in run)
+        calls = [number for line in run for number in line.call(unit)]
+        yield [len(run), run[0].total // unit, max(1, _BLOCK // unit), *calls]

@@ -68,15 +68,8 @@ def over(shape: Sequence[int], strides: Sequence[Sequence[int]], variable: str =
             merged[-1] = (merged[-1][0] * n, own)
         else:
             merged.append((n, own))
-    sizes, by_axis = tuple(n for n, _ in merged), [own for _, own in merged]
-    return Loops(sizes, tuple(tuple(own[k] for own in by_axis) for k in range(len(strides))), variable)
-
-
-def broadcast(place: Place, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a place as one of a larger shape."""
-    missing = len(shape) - len(place.shape)
-    own = zip(place.shape, place.stride)
-    return (*[0] * missing, *(0 if n == 1 else stride for n, stride in own))
+    by_operand = tuple(tuple(own[k] for _, own in merged) for k in range(len(strides)))
+    return Loops(tuple(n for n, _ in merged), by_operand, variable)
 
 
 @dataclass(frozen=True)
@@ -158,19 +151,6 @@ class Writer:
         self.memories.setdefault(storage.data_ptr(), storage)
         return 1 + list(self.memories).index(storage.data_ptr()), 0
 
-    def _begin(self, place: Place | None) -> tuple[int, int]:
-        """Return the memory of a place and the byte at which it begins; -1 for none."""
-        if place is None:
-            return -1, 0
-        memory, begin = self._memory(place)
-        return memory, begin + place.extent[0]
-
-    def _span(self, place: Place, step: int) -> Span:
-        """Return the bytes of a place, which a loop goes through by so many numbers."""
-        memory, begin = self._memory(place)
-        first, last = place.extent
-        return Span(memory, begin + first, begin + last, step * place.dtype.itemsize)
-
     def type(self, place: Place | None) -> str:
         """Return the type of C of a place's numbers."""
         return self.real if place is None else c_type(place.dtype)
@@ -188,7 +168,10 @@ class Writer:
 
         It knows places as p0, p1, ..., numbers as s0, ..., sizes as n0, ... and its room as w.
         """
-        types, begins = [self.type(place) for place in places], [self._begin(place) for place in places]
+        types, begins = [self.type(place) for place in places], []
+        for place in places:
+            memory, begin = (-1, 0) if place is None else self._memory(place)
+            begins.append((memory, begin + (place.extent[0] if place else 0)))
         known = [f"{of} *p{i} = ({of} *)P[{i}];" for i, of in enumerate(types)]
         if room:
             self.room = max(self.room, room * self.dtype.itemsize)
@@ -214,7 +197,11 @@ class Writer:
         if name.startswith("bitwise") and dtype != torch.bool:
             raise TraceError(f"{name} of {dtype} is in no code")
         operands: list[Place] = [out, *(given[n] for n in places)]
-        loops = over(out.shape, [out.stride, *(broadcast(place, out.shape) for place in operands[1:])])
+        strides = [out.stride]
+        for place in operands[1:]:  # as of a tensor of the shape of the result
+            missing = len(out.shape) - len(place.shape)
+            strides.append((*[0] * missing, *(0 if n == 1 else step for n, step in zip(place.shape, place.stride))))
+        loops = over(out.shape, strides)
         sizes: list[int] = []
         kernel = loops.named(sizes)
         real = c_type(dtype)
@@ -228,7 +215,9 @@ class Writer:
         line = self.call(operands, body, [given[n] for n in numbers], sizes=sizes)
         if sizes:
             line.unit = math.prod(map(int, loops.sizes[1:]))
-            line.spans = [self._span(place, int(own[0])) for own, place in zip(loops.strides, operands)]
+            for own, place in zip(loops.strides, operands):
+                (memory, begin), (first, last) = self._memory(place), place.extent
+                line.spans.append(Span(memory, begin + first, begin + last, int(own[0]) * place.dtype.itemsize))
         return line
 
     def filled(self, out: Place, value: float) -> Line:
