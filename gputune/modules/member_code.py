@@ -1,19 +1,240 @@
 """The steps of one member as C, from their traces: a loop or a call for each operation, on memory known by its number.
 
+What is more than a formula of each number has a function here: products, sums, softmax, norms, losses, and rows that
+are chosen. It yields the calls that an operation is made into, of its arguments by name and the place of its result.
 An operation that is not known here raises TraceError.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from gputune.modules.formulas import FORMULAS, arguments
-from gputune.modules.member_kernels import Line, Span, Writer
-from gputune.modules.member_layers import LAYERS
+from gputune.modules.member_kernels import FORMULAS, Line, Loops, Span, Writer, arguments, named, over
 from gputune.modules.program import split_constants
 from gputune.modules.trace import Operation, Place, Trace, TraceError
+
+Given = dict[str, Any]
+_TILE = 96  # columns of the widest tile of a product, and rows beside the inner ones that it works in
+
+
+def _require(known: bool, op: Operation, what: str = "other arguments") -> None:
+    if not known:
+        raise TraceError(f"{op.function} of {what} is in no code")
+
+
+def _loops(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[Loops, list[int]]:
+    """Return loops over a shape, with names for their sizes, and these sizes."""
+    sizes: list[int] = []
+    return over(shape, strides).named(sizes), sizes
+
+
+def _product(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    names = ("batch1", "batch2") if "batch1" in given else ("mat1", "mat2") if "mat1" in given else ("self", "mat2")
+    a, b, added = given[names[0]], given[names[1]], None if names[0] == "self" else given["self"]
+    plain = given.get("beta", 1) == given.get("alpha", 1) == 1 and out.stride[-1] == 1
+    _require(plain and a.dtype == b.dtype == out.dtype, op, "other factors")
+    if out.dtype != writer.dtype:
+        raise TraceError(f"a product of {out.dtype} is in no code")
+    # One row for all of the product's.
+    is_bias = (
+        added is not None
+        and (len(added.shape) == 1 or added.shape[-2] == 1 or added.stride[-2] == 0)
+        and (added.stride[-1], added.shape[-1]) == (1, out.shape[-1])
+        and added.memory != out.memory
+    )
+    factors = [out, a, b, *[added] * is_bias]
+    batch = out.shape[0] if len(out.shape) > 2 else 1
+    begins = [p.stride[0] if len(p.shape) > 2 and p.shape[0] > 1 else 0 for p in factors]
+    body = (
+        "for (long i = 0; i < n0; i++) matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * n10, n6, n7, "
+        f"{'p3 + i * n11' if is_bias else '0'}, p0 + i * n8, {f'n{8 + len(factors)}'}, w);"
+    )
+    sizes = [batch, *out.shape[-2:], a.shape[-1], *a.stride[-2:], *b.stride[-2:], *begins, out.stride[-2]]
+    yield writer.call(factors, body, sizes=sizes, room=_TILE * (a.shape[-1] + _TILE))
+    if added is not None and not is_bias:
+        yield writer.pointwise("add", {"self": out, "other": added, "alpha": 1}, out)
+
+
+def _reduce(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    x: Place = given["self"]
+    _require(given.get("dtype") in (None, out.dtype), op, "another type")
+    axes = given.get("dim")
+    gone = sorted({i % len(x.shape) for i in ([axes] if isinstance(axes, int) else axes or range(len(x.shape)))})
+    kept = [axis for axis in range(len(x.shape)) if axis not in gone]
+    own = [out.stride[i] for i in kept] if given.get("keepdim") else out.stride
+    sizes = [math.prod(x.shape[i] for i in gone)]
+    outer = over([x.shape[i] for i in kept], [[x.stride[i] for i in kept], own]).named(sizes)
+    inner = over([x.shape[i] for i in gone], [[x.stride[i] for i in gone]], "j").named(sizes)
+    at, to = f"p1[{outer.index(0)} + {inner.index(0)}]", f"p0[{outer.index(1)}]"
+    mean = op.name == "mean"
+    if outer.sizes and outer.strides[0][-1] == 1:  # rows are added to each other
+        front = Loops(outer.sizes[:-1], tuple(s[:-1] for s in outer.strides))
+        last = f"i{len(outer.sizes) - 1}"
+        row = f"#pragma GCC ivdep\nfor (long {last} = 0; {last} < {outer.sizes[-1]}; {last}++)"
+        added = inner.nest(f"{row} {to} += {at};", "")
+        body = front.nest(f"{row} {to} = 0;\n{added}" + (f"\n{row} {to} /= n0;" if mean else ""), "")
+    else:
+        each = inner.nest(f"s += {at};", "omp simd reduction(+ : s)")
+        body = outer.nest(f"{writer.type(out)} s = 0;\n{each}\n{to} = s{' / n0' if mean else ''};", "")
+    yield writer.call([out, x], body, sizes=sizes)
+
+
+_TOP = "T top = -INFINITY, s = 0;\nEACH top = p1[X] > top ? p1[X] : top;\n"
+_ALONG = {
+    "_softmax": _TOP + "SUM(s) { T e = exponential(p1[X] - top); p0[O] = e; s += e; }\nEACH p0[O] /= s;",
+    "_log_softmax": _TOP + "SUM(s) s += exponential(p1[X] - top);\ns = log(s);\nEACH p0[O] = p1[X] - top - s;",
+    "_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X] * p2[Y];\nEACH p0[O] = (p1[X] - s) * p2[Y];",
+    "_log_softmax_backward_data": "T s = 0;\nSUM(s) s += p1[X];\nEACH p0[O] = p1[X] - exponential(p2[Y]) * s;",
+}
+"""What is made along one axis, for all others."""
+
+
+def _along(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    body, names = _ALONG[op.name], ["grad_output", "output"] if "output" in given else ["self"]
+    places = [out, *(given[name] for name in names)]
+    _require(all(place.dtype == writer.dtype for place in places), op, str(out.dtype))
+    axis = given["dim"] % len(out.shape)
+    others = [i for i in range(len(out.shape)) if i != axis]
+    loops, sizes = _loops([out.shape[i] for i in others], [[p.stride[i] for i in others] for p in places])
+    loop = f"for (long j = 0; j < {named(out.shape[axis], sizes)}; j++)"
+    for k, letter in enumerate("OXY"[: len(places)]):
+        body = body.replace(f"[{letter}]", f"[{loops.index(k)} + j * {named(places[k].stride[axis], sizes)}]")
+    body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}").replace("EACH", loop)
+    yield writer.call(places, loops.nest(body.replace("T ", f"{writer.type(out)} "), ""), sizes=sizes)
+
+
+def _chosen(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    """Rows, or numbers, whose places an index says."""
+    if op.name == "embedding":
+        x, axis, index = given["weight"], 0, given["indices"]
+        of_index, along = [*index.stride, 0], [*[0] * len(index.shape), x.stride[1]]
+    else:
+        x = given["self"]
+        if op.name == "index":
+            (axis, index), *others = [(i, index) for i, index in enumerate(given["indices"]) if index is not None]
+            one = not others and len(index.shape) == 1 and index.dtype != torch.bool
+            _require(one, op, "several indices")
+        else:
+            axis, index = given["dim"] % max(1, len(x.shape)), given["index"]
+        along = [0 if i == axis else x.stride[i] for i in range(len(out.shape))]
+        of_index = list(index.stride)
+        if op.name != "gather":
+            of_index = [sum(index.stride) if i == axis else 0 for i in range(len(out.shape))]
+    loops, sizes = _loops(out.shape, [out.stride, of_index, along])
+    at = f"p1[{loops.index(2)} + p2[{loops.index(1)}] * {named(x.stride[axis], sizes)}]"
+    yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), sizes=sizes)
+
+
+def _embedding_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    slope, index = given["grad_output"], given["indices"]
+    _require(given["padding_idx"] < 0 and not given["scale_grad_by_freq"], op)
+    yield writer.filled(out, 0.0)
+    strides = [slope.stride, [*index.stride, 0], [*[0] * len(index.shape), out.stride[1]]]
+    loops, sizes = _loops([*index.shape, out.shape[1]], strides)
+    to = f"p0[p2[{loops.index(1)}] * {named(out.stride[0], sizes)} + {loops.index(2)}]"
+    # Along rows of the index no two may be written at once: a code may come twice.
+    yield writer.call([out, slope, index], loops.nest(f"{to} += p1[{loops.index(0)}];", ""), sizes=sizes)
+
+
+def _concatenate(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    axis, begin = given["dim"] % len(out.shape), 0
+    for part in given["tensors"]:
+        if part.shape != (0,):
+            stacked = op.name == "stack"
+            size = 1 if stacked else part.shape[axis]
+            yield writer.copied(_without(out, axis, begin) if stacked else _part(out, axis, begin, size), part)
+            begin += size
+
+
+def _part(place: Place, axis: int, begin: int, size: int, step: int = 1) -> Place:
+    """Return the part of a place along an axis."""
+    shape, stride = list(place.shape), list(place.stride)
+    offset = place.offset + begin * stride[axis]
+    shape[axis], stride[axis] = size, stride[axis] * step
+    return replace(place, offset=offset, shape=tuple(shape), stride=tuple(stride))
+
+
+def _without(place: Place, axis: int, index: int) -> Place:
+    """Return the part of a place at an index of an axis, without the axis."""
+    at = _part(place, axis, index, 1)
+    keep = [i for i in range(len(at.shape)) if i != axis]
+    return replace(at, shape=tuple(at.shape[i] for i in keep), stride=tuple(at.stride[i] for i in keep))
+
+
+def _part_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    axis, slope = given["dim"] % len(out.shape), given["grad_output"]
+    n = out.shape[axis]
+    if op.name == "select_backward":
+        part = _without(out, axis, given["index"] % n)
+    else:
+        begin = max(0, given["start"] + n if given["start"] < 0 else given["start"])
+        part = _part(out, axis, begin, slope.shape[axis], given["step"])
+    yield writer.filled(out, 0.0)
+    yield writer.copied(part, slope)
+
+
+def _is_whole(place: Place) -> bool:
+    """Whether a place lies in one piece, row by row."""
+    steps = [math.prod(place.shape[i + 1 :]) for i in range(len(place.shape))]
+    return all(n == 1 or own == step for n, own, step in zip(place.shape, place.stride, steps))
+
+
+def _layer_norm_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    places = [out, *(given[name] for name in ("grad_out", "input", "mean", "rstd"))]
+    _require(given["weight"] is None and list(op.makes) == [out] and all(map(_is_whole, places)), op)
+    n = math.prod(given["normalized_shape"])
+    sizes = [math.prod(given["input"].shape) // n, n]
+    yield writer.call(places, "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);", sizes=sizes)
+
+
+def _batch_norm(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    names, numbers = ["input", "weight", "bias", "running_mean", "running_var"], ["momentum", "eps"]
+    kernel, training = "batch_norm(n0, n1, s0, s1, ", "training"
+    if "grad_out" in given:
+        names, numbers = ["grad_out", "input", "weight", "save_mean", "save_invstd"], []
+        kernel, training = "batch_norm_slope(n0, n1, ", "train"
+    places = [*(given[name] for name in names), *op.makes]
+    rows = given["input"].shape
+    whole = len(rows) == 2 and len(op.makes) == 3 and all(_is_whole(place) for place in places if place)
+    _require(given[training] and whole, op)
+    body = f"{kernel}{', '.join(f'p{i}' for i in range(len(places)))});"
+    yield writer.call(places, body, [given[name] for name in numbers], sizes=rows)
+
+
+def _class_loss(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+    is_slope, y = "grad_output" in given, given["target"]
+    x = given["grad_output"] if is_slope else given["self"]
+    rows = out.shape if is_slope else x.shape
+    _require(given["weight"] is None and given["reduction"] == 0 and len(rows) == 2, op)
+    at = f"p2[i * {y.stride[0]}]"
+    if is_slope:
+        yield writer.filled(out, 0.0)
+        to = f"p0[i * {out.stride[0]} + {at} * {out.stride[1]}]"
+        body = f"if ({at} != (int64_t)s0) {to} = -p1[i * {x.stride[0]}];"
+    else:
+        value = f"{at} == (int64_t)s0 ? 0 : -p1[i * {x.stride[0]} + {at} * {x.stride[1]}]"
+        body = f"p0[i * {out.stride[0]}] = {value};"
+    body = f"for (long i = 0; i < n0; i++) {body}"
+    yield writer.call([out, x, y], body, [given["ignore_index"]], sizes=rows[:1])
+
+
+LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
+    **dict.fromkeys(("sum", "mean"), _reduce),
+    **dict.fromkeys(_ALONG, _along),
+    **dict.fromkeys(("gather", "index_select", "index", "embedding"), _chosen),
+    "embedding_dense_backward": _embedding_slope,
+    **dict.fromkeys(("cat", "stack"), _concatenate),
+    **dict.fromkeys(("select_backward", "slice_backward"), _part_slope),
+    "native_layer_norm_backward": _layer_norm_slope,
+    **dict.fromkeys(("native_batch_norm", "native_batch_norm_backward"), _batch_norm),
+    **dict.fromkeys(("nll_loss_forward", "nll_loss_backward"), _class_loss),
+}
+"""By the names of operations."""
 
 _LARGE, _BLOCK = 4096, 2048  # numbers from which passes over the same memory are taken in blocks of so many
 

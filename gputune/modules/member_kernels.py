@@ -13,8 +13,113 @@ from typing import Any
 
 import torch
 
-from gputune.modules.formulas import C_TYPES, OF_INPUTS, c_type, common_type, formula_of
 from gputune.modules.trace import Operation, Place, Trace, TraceError, arrange
+
+C_TYPES = {
+    torch.float32: "float", torch.float64: "double", torch.int64: "int64_t", torch.int32: "int32_t",
+    torch.bool: "uint8_t", torch.uint8: "uint8_t",
+}  # fmt: skip
+
+_COMPARED = {
+    "gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!=", "logical_and": "&&", "logical_or": "||",
+}  # fmt: skip
+
+_E = "EXP({self} < 20 ? {self} : 20)"
+_W = f"({_E} * ({_E} + 2))"
+_R = f"(1 / ({_W} + 2))"
+"""Of mish: tanh(log(1 + e)) = w / (w + 2) with w = e (e + 2), e = exp(x), which takes no difference of like numbers.
+
+Its slope in x is 4 e (1 + e) / (w + 2)^2, as w + 1 = (1 + e)^2.
+"""
+
+FORMULAS = {
+    "add": "{self} + {alpha} * {other}",
+    "sub": "{self} - {alpha} * {other}",
+    "rsub": "{other} - {alpha} * {self}",
+    "mul": "{self} * {other}",
+    "div": "{self} / {other}",
+    "neg": "-{self}",
+    "abs": "fabs({self})",
+    "exp": "EXP({self})",
+    **{name: f"{name}({{self}})" for name in "log log2 log1p expm1 floor sqrt sin cos erf isinf".split()},
+    "rsqrt": "1 / sqrt({self})",
+    "reciprocal": "1 / {self}",
+    "tanh": "1 - 2 / (1 + EXP(2 * {self}))",
+    "sigmoid": "1 / (1 + EXP(-{self}))",
+    "relu": "{self} < 0 ? 0 : {self}",
+    "pow": "pow({self}, {exponent})",
+    "addcmul": "{self} + {value} * {tensor1} * {tensor2}",
+    "lerp": "{self} + {weight} * ({end} - {self})",
+    "where": "{condition} ? {self} : {other}",
+    "clamp_min": "{self} < {min} ? {min} : {self}",
+    "clamp_max": "{self} > {max} ? {max} : {self}",
+    "masked_fill": "{mask} ? {value} : {self}",
+    "threshold_backward": "{self} <= {threshold} ? 0 : {grad_output}",
+    "tanh_backward": "{grad_output} * (1 - {output} * {output})",
+    "sigmoid_backward": "{grad_output} * {output} * (1 - {output})",
+    "silu": "{self} / (1 + EXP(-{self}))",
+    "gelu": "{self} * (REAL)0.5 * (1 + erf({self} * (REAL)0.70710678118654752))",
+    "gelu_backward": (
+        "{grad_output} * ((REAL)0.5 * (1 + erf({self} * (REAL)0.70710678118654752))"
+        " + {self} * (REAL)0.39894228040143268 * EXP((REAL)-0.5 * {self} * {self}))"
+    ),
+    "mish": f"{{self}} * {_W} / ({_W} + 2)",
+    "mish_backward": f"{{grad_output}} * ({_W} * {_R} + {{self}} * (4 * {_E} * (1 + {_E}) * ({_R} * {_R})))",
+    "elu": "{self} > 0 ? {scale} * {self} : {scale} * {alpha} * (EXP({input_scale} * {self}) - 1)",
+    "elu_backward": (
+        "{self_or_result} > 0 ? {scale} * {grad_output}"
+        " : {grad_output} * {input_scale} * {scale} * {alpha} * EXP({input_scale} * {self_or_result})"
+    ),
+    "leaky_relu": "{self} > 0 ? {self} : {negative_slope} * {self}",
+    "leaky_relu_backward": "{self} > 0 ? {grad_output} : {negative_slope} * {grad_output}",
+    "softplus": "{self} * {beta} > {threshold} ? {self} : log1p(EXP({self} * {beta})) / {beta}",
+    "softplus_backward": "{self} * {beta} > {threshold} ? {grad_output} : {grad_output} / (1 + EXP(-{self} * {beta}))",
+    "remainder": "({self} % {other} + {other}) % {other}",
+    "fill": "{value}",
+    "copy": "{src}",
+    **dict.fromkeys(("clone", "_to_copy"), "{self}"),
+    **dict.fromkeys(("logical_not", "bitwise_not"), "!{self}"),
+    **{f"bitwise_{name}": f"{{self}} {sign} {{other}}" for name, sign in {"and": "&&", "or": "||"}.items()},
+    "isnan": "{self} != {self}",
+    **dict.fromkeys(("sgn", "sign"), "({self} > 0) - ({self} < 0)"),
+    "maximum": "{self} != {self} || {self} > {other} ? {self} : {other}",
+    "minimum": "{self} != {self} || {self} < {other} ? {self} : {other}",
+    "clamp": "{self} < {min} ? {min} : {self} > {max} ? {max} : {self}",
+    **{name: f"{{self}} {sign} {{other}}" for name, sign in _COMPARED.items()},
+}
+"""What an operation makes of each number; names are those of its arguments."""
+
+OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}  # computed in the type of what they are given
+_POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {self}"}
+_DEFAULTS = {"rounding_mode": None, "approximate": "none", "is_result": False, "self_is_result": False}
+
+
+def c_type(dtype: torch.dtype) -> str:
+    """Return the type of C of a dtype. Raises TraceError for one that no code has."""
+    if dtype not in C_TYPES:
+        raise TraceError(f"{dtype} is in no code")
+    return C_TYPES[dtype]
+
+
+def arguments(op: Operation) -> dict[str, Any]:
+    """Return all arguments of an operation by their names in its schema."""
+    function: Any = op.function
+    schema = function._schema.arguments
+    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return {**defaults, **{a.name: value for a, value in zip(schema, op.args)}, **op.kwargs}
+
+
+def formula_of(name: str, given: dict[str, Any]) -> str:
+    """Return the formula of an operation with these arguments. Raises TraceError where its options are in no code."""
+    if any(given.get(key, value) != value for key, value in _DEFAULTS.items()):
+        raise TraceError(f"{name} of another kind is in no code")
+    if name == "clamp" and None in (given["min"], given["max"]):
+        name = "clamp_min" if given["max"] is None else "clamp_max"
+    if name == "pow" and given["exponent"] in _POWERS:
+        return _POWERS[given["exponent"]]
+    # A product with 1 is the number itself.
+    return FORMULAS[name].replace("{alpha} * ", "") if given.get("alpha") == 1 else FORMULAS[name]
+
 
 _SMALL = 32
 
@@ -191,7 +296,10 @@ class Writer:
         numbers = [n for n in names if n not in places]
         if not all(isinstance(given[n], int | float) for n in numbers):
             raise TraceError(f"{name} of other arguments than numbers is in no code")
-        dtype = common_type([given[n] for n in names]) if name in OF_INPUTS else out.dtype
+        dtype, ends = out.dtype, [given[n] for n in (names[0], names[-1])] if names else []
+        if name in OF_INPUTS:  # which are compared in the type of both
+            like = [torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Place) else v for v in ends]
+            dtype = torch.result_type(like[0], like[1])
         if name == "remainder" and dtype.is_floating_point:
             raise TraceError("a remainder of fractions is in no code")
         if name.startswith("bitwise") and dtype != torch.bool:
