@@ -302,6 +302,7 @@ def test_the_derivative_equals_differences_of_scikit_learns_solutions(C, classes
 
 def test_the_parameters_are_those_of_the_minimum():
     found, (batches, valid) = differentiate(1.0), rows()
+    assert differentiate(loss=nn.CrossEntropyLoss()).value == found.value
     module = models.LogisticRegression(2, 3).double()
     module.load_state_dict(found.parameters)
     assert cross_entropy(module(valid[0]), valid[1]).item() == pytest.approx(found.value, rel=1e-12)
@@ -311,36 +312,26 @@ def test_the_parameters_are_those_of_the_minimum():
     assert max(float(slope.abs().max()) for slope in slopes) < 1e-6
 
 
-def test_the_loss_may_be_a_module():
-    assert differentiate().value == differentiate(loss=nn.CrossEntropyLoss()).value
-
-
-@pytest.mark.parametrize("C", [0, -1.0, math.inf, math.nan, [1.0, 2.0], "much"])
-def test_a_c_that_is_no_positive_number(C):
-    with refused(r"hyperparameters\['C'\] must be one finite number > 0, got "):
-        differentiate(C)
-
-
-@pytest.mark.parametrize("hyperparameters", [{"lr": 0.1}, {"C": 1.0, "lr": 0.1}, {}])
-def test_another_hyperparameter(hyperparameters):
-    with refused("optimizer='exact' has C alone, got"):
-        differentiate(1.0, hyperparameters=hyperparameters)
-
-
-def test_minibatches_that_are_no_tensors():
-    batches, valid = rows()
-    for arrays in ({"batches": [(x.numpy(), y.numpy()) for x, y in batches]}, {"valid": (valid[0].numpy(), valid[1])}):
-        with refused("needs tensors, got another kind of x or y; make them with torch.from_"):
-            differentiate(**arrays)
+BATCHES, VALID = rows()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        *(
+            ({"C": C}, r"hyperparameters\['C'\] must be one finite number > 0, got ")
+            for C in (0, -1.0, math.inf, math.nan, [1.0, 2.0], "much")
+        ),
+        *(
+            ({"hyperparameters": names}, "optimizer='exact' has C alone, got")
+            for names in ({"lr": 0.1}, {"C": 1.0, "lr": 0.1}, {})
+        ),
+        ({"batches": [(x.numpy(), y.numpy()) for x, y in BATCHES]}, "needs tensors, got another kind of x or y; make"),
+        ({"valid": (VALID[0].numpy(), VALID[1])}, "needs tensors, got another .* make them with torch.from_"),
         ({"module": models.MLP(2, 3)}, r"minimum of a convex problem: .* got MLP; train it with another optimizer"),
         ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss must be torch.nn.functional.cross_entropy"),
         ({"module": models.LogisticRegression(2, 2)}, r"y must be class codes 0 \.\. 1, one integer a row"),
-        ({"batches": [(x, y.double()) for x, y in rows()[0]]}, "y must be class codes"),
+        ({"batches": [(x, y.double()) for x, y in BATCHES]}, "y must be class codes"),
     ],
 )
 def test_what_is_not_that_convex_problem(options, message):

@@ -4,12 +4,13 @@ import copy
 import io
 import itertools
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from gputune.errors import InputError
 from gputune.optim import SGDHD, AdamHD, AdamWHD
 from problems import grid
 from refused import refused
@@ -106,13 +107,14 @@ FEW = [(name, "multiplicative") for name in CLASSES] + [(n, r) for n in ("nester
 @pytest.mark.parametrize(("name", "rule"), grid(CLASSES, RULES, short=FEW))
 def test_one_hundred_steps_follow_the_equations(name, rule):
     params = start()
-    optimizer = make(name, params, rule=rule, lr_min=None, foreach=False)
+    optimizer = make(name, params, rule=rule, lr=np.float64(LR[name]), lr_min=None, foreach=False)
     decay = CLASSES[name][1]["weight_decay"]
     path = written_out(name, flat(params), rule=rule, beta=RULES[rule], steps=100, decay=decay, lr=LR[name])
     for t, (w, lr) in enumerate(path):
         take(optimizer, params, t)
         torch.testing.assert_close(flat(params), w, rtol=1e-12, atol=1e-12)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-12)
+        assert type(optimizer.param_groups[0]["lr"]) is float
     assert abs(lr / LR[name] - 1) > 0.02  # the rate did move
 
 
@@ -252,7 +254,7 @@ def test_a_closure_computes_the_loss_with_gradients():
 
 
 def test_a_gradient_is_neither_changed_nor_kept():
-    (w,) = [torch.ones(3, requires_grad=True)]
+    w = torch.ones(3, requires_grad=True)
     for name in CLASSES:
         optimizer = make(name, [w])
         w.grad = torch.full((3,), 0.5)
@@ -305,36 +307,22 @@ def test_no_gradient_at_all_leaves_everything():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_zero_gradients_leave_the_rate(rule):
+@pytest.mark.parametrize("grads", [(0.0, 0.0, 1.0, 0.0, 0.0), (1.0, math.nan, 1.0), (1.0, math.inf, 1.0)])
+def test_a_norm_that_is_zero_or_not_finite_leaves_the_rate(rule, grads):
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
     optimizer = SGDHD([w], lr=0.1, rule=rule, hypergrad_lr=0.5)
-    for grad in (0.0, 0.0, 1.0, 0.0, 0.0):
-        assert steps_with(optimizer, w, [grad]) == 0.1
+    assert [steps_with(optimizer, w, [grad]) for grad in grads] == [0.1] * len(grads)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_leaves_the_rate_finite(rule, bad):
+BOUNDS = [(rule, *case) for rule in RULES for case in (({"lr_min": 0.08}, -1.0, 0.08), ({"lr_max": 0.12}, 1.0, 0.12))]
+BOUNDS += [("additive", {"lr_min": None}, -1.0, -2.6), ("additive", {}, -1.0, 0.0)]
+
+
+@pytest.mark.parametrize(("rule", "bounds", "sign", "expected"), BOUNDS)
+def test_the_rate_stays_within_its_bounds(rule, bounds, sign, expected):
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    optimizer = SGDHD([w], lr=0.1, rule=rule, hypergrad_lr=0.5)
-    assert steps_with(optimizer, w, (1.0, bad, 1.0)) == 0.1
-    assert not w.isfinite().any()
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_the_rate_stays_within_its_bounds(rule):
-    for sign, bounds in ((-1, {"lr_min": 0.08}), (1, {"lr_max": 0.12})):
-        w = torch.ones(3, dtype=torch.float64, requires_grad=True)
-        optimizer = SGDHD([w], lr=0.1, rule=rule, hypergrad_lr=0.9, **bounds)
-        rate = steps_with(optimizer, w, [float(sign**step) for step in range(6)])
-        assert rate == next(iter(bounds.values()))
-
-
-def test_without_a_bound_the_rate_may_be_negative_and_by_default_not():
-    for lr_min, expected in ((None, -2.9), (0.0, 0.0)):
-        w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-        optimizer = SGDHD([w], lr=0.1, rule="additive", hypergrad_lr=1.0, lr_min=lr_min)
-        assert steps_with(optimizer, w, (1.0, -1.0)) == pytest.approx(expected, abs=1e-15)
+    optimizer = SGDHD([w], lr=0.1, rule=rule, hypergrad_lr=0.9, **bounds)
+    assert steps_with(optimizer, w, (1.0, sign)) == pytest.approx(expected, abs=1e-15)
 
 
 def test_a_rate_at_zero_of_the_additive_rule_comes_back():
@@ -360,16 +348,6 @@ def test_a_scheduler_scales_the_adapted_rate():
     plateau.step(1.0)
     plateau.step(1.0)
     assert optimizer.param_groups[0]["lr"] == rate / 2
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_the_rate_is_a_python_float(name):
-    params = start()
-    optimizer = make(name, params, lr=torch.tensor(LR[name]).numpy()[()])
-    for t in range(3):
-        assert type(optimizer.param_groups[0]["lr"]) is float
-        take(optimizer, params, t)
-    assert type(optimizer.param_groups[0]["lr"]) is float
 
 
 def test_half_precision_does_not_overflow_in_the_norms():
@@ -420,35 +398,26 @@ def test_a_module_in_place_of_its_parameters_is_refused(kind, wrap):
         kind(wrap(torch.nn.Linear(2, 1)), lr=0.1)
 
 
-@pytest.mark.parametrize("kind", [SGDHD, AdamHD, AdamWHD])
-@pytest.mark.parametrize(("keys", "message"), ERRORS, ids=lambda value: str(value)[:40])
+OWN_ERRORS = [
+    (SGDHD, {"momentum": 1.0}, "momentum must be a finite number >= 0 and < 1, got 1.0"),
+    (SGDHD, {"nesterov": True}, "momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9."),
+    (AdamHD, {"betas": (0.9, 1.0)}, "betas[1] must be a finite number >= 0 and < 1, got 1.0"),
+    (AdamHD, {"betas": 0.9}, "betas must be two numbers in [0, 1), got 0.9"),
+    (AdamWHD, {"betas": (0.9,)}, "betas must be two numbers in [0, 1), got (0.9,)"),
+    (AdamWHD, {"eps": -1.0}, "eps must be a finite number >= 0, got -1.0"),
+]
+ALL_ERRORS = [(kind, *error) for kind in (SGDHD, AdamHD, AdamWHD) for error in ERRORS] + OWN_ERRORS
+
+
+@pytest.mark.parametrize(("kind", "keys", "message"), ALL_ERRORS, ids=lambda value: str(value)[:40])
 def test_bad_values_are_refused(kind, keys, message):
-    w = torch.ones(1, requires_grad=True)
-    with pytest.raises(InputError) as error:
-        kind([w], **{"lr": 0.1, **keys})
-    assert message in str(error.value)
-    optimizer = kind([w], lr=0.1)
-    with pytest.raises(InputError) as error:
-        optimizer.add_param_group({"params": [torch.ones(1, requires_grad=True)], **keys})
-    assert message in str(error.value)
+    first, second = (torch.ones(1, requires_grad=True) for _ in range(2))
+    with refused(re.escape(message)):
+        kind([first], **{"lr": 0.1, **keys})
+    optimizer = kind([first], lr=0.1)
+    with refused(re.escape(message)):
+        optimizer.add_param_group({"params": [second], **keys})
     assert len(optimizer.param_groups) == 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "keys", "message"),
-    [
-        (SGDHD, {"momentum": 1.0}, "momentum must be a finite number >= 0 and < 1, got 1.0"),
-        (SGDHD, {"nesterov": True}, "momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9."),
-        (AdamHD, {"betas": (0.9, 1.0)}, "betas[1] must be a finite number >= 0 and < 1, got 1.0"),
-        (AdamHD, {"betas": 0.9}, "betas must be two numbers in [0, 1), got 0.9"),
-        (AdamWHD, {"betas": (0.9,)}, "betas must be two numbers in [0, 1), got (0.9,)"),
-        (AdamWHD, {"eps": -1.0}, "eps must be a finite number >= 0, got -1.0"),
-    ],
-)
-def test_bad_values_of_one_class_are_refused(kind, keys, message):
-    with pytest.raises(InputError) as error:
-        kind([torch.ones(1, requires_grad=True)], lr=0.1, **keys)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", CLASSES)
