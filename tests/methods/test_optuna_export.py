@@ -24,12 +24,14 @@ from study_rows import result
 X, Y = load_iris(return_X_y=True)
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1}
 SPACE = {"lr": loguniform(1e-3, 1e-1), "width": gputune.log_int(4, 16), "batch_size": [16, 32]}
+SPACE |= {"dropout": truncnorm(-2, 2, loc=0.2, scale=0.05)}  # a law that Optuna lacks
 
 
 @pytest.fixture(scope="module")
-def study():
-    halving, outside = gputune.Halving(min_epochs=2), {"lr": 0.5, "width": 128}
-    return gputune.tune("mlp", X, Y, space=SPACE, n_trials=9, method=halving, include=[outside], **FAST)
+def study(tmp_path_factory):
+    words = {"method": gputune.Halving(min_epochs=2), "include": [{"lr": 0.5, "width": 128}]}
+    path = tmp_path_factory.mktemp("optuna") / "study.db"
+    return gputune.tune("mlp", X, Y, space=SPACE, n_trials=9, study=path, **words, **FAST)
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +62,19 @@ def test_every_trial_with_its_curve_state_and_folds(study, written):
     assert written.user_attrs["model"] == "mlp" and written.user_attrs["scoring"] == "accuracy"
 
 
-def test_the_space_is_widened_to_what_was_run_outside(written):
+def test_the_space_is_widened_to_what_was_run_outside(study, written):
     laws = written.trials[0].distributions
     assert laws["lr"] == FloatDistribution(1e-3, 0.5, log=True)
     assert laws["width"] == IntDistribution(4, 128, log=True)
+    drawn = [trial.params["dropout"] for trial in study.trials]
+    assert laws["dropout"] == FloatDistribution(min(drawn), max(drawn))
     assert laws["batch_size"] == CategoricalDistribution([16, 32])
     assert all(trial.distributions == laws for trial in written.trials)
 
 
-def test_the_same_from_the_studys_file(tmp_path, study):
-    path = tmp_path / "study.db"
-    kept = gputune.tune("mlp", X, Y, space=SPACE, n_trials=3, study=path, **FAST)
-    trials = Study.open(path).to_optuna().trials
-    for ours, theirs in zip(kept.to_optuna().trials, trials):
+def test_the_same_from_the_studys_file(study, written):
+    trials = Study.open(study.file).to_optuna().trials
+    for ours, theirs in zip(written.trials, trials, strict=True):
         assert theirs.params == ours.params and theirs.distributions == ours.distributions
 
 
@@ -88,6 +90,7 @@ def test_optunas_plots_and_importances_work(written):
 
 
 def test_failed_stopped_and_waiting_trials():
+    assert made([]).to_optuna().trials == []
     rows = [
         ({"lr": 0.1}, result(0, state="failed", score=np.nan, curve=np.array([[0.5, 0.6], [np.nan, 0.6]]))),
         ({"lr": 0.2}, result(1, state="stopped")),
@@ -139,14 +142,6 @@ def test_a_storage_that_cannot_be_opened_is_named(study, storage):
         study.to_optuna(storage)
 
 
-def test_a_law_that_optuna_lacks_is_uniform_over_what_was_drawn():
-    study = gputune.tune(
-        "mlp", X, Y, space={"lr": truncnorm(-2, 2, loc=0.1, scale=0.01)}, n_trials=3, include_default=False, **FAST
-    )
-    drawn = [trial.params["lr"] for trial in study.trials]
-    assert study.to_optuna().trials[0].distributions == {"lr": FloatDistribution(min(drawn), max(drawn))}
-
-
 @pytest.fixture
 def storage(tmp_path):
     """A file for Optuna, whose connections are open until they are collected: here, not in a later test."""
@@ -178,10 +173,6 @@ def test_a_study_that_cannot_be_written_whole_goes_again(study, monkeypatch):
     with pytest.raises(OSError, match="the disk is full"):
         study.to_optuna(storage, name="half")
     assert optuna.get_all_study_names(storage) == []
-
-
-def test_a_study_without_trials():
-    assert made([]).to_optuna().trials == []
 
 
 def test_without_optuna(study, monkeypatch):

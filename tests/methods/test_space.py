@@ -15,6 +15,9 @@ MLP = legal_keys("mlp", "adamw")
 EXACT = legal_keys("logistic", "exact")
 
 
+NO_SPACES = (3, "lr", None, [3], [{"lr": 0.1}, "lr"])
+
+
 def check(space, keys=MLP, module=False):
     return check_space(space, keys=keys, module=module)
 
@@ -59,27 +62,15 @@ def test_penalty_stays_a_key_of_the_space():
         check([{"C": 1}, {"penalty": "l1", "l1_ratio": 0.5}], EXACT)
 
 
-@pytest.mark.parametrize("space", [3, "lr", None, [3], [{"lr": 0.1}, "lr"]])
-def test_a_space_is_a_dict_or_a_list_of_dicts(space):
-    with refused(r"space must be a dict or a list of dicts, got .* For example space="):
-        check(space)
-
-
-@pytest.mark.parametrize("space", [{}, [], [{}], [{"lr": 0.1}, {}]])
-def test_an_empty_space_is_refused(space):
-    with refused(r"space must have at least one key, got .*default space"):
-        check(space)
-
-
-@pytest.mark.parametrize("choices", [[], (), np.array([])])
-def test_an_empty_list_is_refused(choices):
-    with refused(r"space\['lr'\] must have at least one value, .*leave the key out"):
-        check({"lr": choices})
-
-
 @pytest.mark.parametrize(
     "space, message",
     [
+        *((space, "space must be a dict or a list of dicts, got .* For example space=") for space in NO_SPACES),
+        *(
+            (space, "space must have at least one key, got .*default space")
+            for space in ({}, [], [{}], [{"lr": 1}, {}])
+        ),
+        *(({"lr": empty}, "must have at least one value, .*leave the key out") for empty in ([], (), np.array([]))),
         ({"widht": [8]}, "^space must have only the keys .*got 'widht'. Did you mean 'width'?"),
         ([{"lr": [1]}, {"lrr": [1]}], r"^space\[1\] must have only the keys .*Did you mean 'lr'?"),
         ({"module__k": [8]}, r"^space has the key 'module__k', but module__"),
@@ -98,14 +89,20 @@ def test_an_empty_list_is_refused(choices):
         ({"activation": stats.randint(0, 4)}, "must be a list of words out of relu, .*got a distribution."),
     ],
 )
-def test_bad_choices_are_refused_before_any_draw(space, message):
+def test_bad_spaces_are_refused_before_any_draw(space, message):
     with refused(message):
         check(space)
+
+
+class Ours:
+    def rvs(self, random_state=None):
+        return 17.3
 
 
 @pytest.mark.parametrize(
     "key, law",
     [
+        ("width", Ours()),
         ("lr", stats.uniform(0, 0.1)),
         ("lr", stats.expon(scale=0.01)),
         ("lr", stats.lognorm(1)),
@@ -151,16 +148,6 @@ def test_a_modules_argument_has_no_range_but_real_parameters():
     assert check({"module__k": law}, module=True) == [{"module__k": law}]
     with refused("must have parameters in their range"):
         check({"module__k": stats.norm(0, -1)}, module=True)
-
-
-class Ours:
-    def rvs(self, random_state=None):
-        return 17.3
-
-
-def test_a_distribution_of_the_users_own_is_taken():
-    ours = Ours()
-    assert check({"width": ours}) == [{"width": ours}]
 
 
 def test_the_included_configurations_are_checked():
