@@ -63,7 +63,6 @@ class PopulationTraining:
         self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(data.device)
 
     def start(self) -> Tensor:
-        """Return the members' starts (P, N)."""
         return torch.cat([view.reshape(self.folds * self.trials, -1) for view in self.first.values()], 1)
 
     def clock(self, step: int) -> Clock:
@@ -236,8 +235,6 @@ class Slopes(Outcome):
 
 
 class _OverError(Exception):
-    """The deadline has passed, after so many epochs."""
-
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 

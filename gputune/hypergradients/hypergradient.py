@@ -92,7 +92,6 @@ def hypergradient(
 
 
 def _check_data(loss: object, batches: Iterable[Pair], valid: Pair) -> list[Pair]:
-    """Return the minibatches."""
     if not callable(loss):
         raise InputError(f"loss must be a function loss(module(x), y), got {loss!r}.")
     if not isinstance(batches, Iterable):
@@ -164,7 +163,6 @@ def _result(
 def _differentiate(
     problem: InnerProblem[ModuleTraining], names: list[str], request: _Request
 ) -> tuple[str, str, Hypergradients]:
-    """Return the mode, why that one, and what it gives."""
     training = problem.training
     training.check_graph()
     if request.mode == "fd":

@@ -97,7 +97,6 @@ class InnerProblem(Generic[AnyTraining]):
         return rows_of(self.tables, self.training.layer)
 
     def start(self) -> State:
-        """Return the state before the first step."""
         weights = self.training.start()
         return weights, *(torch.zeros_like(weights) for _ in MOMENTS[self.optimizer])
 
@@ -114,7 +113,6 @@ class InnerProblem(Generic[AnyTraining]):
             return with_statistics(new, self.training.statistics(weights, step)) if self.training.kept else new
 
     def advance(self, state: State, steps: range, watch: Watch | None = None) -> State:
-        """Return the state after some steps."""
         for step in steps:
             state = self.step(state, step)
             if watch is not None:

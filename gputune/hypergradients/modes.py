@@ -101,7 +101,6 @@ class _Record:
         self.largest = self.final = torch.zeros_like(like[:, 0])
 
     def advance(self, state: State, steps: range, watch: Watch | None) -> State:
-        """Return the state after some steps, with their graph."""
         for step in steps:
             after = self.problem.step(state, step, rows=self.rows, graph=True)
             self._look_at(state[0])  # only now: the step has taken a gradient by them itself
@@ -208,7 +207,6 @@ class Dual:
         return Dual(self.value.clamp_min(least), tangents)
 
     def sqrt(self) -> "Dual":
-        """As ``Tensor.sqrt``."""
         root = self.value.sqrt()
         return Dual(root, torch.addcdiv(root.new_zeros(()), self.tangents, root, value=0.5))
 
@@ -243,7 +241,6 @@ class _Tangents:
         self.ratio = state[0].new_zeros(len(state[0]))
 
     def step(self, state: State, step: int) -> State:
-        """Take one step of the training and of its tangents."""
         training = self.problem.training
         weights = state[0].detach().requires_grad_()
         gradient = slope(training, weights, step, graph=True)
@@ -274,7 +271,6 @@ class _Tangents:
 
     @torch.no_grad()
     def _through_the_rule(self, state: State, gradient: Any, clock: Clock) -> State:
-        """Push the state through the update rule with all its tangents."""
         rates: Any = rates_at(self.problem.rows, clock, self.problem.training.totals)
         searched = dict.fromkeys(name for name, _, _ in self.columns)
         seeded = {name: Dual(getattr(rates, name), self._seed(name, clock)) for name in searched}

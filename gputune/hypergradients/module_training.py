@@ -58,7 +58,6 @@ class ModuleTraining:
         return torch.cat([p.detach().flatten().to(self.dtype) for p in self.entries.values()])[None]
 
     def clock(self, step: int) -> Clock:
-        """Return the step's number: there is one member, and it takes every step."""
         return Clock(np.array([step]))
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
@@ -66,11 +65,9 @@ class ModuleTraining:
         return self._loss(weights, step)[0]
 
     def statistics(self, weights: Tensor, step: int) -> Tensor:
-        """Return the running statistics (1, kept) after a step from these weights, differentiable in them."""
         return self._loss(weights, step)[1]
 
     def validation(self, weights: Tensor) -> Tensor:
-        """Return the validation loss (1,)."""
         return self._loss(weights, None)[0]
 
     def _loss(self, weights: Tensor, step: int | None) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,6 @@ class Slope:
 
     @classmethod
     def from_detail(cls, detail: Json) -> "Slope":
-        """Return what ``to_detail`` wrote."""
         slopes, errors = (
             {name: np.asarray(table, dtype=float) for name, table in detail[key].items()}
             for key in ("slope", "slope_error")

@@ -117,7 +117,6 @@ class LogIntegers(OwnDistribution):
     word = "log_integers"
 
     def rvs(self, random_state: object = None) -> int:
-        """Draw one."""
         ends = math.log(self.low - 0.5), math.log(self.high + 0.5)
         drawn = round(math.exp(check_random_state(random_state).uniform(*ends)))
         return int(np.clip(drawn, self.low, self.high))
@@ -133,7 +132,6 @@ class Steps(OwnDistribution):
 
     @property
     def whole(self) -> bool:
-        """Whether it draws integers."""
         return all(isinstance(value, int) for value in astuple(self))
 
     @property
@@ -142,7 +140,6 @@ class Steps(OwnDistribution):
         return {"kind": kind, "low": self.low, "high": self.high, "step": self.step}
 
     def rvs(self, random_state: object = None) -> float:
-        """Draw one."""
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         drawn = self.low + int(check_random_state(random_state).randint(count)) * self.step
         return min(drawn, self.high)

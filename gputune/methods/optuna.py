@@ -232,7 +232,6 @@ def _frozen_trial(
     inside: Mapping[str, object],
     distributions: Mapping[str, object],
 ) -> "optuna.trial.FrozenTrial":
-    """Return a trial with a result as Optuna's."""
     finished: optuna.trial.FrozenTrial = library.trial.create_trial(
         state=state_of(library, trial.state),
         value=None if trial.state == "failed" else trial.score,

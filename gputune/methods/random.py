@@ -238,7 +238,6 @@ def _number(
 
 
 def _keys(space: Space) -> set[str]:
-    """Return the keys of the configurations that are drawn from the space."""
     keys = {key for alternative in space for key in alternative}
     return keys - {"penalty"} | ({"l1_ratio"} if "penalty" in keys else set())
 

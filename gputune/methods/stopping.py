@@ -76,7 +76,6 @@ class Halving(StoppingRule):
         return [epochs[s:] for s in range(self.brackets)]
 
     def stops(self, max_epochs: int) -> list[int]:
-        """Return the epochs of the rungs of all brackets."""
         return sorted({epoch for epochs in self.rungs(max_epochs) for epoch in epochs})
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
@@ -141,12 +140,10 @@ class Median(StoppingRule):
         check_count(self.min_trials, "Median(min_trials=...)")
 
     def stops(self, max_epochs: int) -> list[int]:
-        """Return the epochs of the decisions."""
         first = _first_epoch(self, max_epochs, 10)
         return list(range(first, max_epochs, self.every or first))
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
-        """Return the trials whose best fold mean so far is below the median."""
         means = {number: curves[number].mean(1) for number in sorted(curves)}
         return below_the_median(epoch, means, self.min_trials)
 

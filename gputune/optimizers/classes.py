@@ -251,7 +251,6 @@ class RowUpdate:
         return rows if self.average is None else [*rows, self.average]
 
     def _tensors(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
-        """Return what an optimizer keeps for a parameter."""
         state = optimizer.state.get(parameter, {})
         return [v for k, v in state.items() if isinstance(v, Tensor) and (self.counts or k != "step")]
 
@@ -265,7 +264,6 @@ class RowUpdate:
         return pad(row, (0, parameter.numel() - len(row)))
 
     def resume(self, rows: Sequence[Tensor]) -> None:
-        """Go on from what ``state`` returned."""
         if self.average is not None:
             *rows, average = rows
             self.average.copy_(average)
@@ -282,7 +280,6 @@ class RowUpdate:
             self.optimizer.state[parameter] = made.state[other]
 
     def begin(self, epoch: int) -> None:
-        """Count from the first step of an epoch."""
         self.done = epoch * self.steps
         done = np.arange(self.done, self.done + self.steps)
         self.factors = schedule_factor(self.schedule, done, np.full(self.steps, self.total)).tolist()

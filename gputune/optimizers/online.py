@@ -40,7 +40,6 @@ class OnlineUpdate(Update):
         return [*self.moments, self.last, self.blocks.expand(self.rate), self.blocks.expand(self.norm)]
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Go on from what ``state`` returned."""
         *flats, rate, norm = buffers
         for buffer, kept in zip([*self.moments, self.last], flats, strict=True):
             buffer.copy_(kept)
@@ -48,7 +47,6 @@ class OnlineUpdate(Update):
         self.norm.copy_(self.blocks.first(norm))
 
     def select(self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor) -> None:
-        """Go on with the trials ``keep`` alone, of which all else is given."""
         self.last = self.blocks.select(self.last, keep)
         self.rate, self.norm = self.rate[:, keep], self.norm[:, keep]
         super().select(configs, blocks, keep, flat, steps=steps)

@@ -125,16 +125,13 @@ class Update:
         return min(values.pop(), torch.finfo(self.dtype).max)
 
     def state(self) -> list[Tensor]:
-        """Return the flat buffers that a later step depends on, to be filled again by ``resume``."""
         return self.moments
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Go on from what ``state`` returned."""
         for moment, kept in zip(self.moments, buffers, strict=True):
             moment.copy_(kept)
 
     def select(self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor) -> None:
-        """Go on with the trials ``keep`` alone, of which all else is given."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self._set_trials(configs, blocks, flat, steps)
 
@@ -198,7 +195,6 @@ class Update:
         self._add(theta, direction, -(self.lr * factor).to(self.dtype), self.lr_factors)
 
     def _by_rule(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
-        """Take a step of the pure rule, block by block."""
         names = MOMENTS[self.optimizer]
         lr, count = self.lr * self.clock.factor(), self.clock.done + 1
         decay = self.decay * self.clock.factor("weight_decay_schedule")

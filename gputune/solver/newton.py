@@ -111,12 +111,10 @@ class Model:
         return Model(*(getattr(self, name)[members] for name in self.__dataclass_fields__))
 
     def single(self) -> "Model":
-        """The model in single precision."""
         parts = (getattr(self, name) for name in self.__dataclass_fields__)
         return Model(*(part if part.dtype == torch.bool else part.float() for part in parts))
 
     def times(self, rows: Rows, step: Tensor) -> Tensor:
-        """The model's matrix times a step, on the free weights."""
         return curvature_times(rows, self.chance, step).addcmul_(self.hold, step).mul_(self.free)
 
 

@@ -78,7 +78,6 @@ class Problem:
     max_steps: int = 100
 
     def __post_init__(self) -> None:
-        """Raise InputError for a C or l1_ratio out of range."""
         if self.C.shape != self.l1_ratio.shape or self.C.ndim != 1 or not bool((self.C > 0).all()):
             raise InputError(f"solve needs C > 0, one for each l1_ratio (inf = no penalty), got C={self.C.tolist()}.")
         if not bool(((self.l1_ratio >= 0) & (self.l1_ratio <= 1)).all()):
