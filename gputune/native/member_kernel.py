@@ -9,7 +9,9 @@ from torch.cuda import _utils
 from gputune.native.cuda import Kernel
 from gputune.native.library import FOLDER, kept_binary
 
-FILES = ("device.h", "work.h", "scores.h", "formulas.h", "update.h", "block_product.h", "member.cu")
+FILES = (
+    "device.h", "work.h", "scores.h", "formulas.h", "update.h", "block_product.h", "member_memory.h", "member.cu"
+)  # fmt: skip
 TILES = (64, 32, 16, 8)
 """Rows of a minibatch whose activations are on chip at once: as many as there is room for; a tensor core has 16."""
 
