@@ -114,15 +114,9 @@ def _address(value: np.ndarray | torch.Tensor | None) -> int | None:
 
 # Not -O3: it takes twice the time to build code that is no faster, and that each new shape waits for.
 FLAGS = (
-    "-O2",
-    "-ftree-vectorize",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp-simd",
-    "-shared",
+    "-O2", "-ftree-vectorize", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared",
     "-fPIC",
-)
+)  # fmt: skip
 # Clang and older compilers say no to these, and choose well without.
 _WHOLE_VECTORS = ("-mprefer-vector-width=512", "-fvect-cost-model=dynamic")
 COMPILERS = ("cc", "gcc", "clang")
@@ -140,8 +134,11 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
     name = f"steps-{'double' if dtype == torch.float64 else 'float'}-{_key(compiler, source)}"
     try:
         folder = code_folder()
-        if folder is not None and (kept := _cached_library(folder, name)) is not None:
-            return kept
+        for path in _cached(folder, name, ".so"):
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(path))
+            with contextlib.suppress(OSError):  # it does not load
+                path.unlink()
         if folder is not None and os.access(folder, os.W_OK):
             return ctypes.CDLL(str(_build(compiler, source, folder / name)))
         # What is loaded needs its file no more; Windows keeps it from being removed.
@@ -217,19 +214,9 @@ def _is_own(path: Path) -> bool:
     return is_users(path.lstat()) and not path.is_symlink()
 
 
-def _cached_library(folder: Path, name: str) -> ctypes.CDLL | None:
-    """Return the library that an earlier run left. One that is not as it was built, or does not load, is removed."""
-    for path in _whole(folder, name, ".so"):
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(path))
-        with contextlib.suppress(OSError):
-            path.unlink()
-    return None
-
-
-def _whole(folder: Path, name: str, ending: str) -> Iterator[Path]:
+def _cached(folder: Path | None, name: str, ending: str) -> Iterator[Path]:
     """Yield the files of a name that are as they were built; all others are removed."""
-    for path in folder.glob(f"{name}-*{ending}"):
+    for path in [] if folder is None else folder.glob(f"{name}-*{ending}"):
         with contextlib.suppress(OSError):
             if _is_own(path) and path.stem == f"{name}-{_digest(path)}":
                 yield path
@@ -248,14 +235,13 @@ def kept_binary(name: str, source: str, make: Callable[[], bytes]) -> bytes:
     """Return what ``make`` makes of a source, or what an earlier run made of it and left in the user's cache."""
     name = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     folder = code_folder()
-    if folder is None:
-        return make()
-    for path in _whole(folder, name, ".cubin"):
+    for path in _cached(folder, name, ".cubin"):
         return path.read_bytes()
     binary = make()
-    with contextlib.suppress(OSError), scratch_folder(folder, prefix="build") as private:
-        (private / name).write_bytes(binary)
-        _put(private / name, folder / name, ".cubin")
+    if folder is not None:
+        with contextlib.suppress(OSError), scratch_folder(folder, prefix="build") as private:
+            (private / name).write_bytes(binary)
+            _put(private / name, folder / name, ".cubin")
     return binary
 
 
@@ -265,20 +251,17 @@ def _digest(path: Path) -> str:
 
 def _key(compiler: str, source: str) -> str:
     """Name a build by all that it depends on; a home folder may be shared by machines of other kinds."""
-    parts = [source.encode(), *(header.read_bytes() for header in sorted(FOLDER.glob("*.h")))]
-    parts += [" ".join(FLAGS).encode(), compiler.encode(), _processor().encode()]
+    headers = (header.read_bytes() for header in sorted(FOLDER.glob("*.h")))
+    parts = [source.encode(), *headers, *(part.encode() for part in (" ".join(FLAGS), compiler, _processor()))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _processor() -> str:
     """The processor and what it can do, as far as the system says it."""
-    facts = ("model name", "flags", "Features", "CPU part")
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    said = sorted({line for line in lines if line.startswith(facts)})
-    return "\n".join([platform.system(), platform.machine(), *(said or [platform.processor()])])
+    facts, said = ("model name", "flags", "Features", "CPU part"), set[str]()
+    with contextlib.suppress(OSError):
+        said = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(facts)}
+    return "\n".join([platform.system(), platform.machine(), *(sorted(said) or [platform.processor()])])
 
 
 def processor_name() -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch.cuda import _utils
@@ -47,13 +48,9 @@ class MemberKernel:
     @property
     def layers(self) -> list[tuple[int, int]]:
         """Inputs and outputs of each layer, with the zeros behind them."""
-        sizes = [self._round_up(self.inputs), *[self.width] * self.depth, self._round_up(self.outputs)]
-        return list(zip(sizes[:-1], sizes[1:]))
-
-    def _round_up(self, n: int) -> int:
-        """The next multiple of what is read at once."""
-        full = 16 if self.tf32 else 4
-        return -(-n // full) * full
+        full = 16 if self.tf32 else 4  # numbers that are read at once
+        first, last = (-(-n // full) * full for n in (self.inputs, self.outputs))
+        return list(pairwise([first, *[self.width] * self.depth, last]))
 
     @property
     def threads(self) -> int:
