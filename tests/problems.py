@@ -82,6 +82,15 @@ def make_data(task="multiclass", *, n=61, d=5, k=3, folds=2, dtype=torch.float64
     )
 
 
+def without_class_2(data):
+    """The data, where fold 1 has no row of class 2 to learn from."""
+    first, fold, *others = data.folds
+    present = torch.ones(data.n_folds, 3, dtype=torch.bool)
+    present[1, 2] = False
+    fold = replace(fold, train=fold.train[data.y[fold.train] != 2])
+    return replace(data, folds=(first, fold, *others), present=present)
+
+
 shape_of = Shape.of
 
 

@@ -31,11 +31,6 @@ def card(monkeypatch):
     monkeypatch.setattr(_utils, "_get_gpu_rtc_library", lambda: None)
 
 
-def test_it_has_to_be_asked_for(card):
-    assert choose_backend("kernel", GPU, torch.float32) == ("kernel", "")
-    assert choose_backend("auto", GPU, torch.float32) == ("graph", "")
-
-
 def test_it_is_no_backend_of_a_cpu(iris):
     words = "backend='kernel' trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'."
     with refused(re.escape(words)):
@@ -82,11 +77,6 @@ def test_what_it_does_not_know_is_recorded(config, data, part, card):
     found = lacks(config, "mlp", data)
     assert part in found and bool(part) == bool(found)
     assert trains_as("kernel", "mlp", config, data=data) == ("graph" if part else "kernel")
-
-
-def test_a_module_is_recorded(card):
-    (config,) = fill({})
-    assert trains_as("kernel", "module", config) == "graph"
 
 
 @pytest.fixture

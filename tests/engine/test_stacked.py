@@ -11,20 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gputune
 from gputune.engine import dropout
-from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.job import Fits, Job
 from gputune.engine.memory import run_in_parts
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
-from gputune.engine.train import train
-from gputune.errors import InputError
 from gputune.modules.recorder import RECORDERS, Replays
 from gputune.population.population import Population
-from gputune.types import OPTIMIZERS
-from problems import Linear, fill, largest_difference, make_data, scoring_of, shape_of
+from problems import Linear, fill, make_data, scoring_of, shape_of
 from stand_in import CaptureError, StandIn
-
-CPU = torch.device("cpu")
 
 
 def configs_of(count, optimizer="adamw", **more):
@@ -134,64 +128,6 @@ def test_nothing_waits_for_the_device_inside_an_epoch(counted, sizes, monkeypatc
     assert counted.captures == captures > 0
 
 
-class OnMetaAlone(TorchDispatchMode):
-    """Refuses every operation on a tensor elsewhere."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = [t for t in (*args, *(kwargs or {}).values(), result) if isinstance(t, torch.Tensor)]
-        assert {tensor.device.type for tensor in tensors} <= {"meta"}, func
-        return result
-
-
-class PlainRecorder:
-    """Takes every step as it is."""
-
-    before, repays, spare = 3, 3, 0
-
-    def __init__(self, device):
-        assert device.type == "meta"
-
-    def warm_up(self, step):
-        with OnMetaAlone():
-            step()
-
-    def capture(self, step):
-        return step
-
-
-def on_meta(value):
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if dataclasses.is_dataclass(value):
-        return dataclasses.replace(
-            value, **{f.name: on_meta(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        )
-    return tuple(map(on_meta, value)) if isinstance(value, tuple) else value
-
-
-@pytest.mark.parametrize(("optimizer", "sizes"), [("nesterov", (9, 9)), ("adamw", (9, 13))])
-def test_a_step_reads_the_device_alone(optimizer, sizes, monkeypatch):
-    """Tensors on torch's device without numbers: as on a GPU, they meet no tensor of the host."""
-    monkeypatch.setitem(RECORDERS, "meta", PlainRecorder)
-    for task in ("multiclass", "regression"):
-        data = on_meta(make_data(task, weights=True))
-        configs = fill(
-            *(
-                {"batch_size": size, "optimizer": optimizer, "dropout": 0.2, "schedule": "cosine", "depth": 3,
-                 "lr": size / 100, "momentum": size / 100, "weight_decay": size / 100}
-                for size in sizes
-            )
-        )  # fmt: skip
-        network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-        chunk = StackedChunk(network, data, configs, seed=0, horizon=20, scoring=None, recorded=True)
-        for epoch in range(4):
-            chunk.advance(epoch)
-        chunk.keep(np.array([True, False]))
-        chunk.advance(4)
-        assert chunk.flat.device.type == "meta"
-
-
 def test_a_step_that_asks_the_host_is_found_out(monkeypatch):
     chunk = make_chunk(make_data(folds=3), configs_of(2))
     step = StackedChunk._step
@@ -216,26 +152,6 @@ def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
         whole.advance(epoch)
         parts.advance(epoch)
     assert torch.equal(whole.flat, parts.flat)
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
-def test_training_goes_on_from_a_state_of_either_backend(optimizer):
-    data = make_data()
-    configs = configs_of(4, optimizer, schedule="cosine", momentum=0.5)
-    scoring = scoring_of(data, "neg_log_loss")
-
-    def run(epochs, backend, begin=None, alive=None):
-        network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-        more = {"begin": begin, "alive": alive, "backend": backend, "scoring": scoring}
-        return train(network, data, configs, seed=0, epochs=epochs, horizon=9, **more)
-
-    whole = run(7, "eager")
-    for first, second in (("eager", "graph"), ("graph", "graph"), ("graph", "eager")):
-        state = run(3, first).state.select([0, 2, 3])
-        rest = run(7, second, state, (0, 2, 3))
-        np.testing.assert_allclose(rest.curves[[0, 2, 3], 3:], whole.curves[[0, 2, 3], 3:], rtol=1e-9)
-        for c in (0, 2, 3):
-            assert largest_difference(rest.member(1, c), whole.member(1, c)) <= 1e-10
 
 
 def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
@@ -270,29 +186,6 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
     monkeypatch.setattr(Replays, "take", take)
     (whole,) = run_in_parts(dataclasses.replace(job, fits=Fits()), data, chunk)
     np.testing.assert_allclose(np.concatenate([o.curves for o in outcomes]), whole.curves, rtol=1e-9)
-
-
-def test_who_trains_as_a_graph():
-    cuda = torch.device("cuda", 1)
-    assert choose_backend("auto", cuda, torch.float32) == ("graph", "")
-    assert choose_backend("stacked", cuda, torch.float32, "module") == ("graph", "")
-    assert choose_backend("graph", cuda, torch.float32) == ("graph", "")
-    assert choose_backend("eager", cuda, torch.float32) == ("eager", "")
-    assert choose_backend("auto", torch.device("meta"), torch.float32) == ("eager", "")
-    assert choose_backend("auto", CPU, torch.float32)[0] != "graph"
-    taken = [o for o in OPTIMIZERS if trains_as("graph", "mlp", {"optimizer": o}) == "graph"]
-    assert taken == ["sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon", "schedulefree"]
-    plain, clipped, averaged = fill({}, {"clip_norm": 1.0}, {"ema": 0.9})
-    assert [trains_as("compiled", "mlp", c) for c in (plain, clipped, averaged)] == ["compiled", "graph", "compiled"]
-    assert trains_as("graph", "module", {"optimizer": "adamw"}) == "graph"
-    assert trains_as("eager", "module", {"optimizer": "adamw"}) == "eager"
-    assert trains_as("compiled", "module", {"optimizer": "adamhd"}) == "eager"
-    assert trains_as("eager", "mlp", {"optimizer": "adamw"}) == "eager"
-
-
-def test_steps_of_other_devices_are_not_recorded():
-    with pytest.raises(InputError, match="a CPU or a CUDA device, and the device is 'meta'; choose one of these"):
-        choose_backend("graph", torch.device("meta"), torch.float32)
 
 
 def both_searches(model, X, y, **options):

@@ -6,25 +6,18 @@ import torch
 
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import State, train
-from gputune.scoring.scoring import make_scoring
 from gputune.types import OPTIMIZERS
-from problems import fill, largest_difference, make_data, shape_of
+from problems import fill, largest_difference, make_data, needs_compiled_code, scoring_of, shape_of
 
 
-def configs_of(optimizer, *widths, schedule="constant"):
-    return fill(
-        *(
-            {"optimizer": optimizer, "width": w, "batch_size": 10 + w, "lr": 0.02, "momentum": 0.5,
-             "weight_decay": 0.01, "schedule": schedule, "dropout": 0.1}
-            for w in widths
-        )
-    )  # fmt: skip
+def configs_of(optimizer, *widths, **more):
+    rates = {"optimizer": optimizer, "lr": 0.02, "momentum": 0.5, "weight_decay": 0.01, "dropout": 0.1, **more}
+    return fill(*({**rates, "width": width, "batch_size": 10 + width} for width in widths))
 
 
-def run(data, configs, *, epochs, begin=None, horizon=6):
+def run(data, configs, *, epochs, scoring="neg_log_loss", **more):
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    scoring = make_scoring("neg_log_loss", data.task, np.arange(3))
-    return train(network, data, configs, seed=0, epochs=epochs, horizon=horizon, scoring=scoring, begin=begin)
+    return train(network, data, configs, seed=0, epochs=epochs, horizon=6, scoring=scoring_of(data, scoring), **more)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -36,6 +29,27 @@ def test_training_that_goes_on_is_training_that_never_stopped(optimizer, schedul
     np.testing.assert_array_equal(second.curves[:, 2:], whole.curves[:, 2:])
     assert np.isnan(second.curves[:, :2]).all()
     np.testing.assert_array_equal(first.curves, whole.curves[:, :2])
+
+
+EACH_WAY = [("eager", "graph"), ("graph", "graph"), ("graph", "eager")]
+COMPILED = [("eager", "compiled"), ("compiled", "eager")]
+
+
+@pytest.mark.usefixtures("recorded_on_cpu")
+@pytest.mark.parametrize(
+    ("first", "second"), [*EACH_WAY, *(pytest.param(*ways, marks=needs_compiled_code) for ways in COMPILED)]
+)
+@pytest.mark.parametrize(
+    ("optimizer", "ema"), [("sgd", 0.5), ("nesterov", 0.0), ("adam", 0.0), ("adamw", 0.0), ("adamw", 0.9)]
+)
+def test_some_trials_go_on_in_another_way(optimizer, ema, first, second):
+    data, configs = make_data(), configs_of(optimizer, 8, 9, 13, 9, schedule="cosine", ema=ema)
+    whole, begun = (run(data, configs, epochs=n, backend=first) for n in (6, 3))
+    left = (0, 2, 3)
+    rest = run(data, configs, epochs=6, backend=second, begin=begun.state.select(left), alive=left)
+    np.testing.assert_allclose(rest.curves[left, 3:], whole.curves[left, 3:], rtol=1e-9)
+    for c in left:
+        assert largest_difference(rest.member(1, c), whole.member(1, c)) <= 1e-10
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -52,11 +66,9 @@ def test_trials_go_on_in_another_company(optimizer):
 
 
 def test_the_state_of_a_chunk_whose_trials_all_diverged_is_empty():
-    data = make_data("regression")
-    configs = [{**c, "lr": 1e200, "optimizer": "sgd"} for c in configs_of("sgd", 5, 9)]
-    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    found = train(network, data, configs, seed=0, epochs=3, horizon=3, scoring=make_scoring(None, data.task, None))
+    found = run(make_data("regression"), configs_of("sgd", 5, 9, lr=1e200), epochs=3, scoring=None)
     assert found.alive == () and {len(buffer) for buffer in found.state.buffers} == {0}
+    assert np.isnan(found.curves[:, -1]).all()
 
 
 def test_rows_give_the_flat_buffer_back():

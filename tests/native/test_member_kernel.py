@@ -29,6 +29,7 @@ from problems import (
     scoring_of,
     shape_of,
     train_together,
+    without_class_2,
 )
 from test_laws import OPTIMIZERS, SIZES, each, epochs_of_50_steps
 
@@ -120,14 +121,6 @@ def test_law_1_over_the_grid(optimizer, task, dtype, by_kernel):
         configs = fill(*({**kind, "width": width, "batch_size": size} for kind in kinds))
         data = make_data(task, dtype=dtype)
         assert_equals_plain_loop(data, configs, epochs=epochs_of_50_steps(data, size))
-
-
-def without_class_2(data):
-    """The data, where fold 1 has no row of class 2 to learn from."""
-    rows = data.folds[1].train
-    present = torch.ones(data.n_folds, 3, dtype=torch.bool)
-    present[1, 2] = False
-    return replace(data, folds=(data.folds[0], replace(data.folds[1], train=rows[data.y[rows] != 2])), present=present)
 
 
 def epoch_of(data, configs, scoring=None):

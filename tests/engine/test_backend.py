@@ -1,0 +1,64 @@
+"""How chunks train: by the word for it, the device, and what a trial asks for."""
+
+import pytest
+import torch
+
+import gputune
+from gputune.engine.backend import choose_backend, trains_as
+from gputune.types import OPTIMIZERS
+from problems import fill, needs_compiled_code
+from refused import refused
+
+CPU, GPU, META = torch.device("cpu"), torch.device("cuda", 1), torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("word", "device", "kind", "backend"),
+    [
+        pytest.param("auto", CPU, "mlp", "compiled", marks=[needs_compiled_code, pytest.mark.cpu]),
+        ("eager", CPU, "mlp", "eager"),
+        ("auto", GPU, "mlp", "graph"),
+        ("graph", GPU, "mlp", "graph"),
+        ("eager", GPU, "mlp", "eager"),
+        ("stacked", GPU, "module", "graph"),
+        ("auto", META, "mlp", "eager"),
+    ],
+)
+def test_the_backend_of_a_word(word, device, kind, backend):
+    assert choose_backend(word, device, torch.float32, kind) == (backend, "")
+
+
+def test_what_cannot_be_had_is_refused():
+    with refused("trains on the CPU, and the device is 'cuda:1'; choose device='cpu'"):
+        choose_backend("compiled", GPU, torch.float32)
+    with refused("a CPU or a CUDA device, and the device is 'meta'; choose one of these"):
+        choose_backend("graph", META, torch.float32)
+    words = "'auto', 'eager', 'compiled', 'graph', 'stacked', 'loop', 'kernel'"
+    with refused(f"backend must be one of {words}, got 'fast'"):
+        gputune.tune("mlp", [[0.0], [1.0]], [0, 1], backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "config", "way"),
+    [
+        ("compiled", "mlp", {}, "compiled"),
+        ("compiled", "linear", {}, "compiled"),
+        ("compiled", "mlp", {"ema": 0.9}, "compiled"),
+        ("compiled", "mlp", {"clip_norm": 1.0}, "graph"),
+        ("compiled", "mlp", {"optimizer": "adamhd"}, "eager"),
+        ("compiled", "mlp", {"depth": 64}, "eager"),
+        ("compiled", "module", {}, "graph"),
+        ("compiled", "module", {"optimizer": "adamhd"}, "eager"),
+        ("graph", "module", {}, "graph"),
+        ("kernel", "module", {}, "graph"),
+        ("eager", "module", {}, "eager"),
+        ("eager", "mlp", {}, "eager"),
+    ],
+)
+def test_how_a_trial_trains(backend, kind, config, way):
+    assert trains_as(backend, kind, {**fill({})[0], **config}) == way
+
+
+def test_the_optimizers_whose_steps_are_recorded():
+    taken = [word for word in OPTIMIZERS if trains_as("graph", "mlp", {"optimizer": word}) == "graph"]
+    assert taken == ["sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon", "schedulefree"]
