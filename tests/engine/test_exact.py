@@ -1,6 +1,7 @@
 """The solved logistic regression: scikit-learn's solution, the optimality conditions, and no member sees another."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -17,12 +18,7 @@ from gputune.solver.solve import Problem
 from refused import refused
 
 LOADERS = {"iris": load_iris, "wine": load_wine, "breast_cancer": load_breast_cancer, "digits": load_digits}
-ALL_C = {
-    "iris": (0.01, 0.1, 1, 10),
-    "wine": (0.01, 0.1, 1, 10),
-    "breast_cancer": (0.01, 0.1, 1, 10),
-    "digits": (0.1, 10),
-}
+ALL_C = {**dict.fromkeys(LOADERS, (0.01, 0.1, 1, 10)), "digits": (0.1, 10)}
 
 # scikit-learn before 1.8 reads l1_ratio only where the penalty says so.
 OLDER = tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8)
@@ -97,8 +93,7 @@ def kkt(x, y, coef, intercept, C, l1_ratio, weights=1.0):
 def test_l2_is_newton_cg_at_its_limit(name):
     x, y = table(name)
     solution = solve_table(name, ALL_C[name], 0.0)
-    assert solution.converged.all()
-    assert (solution.residual <= 1e-10).all()
+    assert solution.converged.all() and (solution.residual <= 1e-10).all()
     for c, C in enumerate(ALL_C[name]):
         reference = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=10_000).fit(x, y)
         assert worst(solution.coef[c], reference.coef_) < 1e-6
@@ -119,13 +114,11 @@ def test_l1_and_elastic_net_are_optimal(name, l1_ratio):
         coef, intercept = solution.coef[c].numpy(), solution.intercept[c].numpy()
         assert kkt(x, y, coef, intercept, C, l1_ratio) < 1e-6
         if name != "digits":
-            saga = LogisticRegression(
-                **ELASTIC, C=C, l1_ratio=l1_ratio, solver="saga", tol=1e-10, max_iter=100, random_state=0
-            ).fit(x, y)
+            how = {"solver": "saga", "tol": 1e-10, "max_iter": 100, "random_state": 0, **ELASTIC}
+            saga = LogisticRegression(C=C, l1_ratio=l1_ratio, **how).fit(x, y)
             ours = objective(x, y, coef, intercept, C, l1_ratio)
             assert ours <= objective(x, y, saga.coef_, saga.intercept_, C, l1_ratio) + 1e-9
-    strongest = solution.coef[0]
-    assert (strongest == 0).double().mean() > 0.3  # zeros are exact
+    assert (solution.coef[0] == 0).double().mean() > 0.3  # zeros are exact, most with the strongest penalty
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -133,55 +126,48 @@ def test_a_member_alone_is_the_member_in_the_batch(k):
     x, y, weights = random_problem(k=k)
     C, l1_ratio = many(0.01, 3.0, 0.5, 100.0, 0.3, 1.0), many(0, 1, 0, 0.5, 1, 0)
     together = solve(x, y, weights, C=C, l1_ratio=l1_ratio, n_classes=k)
-    for f in range(2):
-        for c in range(len(C)):
-            alone = solve(
-                x[f : f + 1], y, weights[f : f + 1], C=C[c : c + 1], l1_ratio=l1_ratio[c : c + 1], n_classes=k
-            )
-            p = f * len(C) + c  # fold-major
-            assert worst(together.coef[p], alone.coef[0]) < 1e-8
-            assert worst(together.intercept[p], alone.intercept[0]) < 1e-8
+    for p, (f, c) in enumerate(itertools.product(range(2), range(len(C)))):  # fold-major
+        fold, one = slice(f, f + 1), slice(c, c + 1)
+        alone = solve(x[fold], y, weights[fold], C=C[one], l1_ratio=l1_ratio[one], n_classes=k)
+        assert worst(together.coef[p], alone.coef[0]) < 1e-8
+        assert worst(together.intercept[p], alone.intercept[0]) < 1e-8
     assert together.coef.shape == (12, 1 if k == 2 else 3, 4)
     assert together.converged.all()
 
 
-def test_a_member_with_an_odd_C_disturbs_no_other():
-    usual = solve_table("wine", [0.1, 5.0], 0.0)
-    odd = solve_table("wine", [1e-300, 0.1, 1e-12, math.inf, 5.0, 1e15], 0.0, max_steps=40)
-    assert worst(odd.coef[[1, 4]], usual.coef) < 1e-8
-    assert odd.converged[[1, 2, 4]].all()
-    assert odd.coef.isfinite().all()
-    assert odd.coef[[0, 2]].abs().max() < 1e-9
-    usual = solve_table("wine", [0.1, 5.0], 1.0)
-    odd = solve_table("wine", [1e-300, 0.1, 1e-12, 5.0, 1e15], 1.0, max_steps=40)
-    assert worst(odd.coef[[1, 3]], usual.coef) < 1e-8
-    assert odd.coef.isfinite().all()
-    assert (odd.coef[[0, 2]] == 0).all()
+@pytest.mark.parametrize(("l1_ratio", "odd"), [(0.0, [1e15, math.inf]), (1.0, [1e15])])
+def test_a_member_with_an_odd_C_disturbs_no_other(l1_ratio, odd):
+    usual = solve_table("wine", [0.1, 5.0], l1_ratio)
+    found = solve_table("wine", [1e-300, 0.1, 1e-12, 5.0, *odd], l1_ratio, max_steps=40)
+    assert worst(found.coef[[1, 3]], usual.coef) < 1e-8
+    assert found.coef.isfinite().all() and found.converged[[1, 3]].all()
+    assert found.coef[[0, 2]].abs().max() <= (0 if l1_ratio else 1e-9)
 
 
 @pytest.mark.parametrize("name", ["iris", "wine", "breast_cancer"])  # iris: one class of three is separable
 def test_no_penalty_on_separable_classes_ends_unconverged_and_finite(name):
     solution = solve_table(name, [math.inf], 0.0)
     assert not solution.converged.any()
-    assert solution.coef.isfinite().all()
-    assert solution.intercept.isfinite().all()
+    assert solution.coef.isfinite().all() and solution.intercept.isfinite().all()
 
 
-@pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
+@pytest.mark.parametrize(("C", "l1_ratio", "intercept"), [(math.inf, 0, True), (math.inf, 1, True), (2.0, 0, False)])
 @pytest.mark.parametrize("k", [2, 3])
-def test_no_penalty_on_overlapping_classes_is_the_likeliest(k, l1_ratio):
+def test_overlapping_classes_without_a_penalty_or_an_intercept(k, C, l1_ratio, intercept):
     x, y, weights = random_problem(folds=1, k=k)
-    solution = solve(x, y, weights, C=many(math.inf), l1_ratio=many(l1_ratio), n_classes=k)
+    solution = solve(
+        x, y, weights, C=many(C), l1_ratio=many(l1_ratio), n_classes=k, fit_intercept=intercept,
+    )  # fmt: skip
     assert solution.converged.all()
-    reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(x[0], y, sample_weight=weights[0])
-    assert worst(solution.coef[0], reference.coef_) < 1e-5
+    plain = LogisticRegression(C=C, fit_intercept=intercept, solver="newton-cg", tol=1e-12, max_iter=1000)
+    assert worst(solution.coef[0], plain.fit(x[0], y, sample_weight=weights[0]).coef_) < 1e-6
+    assert intercept or (solution.intercept == 0).all()
 
 
 def test_a_step_limit_is_told():
     solution = solve_table("wine", [1.0], 0.0, max_steps=2)
     assert solution.steps.tolist() == [2]
-    assert not solution.converged.any()
-    assert (solution.residual > 1e-10).all()
+    assert not solution.converged.any() and (solution.residual > 1e-10).all()
 
 
 @pytest.mark.parametrize("l1_ratio", [0.0, 0.7])
@@ -228,17 +214,6 @@ def test_one_of_two_classes_alone_is_certain(label, intercept):
     assert solution.converged.all()
 
 
-@pytest.mark.parametrize("k", [2, 3])
-def test_without_an_intercept(k):
-    x, y, weights = random_problem(folds=1, k=k)
-    solution = solve(x, y, weights, C=many(2.0), l1_ratio=many(0.0), n_classes=k, fit_intercept=False)
-    reference = LogisticRegression(C=2.0, fit_intercept=False, solver="newton-cg", tol=1e-12).fit(
-        x[0], y, sample_weight=weights[0]
-    )
-    assert worst(solution.coef[0], reference.coef_) < 1e-6
-    assert (solution.intercept == 0).all()
-
-
 @pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
 def test_more_inputs_than_rows(l1_ratio):
     x, y, _ = random_problem(folds=1, n=30, d=80)
@@ -252,9 +227,9 @@ def test_more_inputs_than_rows(l1_ratio):
 @pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
 def test_constant_and_unscaled_inputs(l1_ratio):
     x, y, weights = random_problem(folds=1)
-    plain = solve(x, y, weights, C=many(1.0), l1_ratio=many(l1_ratio), n_classes=3)
+    options = {"C": many(1.0), "l1_ratio": many(l1_ratio), "n_classes": 3}
     wide = torch.cat([x + 1e3, torch.full_like(x[..., :1], 0.1), torch.zeros_like(x[..., :1])], -1)
-    solution = solve(wide, y, weights, C=many(1.0), l1_ratio=many(l1_ratio), n_classes=3)
+    plain, solution = (solve(each, y, weights, **options) for each in (x, wide))
     assert solution.converged.all()
     assert worst(solution.coef[..., :4], plain.coef) < 1e-8
     assert (solution.coef[..., 4:] == 0).all()
@@ -299,9 +274,9 @@ def test_the_strongest_penalties_leave_the_slope_at_zero(k):
 
 def test_a_fold_with_inputs_that_are_not_finite_harms_no_other():
     x, y, weights = random_problem()
-    alone = solve(x[1:], y, weights[1:], C=many(1.0), l1_ratio=many(0.0), n_classes=3)
     x[0, 1, 0] = math.nan
-    solution = solve(x, y, weights, C=many(1.0), l1_ratio=many(0.0), n_classes=3)
+    options = {"C": many(1.0), "l1_ratio": many(0.0), "n_classes": 3}
+    alone, solution = (solve(x[f:], y, weights[f:], **options) for f in (1, 0))
     assert solution.coef[0].isnan().all()
     assert solution.converged.tolist() == [False, True]
     assert solution.coef[1].equal(alone.coef[0])
@@ -318,12 +293,8 @@ def test_slope_and_curvature_are_the_derivatives(k):
     leaf = weight.clone().requires_grad_()
     logits = leaf @ (rows.design / rows.root[:, None]).T
     point = point_at(rows, weight, logits.detach(), start.ridge, start.lasso)
-    if k == 1:
-        plain = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits[:, 0], y.double().expand(2, -1), reduction="none"
-        )
-    else:
-        plain = torch.nn.functional.cross_entropy(logits, y.expand(2, -1), reduction="none")
+    both = logits if k > 1 else torch.cat([torch.zeros_like(logits), logits], 1)
+    plain = torch.nn.functional.cross_entropy(both, y.expand(2, -1), reduction="none")
     torch.testing.assert_close(point.loss, plain.mean(1).detach())
     (slope,) = torch.autograd.grad(plain.mean(1).sum(), leaf, create_graph=True)
     torch.testing.assert_close(point.slope, slope.detach() + start.ridge * weight)
@@ -345,13 +316,5 @@ def test_slope_and_curvature_are_the_derivatives(k):
     ],
 )
 def test_bad_input_is_named(change, message):
-    good = {
-        "x": torch.zeros(1, 6, 2, dtype=torch.float64),
-        "y": torch.tensor([0, 1, 2, 0, 1, 2]),
-        "weights": torch.ones(1, 6, dtype=torch.float64),
-        "C": many(1.0),
-        "l1_ratio": many(0.0),
-        "n_classes": 3,
-    }
     with refused(message):
-        Problem(**{**good, **change})
+        Problem(*random_problem(), **{"C": many(1.0), "l1_ratio": many(0.0), "n_classes": 3, **change})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from gputune.engine.backend import on_threads
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
@@ -41,16 +42,21 @@ def no_grad(monkeypatch):
         yield
 
 
-def both(data, configs, objective=None):
+def both(data, configs, objective=None, module=Net, traits=TRAITS):
     """The chunk in compiled code, and the same on stacked tensors."""
-    network = StackedModule(Net, configs, shape_of(data), seed=0, traits=TRAITS, objective=objective)
+    network = StackedModule(module, configs, shape_of(data), seed=0, traits=traits, objective=objective)
     options = {"seed": 0, "horizon": 6, "scoring": scoring_of(data)}
     return MemberChunk(network, data, configs, **options), StackedChunk(network, data, configs, **options)
 
 
-def assert_alike(chunk, other):
-    for mine, theirs in zip((chunk.flat, *chunk.moments), (other.flat, *other.moments), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+def assert_alike(chunk, other, epochs=(0, 1)):
+    """Train both, and compare their members and scores."""
+    for epoch in epochs:
+        chunk.advance(epoch)
+        other.advance(epoch)
+        for mine, theirs in zip((chunk.flat, *chunk.moments), (other.flat, *other.moments), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+        assert np.allclose(chunk.scores(), other.scores())
 
 
 ABSENT = torch.tensor([[True, True, True], [True, False, True], [True, True, True]])
@@ -67,28 +73,16 @@ CASES = {
     ),
     "momentum": (make_data(), [{"lr": 0.01, "momentum": m, "optimizer": "nesterov"} for m in (0.5, 0.9)]),
     "another rule": (make_data(), [{"lr": 0.001 * i, "optimizer": "rmsprop"} for i in (1, 2)]),
+    "the numbers of their loss": (
+        make_data("regression"), [{"lr": 0.01, "loss__delta": delta} for delta in (0.1, 2.0)], Objective("huber"),
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_members_are_those_of_stacked_tensors(name):
-    data, configs = CASES[name]
-    data = replace(data, present=None) if data.present is None else data
-    chunk, other = both(data, fill(*({"batch_size": 9, **config} for config in configs)))
-    for epoch in range(2):
-        for one in (chunk, other):
-            one.advance(epoch)
-        assert_alike(chunk, other)
-        assert np.allclose(chunk.scores(), other.scores())
-
-
-def test_members_differ_in_the_numbers_of_their_loss():
-    data = make_data("regression")
-    configs = fill(*({"lr": 0.01, "batch_size": 9, "loss__delta": delta} for delta in (0.1, 2.0)))
-    chunk, other = both(data, configs, Objective("huber"))
-    for one in (chunk, other):
-        one.advance(0)
-    assert_alike(chunk, other)
+    data, configs, *objective = CASES[name]
+    assert_alike(*both(data, fill(*({"batch_size": 9, **config} for config in configs)), *objective))
 
 
 @pytest.mark.parametrize(
@@ -102,16 +96,9 @@ def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal, rates):
            "lr_factor__scale": 6.0, "module__width": 5, "module__depth": 2}
           for rate, word in zip(rates, ("constant", "flat_cos", "linear")))
     )  # fmt: skip
-    traits, options = (traits_of(RealMLP, configs[0], data), {"seed": 0, "horizon": 6, "scoring": scoring_of(data)})
-    shape = shape_of(data)
-    network = StackedModule(RealMLP, configs, shape, seed=0, traits=traits)
-    chunk, other = (kind(network, data, configs, **options) for kind in (MemberChunk, StackedChunk))
+    chunk, other = both(data, configs, module=RealMLP, traits=traits_of(RealMLP, configs[0], data))
     assert (chunk.members[0].draws is not None) == any(rates)
-    for epoch in range(2):
-        for one in (chunk, other):
-            one.advance(epoch)
-        assert_alike(chunk, other)
-        assert np.allclose(chunk.scores(), other.scores())
+    assert_alike(chunk, other)
 
 
 def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
@@ -123,24 +110,19 @@ def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
     for epoch, stays in enumerate(([1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0])):
         for one in (chunk, other):
             one.keep(np.array(stays[: len(one.alive)], bool))
-            one.advance(epoch)
-        assert_alike(chunk, other)
+        assert_alike(chunk, other, [epoch])
 
 
 def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
-    data, before = make_data(), torch.get_num_threads()
-    states = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            chunk, _ = both(data, fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.02, 0.03))))
+    states, configs = [], fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.02, 0.03)))
+    for threads in (1, 2):
+        with on_threads(threads):
+            chunk, _ = both(make_data(), configs)
             chunk.advance(0)
             states.append(chunk.flat.clone())
-        chunk.kernels = None
-        with pytest.raises(AttributeError):
-            chunk.advance(1)
-    finally:
-        torch.set_num_threads(before)
+    chunk.kernels = None
+    with on_threads(2), pytest.raises(AttributeError):
+        chunk.advance(1)
     assert torch.equal(*states)
 
 
@@ -166,8 +148,7 @@ def test_what_is_in_no_code_trains_in_another_way(given, says):
 def test_outputs_on_validation_rows_are_of_the_code_too(monkeypatch):
     data = make_data()
     configs = fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.1)))
-    network = StackedModule(Linear, configs, shape_of(data), seed=0, traits=Traits())
-    chunk = MemberChunk(network, data, configs, seed=0, horizon=6, scoring=scoring_of(data, "neg_log_loss"))
+    chunk, _ = both(data, configs, module=Linear, traits=Traits())
     chunk.advance(0)
     expected = StackedChunk.scores(chunk)
     monkeypatch.setattr(StackedModule, "outputs", lambda *args: pytest.fail("computed by torch"))
