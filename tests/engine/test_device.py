@@ -58,13 +58,10 @@ def test_what_is_long_goes_where_it_is_done_first(machine):
     assert machine == [("cpu", "compiled"), ("cuda", "graph")]  # once on a machine
 
 
-def test_a_speed_that_is_known_is_not_measured(machine):
+def test_a_speed_that_is_known_is_not_measured_and_trials_that_a_sampler_will_ask_for_count(machine):
     keep_findings(CPU, Findings(None, {"compiled": SPEEDS["cpu"]}))
     device_for("auto", Work(**WORK))
     assert machine == []
-
-
-def test_trials_that_a_sampler_will_ask_for_are_counted():
     assert device_for("auto", Work(**WORK, repeats=100.0)).why.startswith("compiled code takes about 20 s")
 
 
@@ -123,12 +120,24 @@ def test_what_the_check_found_says_how_a_gpu_trains(found, expected):
         assert "kernel" not in choose_backend("auto", GPU, *others)
 
 
-def test_compiled_code_that_failed_its_laws_is_not_used(capsys, iris, monkeypatch):
-    keep_findings(CPU, Findings({"compiled": "a law"}, {}))
-    study = gputune.tune("mlp", *iris, n_trials=2, max_epochs=2, cv=2, device="cpu")
-    said = capsys.readouterr().err
-    assert "note: trials train in recorded steps, slower than compiled ones: gputune check found that 'a law'" in said
+@pytest.mark.parametrize(
+    ("failed", "options", "said"),
+    [
+        (
+            {"compiled": "a law"},
+            {"device": "cpu"},
+            "recorded steps, slower than compiled ones: gputune check found tha",
+        ),
+        (None, {}, "the CPU and not on the GPU, which device='cuda' takes: compiled code"),
+    ],
+)
+def test_a_search_says_where_and_how_it_trains_and_why(failed, options, said, capsys, iris):
+    """On a machine whose GPU would be taken if it were asked for."""
+    keep_findings(CPU, Findings(failed, {}))
+    study = gputune.tune("mlp", *iris, n_trials=2, max_epochs=2, cv=2, **options)
+    assert f"note: trials train {'in' if failed else 'on'} {said}" in capsys.readouterr().err
     assert len(study.trials) == 2
+    assert failed or read_findings(CPU).speeds["compiled"] == SPEEDS["cpu"]
 
 
 def test_the_cost_of_a_step_is_that_of_its_parameters():
@@ -136,14 +145,6 @@ def test_the_cost_of_a_step_is_that_of_its_parameters():
     assert work_of_a_step(config, 64, 10, 320, "mlp") == 1.0
     assert work_of_a_step(config | {"batch_size": 500}, 64, 10, 74, "mlp") == 2.0
     assert work_of_a_step(config, 64, 10, 320, "linear") == pytest.approx(650 / 8970)
-
-
-def test_a_search_says_where_it_trains_and_why(machine, capsys, iris):
-    """On a machine whose GPU would be taken if it were asked for."""
-    study = gputune.tune("mlp", *iris, n_trials=2, max_epochs=2, cv=2)
-    said = capsys.readouterr().err
-    assert "note: trials train on the CPU and not on the GPU, which device='cuda' takes: compiled code" in said
-    assert len(study.trials) == 2 and read_findings(CPU).speeds["compiled"] == SPEEDS["cpu"]
 
 
 OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver."

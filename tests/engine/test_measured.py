@@ -3,6 +3,7 @@
 import weakref
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,20 +37,15 @@ class Allocated(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         result = operation(*arguments, **(keywords or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
         return result
 
-    def _count(self, storage):
-        if storage not in self.known:
-            size = storage.nbytes()
-            self.known[storage] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, size)
-
-    def _free(self, size):
-        self.now -= size
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def peak(work):
@@ -58,8 +54,8 @@ def peak(work):
     return allocated.peak
 
 
-def job(module_class=None):
-    return Job(seed=0, epochs=9, horizon=9, scoring=SCORING, module_class=module_class)
+def job(module_class=None, epochs=9):
+    return Job(seed=0, epochs=epochs, horizon=epochs, scoring=SCORING, module_class=module_class)
 
 
 def population(*configs, kind="mlp"):
@@ -68,8 +64,7 @@ def population(*configs, kind="mlp"):
 
 def whole_peak(group, module_class=None):
     """The peak of all trials of a population in one chunk, trained for a whole epoch."""
-    job = Job(seed=0, epochs=1, horizon=1, scoring=SCORING, module_class=module_class)
-    return peak(lambda: memory.train_chunk(job, DATA, group))
+    return peak(lambda: memory.train_chunk(job(module_class, epochs=1), DATA, group))
 
 
 class Wide(nn.Module):
@@ -134,23 +129,14 @@ def test_a_search_that_is_far_from_the_limit_is_not_measured():
 
 
 def test_what_cannot_be_measured_is_left_to_the_estimate():
-    alone = population({"width": 16})
-    assert measure_need(job(), DATA, alone, peak) is None
-    two = population({"width": 16}, {"width": 16})
-    assert measure_need(job(), DATA, two, peak, most=1) is None
-
-    def no_room(work):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
+    alone, two = population({"width": 16}), population({"width": 16}, {"width": 16})
+    assert measure_need(job(), DATA, alone, peak) is measure_need(job(), DATA, two, peak, most=1) is None
+    no_room, broken = (
+        Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")),
+        Mock(side_effect=RuntimeError("x")),
+    )
     assert measure_need(job(), DATA, two, no_room) is None
-
-    def broken(work):
-        raise RuntimeError("something else")
-
-    with pytest.raises(RuntimeError, match="something else"):
+    with pytest.raises(RuntimeError, match="x"):
         measure_need(job(), DATA, two, broken)
-
-
-def test_chunks_of_which_nothing_is_left_over_have_a_need_of_a_byte_at_least():
-    two = population({"width": 16}, {"width": 16})
+    # A trial that leaves nothing over needs a byte at least.
     assert measure_need(job(), DATA, two, lambda work: 100) == Need(once=99, trial=1)

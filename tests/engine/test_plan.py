@@ -77,13 +77,6 @@ def test_the_first_answer_comes_early():
     assert several.answering_early(4).chunks[1:] == tuple(c for c in several.chunks if 0 not in c.index)
 
 
-def test_the_plan_reads_well():
-    data = make_data(folds=3)
-    plan = make_plan(groups(data, {"width": 8}), data)
-    words = "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process, eager"
-    assert str(plan) == words
-
-
 class Net(nn.Linear):
     """A user's module, with a parameter that is not trained."""
 
@@ -115,9 +108,10 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
         (10240, "; states that wait for a rung take up to 10.0 KiB in main memory"),
     ],
 )
-def test_the_plan_says_where_states_wait(room, words):
-    data = make_data()
+def test_the_plan_says_what_trains_and_where_states_wait(room, words):
+    data = make_data(folds=3)
     plan = make_plan(groups(data, {"width": 8}), data)
+    assert str(plan) == "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process, eager"
     assert str(replace(plan, state_bytes=10240, cache_bytes=room)) == f"{plan}{words}"
 
 

@@ -36,11 +36,8 @@ def test_a_copy_hears_what_is_asked_here(tmp_path, monkeypatch):
         assert (tmp_path / "later").exists()  # what was asked before there were workers
 
 
-def test_a_copy_whose_parent_has_died_is_over():
+def test_a_copy_whose_parent_has_died_is_over_and_a_folder_that_is_gone_is_no_error(tmp_path):
     assert pickle.loads(pickle.dumps(Stop())).is_over()  # the parent of this process never made it
-
-
-def test_asking_where_the_folder_is_gone_is_no_error(tmp_path):
     stop = Stop()
     with stop.heard_by_workers(tmp_path / "gone" / "stop"):
         stop.ask()

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +16,8 @@ from gputune.population.population import Population
 from problems import fill, make_data
 
 CONFIGS = fill(*({"lr": lr, "batch_size": 16} for lr in (1e-3, 1e-2)))
+DATA, CHUNK = make_data(), Population("module", (0, 1), tuple(CONFIGS))
+X, Y = DATA.x[0].float(), DATA.y
 
 
 class Net(nn.Linear):
@@ -24,10 +25,8 @@ class Net(nn.Linear):
         super().__init__(n_features, n_outputs)
 
 
-def found(member_steps):
-    job = Job(seed=0, epochs=3, horizon=3, module_class=Net, backend="graph")
-    chunk = Population("module", (0, 1), tuple(CONFIGS))
-    return fastest_way(job, make_data(), chunk, member_steps=member_steps)
+JOB = Job(seed=0, epochs=3, horizon=3, module_class=Net, backend="graph")
+SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "verbose": 0}
 
 
 @pytest.mark.parametrize(
@@ -44,39 +43,33 @@ def found(member_steps):
 def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, gain):
     monkeypatch.setattr(choice, "_compiled_seconds", lambda job, data, chunk: code)
     monkeypatch.setattr(choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked))
-    assert found(steps) == (slow, pytest.approx(gain))
+    assert fastest_way(JOB, DATA, CHUNK, member_steps=steps) == (slow, pytest.approx(gain))
 
 
 def test_all_ways_are_timed():
-    assert found(1) == ("", 0.0)
-    data, job = make_data(), Job(seed=0, epochs=3, horizon=3, module_class=Net)
-    chunk = Population("module", (0, 1), tuple(CONFIGS))
+    assert fastest_way(JOB, DATA, CHUNK, member_steps=1) == ("", 0.0)
     for backend in ("loop", "graph"):
-        assert 0 < choice._seconds(job, data, chunk, backend) < 1
-    job = replace(job, backend="graph")
-    assert 0 < choice._compiled_seconds(job, data, chunk) < 1
+        assert 0 < choice._seconds(JOB, DATA, CHUNK, backend) < 1
+    assert 0 < choice._compiled_seconds(JOB, DATA, CHUNK) < 1
     for unknown in ("adamwhd", "torch:Adagrad"):
-        other = Population("module", (0, 1), tuple({**c, "optimizer": unknown} for c in CONFIGS))
-        assert choice._compiled_seconds(job, data, other) == math.inf
+        other = replace(CHUNK, configs=tuple({**c, "optimizer": unknown} for c in CONFIGS))
+        assert choice._compiled_seconds(JOB, DATA, other) == math.inf
 
 
 @pytest.mark.cpu
 def test_a_search_says_which_way_it_took(monkeypatch, capsys):
-    X, y = make_data().x[0].float(), make_data().y
-    options = {"n_trials": 2, "cv": 2, "max_epochs": 2, "workers": 1, "verbose": 1}
-    stacked = gputune.tune(Net, X, y, **options)
-    assert "one by one" not in capsys.readouterr().err
-    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("2 ms so", 0.0))
-    alone = gputune.tune(Net, X, y, **options)
-    said = capsys.readouterr().err
-    assert (
-        "note: Net trains one by one, which is faster here: 2 ms so" in said and "one by one" in said.split("plan:")[1]
-    )
-    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", 1.0))
-    coded = gputune.tune(Net, X, y, **options)
-    assert "compiled" in capsys.readouterr().err.split("plan:")[1]
-    for other in (alone, coded):
-        assert [t.score for t in other.trials] == pytest.approx([t.score for t in stacked.trials], rel=1e-5)
+    scores, note = [], "note: Net trains one by one, which is faster here: 2 ms so"
+    for way, noted, plan in (
+        (("", 0.0), False, "recorded"),
+        (("2 ms so", 0.0), True, "one by one"),
+        (("", 1.0), False, "compiled"),
+    ):
+        monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, way=way, **more: way)
+        study = gputune.tune(Net, X, Y, **{**SEARCH, "max_epochs": 2, "verbose": 1})
+        said = capsys.readouterr().err
+        assert (note in said) == noted and plan in said.split("plan:")[1]
+        scores.append([trial.score for trial in study.trials])
+    assert scores[1:] == [pytest.approx(scores[0], rel=1e-5)] * 2
 
 
 @pytest.mark.cpu
@@ -86,8 +79,7 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
     monkeypatch.setattr(members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given))
     for name, value in {"_WORTH_SECONDS": 0, "_CODE_SECONDS": 0, "_seconds": lambda *given: 1.0}.items():
         monkeypatch.setattr(choice, name, value)
-    search = partial(gputune.tune, Net, make_data().x[0].float(), make_data().y, workers=1, verbose=0)
-    found, expected = (search(n_trials=2, cv=2, backend=backend).curves for backend in ("auto", "graph"))
+    found, expected = (gputune.tune(Net, X, Y, **SEARCH, backend=word).curves for word in ("auto", "graph"))
     assert len(sources) == 1
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -95,11 +87,10 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
 @pytest.mark.cpu
 @pytest.mark.parametrize("pays, built", [(0.0, 1), (np.inf, 0)])
 def test_a_refit_is_compiled_where_its_search_was_and_it_pays(monkeypatch, pays, built):
-    search = partial(gputune.tune, Net, make_data().x[0].float(), make_data().y, n_trials=2, cv=2, workers=1, verbose=0)
-    expected = search(backend="graph").best_model()
+    expected = gputune.tune(Net, X, Y, **SEARCH, backend="graph").best_model()
     monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", 1.0))
     monkeypatch.setattr("gputune.tuning.trainer._BUILT_SECONDS", pays)
-    study, sources = search(), []
+    study, sources = gputune.tune(Net, X, Y, **SEARCH), []
     monkeypatch.setattr(members, "build_kernels", lambda *given: sources.append(given) or build_kernels(*given))
     for found, other in zip(study.best_model().module.parameters(), expected.module.parameters(), strict=True):
         assert found.allclose(other, rtol=1e-4, atol=1e-6)
@@ -121,8 +112,7 @@ def test_trials_that_differ_in_fractions_alone_are_timed_once(monkeypatch, capsy
         return "", 1.0
 
     monkeypatch.setattr("gputune.tuning.context.fastest_way", timing_of)
-    X, y = make_data().x[0].float(), make_data().y
     space = {"lr": [0.01], "module__spread": [0.1, 0.2, 0.4], "module__bias": [True, False], "batch_size": [16]}
-    gputune.tune(Scaled, X, y, space=space, n_trials=6, cv=2, max_epochs=2, workers=1, verbose=1)
+    gputune.tune(Scaled, X, Y, **{**SEARCH, "space": space, "n_trials": 6, "max_epochs": 2, "verbose": 1})
     assert sorted(timed) == [(False, 3 * 2 * len(X) / 16), (True, 3 * 2 * len(X) / 16)]
     assert "recorded" not in capsys.readouterr().err.split("plan:")[1]
