@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from gputune.engine.findings import Findings, Speed
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
-from gputune.errors import InputError
 from gputune.executors import pools
 from gputune.memory import free_of_gpu
 from gputune.modules.module import StackedModule
@@ -34,6 +34,7 @@ from gputune.scoring.validation import Validation
 from gputune.sklearn import LogisticRegression, MLPClassifier, RandomizedSearchCV
 from gputune.tuning.context import Context
 from problems import fill, make_data, scoring_of, shape_of
+from refused import refused
 from simulated_cuda import torch_cuda as cuda
 from simulated_cuda.mutations import MUTATIONS
 
@@ -89,18 +90,12 @@ CHECKS = checks_of(torch.device("cuda:1"))
 TWICE = {law.name for law, backend in CHECKS if backend == "graph"}
 
 
-@pytest.mark.parametrize(
-    ("law", "backend"),
-    [
-        pytest.param(
-            law,
-            backend,
-            id=f"{law.name}, {backend}",
-            marks=[pytest.mark.long] * (backend == "eager" and law.name in TWICE),
-        )
-        for law, backend in CHECKS
-    ],
-)
+def as_case(law, backend):
+    twice = backend == "eager" and law.name in TWICE
+    return pytest.param(law, backend, id=f"{law.name}, {backend}", marks=[pytest.mark.long] * twice)
+
+
+@pytest.mark.parametrize(("law", "backend"), [as_case(*each) for each in CHECKS])
 def test_a_law_of_the_check_holds(law, backend):
     assert law.measure(torch.device("cuda:1"), backend) <= law.allowed
     assert bool(cuda.counts("replay")) == (backend == "graph" and "fails" not in law.name)
@@ -114,8 +109,8 @@ def test_the_check_of_a_gpu(tmp_path, monkeypatch):
     code, out, _ = run("check", "--device", "cuda:1")
     assert code == 0 and re.search(r"a GPU that is not there; capability 9.0, [0-9.]+ GiB of 16.0 GiB free", out)
     assert "a recording that fails falls back" in out and "cuda:1" in out
-    assert findings.read_findings(torch.device("cuda:1")).failed == {}
-    assert set(findings.read_findings(torch.device("cuda:1")).speeds) == {"eager", "graph", "kernel"}
+    found = findings.read_findings(torch.device("cuda:1"))
+    assert found.failed == {} and set(found.speeds) == {"eager", "graph", "kernel"}
 
 
 SEARCHES = {
@@ -181,9 +176,7 @@ def test_a_chunk_that_does_not_fit_is_halved(device, iris, monkeypatch):
 
 
 def test_several_processes_are_refused(device, iris, tmp_path):
-    with pytest.raises(
-        InputError, match=f"workers=2: one process drives each GPU, and this search has 1 GPU, {device}; leave"
-    ):
+    with refused(f"workers=2: one process drives each GPU, and this search has 1 GPU, {device}; leave"):
         gputune.tune("mlp", *iris, **{**FAST, "workers": 2}, device=device, study=tmp_path / "study.db")
     assert not list(tmp_path.iterdir())
 
@@ -260,31 +253,6 @@ def test_what_pytorch_keeps_of_a_gpu_is_free(device, monkeypatch):
     assert free_of_gpu(torch.device(device)) == before + 1000
 
 
-def test_auto_takes_the_current_gpu_for_a_module(iris):
-    study = gputune.tune(Net, *iris, **FAST)
-    assert cuda.counts("launch")
-    np.testing.assert_array_equal(study.curves, gputune.tune(Net, *iris, **FAST, device="cuda:0").curves)
-
-
-def test_auto_takes_the_gpu_where_tf32_is_asked_for(iris):
-    options = {**FAST, "dtype": "float32", "n_trials": 1, "max_epochs": 1}
-    gputune.tune("mlp", *iris, **options, tf32=True)
-    assert cuda.counts("launch")
-
-
-@pytest.mark.parametrize("model", ["mlp", "logistic"])
-def test_auto_takes_the_cpu_for_what_is_small(model, iris, capsys):
-    gputune.tune(model, *iris, **{**FAST, "verbose": 1})
-    assert not cuda.counts("launch") and not cuda.counts("to device")
-    assert "trials train on the CPU and not on the GPU" in capsys.readouterr().err
-
-
-def test_auto_of_an_estimator_is_the_cpu_for_what_is_small(iris):
-    MLPClassifier(hidden_layer_sizes=(8,), max_iter=3, random_state=0).fit(*iris)
-    LogisticRegression().fit(*iris)
-    assert not cuda.counts("launch")
-
-
 def test_the_scikit_learn_face_has_the_numbers_of_the_cpu(device, iris):
     """Of an estimator, which computes in single precision there, a solved one, and a search of estimators."""
     found = []
@@ -302,13 +270,34 @@ def test_the_scikit_learn_face_has_the_numbers_of_the_cpu(device, iris):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_auto_takes_the_gpu_where_it_is_faster(iris, monkeypatch, tmp_path):
-    monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr("gputune.engine.choice._SOON", 0.0)
+def faster(patch, folder):
+    """Let a GPU be the faster one for whatever is small."""
+    patch.setattr(findings, "cache_folder", lambda: folder)
+    patch.setattr(choice, "_SOON", 0.0)
     findings.keep_findings(torch.device("cpu"), Findings(None, {"compiled": Speed(1.0, 1.0)}))
     findings.keep_findings(torch.device("cuda"), Findings(None, {"graph": Speed(1e-9, 0.0)}))
-    gputune.tune("mlp", *iris, **FAST)
-    assert cuda.counts("launch")
+
+
+AUTO = {
+    "a module": (lambda *iris: gputune.tune(Net, *iris, **FAST), True),
+    "TF32": (lambda *iris: gputune.tune("mlp", *iris, **{**FAST, "dtype": "float32"}, tf32=True), True),
+    "the faster one": (lambda *iris: gputune.tune("mlp", *iris, **FAST), True),
+    "what is small": (lambda *iris: gputune.tune("mlp", *iris, **{**FAST, "verbose": 1}), False),
+    "what is solved": (lambda *iris: gputune.tune("logistic", *iris, **{**FAST, "verbose": 1}), False),
+    "an estimator": (lambda *iris: MLPClassifier((8,), max_iter=3, random_state=0).fit(*iris), False),
+    "a solved estimator": (lambda *iris: LogisticRegression().fit(*iris), False),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_what_auto_trains_on_a_gpu(name, iris, monkeypatch, tmp_path, capsys):
+    train, taken = AUTO[name]
+    if name == "the faster one":
+        faster(monkeypatch, tmp_path)
+    train(*iris)
+    assert bool(cuda.counts("launch")) == bool(cuda.counts("to device")) == taken
+    said = "trials train on the CPU and not on the GPU" in capsys.readouterr().err
+    assert said == name.startswith("what is")
 
 
 @pytest.mark.parametrize("where", DEVICES)
@@ -321,17 +310,10 @@ def test_a_tensor_that_lies_on_a_gpu_trains_there(where, iris):
 def chunk(device, *, module=False, sizes=(10, 10, 10), trials=({},) * 3, recorded=True, data=None, **shared):
     """Members in stacked tensors, by default of one batch size and recorded."""
     data = moved(data or make_data(folds=5, dtype=torch.float32), device)
-    configs = fill(
-        *(
-            {"lr": 0.01 * (i + 1), "batch_size": size, "width": 8, **shared, **trial}
-            for i, (size, trial) in enumerate(zip(sizes, trials))
-        )
-    )
-    shape = shape_of(data)
-    if module:
-        network = StackedModule(partial(Net, norm=False), configs, shape, seed=0)
-    else:
-        network = StackedMLP("mlp", configs, shape, seed=0)
+    each = ({"lr": 0.01 * i, "batch_size": size, **trial} for i, (size, trial) in enumerate(zip(sizes, trials), 1))
+    configs = fill(*({"width": 8, **shared, **config} for config in each))
+    kind, how = (StackedModule, partial(Net, norm=False)) if module else (StackedMLP, "mlp")
+    network = kind(how, configs, shape_of(data), seed=0)
     options = {"seed": 0, "horizon": 9, "scoring": scoring_of(data), "recorded": recorded}
     return StackedChunk(network, data, configs, **options)
 
@@ -378,16 +360,25 @@ def test_a_step_with_all_options_is_the_same_recorded_and_as_it_is(optimizer):
     data = moved(make_data(weights=True, folds=3), "cuda:1")
     shared = data.weights[:1].expand(3, -1)  # one row of memory for all folds, as of an estimator
     data = dataclasses.replace(data, weights=shared, present=torch.tensor([[True, True, False], *[[True] * 3] * 2]))
-    both = [
-        chunk("cuda:1", sizes=(9, 10, 13), trials=trials, data=data, optimizer=word, recorded=recorded)
-        for recorded in (True, False)
-    ]
+    options = {"sizes": (9, 10, 13), "trials": trials, "data": data, "optimizer": word}
+    recorded, plain = (chunk("cuda:1", **options, recorded=recorded) for recorded in (True, False))
     for epoch in range(5):
-        for members in both:
-            members.advance(epoch)
-    for one, other in zip(both[0]._state(), both[1]._state(), strict=True):
+        recorded.advance(epoch)
+        plain.advance(epoch)
+    for one, other in zip(recorded._state(), plain._state(), strict=True):
         torch.testing.assert_close(one.cpu(), other.cpu(), rtol=1e-9, atol=1e-12)
-    assert launches_of(both[0]) <= 40 or word in ("muon", "schedulefree")  # which have no kernel
+    assert launches_of(recorded) <= 40 or word in ("muon", "schedulefree")  # which have no kernel
+
+
+@contextmanager
+def kernels_anew():
+    """Let kernels be compiled again inside, and once more after it."""
+    caches = kernels, dropout.uniform_kernel
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
@@ -403,12 +394,11 @@ def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
         assert torch.equal(one.cpu(), other)
     wrong = Path(dropout.SOURCE).read_text().replace("1812433253u", "1812433254u")
     monkeypatch.setattr("gputune.native.cuda.source", lambda path, dtype: "typedef float real;\n" + wrong)
-    dropout.uniform_kernel.cache_clear()
-    kernels.cache_clear()
-    with pytest.warns(RuntimeWarning, match=f"what {device} draws for dropout is not what PyTorch draws"):
+    with (
+        kernels_anew(),
+        pytest.warns(RuntimeWarning, match=f"what {device} draws for dropout is not what PyTorch draws"),
+    ):
         assert dropout.uniform_kernel(torch.device(device)) is None
-    dropout.uniform_kernel.cache_clear()
-    kernels.cache_clear()
 
 
 def test_a_step_as_it_is_copies_nothing_to_the_gpu(device):
@@ -429,11 +419,8 @@ def no_kernels(monkeypatch):
         raise OSError("Could not find any NVRTC library")
 
     monkeypatch.setattr(torch.cuda, "_compile_kernel", fail)
-    for cache in (kernels, dropout.uniform_kernel):
-        cache.cache_clear()
-    yield
-    for cache in (kernels, dropout.uniform_kernel):
-        cache.cache_clear()
+    with kernels_anew():
+        yield
 
 
 @pytest.mark.filterwarnings("ignore:.* cannot be compiled for:RuntimeWarning")
@@ -458,12 +445,10 @@ def test_an_epoch_of_recorded_steps_copies_nothing_and_waits_for_nothing(module,
 
 def test_a_profile_has_the_time_of_the_gpu(device):
     """Launching takes the host a moment; the simulated device a millisecond an operation."""
-    data = moved(make_data(), device)
-    configs = fill({"batch_size": 10, "width": 8})
+    data, configs = moved(make_data(), device), fill({"batch_size": 10, "width": 8})
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    options = {"seed": 0, "epochs": 3, "horizon": 3, "scoring": scoring_of(data)}
     cuda.forget()
-    spent = train(network, data, configs, **options).spent
+    spent = train(network, data, configs, seed=0, epochs=3, horizon=3, scoring=scoring_of(data)).spent
     launches = sum(cuda.counts("launch").values())
     assert 0.7 * launches < 1000 * (spent.steps + spent.scores) <= launches
     assert spent.scores < spent.steps / 3
@@ -578,7 +563,7 @@ def test_all_gpus_of_a_machine_train(model, method, iris, monkeypatch, tmp_path,
 def test_a_second_gpu_is_for_what_is_long(iris, capsys):
     gputune.tune("mlp", *iris, **{**FAST, "workers": "auto", "verbose": 1}, device="cuda")
     assert "GPUs" not in capsys.readouterr().err
-    with pytest.raises(InputError, match="workers=3: .* this search has 2 GPUs, cuda:0, cuda:1; leave"):
+    with refused("workers=3: .* this search has 2 GPUs, cuda:0, cuda:1; leave"):
         gputune.tune("mlp", *iris, **{**FAST, "workers": 3}, device="cuda")
 
 
