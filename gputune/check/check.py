@@ -19,10 +19,8 @@ from gputune.text import count, size_words, table
 from gputune.types import Backend
 from gputune.version import __version__
 
+_CPU = torch.device("cpu")
 _MEMBERS = 1000  # of the speed that is shown beside that of few
-
-Check = tuple[Law, Backend]
-"""A law, and the backend that it is asked of."""
 
 
 @dataclass(frozen=True)
@@ -62,31 +60,32 @@ class Report:
              "ok" if row.ok else "FAILED"]
             for row in self.rows
         ]  # fmt: skip
-        header = ["law", "backend", "largest difference", "allowed", "time", ""]
-        laws = table(header, cells, left=("law", "backend", ""))
-        failures = [
-            f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}" for row in self.rows if not row.ok
-        ]
+        laws = table(
+            ["law", "backend", "largest difference", "allowed", "time", ""], cells, left=("law", "backend", "")
+        )
+        failed = [row for row in self.rows if not row.ok]
+        failures = [f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}" for row in failed]
         return "\n".join([f"{self.device}; {self.facts}", "", laws, "", *failures, *self._speeds()])
 
     def _speeds(self) -> list[str]:
+        """Return the table of speeds, and from how many members on a GPU is the faster one."""
+        if not self.speeds:
+            return []
         few = FEW * FOLDS
         header = ["speed", "backend", f"steps/s of {few} members", f"member-steps/s of {_MEMBERS:,}"]
         cells = [
             [device, backend, f"{1 / speed.of(few):,.0f}", f"{_MEMBERS / speed.of(_MEMBERS):,.0f}"]
             for (device, backend), speed in self.speeds.items()
         ]
-        return [table(header, cells, left=("speed", "backend")), *self._advice()] if cells else []
-
-    def _advice(self) -> list[str]:
-        """From how many members on a GPU is the faster one."""
-        compiled = self.speeds.get(("cpu", "compiled"))
+        lines = [table(header, cells, left=("speed", "backend"))]
+        cpu = self.speeds.get(("cpu", "compiled"))
         gpu = [speed for (device, _), speed in self.speeds.items() if device != "cpu"]
-        if compiled is None or not gpu:
-            return []
-        counts = [number for speed in gpu if (number := _even(speed, compiled)) < math.inf]
-        much = f"from about {round(min(counts)):,} members on" if counts else "never"
-        return [f"An MLP of this size trains faster on {self.device} than compiled on the CPU {much}."]
+        if cpu is not None and gpu:
+            faster = [speed for speed in gpu if speed.member < cpu.member]
+            counts = [max(1.0, (speed.step - cpu.step) / (cpu.member - speed.member)) for speed in faster]
+            much = f"from about {round(min(counts)):,} members on" if counts else "never"
+            lines.append(f"An MLP of this size trains faster on {self.device} than compiled on the CPU {much}.")
+        return lines
 
     def json(self) -> str:
         """Return the same as JSON; a difference is null where a law raised an error."""
@@ -99,17 +98,11 @@ class Report:
         return json.dumps(report, indent=1)
 
 
-def _even(speed: Speed, other: Speed) -> float:
-    """Return from how many members on ``speed`` is the better one."""
-    gain = other.member - speed.member
-    return math.inf if gain <= 0 else max(1.0, (speed.step - other.step) / gain)
-
-
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.0e}"
 
 
-def checks_of(device: torch.device) -> list[Check]:
+def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
     """Return every law with each backend of a device that it is for."""
     known, gpus = backends_of(device), torch.cuda.device_count() if device.type == "cuda" else 0
     return [
@@ -131,11 +124,8 @@ def backends_of(device: torch.device) -> tuple[Backend, ...]:
 
 def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:
     """Return what is timed: the backends of a device, and compiled training on the CPU."""
-    timed = [(device, backend) for backend in backends_of(device)]
-    cpu = torch.device("cpu")
-    if device != cpu and "compiled" in backends_of(cpu):
-        timed.append((cpu, "compiled"))
-    return timed
+    besides = device != _CPU and "compiled" in backends_of(_CPU)
+    return [(device, backend) for backend in backends_of(device)] + [(_CPU, "compiled")] * besides
 
 
 def check(device: torch.device, tell: Callable[[str], object]) -> Report:
@@ -150,15 +140,10 @@ def check(device: torch.device, tell: Callable[[str], object]) -> Report:
         rows.append(_row(law, backend, device))
         if not rows[-1].ok:
             failed[backend] = law.name
-    cpu = torch.device("cpu")
-    keep_findings(device, Findings(failed, _of_device(speeds, device)))
-    if device != cpu:
-        keep_findings(cpu, Findings(None, _of_device(speeds, cpu)))
+    for place in dict.fromkeys((device, _CPU)):
+        own = {backend: speed for (name, backend), speed in speeds.items() if name == str(place)}
+        keep_findings(place, Findings(failed if place == device else None, own))
     return Report(device_name(device), _facts(device), tuple(rows), speeds)
-
-
-def _of_device(speeds: Mapping[tuple[str, Backend], Speed], device: torch.device) -> dict[Backend, Speed]:
-    return {backend: speed for (name, backend), speed in speeds.items() if name == str(device)}
 
 
 def _row(law: Law, backend: Backend, device: torch.device) -> Row:
@@ -177,9 +162,6 @@ def _facts(device: torch.device) -> str:
     versions = f"torch {torch.__version__}, gputune {__version__}"
     if device.type == "cpu":
         return f"{count(cores(), 'core')}; {versions}"
-    free, whole = torch.cuda.mem_get_info(device)
+    free, whole = map(size_words, torch.cuda.mem_get_info(device))
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return (
-        f"capability {capability}, {size_words(free)} of {size_words(whole)} free; {versions}, "
-        f"CUDA {torch.version.cuda}"
-    )
+    return f"capability {capability}, {free} of {whole} free; {versions}, CUDA {torch.version.cuda}"

@@ -5,8 +5,8 @@ Part of it are drills: trials diverge, memory runs out, a step cannot be recorde
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,7 +72,12 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
     expected = job.run(data, chunk).curves
     small = _SmallMemory if device.type == "cpu" else Job
     job = small(**{name: getattr(job, name) for name in ("seed", "epochs", "horizon", "backend", "scoring")})
-    with _memory_limit(device) if device.type == "cuda" else nullcontext():
+    with ExitStack() as limits:
+        if device.type == "cuda":  # so much, beyond what its tensors take
+            torch.cuda.empty_cache()
+            taken, (_, whole) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
+            limits.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
+            torch.cuda.set_per_process_memory_fraction((taken + _LIMIT) / whole, device)
         outcomes = run_in_parts(job, data, chunk)
     if not job.fits.trials:
         raise RuntimeError("memory did not run out")
@@ -82,18 +87,6 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
             raise outcome.error()
         curves[list(outcome.index)] = outcome.curves
     return difference(torch.from_numpy(curves), torch.from_numpy(expected))
-
-
-@contextmanager
-def _memory_limit(device: torch.device) -> Iterator[None]:
-    """Let this process have so much of a GPU's memory inside, beyond what its tensors take."""
-    torch.cuda.empty_cache()
-    _, whole = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + _LIMIT) / whole, device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def recording_fails(device: torch.device, _backend: Backend) -> float:
@@ -211,12 +204,13 @@ def _hypergradient(mode: Mode, other: Mode, device: torch.device, _backend: Back
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(0)
         module = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double().to(device)
+    batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)]
     slopes = []
     for each in (mode, other):
         result = hypergradient(
             module,
             functional.cross_entropy,
-            [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)],
+            batches,
             (x[32:], y[32:]),
             hyperparameters={"lr": 0.1, "weight_decay": 0.01},
             optimizer="adamw",
@@ -237,11 +231,8 @@ def _by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
 
 def _second_gpu(device: torch.device, backend: Backend) -> float:
     """Members on each of the other GPUs from the plain loop."""
-    others = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
-    differences = [
-        from_plain_loop(CASES["adamw"], other, backend) for other in others if other.index != (device.index or 0)
-    ]
-    return max(differences, default=0.0)
+    others = (torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != (device.index or 0))
+    return max((from_plain_loop(CASES["adamw"], other, backend) for other in others), default=0.0)
 
 
 LAWS: tuple[Law, ...] = (

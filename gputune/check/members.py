@@ -79,18 +79,16 @@ def train_plainly(
             outputs = forward(x[batch], epoch, number)
             if present is not None:
                 outputs = outputs.masked_fill(~present, -math.inf)
-            loss = (weights[batch] * _losses(outputs, y[batch])).sum() / weights[batch].sum()
+            if y.is_floating_point():
+                losses = (outputs.view(len(batch)) - y[batch]) ** 2
+            else:
+                losses = functional.cross_entropy(outputs, y[batch], reduction="none")
+            loss = (weights[batch] * losses).sum() / weights[batch].sum()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             step += 1
     return module.eval()
-
-
-def _losses(outputs: Tensor, y: Tensor) -> Tensor:
-    if y.is_floating_point():
-        return (outputs.view(len(y)) - y) ** 2
-    return functional.cross_entropy(outputs, y, reduction="none")
 
 
 def _optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -151,13 +149,12 @@ class Case:
         if self.task == "regression":
             center, scale = torch.linspace(0.1, 0.3, _FOLDS).double(), torch.linspace(1, 1.5, _FOLDS).double()
             y, target = ((numbers - center[:, None]) / scale[:, None]).to(self.dtype), numbers
-        folds = []
+        folds, each = [], torch.arange(_ROWS) % _FOLDS
         for f in range(_FOLDS):
-            train = torch.arange(_ROWS) % _FOLDS != f
+            train, valid = each != f, each == f
             if self.absent and f == 0:  # this fold learns nothing of the last class
                 train &= codes < _CLASSES - 1
-            positions = (mask.nonzero()[:, 0].to(device) for mask in (train, torch.arange(_ROWS) % _FOLDS == f))
-            folds.append(Fold(*positions))
+            folds.append(Fold(*(mask.nonzero()[:, 0].to(device) for mask in (train, valid))))
         if self.absent:
             present = torch.ones(_FOLDS, _CLASSES, dtype=torch.bool, device=device)
             present[0, -1] = False
@@ -200,8 +197,8 @@ class Case:
     def alone(self) -> dict[tuple[int, int], nn.Module]:
         """The network of each (fold, configuration), trained alone in double precision on the CPU."""
         data = self.data(torch.device("cpu"))
-        configs = enumerate(self.complete())
-        return {(f, c): self._alone(data, f, config) for c, config in configs for f in range(_FOLDS)}
+        places = product(range(_FOLDS), enumerate(self.complete()))
+        return {(f, c): self._alone(data, f, config) for f, (c, config) in places}
 
     def _alone(self, data: Dataset, fold: int, config: Config) -> nn.Module:
         rows = data.folds[fold].train
@@ -209,16 +206,14 @@ class Case:
         y = data.y[fold, rows].double() if self.task == "regression" else data.y[rows]
         weights = torch.ones(len(x)).double() if data.weights is None else data.weights[fold, rows].double()
         size = data.n_features, data.n_outputs
-        network = plain_module(*size) if self.module else plain_mlp(config, *size, seed=0)
+        if self.module:
+            module = build_module(Net, {}, Shape(*size), seed=0).double()
+            network: tuple[nn.Module, Forward] = module, lambda x, epoch, step: module(x)
+        else:
+            network = plain_mlp(config, *size, seed=0)
         present = None if data.present is None else data.present[fold]
         epochs = self.epochs, self.horizon
         return train_plainly(network, (x, y, weights), config, seed=0, epochs=epochs, present=present)
-
-
-def plain_module(n_features: int, n_outputs: int) -> tuple[nn.Module, Forward]:
-    """Return the module with its keyed start, and its outputs while it trains."""
-    module = build_module(Net, {}, Shape(n_features, n_outputs), seed=0).double()
-    return module, lambda x, epoch, step: module(x)
 
 
 def scoring_of(case: Case, name: str) -> Scoring:
