@@ -11,10 +11,13 @@ import gputune
 from gputune.errors import InputError
 from gputune.modules.construction import call_arguments
 from gputune.modules.hints import hint
+from problems import Linear
 
 SMALL = {"n_trials": 2, "cv": [(np.arange(20), np.arange(20, 30))] * 2, "max_epochs": 2, "verbose": 0}
 IDS = torch.randint(9, (30, 5), generator=torch.Generator().manual_seed(0))
 ROWS = torch.rand(30, 3, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.rand(30, 4, 4, 3, generator=torch.Generator().manual_seed(2))
+FIRST = IMAGES.permute(0, 3, 1, 2)  # the channels
 LABELS = np.arange(30) % 2
 
 
@@ -29,9 +32,9 @@ def changed(x, row, value):
 
 
 class Words(nn.Module):
-    def __init__(self, n_outputs):
+    def __init__(self, n_outputs, n_ids=9):
         super().__init__()
-        self.code, self.head = nn.Embedding(9, 4), nn.Linear(4, n_outputs)
+        self.code, self.head = nn.Embedding(n_ids, 4), nn.Linear(4, n_outputs)
 
     def forward(self, ids, weight=None):
         return self.head(self.code(ids).mean(1))
@@ -44,13 +47,76 @@ class Folded(Words):
         return self.head(self.code(ids.flatten()).view(len(ids), -1, 4).mean(1))
 
 
-class Columns(nn.Module):
-    def __init__(self, n_outputs):
-        super().__init__()
-        self.code, self.head = nn.Embedding(4, 4), nn.Linear(4, n_outputs)
-
+class Columns(Words):
     def forward(self, x):
         return self.head(self.code(x[:, 0].long()))
+
+
+class Image(nn.Module):
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(2, n_outputs)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class Lazy(nn.Module):
+    """Layers whose sizes the first rows give, of several inputs."""
+
+    def __init__(self, n_outputs, first=nn.Identity):
+        super().__init__()
+        self.first, self.conv, self.last = first(), nn.LazyConv2d(2, 3), nn.LazyLinear(n_outputs)
+
+    def forward(self, image, ids):
+        return self.last(torch.cat([self.conv(self.first(image)).mean((2, 3)), ids.float()], 1))
+
+
+class Sequence(nn.Sequential):
+    def __init__(self, n_outputs):
+        super().__init__(nn.Conv1d(3, 2, 3), nn.Flatten())
+
+
+class Axes(Linear):
+    def forward(self, x):
+        return super().forward(x)[:, None]
+
+
+class Both(Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Asks(nn.Linear):
+    def __init__(self, vocabulary, n_outputs):
+        super().__init__(3, n_outputs)
+
+
+class Unbegun(nn.Module):
+    def __init__(self, n_features):
+        self.size = n_features
+
+
+class Early(nn.Module):
+    def __init__(self, n_features):
+        self.head = nn.Linear(n_features, 2)
+
+
+class Divides(Linear):
+    def __init__(self, n_features, n_outputs, by=0.0):
+        super().__init__(n_features, n_outputs)
+        self.by = by
+
+    def forward(self, x):
+        return super().forward(x) / self.by
+
+
+def norm():
+    return nn.BatchNorm2d(1)
+
+
+UNBEGUN = r" does not call super\(\).__init__\(\); let it do so first"
+LAZY = r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"
 
 
 @pytest.mark.parametrize(
@@ -63,24 +129,59 @@ class Columns(nn.Module):
         (Words, {"ids": changed(IDS, 3, 9), "weight": ROWS}, r"X\['ids'\] has the id 9 in row 3"),
         (Words, changed(IDS.repeat(1, 20), 8, 9), "X has the id 9 in row 8"),
         (Folded, changed(IDS, 3, 9), "X has the id 9, and the embedding 'code'"),
-        (Columns, IDS.double(), "makes the id -1 .* pass a tensor of integers, .* numbers='none', which leaves codes"),
+        (partial(Columns, n_ids=4), IDS.double(), "makes the id -1 .* a tensor of integers, .* which leaves codes"),
         (Words, IDS.numpy(), "For token ids pass a tensor of integers"),
+        (Words, IDS.to(torch.int16), r"begin the forward with x.long\(\)"),
+        (Image, IMAGES, r"channels of X seem to come last, .* X.transpose\(0, 3, 1, 2\)"),
+        (Image, IMAGES[..., 0], r"X lacks the axis of the channels, .* after the rows: pass X\[:, None\]"),
+        (Image, FIRST.mul(255).byte(), r"x.float\(\), or numbers='standard' makes floats of bytes"),
+        (Image, FIRST > 0.5, r"begin the forward with x.float\(\)\."),
+        (Image, FIRST.long(), r"Integers, .* come as they are: begin the forward with x.float\(\)\."),
+        (Image, IMAGES.flatten(1), r"a row of X is 48 numbers: pass X.reshape\(-1, channels, height, width\)"),
+        (Image, (IMAGES, IMAGES), "Several inputs are passed in order, .* leave y out"),
+        (Image, IDS.to(torch.uint8)[:, None, None, :3].expand(-1, 3, 3, -1), "numbers='standard'"),
+        (Sequence, IMAGES[:, 0].repeat(1, 3, 1), r"come last, .* X.transpose\(0, 2, 1\) of an array, X.permute"),
+        (partial(Lazy, first=norm), {"image": IMAGES[..., 0], "ids": IDS}, LAZY),
+        (Axes, ROWS, r"got \(20, 1, 2\) .* Axes beside the rows are to be pooled"),
+        (Both, ROWS, "got tuple .* return the first, or train them by training_step"),
+        (
+            Asks,
+            ROWS,
+            r"Asks\(vocabulary, n_outputs\) asks for 'vocabulary', .* 'module__vocabulary' .*functools.partial",
+        ),
+        (Unbegun, ROWS, f"an __init__ of Unbegun{UNBEGUN}"),
+        (Early, ROWS, f"an __init__ of Early{UNBEGUN}"),
     ],
 )
-def test_an_id_without_a_place_is_named(module, X, message):
+def test_what_a_module_does_not_take_is_named_with_a_remedy(module, X, message):
     with pytest.raises(InputError, match=message):
         tune(module, X)
+    assert hint("something else", [ROWS]) == ""
 
 
-def test_codes_that_fit_pass():
-    assert tune(Columns, (IDS % 4).double(), numbers="none").best_trial.score > 0
+def test_what_the_remedies_say_is_taken():
+    assert tune(partial(Columns, n_ids=4), (IDS % 4).double(), numbers="none").best_trial.score > 0
+    assert tune(Asks, ROWS, space={"module__vocabulary": [7]}).best_trial.score > 0
 
 
-class Picky(nn.Linear):
+def test_one_configuration_that_is_not_finite_is_a_result_and_all_are_refused():
+    with pytest.raises(InputError, match=r"Divides\(by=0.0\) gives outputs that are"):
+        tune(Divides, ROWS, space={"module__by": [0.0]})
+    study = tune(Divides, ROWS, space={"module__by": [1.0, 0.0]}, include_default=False)
+    assert sorted(trial.state for trial in study.trials) == ["complete", "failed"]
+
+
+@pytest.mark.parametrize("numbers", ["none", "standard"])
+def test_lazy_layers_of_several_inputs_get_their_sizes(numbers, tmp_path):
+    X = {"image": FIRST if numbers == "none" else FIRST.mul(255).byte(), "ids": IDS}
+    model = tune(Lazy, X, numbers=numbers).best_model()
+    model.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model", module=Lazy)
+    np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
+
+
+class Picky(Linear):
     """Fails on a row with a large number, which none of those has on which it is tried."""
-
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
 
     def forward(self, x):
         if bool((x > 50).any()):
@@ -98,6 +199,22 @@ def test_a_row_that_fails_in_one_fold_is_named(row, kind, epochs):
     )
     with pytest.raises(InputError, match=message):
         tune(Picky, X, y, cv=folds, numbers="none")
+
+
+class Codes(Words):
+    """An embedding whose ids are made of two columns, so that no single one tells of them."""
+
+    def forward(self, x):
+        return self.head(self.code((x[:, 0] * x[:, 1] + x[:, 2]).long()))
+
+
+def test_a_row_that_fails_for_stacked_members_is_named():
+    X = torch.zeros(100, 3)
+    X[50], X[60, :2], X[70, 2] = 1.5, 1, 1  # the sum of products is above 2 in row 50 alone
+    X[40:43] = 2 * torch.eye(3)
+    folds = [(np.arange(0, 40), np.arange(40, 50)), (np.arange(0, 60), np.arange(90, 100))]
+    with pytest.raises(InputError, match="raised IndexError in fold 1, .* fails on row 50 of X"):
+        tune(partial(Codes, n_ids=3), X, np.arange(100) % 2, cv=folds, numbers="none")
 
 
 class Tires(nn.Linear):
@@ -128,87 +245,9 @@ def test_a_failure_that_no_row_causes_names_the_configuration(evaluates, finding
         tune(Tires, ROWS, space=space, include_default=False, n_trials=1, max_epochs=9)
 
 
-class Codes(nn.Module):
-    """An embedding whose ids are made of two columns, so that no single one tells of them."""
-
-    def __init__(self, n_outputs):
-        super().__init__()
-        self.code, self.head = nn.Embedding(3, 4), nn.Linear(4, n_outputs)
-
-    def forward(self, x):
-        return self.head(self.code((x[:, 0] * x[:, 1] + x[:, 2]).long()))
-
-
-def test_a_row_that_fails_for_stacked_members_is_named():
-    X = torch.zeros(100, 3)
-    X[50], X[60, :2], X[70, 2] = 1, 1, 1  # the sum of products is 2 in row 50 alone
-    X[50] += 0.5
-    X[40], X[41], X[42] = torch.tensor([2.0, 0, 0]), torch.tensor([0, 2.0, 0]), torch.tensor([0, 0, 2.0])
-    folds = [(np.arange(0, 40), np.arange(40, 50)), (np.arange(0, 60), np.arange(90, 100))]
-    with pytest.raises(InputError, match="Codes raised IndexError in fold 1, .* fails on row 50 of X"):
-        tune(Codes, X, np.arange(100) % 2, cv=folds, numbers="none")
-
-
-class Divides(nn.Linear):
-    def __init__(self, n_features, n_outputs, by=0.0):
-        super().__init__(n_features, n_outputs)
-        self.by = by
-
-    def forward(self, x):
-        return super().forward(x) / self.by
-
-
-def test_outputs_that_are_not_finite_from_the_first_step_are_refused():
-    with pytest.raises(InputError, match=r"model: Divides\(module__by=0.0\)|Divides\(by=0.0\) gives outputs that are"):
-        tune(Divides, ROWS, space={"module__by": [0.0]})
-
-
-def test_one_configuration_that_is_not_finite_is_a_result():
-    study = tune(Divides, ROWS, space={"module__by": [1.0, 0.0]}, include_default=False)
-    assert sorted(trial.state for trial in study.trials) == ["complete", "failed"]
-
-
-class Asks(nn.Linear):
-    def __init__(self, vocabulary, n_outputs):
-        super().__init__(3, n_outputs)
-
-
-def test_an_argument_that_nothing_gives_is_named_with_its_remedies():
-    message = r"Asks\(vocabulary, n_outputs\) asks for 'vocabulary', .* 'module__vocabulary' into .* functools.partial"
-    with pytest.raises(InputError, match=message):
-        tune(Asks, ROWS)
-    assert tune(Asks, ROWS, space={"module__vocabulary": [7]}).best_trial.score > 0
-
-
-class Unbegun(nn.Module):
-    def __init__(self, n_features):
-        self.size = n_features
-
-
-class Early(nn.Module):
-    def __init__(self, n_features):
-        self.head = nn.Linear(n_features, 2)
-
-
 class Bare(nn.Module):
     def forward(self, x):
         return x
-
-
-@pytest.mark.parametrize("module", [Unbegun, Early])
-def test_a_module_that_torch_has_not_begun_is_named(module):
-    message = rf"an __init__ of {module.__name__} does not call super\(\).__init__\(\); let it do so first"
-    with pytest.raises(InputError, match=message):
-        tune(module, ROWS)
-
-
-def test_a_module_without_an_init_of_its_own_gets_no_arguments():
-    assert call_arguments(Bare, {"n_features": 3, "n_outputs": 2}, {}) == {}
-    assert call_arguments(lambda **sizes: Bare(), {"n_features": 3}, {}) == {"n_features": 3}
-    sizes = {"n_features": 3, "n_outputs": 2, "input_shape": (3,)}
-    assert call_arguments(Passing, sizes, {"width": 2}) == {"n_outputs": 2, "width": 2}
-    with pytest.raises(InputError, match="module__size is no argument of Bare"):
-        call_arguments(Bare, {}, {"size": 3})
 
 
 class Wide(nn.Module):
@@ -223,102 +262,10 @@ class Passing(Wide):
         super().__init__(*args, **words)
 
 
-class Outputs(nn.Module):
-    def __init__(self, n_features):
-        super().__init__()
-        self.body = nn.Linear(n_features, 6)
-
-
-class Axes(Outputs):
-    def forward(self, x):
-        return self.body(x).view(-1, 2, 3)
-
-
-class Both(Outputs):
-    def forward(self, x):
-        return self.body(x)[:, :2], x
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (Axes, r"got \(20, 2, 3\) .* Axes beside the rows are to be pooled"),
-        (Both, "got tuple .* return the first, or train them by training_step"),
-    ],
-)
-def test_outputs_of_another_shape_come_with_both_shapes_and_a_remedy(module, message):
-    with pytest.raises(InputError, match=message):
-        tune(module, ROWS)
-
-
-IMAGES = torch.rand(30, 4, 4, 3, generator=torch.Generator().manual_seed(2))
-
-
-class Image(nn.Module):
-    def __init__(self, n_outputs):
-        super().__init__()
-        self.body, self.head = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(2, n_outputs)
-
-    def forward(self, x):
-        return self.head(self.body(x).mean((2, 3)))
-
-
-@pytest.mark.parametrize(
-    ("X", "message"),
-    [
-        (IMAGES, r"channels of X seem to come last, .* X.transpose\(0, 3, 1, 2\)"),
-        (IMAGES[..., 0], r"X lacks the axis of the channels, .* after the rows: pass X\[:, None\]"),
-        (IMAGES.permute(0, 3, 1, 2).mul(255).byte(), r"x.float\(\), or numbers='standard' makes floats of bytes"),
-        (IMAGES.permute(0, 3, 1, 2) > 0.5, r"begin the forward with x.float\(\)\."),
-        (IMAGES.permute(0, 3, 1, 2).long(), r"Integers, .* come as they are: begin the forward with x.float\(\)\."),
-        (IMAGES.flatten(1), r"a row of X is 48 numbers: pass X.reshape\(-1, channels, height, width\)"),
-        ((IMAGES, IMAGES), "Several inputs are passed in order, .* leave y out"),
-        (IDS.to(torch.uint8)[:, None, None, :3].expand(-1, 3, 3, -1), "numbers='standard'"),
-    ],
-)
-def test_what_a_convolution_does_not_take_comes_with_a_remedy(X, message):
-    with pytest.raises(InputError, match=message):
-        tune(Image, X)
-
-
-class Lazy(nn.Module):
-    """Layers whose sizes the first rows give, of several inputs."""
-
-    def __init__(self, n_outputs, first=nn.Identity):
-        super().__init__()
-        self.first, self.conv, self.last = first(), nn.LazyConv2d(2, 3), nn.LazyLinear(n_outputs)
-
-    def forward(self, image, ids):
-        return self.last(torch.cat([self.conv(self.first(image)).mean((2, 3)), ids.float()], 1))
-
-
-@pytest.mark.parametrize("numbers", ["none", "standard"])
-def test_lazy_layers_of_several_inputs_get_their_sizes(numbers, tmp_path):
-    image = IMAGES.permute(0, 3, 1, 2)
-    X = {"image": image if numbers == "none" else image.mul(255).byte(), "ids": IDS}
-    model = tune(Lazy, X, numbers=numbers).best_model()
-    model.save(tmp_path / "model")
-    loaded = gputune.load_model(tmp_path / "model", module=Lazy)
-    np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
-
-
-def norm():
-    return nn.BatchNorm2d(1)
-
-
-def test_what_lazy_layers_do_not_take_comes_with_a_remedy():
-    with pytest.raises(InputError, match=r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"):
-        tune(partial(Lazy, first=norm), {"image": IMAGES[..., 0], "ids": IDS})
-
-
-def test_sequences_with_their_channels_last_come_with_a_remedy():
-    with pytest.raises(InputError, match=r"come last, .* X.transpose\(0, 2, 1\) of an array, X.permute"):
-        tune(
-            lambda n_outputs: nn.Sequential(nn.Conv1d(3, 2, 3), nn.Flatten()), IMAGES[:, 0].contiguous().repeat(1, 3, 1)
-        )
-
-
-def test_narrow_ids_come_with_a_remedy():
-    with pytest.raises(InputError, match=r"begin the forward with x.long\(\)"):
-        tune(Words, IDS.to(torch.int16))
-    assert hint("something else", [ROWS]) == ""
+def test_a_module_without_an_init_of_its_own_gets_no_arguments():
+    assert call_arguments(Bare, {"n_features": 3, "n_outputs": 2}, {}) == {}
+    assert call_arguments(lambda **sizes: Bare(), {"n_features": 3}, {}) == {"n_features": 3}
+    sizes = {"n_features": 3, "n_outputs": 2, "input_shape": (3,)}
+    assert call_arguments(Passing, sizes, {"width": 2}) == {"n_outputs": 2, "width": 2}
+    with pytest.raises(InputError, match="module__size is no argument of Bare"):
+        call_arguments(Bare, {}, {"size": 3})

@@ -22,7 +22,7 @@ from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
 from gputune.population.population import populations
 from gputune.scoring.scoring import make_scoring
-from problems import data_of, fill, grid, largest_difference, make_data, rows_of, shape_of
+from problems import Linear, Net, data_of, fill, grid, largest_difference, make_data, rows_of, shape_of
 from refused import refused
 
 
@@ -60,21 +60,18 @@ class Double(torch.autograd.Function):
         return 2 * slope
 
 
-class WithFunction(nn.Linear):
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
-
+class WithFunction(Linear):
     def forward(self, x):
         return Double.apply(super().forward(x))
 
 
-class WithHook(nn.Linear):
+class WithHook(Linear):
     def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)
         self.weight.register_hook(lambda slope: slope.clamp(-0.01, 0.01))
 
 
-class InPlace(nn.Linear):
+class InPlace(Linear):
     """Writes into a buffer at a place that the data say."""
 
     def __init__(self, n_features, n_outputs):
@@ -87,7 +84,7 @@ class InPlace(nn.Linear):
         return super().forward(x)
 
 
-class Annealed(nn.Linear):
+class Annealed(Linear):
     """Counts its steps in a number of its own, which evaluation reads too."""
 
     def __init__(self, n_features, n_outputs):
@@ -99,18 +96,15 @@ class Annealed(nn.Linear):
         return super().forward(x) / (1 + 0.1 * self.step)
 
 
-class Normal(nn.Linear):
+class Normal(Linear):
     """Gives its weights other memory, and decides by a number that it draws."""
-
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
 
     def forward(self, x):
         self.weight.data = nn.functional.normalize(self.weight.data, dim=1)
         return super().forward(x * 2 if self.training and torch.rand(()) < 0.5 else x)
 
 
-class Remembering(nn.Linear):
+class Remembering(Linear):
     """Its outputs depend on how many minibatches a list has seen."""
 
     def __init__(self, n_features, n_outputs):
@@ -151,6 +145,13 @@ def looped(build, configs, data):
     return LoopedModule(build, configs, shape_of(data), seed=0, traits=traits)
 
 
+def plain(build, data, config, epochs):
+    """The module of fold 1 that a plain loop trains."""
+    x, y, weights = rows_of(data, 1)
+    build = partial(build, n_features=data.n_features, n_outputs=data.n_outputs)
+    return reference.train_module(build, x, y, config, epochs=epochs, weights=weights)
+
+
 OPTIMIZERS = ("nesterov", "adamw", "adamhd", "NAdam")
 SHORT = [("control flow", name) for name in OPTIMIZERS] + [(name, "adamw") for name in MODULES]
 
@@ -165,9 +166,7 @@ def test_a_member_equals_its_plain_loop(name, optimizer):
         configs = list(population.configs)
         trained = train(looped(build, configs, data), data, configs, seed=0, epochs=4, horizon=4)
         for c, config in enumerate(configs):
-            x, y, weights = rows_of(data, 1)
-            plain = partial(build, n_features=data.n_features, n_outputs=data.n_outputs)
-            alone = reference.train_module(plain, x, y, config, epochs=4, weights=weights)
+            alone = plain(build, data, config, 4)
             assert largest_difference(trained.member(1, c), alone) <= 1e-8
             assert getattr(trained.member(1, c), "step", 0) == getattr(alone, "step", 0)
 
@@ -182,10 +181,7 @@ def test_a_parameter_that_a_step_does_not_use_is_left_as_it_is(optimizer):
     begun = train(looped(Dropping, configs, data), data, configs, seed=0, epochs=2, horizon=5)
     words = {"seed": 0, "epochs": 5, "horizon": 5, "begin": begun.state}
     trained = train(looped(Dropping, configs, data), data, configs, **words)
-    x, y, _ = rows_of(data, 1)
-    plain = partial(Dropping, n_features=data.n_features, n_outputs=data.n_outputs)
-    alone = reference.train_module(plain, x, y, configs[0], epochs=5)
-    assert largest_difference(trained.member(1, 0), alone) <= 1e-8
+    assert largest_difference(trained.member(1, 0), plain(Dropping, data, configs[0], 5)) <= 1e-8
 
 
 class Turning(nn.Module):
@@ -400,11 +396,8 @@ def noisy_step(module, batch):
 
 
 def test_a_training_step_that_draws_has_the_same_draws_alone_and_stacked():
-    def build(n_features, n_outputs):
-        return nn.Sequential(nn.Linear(n_features, 8), nn.ReLU(), nn.Linear(8, n_outputs))
-
     words = {"training_step": noisy_step, "scoring": "neg_log_loss"}
-    found = [search(build, backend=backend, **words).curves for backend in ("loop", "loop", "stacked")]
+    found = [search(Net, backend=backend, **words).curves for backend in ("loop", "loop", "stacked")]
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_allclose(found[0], found[2], rtol=1e-5)
 
@@ -413,7 +406,7 @@ def test_a_training_step_that_decides_by_a_draw_trains_one_by_one(capsys):
     def step(module, batch):
         return noisy_step(module, batch) * (2 if torch.rand(()).item() < 0.5 else 1)
 
-    search(partial(nn.Linear, in_features=4, out_features=3), training_step=step, verbose=1)
+    search(Linear, training_step=step, verbose=1)
     assert "it draws random numbers and decides by a number of a tensor" in capsys.readouterr().err
 
 
@@ -426,32 +419,26 @@ def test_a_search_says_what_trains_one_by_one_and_why(capsys):
     assert isinstance(study.best_model().module, Gated)
 
 
-def test_both_ways_give_the_same_search():
-    one, other = (search(Free, backend=word) for word in ("stacked", "loop"))
-    for a, b in zip(one.trials, other.trials):
-        np.testing.assert_allclose(a.fold_scores, b.fold_scores)
-
-
-class Free(nn.Linear):
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
-
-
-def test_what_cannot_be_had_is_refused():
-    with pytest.raises(InputError, match="backend='stacked': the members of Gated cannot be stacked: .*backend='auto'"):
-        search(Gated, backend="stacked")
-    with pytest.raises(InputError, match="backend='loop' trains the members of a user's module"):
-        search("mlp", backend="loop")
-    with pytest.raises(InputError, match="Gated trains one by one, since.*Hypergradients need members"):
-        search(Gated, method="hypergradient", space={"lr": loguniform(1e-3, 1e-1)})
-    with pytest.raises(InputError, match="backend='stacked': torch.optim.RAdam takes the steps of one member"):
-        search(Free, backend="stacked", optimizer="RAdam")
-    with pytest.raises(InputError, match="cannot differentiate what trial 0 has: optimizer='RAdam'"):
-        search(Free, method="hypergradient", optimizer="RAdam")
-    with pytest.raises(InputError, match="trial 0 has: optimizer__eps=1e-06, which torch.optim's own class"):
-        search(Free, method="hypergradient", space={"optimizer__eps": [1e-6], "lr": [1e-3]})
-    with pytest.raises(InputError, match="torch.optim.RAdam takes the steps .*model='mlp' trains all members"):
-        search("mlp", space={"optimizer": ["adam", "RAdam"]})
+@pytest.mark.parametrize(
+    ("model", "words", "message"),
+    [
+        (Gated, {"backend": "stacked"}, "backend='stacked': the members of Gated cannot be stacked: .*backend='auto'"),
+        ("mlp", {"backend": "loop"}, "backend='loop' trains the members of a user's module"),
+        (Gated, {"method": "hypergradient", "space": {"lr": loguniform(1e-3, 1e-1)}},
+         "Gated trains one by one, since.*Hypergradients need members"),
+        (Linear, {"backend": "stacked", "optimizer": "RAdam"},
+         "backend='stacked': torch.optim.RAdam takes the steps of one member"),
+        (Linear, {"method": "hypergradient", "optimizer": "RAdam"},
+         "cannot differentiate what trial 0 has: optimizer='RAdam'"),
+        (Linear, {"method": "hypergradient", "space": {"optimizer__eps": [1e-6], "lr": [1e-3]}},
+         "trial 0 has: optimizer__eps=1e-06, which torch.optim's own class"),
+        ("mlp", {"space": {"optimizer": ["adam", "RAdam"]}},
+         "torch.optim.RAdam takes the steps .*model='mlp' trains all members"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_had_is_refused(model, words, message):
+    with pytest.raises(InputError, match=message):
+        search(model, **words)
 
 
 def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
@@ -462,7 +449,7 @@ def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
         "lr": [1e-3, 1e-1],
     }
     words = {"space": space, "n_trials": 8, "method": "halving", "study": tmp_path / "study.db", "verbose": 1}
-    study = search(Free, **words)
+    study = search(Linear, **words)
     said = capsys.readouterr().err
     for name in ("RAdam", "Adam"):
         sentence = f"trials train one by one, since torch.optim.{name} takes the steps of one member at a time"
@@ -470,9 +457,9 @@ def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
     assert "8 trials in 8 chunks of 1" in said and ", one by one" in said
     again = gputune.Study.open(tmp_path / "study.db")
     assert [t.params for t in again.trials] == [t.params for t in study.trials]
-    assert search(Free, **words, include=[{"optimizer": "RAdam", "lr": 3e-3}]).best_score >= study.best_score
+    assert search(Linear, **words, include=[{"optimizer": "RAdam", "lr": 3e-3}]).best_score >= study.best_score
     model = again.best_model(*rows())
     alone = next(t for t in study.trials if t.params["optimizer"] == "RAdam")
-    assert isinstance(model.module, Free) and alone.params["optimizer__betas"] in space["optimizer__betas"]
+    assert isinstance(model.module, Linear) and alone.params["optimizer__betas"] in space["optimizer__betas"]
     again.report(tmp_path / "page.html")
     assert "optimizer__betas" in (tmp_path / "page.html").read_text()
