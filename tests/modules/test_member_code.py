@@ -34,44 +34,16 @@ STEPS = {
     "a copy of another type": lambda t, x: t.add_((x > t).to(x.dtype)),
     "arithmetic": lambda t, x: t.copy_((2 - x) / (x + 3) - x.neg().abs() * x.square() + x**3 + (x + 1) ** 0.3),
     "functions": lambda t, x: t.copy_(
-        x.exp()
-        + (x + 1).log()
-        + (x + 1).sqrt()
-        + (x + 1).rsqrt()
-        + (x + 1).log2()
-        + x.log1p()
-        + x.expm1()
-        + x.expm1()
+        sum(getattr(torch, name)(x + 1) for name in "exp log sqrt rsqrt log2 log1p expm1 sin cos erf".split())
         + (9 * x).floor()
-        + x.sin()
-        + x.cos()
-        + x.erf()
     ),
     "activations": lambda t, x: t.copy_(
-        x.tanh()
-        + x.sigmoid()
-        + F.silu(x)
-        + F.gelu(x)
-        + F.relu(x)
-        + x.clamp_min(-0.1)
-        + x.clamp_max(0.1)
-        + F.mish(30 * x)
-        + F.selu(x)
-        + F.leaky_relu(x)
-        + F.softplus(x, 20, 9)
-        + F.elu(x, 0.5)
-        + F.leaky_relu(x)
-        + F.softplus(x, 20, 9)
+        sum(f(x) for f in (torch.tanh, torch.sigmoid, F.silu, F.gelu, F.relu, F.selu, F.leaky_relu))
+        + x.clamp_min(-0.1) + x.clamp_max(0.1) + F.mish(30 * x) + F.softplus(x, 20, 9) + F.elu(x, 0.5)
     ),
     "slopes": lambda t, x: t.copy_(
-        slope(torch.tanh, x)
-        + slope(torch.sigmoid, x)
-        + slope(F.gelu, x)
-        + slope(F.relu, x)
-        + torch.ops.aten.mish_backward(x, 30 * x)
-        + slope(F.leaky_relu, x)
-        + slope(lambda v: F.softplus(v, 20, 9), x)
-        + slope(F.selu, x)
+        sum(slope(f, x) for f in (torch.tanh, torch.sigmoid, F.gelu, F.relu, F.leaky_relu, F.selu))
+        + slope(lambda v: F.softplus(v, 20, 9), x) + torch.ops.aten.mish_backward(x, 30 * x)
     ),
     "conditions": lambda t, x: t.copy_(torch.where((x > 0) & ~(x > 0.5), x, -x).masked_fill(x.eq(x[0, 0]), 7.0)),
     "moments": lambda t, x: t.lerp_(x, 0.1).addcmul_(x, x, value=2.0).lerp_(x, x),
@@ -105,7 +77,7 @@ STEPS = {
     ),
     "remainders": lambda t, x: t.copy_(x + torch.remainder(IDS[:, :1] * 7 - 5, 3)),
     "long passes": lambda t, x: BIG.mul_(0.9).add_(x[0, 0]).addcmul_(BIG, BIG).sub_(t.fill_(0.5)[0, 0]),
-}
+}  # fmt: skip
 
 
 def taken(step, memories, kernels):
