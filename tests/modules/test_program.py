@@ -122,9 +122,8 @@ class Small(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(n_features, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n_outputs)
-        )
+        first = nn.Linear(n_features, 8), nn.LayerNorm(8), nn.GELU()
+        self.body = nn.Sequential(*first, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n_outputs))
 
     def forward(self, x):
         return self.body(x)
@@ -164,12 +163,18 @@ def chunk_of(data, configs, *, recorded, module=Small):
     return StackedChunk(network, data, configs, seed=0, horizon=9, scoring=scoring, recorded=recorded)
 
 
-def test_attention_is_recorded():
-    data = make_data()
+def recorded_as_eager(data, configs, module=Small, *, epochs=4, stays=None):
+    """Assert that recorded steps give the bits of those as they are; return their chunk. Trials leave after two."""
     with torch.no_grad():
-        chunk = chunk_of(data, fill({"batch_size": 9}), recorded=True, module=Attending)
-        chunk.advance(0)
-    assert chunk.steps.begun
+        found, expected = (chunk_of(data, configs, recorded=recorded, module=module) for recorded in (True, False))
+        for epoch in range(epochs):
+            for chunk in (found, expected):
+                chunk.advance(epoch)
+            assert torch.equal(found.flat, expected.flat)
+            if epoch == 1 and stays:
+                for chunk in (found, expected):
+                    chunk.keep(np.array(stays))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -178,19 +183,9 @@ def test_attention_is_recorded():
 )
 def test_a_module_trains_to_the_same_bits(task, optimizer, monkeypatch):
     monkeypatch.setattr(CpuRecorder, "repays", 1)
+    rates = ({"optimizer": optimizer, "lr": rate, "weight_decay": rate, "batch_size": 9} for rate in (1e-3, 1e-2, 0.1))
     data = make_data(task, weights=task == "regression")
-    configs = fill(
-        *({"optimizer": optimizer, "lr": rate, "weight_decay": rate, "batch_size": 9} for rate in (1e-3, 1e-2, 0.1))
-    )
-    with torch.no_grad():
-        found, expected = (chunk_of(data, configs, recorded=recorded) for recorded in (True, False))
-        for epoch in range(4):
-            for chunk in (found, expected):
-                chunk.advance(epoch)
-            assert torch.equal(found.flat, expected.flat)
-            if epoch == 1:
-                for chunk in (found, expected):
-                    chunk.keep(np.array([True, False, True]))
+    found = recorded_as_eager(data, fill(*rates), stays=[True, False, True])
     assert found.steps.begun and len(found.slots) == 2
 
 
@@ -199,27 +194,14 @@ def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes)
     monkeypatch.setattr(CpuRecorder, "repays", 1)
     monkeypatch.setattr(draws, "_DRAW_BYTES", draw_bytes)
     data = make_data(folds=3)  # folds of 40 and 41 rows
-    with torch.no_grad():
-        found, expected = (
-            chunk_of(data, fill({"batch_size": 9}, {"batch_size": 9, "lr": 0.1}), recorded=recorded, module=Drawing)
-            for recorded in (True, False)
-        )
-        for epoch in range(4):
-            for chunk in (found, expected):
-                chunk.advance(epoch)
-            assert torch.equal(found.flat, expected.flat)
+    found = recorded_as_eager(data, fill({"batch_size": 9}, {"batch_size": 9, "lr": 0.1}), Drawing)
     assert len(found.steps.steps) == 2 and (found.draws.ahead < 5) == (draw_bytes < 1 << 20)
 
 
-def test_draws_by_other_numbers_are_made_in_the_step():
+def test_attention_is_recorded_and_draws_by_other_numbers_are_made_in_the_step():
     data, configs = make_data(), fill({"batch_size": 9})
-    with torch.no_grad():
-        found, expected = (
-            chunk_of(data, configs, recorded=recorded, module=DrawingByChances) for recorded in (True, False)
-        )
-        for chunk in (found, expected):
-            chunk.advance(0)
-    assert found.draws is None and torch.equal(found.flat, expected.flat)
+    assert recorded_as_eager(data, configs, Attending, epochs=1).steps.begun
+    assert recorded_as_eager(data, configs, DrawingByChances, epochs=1).draws is None
 
 
 class NothingNew(TorchDispatchMode):

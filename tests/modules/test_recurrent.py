@@ -42,19 +42,13 @@ def _states(end):
     return [end] if isinstance(end, torch.Tensor) else list(end)
 
 
-class Sequence(nn.Module):
-    """The columns of a row one after another, through a recurrent layer; the last output counts."""
+class Packed(nn.Module):
+    """The columns of a row one after another, packed; the last state counts."""
 
-    def __init__(self, n_features, n_outputs, kind=nn.GRU, **words):
+    def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.cell = kind(1, 4, batch_first=True, **words)
-        self.leave = nn.Linear(4 * (1 + words.get("bidirectional", False)), n_outputs)
+        self.cell, self.leave = nn.GRU(1, 4, batch_first=True), nn.Linear(4, n_outputs)
 
-    def forward(self, x):
-        return self.leave(self.cell(x[..., None])[0][:, -1])
-
-
-class Packed(Sequence):
     def forward(self, x):
         lengths = torch.full((len(x),), x.shape[1])
         packed = nn.utils.rnn.pack_padded_sequence(x[..., None], lengths, batch_first=True)
