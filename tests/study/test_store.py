@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -31,19 +32,34 @@ def path(tmp_path):
     return tmp_path / "study.db"
 
 
+@pytest.fixture
+def store(path):
+    """A study of five trials without a result."""
+    with Store.create(path, {"a": 1, "b": 2}) as store:
+        store.add_trials(candidates(range(5)))
+        yield store
+
+
+def damaged(words):
+    return pytest.raises(StudyCorruptError, match=words)
+
+
 def test_everything_comes_back_bit_for_bit_in_order_of_number(path):
     odd = result(1, curve=np.array([[math.nan, -0.0], [5e-324, math.inf]]), state="failed", score=math.nan)
+    detail = {"slope": {"lr": [[0.1, math.inf]]}, "usable": False, "rung": 3}
+    point = Candidate(3, {"lr": [0.1, 0.2]}, (0, 12))
     with Store.create(path, META) as store:
         store.add_trials(candidates([2, 0]))
-        store.add_trials(candidates([1]))
-        store.finish([odd, result(0)])
-    with Store.open(path) as store:
+        store.add_trials([point, *candidates([1])])
+        store.finish([odd, result(0, detail=detail), result(3, state="pruned")])
+    with Store.open(str(path)) as store:
         meta, rows = store.meta, store.trials()
-    assert list(meta) == list(META)
-    assert meta["weights"] == META["weights"]
+    assert list(meta) == list(META) and meta["weights"] == META["weights"]
     np.testing.assert_array_equal(meta["rows"], META["rows"])
-    assert [candidate for candidate, _ in rows] == candidates([0, 1, 2])
-    assert [found and bits(found) for _, found in rows] == [bits(result(0)), bits(odd), None]
+    assert [candidate for candidate, _ in rows] == [*candidates([0, 1, 2]), point]
+    wanted = [bits(result(0)), bits(odd), None, bits(result(3, state="pruned"))]
+    assert [found and bits(found) for _, found in rows] == wanted
+    assert rows[0][1].detail == detail and rows[3][1].detail == {}
 
 
 def test_rows_of_unlike_length_are_read_together_and_the_damaged_one_is_named(path):
@@ -52,40 +68,36 @@ def test_rows_of_unlike_length_are_read_together_and_the_damaged_one_is_named(pa
     with Store.open(path) as store:
         assert [bits(found) for found in store.results().values()] == list(map(bits, written))
     change(path, "UPDATE results SET best_epoch = 9 WHERE number = 137")
-    with Store.open(path) as store, pytest.raises(StudyCorruptError, match="result of trial 137 does not fit"):
+    with Store.open(path) as store, damaged("result of trial 137 does not fit"):
         store.results()
 
 
-def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(path):
-    with Store.create(path, {}) as store:
-        store.add_trials(candidates(range(3)))
-        store.finish([result(1)])
-        with refused(r"study\.db': trial 1 is there already and is never replaced; nothing"):
-            store.finish([result(0), result(1, score=9.0), result(2)])
-        with refused("trial 7 was never added; nothing was written"):
-            store.finish([result(0), result(7)])
-        assert [found and bits(found) for _, found in store.trials()] == [None, bits(result(1)), None]
-        store.finish([result(0), result(2)])  # the store goes on after an error
-        assert all(found for _, found in store.trials())
+def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(store):
+    store.finish([result(1)])
+    with refused(r"study\.db': trial 1 is there already and is never replaced; nothing"):
+        store.finish([result(0), result(1, score=9.0), result(2)])
+    with refused("trial 7 was never added; nothing was written"):
+        store.finish([result(0), result(7)])
+    assert [found and bits(found) for _, found in store.trials()] == [None, bits(result(1)), None, None, None]
+    store.finish([result(n) for n in (0, 2, 3, 4)])  # the store goes on after an error
+    assert all(found for _, found in store.trials())
 
 
-def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(path, monkeypatch):
+def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(store, path, monkeypatch):
     monkeypatch.setattr("gputune.scoring.outputs.KEPT_BYTES", 3 * 4 * 6)
     outputs = {n: Outputs(n + 1, np.full((3, 2), n, dtype=np.float32)) for n in range(5)}
-    scores = [0.1, 0.5, 0.1, 0.4, 0.1]
-    with Store.create(path, {}) as store:
-        store.add_trials(candidates(range(5)))
-        assert store.outputs(range(5)) == {}
-        for part in ([0, 1], [2, 3, 4]):
-            store.finish([result(n, score=scores[n]) for n in part], {n: outputs[n] for n in part})
-        found = store.outputs(range(5))
+    assert store.outputs(range(5)) == {}
+    for part in ([0, 1], [2, 3, 4]):
+        scores = dict(zip(range(5), [0.1, 0.5, 0.1, 0.4, 0.1]))
+        store.finish([result(n, score=scores[n]) for n in part], {n: outputs[n] for n in part})
+    found = store.outputs(range(5))
     assert found.keys() == {1, 3, 4}
     assert all(one.epoch == n + 1 and (one.values == n).all() for n, one in found.items())
     repair(path, path.with_name("whole.db"))
-    with Store.open(path.with_name("whole.db")) as store:
-        assert store.outputs(range(5)) == {} and len(store.trials()) == 5
+    with Store.open(path.with_name("whole.db")) as whole:
+        assert whole.outputs(range(5)) == {} and len(whole.trials()) == 5
     change(path, "UPDATE outputs SET epoch = 9 WHERE number = 3")
-    with Store.open(path) as store, pytest.raises(StudyCorruptError, match="row of outputs of trial 3 does not fit"):
+    with damaged("row of outputs of trial 3 does not fit"):
         store.outputs([3])
 
 
@@ -105,13 +117,9 @@ def test_a_result_that_contradicts_itself_is_refused(changed, message):
 
 def test_settings_of_the_file(path, durable):
     with Store.create(path, {}) as store:
-        pragma = lambda name: store._connection.execute(f"PRAGMA {name}").fetchone()[0]  # noqa: E731
-        assert pragma("application_id") == int.from_bytes(b"gptu", "big")
-        assert pragma("user_version") == 3
-        assert pragma("journal_mode") == "wal"
-        assert pragma("synchronous") == 2  # FULL
-        assert pragma("busy_timeout") == 30_000
-        assert pragma("foreign_keys") == 1 and pragma("trusted_schema") == 0
+        names = "application_id user_version journal_mode synchronous busy_timeout foreign_keys trusted_schema".split()
+        found = [store._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+        assert found == [int.from_bytes(b"gptu", "big"), 3, "wal", 2, 30_000, 1, 0]  # 2 is FULL
         strict = store._connection.execute("SELECT name FROM pragma_table_list WHERE strict").fetchall()
         assert {name for (name,) in strict} == {"meta", "trials", "plan", "results", "claims"}
 
@@ -123,24 +131,11 @@ def test_a_new_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
     assert calls == [("draft.db", False), (path.parent.name, True)]
 
 
-def test_details_and_origins_come_back(path):
-    detail = {"slope": {"lr": [[0.1, math.inf]]}, "usable": False, "rung": 3}
-    with Store.create(path, {}) as store:
-        store.add_trials([Candidate(0, {}, "random"), Candidate(1, {"lr": [0.1, 0.2]}, (0, 12))])
-        store.finish([result(0, detail=detail), result(1, state="pruned")])
-    with Store.open(path) as store:
-        (first, kept), (second, pruned) = store.trials()
-    assert (first.origin, second.origin, second.params) == ("random", (0, 12), {"lr": [0.1, 0.2]})
-    assert kept.detail == detail and pruned.detail == {} and pruned.state == "pruned"
-
-
 @pytest.mark.parametrize("what", ["folder removed", "folder moved", "file replaced"])
 def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
     """A result would seem to be kept, in a file that no name leads to."""
-    folder = tmp_path / "study"
-    folder.mkdir()
-    path = folder / "s.db"
-    with Store.create(path, META) as store:
+    (folder := tmp_path / "study").mkdir()
+    with Store.create(folder / "s.db", META) as store:
         store.add_trials(candidates(range(3)))
         store.finish([result(0)])
         if what == "folder removed":
@@ -148,8 +143,7 @@ def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
         elif what == "folder moved":
             folder.rename(tmp_path / "elsewhere")
         else:
-            Store.create(tmp_path / "other.db", META).close()
-            (tmp_path / "other.db").replace(path)
+            make_study(tmp_path / "other.db").replace(folder / "s.db")
         with pytest.raises(OSError, match="was removed, moved or replaced while .* where it was moved, put it"):
             store.finish([result(1)])
         if what == "folder moved":
@@ -166,33 +160,19 @@ def test_odd_file_names(tmp_path, name):
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def test_create_refuses_a_taken_path_and_a_missing_folder(path):
-    path.write_text("precious")
-    with refused(r"study='.*study\.db' exists already; open it, or give a path that is free"):
-        Store.create(path, {})
-    assert path.read_text() == "precious"
+def test_what_cannot_be_made_is_refused_and_leaves_nothing(path, monkeypatch):
     with refused(r"the folder '.*missing' does not exist; make it first"):
         Store.create(path.parent / "missing" / "study.db", {})
-
-
-def test_create_that_fails_leaves_nothing(path):
     with refused(r"meta\['scoring'\] holds"):
         Store.create(path, {"scoring": print})
     assert not list(path.parent.iterdir())
-
-
-def test_create_never_replaces_a_file_that_came_meanwhile(path, monkeypatch):
     link = os.link
-
-    def late(draft, path):
-        path.write_text("of another process")
-        link(draft, path)
-
-    monkeypatch.setattr(database.os, "link", late)
-    with refused("exists already"):
-        Store.create(path, {})
-    assert path.read_text() == "of another process"
-    assert len(list(path.parent.iterdir())) == 1
+    # Another process makes the file while ours is filled.
+    monkeypatch.setattr(database.os, "link", lambda draft, place: place.write_text("precious") and link(draft, place))
+    for _ in range(2):
+        with refused(r"study='.*study\.db' exists already; open it, or give a path that is free"):
+            Store.create(path, {})
+        assert path.read_text() == "precious" and len(list(path.parent.iterdir())) == 1
 
 
 def test_a_file_system_without_hard_links(path, monkeypatch):
@@ -217,39 +197,28 @@ def test_a_file_system_without_shared_memory_gets_a_rollback_journal_and_a_warni
         assert bits(store.trials()[0][1]) == bits(result(0))
 
 
-def test_a_study_that_may_not_be_written_is_read(path, monkeypatch):
+class NoSharedMemory:
+    """A connection to a study in a folder where SQLite can make no file."""
+
+    def execute(self, statement):
+        raise sqlite3.OperationalError("unable to open database file")
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("without_memory", [False, True])
+def test_a_study_that_may_not_be_written_is_read(path, monkeypatch, without_memory):
     make_study(path, 1, meta={"a": 1})
+    connect, before = database.connect, path.read_bytes()
     monkeypatch.setattr(database.os, "access", lambda *_: False)
-    before = path.read_bytes()
+    if without_memory:
+        monkeypatch.setattr(database, "connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode))
     with Store.open(path) as store:
         assert store.meta == {"a": 1} and len(store.trials()) == 1
         with pytest.raises(PermissionError, match=r"study\.db' may not be written"):
             store.finish([result(0)])
     assert path.read_bytes() == before
-
-
-def test_a_study_in_a_folder_where_nothing_can_be_made_is_read(path, monkeypatch):
-    make_study(path, meta={"a": 1})
-    connect = database.connect
-
-    class NoSharedMemory:
-        def execute(self, statement):
-            raise sqlite3.OperationalError("unable to open database file")
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(database.os, "access", lambda *_: False)
-    monkeypatch.setattr(database, "connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode))
-    with Store.open(path) as store:
-        assert store.meta == {"a": 1}
-
-
-def test_a_file_that_cannot_be_opened_is_no_damage(path):
-    make_study(path)
-    path.with_name("study.db-wal").mkdir()
-    with pytest.raises(OSError, match=r"study\.db': unable to open database file; check the disk, the rights"):
-        Store.open(path)
 
 
 FULL = """
@@ -283,39 +252,33 @@ def test_a_closed_study_is_read_where_nothing_can_be_written(path):
         store.add_trials(candidates([1]))
 
 
-def test_an_option_that_is_lost_is_named(path):
-    with Store.create(path, {"a": 1, "b": 2}) as store:
-        meta = store.meta
+def test_an_option_that_is_lost_is_named(store, path):
+    meta = store.meta
     change(path, "DELETE FROM meta WHERE key = 'b'")
-    with Store.open(path) as store:
-        held = store.meta
+    held = store.meta
     assert held == {"a": 1} and held.get("b") is None and meta == {"a": 1, "b": 2}
-    with pytest.raises(
-        StudyCorruptError, match=r"study\.db' has lost the option 'b' of its search\. Its trials can be"
-    ):
+    with damaged(r"study\.db' has lost the option 'b' of its search\. Its trials can be"):
         held["b"]
     assert pickle.loads(pickle.dumps(held)) == held
 
 
-def test_a_lock_that_is_held_too_long_is_named(path, monkeypatch):
+def test_a_lock_that_is_held_too_long_is_named(path, store, monkeypatch):
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
-    with Store.create(path, {}) as first, Store.open(path) as second:
-        first._connection.execute("BEGIN IMMEDIATE")
+    with Store.open(path) as second:
+        store._connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(TimeoutError, match=r"another process has held its lock for 0\.05 s; wait for it or end it"):
-            second.add_trials(candidates([0]))
-        first._connection.execute("ROLLBACK")
-        second.add_trials(candidates([0]))
+            second.add_trials(candidates([9]))
+        store._connection.execute("ROLLBACK")
+        second.add_trials(candidates([9]))
 
 
-def test_a_closed_store_and_another_thread_get_an_error_with_a_remedy(path):
-    store = Store.create(path, {})
+def test_a_closed_store_and_another_thread_get_an_error_with_a_remedy(store):
     raised = []
 
     def use():
-        try:
-            store.add_trials(candidates([0]))
-        except ValueError as error:
-            raised.append(str(error))
+        with pytest.raises(ValueError, match=r"cannot be used here: .* Open it again") as error:
+            store.finished()
+        raised.append(error)
 
     thread = threading.Thread(target=use)
     thread.start()
@@ -324,50 +287,59 @@ def test_a_closed_store_and_another_thread_get_an_error_with_a_remedy(path):
     store.close()
     use()
     assert len(raised) == 2
-    assert all("cannot be used here" in text and "Open it again" in text for text in raised)
 
 
-def test_files_that_are_no_study_of_this_version(path):
-    with pytest.raises(FileNotFoundError, match=r"there is no study file; check the path: '.*study\.db'"):
-        Store.open(path)
-    with pytest.raises(FileNotFoundError, match="no study file; this is a folder, give the file in it: "):
-        Store.open(path.parent)
-    path.touch()
-    with pytest.raises(FileNotFoundError, match=r"this is a folder, give .*/study\.db: "):
-        Store.open(path.parent)
-    with pytest.raises(StudyCorruptError, match=r"study\.db' is not .*: it is empty; remove it, or check the path"):
-        Store.open(path)
-    path.write_bytes(b"number,score\n1,2\n" * 20)
-    words = r"study\.db' is not a gputune study: it is no SQLite file; check the path\..* try gputune repair"
-    with pytest.raises(StudyCorruptError, match=words):
-        Store.open(path)
+def of_another_program(path):
     path.unlink()
-    with sqlite3.connect(path) as other:
+    with closing(sqlite3.connect(path)) as other, other:
         other.execute("CREATE TABLE studies (x)")
-    other.close()
-    with pytest.raises(StudyCorruptError, match="an SQLite file of another program; check the path"):
-        Store.open(path)
 
 
-OTHER_TABLES = "its tables are not those of a study"
+def as_folder(path):
+    path.rename(path.with_name("whole.db"))
+    path.mkdir()
+
+
+def as_folder_with_a_study(path):
+    as_folder(path)
+    path.with_name("whole.db").rename(path / "s.db")
+
+
+NO_FILE, CORRUPT, VERSION = FileNotFoundError, StudyCorruptError, StudyVersionError
+OTHER_TABLES = "is damaged: its tables are not those of a study"
 BEFORE = "of a gputune before its first release"
 
 
 @pytest.mark.parametrize(
-    ("statement", "error", "message"),
+    ("spoil", "error", "message"),
     [
-        ("PRAGMA user_version = 4", StudyVersionError, "format 4, this gputune reads up to 3; upgrade gputune"),
-        ("PRAGMA user_version = 1", StudyVersionError, f"format 1, {BEFORE}"),
-        ("PRAGMA user_version = 2", StudyVersionError, f"format 2, {BEFORE}"),
-        ("PRAGMA user_version = 0", StudyCorruptError, OTHER_TABLES),
-        ("DROP TABLE results", StudyCorruptError, OTHER_TABLES),
-        ("CREATE VIEW v AS SELECT 1", StudyCorruptError, OTHER_TABLES),
-        ("CREATE TRIGGER t AFTER INSERT ON results BEGIN DELETE FROM trials; END", StudyCorruptError, OTHER_TABLES),
+        (os.unlink, NO_FILE, r"there is no study file; check the path: '.*study\.db'"),
+        (as_folder, NO_FILE, "no study file; this is a folder, give the file in it: "),
+        (as_folder_with_a_study, NO_FILE, r"this is a folder, give .*/s\.db: "),
+        (lambda p: p.write_bytes(b""), CORRUPT, r"study\.db' is not .*: it is empty; remove it, or check the path"),
+        (
+            lambda p: p.write_bytes(b"number,score\n1,2\n" * 20), CORRUPT,
+            r"study\.db' is not a gputune study: it is no SQLite file; check the path\..* try gputune repair",
+        ),
+        (of_another_program, CORRUPT, "an SQLite file of another program; check the path"),
+        (
+            lambda p: p.with_name("study.db-wal").mkdir(), OSError,
+            r"study\.db': unable to open database file; check the disk, the rights",
+        ),
+        (lambda p: p.write_bytes(p.read_bytes().replace(b"seconds B", b"seconds\xa0B")), CORRUPT, OTHER_TABLES),
+        ("UPDATE results SET number = 5", CORRUPT, "is damaged: 1 results belong to no trial"),
+        ("PRAGMA user_version = 4", VERSION, "format 4, this gputune reads up to 3; upgrade gputune"),
+        ("PRAGMA user_version = 1", VERSION, f"format 1, {BEFORE}"),
+        ("PRAGMA user_version = 2", VERSION, f"format 2, {BEFORE}"),
+        ("PRAGMA user_version = 0", CORRUPT, OTHER_TABLES),
+        ("DROP TABLE results", CORRUPT, OTHER_TABLES),
+        ("CREATE VIEW v AS SELECT 1", CORRUPT, OTHER_TABLES),
+        ("CREATE TRIGGER t AFTER INSERT ON results BEGIN DELETE FROM trials; END", CORRUPT, OTHER_TABLES),
     ],
 )  # fmt: skip
-def test_a_file_with_other_tables_or_of_another_version_is_refused(path, statement, error, message):
-    make_study(path)
-    change(path, statement)
+def test_what_is_no_study_of_this_version_is_refused(path, spoil, error, message):
+    make_study(path, 2, [result(0)])
+    change(path, spoil) if isinstance(spoil, str) else spoil(path)
     with pytest.raises(error, match=message):
         Store.open(path)
 
@@ -375,24 +347,22 @@ def test_a_file_with_other_tables_or_of_another_version_is_refused(path, stateme
 @pytest.mark.parametrize(
     ("statement", "what"),
     [
-        ("UPDATE meta SET value = '1' WHERE key = 'seed'", "option 'seed' does not fit its checksum"),
-        ("UPDATE trials SET params = '{}'", "trial 0 does not fit its checksum"),
-        ("UPDATE trials SET origin = 'include'", "trial 0 does not fit its checksum"),
-        ("UPDATE results SET score = zeroblob(8)", "the result of trial 0 does not fit its checksum"),
-        ("UPDATE results SET best_epoch = 2", "the result of trial 0 does not fit its checksum"),
-        ("UPDATE results SET curve = substr(curve, 1, 16)", "the result of trial 0 does not fit its checksum"),
-        ("UPDATE results SET number = 1", "the result of trial 1 does not fit its checksum"),
+        ("UPDATE meta SET value = '1' WHERE key = 'seed'", "option 'seed'"),
+        ("UPDATE trials SET params = '{}'", "trial 0"),
+        ("UPDATE trials SET origin = 'include'", "trial 0"),
+        ("UPDATE results SET score = zeroblob(8)", "the result of trial 0"),
+        ("UPDATE results SET best_epoch = 2", "the result of trial 0"),
+        ("UPDATE results SET curve = substr(curve, 1, 16)", "the result of trial 0"),
+        ("UPDATE results SET number = 1", "the result of trial 1"),
     ],
 )  # fmt: skip
-def test_a_changed_value_is_never_returned(path, statement, what):
+@pytest.mark.parametrize("read", [Store.check, Store.trials])
+def test_a_changed_value_is_never_returned(path, statement, what, read):
     make_study(path, 2, [result(0)], META)
     change(path, statement)
-    with Store.open(path) as store, pytest.raises(StudyCorruptError, match=f"is damaged: {what}.* restore the file"):
+    with Store.open(path) as store, damaged(f"is damaged: {what} does not fit its checksum.* restore the file"):
         assert store.meta
-        store.check()
-    with Store.open(path) as store, pytest.raises(StudyCorruptError, match=what):
-        assert store.meta
-        store.trials()
+        read(store)
 
 
 SCORES = [0.5, float("nan"), 0.9, 0.7, 0.7, float("inf"), -1.0]
@@ -403,8 +373,7 @@ SCORES = [0.5, float("nan"), 0.9, 0.7, 0.7, float("inf"), -1.0]
 def test_what_is_counted_is_what_the_whole_study_has(path, scores, pruned):
     states = ["pruned" if number in pruned else "complete" for number in range(len(scores))]
     results = [result(n, score=s, state=states[n]) for n, s in enumerate(scores)]
-    make_study(path, 8, results, META)
-    study = Study.open(path)
+    study = Study.open(make_study(path, 8, results, META))
     with Store.open(path) as store:
         assert sorted(store.states()) == sorted((s, {}, n) for s, n in Counter(t.state for t in study.trials).items())
         finite = [trial.number for trial in study.ranking() if np.isfinite(trial.score)]
@@ -431,17 +400,3 @@ def test_what_was_read_once_is_not_read_again(path, monkeypatch):
         assert [found and found.state for _, found in store.trials()] == 3 * ["complete"] + 3 * [None]
         assert [chunk.number for chunk in store.plan()] == [0, 7]
     assert read == [4, 5, 0, 2, 7]
-
-
-def test_a_result_without_its_trial_is_damage(path):
-    make_study(path, 2, [result(0)])
-    change(path, "UPDATE results SET number = 5")
-    with pytest.raises(StudyCorruptError, match="is damaged: 1 results belong to no trial"):
-        Store.open(path)
-
-
-def test_a_schema_that_is_no_text_is_damage(path):
-    make_study(path)
-    path.write_bytes(path.read_bytes().replace(b"seconds BLOB", b"seconds\xa0BLOB"))
-    with pytest.raises(StudyCorruptError, match="is damaged: its tables are not those of a study"):
-        Store.open(path)
