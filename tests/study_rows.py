@@ -30,6 +30,13 @@ def bits(result):
     )  # fmt: skip
 
 
+def content(path):
+    """Everything that a study holds, in a form that compares bits: options, candidates, results, plan."""
+    with Store.open(path) as store:
+        rows = store.trials()
+        return store.meta, [c for c, _ in rows], {r.number: bits(r) for _, r in rows if r}, store.plan()
+
+
 def make_study(path, trials=0, results=(), meta=None):
     """Write a study of so many trials, some of which have results, and return its path."""
     with Store.create(path, meta or {}) as store:

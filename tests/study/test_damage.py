@@ -19,19 +19,16 @@ from gputune.study.ledger import open_ledger
 from gputune.study.repair import repair
 from gputune.study.rows import checksum
 from gputune.study.store import Chunk, Store
-from study_rows import bits, candidates, change, record, result
+from study_rows import bits, candidates, change, content, record, result
 
 META = {"model": "mlp", "seed": 0}
 CLEAR = r"study\.db' (is damaged: .* restore the file from a copy, or save|is not a gputune study: |has file format )"
 
 
-def content(path):
-    """Everything a study holds, in a form that compares bits; or the clear error's type."""
+def read(path):
+    """What the study holds; or the clear error's type."""
     try:
-        with Store.open(path) as store:
-            rows = store.trials()
-            held = [candidate for candidate, _ in rows], [r and bits(r) for _, r in rows]
-            return store.meta, *held, store.plan()
+        return content(path)
     except (StudyCorruptError, StudyVersionError) as error:
         assert re.search(CLEAR, str(error)), error
         return type(error)
@@ -52,59 +49,57 @@ def path(tmp_path):
 def test_the_file_cut_at_every_sector(path):
     with Store.create(path, META) as store:
         fill(store, 3)
-    whole, found = path.read_bytes(), content(path)
+    whole, found = path.read_bytes(), read(path)
     assert found[1] == candidates(range(3))
     for end in range(0, len(whole), 512):
         path.write_bytes(whole[:end])
-        assert content(path) in (StudyCorruptError, found), end
+        assert read(path) in (StudyCorruptError, found), end
     path.write_bytes(whole)
-    assert content(path) == found
+    assert read(path) == found
 
 
 def test_the_log_cut_at_every_sector_gives_the_commits_before(path, tmp_path):
-    prefixes, copies = [], tmp_path / "copy"
-    copies.mkdir()
-    copy = copies / "study.db"
+    prefixes, copy = [], tmp_path / "copy" / "study.db"
     with Store.create(path, META) as store:
         for n in range(3):
-            done = [bits(result(k, epochs=20)) for k in range(n)]
-            plan = [Chunk(k, 0, (k,), 1) for k in range(n)]
-            prefixes.append((META, candidates(range(n)), done, plan))
-            store.add_trials(candidates([n]))
-            prefixes.append((META, candidates(range(n + 1)), [*done, None], plan))
-            store.add_chunks([Chunk(n, 0, (n,), 1)])
-            prefixes.append((META, candidates(range(n + 1)), [*done, None], [*plan, Chunk(n, 0, (n,), 1)]))
-            store.finish([result(n, epochs=20)])
-        prefixes.append(content(path))
-        log = path.with_name("study.db-wal").read_bytes()
-        base = path.read_bytes()
+            for commit in (
+                lambda n: store.add_trials(candidates([n])),
+                lambda n: store.add_chunks([Chunk(n, 0, (n,), 1)]),
+                lambda n: store.finish([result(n, epochs=20)]),
+            ):
+                prefixes.append(read(path))
+                commit(n)
+        prefixes.append(read(path))
+        assert prefixes[-1] == (
+            META, candidates(range(3)), {n: bits(result(n, epochs=20)) for n in range(3)},
+            [Chunk(n, 0, (n,), 1) for n in range(3)],
+        )  # fmt: skip
+        log, base = path.with_name("study.db-wal").read_bytes(), path.read_bytes()
     seen = []
     for end in [*range(0, len(log), 512), len(log)]:
-        shutil.rmtree(copies)
-        copies.mkdir()
+        shutil.rmtree(copy.parent, ignore_errors=True)
+        copy.parent.mkdir()
         copy.write_bytes(base)
         copy.with_name("study.db-wal").write_bytes(log[:end])
-        seen.append(prefixes.index(content(copy)))
+        seen.append(prefixes.index(read(copy)))
     assert seen == sorted(seen) and set(seen) == set(range(len(prefixes)))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 10))])
 def test_a_flipped_bit_is_found_or_harmless(path, seed):
     with Store.create(path, META) as store:
         fill(store, 3)
-    whole, found = path.read_bytes(), content(path)
+    whole, found, got = path.read_bytes(), read(path), []
     rng = np.random.default_rng(seed)
-    errors = 0
     for position, bit in zip(rng.integers(0, len(whole), 100), rng.integers(0, 8, 100)):  # 1,000 in all
         flipped = bytearray(whole)
         flipped[position] ^= 1 << bit
         path.write_bytes(flipped)
         for rest in path.parent.glob("study.db-*"):
             rest.unlink()
-        got = content(path)
-        errors += isinstance(got, type)
-        assert isinstance(got, type) or got == found, (position, bit)
-    assert errors > 0
+        got.append(read(path))
+        assert isinstance(got[-1], type) or got[-1] == found, (position, bit)
+    assert any(isinstance(one, type) for one in got)
 
 
 def test_a_journal_beside_a_study_that_names_another_file_is_refused(path):
@@ -153,7 +148,7 @@ def test_nothing_of_a_study_is_unpickled(path, tmp_path, table):
             (row,) = raw.execute(f"SELECT * FROM {table} {first}")
             raw.execute(f"UPDATE {table} SET checksum = ? {first}", (checksum(*row[:-1]),))
         raw.commit()
-        content(path)
+        read(path)
         with Claims(path) as claims:
             claims.take(Chunk(0, 0, (0,), 1))
         with suppress(StudyCorruptError):

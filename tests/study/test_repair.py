@@ -16,7 +16,7 @@ from gputune.errors import StudyCorruptError
 from gputune.study.repair import RepairResult, _connect, repair
 from gputune.study.store import Chunk, Store
 from refused import refused
-from study_rows import bits, candidates, change, make_study, result
+from study_rows import bits, candidates, change, content, make_study, result
 
 META = {"model": "mlp", "seed": 0, "notes": ["a" * 300]}
 TRIALS = 60
@@ -34,25 +34,27 @@ def whole(tmp_path_factory):
     return path
 
 
-def content(path):
-    with Store.open(path) as store:
-        rows = store.trials()
-        return store.meta, [c for c, _ in rows], {r.number: bits(r) for _, r in rows if r}, store.plan()
-
-
-def is_part(found, whole):
-    """Whether a study holds nothing that the whole one does not hold."""
-    (meta, trials, results, plan), (all_meta, all_trials, all_results, all_plan) = found, whole
-    known = meta.items() <= all_meta.items() and results.items() <= all_results.items()
-    return known and all(c in all_trials for c in trials) and all(c in all_plan for c in plan)
-
-
 def saved(path, tmp_path):
     """Repair into a new file and return what it holds; every value must be one of the whole study."""
     out = tmp_path / "out.db"
     out.unlink(missing_ok=True)
     report = repair(path, out)
     return report, content(out)
+
+
+def losses(whole, tmp_path, files):
+    """What a repair of such files has lost of the whole study, by kind, and nothing else; None where it is refused."""
+    parts = meta, trials, results, plan = content(whole)
+    for raw in files:
+        (tmp_path / "study.db").write_bytes(raw)
+        try:
+            _, found = saved(tmp_path / "study.db", tmp_path)
+        except StudyCorruptError:
+            yield None
+            continue
+        assert found[0].items() <= meta.items() and found[2].items() <= results.items()
+        assert all(c in trials for c in found[1]) and all(c in plan for c in found[3])
+        yield [len(all_of) - len(kept) for all_of, kept in zip(parts, found)]
 
 
 def test_a_healthy_file_is_saved_whole(whole, tmp_path):
@@ -69,44 +71,23 @@ def test_a_healthy_file_is_saved_whole(whole, tmp_path):
 
 def test_a_lost_page_takes_the_rows_below_it_and_no_others(whole, tmp_path):
     raw, parts = whole.read_bytes(), content(whole)
-    path, refused, lost = tmp_path / "study.db", [], []
-    for page in range(len(raw) // 4096):
-        path.write_bytes(raw[: page * 4096] + bytes(4096) + raw[(page + 1) * 4096 :])
-        try:
-            _, found = saved(path, tmp_path)
-        except StudyCorruptError:
-            refused.append(page)
-            continue
-        assert is_part(found, parts)
-        lost.append([len(all_of) - len(kept) for all_of, kept in zip(parts, found)])
+    pages = range(0, len(raw), 4096)
+    first, *lost = losses(whole, tmp_path, (raw[:page] + bytes(4096) + raw[page + 4096 :] for page in pages))
     # The first page leads to all tables, the root of a table to all its rows, any other page to its own.
-    assert refused == [0]
+    assert first is None and None not in lost
     wholly = [sum(table[kind] == len(all_of) for table in lost) for kind, all_of in enumerate(parts)]
     assert wholly == [1, 1, 2, 2]  # without its candidates no result and no chunk is kept
     assert sum(0 < results_lost < 25 for _, _, results_lost, _ in lost) > 10
 
 
-def test_a_flipped_bit_never_changes_a_row(whole, tmp_path):
-    raw, parts = whole.read_bytes(), content(whole)
-    path, draw, lost = tmp_path / "study.db", random.Random(0), []
+def test_a_flipped_bit_never_changes_a_row_and_a_cut_leaves_what_is_before(whole, tmp_path):
+    raw, draw, files = whole.read_bytes(), random.Random(0), []
     for _ in range(30):
-        flipped = bytearray(raw)
-        flipped[draw.randrange(100, len(raw))] ^= 1 << draw.randrange(8)
-        path.write_bytes(flipped)
-        try:
-            _, found = saved(path, tmp_path)
-        except StudyCorruptError:  # the page that leads to all others
-            continue
-        assert is_part(found, parts)
-        lost.append(len(parts[2]) - len(found[2]))
-    assert sum(count <= 1 for count in lost) > 24
-
-
-def test_of_a_file_that_was_cut_what_is_left_is_saved(whole, tmp_path):
-    raw, (meta, _, results, _) = whole.read_bytes(), content(whole)
-    (tmp_path / "study.db").write_bytes(raw[: len(raw) // 2])
-    report, found = saved(tmp_path / "study.db", tmp_path)
-    assert found[0] == meta and 10 < report.finished < 58 and found[2].items() <= results.items()
+        files.append(bytearray(raw))
+        files[-1][draw.randrange(100, len(raw))] ^= 1 << draw.randrange(8)
+    *lost, cut = losses(whole, tmp_path, [*files, raw[: len(raw) // 2]])
+    assert sum(one is not None and one[2] <= 1 for one in lost) > 24  # else the page that leads to all others
+    assert cut[0] == 0 and 0 < cut[2] < 48
 
 
 def test_pages_in_a_circle_and_records_longer_than_the_file_are_left(tmp_path):
@@ -148,12 +129,10 @@ def test_lost_options_are_told(whole, tmp_path):
 
 def test_what_holds_nothing_is_refused_and_an_existing_file_too(whole, tmp_path):
     (tmp_path / "text").write_text("number,score\n" * 500)
-    with pytest.raises(
-        StudyCorruptError, match="text' holds no whole row of a study that can be reached; check the path"
-    ):
-        repair(tmp_path / "text", tmp_path / "new.db")
-    with pytest.raises(FileNotFoundError):
-        repair(tmp_path / "none", tmp_path / "new.db")
+    words = "text' holds no whole row of a study that can be reached; check the path"
+    for name, error in (("text", pytest.raises(StudyCorruptError, match=words)), ("none", pytest.raises(OSError))):
+        with error:
+            repair(tmp_path / name, tmp_path / "new.db")
     assert not (tmp_path / "new.db").exists()
     with refused("exists already"):
         repair(whole, tmp_path / "text")
@@ -173,8 +152,7 @@ def searched(tmp_path_factory):
 @pytest.fixture
 def folder(searched, tmp_path, monkeypatch):
     """A copy of it, in which commands run."""
-    shutil.copytree(searched, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.chdir(shutil.copytree(searched, tmp_path / "copy"))
     return tmp_path / "copy"
 
 
