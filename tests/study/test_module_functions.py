@@ -99,14 +99,16 @@ def test_a_builder_gets_what_its_signature_has():
         seen.append(sorted(words))
         return nn.Linear(words["n_features"], words["n_outputs"])
 
-    build_module(positional, {"width": 5}, Shape(3, 2, input_shape=(3,)), seed=0)
-    build_module(anything, {"width": 5}, Shape(3, 2), seed=0)
-    build_module(functools.partial(positional, n_outputs=4), {}, Shape(3, 2), seed=0)
-    build_module(counted, {}, Shape(3, 2), seed=0)
-    build_module(counted, {"num_classes": 1}, Shape(3, 2), seed=0)
-    build_module(functools.partial(counted, num_classes=4), {}, Shape(3, 2), seed=0)
-    sized = [(2, (3,), 5), ["n_features", "n_outputs", "width"], (4, (3,), 2)]
-    calls = [*sized, (2, 3), (1, 3), (4, 3)]
+    for builder, arguments in (
+        (positional, {"width": 5}),
+        (anything, {"width": 5}),
+        (functools.partial(positional, n_outputs=4), {}),
+        (counted, {}),
+        (counted, {"num_classes": 1}),
+        (functools.partial(counted, num_classes=4), {}),
+    ):
+        build_module(builder, arguments, Shape(3, 2, input_shape=(3,)), seed=0)
+    calls = [(2, (3,), 5), ["n_features", "n_outputs", "width"], (4, (3,), 2), (2, 3), (1, 3), (4, 3)]
     assert seen == [call for call in calls for _ in range(2)]  # the second to see whether modules share tensors
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import inspect
+import os
 import shutil
 import sys
 import types
@@ -58,24 +59,19 @@ def net(tmp_path):
 def test_a_class_of_a_file_and_the_way_back(net):
     path_before = list(sys.path)
     found = class_from_file(str(net), "Net")
-    assert issubclass(found, nn.Module) and found.__name__ == "Net"
-    assert sys.path == path_before
+    assert issubclass(found, nn.Module) and found.__name__ == "Net" and sys.path == path_before
     source = class_source(found)
     digest = hashlib.sha256(NET.encode()).hexdigest()
     assert source == {"path": str(net.resolve()), "class": "Net", "sha256": digest}
     assert find_class(source, trust_code=True) is found and source_file(found) == str(net.resolve())
     assert sys.modules["beside"].calls == [1]  # the file ran once
-
-
-def test_a_changed_file_is_another_module(net):
-    first = class_from_file(net, "Net")
+    assert class_from_file(net, "Outer.Inner") is nn.Linear
     net.write_text(NET + "\n")
     second = class_from_file(net, "Net")
-    assert second is not first
+    assert second is not found and is_changed(second, source) and not is_changed(second, class_source(second))
     with refused(r"net\.py' has changed since the model was trained; restore it"):
-        find_class(class_source(first), trust_code=True)
-    assert find_class(class_source(first), trust_code=True, or_changed=True) is second
-    assert is_changed(second, class_source(first)) and not is_changed(second, class_source(second))
+        find_class(source, trust_code=True)
+    assert find_class(source, trust_code=True, or_changed=True) is second
 
 
 def test_a_class_of_a_package_is_found_by_import():
@@ -112,10 +108,6 @@ def test_a_name_that_is_no_module_class(net, name, held):
         class_from_file(net, name)
 
 
-def test_a_nested_class(net):
-    assert class_from_file(net, "Outer.Inner") is nn.Linear
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -132,14 +124,21 @@ def test_a_file_that_does_not_run(net, text, message):
             class_from_file(net, "Net")
 
 
-def test_a_missing_file_and_a_missing_package(tmp_path):
-    with refused(r"model: the file '.*net\.py' does not exist; check the path"):
-        class_from_file(tmp_path / "net.py", "Net")
-    for place in ("no_such_package:Net", ":Net", ""):
-        with refused(rf"the module class '{place}' cannot be imported"):
-            find_class({"import": place}, trust_code=True)
-    with refused(r"has no torch.nn.Module class 'Missing'"):
-        find_class({"import": "gputune.models:Missing"}, trust_code=True)
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"path": "no.py", "class": "Net"}, r"model: the file '.*no\.py' does not exist; check the path"),
+        ({"import": "no_such_package:Net"}, "the module class 'no_such_package:Net' cannot be imported"),
+        ({"import": ":Net"}, "the module class ':Net' cannot be imported"),
+        ({"import": ""}, "the module class '' cannot be imported"),
+        ({"import": "gputune.models:Missing"}, "has no torch.nn.Module class 'Missing'"),
+        ({"import": "own_pack.nets:Net"}, "'own_pack.nets:Net' cannot be imported .ZeroDivisionError: .*correct its"),
+    ],
+)
+def test_a_class_that_is_not_there(source, message, package):
+    (package / "nets.py").write_text("1 / 0")
+    with refused(message):
+        find_class(source, trust_code=True)
 
 
 def forget(monkeypatch, *names):
@@ -167,6 +166,16 @@ def package(tmp_path, monkeypatch):
 SOURCE = {"import": "own_pack.nets:Net"}
 
 
+@pytest.fixture
+def trusted(package, monkeypatch, another_user):
+    """The package, remembered by another process; what it ran is forgotten."""
+    another_user()
+    remember_code(find_class(SOURCE, trust_code=True))
+    forget(monkeypatch, "own_pack", "own_pack.nets")
+    sys.ran.clear()
+    return package
+
+
 def test_no_file_of_a_package_runs_that_was_not_remembered(package, monkeypatch, another_user):
     another_user()
     words = r"'Net' is in '.*own_pack/nets.py', and loading it runs that code, which you have not trained or saved"
@@ -180,10 +189,9 @@ def test_no_file_of_a_package_runs_that_was_not_remembered(package, monkeypatch,
 
 
 @pytest.mark.parametrize("name", ["__init__.py", "nets.py"])
-def test_a_package_that_has_changed_is_trusted_anew(package, monkeypatch, another_user, name):
-    another_user()
-    remember_code(find_class(SOURCE, trust_code=True))
-    (package / name).write_text((package / name).read_text() + "# a word\n")
+def test_a_package_that_has_changed_is_trusted_anew(trusted, monkeypatch, name):
+    remember_code(find_class(SOURCE))
+    (trusted / name).write_text((trusted / name).read_text() + "# a word\n")
     assert find_class(SOURCE).__name__ == "Net"  # which this process has already
     forget(monkeypatch, "own_pack", "own_pack.nets")
     sys.ran.clear()
@@ -192,21 +200,14 @@ def test_a_package_that_has_changed_is_trusted_anew(package, monkeypatch, anothe
     assert sys.ran == []
 
 
-@pytest.mark.parametrize("link", ["own_pack", "own_pack/nets.py"])
-def test_a_package_of_the_same_content_elsewhere_is_another_one(package, monkeypatch, another_user, tmp_path, link):
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_package_of_the_same_content_elsewhere_is_another_one(trusted, monkeypatch, tmp_path, linked):
     """Also by a link: what lies beside it, such as compiled code, would be run with it."""
-    another_user()
-    remember_code(find_class(SOURCE, trust_code=True))
-    forget(monkeypatch, "own_pack", "own_pack.nets")
-    (tmp_path / "down").mkdir()
+    copy = shutil.copy if not linked else os.symlink
+    (tmp_path / "down" / "own_pack").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path / "down")
-    if link == "own_pack":
-        shutil.copytree(package, tmp_path / "down" / "own_pack")
-    else:
-        (tmp_path / "down" / "own_pack").mkdir()
-        for name in ("__init__.py", "nets.py"):
-            (tmp_path / "down" / "own_pack" / name).symlink_to(package / name)
-    sys.ran.clear()
+    for name in ("__init__.py", "nets.py"):
+        copy(trusted / name, tmp_path / "down" / "own_pack" / name)
     with pytest.raises(UntrustedCodeError, match="down/own_pack/nets.py"):
         find_class(SOURCE)
     assert sys.ran == []
@@ -230,12 +231,6 @@ def test_a_file_beside_a_script_is_found_where_it_lay(net, monkeypatch, another_
     assert find_class(source).__name__ == "Net"
     with refused(r"'pack.net:Net' cannot be imported .*; it was in '.*net.py'; make its"):
         find_class({**source, "import": "pack.net:Net"})
-
-
-def test_a_package_that_does_not_import_is_named(package):
-    (package / "nets.py").write_text("1 / 0")
-    with refused("'own_pack.nets:Net' cannot be imported .ZeroDivisionError: .*correct its"):
-        find_class(SOURCE, trust_code=True)
 
 
 def run_as_main(monkeypatch, code, file=None):

@@ -6,29 +6,20 @@ from gputune.errors import StudyCorruptError
 from gputune.study.record import IDENTITY, PARTS, SearchRecord, has_form, lost_option
 from made_studies import META
 
+LATER = ("positive", "objective", "code", "target_transform", "metrics", "patience", "max_levels")
+
 
 def test_a_record_gives_its_options_back():
     record = SearchRecord.from_json({**META, "of_a_later_version": 1})
-    assert record.to_json() == META and record.scoring == "accuracy"
-    assert (
-        record.absent
-        == {
-            *(
-                "face", "distributions", "positive", "objective", "code", "target_transform", "metrics",
-                "patience", "max_levels", "arguments",
-            ),
-            "baseline",
-        }
-        and not record.lost
-    )  # fmt: skip
+    assert record.to_json() == META and record.scoring == "accuracy" and not record.lost
+    assert record.absent == {*LATER, "face", "distributions", "arguments", "baseline"}
 
 
 def test_what_a_damaged_file_lacks_is_said_and_is_empty():
     record = SearchRecord.from_json({"model": "mlp"})
     assert record.to_json() == {"model": "mlp"}
     assert (record.method_name, record.descended, record.folds, record.seed) == ("", [], 0, None)
-    later = ("positive", "objective", "code", "target_transform", "metrics", "patience", "max_levels")
-    assert record.lost == [name for name in IDENTITY if name not in later]
+    assert record.lost == [name for name in IDENTITY if name not in LATER]
     with pytest.raises(StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"):
         raise lost_option("a.db", "seed")
     with pytest.raises(StudyCorruptError, match="study has lost the option 'seed' of its search. Its trials"):

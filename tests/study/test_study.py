@@ -43,14 +43,9 @@ def test_the_best_trial_is_finite_and_highest_and_the_lower_number_on_a_tie():
     scores = [math.nan, 0.5, 0.9, math.inf, 0.9, -math.inf, -1.0]
     found = study(*[trial(n, score, lr=n / 10) for n, score in enumerate(scores)])
     assert found.best_trial.number == 2
+    found.best_params["lr"] = 7  # a copy
     assert found.best_score == 0.9 and found.best_params == {"lr": 0.2}
     assert [t.number for t in found.ranking()] == [2, 4, 1, 6, 0, 3, 5]
-
-
-def test_best_params_are_a_copy():
-    found = study(trial(0, 1.0, lr=0.1))
-    found.best_params["lr"] = 7
-    assert found.best_params == {"lr": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -87,8 +82,7 @@ def test_repr_is_short():
     found = study(*trials, model="mlp", scoring="r2")
     assert repr(found) == "Study(mlp, 3 trials, 1 failed, best r2 0.9123 in trial 2)"
     assert repr(study()) == "Study(0 trials)"
-    stopped = study(trial(0, 0.5, state="stopped"))
-    assert repr(stopped) == "Study(1 trial, 1 stopped, best score 0.5 in trial 0)"
+    assert repr(study(trial(0, 0.5, state="stopped"))) == "Study(1 trial, 1 stopped, best score 0.5 in trial 0)"
 
 
 TRIALS = (
@@ -126,12 +120,8 @@ def test_to_polars():
     assert table["fold_1"].to_list()[:2] == [0.6, 0.5] and math.isnan(table["fold_1"][2])
 
 
-def test_a_study_without_trials_is_an_empty_table():
-    assert study().to_pandas().shape == (0, 7)
-    assert study().to_polars().shape == (0, 7)
-
-
-def test_to_pandas_without_pandas(monkeypatch):
+def test_a_study_without_trials_is_an_empty_table_and_pandas_may_be_missing(monkeypatch):
+    assert study().to_pandas().shape == study().to_polars().shape == (0, 7)
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"to_pandas\(\) needs pandas: pip install pandas, or use to_polars"):
         study().to_pandas()
@@ -155,6 +145,10 @@ def test_a_study_is_read_from_its_file(tmp_path):
     assert np.isnan(found.curves[1, 2:]).all() and np.isnan(found.curves[2]).all()
     waiting = found.trials[2]
     assert math.isnan(waiting.score) and waiting.fold_scores == () and waiting.best_epoch == 0
+    empty = Study.open(make_study(tmp_path / "empty.db", 1))
+    assert empty.curves.shape == (1, 0, 0)
+    with pytest.raises(SearchFailedError, match="none of the 1 trials has been trained yet"):
+        empty.best_model()
 
 
 def test_opening_a_study_makes_no_curves_until_they_are_asked_for(tmp_path, monkeypatch):
@@ -181,14 +175,6 @@ def test_curves_that_few_trials_fill_are_bounded_by_what_they_hold(tmp_path, mon
         found.curves  # noqa: B018
 
 
-def test_a_study_without_results_is_read(tmp_path):
-    make_study(tmp_path / "study.db", 1)
-    found = Study.open(tmp_path / "study.db")
-    assert found.curves.shape == (1, 0, 0)
-    with pytest.raises(SearchFailedError, match="none of the 1 trials has been trained yet"):
-        found.best_model()
-
-
 def test_best_model_is_a_refit_of_this_study_on_the_given_rows(monkeypatch):
     module = types.ModuleType("gputune.tuning.validation")
     module.refit_with_folds = lambda *arguments, **how: (*arguments, how)
@@ -204,15 +190,9 @@ def test_the_card_of_a_study():
     study = made_study(30, halved=True)
     html, best = study._repr_html_(), study.best_trial
     assert "Study of mlp" in html and f"{best.score:.4f} ± {best.std_error:.4f} over 5 folds" in html
-    for name in best.params:
-        assert f">{name}</th>" in html
-    assert f"{sum(t.state == 'pruned' for t in study.trials)} pruned" in html
-    assert len(html) < 2500
-
-
-def test_the_card_of_a_study_without_a_result():
-    assert "none" in made_study(0)._repr_html_()
-    assert "4 waiting" in made_study(4, waiting=4)._repr_html_()
+    assert all(f">{name}</th>" in html for name in best.params)
+    assert f"{sum(t.state == 'pruned' for t in study.trials)} pruned" in html and len(html) < 2500
+    assert "none" in made_study(0)._repr_html_() and "4 waiting" in made_study(4, waiting=4)._repr_html_()
     assert Study(meta={}, trials=(), curves=np.zeros((0, 0, 0)))._repr_html_().startswith("<div><strong>Study</strong>")
 
 

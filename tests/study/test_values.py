@@ -21,6 +21,8 @@ def same(a, b):
         return False
     if isinstance(a, float):
         return struct.pack("<d", a) == struct.pack("<d", b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and same(a.tolist(), b.tolist())
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
@@ -28,56 +30,35 @@ def same(a, b):
     return a == b
 
 
+BITS = np.random.default_rng(0).integers(0, 2**64, size=1000, dtype=np.uint64).view(np.float64)
+
+
 @pytest.mark.parametrize(
     "value",
     [
         None, True, False, 1, 0, 2**70,
         1.0, -0.0, 0.1 + 0.2, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan,
+        BITS[~np.isnan(BITS)].tolist(),
         "", 'naïve 🐍 \x00 " \ud800',
         {}, [], (), [1, 1.0, True, None, "1"], (1, (2.5, [3])), {"lr": 0.1, "width": 32, "nested": {"a": (1, 2)}},
         {0: 1.0, 1: 2.5, "other": True, None: "x", (1, 2): []},
         {"float": "nan"}, {"torch": {"dict": {"tuple": 1}}},  # these look like our own tags
+        np.array([3, 1, 2]), np.array([1, 2], dtype=np.int8), np.array([True, False]), np.empty((0, 4)),
+        np.array(["setosa", "", "日本"]), np.array(["a", 1, None, 2.5, True], dtype=object),
+        np.array([0.1, math.nan, math.inf, -0.0], dtype=np.float32), np.arange(6.0).reshape(2, 3),
+        np.array(["a", "b" * 1000]),
+        [nn.ReLU, nn.Linear, nn.functional.relu, nn.functional.gelu, nn.functional.logsigmoid],
     ],
 )  # fmt: skip
-def test_round_trip(value):
-    assert same(from_json(to_json(value)), value)
-
-
-def test_a_thousand_random_floats_keep_every_bit():
-    bits = np.random.default_rng(0).integers(0, 2**64, size=1000, dtype=np.uint64)
-    values = [v for v in bits.view(np.float64).tolist() if not math.isnan(v)]
-    assert same(from_json(to_json(values)), values)
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.array([3, 1, 2]),
-        np.array([1, 2], dtype=np.int8),
-        np.array([True, False]),
-        np.array(["setosa", "", "日本"]),
-        np.array(["a", 1, None, 2.5, True], dtype=object),
-        np.array([0.1, math.nan, math.inf, -0.0], dtype=np.float32),
-        np.arange(6.0).reshape(2, 3),
-        np.empty((0, 4)),
-    ],
-)
-def test_arrays_keep_dtype_shape_and_items(array):
-    back = from_json(to_json(array))
-    assert back.dtype == array.dtype and back.shape == array.shape
-    assert same(back.tolist(), array.tolist())
+def test_round_trip_in_plain_ascii_json_without_nan(value):
+    text = to_json({"a": value})
+    assert same(from_json(text), {"a": value}) and text.isascii()
+    json.loads(text, parse_constant=pytest.fail)
 
 
 def test_numpy_scalars_become_pythons():
     value = [np.float64(0.1), np.float32(0.1), np.int64(3), np.bool_(True), np.str_("a")]
     assert same(from_json(to_json(value)), [0.1, float(np.float32(0.1)), 3, True, "a"])
-
-
-@pytest.mark.parametrize(
-    "value", [nn.ReLU, nn.Linear, nn.functional.relu, nn.functional.gelu, nn.functional.logsigmoid]
-)
-def test_functions_and_classes_of_torch_nn_are_kept_by_name(value):
-    assert from_json(to_json({"activation": value})) == {"activation": value}
 
 
 @pytest.mark.parametrize(
@@ -95,35 +76,22 @@ def test_a_list_that_holds_itself_is_refused():
         to_json(value, name="trial 7")
 
 
+WIDE = '{"array":{"dtype":"<U%d","shape":[2],"items":["a","b"]}}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        '{"torch":"os:system"}',
-        '{"torch":"torch.nn:does_not_exist"}',
-        '{"torch":"torch.nn.modules.module:warnings"}',  # reached through torch's own imports
-        '{"torch":"torch.nn.functional:Callable"}',
-        '{"torch":"torch.nn.no_such_module:x"}',
-        '{"torch":"torch.hub:load"}',
-        '{"torch":3}',
-        '{"float":"one"}',
-        '{"float":[1]}',
-        '{"pairs":[1]}',
-        '{"array":{"dtype":"V8","shape":[0],"items":[]}}',
-        '{"array":{"dtype":"<f8","shape":[2],"items":[1.0]}}',
-        '{"array":{}}',
-        "{",
-        "[" * 100_000,
+        '{"torch":"os:system"}', '{"torch":"torch.nn:does_not_exist"}', '{"torch":"torch.nn.no_such_module:x"}',
+        '{"torch":"torch.nn.modules.module:warnings"}', '{"torch":"torch.nn.functional:Callable"}',  # torch's imports
+        '{"torch":"torch.hub:load"}', '{"torch":3}', '{"float":"one"}', '{"float":[1]}', '{"pairs":[1]}',
+        '{"array":{"dtype":"V8","shape":[0],"items":[]}}', '{"array":{"dtype":"<f8","shape":[2],"items":[1.0]}}',
+        '{"array":{}}', WIDE % 400_000_000, "{", "[" * 100_000,
     ],
-)
+)  # fmt: skip
 def test_text_that_was_never_written_is_a_value_error(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not a stored value: "):
         from_json(text)
-
-
-def test_text_is_plain_ascii_json_without_nan():
-    text = to_json({"a": math.nan, "b": "é"})
-    assert text.isascii()
-    json.loads(text, parse_constant=pytest.fail)
 
 
 def test_reading_a_study_does_not_import_torch():
@@ -132,9 +100,6 @@ def test_reading_a_study_does_not_import_torch():
 
 
 def test_an_array_takes_the_memory_of_its_items():
-    wide = np.array(["a", "b" * 1000])
-    assert from_json(to_json(wide)).tolist() == wide.tolist()
-    text = '{"array":{"dtype":"<U%d","shape":[2],"items":["a","b"]}}'
-    assert from_json(text % 1000).dtype == "<U1000"
+    assert from_json(WIDE % 1000).dtype == "<U1000"
     with pytest.raises(ValueError, match="2 items of <U400000000 holds nothing as long"):
-        from_json(text % 400_000_000)
+        from_json(WIDE % 400_000_000)
