@@ -99,14 +99,9 @@ def test_a_builder_gets_what_its_signature_has():
         seen.append(sorted(words))
         return nn.Linear(words["n_features"], words["n_outputs"])
 
-    for builder, arguments in (
-        (positional, {"width": 5}),
-        (anything, {"width": 5}),
-        (functools.partial(positional, n_outputs=4), {}),
-        (counted, {}),
-        (counted, {"num_classes": 1}),
-        (functools.partial(counted, num_classes=4), {}),
-    ):
+    partial, wide = functools.partial, {"width": 5}
+    builders = positional, anything, partial(positional, n_outputs=4), counted, counted, partial(counted, num_classes=4)
+    for builder, arguments in zip(builders, (wide, wide, {}, {}, {"num_classes": 1}, {})):
         build_module(builder, arguments, Shape(3, 2, input_shape=(3,)), seed=0)
     calls = [(2, (3,), 5), ["n_features", "n_outputs", "width"], (4, (3,), 2), (2, 3), (1, 3), (4, 3)]
     assert seen == [call for call in calls for _ in range(2)]  # the second to see whether modules share tensors

@@ -48,8 +48,28 @@ def path(tmp_path):
     return path
 
 
+@pytest.fixture
+def mine(path):
+    with Claims(path) as mine:
+        yield mine
+
+
+@pytest.fixture
+def other(path):
+    with Claims(path) as other:
+        yield other
+
+
 def left_over(folder):
     return [entry.name for entry in folder.iterdir() if entry.name != "study.db"]
+
+
+def foreign(path, chunk=0, **owner):
+    """Claim a chunk as a process of another host, whose locks do not reach us."""
+    lock = path.with_name(f"study.db-{'0' * 16}.lock")
+    lock.write_text(json.dumps({"host": "far", "boot": "another", "pid": 7, **owner}))
+    change(path, "INSERT INTO claims VALUES (?, ?)", (chunk, lock.name))
+    return lock
 
 
 def test_four_processes_share_a_search(tmp_path, alone):
@@ -77,36 +97,31 @@ def test_what_a_killed_process_had_is_trained_by_another(tmp_path, alone):
     assert left_over(tmp_path) == []
 
 
-def test_a_claim_is_one_processs_until_it_is_closed(path):
-    with Claims(path) as mine, Claims(path) as other:
-        assert mine.take(CHUNKS[0]) and mine.take(CHUNKS[0])
-        assert not other.take(CHUNKS[0]) and other.take(CHUNKS[1])
-        assert other.holder(CHUNKS[0]).pid == os.getpid() and mine.holder(CHUNKS[0]) is None
-        mine.close()
-        assert other.holder(CHUNKS[0]) is None and other.take(CHUNKS[0])
+def test_a_claim_is_one_processs_until_it_is_closed(path, mine, other):
+    assert mine.take(CHUNKS[0]) and mine.take(CHUNKS[0])
+    assert not other.take(CHUNKS[0]) and other.take(CHUNKS[1])
+    assert other.holder(CHUNKS[0]).pid == os.getpid() and mine.holder(CHUNKS[0]) is None
+    mine.close()
+    assert other.holder(CHUNKS[0]) is None and other.take(CHUNKS[0])
+    other.close()
     assert left_over(path.parent) == []
 
 
-def test_a_process_says_how_far_it_is_for_as_long_as_it_lives(path):
+def test_a_process_says_how_far_it_is_for_as_long_as_it_lives(path, mine, other):
     said = {"done": 3, "of": 9, "unit": "trial-epochs", "best": 0.5, "left": None}
-    with Claims(path) as mine, Claims(path) as other:
-        mine.show(said)  # it has no lock file yet
+    mine.show(said)  # it has no lock file yet
+    assert other.shown() == []
+    assert mine.take(CHUNKS[0])
+    mine.show(said)
+    ((owner, heard),) = other.shown()
+    assert (owner.pid, heard) == (os.getpid(), said)
+    for broken in ("", '{"done": "3"}'):
+        next(path.parent.glob("*.progress")).write_text(broken)
         assert other.shown() == []
-        assert mine.take(CHUNKS[0])
-        mine.show(said)
-        ((owner, heard),) = other.shown()
-        assert (owner.pid, heard) == (os.getpid(), said)
-        for broken in ("", '{"done": "3"}'):
-            next(path.parent.glob("*.progress")).write_text(broken)
-            assert other.shown() == []
-    assert left_over(path.parent) == []
-
-
-def test_what_a_dead_process_said_goes_with_its_lock_file(path):
+    mine.close()
     dead = foreign(path, host=platform.node(), boot=claims_file.boot(), pid=2**22 + 1)
     dead.with_suffix(".progress").write_text("{}")
-    with Claims(path) as claims:
-        assert claims.shown() == [] and left_over(path.parent) == []
+    assert other.shown() == [] and left_over(path.parent) == []
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative", "name", "pipe", "link", "folder"])
@@ -120,70 +135,54 @@ def test_a_claim_names_a_lock_file_of_its_study_or_is_void(path, kind):
     make.get(kind, lambda place: None)(place)
     change(path, "INSERT INTO claims VALUES (0, ?), (-1, ?)", 2 * (names.get(kind, lock),))
     with Claims(path) as claims:
-        assert claims.holder(CHUNKS[0]) is None
-        assert claims.take(CHUNKS[0]) and claims.take_setup() is None
+        assert claims.holder(CHUNKS[0]) is None and claims.take(CHUNKS[0]) and claims.take_setup() is None
     assert victim.read_text() == "mine" and os.path.lexists(place) == (kind in make)
 
 
-def test_a_study_and_a_link_to_it_share_their_claims(path):
+def test_a_study_and_a_link_to_it_share_their_claims(path, mine):
     link = path.with_name("link.db")
     link.symlink_to(path)
-    with Claims(path) as mine, Claims(link) as other:
+    with Claims(link) as other:
         assert mine.take(CHUNKS[0]) and other.take(CHUNKS[1])
         assert not other.take(CHUNKS[0]) and not mine.take(CHUNKS[1])
+    mine.close()
     assert left_over(path.parent) == ["link.db"]
 
 
-def test_a_finished_chunk_cannot_be_claimed_but_a_stopped_one(path):
-    with Store.open(path) as store, Claims(path) as mine:
+def test_a_finished_chunk_cannot_be_claimed_but_a_stopped_one(path, mine):
+    with Store.open(path) as store:
         store.finish([result(0), result(1, state="stopped")])
         assert mine.take(CHUNKS[0])
         store.finish([result(1)])
         assert not mine.take(CHUNKS[0])
 
 
-def test_one_process_at_a_time_adds_to_the_plan(path):
-    with Claims(path) as mine, Claims(path) as other:
-        assert mine.take_setup() is None
-        assert other.take_setup().pid == os.getpid()
-        mine.leave_setup()
-        assert other.take_setup() is None
-
-
-@pytest.mark.parametrize("method", ["halving", "hypergradient"])
-def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains(path, method):
-    with open_ledger(path.with_name("other.db"), RECORD) as ledger:
-        ledger.claim_search(method)
-        with open_ledger(path.with_name("other.db"), RECORD) as second:
-            words = rf"is at work .* method='{method}' .* Wait for it, or end it\.$"
-            with refused(rf"process {os.getpid()} on '.*' {words}"):
-                second.claim_search(method)
+def test_one_process_at_a_time_adds_to_the_plan(mine, other):
+    assert mine.take_setup() is None and other.take_setup().pid == os.getpid()
+    mine.leave_setup()
+    assert other.take_setup() is None
 
 
 RECORD = record()
 
 
-def foreign(path, chunk=0, **owner):
-    """Claim a chunk as a process of another host, whose locks do not reach us."""
-    lock = path.with_name(f"study.db-{'0' * 16}.lock")
-    lock.write_text(json.dumps({"host": "far", "boot": "another", "pid": 7, **owner}))
-    change(path, "INSERT INTO claims VALUES (?, ?)", (chunk, lock.name))
-    return lock
+@pytest.mark.parametrize("method", ["halving", "hypergradient"])
+def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains(tmp_path, method):
+    with open_ledger(tmp_path / "s.db", RECORD) as ledger, open_ledger(tmp_path / "s.db", RECORD) as second:
+        ledger.claim_search(method)
+        words = rf"is at work .* method='{method}' .* Wait for it, or end it\.$"
+        with refused(rf"process {os.getpid()} on '.*' {words}"):
+            second.claim_search(method)
 
 
-def test_a_claim_of_another_host_is_respected_until_its_lock_file_is_removed(path):
+def test_a_claim_of_another_host_is_respected_until_its_lock_file_is_removed(path, mine):
     lock = foreign(path)
-    with Claims(path) as mine:
-        assert not mine.take(CHUNKS[0]) and mine.take(CHUNKS[1])
-        assert str(mine.holder(CHUNKS[0])) == "process 7 on 'far'"
-        assert lock.exists()
-        lock.unlink()
-        assert mine.take(CHUNKS[0])
-
-
-def test_the_remedy_for_a_search_of_another_host_that_is_gone(path):
+    assert not mine.take(CHUNKS[0]) and mine.take(CHUNKS[1])
+    assert str(mine.holder(CHUNKS[0])) == "process 7 on 'far'" and lock.exists()
+    lock.unlink()
+    assert mine.take(CHUNKS[0])
     lock = foreign(path, claims_file.SEARCH)
-    with Claims(path) as mine, refused(rf"process 7 on 'far' .* gone for good, remove '.*{lock.name}'"):
+    with refused(rf"process 7 on 'far' .* gone for good, remove '.*{lock.name}'"):
         mine.take_search("halving")
 
 
@@ -232,17 +231,17 @@ def test_a_module_whose_code_has_changed_is_another_search(tmp_path, monkeypatch
         sys.modules.pop("tuned_net")
 
 
-def test_who_trains_what_is_waited_for_is_said(path):
+def test_who_trains_what_is_waited_for_is_said(path, mine, other):
     lock = foreign(path)
-    with Store.open(path) as store, Claims(path) as mine:
+    with Store.open(path) as store:
         ledger = Ledger(store, mine)
         remedy = f"Wait for it, or end it; where it is gone for good, remove '{lock}'."
         assert ledger.owners_of(CHUNKS) == ("process 7 on 'far'", remedy)
-        with Claims(path) as other:
-            other.take(CHUNKS[1])
-            names = ["process 7 on 'far'", f"process {os.getpid()} on '{claims_file.platform.node()}'"]
-            assert ledger.owners_of(CHUNKS) == (", ".join(sorted(names)), remedy)
-            assert ledger.owners_of(CHUNKS[1:])[1] == ""
+        other.take(CHUNKS[1])
+        names = ["process 7 on 'far'", f"process {os.getpid()} on '{platform.node()}'"]
+        assert ledger.owners_of(CHUNKS) == (", ".join(sorted(names)), remedy)
+        assert ledger.owners_of(CHUNKS[1:])[1] == ""
+        other.close()
         said = []
         progress = SimpleNamespace(say=lambda text, once: said.append(text))
         wait_for_others(ledger, CHUNKS, progress, lambda: True)
@@ -279,32 +278,28 @@ def test_a_forked_child_does_not_keep_what_its_dead_parent_had(path):
         os.write(done[1], b"x")
 
 
-def test_an_interrupt_while_claims_are_given_up_leaves_none(path, monkeypatch):
+def test_an_interrupt_while_claims_are_given_up_leaves_none(mine, other, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    claims = Claims(path)
-    assert claims.take(CHUNKS[0])
+    assert mine.take(CHUNKS[0])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(claims, "_delete", interrupted)
-        claims.close()
-    assert claims._connection is None  # Python 3.13 warns of one that is left open
-    with Claims(path) as mine:
-        assert mine.take(CHUNKS[0])
+        patch.setattr(mine, "_delete", interrupted)
+        mine.close()
+    assert mine._connection is None  # Python 3.13 warns of one that is left open
+    assert other.take(CHUNKS[0])
 
 
-@pytest.mark.parametrize("owner", [{"host": claims_file.platform.node()}, {"boot": claims_file.boot()}])
-def test_a_claim_of_before_the_last_start_or_of_a_dead_process_is_void(path, owner):
+@pytest.mark.parametrize("owner", [{"host": platform.node()}, {"boot": claims_file.boot()}])
+def test_a_claim_of_before_the_last_start_or_of_a_dead_process_is_void(path, mine, owner):
     lock = foreign(path, **owner)
-    with Claims(path) as mine:
-        assert mine.take(CHUNKS[0])
-        assert not lock.exists()
+    assert mine.take(CHUNKS[0]) and not lock.exists()
 
 
 def test_another_process_that_looks_at_a_lock_for_a_moment_is_no_owner(path, monkeypatch):
     lock, answers = (claims_file.lock_descriptor, iter([False, False, True, False]))  # its own file is looked at too
     with Claims(path) as mine:
-        foreign(path, host=claims_file.platform.node())
+        foreign(path, host=platform.node())
         monkeypatch.setattr(
             claims_file, "lock_descriptor", lambda file, **how: next(answers, True) and lock(file, **how)
         )
@@ -324,8 +319,8 @@ def test_a_lock_file_that_cannot_be_made_is_named(path, monkeypatch):
     def refuse(*arguments, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(claims_file, "lock_descriptor", refuse)
     with Claims(path) as mine, pytest.raises(OSError, match=r"its lock file cannot be made \(No space left"):
+        monkeypatch.setattr(claims_file, "lock_descriptor", refuse)
         mine.take(CHUNKS[0])
     assert left_over(path.parent) == []
 
