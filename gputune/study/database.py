@@ -11,7 +11,7 @@ import os
 import shlex
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -255,17 +255,18 @@ DRAFTS = ".study"
 """How the folders of unfinished files begin. What a killed process left is removed when one is made, or a search."""
 
 
-def create_file(path: Path, fill: Callable[[sqlite3.Connection], object]) -> None:
-    """Make a file with our tables and what ``fill`` writes; it appears whole or not at all.
+def create_file(path: Path, rows: Mapping[str, Iterable[Row]]) -> None:
+    """Make a file with our tables and these rows of them; it appears whole or not at all.
 
     Raises InputError where something lies at ``path`` already, or where its folder does not exist.
     """
     with _draft(path) as connection, transaction(connection, path):
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-        for statement in TABLES.values():
+        for table, statement in TABLES.items():
             connection.execute(statement)
-        fill(connection)
+            for row in rows.get(table, ()):
+                insert(connection, table, row)
 
 
 def insert(connection: sqlite3.Connection, table: str, row: Row) -> None:

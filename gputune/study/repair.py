@@ -7,18 +7,17 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gputune.errors import StudyCorruptError
-from gputune.study.database import TABLES, beside, check_file, create_file, insert
-from gputune.study.rows import HOW_MANY, Candidate, Chunk, Option, Result, Row, read_rows
+from gputune.study.database import TABLES, beside, check_file, create_file
+from gputune.study.rows import HOW_MANY, Candidate, Chunk, Result, Row, option_from_row, read_rows
 
 _MOST_FAILURES = 20_000
 """Reads of damaged pages after which what lies between is given up: more rows than a page of pages leads to."""
 
-Rows = dict[int, Row]
-
-_READERS: dict[str, Callable[..., Iterable[object]]] = {
-    "meta": partial(map, Option.from_row), "trials": Candidate.from_rows,
+_READERS: dict[str, Callable[..., Iterable[Any]]] = {
+    "meta": partial(map, option_from_row), "trials": Candidate.from_rows,
     "plan": partial(map, Chunk.from_row), "results": Result.from_rows,
 }  # fmt: skip
 
@@ -63,33 +62,28 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> RepairR
     path = Path(path)
     check_file(path)
     with closing(_connect(path)) as connection:
-        saved = {table: _whole_rows(connection, table) for table in _READERS}
-    options = {row[0]: (rowid, row) for rowid, row in saved["meta"].items()}
-    trials, plan, results = saved["trials"], saved["plan"], saved["results"]
-    chunks = {number: Chunk.from_row(*row[:-1]) for number, row in plan.items()}
-    known = Option.from_row(*options[HOW_MANY][1][:-1]).value if HOW_MANY in options else 0
-    named = options.keys() - {HOW_MANY}
+        options, trials, plan, results = (_whole_rows(connection, table) for table in _READERS)
+    named = dict(option for _, option in options.values())
+    how_many = named.pop(HOW_MANY, 0)
     if not named and not trials:
         raise StudyCorruptError(
             f"{str(path)!r} holds no whole row of a study that can be reached; check the path, or restore it from a "
             "copy."
         )
-    numbers = {*trials, *results, *(number for chunk in chunks.values() for number in chunk.trials)}
-    saved["meta"] = dict(options.values())
-    saved["plan"] = whole = {n: plan[n] for n, chunk in chunks.items() if trials.keys() >= set(chunk.trials)}
-    saved["results"] = kept = {n: row for n, row in results.items() if n in trials}
-
-    def fill(connection: sqlite3.Connection) -> None:
-        for table, rows in saved.items():
-            for _, row in sorted(rows.items()):
-                insert(connection, table, row)
-
-    create_file(Path(out), fill)
+    numbers = {*trials, *results, *(number for _, chunk in plan.values() for number in chunk.trials)}
+    rows = {
+        # Where its index is damaged, an option may be there twice.
+        "meta": list({row[0]: row for row, _ in options.values()}.values()),
+        "trials": [row for row, _ in trials.values()],
+        "plan": [row for row, chunk in plan.values() if trials.keys() >= set(chunk.trials)],
+        "results": [row for number, (row, _) in results.items() if number in trials],
+    }
+    create_file(Path(out), rows)
     return RepairResult(
-        options=(len(named), known or max((rowid for rowid, _ in options.values()), default=1) - 1),
+        options=(len(named), how_many or max(options, default=1) - 1),
         trials=(len(trials), 1 + max(numbers, default=-1)),
-        chunks=(len(whole), 1 + max(plan, default=-1)),
-        finished=sum(row[1] != "stopped" for row in kept.values()),
+        chunks=(len(rows["plan"]), 1 + max(plan, default=-1)),
+        finished=sum(row[1] != "stopped" for row in rows["results"]),
     )
 
 
@@ -111,26 +105,22 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(":memory:")
 
 
-def _whole_rows(connection: sqlite3.Connection, table: str) -> Rows:
-    """Return the whole rows of a table by their rowids; none where the file has lost the table."""
+def _whole_rows(connection: sqlite3.Connection, table: str) -> dict[int, tuple[Row, Any]]:
+    """Return the whole rows of a table by their rowids, with what they say; none where the file has lost the table."""
+    whole: dict[int, tuple[Row, Any]] = {}
     with suppress(sqlite3.Error):
         schema = connection.execute("SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?", (table,))
-        if schema.fetchall() == [(TABLES[table],)]:
-            reached = _readable_rows(connection, table)
-            return {rowid: row for rowid, row in reached.items() if _is_whole(table, row)}
-    return {}
+        reached = _readable_rows(connection, table) if schema.fetchall() == [(TABLES[table],)] else {}
+        for rowid, row in sorted(reached.items()):
+            with suppress(ValueError):  # its checksum does not fit, or it does and nobody can read it
+                (value,) = read_rows(_READERS[table], [row])
+                whole[rowid] = row, value
+    return whole
 
 
-def _is_whole(table: str, row: Row) -> bool:
-    with suppress(ValueError):  # also where its checksum fits, and nobody can read it
-        read_rows(_READERS[table], [row])
-        return True
-    return False
-
-
-def _readable_rows(connection: sqlite3.Connection, table: str) -> Rows:
+def _readable_rows(connection: sqlite3.Connection, table: str) -> dict[int, Row]:
     """Return the rows that can be read: from both ends to the first damaged pages, between these rowid by rowid."""
-    rows: Rows = {}
+    rows: dict[int, Row] = {}
     query = f"SELECT rowid, * FROM {table} NOT INDEXED WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
 
     def read(low: int, high: int, order: str = "ASC") -> bool:

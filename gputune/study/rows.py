@@ -45,22 +45,17 @@ HOW_MANY = ""
 # Each ``from_row`` gets a row whose checksum fits, and raises ValueError for one that was never written.
 
 
-@dataclass(frozen=True)
-class Option:
-    """One option of a search."""
+def option_to_row(key: str, value: object) -> Row:
+    """Return the row of an option."""
+    return key, to_json(value, name=f"meta[{key!r}]")
 
-    key: str
-    value: Any
 
-    def to_row(self) -> Row:
-        return self.key, to_json(self.value, name=f"meta[{self.key!r}]")
-
-    @classmethod
-    def from_row(cls, key: str, text: str) -> Self:
-        value = from_json(text)
-        if key in OPTION_FORMS and not has_form(value, OPTION_FORMS[key]):
-            raise ValueError(f"{text[:60]} is of another type")
-        return cls(key, value)
+def option_from_row(key: str, text: str) -> tuple[str, Any]:
+    """Return an option's name and value."""
+    value = from_json(text)
+    if key in OPTION_FORMS and not has_form(value, OPTION_FORMS[key]):
+        raise ValueError(f"{text[:60]} is of another type")
+    return key, value
 
 
 @dataclass(frozen=True)

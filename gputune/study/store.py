@@ -28,12 +28,13 @@ from gputune.study.rows import (
     Candidate,
     Chunk,
     Curve,
-    Option,
     Result,
     Row,
     TrialState,
     Value,
     checksum,
+    option_from_row,
+    option_to_row,
     outputs_from_row,
     outputs_to_row,
     ranked,
@@ -88,13 +89,8 @@ class Store:
         The file appears whole or not at all. Raises InputError where something lies at ``path`` already,
         where its folder does not exist, or where a value of ``meta`` cannot be written (see ``to_json``).
         """
-        rows = [Option(key, value).to_row() for key, value in {HOW_MANY: len(meta), **meta}.items()]
-
-        def fill(draft: sqlite3.Connection) -> None:
-            for row in rows:
-                database.insert(draft, "meta", (*row, checksum(*row)))
-
-        database.create_file(Path(path), fill)
+        rows = [option_to_row(*option) for option in {HOW_MANY: len(meta), **meta}.items()]
+        database.create_file(Path(path), {"meta": [(*row, checksum(*row)) for row in rows]})
         return cls.open(path)
 
     @classmethod
@@ -111,7 +107,7 @@ class Store:
     def meta(self) -> Meta:
         """The options that the study was created with."""
         options = Meta(self.path)
-        options |= {option.key: option.value for option in self._rows("meta", partial(map, Option.from_row))}
+        options |= self._rows("meta", partial(map, option_from_row))
         options.pop(HOW_MANY, None)
         if "numbers" in options:  # a search from before the option did this
             options.setdefault("columns", "drop-constant")
@@ -119,7 +115,7 @@ class Store:
 
     def note(self, notes: Iterable[str]) -> None:
         """Add notes, those that are not there yet, to the option of that name."""
-        key, value = Option("notes", list(dict.fromkeys([*self.meta["notes"], *notes]))).to_row()
+        key, value = option_to_row("notes", list(dict.fromkeys([*self.meta["notes"], *notes])))
         self._check_place()
         with transaction(self._connection, self.path):
             change = "UPDATE meta SET value = ?, checksum = ? WHERE key = ?"
