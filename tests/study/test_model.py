@@ -1,12 +1,21 @@
-"""A tuned model predicts labels in their own type and values in original units, from any kind of rows."""
+"""A tuned model predicts from any kind of rows; for scikit-learn it is an estimator that is fitted already."""
 
+import matplotlib
 import numpy as np
 import pandas
 import polars
 import pytest
 import torch
+from sklearn.base import is_classifier, is_regressor
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_diabetes
+from sklearn.frozen import FrozenEstimator
+from sklearn.inspection import partial_dependence, permutation_importance
+from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, r2_score
+from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+import gputune
 from gputune.data.encode import transform
 from gputune.data.table import as_table
 from gputune.errors import InputWarning
@@ -65,12 +74,6 @@ def test_values_are_in_original_units(frame):
         model.predict_proba(frame)
 
 
-@pytest.mark.parametrize("classes", [("no", "yes"), (1, 7), (False, True), (0.5, 2.0)])
-def test_labels_have_their_own_type(frame, classes):
-    got = make_model(frame, classes=classes).predict(frame)
-    assert got.dtype == np.array(classes).dtype and set(got.tolist()) <= set(classes)
-
-
 def test_every_kind_of_rows_gives_the_same(frame, tmp_path):
     model = make_model(frame)
     wanted = model.predict_proba(frame)
@@ -112,20 +115,16 @@ def test_unknown_levels_and_missing_values_are_predicted(frame):
     np.testing.assert_allclose(got[2], model.predict_proba(odd.iloc[[2]])[0], rtol=1e-6)
 
 
-def test_missing_columns_are_named_and_extra_ones_ignored(frame):
+def test_missing_columns_are_named_and_others_ignored(frame):
     model = make_model(frame)
     with refused(r"has no column 'city'"):
         model.predict(frame.drop(columns="city"))
+    with refused("has no column 'age', 'income', 'city', 'member'"):
+        model.predict(frame.assign(outcome="yes")[["outcome"]])
     with pytest.warns(UserWarning, match="columns that the model does not read: 'note'"):
         got = model.predict(frame.assign(note="late"))
     np.testing.assert_array_equal(got, model.predict(frame))
-
-
-def test_the_targets_own_column_is_ignored_without_a_warning(frame):
-    model = make_model(frame)
-    np.testing.assert_array_equal(model.predict(frame.assign(outcome="yes")), model.predict(frame))
-    with refused("has no column 'age', 'income', 'city', 'member'"):
-        model.predict(frame.assign(outcome="yes")[["outcome"]])
+    np.testing.assert_array_equal(model.predict(frame.assign(outcome="yes")), got)  # its target, without a warning
 
 
 def test_many_rows_are_predicted_in_batches_of_bounded_size(frame, monkeypatch):
@@ -164,10 +163,18 @@ def test_a_module_that_was_trained_on_predicts_without_dropout_and_without_gradi
     assert all(p.grad is None for p in model.module.parameters())
 
 
-def test_a_regression_module_may_return_one_value_a_row(frame):
-    wanted = make_model(frame, classes=None, module=Net).predict(frame)
-    flat = type("Flat", (Net,), {"shape": staticmethod(lambda output: output[:, 0])})
-    np.testing.assert_array_equal(make_model(frame, classes=None, module=flat).predict(frame), wanted)
+@pytest.mark.parametrize(
+    ("shape", "classes"),
+    [
+        (lambda output: output[:, 0], None),  # one value a row
+        (lambda output: (output, output.mean()), ("no", "yes")),  # of several heads the first predicts
+        (lambda output: {"outputs": output, "mean": output.mean()}, ("no", "yes")),
+    ],
+)
+def test_a_module_may_return_more_than_its_outputs(frame, shape, classes):
+    kind = type("Other", (Net,), {"shape": staticmethod(shape)})
+    expected = make_model(frame, classes=classes, module=Net).predict(frame)
+    np.testing.assert_array_equal(make_model(frame, classes=classes, module=kind).predict(frame), expected)
 
 
 @pytest.mark.parametrize(
@@ -185,13 +192,6 @@ def test_a_module_with_another_output_is_named(frame, shape, classes, got):
         model.predict(frame)
 
 
-@pytest.mark.parametrize("several", [lambda *heads: heads, lambda a, b: {"outputs": a, "mean": b}])
-def test_of_several_heads_the_first_predicts(frame, several):
-    heads = type("Heads", (Net,), {"shape": staticmethod(lambda output: several(output, output.mean()))})
-    expected = make_model(frame, module=Net).predict(frame)
-    np.testing.assert_array_equal(make_model(frame, module=heads).predict(frame), expected)
-
-
 def test_repr(frame):
     assert repr(make_model(frame)) == "TunedModel(MLP, 2 classes, 'outcome' from 4 columns)"
     assert repr(make_model(frame, classes=None)) == "TunedModel(MLP, regression, 'outcome' from 4 columns)"
@@ -207,3 +207,72 @@ def test_numbers_too_large_to_compute_with_are_clipped_as_in_training_or_told_wi
             assert np.isclose(first, last)
     with refused(r"column 'income' has a number of size 1e\+39 in row 2, too large for the float32 in which"):
         model.predict(frame)
+
+
+HOW = {"n_trials": 3, "max_epochs": 5, "cv": 2, "verbose": 0, "workers": 1}
+DIABETES = load_diabetes(return_X_y=True)
+
+
+@pytest.fixture(scope="module")
+def study(iris):
+    return gputune.tune("mlp", iris[0], np.array(["a", "b", "c"])[iris[1]], **HOW)
+
+
+@pytest.fixture(scope="module")
+def model(study):
+    return study.best_model()
+
+
+@pytest.fixture(scope="module")
+def priced():
+    """A model of numbers."""
+    return gputune.tune("mlp", *DIABETES, **HOW).best_model()
+
+
+def test_it_scores_as_estimators_do_what_a_search_reads(model, priced, iris):
+    X, y, weights = iris[0], np.array(["a", "b", "c"])[iris[1]], np.arange(150)
+    score, worth = accuracy_score(y, model.predict(X)), r2_score(DIABETES[1], priced.predict(DIABETES[0]))
+    assert model.score(X, y, weights) == accuracy_score(y, model.predict(X), sample_weight=weights)
+    assert {model.score(X, labels) for labels in (y, y.tolist(), pandas.Series(y), y[:, None])} == {score}
+    odd = np.where(np.arange(150) < 10, "new", y)
+    assert model.score(X, odd) == accuracy_score(odd, model.predict(X))
+    assert {priced.score(DIABETES[0], numbers) for numbers in (DIABETES[1], torch.as_tensor(DIABETES[1])[:, None])} == {
+        worth
+    }
+    text = [f"${value:,.2f}" for value in 1000 * DIABETES[1]]
+    assert priced.score(DIABETES[0], text) == r2_score(1000 * DIABETES[1], priced.predict(DIABETES[0]))
+    for one, rows, bad, message in (
+        (model, X, iris[1], "y has no class that the model knows: it holds '0', '1', '2', and .* 'a', 'b', 'c'"),
+        (model, X, [None, *y[1:]], r"y has 1 missing value \(the first in row 0\)"),
+        (model, X, y[:9], r"one label a row of X, got shape \(9,\) and 150 rows"),
+        (priced, DIABETES[0], [None, *DIABETES[1][1:]], "y has 1 missing value"),
+        (priced, DIABETES[0], ["dear", *text[1:]], "needs numbers in y, got text such as 'dear'"),
+    ):
+        with refused(message):
+            one.score(rows, bad)
+
+
+def test_scikit_learn_explains_and_calibrates_it_but_does_not_fit_it(model, priced, iris):
+    X, y = iris[0], np.array(["a", "b", "c"])[iris[1]]
+    check_is_fitted(model)
+    assert model.classes_.tolist() == ["a", "b", "c"] and is_classifier(model)
+    assert is_regressor(priced) and not hasattr(priced, "classes_")
+    assert permutation_importance(model, X, y, n_repeats=2).importances.shape == (4, 2)
+    assert permutation_importance(priced, *DIABETES, n_repeats=2).importances.shape == (10, 2)
+    assert partial_dependence(priced, DIABETES[0], [2], grid_resolution=3)["average"].shape == (1, 3)
+    with matplotlib.rc_context({"backend": "agg"}):
+        assert ConfusionMatrixDisplay.from_estimator(model, X, y).confusion_matrix.sum() == 150
+    calibrated = CalibratedClassifierCV(FrozenEstimator(model), cv=2).fit(X, y)
+    np.testing.assert_allclose(calibrated.predict_proba(X).sum(1), 1)
+    with refused(r"fitted already: wrap it in sklearn\.frozen\.FrozenEstimator"):
+        model.fit(X, y)
+
+
+def test_a_trial_of_a_number_is_trained_as_the_best_is(study, model, iris):
+    best, other = study.best_trial, study.ranking()[-1]
+    again = study.best_model(trial=best.number)
+    np.testing.assert_array_equal(again.predict_proba(iris[0]), model.predict_proba(iris[0]))
+    assert study.best_model(trial=np.int64(other.number)).info["params"] == other.params
+    for trial in (3, -1, True, "0", 1.0):
+        with refused("must be the number of a trial that has a score, for example"):
+            study.best_model(trial=trial)
