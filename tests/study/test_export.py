@@ -40,8 +40,7 @@ def outputs(path, X):
         found = session.run(None, {"X": X})
         return found, json.loads(session.get_modelmeta().custom_metadata_map["gputune.json"])
     extra = {"gputune.json": ""}
-    program = torch.export.load(path, extra_files=extra)
-    found = program.module()(torch.tensor(X))
+    found = torch.export.load(path, extra_files=extra).module()(torch.tensor(X))
     arrays = [f.detach().numpy() for f in (found if isinstance(found, tuple) else (found,))]
     return arrays, json.loads(extra["gputune.json"])
 
@@ -60,7 +59,7 @@ class Remembering(nn.Module):
         return self.last(self.b(self.hidden))
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.long), ".pt2"])
 def test_a_module_that_keeps_activations(tmp_path, suffix):
     spec = {"kind": "module", "kwargs": {}, "import": "nowhere:Remembering"}
     model = make_model(NUMBERS, module=Remembering, spec=spec)
@@ -108,15 +107,21 @@ class Net(nn.Module):
         return output[:, 0] if self.single else output
 
 
-class Branching(nn.Module):
+class Branching(nn.Linear):
     """A module whose path depends on the data, which no export can follow."""
 
     def __init__(self, n_features, n_outputs):
-        super().__init__()
-        self.layer = nn.Linear(n_features, n_outputs)
+        super().__init__(n_features, n_outputs)
 
     def forward(self, x):
-        return self.layer(x) if x.sum() > 0 else -self.layer(x)
+        return super().forward(x) if x.sum() > 0 else -super().forward(x)
+
+
+class Counting(Branching):
+    """A module that makes a Python number of the number of rows."""
+
+    def forward(self, x):
+        return nn.Linear.forward(self, x.view(len(x), -1))
 
 
 USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float64}
@@ -128,7 +133,7 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
         pytest.param(NUMBERS, {}, ".onnx", marks=pytest.mark.long),
         (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"),
         (FRAME, {"numbers": "robust"}, ".onnx"),
-        (NUMBERS, {"numbers": "piecewise"}, ".onnx"),
+        pytest.param(NUMBERS, {"numbers": "piecewise"}, ".onnx", marks=pytest.mark.long),
         (FRAME, {"numbers": "piecewise"}, ".pt2"),
         pytest.param(FRAME, USERS, ".onnx", marks=pytest.mark.long),
         (FRAME, USERS, ".pt2"),
@@ -177,16 +182,6 @@ def test_encoded_rows_are_columns_or_features():
     assert mixed.encoded(OTHERS).shape == (4, len(mixed.layout.feature_names))
     with refused("X has no column 'age'"):
         numbers.encoded(others.drop(columns="age"))
-
-
-class Counting(nn.Linear):
-    """A module that makes a Python number of the number of rows."""
-
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
-
-    def forward(self, x):
-        return super().forward(x.view(len(x), -1))
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])

@@ -241,7 +241,7 @@ def test_it_scores_as_estimators_do_what_a_search_reads(model, priced, iris):
     }
     text = [f"${value:,.2f}" for value in 1000 * DIABETES[1]]
     assert priced.score(DIABETES[0], text) == r2_score(1000 * DIABETES[1], priced.predict(DIABETES[0]))
-    for one, rows, bad, message in (
+    for one, inputs, bad, message in (
         (model, X, iris[1], "y has no class that the model knows: it holds '0', '1', '2', and .* 'a', 'b', 'c'"),
         (model, X, [None, *y[1:]], r"y has 1 missing value \(the first in row 0\)"),
         (model, X, y[:9], r"one label a row of X, got shape \(9,\) and 150 rows"),
@@ -249,7 +249,7 @@ def test_it_scores_as_estimators_do_what_a_search_reads(model, priced, iris):
         (priced, DIABETES[0], ["dear", *text[1:]], "needs numbers in y, got text such as 'dear'"),
     ):
         with refused(message):
-            one.score(rows, bad)
+            one.score(inputs, bad)
 
 
 def test_scikit_learn_explains_and_calibrates_it_but_does_not_fit_it(model, priced, iris):

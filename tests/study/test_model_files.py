@@ -105,6 +105,7 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(frame, folder, options):
         assert torch.equal(loaded.module.state_dict()[key], value)
     if model.classes is not None:
         np.testing.assert_array_equal(loaded.predict_proba(frame), model.predict_proba(frame))
+        assert got.dtype == model.classes.dtype and set(got.tolist()) <= set(model.classes.tolist())
 
 
 def test_tied_weights_are_saved(frame, folder):
