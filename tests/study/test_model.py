@@ -236,9 +236,8 @@ def test_it_scores_as_estimators_do_what_a_search_reads(model, priced, iris):
     assert {model.score(X, labels) for labels in (y, y.tolist(), pandas.Series(y), y[:, None])} == {score}
     odd = np.where(np.arange(150) < 10, "new", y)
     assert model.score(X, odd) == accuracy_score(odd, model.predict(X))
-    assert {priced.score(DIABETES[0], numbers) for numbers in (DIABETES[1], torch.as_tensor(DIABETES[1])[:, None])} == {
-        worth
-    }
+    as_column = torch.as_tensor(DIABETES[1])[:, None]
+    assert priced.score(*DIABETES) == priced.score(DIABETES[0], as_column) == worth
     text = [f"${value:,.2f}" for value in 1000 * DIABETES[1]]
     assert priced.score(DIABETES[0], text) == r2_score(1000 * DIABETES[1], priced.predict(DIABETES[0]))
     for one, inputs, bad, message in (

@@ -1,13 +1,10 @@
 """Several processes on one study: each trial is trained once, and what a dead process had is taken over."""
 
-import importlib
 import json
 import os
 import platform
 import re
 import signal
-import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -213,22 +210,6 @@ def test_ctrl_c_ends_the_wait_for_a_plan(path, monkeypatch):
         at_call(ledger, "on_wait", 2, stop.ask, patch=monkeypatch.setattr)
         with pytest.raises(KeyboardInterrupt), ledger.alone():
             pass
-
-
-def test_a_module_whose_code_has_changed_is_another_search(tmp_path, monkeypatch):
-    """Of an imported class; the table of the study would mix two models."""
-    monkeypatch.syspath_prepend(tmp_path)
-    net = "import torch\n\nclass Net(torch.nn.Linear):\n    size = 1\n"
-    net += "    def __init__(self, n_features, n_outputs): super().__init__(n_features, n_outputs)\n"
-    call = {"space": {"lr": [1e-3, 1e-2]}, "include_default": False, "max_epochs": 1, "cv": 2, "verbose": 0}
-    call["study"] = tmp_path / "study.db"
-    for size, trials in ((1, 1), (22, 2)):
-        (tmp_path / "tuned_net.py").write_text(net.replace("size = 1", f"size = {size}"))
-        importlib.invalidate_caches()
-        module = importlib.import_module("tuned_net")
-        with nullcontext() if size == 1 else refused(r"in: model \(its code has changed\)\."):
-            gputune.tune(module.Net, *load_iris(return_X_y=True), n_trials=trials, **call)
-        sys.modules.pop("tuned_net")
 
 
 def test_who_trains_what_is_waited_for_is_said(path, mine, other):

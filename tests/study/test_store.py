@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,17 +71,6 @@ def test_rows_of_unlike_length_are_read_together_and_the_damaged_one_is_named(pa
     change(path, "UPDATE results SET best_epoch = 9 WHERE number = 137")
     with Store.open(path) as store, damaged("result of trial 137 does not fit"):
         store.results()
-
-
-def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(store):
-    store.finish([result(1)])
-    with refused(r"study\.db': trial 1 is there already and is never replaced; nothing"):
-        store.finish([result(0), result(1, score=9.0), result(2)])
-    with refused("trial 7 was never added; nothing was written"):
-        store.finish([result(0), result(7)])
-    assert [found and bits(found) for _, found in store.trials()] == [None, bits(result(1)), None, None, None]
-    store.finish([result(n) for n in (0, 2, 3, 4)])  # the store goes on after an error
-    assert all(found for _, found in store.trials())
 
 
 def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(store, path, monkeypatch):
@@ -400,3 +390,30 @@ def test_what_was_read_once_is_not_read_again(path, monkeypatch):
         assert [found and found.state for _, found in store.trials()] == 3 * ["complete"] + 3 * [None]
         assert [chunk.number for chunk in store.plan()] == [0, 7]
     assert read == [4, 5, 0, 2, 7]
+
+
+FORMAT_META = {"model": "mlp", "seed": 0, "classes": ["a", "b"], "limit": math.inf}
+TRIALS = [*candidates(range(3)), Candidate(3, {"lr": [0.1, 0.2]}, (0, 1))]
+PLAN = [Chunk(0, 0, (2, 0), 1), Chunk(1, 0, (1,), 2)]
+RESULTS = [result(0), result(2, state="stopped", detail={"rung": 3})]
+
+
+def write(path):
+    """How the file of the present format was made; run it once when the format changes, and keep the old files."""
+    with Store.create(path, FORMAT_META) as store:
+        store.add_trials(TRIALS)
+        store.add_chunks(PLAN)
+        store.finish(RESULTS)
+
+
+@pytest.mark.parametrize("name", ["format3.db"])
+def test_the_file_that_an_earlier_version_wrote_opens_and_goes_on(tmp_path, name):
+    path = tmp_path / name
+    shutil.copy(Path(__file__).with_name(name), path)
+    with Store.open(path) as store:
+        assert store.meta == FORMAT_META and store.plan() == PLAN and store.candidates() == TRIALS
+        found = store.results()
+        assert {n: bits(r) for n, r in found.items()} == {r.number: bits(r) for r in RESULTS}
+        assert found[2].detail == {"rung": 3} and np.isfinite(found[0].curve).all()
+        store.finish([result(1), result(2)])
+    assert repair(path, tmp_path / "repaired.db").finished == 3

@@ -58,7 +58,7 @@ class StoreStates(RuleBasedStateMachine):
         final = {n for n, found in self.results.items() if found.state != "stopped"}
         twice = len(set(numbers)) < len(numbers) and not stopped
         if twice or final & set(numbers) or not set(numbers) <= self.trials.keys():
-            with refused("is there already|was never added"):
+            with refused(r"trial \d (is there already and is never replaced|was never added); nothing was written"):
                 self.handles[who].finish(new)
         else:
             self.handles[who].finish(new)
