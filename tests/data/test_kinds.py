@@ -1,16 +1,25 @@
-"""What texts and Python objects are read as, one column at a time."""
+"""What texts and Python objects are read as, one column at a time; amounts are numbers where all of a column agree."""
 
 import datetime
 from decimal import Decimal
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 
-from gputune.data.kinds import MISSING_TEXT, from_column, from_values, is_missing, parse_text, read_as, text_of
-from gputune.errors import InputError
+from gputune.data.encode import fit_layout
+from gputune.data.files import read_table
+from gputune.data.kinds import MISSING_TEXT, from_column, from_values, is_missing, parse_text, read_amounts, read_as
+from gputune.data.table import as_table, split_target
+from refused import refused
 
 NAN = np.nan
+
+
+def assert_read(found, kind, values):
+    assert found[0] == kind
+    np.testing.assert_array_equal(found[1], np.array(values, dtype=object if kind == "category" else float))
 
 
 @pytest.mark.parametrize(
@@ -29,9 +38,7 @@ NAN = np.nan
     ],
 )
 def test_text(texts, kind, values):
-    found, read = parse_text(np.array(texts, dtype=object))
-    assert found == kind
-    np.testing.assert_array_equal(read, np.array(values, dtype=object if kind == "category" else float))
+    assert_read(parse_text(np.array(texts, dtype=object)), kind, values)
 
 
 @pytest.mark.parametrize(
@@ -49,39 +56,30 @@ def test_text(texts, kind, values):
     ],
 )
 def test_objects(given, kind, values):
-    found, read = from_values(given, name="c", untyped=False)
-    assert found == kind
-    np.testing.assert_array_equal(read, np.array(values, dtype=object if kind == "category" else float))
+    assert_read(from_values(given, name="c", untyped=False), kind, values)
 
 
 def test_text_among_objects_is_parsed_only_where_the_source_has_no_types():
-    assert from_values(["1", None], name="c", untyped=True)[0] == "number"
-    assert from_values(["1", None], name="c", untyped=False)[0] == "category"
+    assert [from_values(["1", None], name="c", untyped=one)[0] for one in (True, False)] == ["number", "category"]
 
 
 def test_an_object_that_is_no_value():
-    with pytest.raises(InputError, match="column 'c' holds dict, which is no number, boolean, text or date"):
+    with refused("column 'c' holds dict, which is no number, boolean, text or date"):
         from_values([1, {}], name="c", untyped=True)
-    with pytest.raises(InputError, match="column 'c' holds bytes"):
+    with refused("column 'c' holds bytes"):
         from_column(np.array([b"a", b"b"], dtype=object), "c")
 
 
 def test_times_of_numpy():
     dates = np.array(["1970-01-01T00:00:01", "NaT"], dtype="datetime64[ns]")
     spans = np.array([90, "NaT"], dtype="timedelta64[m]")
-    for column, kind, values in [(dates, "date", [1, NAN]), (spans, "number", [5400, NAN])]:
-        found, read = from_column(column, "c")
-        assert found == kind
-        np.testing.assert_array_equal(read, values)
+    assert_read(from_column(dates, "c"), "date", [1, NAN])
+    assert_read(from_column(spans, "c"), "number", [5400, NAN])
 
 
 def test_missing_values():
     assert all(map(is_missing, [None, NAN, np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT", "s")]))
     assert not any(map(is_missing, [0, "", "nan", False, np.datetime64("2020-01-01")]))
-
-
-def test_numbers_as_categories():
-    assert [text_of(value) for value in (1, 1.0, 1.5, True, "a", NAN)] == ["1", "1", "1.5", "True", "a", "nan"]
 
 
 def column(*values):
@@ -102,8 +100,7 @@ def column(*values):
     ],
 )
 def test_a_column_is_read_as_its_owner_says(wanted, kind, values, read):
-    found = read_as(wanted, kind, values, "c")
-    np.testing.assert_array_equal(found, np.array(read, dtype=object if wanted == "category" else float))
+    assert_read((wanted, read_as(wanted, kind, values, "c")), wanted, read)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +110,68 @@ def test_a_column_is_read_as_its_owner_says(wanted, kind, values, read):
             "number",
             "category",
             column("1", "many"),
-            r"kinds=\{'c': 'number'\}: column 'c' has 'many' in row 1; leave that cell empty",
+            ": 'number'}: column 'c' has 'many' in row 1; leave that cell empty",
         ),
-        ("date", "number", column(7, 20200101), r"kinds=\{'c': 'date'\}: column 'c' has '7' in row 0"),
+        ("date", "number", column(7, 20200101), r"kinds={'c': 'date'}: column 'c' has '7' in row 0"),
         ("number", "date", column(0), "holds dates, which nothing else is read from; convert it"),
     ],
 )
 def test_a_column_that_cannot_be_read_as_its_owner_says(wanted, kind, values, words):
-    with pytest.raises(InputError, match=words):
+    with refused(words):
         read_as(wanted, kind, values, "c")
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers", "remark"),
+    [
+        (["$112.8", "$0.5", None], [112.8, 0.5, NAN], "text such as '$112.8' is read as numbers"),
+        (["$1,234", "$999", "-$1,234,567.89"], [1234, 999, -1234567.89], "text such as '$1,234' is read as numbers"),
+        (["89.5%", "100%", "-3 %"], [89.5, 100, -3], "text such as '89.5%' is read as numbers"),
+        (["1,234", "12", "12,345.5"], [1234, 12, 12345.5], "text such as '1,234' is read as numbers"),
+        (["12.50 €", " 7 € "], [12.5, 7], "text such as '12.50 €' is read as numbers"),
+        (["£+5", "£10000"], [5, 10000], "text such as '£+5' is read as numbers"),
+        (["¥1.125", "¥1.5"], [1.125, 1.5], "text such as '¥1.125' is read as numbers"),
+        (["-", "12", "-0.5", None], [NAN, 12, -0.5, NAN], "'-' among numbers is read as missing"),
+        (["1e3", " -- ", ".5", "2."], [1000, NAN, 0.5, 2], "'--' among numbers is read as missing"),
+        (["$1", "–"], [1, NAN], "text such as '$1' is read as numbers, '–' as missing"),
+    ],
+)
+def test_amounts_are_numbers_and_a_dash_among_numbers_is_missing(texts, numbers, remark):
+    values, words = read_amounts(texts)
+    np.testing.assert_array_equal(values, numbers)
+    assert words == remark
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["$1", "2"], ["$1", "2%"], ["$1", "€2"], ["$5%"],  # not one currency throughout
+        ["1,234", "5678"], ["1,23"], ["0,125"], ["1,2345"],  # commas in some thousands alone, decimal commas
+        ["1.234,50 €"], ["1.234 €", "12.500 €"],  # thousands, where a point stands between them
+        ["$007"], ["12", "7"], ["-", "007"], ["-", "1_000"], ["02139"],  # plain numbers, and codes
+        ["-", "red"], ["-", "."], ["-", None], ["$"], ["%"], ["-$-5"], ["(5)"], ["$1e3"], ["$1", "call us"], ["$1", ""],
+        ["٣%"], [None], [],
+    ],
+)  # fmt: skip
+def test_what_does_not_agree_stays_text(texts):
+    assert read_amounts(texts) is None
+
+
+def test_a_file_of_amounts_has_numbers_and_a_note(tmp_path):
+    rows = [f'{i},"${1000 + i:,}.50",{i}.5%,$1{i % 3},{"$1" if i else "free"}' for i in range(30)]
+    (tmp_path / "t.csv").write_text("\n".join(["id,price,share,mixed,odd", *rows]) + "\n")
+    table = read_table(tmp_path / "t.csv")
+    assert table.kinds == ("number", "number", "number", "number", "category")
+    rest, y = split_target(table, "price")
+    np.testing.assert_array_equal(y, np.arange(30) + 1000.5)
+    notes = " ".join(fit_layout(rest).notes)
+    for name, example in {"price": "$1,000.50", "share": "0.5%", "mixed": "$10"}.items():
+        assert f"Column '{name}': text such as '{example}' is read as numbers" in notes
+    assert "'odd': text such" not in notes and rest.select(np.arange(5)).amounts == table.amounts
+
+
+def test_amounts_in_a_frame_are_numbers_but_not_categories():
+    columns = {"a": ["$1", "$2"], "code": ["01", "02"], "plain": ["1", "2"]}
+    for frame in (pd.DataFrame(columns), pl.DataFrame(columns)):
+        assert as_table(frame).kinds == ("number", "category", "category")
+    assert as_table(pd.DataFrame({"a": pd.Categorical(["$1", "$2"])})).kinds == ("category",)

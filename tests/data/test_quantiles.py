@@ -1,11 +1,14 @@
-"""Piecewise-linear encoding equals its definition, bin by bin, with bins that scikit-learn's tree and NumPy make."""
+"""Piecewise-linear encoding equals its definition, bin by bin; normal scores in torch are those of NumPy and scipy."""
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scipy.special import ndtri
 from sklearn.tree import DecisionTreeClassifier
 
 import gputune
+from gputune.data import quantiles
 from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.quantiles import N_BINS, bins_between, quantile_edges, tree_edges
 from gputune.data.table import as_table
@@ -81,3 +84,25 @@ def test_a_search_is_that_on_encoded_rows_and_its_model_is_saved(tmp_path):
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict(FRAME), model.predict(FRAME))
+
+
+def test_the_normal_deviate_is_scipys():
+    p = np.concatenate([np.logspace(-7, -0.31, 500), 1 - np.logspace(-7, -0.31, 500), [0.075, 0.925, 0.5]])
+    np.testing.assert_allclose(quantiles.normal_deviate(torch.tensor(p)).numpy(), ndtri(p), rtol=1e-12, atol=1e-15)
+    ends = quantiles.normal_deviate(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    np.testing.assert_allclose(ends, [-5.199337582605575, 5.199337582605575], rtol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 40, 2500])
+def test_the_scores_are_those_of_numpy(rows):
+    rng = np.random.default_rng(rows)
+    columns = [rng.normal(size=rows), rng.lognormal(8, 3, rows), rng.integers(0, 4, rows), 1e-9 * rng.normal(size=rows)]
+    part = np.stack(columns, axis=1)
+    part[0] = 17.0, 3.0, 0.0, 1e-9
+    part[1] = -2.0, 5.0, 3.0, -1e-9
+    fitted = quantiles.fit_quantiles(part)
+    beyond = np.stack([part.min(0) - 1, part.max(0) + 1, part.mean(0), np.full(4, 0.5)])
+    values = np.concatenate([part, beyond, fitted, (fitted[1:] + fitted[:-1]) / 2])
+    expected = np.stack([quantiles.normal_scores(values[:, j], fitted[:, j]) for j in range(4)], axis=1)
+    found = quantiles.normal_scores_of(torch.tensor(values), torch.tensor(fitted)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
