@@ -11,12 +11,11 @@ from scipy.sparse import csr_array, csr_matrix
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from gputune.data.table import Table, as_rows, as_table, checked_table, select_rows, split_target
-from gputune.errors import InputError
+from refused import refused
 
 
 def same(a, b):
-    assert a.names == b.names
-    assert a.kinds == b.kinds
+    assert (a.names, a.kinds) == (b.names, b.kinds)
     for x, y in zip(a.columns, b.columns):
         np.testing.assert_array_equal(x, y)
 
@@ -56,67 +55,39 @@ def test_pandas_and_polars_frames_read_alike(library):
     np.testing.assert_array_equal(table.column("d"), [1577836800, np.nan, 1577923200])
 
 
-def test_text_in_a_frame_stays_text():
-    assert as_table(pd.DataFrame({"code": ["1", "2"]})).kinds == ("category",)
-    assert as_table(pl.DataFrame({"code": ["1", "2"]})).kinds == ("category",)
-    assert as_table(np.array([["1"], ["2"]])).kinds == ("number",)
-
-
 def test_pandas_types():
-    table = as_table(
-        pd.DataFrame(
-            {
-                "Int64": pd.array([1, None, 3], dtype="Int64"),
-                "boolean": pd.array([True, None, False], dtype="boolean"),
-                "string": pd.array(["a", None, "b"], dtype="string"),
-                "str": pd.Series(["a", None, "b"], dtype="str"),
-                "category": pd.Categorical(["a", None, "b"], categories=["b", "a", "z"]),
-                "codes": pd.Categorical([1.0, None, 2.0]),
-                "mixed": pd.Series([1, "a", None], dtype=object),
-                "numbers": pd.Series([1, 2.5, None], dtype=object),
-                "zone": pd.to_datetime(["2020-01-01", None, "2020-01-02"]).tz_localize("Europe/Berlin"),
-                "delta": pd.to_timedelta(["1s", None, "1h"]),
-                "arrow": pd.array([1, None, 3], dtype="int64[pyarrow]"),
-                "nothing": pd.Series([None, None, None], dtype=object),
-                "interval": pd.cut([1, 5, 9], 2),
-            }
-        )
-    )
-    nan = np.nan
-    expected = {
-        "Int64": ("number", [1, nan, 3]),
-        "boolean": ("boolean", [1, nan, 0]),
-        "string": ("category", ["a", None, "b"]),
-        "str": ("category", ["a", None, "b"]),
-        "category": ("category", ["a", None, "b"]),
-        "codes": ("category", ["1", None, "2"]),
-        "mixed": ("category", ["1", "a", None]),
-        "numbers": ("number", [1, 2.5, nan]),
-        "zone": ("date", [1577833200, nan, 1577919600]),
-        "delta": ("number", [1, nan, 3600]),
-        "arrow": ("number", [1, nan, 3]),
-        "nothing": ("category", [None, None, None]),
-        "interval": ("category", ["(0.992, 5.0]", "(0.992, 5.0]", "(5.0, 9.0]"]),
+    zone = pd.to_datetime(["2020-01-01", None, "2020-01-02"]).tz_localize("Europe/Berlin")
+    of_types = {
+        "Int64": (pd.array([1, None, 3], dtype="Int64"), "number", [1, np.nan, 3]),
+        "boolean": (pd.array([True, None, False], dtype="boolean"), "boolean", [1, np.nan, 0]),
+        "string": (pd.array(["a", None, "b"], dtype="string"), "category", ["a", None, "b"]),
+        "str": (pd.Series(["a", None, "b"], dtype="str"), "category", ["a", None, "b"]),
+        "category": (pd.Categorical(["a", None, "b"], categories=["b", "a", "z"]), "category", ["a", None, "b"]),
+        "codes": (pd.Categorical([1.0, None, 2.0]), "category", ["1", None, "2"]),
+        "mixed": (pd.Series([1, "a", None], dtype=object), "category", ["1", "a", None]),
+        "numbers": (pd.Series([1, 2.5, None], dtype=object), "number", [1, 2.5, np.nan]),
+        "zone": (zone, "date", [1577833200, np.nan, 1577919600]),
+        "delta": (pd.to_timedelta(["1s", None, "1h"]), "number", [1, np.nan, 3600]),
+        "arrow": (pd.array([1, None, 3], dtype="int64[pyarrow]"), "number", [1, np.nan, 3]),
+        "nothing": (pd.Series([None, None, None], dtype=object), "category", [None, None, None]),
+        "interval": (pd.cut([1, 5, 9], 2), "category", ["(0.992, 5.0]", "(0.992, 5.0]", "(5.0, 9.0]"]),
     }
-    for name, (kind, values) in expected.items():
+    table = as_table(pd.DataFrame({name: column for name, (column, _, _) in of_types.items()}))
+    for name, (_, kind, values) in of_types.items():
         assert (name, table.kind(name)) == (name, kind)
-        np.testing.assert_array_equal(
-            table.column(name), np.array(values, dtype=object if kind == "category" else float)
-        )
+        expected = np.array(values, dtype=object if kind == "category" else float)
+        np.testing.assert_array_equal(table.column(name), expected)
 
 
 def test_polars_types():
-    table = as_table(
-        pl.DataFrame(
-            {
-                "category": pl.Series(["a", None], dtype=pl.Categorical),
-                "enum": pl.Series(["a", None], dtype=pl.Enum(["a", "b"])),
-                "date": pl.Series(["2020-01-01", None]).str.to_date(),
-                "decimal": pl.Series(["1.5", None]).cast(pl.Decimal(10, 2)),
-                "null": pl.Series([None, None]),
-            }
-        )
-    )
+    columns = {
+        "category": pl.Series(["a", None], dtype=pl.Categorical),
+        "enum": pl.Series(["a", None], dtype=pl.Enum(["a", "b"])),
+        "date": pl.Series(["2020-01-01", None]).str.to_date(),
+        "decimal": pl.Series(["1.5", None]).cast(pl.Decimal(10, 2)),
+        "null": pl.Series([None, None]),
+    }
+    table = as_table(pl.DataFrame(columns))
     assert table.kinds == ("category", "category", "date", "number", "number")
     np.testing.assert_array_equal(table.column("decimal"), [1.5, np.nan])
 
@@ -124,21 +95,14 @@ def test_polars_types():
 def test_arrays_and_lists():
     values = np.arange(6).reshape(3, 2)
     table = as_table(values)
-    assert table.names == ("x0", "x1")
-    assert table.kinds == ("number", "number")
-    same(table, as_table(values.tolist()))
-    same(table, as_table([list(row) for row in values.astype(str)]))
-    assert as_table(table) is table
+    assert as_table(table) is table and table.names == ("x0", "x1") and table.kinds == ("number", "number")
+    for X in (values.tolist(), [list(row) for row in values.astype(str)], torch.tensor(values)):
+        same(table, as_table(X))
     assert as_table(values > 2).kinds == ("boolean", "boolean")
-    mixed = as_table([[1, "a", None], [2.5, "b", True]])
-    assert mixed.kinds == ("number", "category", "boolean")
-
-
-def test_columns_are_copies():
-    values = np.zeros((3, 2))
-    table = as_table(values)
-    values[:] = 7
-    assert not any(column.any() for column in table.columns)
+    assert as_table([[1, "a", None], [2.5, "b", True]]).kinds == ("number", "category", "boolean")
+    before = table.columns[0].copy()
+    values[:] = 7  # columns are copies
+    np.testing.assert_array_equal(table.columns[0], before)
 
 
 def test_select_and_drop():
@@ -180,7 +144,7 @@ def test_select_and_drop():
         (np.array([[1.0, np.inf]]), "column 'x1' has an infinite value in row 0; clip it, or leave it empty.$"),
         (
             pd.DataFrame({"price": [1.0, -np.inf]}),
-            "'price' has an infinite value in row 1, where the first is row 0; clip",
+            "'price' has an infinite value in row 1, where the first is row 0; c",
         ),
         (np.zeros((2, 2), dtype=complex), "column 'x0' holds complex128"),
         (pd.DataFrame({"a": [[1], [2]]}), "column 'a' holds list"),
@@ -189,7 +153,7 @@ def test_select_and_drop():
     ],
 )
 def test_what_is_no_table(X, message):
-    with pytest.raises(InputError, match=message):
+    with refused(message):
         as_table(X)
 
 
@@ -225,18 +189,14 @@ def test_the_target_is_a_plain_array(column, kind, values):
 
 def test_bad_targets():
     table = as_table(pd.DataFrame({"income": [1, 2], "when": pd.to_datetime(["2020-01-01"] * 2)}))
-    with pytest.raises(InputError, match=r"target='incme' is not.*did you mean 'income'. The columns are 'income'"):
+    with refused(r"target='incme' is not.*did you mean 'income'. The columns are 'income'"):
         split_target(table, "incme")
-    with pytest.raises(InputError, match=r"target='zzz' is not a column.*the columns are 'income', 'when'"):
+    with refused(r"target='zzz' is not a column.*the columns are 'income', 'when'"):
         split_target(table, "zzz")
-    with pytest.raises(InputError, match="'when' holds dates"):
+    with refused("'when' holds dates"):
         split_target(table, "when")
-    with pytest.raises(InputError, match="only column"):
+    with refused("only column"):
         split_target(Table(("y",), ("number",), (np.zeros(2),)), "y")
-
-
-def test_a_tensor_on_the_cpu_is_an_array():
-    same(as_table(torch.ones(2, 2)), as_table(np.ones((2, 2))))
 
 
 def test_rows_stay_what_the_user_gave():
