@@ -48,9 +48,8 @@ def test_a_fold_equals_a_plain_loop_on_the_transformed_target(transform, backend
         reference.train_mlp(x[train], y, config, n_outputs=1, epochs=3, after_epoch=after_epoch)
         plain = [r2_score(Y[valid], predicted) for predicted in scores]
         np.testing.assert_allclose(study.curves[0, :, f], plain, rtol=1e-8)
-        np.testing.assert_allclose(
-            of_rows[valid], scores[study.best_trial.best_epoch - 1], rtol=1e-6
-        )  # kept in single precision
+        kept = scores[study.best_trial.best_epoch - 1]
+        np.testing.assert_allclose(of_rows[valid], kept, rtol=1e-6)  # in single precision
 
 
 def test_a_transformer_is_used_as_scikit_learn_uses_it():
@@ -102,13 +101,11 @@ def test_a_loss_of_ones_own_sees_the_target_transformed():
 @pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.long), ".pt2"])
 def test_an_export_inverts_words_and_refuses_code(suffix, tmp_path):
     pytest.importorskip("onnxscript")
-    if suffix == ".onnx":
-        ort = pytest.importorskip("onnxruntime")
     model = gputune.tune("mlp", X, Y, target_transform="log", **HOW).best_model()
     path = tmp_path / f"model{suffix}"
     model.export(path)
     if suffix == ".onnx":
-        (found,) = ort.InferenceSession(path).run(None, {"X": X})
+        (found,) = pytest.importorskip("onnxruntime").InferenceSession(path).run(None, {"X": X})
     else:
         found = torch.export.load(path).module()(torch.tensor(X)).detach().numpy()
     np.testing.assert_allclose(found, model.predict(X), rtol=1e-5)
@@ -133,8 +130,6 @@ def test_the_command_line(tmp_path):
 
 
 class Halved(FunctionTransformer):
-    """A transformer of the user's own."""
-
     def __init__(self):
         super().__init__(lambda y: y / 2, lambda y: y * 2)
 
@@ -182,18 +177,17 @@ def test_what_is_refused(transform, y, words):
         gputune.tune("mlp", X, y, target_transform=transform, **HOW)
 
 
-def test_a_descent_and_a_function_without_a_name_are_refused(tmp_path):
+def test_a_descent_is_refused():
     with refused("method='hypergradient' descends on the squared error .* target_transform='log': choose another"):
         gputune.tune("mlp", X, Y, target_transform="log", method="hypergradient", **HOW)
+
+
+def test_a_poor_inverse_is_warned_of_and_a_function_without_a_name_refused(tmp_path):
+    with pytest.warns(InputWarning, match="does not give the target back"):
+        fit_transform(KBinsDiscretizer(3, encode="ordinal", strategy="uniform"), Y)
     nameless = FunctionTransformer(lambda y: y / 2, lambda y: y * 2)
     with refused("has no name by which study='.*' could know it again"):
         gputune.tune("mlp", X, Y, target_transform=nameless, study=tmp_path / "study.db", **HOW)
-
-
-def test_a_poor_inverse_is_warned_of():
-    bins = KBinsDiscretizer(3, encode="ordinal", strategy="uniform")
-    with pytest.warns(InputWarning, match="does not give the target back"):
-        fit_transform(bins, Y)
 
 
 def test_a_file_makes_no_other_object():

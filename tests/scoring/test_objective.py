@@ -22,17 +22,8 @@ def rows_of(name, outputs, y, configs=({}, {}, {}), task="regression"):
 def expected(function, outputs, y, **options):
     """Return PyTorch's own loss of each row, (2, 3, 7)."""
     y = y.expand(2, 3, *y.shape[2:])
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    torch.stack([function(outputs[f, c, [b]], y[f, c, [b]], **options) for b in range(7)])
-                    for c in range(3)
-                ]
-            )
-            for f in range(2)
-        ]
-    )
+    rows = zip(outputs.flatten(0, 2).split(1), y.flatten(0, 2).split(1))
+    return torch.stack([function(output, of_row, **options) for output, of_row in rows]).view(2, 3, 7)
 
 
 @pytest.mark.parametrize(
@@ -51,15 +42,12 @@ def test_named_losses_are_those_of_torch(name, function, y, config, options):
     torch.testing.assert_close(found, expected(function, VALUES, y, **options))
 
 
-def test_each_member_has_its_own_smoothing():
+def test_each_member_has_its_own_smoothing_which_leaves_out_absent_classes():
     smoothing = [0.0, 0.1, 0.4]
     found = rows_of("cross_entropy", LOGITS, CODES, [{"loss__label_smoothing": s} for s in smoothing], "multiclass")
     for c, value in enumerate(smoothing):
         one = expected(functional.cross_entropy, LOGITS, CODES, label_smoothing=value)
         torch.testing.assert_close(found[:, c], one[:, c])
-
-
-def test_smoothing_leaves_out_absent_classes():
     logits = LOGITS.clone()
     logits[..., 3] = -torch.inf
     codes = CODES.clamp_max(2)
@@ -118,24 +106,20 @@ def test_what_is_no_objective_is_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("loss", "config", "message"),
+    ("loss", "step", "config", "message"),
     [
-        ("huber", {"loss__delta": 0}, r"loss__delta must be a number in \(0, inf\), got 0"),
-        ("huber", {"loss__q": 0.5}, "loss__q is none of loss='huber', which takes delta"),
-        ("mse", {"loss__q": 0.5}, "loss__q is none of loss='mse', which takes no numbers"),
-        (nn.HuberLoss, {"loss__q": 0.5}, r"loss__q is no argument of the loss torch.nn.*HuberLoss\("),
-        (nn.HuberLoss(), {"loss__delta": 0.5}, "delta has nowhere to go, .* pass the class, loss=HuberLoss"),
-        (lambda outputs, y: outputs, {"loss__q": 0.5}, "loss__q is no argument of the loss"),
+        ("huber", None, {"loss__delta": 0}, r"loss__delta must be a number in \(0, inf\), got 0"),
+        ("huber", None, {"loss__q": 0.5}, "loss__q is none of loss='huber', which takes delta"),
+        ("mse", None, {"loss__q": 0.5}, "loss__q is none of loss='mse', which takes no numbers"),
+        (nn.HuberLoss, None, {"loss__q": 0.5}, r"loss__q is no argument of the loss torch.nn.*HuberLoss\("),
+        (nn.HuberLoss(), None, {"loss__delta": 0.5}, "delta has nowhere to go, .* pass the class, loss=HuberLoss"),
+        (lambda outputs, y: outputs, None, {"loss__q": 0.5}, "loss__q is no argument of the loss"),
+        (None, print, {"loss__q": 0.5}, "loss__q has no loss to go to beside training_step"),
     ],
 )
-def test_numbers_that_a_loss_does_not_take_are_refused(loss, config, message):
+def test_numbers_that_a_loss_does_not_take_are_refused(loss, step, config, message):
     with refused(message):
-        make_objective(loss, None, None, "regression").check(config)
-
-
-def test_a_step_has_no_loss_to_take_numbers():
-    with refused("loss__q has no loss to go to beside training_step"):
-        make_objective(None, print, None, "regression").check({"loss__q": 0.5})
+        make_objective(loss, step, None, "regression").check(config)
 
 
 @pytest.mark.parametrize(("change", "found"), [(lambda x: x[:, :2], r"\(3, 2\)"), (print, "'NoneType'")])

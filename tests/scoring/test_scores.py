@@ -142,18 +142,15 @@ def test_a_score_of_no_class_works_on_text_labels(name):
     assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
 
 
+ratios = metrics.class_likelihood_ratios
 OF_A_CLASS = {
     "f1": lambda y, guess, p, label: metrics.f1_score(y, guess, pos_label=label),
     "precision": lambda y, guess, p, label: metrics.precision_score(y, guess, pos_label=label),
     "recall": lambda y, guess, p, label: metrics.recall_score(y, guess, pos_label=label),
     "jaccard": lambda y, guess, p, label: metrics.jaccard_score(y, guess, pos_label=label),
     "average_precision": lambda y, guess, p, label: metrics.average_precision_score(y, p, pos_label=label),
-    "positive_likelihood_ratio": lambda y, guess, p, label: metrics.class_likelihood_ratios(y == label, guess == label)[
-        0
-    ],
-    "neg_negative_likelihood_ratio": lambda y, guess, p, label: (
-        -metrics.class_likelihood_ratios(y == label, guess == label)[1]
-    ),
+    "positive_likelihood_ratio": lambda y, guess, p, label: ratios(y == label, guess == label)[0],
+    "neg_negative_likelihood_ratio": lambda y, guess, p, label: -ratios(y == label, guess == label)[1],
 }
 
 
@@ -177,18 +174,17 @@ def test_these_are_all_scores_of_one_class_that_scikit_learn_has():
     assert {name for name, one in others.items() if one.positive is not None} == set(OF_A_CLASS)
 
 
-@pytest.mark.parametrize("classes", [[0, 1], [-1, 1], [False, True], [0.0, 1.0]])
-def test_the_larger_of_two_usual_classes_is_positive(classes):
-    assert make_scoring("f1", "binary", np.array(classes)).positive == 1
-    assert make_scoring("f1", "binary", np.array(classes), classes[0]).positive == 0
-
-
-@pytest.mark.parametrize(
-    ("classes", "text", "code"),
-    [([0, 1], "0", 0), ([False, True], "false", 0), ([1.0, 2.0], "2", 1), ([1.5, 2.5], "2.5", 1)],
-)
-def test_the_positive_class_may_be_given_as_text(classes, text, code):
-    assert make_scoring("recall", "binary", np.array(classes), text).positive == code
+def test_the_larger_of_two_usual_classes_is_positive_and_another_may_be_given_as_text():
+    for classes in ([0, 1], [-1, 1], [False, True], [0.0, 1.0]):
+        assert make_scoring("f1", "binary", np.array(classes)).positive == 1
+        assert make_scoring("f1", "binary", np.array(classes), classes[0]).positive == 0
+    for classes, text, code in (
+        ([0, 1], "0", 0),
+        ([False, True], "false", 0),
+        ([1, 2.0], "2", 1),
+        ([1, 2.5], "2.5", 1),
+    ):
+        assert make_scoring("recall", "binary", np.array(classes), text).positive == code
 
 
 @pytest.mark.parametrize(
@@ -216,10 +212,9 @@ def test_a_bad_positive_class_is_named(scoring, classes, positive, message):
 
 
 def test_a_loss_is_of_no_class():
-    with refused("scoring='neg_log_loss' knows no positive class"):
-        loss_scoring("binary", NAMED, "no")
-    with refused("got a regression task"):
-        loss_scoring("regression", None, "no")
+    for task, classes, message in (("binary", NAMED, "knows no positive class"), ("regression", None, "got a regr")):
+        with refused(message):
+            loss_scoring(task, classes, "no")
 
 
 def test_a_scorer_that_does_not_fit_is_an_error_with_its_reason():
@@ -284,8 +279,3 @@ def test_bad_scoring_is_named(scoring, task, message):
 def test_a_function_of_sklearn_metrics_is_no_scorer(metric, remedy):
     with refused(rf"of \(y_true, y_pred\) and no scorer; give scoring={remedy}"):
         make_scoring(metric, "binary", np.array([0, 1]))
-
-
-def test_the_default_scoring():
-    assert make_scoring(None, "multiclass", np.arange(3)).name == "accuracy"
-    assert make_scoring(None, "regression", None).name == "r2"

@@ -8,8 +8,8 @@ import torch
 from sklearn.inspection import permutation_importance
 
 import gputune
-from gputune.errors import InputError
 from problems import Linear
+from refused import refused
 
 RNG = np.random.default_rng(0)
 N = 60
@@ -90,10 +90,6 @@ def test_the_rows_of_a_file_are_a_polars_frame(tmp_path):
     gputune.tune("mlp", tmp_path / "rows.csv", "y", groups="g", scoring=scorer, **FAST)
 
 
-def raises(message):
-    return pytest.raises(InputError, match=message)
-
-
 def test_what_an_estimator_refuses():
     kept = []
 
@@ -113,5 +109,5 @@ def test_what_an_estimator_refuses():
         (lambda estimator, X, y: estimator.predict(X[:, :2]), "X has no column 'x2'"),
         (writes, "read-only"),
     ]:
-        with raises(message):
+        with refused(message):
             gputune.tune("mlp", X, Y, scoring=scorer, **FAST)
