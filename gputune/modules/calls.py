@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 
 class Stateless:
-    """A module as it is now; ``holding`` lends it other tensors, and puts back all that was set meanwhile.
+    """A module as it is now; ``substitute`` lends it other tensors, and puts back all that was set meanwhile.
 
     That is the attributes of every submodule: parameters, buffers, hooks, the mode, and what a forward keeps in
     ``self`` or in a dict, list or set there. Tensors that are written into in place stay so.
@@ -44,10 +44,7 @@ class Stateless:
 
     @contextmanager
     def substitute(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Put ``tensors`` in the place of parameters and buffers of the same names inside, under all their names.
-
-        Names are those of ``named_parameters()`` and ``named_buffers()``.
-        """
+        """Put ``tensors`` in the place of parameters and buffers of the same names inside, under all their names."""
         try:
             for held, key, _, name in self._places:
                 if name in tensors:
@@ -66,7 +63,7 @@ class Stateless:
                 held[key] = tensor
 
     def held(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the tensors that stand under some names now: what a forward has written there, inside ``holding``."""
+        """Return the tensors that stand under some names now: what a forward has written, inside ``substitute``."""
         wanted = set(names)
         return {name: held[key] for held, key, _, name in self._places if name in wanted} if wanted else {}
 

@@ -1,6 +1,4 @@
-"""A user's module made: from a class, a function or a partial, under a stream of its own, with what it asks for; and
-what it has then: layers, hidden matrices, rates of dropout.
-"""
+"""A user's module made from a class, a function or a partial, under a stream of its own, and what it has then."""
 
 import copy
 import inspect
@@ -137,10 +135,7 @@ def has_gradient_hook(parameter: Tensor) -> bool:
 
 
 def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:
-    """Let a module begin from training rows by its method ``start_from(*inputs, y)``, under a stream of its own.
-
-    Raises InputError where that fails.
-    """
+    """Call a module's ``start_from(*inputs, y)`` under a stream of its own. Raises InputError where that fails."""
     with keyed_draws(y.device, seed, "start_from"), torch.no_grad():
         try:
             getattr(module, "start_from")(*inputs, y)  # noqa: B009

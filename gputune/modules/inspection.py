@@ -84,10 +84,7 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
 
 
 def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> None:
-    """Raise InputError for a rate in a complete configuration that nothing of the module ``name`` has.
-
-    Keys that its trials have as a rule, ``usual``, need not be for every one of them.
-    """
+    """Raise InputError for a rate that nothing of the module ``name`` has, but for keys of all trials, ``usual``."""
     parts = sorted({part for path in traits.named for part in path.split(".")})
     for key in config.keys() - usual.keys():
         if key.startswith((LR_FACTOR, DECAY_FACTOR)) and key.partition("__")[2] not in parts:
@@ -225,10 +222,7 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
 def _plain_results(
     stacked: StackedModule, module: nn.Module, trial: ModuleTrial
 ) -> tuple[Tensor, list[dict[str, Tensor | None]], Params]:
-    """Return the outputs of a plain module after two minibatches, the gradients of each, and what they have changed.
-
-    A parameter that a step does not use has the gradient None.
-    """
+    """Return the outputs of a plain module after two minibatches, their gradients, and what they have changed."""
     objective, names = stacked.objective, trial.shape.names
     gradients: list[dict[str, Tensor | None]] = []
     for rows in _minibatches(trial):

@@ -86,9 +86,6 @@ class LoopedModule(ModuleNetwork):
                 found.append(self.objective.outputs(module.eval(), inputs, names))
         return torch.stack(found)
 
-    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
-        return self.filled(self.values(params, fold, trial))
-
     def draws(self, batches: Batches, *, ahead: bool) -> None:
         return None
 

@@ -225,7 +225,7 @@ class Line:
 
 
 class Writer:
-    """Writes one step."""
+    """Writes one step: each of its operations as calls of kernels."""
 
     def __init__(
         self,
@@ -269,10 +269,7 @@ class Writer:
         sizes: Sequence[int] = (),
         room: int = 0,
     ) -> Line:
-        """Return the call of a kernel.
-
-        It knows places as p0, p1, ..., numbers as s0, ..., sizes as n0, ... and its room as w.
-        """
+        """Return the call of a kernel: it knows places as p0, ..., numbers as s0, ..., sizes as n0, ..., room as w."""
         types, begins = [self.type(place) for place in places], []
         for place in places:
             memory, begin = (-1, 0) if place is None else self._memory(place)
@@ -329,9 +326,7 @@ class Writer:
         return line
 
     def filled(self, out: Place, value: float) -> Line:
-        """Return the call that writes one number everywhere."""
         return self.pointwise("fill", {"value": value}, out)
 
     def copied(self, out: Place, source: Place) -> Line:
-        """Return the call that copies."""
         return self.pointwise("clone", {"self": source}, out)

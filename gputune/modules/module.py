@@ -1,6 +1,4 @@
-"""Any nn.Module as a stacked model: its parameters and changing buffers stacked, its forward mapped over members by
-torch.func.
-"""
+"""Any nn.Module as a stacked model: its parameters and changing buffers stacked, its forward mapped by torch.func."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,41 +39,23 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Traits:
-    """What a user's module does, as far as its stacking depends on it (``inspection.py`` finds out by trying it).
+    """What a user's module does, as far as its stacking depends on it (``inspection.py`` finds out by trying it)."""
 
-    changing     names of the buffers, frozen parameters and Python numbers in submodules that a forward in training
-                 changes
-    least_rows   rows that a minibatch needs: two for statistics over them
-    alone        whether an output in evaluation mode depends on its own row alone
-    widest       most numbers that a submodule returns for a row
-    parameters   number of parameters that are trained
-    draws        whether a forward in training draws random numbers
-    row_losses   whether the loss gives a number a row, rather than their mean
-    at_start     what is not finite before anything has trained, in words, "" where all is
-    named        paths of the parameters that are trained
-    unused       paths of those that a step of stacked members does not use, which stay as they are
-    scheduled    names of the buffers that hold a rate of ``gputune.models.Dropout``
-    unstackable  why its members cannot be stacked, "" where they can
-    probabilities  whether a row's outputs are positive and have the sum 1, as behind a softmax
-    slow         by how much they train faster one by one, as it was measured; "" where not, or where that is not known
-    coded        whether they train fastest in compiled code of their own, as it was measured
-    """
-
-    changing: tuple[str, ...] = ()
-    least_rows: int = 1
-    alone: bool = True
-    widest: int = 1
-    parameters: int = 0
-    draws: bool = True
-    row_losses: bool = True
-    at_start: str = ""
-    named: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    scheduled: tuple[str, ...] = ()
-    unstackable: str = ""
-    probabilities: bool = False
-    slow: str = ""
-    coded: bool = False
+    changing: tuple[str, ...] = ()  # buffers, frozen parameters and Python numbers that a forward in training changes
+    least_rows: int = 1  # that a minibatch needs: two for statistics over them
+    alone: bool = True  # whether an output in evaluation mode depends on its own row alone
+    widest: int = 1  # most numbers that a submodule returns for a row
+    parameters: int = 0  # number of those that are trained
+    draws: bool = True  # whether a forward in training draws random numbers
+    row_losses: bool = True  # whether the loss gives a number a row, rather than their mean
+    at_start: str = ""  # what is not finite before anything has trained, in words, "" where all is
+    named: tuple[str, ...] = ()  # paths of the parameters that are trained
+    unused: tuple[str, ...] = ()  # paths of those that a step of stacked members does not use, which stay as they are
+    scheduled: tuple[str, ...] = ()  # names of the buffers that hold a rate of gputune.models.Dropout
+    unstackable: str = ""  # why its members cannot be stacked, "" where they can
+    probabilities: bool = False  # whether a row's outputs are positive and have the sum 1, as behind a softmax
+    slow: str = ""  # by how much they were measured to train faster one by one; "" where not, or not known
+    coded: bool = False  # whether they were measured to train fastest in compiled code of their own
 
     @property
     def loop_reason(self) -> str:
@@ -154,11 +134,14 @@ class ModuleNetwork:
         owners = layers_of(self.template)
         return {name: owners.index(name.rpartition(".")[0]) for name in self.first}
 
-    def filled(self, values: Params) -> nn.Module:
-        """Return a plain module in evaluation mode, on the CPU, with the ``values`` of one member."""
+    def values(self, params: Params, fold: int, trial: int) -> Params:
+        """Return the tensors of one member."""
+        raise NotImplementedError
+
+    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
+        """Return one member as a plain module in evaluation mode, on the CPU."""
         # Not a copy of the template, since what is no parameter or buffer of it cannot always be copied.
-        module = self.plain(_CPU)
-        values = values | self.fixed
+        module, values = self.plain(_CPU), self.values(params, fold, trial) | self.fixed
         with torch.no_grad():
             for name, own in (*module.named_parameters(), *module.named_buffers()):
                 if not torch.equal(own, values[name].cpu()):
@@ -206,10 +189,8 @@ class StackedModule(ModuleNetwork):
         return draws
 
     def alone_losses(self, batch: Batch) -> object:
-        """Compute the losses of one member as a plain module, to see what it draws.
-
-        The numbers depend on how a tensor lies in memory, which is not how a member's part of a stacked one lies.
-        """
+        """Compute the losses of one member as a plain module, to see what it draws."""
+        # Draws depend on how a tensor lies in memory, which is not how a member's part of a stacked one lies.
         values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
         inputs, names = [x[0] for x in batch.inputs], self.shape.names
         # Substitutes, as when it is mapped: a fused attention counts as one that draws.
@@ -331,8 +312,8 @@ class StackedModule(ModuleNetwork):
         finally:
             warns(True)
 
-    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
-        return self.filled({name: w[fold, trial] for name, w in params.items()})
+    def values(self, params: Params, fold: int, trial: int) -> Params:
+        return {name: w[fold, trial] for name, w in params.items()}
 
 
 def _with_columns(outputs: Tensor) -> Tensor:

@@ -46,10 +46,7 @@ def compile_trace(trace: Trace) -> Callable[[], None]:
 
 
 def split_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]]:
-    """Return what is the same in every step, by its memory, and the operations that compute the rest of it.
-
-    Their results lie where they would be copied to, of those with one result.
-    """
+    """Return what is the same in every step, by its memory, and the operations of the rest, without copies."""
     constants, operations = _without_constants(trace)
     given = [op if op.writes or len(op.results) != 1 else replace(op, out="out") for op in operations]
     return constants, _written_at_once(_without_unused(given, trace), trace)

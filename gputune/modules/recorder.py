@@ -28,7 +28,6 @@ class Direct:
     begun, spare = False, 0
 
     def take(self, shape: Hashable, step: Step) -> None:
-        """Take a step of this shape."""
         step()
 
 
@@ -36,8 +35,8 @@ class Replays:
     """Takes the first steps of each shape as they are, which warms up what a recording needs; then replays one.
 
     ``expected`` says how many steps of a shape may come: one that comes seldom is recorded when as many have been taken
-    as would have repaid it. ``state`` are the tensors that a step changes, and what
-    its replay may differ by from itself is a share (``tolerance``) of the sum of what is in each.
+    as would have repaid it. The replay of a step may change the tensors of ``state`` otherwise than the step by a share
+    (``tolerance``) of the sum of each.
     """
 
     def __init__(
@@ -172,8 +171,7 @@ class CudaRecorder:
 
 @cache
 def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """One stream a device, where memory that one chunk gave back serves the next, and a thread: a capture records all
-    that is asked of its stream."""
+    # One a device, so that memory that a chunk gave back serves the next, and a thread: a capture records all on it.
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -187,11 +185,9 @@ class CpuRecorder:
         del device  # there is one
 
     def warm_up(self, step: Step) -> None:
-        """Take a step as it is."""
         step()
 
     def capture(self, step: Step) -> Step:
-        """Record a step. Raises TraceError."""
         return compile_trace(trace(step))
 
 

@@ -119,10 +119,8 @@ def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
-    """Let each BatchNorm compute its running statistics as functions of its input, in place; return their names.
-
-    torch's own kernel writes them beside the graph, and knows no slope in them.
-    """
+    """Let each BatchNorm compute its running statistics as functions of its input, in place; return their names."""
+    # torch's own kernel writes them beside the graph, and knows no slope in them.
     for part in (norms := running_norms(module)).values():
         part.forward = partial(_batch_norm_with_slopes, part)  # type: ignore[method-assign]
     names = ("running_mean", "running_var", "num_batches_tracked")
