@@ -505,7 +505,7 @@ def test_truncated():
 
 
 def test_auto_takes_the_fastest_mode_that_fits():
-    steps, values = 80, {"lr": [0.1, 0.1, 0.1]}
+    steps, values = 40, {"lr": [0.1, 0.1, 0.1]}
     given = data(steps)
     training = ModuleTraining(network(), cross_entropy, *given, seed=0)
     tables = {**default_tables("sgd", 0.0, training.start()), "lr": torch.full((1, 3, 1), 0.1).double()}
@@ -522,7 +522,7 @@ def test_auto_takes_the_fastest_mode_that_fits():
     assert sizes["forward"] < sizes["checkpointed"] - 1
     assert chosen(sizes["forward"]) == ("forward", "reverse does not fit")
     reason = run(network(), given=given, hyperparameters=values, memory="1MB").reason
-    assert "for 80 steps" in reason and "for 3 hyperparameters" in reason and "1.0 MiB may be used" in reason
+    assert "for 40 steps" in reason and "for 3 hyperparameters" in reason and "1.0 MiB may be used" in reason
 
 
 @pytest.mark.parametrize("mode", ("reverse", "forward"))
@@ -534,9 +534,9 @@ def test_the_ratio_flags_chaotic_training_and_nothing_else(mode):
         return run(module, given=given, hyperparameters={"lr": lr}, optimizer=optimizer, mode=mode).ratio
 
     with pytest.warns(RuntimeWarning, match="training is chaotic: it amplifies a small change .* times"):
-        assert ratio("momentum", 0.3, 150) > CHAOTIC
-    assert ratio("momentum", 0.003, 50) < 20
-    assert ratio("adam", 0.001, 50) < 20
+        assert ratio("momentum", 0.8, 60) > CHAOTIC
+    assert ratio("momentum", 0.003, 30) < 20
+    assert ratio("adam", 0.001, 30) < 20
 
 
 @pytest.mark.parametrize("options", MODES)
