@@ -65,19 +65,23 @@ def agree(found, reference):
     torch.testing.assert_close(found, reference, rtol=1e-6, atol=1e-9)
 
 
+def differentiated(data, C, l1_ratio, k):
+    """The solution, and its slopes, which are those of central differences."""
+    solution = solved(data, C, l1_ratio, k)
+    found = implicit(data, solution, C, l1_ratio)
+    agree(found.gradient, central_difference(data, C, l1_ratio, k))
+    return solution, found
+
+
 @pytest.mark.parametrize("l1_ratio", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize(("k", "weighted"), grid((2, 3, 4), (False, True), short=[(2, False), (4, True)]))
 def test_central_differences_over_six_C_and_three_folds(k, weighted, l1_ratio):
     data = problem(folds=3, n=60, k=k, weighted=weighted)
-    C, ratio = many(*SIX), many(*[l1_ratio] * 6)
-    solution = solved(data, C, ratio, k)
-    found = implicit(data, solution, C, ratio)
+    solution, found = differentiated(data, many(*SIX), many(*[l1_ratio] * 6), k)
     assert len({len(rows) for rows in data[3]}) > 1
     assert found.gradient.shape == found.value.shape == (18,)
-    agree(found.gradient, central_difference(data, C, ratio, k))
     assert (found.gradient != 0).sum() >= 12
-    if l1_ratio:
-        assert (solution.coef == 0).any()
+    assert not l1_ratio or (solution.coef == 0).any()
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -126,33 +130,21 @@ def test_one_hot_columns_beside_an_intercept(k, seed):
     x, y, weights, valid = problem(folds=2, n=120, k=k, seed=seed)
     level = torch.from_numpy(np.random.default_rng(seed).integers(4, size=120))
     data = torch.cat([x, functional.one_hot(level).double().expand(2, -1, -1)], -1), y, weights, valid
-    C, ratio = many(50.0, 50.0), many(0.0, 1.0)
-    found = implicit(data, solved(data, C, ratio, k), C, ratio)
-    agree(found.gradient, central_difference(data, C, ratio, k))
+    differentiated(data, many(50.0, 50.0), many(0.0, 1.0), k)
 
 
-@pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
-def test_a_doubled_input_leaves_a_split_open_and_nothing_else(l1_ratio):
-    data = problem(folds=2, k=2)
-    x, *rest = data
-    C, ratio = many(0.7), many(l1_ratio)
-    solution = solved(data, C, ratio, 2)
-    twice = torch.cat([x, x], -1), *rest
-    if l1_ratio:  # pure l1: any split of a coefficient over both copies is as good
-        split = replace(solution, coef=torch.cat([solution.coef * 0.3, solution.coef * 0.7], -1))
-        found, expected = implicit(twice, split, C, ratio), implicit(data, solution, C, ratio).gradient
-    else:
-        found = implicit(twice, solved(twice, C, ratio, 2), C, ratio)
-        expected = central_difference(twice, C, ratio, 2)
-    agree(found.gradient, expected)
+def test_a_doubled_input_leaves_a_split_open_and_nothing_else():
+    x, *rest = data = problem(folds=2, k=2)
+    twice, C = (torch.cat([x, x], -1), *rest), many(0.7)
+    differentiated(twice, C, many(0.0), 2)
+    solution = solved(data, C, many(1.0), 2)  # pure l1: any split of a coefficient over both copies is as good
+    split = replace(solution, coef=torch.cat([solution.coef * 0.3, solution.coef * 0.7], -1))
+    agree(implicit(twice, split, C, many(1.0)).gradient, implicit(data, solution, C, many(1.0)).gradient)
 
 
 @pytest.mark.parametrize("l1_ratio", [0.0, 0.5, 1.0])
 def test_more_inputs_than_rows(l1_ratio):
-    data = problem(folds=2, n=24, d=30)
-    C, ratio = many(0.05, 5.0), many(*[l1_ratio] * 2)
-    found = implicit(data, solved(data, C, ratio, 3), C, ratio)
-    agree(found.gradient, central_difference(data, C, ratio, 3))
+    differentiated(problem(folds=2, n=24, d=30), many(0.05, 5.0), many(l1_ratio, l1_ratio), 3)
 
 
 @pytest.mark.parametrize("l1_ratio", [0.0, 0.5, 1.0])
@@ -196,9 +188,7 @@ def test_an_absent_class_takes_no_part(missing, l1_ratio):
     weights[1] = weights[1].masked_fill(absent, 0)
     own = [valid[0], valid[1][~absent[valid[1]]]]
     C, ratio = many(0.3, 4.0), many(l1_ratio, l1_ratio)
-    solution = solved((x, y, weights, own), C, ratio, 4)
-    found = implicit((x, y, weights, own), solution, C, ratio)
-    agree(found.gradient, central_difference((x, y, weights, own), C, ratio, 4))
+    solution, found = differentiated((x, y, weights, own), C, ratio, 4)
     assert (found.gradient != 0).all()
     # A validation row of a class never trained on costs inf, whatever C.
     unknown = implicit((x, y, weights, valid), solution, C, ratio)
@@ -230,8 +220,8 @@ def test_a_dataset(task, copies, weights):
         rows[f, fold.train] = data.weights[f, fold.train] if weights else 1
     x = data.x if copies else data.x.expand(3, -1, -1)
     plain = x, data.y, rows, [fold.valid for fold in data.folds]
-    assert torch.equal(solution.coef, solved(plain, many(0.2, 2.0), many(0, 0.5), data.n_outputs).coef)
-    agree(found.gradient, central_difference(plain, many(0.2, 2.0), many(0, 0.5), data.n_outputs))
+    expected, slopes = differentiated(plain, many(0.2, 2.0), many(0, 0.5), data.n_outputs)
+    assert torch.equal(solution.coef, expected.coef) and torch.equal(found.gradient, slopes.gradient)
 
 
 def test_a_dataset_that_does_not_converge_warns_and_is_nan():
