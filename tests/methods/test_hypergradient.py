@@ -20,46 +20,42 @@ def start(value=0.01, *, name="lr", bounds=None, **options):
     return Descent(method, (name,), {name: value, "width": 8}, bounds or {})
 
 
-def logs(descent, name="lr"):
-    return np.log(np.asarray(descent.config[name]))
+def places(path, *slopes, name="lr"):
+    """The logarithms of where a start stands, at first and after each move."""
+    found = [np.log(np.asarray(path.config[name]))]
+    for each in slopes:
+        assert not path.ended
+        path.move(each)
+        found.append(np.log(np.asarray(path.config[name])))
+    return found
 
 
 def test_a_step_goes_against_the_sign_and_halves_on_a_flip():
-    path = start(first_step=1.0)
-    places = [logs(path)]
-    for sign in (-3.0, -0.1, 0.2, 5.0, -1.0):
-        path.move(slope(sign))
-        places.append(logs(path))
+    found = places(start(first_step=1.0), *map(slope, (-3.0, -0.1, 0.2, 5.0, -1.0)))
     # Of the fourth step half is taken, since the whole would lead back to the second place.
-    np.testing.assert_allclose(np.diff(places), [1, 1, -0.5, -0.25, 0.125], rtol=1e-12)
+    np.testing.assert_allclose(np.diff(found), [1, 1, -0.5, -0.25, 0.125], rtol=1e-12)
 
 
 def test_the_default_first_step_depends_on_the_number_of_values():
     for value, first in ((1.0, 1.5), ([[1.0], [1.0]], 1.0)):
-        path = start()
-        before = logs(path)
-        path.move(slope(value))
-        np.testing.assert_allclose(before - logs(path), first, rtol=1e-12)
+        before, after = places(start(), slope(value))
+        np.testing.assert_allclose(before - after, first, rtol=1e-12)
 
 
 def test_a_number_becomes_one_for_each_segment_and_layer():
     path = start()
-    path.move(slope([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]))
-    assert np.shape(path.config["lr"]) == (3, 2)
-    path = start()
-    path.move(slope([[1.0], [-1.0]]))
-    assert np.shape(path.config["lr"]) == (2,)
+    assert places(path, slope([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]))[1].shape == (3, 2)
     assert path.config["width"] == 8
+    assert places(start(), slope([[1.0], [-1.0]]))[1].shape == (2,)
 
 
 def test_a_slope_within_its_standard_error_moves_nothing():
     path = start(first_step=1.0)
-    path.move(slope([[1.0], [0.5]], error=0.7))
-    np.testing.assert_allclose(logs(path) - math.log(0.01), [-1, 0], atol=1e-12)
-    assert not path.ended
-    path.move(slope([[0.1], [0.5]], error=0.7))
-    assert not path.ended and path.mode == "differences"  # nothing moves: the same point, looked at from afar
-    path.move(slope([[0.1], [0.5]], error=0.7, mode="differences"))
+    before, after = places(path, slope([[1.0], [0.5]], error=0.7))
+    np.testing.assert_allclose(after - before, [-1, 0], atol=1e-12)
+    places(path, slope([[0.1], [0.5]], error=0.7))
+    assert path.mode == "differences"  # nothing moves: the same point, looked at from afar
+    places(path, slope([[0.1], [0.5]], error=0.7, mode="differences"))
     assert path.ended
 
 
@@ -70,60 +66,47 @@ def test_a_solution_has_no_trend_to_be_seen_from_afar():
 
 
 def test_noise_may_give_way_to_a_trend_seen_from_afar():
-    path = start(first_step=1.0)
-    path.move(slope(5.0, error=9.0))
-    assert float(logs(path)) == pytest.approx(math.log(0.01)) and not path.ended
-    path.move(slope(5.0, error=1.0, mode="differences"))
-    assert float(logs(path)) == pytest.approx(math.log(0.01) - 1)
+    found = places(start(first_step=1.0), slope(5.0, error=9.0), slope(5.0, error=1.0, mode="differences"))
+    np.testing.assert_allclose(np.diff(found), [0, -1], atol=1e-12)
 
 
 def test_a_descent_never_comes_back_to_where_it_was():
-    path, places = start(first_step=1.0, smallest_step=0.01), []
-    for sign in (1, -1, -1, 1, 1, -1):  # halved steps on a flip alone would lead back twice
-        places.append(float(logs(path)))
-        path.move(slope(sign))
-    places.append(float(logs(path)))
-    assert len({round(place, 9) for place in places}) == len(places)
+    path = start(first_step=1.0, smallest_step=0.01)
+    found = places(path, *map(slope, (1, -1, -1, 1, 1, -1)))  # halved steps on a flip alone would lead back twice
+    assert len({round(float(place), 9) for place in found}) == len(found)
 
 
 def test_a_descent_ends_when_its_steps_are_short():
     path = start(first_step=1.0, smallest_step=0.2)
-    for sign in (1, -1, 1, -1):
-        assert not path.ended
-        path.move(slope(sign))
+    places(path, *map(slope, (1, -1, 1, -1)))
     assert path.ended
 
 
 def test_the_sign_steps_find_the_minimum_of_a_quadratic():
     path, target = start(first_step=1.0, outer_steps=40), math.log(0.37)
     while not path.ended:
-        path.move(slope(float(logs(path)) - target))
-    assert abs(float(logs(path)) - target) < 0.1
+        path.move(slope(math.log(path.config["lr"]) - target))
+    assert abs(math.log(path.config["lr"]) - target) < 0.1
 
 
 def test_normalized_steps_have_one_length_and_shorten_when_the_loss_rises():
     path = start(step="normalized", first_step=1.0)
-    path.move(slope([[3.0], [4.0]], loss=1.0))
-    np.testing.assert_allclose(logs(path) - math.log(0.01), [-0.6, -0.8], rtol=1e-12)
-    before = logs(path)
-    path.move(slope([[3.0], [4.0]], loss=2.0))
-    np.testing.assert_allclose(logs(path) - before, [-0.06, -0.08], rtol=1e-9)
+    found = places(path, *(slope([[3.0], [4.0]], loss=loss) for loss in (1.0, 2.0)))
+    np.testing.assert_allclose(found[1] - found[0], [-0.6, -0.8], rtol=1e-12)
+    np.testing.assert_allclose(found[2] - found[1], [-0.06, -0.08], rtol=1e-9)
 
 
 def test_momentum_moves_in_the_logit_and_never_leaves_its_range():
     path = start(0.9, name="momentum", first_step=3.0)
-    for _ in range(5):
-        path.move(slope(-1.0, name="momentum"))
-    assert 0.9 < path.config["momentum"] < 1
-    path.move(slope(1.0, name="momentum"))
-    assert 0.9 < path.config["momentum"] < 1
+    for value in (-1.0, -1.0, -1.0, -1.0, -1.0, 1.0):
+        path.move(slope(value, name="momentum"))
+        assert 0.9 < path.config["momentum"] < 1
 
 
 def test_the_range_of_a_distribution_holds_the_values():
     path = start(0.01, bounds={"lr": (0.005, 0.02)}, first_step=2.0)
-    path.move(slope(1.0))
-    assert path.config["lr"] == pytest.approx(0.005)
-    path.move(slope(1.0))
+    found = places(path, slope(1.0), slope(1.0))
+    np.testing.assert_allclose(np.exp(found[1:]), 0.005)
     assert path.ended  # it cannot go further that way
     path = start(0.05, bounds={"lr": (1e-4, 0.1)})
     path.move(slope(-1.0))
@@ -132,31 +115,23 @@ def test_the_range_of_a_distribution_holds_the_values():
 
 def test_chaos_steps_the_rate_down_then_turns_to_finite_differences():
     path = start(1.0, first_step=1.0)
-    path.move(slope(-50.0, usable=False))  # whatever the sign of noise says
-    assert float(logs(path)) == pytest.approx(-1)
+    found = places(path, slope(-50.0, usable=False))  # whatever the sign of noise says
     assert path.mode == "exact"
-    path.move(slope(math.nan, usable=False))
-    assert float(logs(path)) == pytest.approx(-2)
+    found += places(path, slope(math.nan, usable=False))
     assert path.mode == "differences"
-    path.move(slope(-1.0, mode="differences"))
-    assert float(logs(path)) == pytest.approx(-1.5)  # the sign has flipped
+    found += places(path, slope(-1.0, mode="differences"))  # the sign has flipped
+    np.testing.assert_allclose(found, [0, -1, -1, -2, -2, -1.5], atol=1e-12)
     assert path.mode == "differences"
 
 
-def test_chaos_at_the_lower_bound_is_looked_at_by_finite_differences():
-    path = start(0.3, bounds={"lr": (0.3, 3.0)})
-    path.move(slope(9.0, usable=False))
-    assert not path.ended and path.mode == "differences" and path.config["lr"] == pytest.approx(0.3)
-    path.move(slope(1.0, mode="differences"))
-    assert path.ended
-
-
-def test_chaos_where_the_rate_is_not_searched_looks_at_the_same_point_by_finite_differences():
-    path = start(0.01, name="weight_decay")
-    path.move(slope(math.inf, usable=False, name="weight_decay"))
-    assert not path.ended and path.mode == "differences"
-    assert path.config["weight_decay"] == pytest.approx(0.01)
-    path.move(slope(math.nan, usable=False, name="weight_decay", mode="differences"))
+@pytest.mark.parametrize(("name", "value", "low"), [("lr", 9.0, 0.3), ("weight_decay", math.inf, 1e-9)])
+def test_chaos_with_nowhere_to_step_down_to_looks_at_the_same_point_by_finite_differences(name, value, low):
+    """At the lower bound of the rate, and where the rate is not searched."""
+    path = start(0.3, name=name, bounds={name: (low, 3.0)})
+    before, after = places(path, slope(value, usable=False, name=name), name=name)
+    assert path.mode == "differences" and after == pytest.approx(before)
+    usable = name == "lr"
+    places(path, slope(1.0 if usable else math.nan, usable=usable, name=name, mode="differences"), name=name)
     assert path.ended
 
 
