@@ -60,16 +60,11 @@ def test_draws_are_those_of_scikit_learns_random_search(space, seed):
     assert draw(checked(space), 5, seed) == peer.cv_results_["params"]
 
 
-def test_draws_are_pythons_numbers():
-    config = draw(checked(MIXED), 1, 0)[0]
-    assert {key: type(value) for key, value in config.items()} == {
-        "batch_size": int, "depth": int, "lr": float, "width": int,
-    }  # fmt: skip
-
-
-def test_a_shorter_draw_is_the_beginning_of_a_longer_one():
+def test_draws_are_pythons_numbers_and_a_shorter_draw_is_the_beginning_of_a_longer_one():
     space = checked(MIXED)
-    assert draw(space, 3, 0) == draw(space, 6, 0)[:3] != draw(space, 3, 1)
+    drawn = draw(space, 6, 0)
+    assert [type(drawn[0][key]) for key in ("batch_size", "depth", "lr", "width")] == [int, int, float, int]
+    assert draw(space, 3, 0) == drawn[:3] != draw(space, 3, 1)
 
 
 def test_lists_with_too_few_points_give_all_of_them_without_a_warning():

@@ -147,32 +147,25 @@ def unlike(optimizer, *more):
         {"lr": 2e-2, "batch_size": 20, "ema": 0.8},
         {"lr": 2e-2, "batch_size": 20, "ema": 0.3, "clip_norm": 0.1},
     ]
-    return fill(*(row | common for row in rows for common in (more or ({},))), optimizer=optimizer)
+    less = {"ema": 0.0} if optimizer == "schedulefree" else {}  # which is an average itself
+    return fill(*(row | common | less for row in rows for common in (more or ({},))), optimizer=optimizer)
 
 
-@pytest.mark.parametrize("optimizer", [*NEW, "sgd", "adamw"])
-def test_members_of_a_network_equal_a_plain_loop(optimizer):
-    assert_equals_plain_loop(optimizer)
+COMPILED = [
+    pytest.param(name, "compiled", marks=problems.needs_compiled_code) for name in ("sgd", "nesterov", "adam", "adamw")
+]
 
 
-@problems.needs_compiled_code
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
-def test_averages_of_compiled_members_equal_a_plain_loop(optimizer, monkeypatch):
-    monkeypatch.setattr(problems, "BACKEND", "compiled")
-    assert_equals_plain_loop(optimizer)
-
-
-def assert_equals_plain_loop(optimizer):
+@pytest.mark.parametrize(("optimizer", "backend"), [*((name, "eager") for name in (*NEW, "sgd", "adamw")), *COMPILED])
+def test_members_of_a_network_equal_a_plain_loop(optimizer, backend, monkeypatch):
+    monkeypatch.setattr(problems, "BACKEND", backend)
     data = make_data(folds=2)
     sizes = ({"width": 5, "depth": 3, "activation": "tanh"}, {"width": 16, "depth": 1, "activation": "tanh"})
     configs = unlike(optimizer, *sizes)
-    if optimizer == "schedulefree":
-        configs = [config | {"ema": 0.0} for config in configs]
     together, _ = train_together(data, configs, epochs=6)
-    for f, i in ((i % 2, i) for i in range(len(configs))):  # each in one fold: the plain loops take the time
-        member, plain = together[f, i], plain_mlp(data, configs[i])
-        alone = plain_loop(plain, data, f, configs[i], epochs=6)
-        assert largest_difference(member, alone) <= TOLERANCE, configs[i]
+    for i, config in enumerate(configs):  # each in one fold: the plain loops take the time
+        alone = plain_loop(plain_mlp(data, config), data, i % 2, config, epochs=6)
+        assert largest_difference(together[i % 2, i], alone) <= TOLERANCE, config
 
 
 class Net(nn.Module):
@@ -207,7 +200,7 @@ ONE_BY_ONE = [(LoopedModule, name, {}) for name in CLASSES] + [
 )
 def test_members_of_a_module_equal_a_plain_loop(kind, optimizer, more):
     data = make_data(n=40, folds=2)
-    configs = [c | {"ema": 0.0} if optimizer == "schedulefree" else c for c in unlike(optimizer, more)]
+    configs = unlike(optimizer, more)
     configs = configs if kind is StackedModule else configs[1::3]  # of those alone: one clips, one averages as well
     traits = traits_of(Net, configs[0], data)
     for population in populations(configs, "module", rows=20):
@@ -241,15 +234,10 @@ def test_the_steps_of_muon_are_those_of_torch_but_for_its_rounding():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        *NEW,
-        "adamw",
-        "sgdhd",
-        *(pytest.param(name, marks=[pytest.mark.long] * (n > 1)) for n, name in enumerate(CLASSES)),
-    ],
-)
+MORE = [pytest.param(name, marks=[pytest.mark.long] * (n > 1)) for n, name in enumerate(CLASSES)]
+
+
+@pytest.mark.parametrize("optimizer", [*NEW, "adamw", "sgdhd", *MORE])
 def test_an_average_and_moments_go_on_from_a_state(optimizer):
     data = make_data()
     rows = [{"lr": lr, "ema": 0.7, "clip_norm": 0.5, "batch_size": 16} for lr in (1e-3, 3e-3, 1e30)]
@@ -258,12 +246,8 @@ def test_an_average_and_moments_go_on_from_a_state(optimizer):
     (population,) = populations(configs, "module", rows=30)
     words = {"seed": 0, "horizon": 6, "scoring": scoring_of(data, "neg_log_loss")}
 
-    class Small(nn.Linear):
-        def __init__(self, n_features, n_outputs):
-            super().__init__(n_features, n_outputs)
-
     def run(kind, **more):
-        network = kind(Small, configs, shape_of(data), seed=0)
+        network = kind(problems.Linear, configs, shape_of(data), seed=0)
         return train(network, data, population.configs, **(words | more))
 
     for kind, backend in ((LoopedModule, "eager"), (StackedModule, "graph"))[: 1 + (optimizer not in CLASSES)]:

@@ -116,18 +116,14 @@ def test_a_factor_is_the_product_of_those_that_are_named():
         ({"lr_factor__bias": -1}, "'lr_factor__bias'] must be a finite number >= 0, got -1"),
         ({"dropout": 0.1}, "dropout is the rate of gputune.models.Dropout, which Net does not have; use"),
         ({"lr_factor__bias": 0.1, "optimizer": "adamhd"}, "optimizer='adamhd' adapts its rate, and does not know"),
+        ({"lr_factor__bias": 0.1}, "lr_factor__bias=0.1; leave it out"),  # of a descent
     ],
 )
 def test_rates_that_a_module_does_not_have(iris, space, message):
+    method = "hypergradient" if "leave it out" in message else "random"
+    words = {"space": space, "method": method, "include_default": False}
     with refused(message):
-        gputune.tune(Net, *iris, space=space, n_trials=1, include_default=False, cv=2, max_epochs=1, verbose=0)
-
-
-def test_hypergradients_do_not_know_rates_of_parameters(iris):
-    with refused("lr_factor__bias=0.1; leave it out"):
-        gputune.tune(
-            Net, *iris, space={"lr_factor__bias": 0.1}, n_trials=1, method="hypergradient", max_epochs=2, verbose=0
-        )
+        gputune.tune(Net, *iris, n_trials=1, cv=2, max_epochs=1, verbose=0, **words)
 
 
 def test_dropout_is_that_of_torch_in_law():

@@ -134,28 +134,23 @@ def test_the_state_of_trials_that_stay_is_carried_over():
 
 
 def _torch_schedule(word, optimizer, total):
-    lr_scheduler, warmup = torch.optim.lr_scheduler, total // 10
+    torch_schedules, warmup = torch.optim.lr_scheduler, total // 10
+    cosine = torch_schedules.CosineAnnealingLR
+    formulas = {
+        "constant": lambda step: 1.0,
+        "coslog4": lambda step: (1 - math.cos(2 * math.pi * math.log2(1 + 15 * step / total))) / 2,
+        "flat_cos": lambda step: 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * step / total - 1))),
+    }
+    if word in formulas:
+        return torch_schedules.LambdaLR(optimizer, formulas[word])
     if word == "linear":
-        return lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
+        return torch_schedules.LinearLR(optimizer, 1.0, 0.0, total)
     if word == "one_cycle":
-        return lr_scheduler.OneCycleLR(optimizer, 1.0, total, cycle_momentum=False)
+        return torch_schedules.OneCycleLR(optimizer, 1.0, total, cycle_momentum=False)
     if word == "warmup+cosine" and warmup:
-        parts = [
-            lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup),
-            lr_scheduler.CosineAnnealingLR(optimizer, total - warmup),
-        ]
-        return lr_scheduler.SequentialLR(optimizer, parts, [warmup])
-    if word == "coslog4":
-        return lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 - math.cos(2 * math.pi * math.log2(1 + 15 * step / total))) / 2
-        )
-    if word == "flat_cos":
-        return lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * step / total - 1)))
-        )
-    if word == "constant":
-        return lr_scheduler.ConstantLR(optimizer, 1.0)
-    return lr_scheduler.CosineAnnealingLR(optimizer, total)
+        rising = torch_schedules.LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup)
+        return torch_schedules.SequentialLR(optimizer, [rising, cosine(optimizer, total - warmup)], [warmup])
+    return cosine(optimizer, total)
 
 
 @pytest.mark.parametrize("word", sorted(SCHEDULES))
