@@ -1,4 +1,4 @@
-"""Small inner trainings for the tests of hypergradients: stacked networks whose members may all be unlike."""
+"""Small inner trainings for the tests of hypergradients."""
 
 import math
 import weakref
@@ -23,7 +23,7 @@ OF = {
     "adamw": ("lr", "weight_decay", "beta1", "beta2"),
 }
 CALM = {"sgd": 0.1, "momentum": 0.03, "nesterov": 0.03, "adam": 0.01, "adamw": 0.01}
-DIMS, ROWS, VALID = (5, 3), 120, 30  # inputs and outputs; training rows; validation rows
+DIMS, ROWS, VALID, BATCH = (5, 3), 120, 30, 16  # inputs and outputs; rows: of training, validation, a minibatch
 
 
 def chaotic(ratio: Tensor) -> Tensor:
@@ -43,11 +43,7 @@ def rule_of(optimizer: str) -> str:
 
 
 class StackedNets:
-    """P networks inputs-width-outputs. Member p is the same whatever stands beside it.
-
-    ``widths`` are padded to ``width``, ``sizes`` of minibatches to the largest; ``active`` (P, T) says who steps when;
-    ``cosine`` members have a rate that falls along half a cosine.
-    """
+    """P networks inputs-width-outputs, one for each seed, of which the start and the minibatches are."""
 
     kept = 0
 
@@ -55,117 +51,58 @@ class StackedNets:
         self,
         steps: int = 20,
         *,
-        widths: Sequence[int] = (6,),
-        width: int | None = None,
-        sizes: Sequence[int] | None = None,
-        active: np.ndarray | None = None,
-        cosine: Sequence[bool] | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[int] = (0,),
+        width: int = 6,
         loss: str = "cross_entropy",
         activation: Callable[[Tensor], Tensor] = torch.tanh,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.members, self.steps = len(widths), steps
-        self.widths, self.width = tuple(widths), width or max(widths)
-        self.batch_sizes = tuple(sizes or [16] * self.members)
-        self.seeds = tuple(seeds or [0] * self.members)
-        self.cosine = tuple(cosine or [False] * self.members)
-        self.active = np.ones((self.members, steps), dtype=bool) if active is None else active
-        self.totals = self.active.sum(1)
-        self.loss, self.activation, self.dtype = loss, activation, dtype
+        self.members, self.steps = len(seeds), steps
+        self.totals = np.full(self.members, steps)
+        self.loss, self.activation = loss, activation
         inputs, outputs = DIMS
-        h = self.width
-        self.shapes = [(inputs, h), (h,), (h, outputs), (outputs,)]
+        self.shapes = [(inputs, width), (width,), (width, outputs), (outputs,)]
         self.entries = [math.prod(shape) for shape in self.shapes]
         self.layer = torch.tensor([0, 0, 1, 1]).repeat_interleave(torch.tensor(self.entries))
-        self._make_data()
-        starts = [self._start(seed, own) for seed, own in zip(self.seeds, self.widths)]
-        self.first = torch.stack(starts).to(dtype)
-        self.minibatches = self._minibatches()
-
-    def _make_data(self) -> None:
         g = torch.Generator().manual_seed(0)
-        inputs, outputs = DIMS
-        x = torch.randn(ROWS + VALID, inputs, generator=g, dtype=torch.float64)
-        true = torch.randn(inputs, outputs, generator=g, dtype=torch.float64)
-        noise = torch.randn(ROWS + VALID, outputs, generator=g, dtype=torch.float64)
-        scores = x @ true + 0.5 * noise
-        self.x = x.to(self.dtype)
-        self.y = scores.argmax(1) if self.loss == "cross_entropy" else scores.tanh().to(self.dtype)
-
-    def _start(self, seed: int, own: int) -> Tensor:
-        g = torch.Generator().manual_seed(1000 + seed)
-        inputs, outputs = DIMS
-        parts = []
-        for (rows, columns), padded in zip(((inputs, own), (own, outputs)), (self.shapes[0], self.shapes[2])):
-            for shape, whole in (((rows, columns), padded), ((columns,), padded[1:])):
-                drawn = (torch.rand(shape, generator=g, dtype=torch.float64) * 2 - 1) / math.sqrt(rows)
-                part = torch.zeros(whole, dtype=torch.float64)
-                part[tuple(slice(0, n) for n in shape)] = drawn
-                parts.append(part.flatten())
-        return torch.cat(parts)
-
-    def _minibatches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """x (P, B, D), y and shares (P, B) of every step; a member's k-th minibatch depends on its seed and k alone."""
-        generators = [torch.Generator().manual_seed(2000 + seed) for seed in self.seeds]
-        rows = torch.zeros(self.members, max(self.batch_sizes), dtype=torch.long)
-        share = torch.zeros(rows.shape, dtype=self.dtype)
-        for p, size in enumerate(self.batch_sizes):
-            share[p, :size] = 1 / size
-        found = []
-        for step in range(self.steps):
-            for p in np.flatnonzero(self.active[:, step]):
-                size = self.batch_sizes[p]
-                rows[p, :size] = torch.randperm(ROWS, generator=generators[p])[:size]
-            found.append((self.x[rows], self.y[rows], share))
-        return found
-
-    def alone(self, p: int, *, width: int | None = None) -> "StackedNets":
-        """Member p by itself, with the steps that it takes, unpadded if no width is given."""
-        return StackedNets(
-            int(self.totals[p]), widths=self.widths[p : p + 1], width=width, sizes=self.batch_sizes[p : p + 1],
-            cosine=self.cosine[p : p + 1], seeds=self.seeds[p : p + 1], loss=self.loss,
-            activation=self.activation, dtype=self.dtype,
-        )  # fmt: skip
-
-    def own(self, weights: Tensor, p: int) -> Tensor:
-        """The entries of member p, without its padding."""
-        n = self.widths[p]
-        first, bias, second, last = (
-            part.view(shape) for part, shape in zip(weights[p].split(self.entries), self.shapes)
+        x, true, noise = (
+            torch.randn(n, m, generator=g, dtype=torch.float64)
+            for n, m in ((ROWS + VALID, inputs), (inputs, outputs), (ROWS + VALID, outputs))
         )
-        return torch.cat([first[:, :n].flatten(), bias[:n], second[:n].flatten(), last])
+        scores, self.x = x @ true + 0.5 * noise, x.to(dtype)
+        self.y = scores.argmax(1) if loss == "cross_entropy" else scores.tanh().to(dtype)
+        self.first = torch.stack([self._start(seed) for seed in seeds]).to(dtype)
+        draws = [torch.Generator().manual_seed(2000 + seed) for seed in seeds]
+        self.rows = [torch.stack([torch.randperm(ROWS, generator=g)[:BATCH] for g in draws]) for _ in range(steps)]
+
+    def _start(self, seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(1000 + seed)
+        ends = [self.shapes[i][0] ** -0.5 for i in (0, 0, 2, 2)]
+        drawn = [torch.rand(n, generator=g, dtype=torch.float64) for n in self.entries]
+        return torch.cat([(2 * part - 1) * end for part, end in zip(drawn, ends)])
 
     def start(self) -> Tensor:
         return self.first.clone()
 
     def clock(self, step: int) -> Clock:
-        done = self.active[:, :step].sum(1)
-        active = self.active[:, step]
-        factor = None
-        if any(self.cosine):
-            falling = 0.5 * (1 + np.cos(np.pi * done / self.totals))
-            factor = np.where(self.cosine, falling, 1.0)
-        return Clock(np.minimum(done, self.totals - 1), None if active.all() else active, factor)
+        return Clock(np.full(self.members, step))
 
-    def outputs(self, weights: Tensor, x: Tensor) -> Tensor:
+    def _losses(self, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The means (P,) over rows (P, B)."""
         parts = [part.view(self.members, *shape) for part, shape in zip(weights.split(self.entries, 1), self.shapes)]
         hidden = self.activation(torch.baddbmm(parts[1][:, None], x, parts[0]))
-        return torch.baddbmm(parts[3][:, None], hidden, parts[2])
-
-    def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """(P, B)"""
+        outputs = torch.baddbmm(parts[3][:, None], hidden, parts[2])
         if self.loss == "cross_entropy":
-            return functional.cross_entropy(outputs.transpose(1, 2), y, reduction="none")
-        return functional.mse_loss(outputs, y, reduction="none").mean(-1)
+            return functional.cross_entropy(outputs.transpose(1, 2), y, reduction="none").mean(1)
+        return functional.mse_loss(outputs, y, reduction="none").mean((1, 2))
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
-        x, y, share = self.minibatches[step]
-        return (self.row_losses(self.outputs(weights, x), y) * share).sum(1)
+        rows = self.rows[step]
+        return self._losses(weights, self.x[rows], self.y[rows])
 
     def validation(self, weights: Tensor) -> Tensor:
         x, y = (whole[ROWS:].expand(self.members, *whole[ROWS:].shape) for whole in (self.x, self.y))
-        return self.row_losses(self.outputs(weights, x), y).mean(1)
+        return self._losses(weights, x, y)
 
 
 class Quadratics:
@@ -195,13 +132,8 @@ def tables_of(
     optimizer: str, members: int = 1, *, segments: int = 1, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
     """Calm hyperparameters, no two alike: lr for segments x 2 layers, the others for fewer."""
-    base = {
-        "lr": CALM.get(optimizer, 0.1),
-        "momentum": 0.0 if optimizer == "sgd" else 0.8,
-        "weight_decay": 0.02,
-        "beta1": 0.85,
-        "beta2": 0.98,
-    }
+    base = {"lr": CALM[optimizer], "momentum": 0.0 if optimizer == "sgd" else 0.8, "weight_decay": 0.02}
+    base |= {"beta1": 0.85, "beta2": 0.98}
     shape = {
         "lr": (segments, 2), "momentum": (segments, 1), "weight_decay": (1, 2), "beta1": (1, 1),
         "beta2": (min(2, segments), 2),

@@ -61,15 +61,18 @@ def test_members_equal_those_of_plain_training(task, optimizer, schedule):
 def test_each_member_has_the_slope_that_it_has_alone(optimizer):
     """Law 2 and law 3 for hypergradients: neighbours, members of other lengths and padding change nothing."""
     data, configs, names = make_data(weights=True, folds=3), unlike(optimizer), ("lr", "weight_decay")
+    configs[1]["schedule"] = "cosine"
     whole = problem(data, configs, segments=2)
     assert len(set(whole.training.totals.tolist())) > 1
-    for together in (reverse(whole, names), forward(whole, names)):
+    for mode in (reverse, partial(reverse, checkpoint=True), forward):
+        together = mode(whole, names)
         for c, config in enumerate(configs):
-            alone = reverse(problem(data, [config], segments=2), names)
+            alone = mode(problem(data, [config], segments=2), names)
             for name in names:
                 found = together.gradients[name].view(3, 3, -1)[:, c]
                 torch.testing.assert_close(found, alone.gradients[name].view(3, -1), rtol=1e-11, atol=1e-15)
             torch.testing.assert_close(together.value.view(3, 3)[:, c], alone.value, rtol=1e-12, atol=0)
+            torch.testing.assert_close(together.ratio.view(3, 3)[:, c], alone.ratio)
 
 
 @pytest.mark.parametrize("task", TASKS)
