@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +24,19 @@ OF = {
 }
 CALM = {"sgd": 0.1, "momentum": 0.03, "nesterov": 0.03, "adam": 0.01, "adamw": 0.01}
 DIMS, ROWS, VALID, BATCH = (5, 3), 120, 30, 16  # inputs and outputs; rows: of training, validation, a minibatch
+
+
+class Calling(nn.Module):
+    """Calls a function of itself, with its parts, and x."""
+
+    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Any) -> Tensor:
+        return self.function(self, x)
 
 
 def chaotic(ratio: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from gputune.hypergradients.hypergradient import hypergradient
 from gputune.hypergradients.inner import CHAOTIC, InnerProblem
 from gputune.hypergradients.module_training import ModuleTraining
 from gputune.models import LogisticRegression
-from inner_problems import OF, OPTIMIZERS
+from inner_problems import OF, OPTIMIZERS, Calling
 from problems import living_tensors
 from refused import refused
 
@@ -275,14 +275,9 @@ def test_a_submodule_with_two_names_is_left_as_it_was_after_an_error():
 
 
 def test_draws_are_the_same_under_one_seed_in_all_modes():
-    class Noisy(nn.Sequential):
-        """Draws in evaluation too."""
-
-        def forward(self, x):
-            return super().forward(x + 0.3 * torch.randn(x.shape, dtype=x.dtype))
-
-    module, draws = Noisy(network()), torch.get_rng_state()
-    assert_agree([run(module, seed=1, **options) for options in MODES])
+    noisy = Calling(lambda m, x: m.inner(x + 0.3 * torch.randn(x.shape, dtype=x.dtype)), inner=network())
+    draws = torch.get_rng_state()
+    assert_agree([run(noisy, seed=1, **options) for options in MODES])  # in evaluation too
     assert torch.equal(torch.get_rng_state(), draws)
     results = [run(network(nn.Dropout(0.5)), seed=5, **options) for options in MODES]
     assert_agree(results)
@@ -338,18 +333,13 @@ class Tokens(nn.Module):
         return self.last(hidden.mean(1))
 
 
-class Image(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x[:, :4].reshape(-1, 1, 2, 2))
+def image(*layers):
+    return nn.Sequential(Calling(lambda m, x: x[:, :4].reshape(-1, 1, 2, 2)), *layers)
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.inner(x, x, x, need_weights=False)
+def attention():
+    inner = nn.MultiheadAttention(4, 2, batch_first=True)
+    return Calling(lambda m, x: m.inner(x, x, x, need_weights=False), inner=inner)
 
 
 def tokens(given):
@@ -362,11 +352,11 @@ MODULES = {
     "batch norm": lambda: network(nn.BatchNorm1d(6, track_running_stats=False)),
     "running statistics": lambda: network(nn.BatchNorm1d(6), nn.Tanh(), nn.BatchNorm1d(6, affine=False)),
     "cumulative statistics": lambda: network(nn.BatchNorm1d(6, momentum=None)),
-    "conv": lambda: Image(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3)),
+    "conv": lambda: image(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3)),
     "embedding": lambda: Tokens(nn.Identity()),
     "gru": lambda: Tokens(nn.GRU(4, 4, batch_first=True)),
     "lstm": lambda: Tokens(nn.LSTM(4, 4, batch_first=True)),
-    "attention": lambda: Tokens(Attention()),
+    "attention": lambda: Tokens(attention()),
     "transformer": lambda: Tokens(
         nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, activation="gelu", batch_first=True)
     ),
@@ -387,7 +377,7 @@ def test_modules(kind):
 @pytest.mark.parametrize("options", MODES[:4])
 def test_running_statistics_are_those_of_a_plain_loop(options):
     """Which torch's own modules keep; the slope is how the loop's own loss in evaluation mode moves with its rate."""
-    module = Image(nn.Conv2d(1, 3, 2, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3))
+    module = image(nn.Conv2d(1, 3, 2, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3))
     before = copy.deepcopy(module.double().train().state_dict())
     (batches, (x, y)), rate = data(), 0.3
 
@@ -404,9 +394,9 @@ def test_running_statistics_are_those_of_a_plain_loop(options):
     assert float(found.gradient["lr"]) == pytest.approx(slope, rel=1e-5 if found.mode == "fd" else 1e-7)
     for name, tensor in found.parameters.items():
         torch.testing.assert_close(tensor, theirs.state_dict()[name].double(), rtol=1e-11, atol=1e-13)
-    assert "1.running_var" in found.parameters
+    assert "2.running_var" in found.parameters
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
-    assert module.training and "forward" not in vars(module[1])
+    assert module.training and "forward" not in vars(module[2])
 
 
 def test_a_loss_may_have_parameters_and_weights_of_its_own():
@@ -442,33 +432,21 @@ def test_a_loss_that_reads_the_parameters_of_the_module_sees_the_trained_ones(op
 
 @pytest.mark.parametrize("options", MODES)
 def test_parameters_that_some_minibatches_do_not_use(options):
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.left, self.right, self.never = network(), network(), nn.Linear(2, 2).double()
-
-        def forward(self, x):
-            return self.left(x) if x[0, 0] > 0 else self.right(x)
-
+    parts = {"left": network(), "right": network(), "never": nn.Linear(2, 2).double()}
+    branches = Calling(lambda m, x: m.left(x) if x[0, 0] > 0 else m.right(x), **parts)
     given = data(8)
     assert {bool(x[0, 0] > 0) for x, _ in given[0]} == {True, False}
     values = {"lr": [[0.1] * 5, [0.2] * 5]}
-    found = run(Branches(), given=given, hyperparameters=values, optimizer="adam", **options)
-    expected = run(Branches(), given=given, hyperparameters=values, optimizer="adam", mode="reverse")
+    found = run(branches, given=given, hyperparameters=values, optimizer="adam", **options)
+    expected = run(branches, given=given, hyperparameters=values, optimizer="adam", mode="reverse")
     assert_close(found.gradient, expected.gradient, 1e-5 if found.mode == "fd" else 1e-12)
     assert (found.gradient["lr"][:, 4] == 0).all() and found.gradient["lr"].isfinite().all()
 
 
 def test_parameters_without_entries():
-    class Empty(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.none, self.inner = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64)), network()
-
-        def forward(self, x):
-            return self.inner(x) + self.none.sum()
-
-    found = run(Empty(), hyperparameters={"lr": [[0.1, 0.1, 0.1]]})
+    none = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
+    empty = Calling(lambda m, x: m.inner(x) + m.none.sum(), none=none, inner=network())
+    found = run(empty, hyperparameters={"lr": [[0.1, 0.1, 0.1]]})
     assert_close({"lr": found.gradient["lr"][:, 1:]}, run(network(), hyperparameters={"lr": [[0.1, 0.1]]}).gradient)
     assert found.gradient["lr"][0, 0] == 0 and found.parameters["none"].shape == (0, 3)
 
@@ -482,17 +460,10 @@ def test_minibatches_from_a_data_loader_a_generator_and_of_unlike_sizes():
 
 
 def test_x_may_be_anything_that_the_module_takes():
-    class Pieces(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = network()
-
-        def forward(self, x):
-            return self.inner(torch.cat([x["left"], x["right"]], 1))
-
+    pieces = Calling(lambda m, x: m.inner(torch.cat([x["left"], x["right"]], 1)), inner=network())
     batches, valid = data()
     parted = [({"left": x[:, :2], "right": x[:, 2:]}, y) for x, y in (*batches, valid)]
-    found = run(Pieces(), given=(parted[:-1], parted[-1]))
+    found = run(pieces, given=(parted[:-1], parted[-1]))
     assert_close(found.gradient, run(network()).gradient)
 
 

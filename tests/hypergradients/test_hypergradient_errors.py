@@ -15,6 +15,7 @@ from gputune.errors import InputError
 from gputune.hypergradients import hypergradient as hypergradient_file
 from gputune.hypergradients.first_step import Need
 from gputune.hypergradients.hypergradient import hypergradient
+from inner_problems import Calling
 
 EXACT = ("reverse", "forward", "auto")
 
@@ -94,15 +95,8 @@ def test_hyperparameters(case):
 
 
 def test_the_module_itself_as_a_layer_is_named():
-    class Rooted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.last = nn.Parameter(torch.ones(5).double()), network()
-
-        def forward(self, x):
-            return self.last(x * self.weight)
-
-    refused("3 layers (the module itself, last.0, last.2)", module=Rooted(), hyperparameters={"lr": [[0.1]]})
+    rooted = Calling(lambda m, x: m.last(x * m.weight), weight=nn.Parameter(torch.ones(5).double()), last=network())
+    refused("3 layers (the module itself, last.0, last.2)", module=rooted, hyperparameters={"lr": [[0.1]]})
 
 
 OPTIONS = {  # name -> rule, values that break it
@@ -195,20 +189,14 @@ def test_several_validation_pairs_are_refused_before_the_training(mode):
     refused(*words, loss=loss, valid=data()[0][:2], mode=mode)
     assert len(trained) == 1
 
-    class Picky(nn.Linear):
-        def forward(self, x):
-            return super().forward(x.view(-1, 5))
-
-    refused("valid: the module or the loss raised AttributeError", module=Picky(5, 3).double(), valid=data()[0][:2])
+    picky = Calling(lambda m, x: m.inner(x.view(-1, 5)), inner=network())
+    refused("valid: the module or the loss raised AttributeError", module=picky, valid=data()[0][:2])
 
 
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(5, 3, dtype=torch.complex128))
-
-    def forward(self, x):
-        return (x.to(torch.complex128) @ self.weight).abs()
+COMPLEX = Calling(
+    lambda m, x: (x.to(torch.complex128) @ m.weight).abs(),
+    weight=nn.Parameter(torch.ones(5, 3, dtype=torch.complex128)),
+)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +211,7 @@ class Complex(nn.Module):
             nn.Sequential(nn.Linear(5, 4).double(), nn.Linear(4, 3)),
             ("one floating dtype on one device", "torch.float32 on cpu, torch.float64 on cpu", "module.to("),
         ),
-        (Complex(), ("one floating dtype", "torch.complex128 on cpu")),
+        (COMPLEX, ("one floating dtype", "torch.complex128 on cpu")),
         (
             network(nn.InstanceNorm1d(4, track_running_stats=True)),
             ("'2' (InstanceNorm1d) keeps running", "nn.BatchNorm2d"),
@@ -354,13 +342,8 @@ class Partial(Numeric):
         return slope * (1 - ctx.kept.tanh() ** 2)
 
 
-class Apply(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
+def applied(function):
+    return Calling(lambda m, x: function(x))
 
 
 def cdist(x):
@@ -381,11 +364,11 @@ def differentiates_twice(operation):
 @pytest.mark.parametrize(
     ("middle", "words"),
     (
-        (Apply(Once.apply), ("cannot be differentiated twice (Once)", "incomplete")),
-        (Apply(Numeric.apply), ("cannot be differentiated twice (Numeric)", "incomplete")),
-        (Apply(Partial.apply), ("cannot be differentiated twice (Partial)", "incomplete")),
+        (applied(Once.apply), ("cannot be differentiated twice (Once)", "incomplete")),
+        (applied(Numeric.apply), ("cannot be differentiated twice (Numeric)", "incomplete")),
+        (applied(Partial.apply), ("cannot be differentiated twice (Partial)", "incomplete")),
         pytest.param(
-            Apply(cdist),
+            applied(cdist),
             ("cannot be differentiated twice", "_cdist_backward"),
             marks=pytest.mark.skipif(differentiates_twice(cdist), reason="newer versions of torch can"),
         ),
@@ -401,16 +384,12 @@ def test_operations_without_a_second_derivative(middle, words, mode):
 
 @pytest.mark.parametrize("mode", EXACT)
 def test_attention_names_its_remedy(mode):
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.MultiheadAttention(2, 1, batch_first=True)
+    def attend(m, x):
+        x = x.view(-1, 2, 2)
+        return m.inner(x, x, x, need_weights=False)[0].flatten(1)
 
-        def forward(self, x):
-            x = x.view(-1, 2, 2)
-            return self.inner(x, x, x, need_weights=False)[0].flatten(1)
-
-    refused("scaled_dot_product", "sdpa_kernel(SDPBackend.MATH)", module=network(Attention()), mode=mode)
+    attention = Calling(attend, inner=nn.MultiheadAttention(2, 1, batch_first=True))
+    refused("scaled_dot_product", "sdpa_kernel(SDPBackend.MATH)", module=network(attention), mode=mode)
 
 
 @pytest.mark.parametrize("mode", EXACT)
@@ -419,28 +398,21 @@ def test_a_detached_path_is_no_second_derivative(mode):
         return functional.cross_entropy(output * output.detach().norm(), y)
 
     refused("a .detach() of what depends on the parameters", loss=loss, mode=mode)
-    straight_through = Apply(lambda x: x + (x.round() - x).detach())
+    straight_through = applied(lambda x: x + (x.round() - x).detach())
     refused("a .detach() of what depends", module=network(straight_through), mode=mode)
 
 
 @pytest.mark.parametrize(
     "module",
     (
-        network(Apply(Numeric.apply)),
+        network(applied(Numeric.apply)),
         network(weight_norm(nn.Linear(4, 4))),
-        nn.Sequential(nn.Linear(5, 3), Apply(Once.apply)),  # what is left of its second derivative is symmetric: 0
+        nn.Sequential(nn.Linear(5, 3), applied(Once.apply)),  # what is left of its second derivative is symmetric: 0
     ),
 )
 def test_in_single_precision_most_are_seen_too(module):
     (x, y), valid = data(1)[0][0], data()[1]
     refused("incomplete", module=module.float(), batches=[(x.float(), y)], valid=(valid[0].float(), valid[1]))
-
-
-class InSingle(nn.Module):
-    """A float64 module that computes in float32 inside."""
-
-    def forward(self, x):
-        return x.float().sigmoid().double()
 
 
 @pytest.mark.parametrize(
@@ -450,8 +422,8 @@ class InSingle(nn.Module):
         nn.Hardtanh(-0.1, 0.1),
         nn.Dropout(0.5),
         nn.Sequential(nn.Unflatten(1, (1, 4)), nn.MaxPool1d(2, 1), nn.Flatten(), nn.Linear(3, 4)),
-        InSingle(),
-        Apply(torch.round),
+        applied(lambda x: x.float().sigmoid().to(x.dtype)),  # a float64 module that computes in float32 inside
+        applied(torch.round),
     ),
 )
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -460,8 +432,6 @@ def test_what_has_kinks_or_steps_or_little_precision_is_not_refused(middle, dtyp
         return pair[0].to(dtype), pair[1]
 
     batches, valid = data()
-    if isinstance(middle, InSingle) and dtype == torch.float32:
-        middle = nn.Sigmoid()
     run(network(middle).to(dtype), batches=[lower(pair) for pair in batches], valid=lower(valid), mode="reverse")
 
 
