@@ -32,11 +32,6 @@ class Probabilities(PlainNet):
         return super().forward(x).softmax(-1)
 
 
-class Gated(Net):
-    def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
-
-
 class OneNumber(nn.Module):
     """A regression that returns (n,)."""
 

@@ -79,12 +79,9 @@ def test_single_precision_stays_single_and_together_is_alone():
     X, y = IRIS[0].astype(np.float32), IRIS[1]
     estimator = MLPClassifier(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3)
     folds = unequal_folds(len(X))
-    fits = together(estimator, [{}, {"learning_rate_init": 0.01}], X, y, folds)
+    fits = together(estimator, [{}, {"alpha": 0.01}], X, y, folds)
     for f, train in enumerate(folds):
-        member, alone = (
-            fits.estimator(f, 1),
-            clone(estimator).set_params(learning_rate_init=0.01).fit(X[train], y[train]),
-        )
+        member, alone = fits.estimator(f, 1), clone(estimator).set_params(alpha=0.01).fit(X[train], y[train])
         assert next(member.module_.parameters()).dtype == torch.float32
         np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), atol=1e-5)
         assert member.predict_proba(X).dtype == np.float32
@@ -95,11 +92,9 @@ def test_a_fit_is_the_plain_loop():
     X, y = NUMBERS
     weights = np.random.default_rng(1).uniform(0, 2, len(X))
     common = {"batch_size": 40, "weight_decay": 0.1}
+    own = {"hidden_layer_sizes": (12, 7), "learning_rate_init": 0.01, "solver": "adam"}
+    fitted = MLPRegressor(max_iter=6, random_state=3, **own, **common).fit(X, y, sample_weight=weights)
     engine = common | {"width": (12, 7), "lr": 0.01, "optimizer": "adam"}
-    fitted = MLPRegressor(
-        hidden_layer_sizes=(12, 7), solver="adam", learning_rate_init=0.01, max_iter=6, random_state=3, **common,
-    )  # fmt: skip
-    fitted.fit(X, y, sample_weight=weights)
     mean = np.average(y, weights=weights)
     scale = np.sqrt(np.average((y - mean) ** 2, weights=weights))
     plain = reference.train_mlp(
@@ -120,16 +115,13 @@ def test_a_fit_is_the_plain_loop():
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_alpha_decays_the_weights_as_scikit_learns():
     X, y = IRIS
-    common = {
-        "hidden_layer_sizes": (8,), "activation": "tanh", "solver": "sgd", "momentum": 0.0, "alpha": 30.0,
-    }  # fmt: skip
+    common = {"hidden_layer_sizes": 8, "activation": "tanh", "solver": "sgd", "momentum": 0.0, "alpha": 30.0}
     start, step = (
         MLPClassifier(**common, batch_size=150, learning_rate_init=lr, max_iter=1, random_state=0).fit(X, y).module_
         for lr in (1e-14, 0.1)
     )
-    theirs = Theirs(**common, batch_size=150, learning_rate_init=0.1, random_state=0).partial_fit(
-        X, y, classes=np.unique(y)
-    )
+    theirs = Theirs(**common, batch_size=150, learning_rate_init=0.1, random_state=0)
+    theirs.partial_fit(X, y, classes=np.unique(y))
     for layer, coef, intercept in zip(start.layers, theirs.coefs_, theirs.intercepts_):
         coef[:], intercept[:] = layer.weight.detach().numpy().T, layer.bias.detach().numpy()
     theirs.partial_fit(X, y)
@@ -137,22 +129,20 @@ def test_alpha_decays_the_weights_as_scikit_learns():
         np.testing.assert_allclose(layer.weight.detach().numpy().T, coef, rtol=1e-9, atol=1e-12)
 
 
+QUICK = MLPClassifier((8, 8), max_iter=2, random_state=0)
+
+
 def test_a_fold_that_lacks_a_class_has_a_network_without_it():
     X, y = IRIS
-    folds = [np.arange(100), np.arange(150)]
-    fits = together(MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=2, random_state=0), [{}], X, y, folds)
-    member, alone = (
-        fits.estimator(0, 0),
-        MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=2, random_state=0).fit(X[:100], y[:100]),
-    )
-    assert member.classes_.tolist() == [0, 1]
+    fits = together(QUICK, [{}], X, y, [np.arange(100), np.arange(150)])
+    member, alone = fits.estimator(0, 0), clone(QUICK).fit(X[:100], y[:100])
+    assert member.classes_.tolist() == [0, 1] and fits.estimator(1, 0).classes_.tolist() == [0, 1, 2]
     np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), rtol=1e-9)
-    assert fits.estimator(1, 0).classes_.tolist() == [0, 1, 2]
 
 
 def test_a_class_whose_rows_weigh_nothing_is_never_predicted():
     X, y = IRIS
-    for estimator in (MLPClassifier((8, 8), max_iter=2), NeuralNetClassifier(Net, max_epochs=2)):
+    for estimator in (clone(QUICK), NeuralNetClassifier(Net, max_epochs=2)):
         fitted = estimator.fit(X, y, sample_weight=(y != 1).astype(float))
         assert fitted.classes_.tolist() == [0, 1, 2]
         assert (fitted.predict_proba(X)[:, 1] == 0).all()
@@ -165,9 +155,7 @@ def test_folds_that_cannot_be_trained_on_fail_alone():
     weights = np.ones(150)
     weights[:60] = 0
     folds = [np.arange(150), np.arange(100, 150), np.arange(60), np.arange(0)]
-    fits = together(
-        MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=1), [{}, {"learning_rate_init": 0.1}], X, y, folds, weights
-    )
+    fits = together(QUICK, [{}, {"learning_rate_init": 0.1}], X, y, folds, weights)
     messages = ["at least 2 classes, got 1 class: 2", "sample_weight must be above 0", "no rows"]
     assert fits.error(0, 0) is None and fits.error(0, 1) is None
     for fold, message in enumerate(messages, start=1):
@@ -180,7 +168,7 @@ def test_folds_that_cannot_be_trained_on_fail_alone():
 def test_a_candidate_that_is_refused_fails_alone():
     X, y = IRIS
     spaces = [{"solver": "lbfgs"}, {}, {"hidden_layer_sizes": "wide"}]
-    fits = together(MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=1), spaces, X, y, unequal_folds(150))
+    fits = together(QUICK, spaces, X, y, unequal_folds(150))
     for fold in range(3):
         assert fits.error(fold, 1) is None
         assert isinstance(fits.error(fold, 0), InputError) and "solver" in str(fits.error(fold, 0))
@@ -188,10 +176,10 @@ def test_a_candidate_that_is_refused_fails_alone():
 
 
 def test_a_diverged_fit_is_an_arithmetic_error_with_a_remedy():
-    with pytest.raises(
-        DivergedError, match=r"with nesterov and a learning rate of 1e\+30: .*smaller rate, or scale the inputs"
-    ):
-        MLPClassifier((8, 8), learning_rate_init=1e30, solver="sgd", max_iter=50, random_state=0).fit(*IRIS)
+    wild = MLPClassifier((8, 8), learning_rate_init=1e30, solver="sgd", max_iter=50, random_state=0)
+    error = r"with nesterov and a learning rate of 1e\+30: .*smaller rate, or scale the inputs"
+    with pytest.raises(DivergedError, match=error):
+        wild.fit(*IRIS)
     assert issubclass(DivergedError, ArithmeticError)
 
 
@@ -199,7 +187,7 @@ def test_a_diverged_fit_is_an_arithmetic_error_with_a_remedy():
     ("estimator", "rate"),
     [
         (
-            MLPRegressor(hidden_layer_sizes=(8, 8), max_iter=4, solver="sgd", batch_size=16, random_state=0),
+            MLPRegressor(hidden_layer_sizes=8, max_iter=4, solver="sgd", batch_size=16, random_state=0),
             "learning_rate_init",
         ),
         (NeuralNetRegressor(Net, max_epochs=4, batch_size=16, random_state=0), "lr"),
@@ -239,9 +227,7 @@ def test_other_processes_train_the_same():
 def test_what_has_not_ended_in_time_is_no_fit():
     X, y = IRIS
     spaces = [{"max_iter": 1}, {"max_iter": 2}, {"max_iter": 2, "hidden_layer_sizes": (128,)}]
-    fits = together(
-        MLPClassifier(hidden_layer_sizes=(8, 8)), spaces, X, y, unequal_folds(150), deadline=time.monotonic() - 1,
-    )  # fmt: skip
+    fits = together(QUICK, spaces, X, y, unequal_folds(150), deadline=time.monotonic() - 1)
     assert fits.error(0, 0) is None  # a chunk that runs ends its epoch
     assert all(isinstance(fits.error(f, i), TimeoutError) for f in range(3) for i in (1, 2))
 

@@ -89,35 +89,26 @@ def test_other_estimators(estimator, space, data):
 
 
 def test_epochs_are_the_resource_by_default():
-    search = HalvingRandomSearchCV(
-        MLPClassifier(hidden_layer_sizes=(16,), max_iter=4, random_state=0),
-        RATES,
-        resource="max_iter",
-        cv=2,
-        random_state=0,
-    ).fit(X, Y)
+    short = clone(MLP).set_params(max_iter=4)
+    search, same = (
+        HalvingRandomSearchCV(short, RATES, cv=2, random_state=0, **resource).fit(X, Y)
+        for resource in ({"resource": "max_iter"}, {})
+    )
     assert search.n_resources_ == [1, 3] and search.best_params_.keys() == {"learning_rate_init", "max_iter"}
     assert search.estimator.max_iter == 4
     assert search.resource == "max_iter" and search.max_resources == "auto" and search.max_resources_ == 4
-    same = HalvingRandomSearchCV(
-        MLPClassifier(hidden_layer_sizes=(16,), max_iter=4, random_state=0), RATES, cv=2, random_state=0
-    ).fit(X, Y)
     np.testing.assert_array_equal(same.cv_results_["mean_test_score"], search.cv_results_["mean_test_score"])
 
 
 def test_pipelines():
-    pipeline = make_pipeline(StandardScaler(), MLP)
-    rates = {
-        "mlpclassifier__learning_rate_init": RATES["learning_rate_init"],
-        "standardscaler__with_std": [True, False],
-    }
-    search = beside_scikit_learn(pipeline, rates, resource="mlpclassifier__max_iter")
+    rates = {"mlpclassifier__learning_rate_init": RATES["learning_rate_init"]}
+    both_steps = rates | {"standardscaler__with_std": [True, False]}
+    resource = {"resource": "mlpclassifier__max_iter"}
+    search = beside_scikit_learn(make_pipeline(StandardScaler(), MLP), both_steps, **resource)
     assert search.cv_results_["param_mlpclassifier__max_iter"].tolist() == [1] * 9 + [3] * 3 + [9]
     assert search.best_estimator_.memory is None
-    encoded = make_pipeline(OneHotEncoder(handle_unknown="ignore", sparse_output=False), MLP)
-    beside_scikit_learn(
-        encoded, {"mlpclassifier__learning_rate_init": RATES["learning_rate_init"]}, resource="mlpclassifier__max_iter"
-    )
+    encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+    beside_scikit_learn(make_pipeline(encoder, MLP), rates, n_candidates=3, max_resources=3, **resource)
 
 
 def test_seeds_that_are_not_given_are_drawn_once(epochs):
@@ -129,22 +120,13 @@ def test_seeds_that_are_not_given_are_drawn_once(epochs):
     assert [epoch for epoch, _ in epochs] == [0, 1, 2, 3] and search.n_candidates_ == [4, 2, 1]
 
 
-def test_a_candidate_that_diverges_is_never_kept_before_another():
+@pytest.mark.parametrize(("rates", "failed"), [([1e300, 0.1, 0.2, 0.05], 1), ([1e300, 1e299, 1e298, 0.1], 4)])
+def test_a_candidate_that_diverges_is_kept_after_all_others_and_begins_again(rates, failed):
     sgd = clone(MLP).set_params(solver="sgd", batch_size=16)
-    search = beside_scikit_learn(
-        sgd, {"learning_rate_init": [1e300, 0.1, 0.2, 0.05]}, n_candidates=4, factor=2, max_resources=4
-    )
-    later = search.cv_results_["iter"] > 0
-    assert later.sum() == 3 and 1e300 not in search.cv_results_["param_learning_rate_init"][later]
-
-
-def test_a_candidate_that_is_kept_although_it_failed_begins_again():
-    sgd = clone(MLP).set_params(solver="sgd", batch_size=16)
-    search = beside_scikit_learn(
-        sgd, {"learning_rate_init": [1e300, 1e299, 1e298, 0.1]}, n_candidates=4, factor=2, max_resources=4
-    )
-    assert search.n_candidates_ == [4, 2, 1] and search.best_params_["learning_rate_init"] == 0.1
-    assert np.isnan(search.cv_results_["mean_test_score"]).sum() == 4
+    options = {"n_candidates": 4, "factor": 2, "max_resources": 4}
+    search = beside_scikit_learn(sgd, {"learning_rate_init": rates}, **options)
+    assert search.n_candidates_ == [4, 2, 1] and search.best_params_["learning_rate_init"] < 1
+    assert np.isnan(search.cv_results_["mean_test_score"]).sum() == failed
 
 
 C_SPACE = {"C": loguniform(1e-2, 1)}
@@ -170,48 +152,35 @@ class FitsItself(MLPClassifier):
 
 def test_epochs_are_the_resource_in_scikit_learns_loop_too():
     pipeline = make_pipeline(StandardScaler(), FitsItself(hidden_layer_sizes=(8,), max_iter=3, random_state=0))
+    search = HalvingRandomSearchCV(pipeline, {"fitsitself__alpha": [0.1, 0.2, 0.3]}, n_candidates=3, cv=2)
     with pytest.warns(UserWarning, match="FitsItself has a fit of its own"):
-        search = HalvingRandomSearchCV(
-            pipeline, {"fitsitself__learning_rate_init": loguniform(1e-3, 1e-1)}, n_candidates=3, cv=2, random_state=0
-        ).fit(X, Y)
+        search.fit(X, Y)
     assert search.n_resources_ == [1, 3] and search.best_params_["fitsitself__max_iter"] == 3
     assert search.resource == "auto" and search.estimator is pipeline
 
 
 def test_a_schedule_runs_to_the_end_of_the_last_rung():
     cosine = clone(MLP).set_params(learning_rate="cosine")
-    options = {"n_candidates": 3, "max_resources": 9, "min_resources": 3, "cv": 2, "random_state": 0}
-    search = HalvingRandomSearchCV(
-        cosine, {"learning_rate_init": [0.1, 0.01, 0.001]}, scoring="neg_log_loss", **options
-    ).fit(X, Y)
-    best = search.cv_results_["mean_test_score"][-1]
-    whole = scikit_learns.HalvingRandomSearchCV(
-        cosine, {name: [search.best_params_[name]] for name in RATES}, resource="max_iter",
-        scoring="neg_log_loss", **(options | {"min_resources": 9, "n_candidates": 1}),
-    ).fit(X, Y)  # fmt: skip
+    options = {"max_resources": 9, "cv": 2, "random_state": 0, "scoring": "neg_log_loss"}
+    rates = {"learning_rate_init": [0.1, 0.01, 0.001]}
+    search = HalvingRandomSearchCV(cosine, rates, n_candidates=3, min_resources=3, **options).fit(X, Y)
+    best, alone = search.cv_results_["mean_test_score"][-1], {name: [search.best_params_[name]] for name in rates}
+    options |= {"resource": "max_iter", "min_resources": 9, "n_candidates": 1}
+    whole = scikit_learns.HalvingRandomSearchCV(cosine, alone, **options).fit(X, Y)
     assert best == pytest.approx(whole.best_score_, abs=1e-9)  # as if it had never stopped
 
 
 @pytest.mark.parametrize(
-    ("search", "error"),
+    ("estimator", "space", "options", "error"),
     [
-        (HalvingRandomSearchCV(MLP, {"max_iter": [1, 2]}, n_candidates=2), "part of the searched parameters"),
-        (
-            HalvingRandomSearchCV(LogisticRegression(), {"C": [1.0]}, max_resources=9, resource="max_epochs"),
-            "Cannot use resource=max_epochs",
-        ),
-        (
-            HalvingRandomSearchCV(MLP, RATES, resource="max_epochs"),
-            "MLPClassifier has no parameter 'max_epochs': give max_iter",
-        ),
-        (HalvingRandomSearchCV(MLP, RATES, resource=None), "The 'resource' parameter of HalvingRandomSearchCV"),
-        (HalvingRandomSearchCV(MLP, RATES, device=3), "The 'device' parameter of HalvingRandomSearchCV"),
-        (
-            HalvingRandomSearchCV(MLP, RATES, min_resources=999),
-            "min_resources_=999 is greater than max_resources_=200",
-        ),
+        (MLP, {"max_iter": [1, 2]}, {"n_candidates": 2}, "part of the searched parameters"),
+        (LogisticRegression(), {"C": [1.0]}, {"max_resources": 9, "resource": "max_epochs"}, "Cannot use resource=max"),
+        (MLP, RATES, {"resource": "max_epochs"}, "MLPClassifier has no parameter 'max_epochs': give max_iter"),
+        (MLP, RATES, {"resource": None}, "The 'resource' parameter of HalvingRandomSearchCV"),
+        (MLP, RATES, {"device": 3}, "The 'device' parameter of HalvingRandomSearchCV"),
+        (MLP, RATES, {"min_resources": 999}, "min_resources_=999 is greater than max_resources_=200"),
     ],
-)  # fmt: skip
-def test_mistakes_are_scikit_learns(search, error):
+)
+def test_mistakes_are_scikit_learns(estimator, space, options, error):
     with pytest.raises(ValueError, match=error):
-        search.fit(X, Y)
+        HalvingRandomSearchCV(estimator, space, **options).fit(X, Y)

@@ -2,7 +2,6 @@
 
 import pickle
 import time
-import warnings
 
 import numpy as np
 import pytest
@@ -42,6 +41,7 @@ ADAM = clone(MLP).set_params(solver="adam")
 SGD = clone(MLP).set_params(
     solver="sgd", nesterovs_momentum=False, momentum=0.0, activation="relu", batch_size=16, max_iter=4
 )
+NET = NeuralNetClassifier(Net, max_epochs=2, random_state=0)
 RATES = {"learning_rate_init": loguniform(1e-4, 1)}
 SPACE = RATES | {"hidden_layer_sizes": [4, 8, 20], "batch_size": [16, 32]}
 OPTIONS = {"n_iter": 3, "outer_steps": 4, "cv": 3, "random_state": 0}
@@ -69,20 +69,27 @@ def assert_every_score_is_that_of_a_grid(search, X=X, y=Y, tolerance=1e-9):
 
 
 @pytest.fixture(scope="module")
-def descended():
-    return descend(MLP, SPACE)
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("descent") / "study.db"
 
 
 @pytest.fixture(scope="module")
-def by_loss():
-    return descend(MLP, RATES)
+def callback():
+    return Callback()
+
+
+@pytest.fixture(scope="module")
+def descended(path, callback):
+    search = HypergradientSearchCV(MLP, SPACE, **OPTIONS, study=path, n_jobs=2, device="cpu")
+    if hasattr(search, "set_callbacks"):  # since 1.9
+        search.set_callbacks(callback)
+    return search.fit(X, Y)
 
 
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_every_point_is_a_candidate(descended):
-    search = descended
     drawn = model_selection.RandomizedSearchCV(MLP, SPACE, n_iter=3, cv=3, random_state=0).fit(X, Y)
-    results = search.cv_results_
+    results = descended.cv_results_
     assert set(results) == set(drawn.cv_results_) | {"start", "outer_step"}
     assert results["params"][:3] == drawn.cv_results_["params"]
     for start, params in enumerate(results["params"][:3]):
@@ -91,7 +98,7 @@ def test_every_point_is_a_candidate(descended):
         for point in np.flatnonzero(own):  # what is not moved stays
             assert results["params"][point] | {"learning_rate_init": 0} == params | {"learning_rate_init": 0}
     assert len({repr(params) for params in results["params"]}) == len(results["params"]) > 6
-    assert_every_score_is_that_of_a_grid(search)
+    assert_every_score_is_that_of_a_grid(descended)
     assert (results["std_fit_time"] == 0).all() and (results["mean_fit_time"] > 0).all()
 
 
@@ -111,12 +118,29 @@ def test_the_best_of_all_points_is_refitted(descended):
     assert named.score(X, Y) == pytest.approx(-log_loss(Y, named.predict_proba(X)))
 
 
-def test_another_score_ranks_and_does_not_move(by_loss):
-    many = descend(MLP, RATES, scoring=["accuracy", "neg_log_loss"], refit="accuracy")
-    assert by_loss.cv_results_["params"] == many.cv_results_["params"]
+def test_another_score_ranks_and_does_not_move(descended):
+    many = descend(MLP, SPACE, scoring=["accuracy", "neg_log_loss"], refit="accuracy")
+    assert descended.cv_results_["params"] == many.cv_results_["params"]
     assert many.best_score_ == many.cv_results_["mean_test_accuracy"].max() > 0.5
-    np.testing.assert_array_equal(many.cv_results_["mean_test_neg_log_loss"], by_loss.cv_results_["mean_test_score"])
-    assert many.multimetric_ and by_loss.scoring is None
+    losses = many.cv_results_["mean_test_neg_log_loss"]
+    np.testing.assert_array_equal(losses, descended.cv_results_["mean_test_score"])
+    assert many.multimetric_ and descended.scoring is None
+
+
+def test_a_study_has_the_origin_of_every_point(descended, path):
+    study = gputune.Study.open(path)
+    starts, steps = (descended.cv_results_[name].tolist() for name in ("start", "outer_step"))
+    expected = [(start, step) if step else "random" for start, step in zip(starts, steps)]
+    assert [trial.origin for trial in study.trials] == expected
+    assert "best neg_log_loss" in repr(study) and study.best_params == descended.best_params_
+
+
+@pytest.mark.skipif(not hasattr(model_selection.RandomizedSearchCV, "set_callbacks"), reason="since 1.9")
+def test_callbacks_hear_of_every_point(descended, callback):
+    heard = [(when, task) for when, task, *_ in callback.heard]
+    assert heard.count(("begin", "candidate-split-evaluation")) == 3 * len(descended.cv_results_["params"])
+    assert heard.count(("begin", "search")) == heard.count(("end", "search")) == 1
+    assert heard[-1] == ("teardown", None)
 
 
 @pytest.mark.cpu  # a GPU trains estimators in single precision
@@ -151,8 +175,6 @@ def test_the_logistic_regression_moves_C():
     scores, starts = search.cv_results_["mean_test_score"], search.cv_results_["start"]
     assert all(scores[starts == s].max() > scores[starts == s][0] for s in range(2))
     assert_every_score_is_that_of_a_grid(search)
-    same = descend(LogisticRegression(), {"C": [0.1]}, hyperparameters="C", n_iter=1)
-    assert same.best_score_ > same.cv_results_["mean_test_score"][0]
 
 
 @pytest.mark.cpu  # a GPU trains estimators in single precision
@@ -170,19 +192,9 @@ def test_pipelines(scaler_fits):
         (MLP, {"hidden_layer_sizes": [8]}, None, {"learning_rate_init"}),  # the usual one
         (MLP, {"hidden_layer_sizes": [8]}, "weight_decay", {"weight_decay"}),
         (MLP, {"learning_rate_init": [0.01]}, "learning_rate_init", {"learning_rate_init"}),
-        (
-            clone(MLP).set_params(learning_rate_init=0.01),
-            {"hidden_layer_sizes": [8]},
-            "learning_rate_init",
-            {"learning_rate_init"},
-        ),
+        (LogisticRegression(), {"l1_ratio": [0]}, "C", {"C"}),
         (ADAM, {"alpha": [0.1]}, ["alpha", "learning_rate_init"], {"learning_rate_init", "alpha"}),
-        (
-            NeuralNetClassifier(Net, max_epochs=2, random_state=0),
-            {"optimizer__momentum": [0.5]},
-            ("optimizer__momentum",),
-            {"optimizer__momentum"},
-        ),
+        (NET, {"optimizer__momentum": [0.5]}, ("optimizer__momentum",), {"optimizer__momentum"}),
         (
             make_pipeline(StandardScaler(), ADAM),
             {"mlpclassifier__alpha": [0.1]},
@@ -199,21 +211,21 @@ def test_a_value_is_written_in_the_word_that_holds_it(estimator, space, hyperpar
 
 
 def test_values_stay_within_the_range_of_their_distribution():
-    for space in ({"learning_rate_init": loguniform(1e-3, 1.1e-3)}, [{"learning_rate_init": loguniform(1e-3, 1.1e-3)}]):
-        rates = path_of(descend(MLP, space, n_iter=1))
-        assert rates[1] == 1.1e-3 and len(rates) == 2  # held at the bound, and nowhere to go from there
+    narrow = loguniform(1e-3, 1.1e-3)
+    rates = path_of(descend(MLP, {"learning_rate_init": narrow}, n_iter=1))
+    assert rates[1] == 1.1e-3 and len(rates) == 2  # held at the bound, and nowhere to go from there
     alternatives = [
-        {"learning_rate_init": loguniform(1e-3, 1.1e-3), "hidden_layer_sizes": [4]},
+        {"learning_rate_init": narrow, "hidden_layer_sizes": [4]},
         {"learning_rate_init": uniform(0.001, 0.001), "hidden_layer_sizes": [8]},
     ]
-    assert max(p["learning_rate_init"] for p in descend(MLP, alternatives).cv_results_["params"]) == 0.002
+    points = descend(MLP, alternatives).cv_results_["params"]
+    assert max(point["learning_rate_init"] for point in points) == 0.002
 
 
 def test_folds_are_split_once_for_all_steps():
     splitter = CountingSplitter()
-    search = HypergradientSearchCV(MLP, RATES, **(OPTIONS | {"cv": splitter, "scoring": "accuracy"}))
-    groups = np.arange(150)
-    shuffled = np.random.default_rng(0).permutation(150)
+    search = HypergradientSearchCV(ADAM, {"alpha": [0.1]}, n_iter=1, outer_steps=2, cv=splitter)
+    groups, shuffled = np.arange(150), np.random.default_rng(0).permutation(150)
     search.fit(X[shuffled], Y[shuffled], groups=groups)
     assert len(splitter.asked) == 1 and splitter.asked[0] is groups
     assert search.cv_results_["outer_step"].max() > 1
@@ -225,11 +237,8 @@ def test_a_point_that_diverges_steps_down():
         search = descend(SGD, [{"learning_rate_init": [1e300]}, {"learning_rate_init": [0.1]}], n_iter=2, outer_steps=3)
     rates = path_of(search, int(search.cv_results_["params"][1]["learning_rate_init"] == 1e300))
     np.testing.assert_allclose(np.diff(np.log(rates)), -1.5)
-    assert (
-        len(rates) == 4
-        and len([w for w in said if w.category is FitFailedWarning]) == 1
-        and search.best_params_["learning_rate_init"] < 100
-    )
+    assert len(rates) == 4 and search.best_params_["learning_rate_init"] < 100
+    assert len([w for w in said if w.category is FitFailedWarning]) == 1
 
 
 @pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
@@ -279,26 +288,6 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
     assert search.best_index_ < 3
 
 
-def test_a_study_has_the_origin_of_every_point(tmp_path):
-    search = descend(MLP, RATES, study=tmp_path / "study.db")
-    study = gputune.Study.open(tmp_path / "study.db")
-    starts, steps = search.cv_results_["start"].tolist(), search.cv_results_["outer_step"].tolist()
-    expected = [(start, step) if step else "random" for start, step in zip(starts, steps)]
-    assert [trial.origin for trial in study.trials] == expected
-    assert "best neg_log_loss" in repr(study) and study.best_params == search.best_params_
-
-
-@pytest.mark.skipif(not hasattr(model_selection.RandomizedSearchCV, "set_callbacks"), reason="since 1.9")
-def test_callbacks_hear_of_every_point():
-    callback = Callback()
-    search = HypergradientSearchCV(MLP, RATES, **OPTIONS).set_callbacks(callback).fit(X, Y)
-    points = len(search.cv_results_["params"])
-    heard = [(when, task) for when, task, *_ in callback.heard]
-    assert heard.count(("begin", "candidate-split-evaluation")) == 3 * points
-    assert heard.count(("begin", "search")) == heard.count(("end", "search")) == 1
-    assert heard[-1] == ("teardown", None)
-
-
 @pytest.mark.filterwarnings("ignore:The total space of parameters")
 @pytest.mark.parametrize(
     ("estimator", "space", "options", "error"),
@@ -318,12 +307,7 @@ def test_callbacks_hear_of_every_point():
         (SGD, RATES, {"hyperparameters": "momentum"}, "cannot start from momentum=0, as start 0 does, .* in the logit"),
         (ADAM, {"alpha": [0.0]}, {"hyperparameters": "alpha"}, "cannot start from alpha=0, .* with values above 0, or"),
         (LogisticRegression(), {"C": [np.inf]}, {}, "cannot start from C=inf, .* with values above 0 and finite"),
-        (
-            LogisticRegression(fit_intercept=False),
-            {"C": [1.0]},
-            {},
-            "got fit_intercept=False in start 0; leave it True, or search C with",
-        ),
+        (LogisticRegression(fit_intercept=False), {"C": [1.0]}, {}, "got fit_intercept=False in start 0; leave it T"),
         (MLP, RATES, {"cv": KFold(3)}, "fold 0 have class 0, of which it has no training row: its log loss"),
         (MLP, RATES, {"cv": [(np.arange(150), [])]}, "fold 0 has no validation rows to descend on"),
         (MLP, {"rate": [1.0]}, {}, "Invalid parameter 'rate' for estimator MLPClassifier"),
@@ -382,10 +366,8 @@ class Narrowing(TransformerMixin, BaseEstimator):
 def test_validation_rows_of_other_columns_are_refused():
     pipeline = make_pipeline(Narrowing(), MLP)
     train = Part(check_rows(clone(MLP), X, Y), np.arange(150))
-    with pytest.raises(
-        ValueError,
-        match=r"rows of float64 \(rows, 1\), named None, after training rows of float64 \(rows, 4\), named None",
-    ):
+    error = r"rows of float64 \(rows, 1\), named None, after training rows of float64 \(rows, 4\), named None"
+    with pytest.raises(ValueError, match=error):
         held_out_part(clone(pipeline).fit(X, Y), train, X[:50], Y[:50])
     with pytest.warns(UserWarning, match="Scoring failed"):
         search = descend(pipeline, {"mlpclassifier__learning_rate_init": [0.01]}, n_iter=1)
@@ -396,9 +378,3 @@ def test_score_without_a_refit_is_refused():
     search = descend(MLP, RATES, n_iter=1, outer_steps=1, refit=False)
     with pytest.raises(AttributeError, match="`refit=False`. score is available only after refitting"):
         search.score(X, Y)
-
-
-def test_nothing_is_said_where_all_is_well():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        descend(MLP, RATES, n_iter=1, outer_steps=1, n_jobs=2, device="cpu")

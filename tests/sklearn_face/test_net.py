@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from face_modules import Gated, Net, OneNumber, PlainNet, Probabilities
+from face_modules import Net, OneNumber, PlainNet, Probabilities
 from gputune.errors import InputError
 from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
 
@@ -72,10 +72,16 @@ def test_a_plain_module_of_skorch_is_built_with_its_own_arguments():
     assert NeuralNetRegressor(OneNumber, lr=0.3, max_epochs=60).fit(X, y).score(X, y) > 0.99
 
 
-@pytest.mark.parametrize("criterion", [None, nn.CrossEntropyLoss, nn.CrossEntropyLoss()])
-def test_the_criterion_may_be_the_cross_entropy(criterion):
-    NeuralNetClassifier(Net, criterion=criterion, max_epochs=1).fit(*IRIS)
-    NeuralNetRegressor(Net, criterion=nn.MSELoss(), max_epochs=1).fit(*IRIS)
+@pytest.mark.parametrize(
+    ("estimator", "criterion", "loss"),
+    [
+        (NeuralNetClassifier, nn.CrossEntropyLoss, "cross_entropy"),
+        (NeuralNetClassifier, nn.CrossEntropyLoss(), "cross_entropy"),
+        (NeuralNetRegressor, nn.MSELoss(), "mse"),
+    ],
+)
+def test_a_class_of_torch_with_its_defaults_is_the_loss_of_its_name(estimator, criterion, loss):
+    assert estimator(Net, criterion=criterion)._recipe(lambda: 1).loss == loss
 
 
 @pytest.mark.parametrize("criterion", [None, "bce", nn.BCEWithLogitsLoss])
@@ -99,11 +105,6 @@ def test_a_function_that_makes_modules_is_a_module(build):
     net = NeuralNetClassifier(build, max_epochs=20, lr=0.05, module__hidden=6, random_state=0).fit(*IRIS)
     assert net.score(*IRIS) > 0.6 and net.module_[0].out_features == 6
     assert clone(net).fit(*IRIS).score(*IRIS) == pickle.loads(pickle.dumps(net)).score(*IRIS)
-
-
-def test_a_module_that_cannot_be_stacked_trains_one_by_one():
-    net = NeuralNetClassifier(Gated, max_epochs=60, lr=0.1).fit(*IRIS)
-    assert net.score(*IRIS) > 0.6
 
 
 REFUSED = [
@@ -140,16 +141,6 @@ REFUSED = [
 def test_what_cannot_be_trained_is_refused_by_name(params, message):
     with pytest.raises(InputError, match=message):
         NeuralNetClassifier(**{"module": Net, **params}).fit(*IRIS)
-
-
-def test_module_arguments_reach_the_engine_in_a_search_of_unlike_ones():
-    X, y = IRIS
-    weights = [
-        NeuralNetClassifier(Net, module__hidden=h, max_epochs=1, random_state=0).fit(X, y).module_.first.weight
-        for h in (3, 3, 4)
-    ]
-    assert torch.equal(weights[0], weights[1]) and weights[2].shape == (4, 4)
-    assert np.isfinite(weights[2].detach().numpy()).all()
 
 
 def test_a_class_of_torch_optim_is_fitted_and_searched_with_its_arguments():

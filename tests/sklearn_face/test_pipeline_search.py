@@ -150,9 +150,3 @@ def test_a_pipeline_of_another_kind_is_left_to_scikit_learn():
     other = Other([("scale", StandardScaler()), ("mlpclassifier", MLP)])
     with pytest.warns(UserWarning, match="Other fits its steps in a way of its own"):
         RandomizedSearchCV(other, RATES, n_iter=2, cv=2).fit(X, Y)
-
-
-def test_a_device_is_that_of_the_last_step():
-    pipeline = make_pipeline(StandardScaler(), MLP)
-    search = RandomizedSearchCV(pipeline, RATES, n_iter=2, cv=2, device="cpu").fit(X, Y)
-    assert search.best_estimator_[-1].device == "cpu" and pipeline[-1].device == "auto"

@@ -15,6 +15,7 @@ from face_modules import Net
 from gputune.sklearn import LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier
 from gputune.sklearn.descent import DescentRun
 from gputune.sklearn.recipe import Training
+from gputune.sklearn.record import fits_of
 from gputune.sklearn.replay import with_hook
 from gputune.sklearn.slopes import slopes_of
 
@@ -31,14 +32,25 @@ REGRESSOR = MLPRegressor(hidden_layer_sizes=(6, 6), activation="tanh", max_iter=
 WEIGHTS = np.random.default_rng(0).uniform(0.2, 2.0, len(Y))
 
 
-def slopes(estimator, points, names, *, X=X, y=Y, cv=3, weights=None, **how):
+def slopes(estimator, points, names, *, X=X, y=Y, cv=3, weights=None, params=None, **how):
     """Return the derivatives of each point of an estimator, and the fits."""
-    run = DescentRun(with_hook(estimator, "auto"), cv, X=X, y=y)
-    run.fit_params = {} if weights is None else {"sample_weight": weights}
-    fits = [event for event in run.record(points, X, y, run.split(X, y, {})) if hasattr(event, "valid")]
+    run = DescentRun(with_hook(estimator, "auto"), cv)
+    run.fit_params = params or ({} if weights is None else {"sample_weight": weights})
+    fits = fits_of(run.record(points, X, y, run.split(X, y, {})))
     run.train(points, fits)
     found = slopes_of(fits, names, how.pop("mode", "exact"), Training(**how))
     return [found.get(trial) for trial in range(len(points))], fits
+
+
+def slope_by_hand(estimator, params, step=1e-5, *, X=X, y=Y, weights=None):
+    """Return the finite difference of the mean validation loss in the logarithm of the only parameter."""
+    splits = list(StratifiedKFold(3).split(X, y))
+    ((name, value),) = params.items()
+    up, down = (
+        np.mean([loss_by_hand(estimator, {name: value * np.exp(h)}, *s, X=X, y=y, weights=weights) for s in splits])
+        for h in (step, -step)
+    )
+    return (up - down) / (2 * step)
 
 
 def loss_by_hand(estimator, params, train, test, *, X=X, y=Y, weights=None):
@@ -84,14 +96,8 @@ def test_slopes_are_those_of_finite_differences(estimator, name, word, value, da
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_training_is_weighted_and_the_loss_is_not():
     (found,), _ = slopes(MLP, [{"learning_rate_init": 0.02}], ("lr",), weights=WEIGHTS)
-    splits, h = list(StratifiedKFold(3).split(X, Y)), 1e-5
-    up, down = (
-        np.mean(
-            [loss_by_hand(MLP, {"learning_rate_init": 0.02 * np.exp(s)}, *split, weights=WEIGHTS) for split in splits]
-        )
-        for s in (h, -h)
-    )  # fmt: skip
-    assert 0.02 * found.slopes["lr"].mean() == pytest.approx((up - down) / (2 * h), rel=1e-6)
+    expected = slope_by_hand(MLP, {"learning_rate_init": 0.02}, weights=WEIGHTS)
+    assert 0.02 * found.slopes["lr"].mean() == pytest.approx(expected, rel=1e-6)
 
 
 def assert_close(one, other):
@@ -125,15 +131,9 @@ def test_a_pipeline_is_its_last_step_on_transformed_rows(last, weights):
     name, word = ("lr", "learning_rate_init") if last is MLP else ("C", "C")
     prefix = type(last).__name__.lower() + "__"
     pipeline = make_pipeline("passthrough", StandardScaler(), last)
-    run = DescentRun(with_hook(pipeline, "auto"), 3)
-    if weights is not None:
-        run.fit_params = {prefix + "sample_weight": weights}
-    points = [{prefix + word: value} for value in (0.01, 0.1)]
-    splits = run.split(X, Y, {})
-    fits = [event for event in run.record(points, X, Y, splits) if hasattr(event, "valid")]
-    run.train(points, fits)
-    found = slopes_of(fits, (name,), "exact", Training())
-    for fold, (train, test) in enumerate(splits):
+    params = {} if weights is None else {prefix + "sample_weight": weights}
+    found, _ = slopes(pipeline, [{prefix + word: value} for value in (0.01, 0.1)], (name,), params=params)
+    for fold, (train, test) in enumerate(StratifiedKFold(3).split(X, Y)):
         scaled = StandardScaler().fit(X[train]).transform(X)
         by_hand, _ = slopes(last, [{word: 0.01}, {word: 0.1}], (name,), X=scaled, cv=[(train, test)], weights=weights)
         for trial, one in enumerate(by_hand):
@@ -192,13 +192,8 @@ def test_what_the_deadline_cuts_short_has_no_slopes():
 
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_a_kink_of_units_that_only_pad_is_no_missing_derivative():
-    relu = clone(SGD).set_params(
-        activation="relu", hidden_layer_sizes=(7, 7), learning_rate_init=0.05
-    )  # the padding's inputs are exactly 0
+    # The padding's inputs are exactly 0.
+    relu = clone(SGD).set_params(activation="relu", hidden_layer_sizes=(7, 7), learning_rate_init=0.05)
     (found,), _ = slopes(relu, [{}], ("lr",))
-    splits, h = list(StratifiedKFold(3).split(X, Y)), 1e-7
-    up, down = (
-        np.mean([loss_by_hand(relu, {"learning_rate_init": 0.05 * np.exp(step)}, *split) for split in splits])
-        for step in (h, -h)
-    )
-    assert 0.05 * found.slopes["lr"].mean() == pytest.approx((up - down) / (2 * h), rel=1e-5)
+    expected = slope_by_hand(relu, {"learning_rate_init": 0.05}, 1e-7)
+    assert 0.05 * found.slopes["lr"].mean() == pytest.approx(expected, rel=1e-5)

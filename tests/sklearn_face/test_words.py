@@ -1,13 +1,27 @@
-"""What the parameters of an MLP mean to the engine."""
+"""What the parameters of estimators mean to the engine, and words of scikit-learn and skorch that mean nothing here."""
 
 import inspect
 
 import numpy as np
 import pytest
-from sklearn import neural_network
+from sklearn import linear_model, neural_network
+from sklearn.base import clone
+from sklearn.datasets import load_iris
 
-from gputune.sklearn import MLPClassifier, MLPRegressor
+from face_modules import Net
+from gputune.errors import InputError
+from gputune.sklearn import (
+    GridSearchCV,
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    NeuralNetClassifier,
+    NeuralNetRegressor,
+)
 from gputune.sklearn.recipe import Patience
+
+IRIS = load_iris(return_X_y=True)
+LINE = [[0.0], [1.0]], [0.0, 1.0]
 
 
 def recipe(**params):
@@ -22,19 +36,15 @@ def test_the_defaults_are_scikit_learns(ours, theirs):
     assert ours().get_params() == theirs().get_params() | extras
     assert list(inspect.signature(ours).parameters)[:2] == list(inspect.signature(theirs).parameters)[:2]
     r = recipe()
-    expected = {
-        "width": 100, "depth": 1, "lr": 1e-3, "optimizer": "adam", "batch_size": 200, "schedule": "constant",
-    }  # fmt: skip
-    assert {k: r.config[k] for k in expected} == expected
+    expected = {"width": 100, "depth": 1, "lr": 1e-3, "optimizer": "adam", "batch_size": 200, "schedule": "constant"}
+    assert r.config.items() >= expected.items()
     assert (r.epochs, r.seed, r.alpha, r.kind, r.patience) == (200, 0, 1e-4, "mlp", Patience(1e-4, 10))
 
 
 def test_scikit_learns_words_are_understood():
     r = recipe(hidden_layer_sizes=(64, 64, 64), learning_rate_init=0.03, max_iter=7, learning_rate="cosine")
-    assert {k: r.config[k] for k in ("width", "depth", "lr", "schedule")} == {
-        "width": 64, "depth": 3, "lr": 0.03, "schedule": "cosine",
-    }  # fmt: skip
-    assert r.epochs == 7
+    words = ("width", "depth", "lr", "schedule")
+    assert [r.config[word] for word in words] == [64, 3, 0.03, "cosine"] and r.epochs == 7
 
 
 @pytest.mark.parametrize("sizes", [32, [32], np.array([32])])
@@ -88,10 +98,7 @@ REFUSED = [
     ({"weight_decay": -1}, "'weight_decay' parameter"),
     ({"tol": -1}, "'tol' parameter"),
     ({"device": "tpu"}, "device must be 'auto' or one"),
-    (
-        {"solver": "lbfgs", "dropout": 0.5},
-        "dropout=0.5 is gputune's own, and solver='lbfgs' is left to scikit-learn's",
-    ),
+    ({"solver": "lbfgs", "dropout": 0.5}, "dropout=0.5 is gputune's own, and solver='lbfgs' is left to scikit-le"),
     ({"activation": "logistic", "weight_decay": 0.5}, "weight_decay=0.5 is gputune's own, and activation='logistic'"),
     ({"warm_start": True, "activation": "gelu"}, "activation='gelu' is gputune's own, and warm_start=True"),
     ({"shuffle": False, "device": "cuda"}, "device='cuda' is gputune's own, and shuffle=False"),
@@ -103,18 +110,18 @@ REFUSED = [
 @pytest.mark.parametrize(("params", "message"), REFUSED, ids=[str(params) for params, _ in REFUSED])
 def test_what_cannot_be_meant_is_refused(params, message):
     with pytest.raises(ValueError, match=message):
-        MLPRegressor(**params).fit([[0.0], [1.0]], [0.0, 1.0])
+        MLPRegressor(**params).fit(*LINE)
 
 
 @pytest.mark.parametrize("state", ["zero", 2**32, np.random.default_rng(0)])
 def test_a_random_state_is_what_scikit_learn_takes(state):
     with pytest.raises(ValueError):
-        MLPRegressor(random_state=state).fit([[0.0], [1.0]], [0.0, 1.0])
+        MLPRegressor(random_state=state).fit(*LINE)
 
 
 def test_random_states_draw_as_in_scikit_learn():
     def fitted(state):
-        model = MLPRegressor(hidden_layer_sizes=(4, 4), max_iter=1, random_state=state).fit([[0.0], [1.0]], [0.0, 1.0])
+        model = MLPRegressor(hidden_layer_sizes=(4, 4), max_iter=1, random_state=state).fit(*LINE)
         return model.predict([[0.5]])
 
     state = np.random.RandomState(3)
@@ -128,3 +135,117 @@ def test_random_states_draw_as_in_scikit_learn():
     fitted(0)
     assert (np.random.get_state()[1] == before).all()  # an integer takes nothing from the global state
     assert fitted(None) == fresh
+
+
+def mlp(**params):
+    return MLPClassifier((8,), max_iter=2, random_state=0, **params)
+
+
+def net(**params):
+    return NeuralNetClassifier(Net, max_epochs=2, random_state=0, **params)
+
+
+@pytest.mark.parametrize(
+    ("make", "harmless"),
+    [
+        (mlp, {"verbose": 10, "shuffle": True, "early_stopping": False, "warm_start": False}),
+        (mlp, {"verbose": True, "shuffle": np.True_}),
+        (LogisticRegression, {"solver": "lbfgs", "n_jobs": -1, "verbose": 1, "warm_start": True}),
+        (LogisticRegression, {"solver": "saga"}),
+        (net, {"verbose": 1, "train_split": None}),
+        (net, {"train_split": False, "callbacks": []}),
+    ],
+)
+def test_words_that_change_nothing_are_taken(make, harmless):
+    plain, said = make().fit(*IRIS), make(**harmless).fit(*IRIS)
+    np.testing.assert_array_equal(said.predict_proba(IRIS[0]), plain.predict_proba(IRIS[0]))
+    assert {name: clone(said).get_params()[name] for name in harmless} == harmless
+
+
+@pytest.mark.parametrize(
+    ("make", "params", "error"),
+    [
+        (LogisticRegression, {"solver": "newton"}, "The 'solver' parameter of LogisticRegression must be a str among"),
+        (net, {"train_split": 5}, "NeuralNetClassifier has no train_split=5: every row is trained on"),
+        (net, {"callbacks": [print]}, "has no callbacks=.*: an estimator calls none; leave them out"),
+    ],
+)  # fmt: skip
+def test_values_that_would_change_the_result_are_refused(make, params, error):
+    estimator = make(**params)  # as everywhere in scikit-learn, ``fit`` is who looks
+    with pytest.raises(ValueError, match=error):
+        estimator.fit(*IRIS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "error"),
+    [
+        (MLPClassifier, "width", r"no parameter 'width': give hidden_layer_sizes, \(64, 64\) for two layers"),
+        (MLPClassifier, "depth", "give hidden_layer_sizes"),
+        (MLPRegressor, "lr", "give learning_rate_init"),
+        (MLPClassifier, "max_epochs", "give max_iter"),
+        (MLPClassifier, "optimizer", "give solver"),
+        (MLPClassifier, "schedule", "give learning_rate"),
+        (LogisticRegression, "weight_decay", "give C, the inverse strength"),
+        (LogisticRegression, "optimizer", "the objective has one solution"),
+        (LogisticRegression, "multi_class", r"one softmax; leave it out, or use sklearn.multiclass"),
+        (NeuralNetClassifier, "warm_start", "fit always begins anew; train longer with max_epochs"),
+        (NeuralNetRegressor, "iterator_train__shuffle", "NeuralNetRegressor has no parameter 'iterator_tr"),
+        (NeuralNetClassifier, "optimizer__lr", "give lr"),
+        (NeuralNetClassifier, "optimizer__nesterov", "give optimizer='nesterov'"),
+        (NeuralNetClassifier, "learning_rate_init", "give lr"),
+        (NeuralNetRegressor, "max_iter", "give max_epochs"),
+        (NeuralNetClassifier, "solver", "give optimizer"),
+        (NeuralNetClassifier, "alpha", "give optimizer__weight_decay"),
+        (NeuralNetClassifier, "momentum", "give optimizer__momentum"),
+    ],
+)  # fmt: skip
+def test_words_without_a_counterpart_are_refused(kind, name, error):
+    first = [Net] if "NeuralNet" in kind.__name__ else []
+    with pytest.raises(InputError, match=error):
+        kind(*first, **{name: 1})
+    with pytest.raises(InputError, match=error):
+        kind(*first).set_params(**{name: 1})
+
+
+class Tokens(Net):
+    def __init__(self, vocabulary, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+
+def test_what_a_module_lacks_and_a_search_gives_too_much_is_named():
+    with pytest.raises(InputError, match=r"asks for 'vocabulary', .*: pass module__vocabulary=\.\.\., give it"):
+        NeuralNetClassifier(Tokens).fit(*IRIS)
+    with pytest.raises(InputError, match="MLPClassifier has no parameter 'lr': give learning_rate_init"):
+        GridSearchCV(mlp(), {"lr": [1e-3, 1e-4]}, cv=2).fit(*IRIS)
+
+
+def test_every_parameter_of_scikit_learns_is_ours_or_refused():
+    pairs = [
+        (MLPClassifier, neural_network.MLPClassifier),
+        (MLPRegressor, neural_network.MLPRegressor),
+        (LogisticRegression, linear_model.LogisticRegression),
+    ]
+    for ours, theirs in pairs:
+        known = {*ours().get_params(), *ours._refused}
+        assert set(theirs().get_params()) <= known
+
+
+def test_a_misspelt_parameter_is_named_as_of_the_class():
+    with pytest.raises(TypeError, match=r"^MLPClassifier has no parameter 'alhpa'. Did you mean 'alpha'\?$"):
+        MLPClassifier(alhpa=3)
+    with pytest.raises(TypeError, match=r"^LogisticRegression has no parameter 'ftrs'.$"):
+        LogisticRegression(ftrs=3)
+
+
+class Wider(MLPClassifier):
+    """A user's estimator, with a constructor of its own."""
+
+    def __init__(self, factor=1, tol=0.1):
+        super().__init__(hidden_layer_sizes=8 * factor, max_iter=1)
+        self.factor, self.tol = factor, tol
+
+
+def test_a_subclass_may_have_words_of_its_own():
+    assert Wider(factor=2, tol=1.0).set_params(tol=0.5).hidden_layer_sizes == 16
+    with pytest.raises(TypeError, match="Wider has no parameter 'alpha'"):
+        Wider(alpha=1.0)
