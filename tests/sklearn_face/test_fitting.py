@@ -13,7 +13,7 @@ import reference
 from face_modules import Net
 from gputune.errors import DivergedError, InputError
 from gputune.population.population import complete
-from gputune.sklearn import MLPClassifier, MLPRegressor, NeuralNetClassifier, NeuralNetRegressor
+from gputune.sklearn import LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier, NeuralNetRegressor
 from gputune.sklearn.base import check_rows
 from searches import Fits
 
@@ -49,6 +49,17 @@ def predictions(estimator, X):
     return estimator.predict_proba(X) if hasattr(estimator, "predict_proba") else estimator.predict(X)
 
 
+PENALTIES = [
+    {},
+    {"C": 0.1},
+    {"C": 0.1, "l1_ratio": 0.7},
+    {"fit_intercept": False},
+    {"class_weight": "balanced", "C": 5.0},
+    {"tol": 1e-12},
+    {"class_weight": {0: 1.0, 9: 1.0}},
+]
+
+
 @pytest.mark.parametrize(
     ("estimator", "spaces", "weighted"),
     [
@@ -56,6 +67,7 @@ def predictions(estimator, X):
         (MLPRegressor(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3), MIXED, False),
         (NeuralNetClassifier(Net, lr=0.02, max_epochs=4, random_state=3), NETS, False),
         (NeuralNetRegressor(Net, lr=0.02, max_epochs=4, random_state=3), NETS, True),
+        (LogisticRegression(), PENALTIES, True),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -63,16 +75,23 @@ def predictions(estimator, X):
 def test_together_is_what_fit_gives_alone(estimator, spaces, weighted):
     X, y = IRIS if hasattr(estimator, "predict_proba") else NUMBERS
     weights = np.random.default_rng(1).uniform(0, 2, len(X)) if weighted else None
-    folds = unequal_folds(len(X))
+    tolerance = 1e-6 if spaces is PENALTIES else 1e-9
+    folds = unequal_folds(len(X)) if spaces is not PENALTIES else [np.arange(150), np.arange(100), np.arange(50)]
     fits = together(estimator, spaces, X, y, folds, weights)
     for f, train in enumerate(folds):
         for i, params in enumerate(spaces):
             own = None if weights is None else weights[train]
-            alone = clone(estimator).set_params(**params).fit(X[train], y[train], sample_weight=own)
+            alone = clone(estimator).set_params(**params)
+            try:
+                alone.fit(X[train], y[train], sample_weight=own)
+            except ValueError as error:
+                assert type(fits.error(f, i)) is type(error) and str(fits.error(f, i)) == str(error)
+                continue
             member = fits.estimator(f, i)
-            np.testing.assert_allclose(predictions(member, X), predictions(alone, X), rtol=1e-9, atol=1e-9)
-            assert member.get_params() == alone.get_params()
-            assert (member.n_iter_, member.n_features_in_) == (alone.n_iter_, alone.n_features_in_)
+            np.testing.assert_allclose(predictions(member, X), predictions(alone, X), rtol=tolerance, atol=tolerance)
+            assert member.get_params() == alone.get_params() and member.n_features_in_ == alone.n_features_in_
+            # Rounding may decide whether the last step of a solution is still needed.
+            np.testing.assert_allclose(member.n_iter_, alone.n_iter_, rtol=0, atol=spaces is PENALTIES)
 
 
 def test_single_precision_stays_single_and_together_is_alone():

@@ -1,14 +1,13 @@
 import numpy as np
 import pytest
-import sklearn.linear_model
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, make_classification
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression as Theirs
 from sklearn.preprocessing import StandardScaler
 
 import gputune
 from gputune.sklearn import GridSearchCV, LogisticRegression
-from gputune.sklearn.base import check_rows
-from searches import Callback, Fits
+from searches import Callback
 
 IRIS = load_iris(return_X_y=True)
 
@@ -39,23 +38,15 @@ def same(own, theirs, X):
 )
 def test_the_solution_is_scikit_learns(data, params):
     X, y = data
-    same(
-        LogisticRegression(**params).fit(X, y), sklearn.linear_model.LogisticRegression(**params, **TIGHT).fit(X, y), X
-    )
+    same(LogisticRegression(**params).fit(X, y), Theirs(**params, **TIGHT).fit(X, y), X)
 
 
 @pytest.mark.parametrize("class_weight", [None, {0: 2.0, 1: 0.5, 2: 1.0}])
 def test_weights_count_as_in_scikit_learn(class_weight):
     X, y = IRIS
     weights = np.random.default_rng(0).uniform(0, 3, len(y))
-    own, theirs = (
-        estimator.fit(X, y, sample_weight=weights)
-        for estimator in (
-            LogisticRegression(class_weight=class_weight),
-            sklearn.linear_model.LogisticRegression(class_weight=class_weight, **TIGHT),
-        )
-    )
-    same(own, theirs, X)
+    own, theirs = LogisticRegression(class_weight=class_weight), Theirs(class_weight=class_weight, **TIGHT)
+    same(own.fit(X, y, sample_weight=weights), theirs.fit(X, y, sample_weight=weights), X)
 
 
 def test_balanced_classes_count_the_weights_of_their_rows():
@@ -75,9 +66,8 @@ def test_the_older_word_for_the_penalty():
     np.testing.assert_array_equal(LogisticRegression(penalty="l2", C=0.1).fit(X, y).coef_, ridge.coef_)
     net, word = (LogisticRegression(l1_ratio=0.5, penalty=p).fit(X, y) for p in ("auto", "elasticnet"))
     np.testing.assert_array_equal(word.coef_, net.coef_)
-    X, y = make_classification(
-        200, 5, flip_y=0.4, random_state=0
-    )  # without a penalty, what can be separated has no optimum
+    # Without a penalty, what can be separated has no optimum.
+    X, y = make_classification(200, 5, flip_y=0.4, random_state=0)
     free, none = LogisticRegression(C=np.inf).fit(X, y), LogisticRegression(penalty=None).fit(X, y)
     np.testing.assert_array_equal(none.coef_, free.coef_)
     with pytest.warns(UserWarning, match="penalty=None will ignore the C and l1_ratio parameters, got C=3.0"):
@@ -92,8 +82,7 @@ def test_it_warns_where_it_did_not_converge():
 
 @pytest.mark.parametrize("params", [{"C": 0.1}, {"C": 0.01, "dual": True, "tol": 0.1}], ids=str)
 def test_liblinear_is_scikit_learns_own_fit(params):
-    kinds = LogisticRegression, sklearn.linear_model.LogisticRegression
-    own, theirs = (kind(solver="liblinear", random_state=0, **params) for kind in kinds)
+    own, theirs = (kind(solver="liblinear", random_state=0, **params) for kind in (LogisticRegression, Theirs))
     X, y = CANCER
     np.testing.assert_array_equal(own.fit(X, y).predict_proba(X), theirs.fit(X, y).predict_proba(X))
     np.testing.assert_array_equal(own.predict_log_proba(X), theirs.predict_log_proba(X))
@@ -125,38 +114,6 @@ REFUSED = [
 def test_what_cannot_be_meant_is_refused(params, message):
     with pytest.raises(ValueError, match=message):
         LogisticRegression(**params).fit(*IRIS)
-
-
-def test_together_is_what_fit_gives_alone():
-    X, y = IRIS
-    weights = np.random.default_rng(0).uniform(0, 3, len(y))
-    folds = [np.arange(150), np.arange(100), np.arange(30, 150), np.arange(50)]
-    spaces = [
-        {},
-        {"C": 0.1},
-        {"C": 0.1, "l1_ratio": 0.7},
-        {"fit_intercept": False},
-        {"class_weight": "balanced", "C": 5.0},
-        {"tol": 1e-12},
-        {"C": -1.0},
-        {"class_weight": {0: 1.0, 9: 1.0}},
-    ]
-    candidates = [LogisticRegression(**params) for params in spaces]
-    fits = Fits(candidates, check_rows(LogisticRegression(), X, y, weights), folds)
-    for f, train in enumerate(folds):
-        for i, params in enumerate(spaces):
-            alone = LogisticRegression(**params)
-            try:
-                alone.fit(X[train], y[train], sample_weight=weights[train])
-            except ValueError as error:
-                assert type(fits.error(f, i)) is type(error) and str(fits.error(f, i)) == str(error)
-                continue
-            member = fits.estimator(f, i)
-            np.testing.assert_allclose(member.coef_, alone.coef_, rtol=1e-6, atol=1e-8)
-            np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), rtol=1e-6, atol=1e-8)
-            assert member.classes_.tolist() == alone.classes_.tolist()
-            # Rounding may decide whether the last step is still needed.
-            assert abs(int(member.n_iter_[0]) - int(alone.n_iter_[0])) <= 1
 
 
 def test_a_class_whose_rows_weigh_nothing_is_never_predicted():

@@ -29,17 +29,15 @@ from gputune.sklearn import (
 
 X, Y = load_iris(return_X_y=True)
 MLP = MLPClassifier(max_iter=3, hidden_layer_sizes=(16,), random_state=0)
+PENALTIES = {"C": loguniform(1e-2, 10)}
+RATES = {"hidden_layer_sizes": randint(4, 30), "learning_rate_init": loguniform(1e-3, 1e-1)}
+PIPELINE = make_pipeline(StandardScaler(), MLP)
 SEARCHES = [
-    RandomizedSearchCV(
-        MLP,
-        {"hidden_layer_sizes": randint(4, 30), "learning_rate_init": loguniform(1e-3, 1e-1)},
-        n_iter=3,
-        cv=3,
-        random_state=1,
-    ),
-    RandomizedSearchCV(LogisticRegression(), {"C": loguniform(1e-2, 10)}, n_iter=2, cv=3, random_state=0),
-    GridSearchCV(make_pipeline(StandardScaler(), MLP), {"mlpclassifier__learning_rate_init": [0.001, 0.02, 0.1]}, cv=3),
+    RandomizedSearchCV(MLP, RATES, n_iter=3, cv=3, random_state=1),
+    RandomizedSearchCV(LogisticRegression(), PENALTIES, n_iter=2, cv=3, random_state=0),
+    GridSearchCV(PIPELINE, {"mlpclassifier__learning_rate_init": [0.001, 0.02, 0.1]}, cv=3),
 ]
+ONE_RATE = {"learning_rate_init": [0.1]}
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda s: type(s).__name__)
@@ -78,32 +76,24 @@ def test_groups_split_outer_folds_and_as_params_inner_ones(params):
     outer, inner = GroupKFold(3), 3 if params is None else GroupKFold(4)
     search = clone(SEARCHES[1]).set_params(cv=inner, scoring="neg_log_loss")
     found = nested_cv(search, X, Y, outer=outer, groups=GROUPS, params=params)
-    by_hand = cross_validate(
-        search, X, Y, cv=outer, groups=GROUPS, params=params, return_estimator=True, error_score="raise"
-    )
+    given = {"cv": outer, "groups": GROUPS, "params": params, "return_estimator": True}
+    by_hand = cross_validate(search, X, Y, **given, error_score="raise")
     np.testing.assert_allclose(found.scores, by_hand["test_score"], atol=1e-8)
-    for mine, theirs in zip(found.searches, by_hand["estimator"]):
-        for name in ("split0_test_score", "mean_test_score"):
-            np.testing.assert_allclose(mine.cv_results_[name], theirs.cv_results_[name], atol=1e-8)
+    for name in ("split0_test_score", "mean_test_score"):
+        mine, theirs = ([s.cv_results_[name] for s in some] for some in (found.searches, by_hand["estimator"]))
+        np.testing.assert_allclose(mine, theirs, atol=1e-8)
 
 
-@pytest.mark.parametrize("search", SEARCHES[:2], ids=["mlp", "logistic"])
-def test_sample_weight_reaches_every_fit(search, training):
-    search = clone(search).set_params(scoring="neg_log_loss", cv=3)
-    found = nested_cv(search, X, Y, outer=3, params={"sample_weight": WEIGHTS})
+@pytest.mark.parametrize(
+    ("search", "word"), [(SEARCHES[1], "sample_weight"), (SEARCHES[2], "mlpclassifier__sample_weight")]
+)
+def test_sample_weight_reaches_every_fit(search, word, training):
+    search = clone(search).set_params(scoring="neg_log_loss")
+    found = nested_cv(search, X, Y, outer=3, params={word: WEIGHTS})
     assert [call[:2] for call in training] == [(len(found.searches[0].cv_results_["params"]), 9)]
-    weighted, unweighted = (
-        cross_val_score(search, X, Y, cv=3, params=params) for params in ({"sample_weight": WEIGHTS}, {})
-    )
+    weighted, unweighted = (cross_val_score(search, X, Y, cv=3, params=params) for params in ({word: WEIGHTS}, {}))
     np.testing.assert_allclose(found.scores, weighted, atol=1e-6)
     assert np.abs(weighted - unweighted).max() > 1e-3
-
-
-def test_params_of_a_pipelines_step_reach_it():
-    search = clone(SEARCHES[2])
-    params = {"mlpclassifier__sample_weight": WEIGHTS}
-    found = nested_cv(search, X, Y, outer=3, params=params)
-    np.testing.assert_allclose(found.scores, cross_val_score(search, X, Y, cv=3, params=params), atol=1e-6)
 
 
 def test_metadata_is_routed_as_in_cross_val_score():
@@ -136,7 +126,7 @@ def test_what_a_scorer_cannot_weigh_is_warned_of_once_a_fit():
 
 def test_a_search_without_a_seed_draws_anew_in_every_fold(training):
     np.random.seed(0)
-    search = RandomizedSearchCV(LogisticRegression(), {"C": loguniform(1e-2, 10)}, n_iter=2, cv=2)
+    search = RandomizedSearchCV(LogisticRegression(), PENALTIES, n_iter=2, cv=2)
     found = nested_cv(search, X, Y, outer=3)
     assert len({params["C"] for params in found.best_params}) == 3 and [call[:2] for call in training] == [(2, 2)] * 3
 
@@ -144,7 +134,7 @@ def test_a_search_without_a_seed_draws_anew_in_every_fold(training):
 def test_rows_that_are_wrong_fail_where_they_are():
     wrong = X.copy()
     wrong[0, 0] = np.nan
-    search = GridSearchCV(MLP, {"learning_rate_init": [0.1]}, cv=2)
+    search = GridSearchCV(MLP, ONE_RATE, cv=2)
     with pytest.raises(ValueError, match="Input X contains NaN"), pytest.warns():
         nested_cv(search, wrong, Y, outer=2)
 
@@ -162,16 +152,10 @@ def test_other_estimators_are_left_to_scikit_learn():
     ("search", "error"),
     [
         (HypergradientSearchCV(MLP, {}), "must be a RandomizedSearchCV or a GridSearchCV of gputune"),
-        (HalvingRandomSearchCV(MLP, {"learning_rate_init": [0.1]}), "must be a RandomizedSearchCV or a GridSearchCV"),
-        (
-            model_selection.GridSearchCV(MLP, {"learning_rate_init": [0.1]}),
-            "must be a RandomizedSearchCV or a GridSearchCV",
-        ),
-        (GridSearchCV(MLP, {"learning_rate_init": [0.1]}, refit=False), "got refit=False; set refit"),
-        (
-            GridSearchCV(MLP, {"learning_rate_init": [0.1]}, study="study.db"),
-            "study='study.db' keeps one; set study=None",
-        ),
+        (HalvingRandomSearchCV(MLP, ONE_RATE), "must be a RandomizedSearchCV or a GridSearchCV"),
+        (model_selection.GridSearchCV(MLP, ONE_RATE), "must be a RandomizedSearchCV or a GridSearchCV"),
+        (GridSearchCV(MLP, ONE_RATE, refit=False), "got refit=False; set refit"),
+        (GridSearchCV(MLP, ONE_RATE, study="study.db"), "study='study.db' keeps one; set study=None"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_nested_is_refused(search, error):

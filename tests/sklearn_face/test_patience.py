@@ -40,7 +40,7 @@ def stopped_at(losses, tol, patience):
     return len(losses)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_training_ends_where_the_loss_of_the_training_rows_stalls(weighted):
     weights = np.random.default_rng(0).integers(0, 3, len(X)).astype(float) if weighted else None
@@ -68,10 +68,8 @@ def test_members_end_each_by_themselves(estimator):
     data = (X, Y) if isinstance(estimator, MLPClassifier) else DIABETES
     grid = {"learning_rate_init": [0.001, 0.1], "tol": [0.0, 0.05]}
     search = GridSearchCV(estimator, grid, cv=KFold(3, shuffle=True, random_state=0)).fit(*data)
-    ends = set()
-    for params, *scores in zip(
-        search.cv_results_["params"], *(search.cv_results_[f"split{f}_test_score"] for f in range(3))
-    ):
+    ends, folds = set(), [search.cv_results_[f"split{f}_test_score"] for f in range(3)]
+    for params, *scores in zip(search.cv_results_["params"], *folds):
         alone = clone(estimator).set_params(**params)
         np.testing.assert_allclose(cross_val_score(alone, *data, cv=search.cv), scores, rtol=1e-9)
         ends.add(alone.fit(*data).n_iter_)
@@ -80,15 +78,12 @@ def test_members_end_each_by_themselves(estimator):
 
 def test_rungs_and_descents_go_to_their_last_epoch():
     impatient = clone(QUICK).set_params(tol=100.0, n_iter_no_change=1, max_iter=8)
-    options = {"cv": 3, "random_state": 0, "refit": False}
-    rates = {"learning_rate_init": [0.05, 0.001]}
-    halving = HalvingRandomSearchCV(
-        impatient, rates, n_candidates=2, min_resources=8, scoring="neg_log_loss", **options
-    )
-    descent = HypergradientSearchCV(impatient, rates, n_iter=2, outer_steps=1, **options)
-    whole = GridSearchCV(
-        clone(impatient).set_params(n_iter_no_change=np.inf), rates, cv=3, refit=False, scoring="neg_log_loss"
-    ).fit(X, Y)
+    options, rates = {"cv": 3, "refit": False}, {"learning_rate_init": [0.05, 0.001]}
+    rung = {"n_candidates": 2, "min_resources": 8, "scoring": "neg_log_loss", "random_state": 0}
+    halving = HalvingRandomSearchCV(impatient, rates, **rung, **options)
+    descent = HypergradientSearchCV(impatient, rates, n_iter=2, outer_steps=1, random_state=0, **options)
+    endless = clone(impatient).set_params(n_iter_no_change=np.inf)
+    whole = GridSearchCV(endless, rates, scoring="neg_log_loss", **options).fit(X, Y)
     for search in (halving.fit(X, Y), descent.fit(X, Y)):
         for params, score in zip(search.cv_results_["params"][:2], search.cv_results_["mean_test_score"]):
             place = rates["learning_rate_init"].index(params["learning_rate_init"])
@@ -108,16 +103,9 @@ def test_a_regression_stalls_by_half_the_standardised_error():
 @pytest.mark.parametrize(
     "params",
     [
-        {"solver": "lbfgs"},
-        {"solver": "sgd", "learning_rate": "adaptive"},
-        {"activation": "logistic"},
-        {"hidden_layer_sizes": ()},
-        {"shuffle": False},
-        {"warm_start": True},
-        {"early_stopping": True},
-        {"beta_1": 0.8},
-        {"beta_2": 0.99},
-        {"epsilon": 1e-7},
+        *({"solver": "lbfgs"}, {"solver": "sgd", "learning_rate": "adaptive"}, {"activation": "logistic"}),
+        *({"hidden_layer_sizes": ()}, {"shuffle": False}, {"warm_start": True}, {"early_stopping": True}),
+        *({"beta_1": 0.8}, {"beta_2": 0.99}, {"epsilon": 1e-7}),
     ],
     ids=str,
 )
