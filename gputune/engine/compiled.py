@@ -53,7 +53,9 @@ class CompiledChunk:
         self.flat = network.start()
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
         self.averages = any(config["ema"] for config in configs)
-        self._moments = [torch.zeros_like(self.flat) for _ in range(moments + self.averages)]
+        self.moments = tuple(
+            torch.zeros_like(self.flat) for _ in range(moments + self.averages)
+        )  # the average is the last
         self.targets = [data.target[fold.valid] for fold in data.folds]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
         self.starts = np.cumsum([0, *(len(fold.valid) for fold in data.folds)], dtype=np.int64)
@@ -84,7 +86,7 @@ class CompiledChunk:
         }
         rows = {"decay": "weight_decay", **{key: key for key in ("lr", "momentum", "dropout", "ema")}}
         sizes = [min(config["batch_size"], self.numbers["longest"]) for config in self.configs]
-        first, second, *_ = [*self._moments[: len(self._moments) - self.averages], None, None]
+        first, second, *_ = [*self.moments[: len(self.moments) - self.averages], None, None]
         self.sizes = np.array(sizes, dtype=np.int64)
         self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))  # (F, C)
         self.arrays: dict[str, Array] = {
@@ -96,7 +98,7 @@ class CompiledChunk:
             "theta": self.flat,
             "first": first,
             "second": second,
-            "average": self._moments[-1] if self.averages else None,
+            "average": self.moments[-1] if self.averages else None,
             # The longest first, and of those one fold after another, whose rows are then in the cache.
             "queue": self.place(np.argsort(-self.steps.flatten(), kind="stable")),
             **dict.fromkeys(("draws", "draw_start", "draw_rows")),
@@ -118,16 +120,11 @@ class CompiledChunk:
     @property
     def scored(self) -> Tensor:
         """What is scored and saved: the parameters, or their average."""
-        return self._moments[-1] if self.averages else self.flat
-
-    @property
-    def moments(self) -> tuple[Tensor, ...]:
-        """The optimizer's flat buffers, and the average."""
-        return tuple(self._moments)
+        return self.moments[-1] if self.averages else self.flat
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
         """Go on from flat buffers: of the parameters, then of the moments."""
-        for buffer, value in zip([self.flat, *self._moments], buffers, strict=True):
+        for buffer, value in zip([self.flat, *self.moments], buffers, strict=True):
             buffer.copy_(value)
 
     @property
@@ -190,7 +187,7 @@ class CompiledChunk:
             return
         blocks, keep = self.network.blocks, torch.tensor(places).to(self.flat.device)
         self.flat = blocks.select(self.flat, keep)
-        self._moments = [blocks.select(moment, keep) for moment in self._moments]
+        self.moments = tuple(blocks.select(moment, keep) for moment in self.moments)
         self.network = self.network.subset(places)
         self.configs = [self.configs[i] for i in places]
         self._rebuild()

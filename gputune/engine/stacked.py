@@ -78,7 +78,7 @@ class StackedChunk:
         except TraceError:
             self.draws, self.steps = None, Direct()
         self._places: Tensor | None = None  # of the trials that are alive, None: of all
-        self._seen: Network = self._network
+        self.network = self._network  # the model of the trials that are alive
 
     def _expected_steps(self) -> Counter[Hashable]:
         """How many steps of each shape a whole training takes."""
@@ -108,19 +108,14 @@ class StackedChunk:
 
     def restart(self, configs: Sequence[Config]) -> None:
         """Go on as the chunk of other trials, whose start is in the tensors already."""
-        self.configs, self.slots = list(configs), list(range(len(configs)))
-        self.alive, self._places, self._seen = list(self.slots), None, self._network
+        self.configs, self.slots, self.alive = list(configs), list(range(len(configs))), list(range(len(configs)))
+        self._places, self.network = None, self._network
         if isinstance(self.steps, Replays):
             self.steps.expected = self._expected_steps()
 
     @property
-    def network(self) -> Network:
-        """The model of the members that are still in it."""
-        return self._seen
-
-    @property
     def flat(self) -> Tensor:
-        """The parameters and buffers of those members."""
+        """The parameters and buffers of the members that are alive."""
         return self._of_alive(self._network.blocks, self._flat)
 
     @property
@@ -202,7 +197,7 @@ class StackedChunk:
         places = np.flatnonzero(np.isin(self.slots, self.alive))
         on_device = torch.as_tensor(places).to(self._flat.device)
         if self.steps.begun and self.holds(len(places)):
-            self._places, self._seen = on_device, self._network.subset(places.tolist())
+            self._places, self.network = on_device, self._network.subset(places.tolist())
             return
         self.steps = Direct()  # what was recorded is over the old tensors
         self._flat = self._network.blocks.select(self._flat, on_device)
