@@ -11,8 +11,8 @@ import torch
 
 import reference
 from gputune.data.dataset import Dataset, Fold
+from gputune.engine import train as engine
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.train import train
 from gputune.native.library import FOLDER
 from gputune.population.network import Shape
 from gputune.population.population import complete, populations
@@ -109,6 +109,12 @@ def fill(*configs, optimizer="adamw"):
 def scoring_of(data, name=None):
     """The scoring of that name; None: the usual one of the task."""
     return make_scoring(name, data.task, None if data.task == "regression" else np.arange(data.n_outputs))
+
+
+def train(network, data, configs, *, begin=None, alive=None, **training):
+    """Train a chunk of these configurations, from where it was begun."""
+    chunk = engine.BegunChunk(network.kind, tuple(range(len(configs))), tuple(configs), begin, alive)
+    return engine.train(network, data, chunk, engine.Training(**training))
 
 
 def train_together(data, configs, *, kind="mlp", seed=0, epochs=3, horizon=None, scoring=None):

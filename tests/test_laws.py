@@ -9,7 +9,6 @@ import torch
 
 import problems
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.train import train
 from gputune.population.population import hidden_widths, populations
 from gputune.types import ONLINE
 from problems import (
@@ -20,6 +19,7 @@ from problems import (
     needs_compiled_code,
     scoring_of,
     shape_of,
+    train,
     train_together,
 )
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import reference
-from gputune.engine.job import BegunChunk, Job, train_chunk
+from gputune.engine.job import Job, train_chunk
+from gputune.engine.train import BegunChunk
 from gputune.modules.inspection import traits_of
 from gputune.native import library as built
 from gputune.population.population import Population

@@ -22,9 +22,10 @@ import torch
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.backend import choose_backend, choose_device, torch_threads, trains_as
 from gputune.engine.findings import Findings, Speed, device_name, keep_findings, read_findings
-from gputune.engine.job import Fits, Job, train_chunk
+from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.plan import cores
+from gputune.engine.reuse import Fits
 from gputune.memory import synchronize
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError

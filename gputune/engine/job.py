@@ -4,10 +4,9 @@ It trains to its end, or to a rung, from which it goes on later.
 """
 
 import math
-import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,106 +15,26 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.reuse import Reuse
 from gputune.engine.stop import Stop
-from gputune.engine.train import AfterEpoch, Spent, State, Trained, train
+from gputune.engine.train import AfterEpoch, BegunChunk, Spent, State, Trained, Training, train
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule, Traits
 from gputune.population.network import Network, Shape
-from gputune.population.population import Population, shape_of
+from gputune.population.population import Population
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.outputs import Outputs
-from gputune.scoring.scoring import Scoring
-from gputune.types import Backend, Precision, first_metric
-
-
-class Fits:
-    """How many trials of each tensor shape memory has held in one search: what failed once is not tried again.
-
-    Also the search's chunks that take recorded steps, in whose memory the next of their shape train. Within a process
-    all copies of it are one object, however often it is sent there with a job.
-    """
-
-    def __init__(self) -> None:
-        self.token = secrets.token_hex(8)
-        self.trials: dict[object, int] = {}
-        self.reuse = Reuse()
-
-    def most(self, chunk: Population) -> int:
-        """Return how many trials of a chunk to train at once."""
-        return min(len(chunk.index), self.trials.get(shape_of(chunk), len(chunk.index)))
-
-    def refused(self, chunk: Population) -> None:
-        """Remember that a chunk did not fit: the next of its shape begins with half of it."""
-        self.reuse = Reuse()
-        self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _here, (self.token, self.trials)
-
-
-_arrived: dict[str, Fits] = {}  # of the last search that this process had a job of
-
-
-def _here(token: str, trials: Mapping[object, int]) -> Fits:
-    """Return what this process knows of a search, with what the sender knows."""
-    if token not in _arrived:
-        _arrived.clear()
-        _arrived[token] = Fits()
-    known = _arrived[token]
-    known.token = token
-    for shape, number in trials.items():
-        known.trials[shape] = min(number, known.trials.get(shape, number))
-    return known
-
+from gputune.types import Precision, first_metric
 
 Progress = Callable[[int, np.ndarray], Any]
 """Called with the number of trial-epochs just done, and their scores (C, epochs, F)."""
 
 
-@dataclass(frozen=True)
-class BegunChunk(Population):
-    """Trials of one shape that have trained for some epochs already, or for none (``state`` None).
-
-    ``state`` is that of the trials ``alive`` (positions in the chunk; None: all), ``before`` (C, epochs, F) are the
-    curves so far where they are known, and ``seconds`` is what the training took.
-    """
-
-    state: State | None = None
-    alive: tuple[int, ...] | None = None
-    before: np.ndarray | None = None
-    seconds: float = 0.0
-
-    @property
-    def epoch(self) -> int:
-        """Epochs that they have trained."""
-        return 0 if self.state is None else self.state.epoch
-
-    def part(self, start: int, stop: int) -> "BegunChunk":
-        """Return the trials start..stop-1 as a chunk of their own, with their states."""
-        alive = range(len(self.index)) if self.alive is None else self.alive
-        rows = [row for row, c in enumerate(alive) if start <= c < stop]
-        return replace(
-            self,
-            index=self.index[start:stop],
-            configs=self.configs[start:stop],
-            state=self.state and self.state.select(rows),
-            alive=None if self.alive is None else tuple(alive[row] - start for row in rows),
-            before=None if self.before is None else self.before[start:stop],
-            seconds=self.seconds * (stop - start) / len(self.index),
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Training):
     """What every chunk of a search has in common."""
 
-    seed: int
-    epochs: int
-    horizon: int
-    scoring: Scoring | None = None
     module_class: Builder | None = None
     traits: Mapping[str, Traits] = field(default_factory=dict)
     """What the user's module was found to do, by its ``Population.arguments``; a worker need not try it again."""
@@ -125,15 +44,12 @@ class Job:
     """Says when training ends after the running epoch, and no chunk begins any more."""
     checkpointing: Checkpointing | None = None
     """How the state of a long training is kept; None: not at all."""
-    fits: Fits = field(default_factory=Fits)
-    """How many trials of a shape memory has held so far."""
     keep_stopped: bool = True
     """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
     patience: int | None = None
     """Epochs without a better fold mean after which a trial leaves its chunk; None: all train to the end."""
     each_epoch: bool = False
     """Whether someone is told of every epoch, who may end training then."""
-    backend: Backend = "eager"
     precision: Precision = "full"
 
     def is_over(self) -> bool:
@@ -158,7 +74,7 @@ class Job:
         """Train one chunk and return its curves."""
         begin = time.monotonic()
         trained = train_chunk(self, data, chunk, progress)
-        seconds = time.monotonic() - begin + _as_begun_chunk(chunk).seconds
+        seconds = time.monotonic() - begin + BegunChunk.of(chunk).seconds
         outputs = trained.outputs_of(chunk.index)
         return Outcome(chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent, outputs=outputs)
 
@@ -187,27 +103,10 @@ def train_chunk(
 
     With ``after_epoch`` that alone decides when it ends, and no checkpoint is written.
     """
-    begun, data = _as_begun_chunk(chunk), data.of(chunk.configs[0])
-    return train(
-        job.network(data, chunk),
-        data,
-        chunk.configs,
-        seed=job.seed,
-        epochs=job.epochs,
-        horizon=job.horizon,
-        scoring=job.scoring,
-        after_epoch=after_epoch or _Watch(job, begun, progress),
-        at_once=after_epoch is None and job.patience is None and not job.each_epoch,
-        begin=begun.state,
-        alive=begun.alive,
-        before=begun.before,
-        backend=job.backend,
-        reuse=job.fits.reuse,
-    )
-
-
-def _as_begun_chunk(chunk: Population) -> BegunChunk:
-    return chunk if isinstance(chunk, BegunChunk) else BegunChunk(chunk.kind, chunk.index, chunk.configs)
+    begun, data = BegunChunk.of(chunk), data.of(chunk.configs[0])
+    at_once = after_epoch is None and job.patience is None and not job.each_epoch
+    watch = after_epoch or _Watch(job, begun, progress)
+    return train(job.network(data, chunk), data, begun, job, watch, at_once=at_once)
 
 
 @dataclass(frozen=True)
@@ -224,7 +123,7 @@ class RungJob(Job):
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> RungOutcome:
         """Train one chunk; its curves have the epochs since it was begun."""
-        begin, start = time.monotonic(), _as_begun_chunk(chunk).epoch
+        begin, start = time.monotonic(), BegunChunk.of(chunk).epoch
         trained = train_chunk(self, data, chunk, progress)
         state = State(trained.epochs, tuple(buffer.cpu() for buffer in trained.state.buffers))
         return RungOutcome(

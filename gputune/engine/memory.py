@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
+from gputune.engine.job import Job, Outcome, Progress, train_chunk
 from gputune.engine.kernel import KernelChunk
+from gputune.engine.reuse import Fits
 from gputune.errors import TOO_BIG
 from gputune.memory import empty_cache, is_out_of_memory, synchronize
 from gputune.modules.recorder import CudaRecorder

@@ -5,7 +5,8 @@ would make it anew for each. What a step reads as a number of the host is part o
 where all of that is equal, and what differs is in tensors.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+import secrets
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,46 @@ class Reuse:
             self.chunks[_key(chunk.network)] = chunk
             while sum(kept.nbytes for kept in self.chunks.values()) > _KEPT_BYTES:
                 del self.chunks[next(iter(self.chunks))]
+
+
+class Fits:
+    """How many trials of each tensor shape memory has held in one search: what failed once is not tried again.
+
+    Also the search's chunks that take recorded steps, in whose memory the next of their shape train. Within a process
+    all copies of it are one object, however often it is sent there with a job.
+    """
+
+    def __init__(self) -> None:
+        self.token = secrets.token_hex(8)
+        self.trials: dict[object, int] = {}
+        self.reuse = Reuse()
+
+    def most(self, chunk: Population) -> int:
+        """Return how many trials of a chunk to train at once."""
+        return min(len(chunk.index), self.trials.get(shape_of(chunk), len(chunk.index)))
+
+    def refused(self, chunk: Population) -> None:
+        """Remember that a chunk did not fit: the next of its shape begins with half of it."""
+        self.reuse = Reuse()
+        self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _here, (self.token, self.trials)
+
+
+_arrived: dict[str, Fits] = {}  # of the last search that this process had a job of
+
+
+def _here(token: str, trials: Mapping[object, int]) -> Fits:
+    """Return what this process knows of a search, with what the sender knows."""
+    if token not in _arrived:
+        _arrived.clear()
+        _arrived[token] = Fits()
+    known = _arrived[token]
+    known.token = token
+    for shape, number in trials.items():
+        known.trials[shape] = min(number, known.trials.get(shape, number))
+    return known
 
 
 def _key(network: Network) -> Hashable:

@@ -4,7 +4,7 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.members import MemberChunk
-from gputune.engine.reuse import Reuse
+from gputune.engine.reuse import Fits
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import warn
 from gputune.modules.blame import explain
@@ -26,6 +26,7 @@ from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
 from gputune.population.network import Network
+from gputune.population.population import Population
 from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.scoring.validation import BestOutputs
@@ -58,6 +59,59 @@ class State:
     def stack(states: "Sequence[State]") -> "State":
         """Return several states of one epoch and one shape as one."""
         return State(states[0].epoch, tuple(map(torch.cat, zip(*(state.buffers for state in states)))))
+
+
+@dataclass(frozen=True)
+class BegunChunk(Population):
+    """Trials of one shape that have trained for some epochs already, or for none (``state`` None).
+
+    ``state`` is that of the trials ``alive`` (positions in the chunk; None: all), ``before`` (C, epochs, F) are the
+    curves so far where they are known, and ``seconds`` is what the training took.
+    """
+
+    state: State | None = None
+    alive: tuple[int, ...] | None = None
+    before: np.ndarray | None = None
+    seconds: float = 0.0
+
+    @staticmethod
+    def of(chunk: Population) -> "BegunChunk":
+        """Return a chunk as one that may have trained."""
+        return chunk if isinstance(chunk, BegunChunk) else BegunChunk(chunk.kind, chunk.index, chunk.configs)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that they have trained."""
+        return 0 if self.state is None else self.state.epoch
+
+    def part(self, start: int, stop: int) -> "BegunChunk":
+        """Return the trials start..stop-1 as a chunk of their own, with their states."""
+        alive = range(len(self.index)) if self.alive is None else self.alive
+        rows = [row for row, c in enumerate(alive) if start <= c < stop]
+        return replace(
+            self,
+            index=self.index[start:stop],
+            configs=self.configs[start:stop],
+            state=self.state and self.state.select(rows),
+            alive=None if self.alive is None else tuple(alive[row] - start for row in rows),
+            before=None if self.before is None else self.before[start:stop],
+            seconds=self.seconds * (stop - start) / len(self.index),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How chunks train: ``epochs``, of which a schedule runs over ``horizon``; without ``scoring`` none is scored.
+
+    What ``backend`` does not know trains in another way (``trains_as``). ``fits`` is what one chunk leaves to the next.
+    """
+
+    seed: int
+    epochs: int
+    horizon: int
+    scoring: Scoring | None = None
+    backend: Backend = "eager"
+    fits: Fits = field(default_factory=Fits)
 
 
 @dataclass(frozen=True)
@@ -97,7 +151,7 @@ class Trained:
 
     @property
     def state(self) -> State:
-        """The state of the trials ``alive``, for ``train(begin=...)``."""
+        """The state of the trials ``alive``, for a ``BegunChunk``."""
         rows = [self.network.blocks.to_rows(self.flat), *map(self.network.trained.to_rows, self.moments)]
         return State(self.epochs, tuple(buffer[: len(self.alive)] for buffer in rows))
 
@@ -119,59 +173,48 @@ returns whether to stop, or which of the trials ``alive`` go on, (C,)."""
 def train(
     network: Network,
     data: Dataset,
-    configs: Sequence[Config],
-    *,
-    seed: int,
-    epochs: int,
-    horizon: int,
-    scoring: Scoring | None = None,
+    chunk: BegunChunk,
+    training: Training,
     after_epoch: AfterEpoch | None = None,
+    *,
     at_once: bool = False,
-    begin: State | None = None,
-    alive: Sequence[int] | None = None,
-    before: np.ndarray | None = None,
-    backend: Backend = "eager",
-    reuse: Reuse | None = None,
 ) -> Trained:
-    """Train the F x C members of one chunk for ``epochs`` epochs and return their curves.
+    """Train the F x C members of one chunk and return their curves.
 
-    A schedule runs over ``horizon`` epochs. Without ``scoring`` nothing is evaluated (a refit). Trials that
-    diverge in any fold leave the chunk after the epoch, and cost nothing from then on. Training goes on from ``begin``
-    where it is given, up to the same ``epochs``: the state of the trials ``alive``, all unless others have left before.
-    The curves are then what they were ``before`` it (C, epochs, F), NaN where that is not given. What ``backend``
-    does not know trains eagerly (``trains_as``). Recorded steps are kept in ``reuse`` for the next chunk. With
-    ``at_once`` nothing is decided after each epoch, so that a launch of a kernel may take several.
+    Trials that diverge in any fold leave the chunk after the epoch, and cost nothing from then on. What was begun goes
+    on, up to the same ``epochs``; its curves are what they were before, NaN where that is not known. With ``at_once``
+    nothing is decided after each epoch, so that a launch of a kernel may take several.
     """
-    reuse = reuse or Reuse()
-    chunk = _make_chunk(backend, reuse, network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
-    _resume(chunk, begin, alive)
-    curves = np.full((len(configs), epochs, *shape_of_scores(scoring, data.n_folds)), np.nan)
-    each_epoch = np.array([operations(config, network.kind, data) for config in configs])
-    epoch, spent, best, over = 0 if begin is None else begin.epoch, Spent(), None, False
-    if before is not None:
-        curves[:, :epoch] = before
+    members = _make_chunk(network, data, chunk.configs, training)
+    _resume(members, chunk)
+    epoch, scoring, over = chunk.epoch, training.scoring, False
+    curves = np.full((len(chunk.configs), training.epochs, *shape_of_scores(scoring, data.n_folds)), np.nan)
+    each_epoch = np.array([operations(config, network.kind, data) for config in chunk.configs])
+    spent, best = Spent(), None
+    if chunk.before is not None:
+        curves[:, :epoch] = chunk.before
     if scoring is not None and scoring.kept_bytes:
         means = first_metric(curves[:, :epoch], axes=3).mean(2)
         best = BestOutputs(scoring.kept_bytes, means.max(1, initial=-np.inf))
 
     def so_far() -> Trained:
-        alive, moments = tuple(chunk.alive), chunk.moments
-        return Trained(curves, epoch, alive, chunk.network, chunk.flat, chunk.scored, moments, spent, best)
+        parts = members.network, members.flat, members.scored, members.moments
+        return Trained(curves, epoch, tuple(members.alive), *parts, spent, best)
 
-    while epoch < epochs and chunk.alive and not over:
-        work = float(each_epoch[chunk.alive].sum())
-        many = chunk.take(epochs - epoch) if at_once and isinstance(chunk, KernelChunk) else 1
-        scores, took = _train_epochs(chunk, data, epoch, scored=scoring is not None)
+    while epoch < training.epochs and members.alive and not over:
+        work = float(each_epoch[members.alive].sum())
+        many = members.take(training.epochs - epoch) if at_once and isinstance(members, KernelChunk) else 1
+        scores, took = _train_epochs(members, data, epoch, scored=scoring is not None)
         spent += replace(took, operations=many * work)
         if scores is not None:
-            many = _keep_scores(chunk, curves, epoch, many, scores, best)
+            many = _keep_scores(members, curves, epoch, many, scores, best)
         epoch += many
         stays = after_epoch is not None and after_epoch(so_far())
         if isinstance(stays, np.ndarray):
-            chunk.keep(stays)
+            members.keep(stays)
         else:
             over = stays
-    reuse.give(chunk)
+    training.fits.reuse.give(members)
     return so_far()
 
 
@@ -192,13 +235,13 @@ def _keep_scores(
     return min(many, 1 + int(goes_on.any(0).sum()))  # nothing is left after the last divergence
 
 
-def _resume(chunk: Chunk, begin: State | None, alive: Sequence[int] | None) -> None:
-    """Put a new chunk where training was left, with the trials that are still alive."""
-    if alive is not None:
-        chunk.keep(np.isin(chunk.alive, alive))
-    if begin is not None and chunk.alive:
-        flat, *moments = (rows.to(chunk.flat.device) for rows in begin.buffers)
-        chunk.resume([chunk.network.blocks.from_rows(flat), *map(chunk.network.trained.from_rows, moments)])
+def _resume(members: Chunk, begun: BegunChunk) -> None:
+    """Put members where training was left, with the trials that are still alive."""
+    if begun.alive is not None:
+        members.keep(np.isin(members.alive, begun.alive))
+    if begun.state is not None and members.alive:
+        flat, *moments = (rows.to(members.flat.device) for rows in begun.state.buffers)
+        members.resume([members.network.blocks.from_rows(flat), *map(members.network.trained.from_rows, moments)])
 
 
 def _train_epochs(chunk: Chunk, data: Dataset, epoch: int, *, scored: bool) -> tuple[np.ndarray | None, Spent]:
@@ -244,12 +287,12 @@ def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
         raise better from error
 
 
-def _make_chunk(
-    backend: Backend, reuse: Reuse, network: Network, data: Dataset, configs: Sequence[Config], **options: Any
-) -> Chunk:
+def _make_chunk(network: Network, data: Dataset, configs: Sequence[Config], training: Training) -> Chunk:
+    options: dict[str, Any] = {key: getattr(training, key) for key in ("seed", "horizon", "scoring")}
+    reuse = training.fits.reuse
     if isinstance(network, LoopedModule):
         return LoopChunk(network, data, configs, **options)
-    word = trains_as(backend, network.kind, configs[0], data=data)
+    word = trains_as(training.backend, network.kind, configs[0], data=data)
     if word == "compiled":
         return CompiledChunk(network, data, configs, **options)
     if word == "kernel":

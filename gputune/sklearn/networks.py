@@ -19,10 +19,9 @@ from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend
 from gputune.engine.choice import Work, device_for
-from gputune.engine.job import BegunChunk
 from gputune.engine.memory import Failure
 from gputune.engine.stop import Stop, entry
-from gputune.engine.train import State
+from gputune.engine.train import BegunChunk, State
 from gputune.errors import InputError
 from gputune.modules.construction import name_of
 from gputune.modules.inspection import returns_one_logit, traits_of

@@ -13,9 +13,10 @@ import torch
 
 from gputune.engine.backend import on_threads
 from gputune.engine.checkpoint import Checkpoint
-from gputune.engine.job import BegunChunk, Job, Outcome, stalled_epochs
+from gputune.engine.job import Job, Outcome, stalled_epochs
 from gputune.engine.memory import Failure
 from gputune.engine.plan import Plan
+from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
 from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from gputune.engine.checkpoint import Checkpoint, StateCache, pause_after
-from gputune.engine.job import BegunChunk, RungJob, RungOutcome
+from gputune.engine.job import RungJob, RungOutcome
 from gputune.engine.memory import Failure
-from gputune.engine.train import State
+from gputune.engine.train import BegunChunk, State
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.stopping import StoppingRule

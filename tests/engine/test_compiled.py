@@ -16,7 +16,6 @@ from gputune.data.scaling import Scaling
 from gputune.engine import compiled
 from gputune.engine.backend import on_threads
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.train import train
 from gputune.types import SCHEDULES
 from problems import (
     assert_equals_plain_loop,
@@ -26,6 +25,7 @@ from problems import (
     needs_compiled_code,
     scoring_of,
     shape_of,
+    train,
     without_class_2,
 )
 

@@ -11,14 +11,13 @@ from torch import nn
 from gputune.engine.backend import on_threads
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
-from gputune.engine.train import train
 from gputune.models import RealMLP
 from gputune.modules import draws
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule, Traits
 from gputune.native import library as built
 from gputune.scoring.objective import Objective
-from problems import Linear, fill, make_data, scoring_of, shape_of
+from problems import Linear, fill, make_data, scoring_of, shape_of, train
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
 

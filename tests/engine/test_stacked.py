@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gputune
 from gputune.engine import dropout
-from gputune.engine.job import Fits, Job
+from gputune.engine.job import Job
 from gputune.engine.memory import run_in_parts
 from gputune.engine.mlp import StackedMLP
+from gputune.engine.reuse import Fits
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.recorder import RECORDERS, Replays
 from gputune.population.population import Population

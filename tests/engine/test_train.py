@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.train import State, train
+from gputune.engine.train import State
 from gputune.types import OPTIMIZERS
-from problems import fill, largest_difference, make_data, needs_compiled_code, scoring_of, shape_of
+from problems import fill, largest_difference, make_data, needs_compiled_code, scoring_of, shape_of, train
 
 
 def configs_of(optimizer, *widths, **more):

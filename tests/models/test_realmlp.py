@@ -11,7 +11,6 @@ from torch import nn
 import gputune
 from gputune.data.encode import fit_layout
 from gputune.data.table import as_table
-from gputune.engine.train import train
 from gputune.methods.config import legal_keys
 from gputune.methods.random import draw
 from gputune.methods.recipes import named_space
@@ -23,7 +22,7 @@ from gputune.modules.module import StackedModule
 from gputune.population.population import module_arguments
 from gputune.seeding import stream_seed
 from gputune.study.export import encoded
-from problems import fill, largest_difference, make_data, shape_of
+from problems import fill, largest_difference, make_data, shape_of, train
 from refused import refused
 
 SEARCH = {"cv": 2, "max_epochs": 2, "verbose": 0, "workers": 1}

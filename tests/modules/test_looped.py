@@ -14,7 +14,6 @@ from torch.nn import functional
 
 import gputune
 import reference
-from gputune.engine.train import train
 from gputune.errors import InputError
 from gputune.modules.inspection import inspect_module, traits_of
 from gputune.modules.looped import LoopedModule
@@ -22,7 +21,7 @@ from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
 from gputune.population.population import populations
 from gputune.scoring.scoring import make_scoring
-from problems import Linear, Net, data_of, fill, grid, largest_difference, make_data, rows_of, shape_of
+from problems import Linear, Net, data_of, fill, grid, largest_difference, make_data, rows_of, shape_of, train
 from refused import refused
 
 

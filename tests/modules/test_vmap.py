@@ -14,7 +14,6 @@ import gputune
 import reference
 from gputune import seeding
 from gputune.data.dataset import Fold
-from gputune.engine.train import train
 from gputune.errors import InputError
 from gputune.modules.construction import build_module
 from gputune.modules.inspection import inspect_module, traits_of
@@ -22,7 +21,7 @@ from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
 from gputune.population.network import Shape
 from gputune.population.population import populations
-from problems import Linear, data_of, fill, largest_difference, make_data, rows_of, shape_of
+from problems import Linear, data_of, fill, largest_difference, make_data, rows_of, shape_of, train
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
 

@@ -11,7 +11,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import problems
 import reference
-from gputune.engine.train import train
 from gputune.modules.construction import hidden_sides
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
@@ -19,7 +18,7 @@ from gputune.modules.module import StackedModule
 from gputune.optimizers.classes import CLASSES
 from gputune.population.population import is_plain, populations
 from gputune.seeding import stream, stream_seed
-from problems import fill, largest_difference, make_data, rows_of, scoring_of, shape_of, train_together
+from problems import fill, largest_difference, make_data, rows_of, scoring_of, shape_of, train, train_together
 
 NEW = ("rmsprop", "lion", "muon", "schedulefree")
 TOLERANCE = 1e-10

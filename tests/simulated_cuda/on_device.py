@@ -23,7 +23,6 @@ from gputune.engine import choice, dropout, findings, plan
 from gputune.engine.findings import Findings, Speed
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
-from gputune.engine.train import train
 from gputune.executors import pools
 from gputune.memory import free_of_gpu
 from gputune.modules.module import StackedModule
@@ -33,7 +32,7 @@ from gputune.optimizers.rules import RULES
 from gputune.scoring.validation import Validation
 from gputune.sklearn import LogisticRegression, MLPClassifier, RandomizedSearchCV
 from gputune.tuning.context import Context
-from problems import fill, make_data, scoring_of, shape_of
+from problems import fill, make_data, scoring_of, shape_of, train
 from refused import refused
 from simulated_cuda import torch_cuda as cuda
 from simulated_cuda.mutations import MUTATIONS

@@ -18,7 +18,7 @@ from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import read_source
 from gputune.engine.job import Job
-from gputune.engine.train import Trained, train
+from gputune.engine.train import BegunChunk, Trained, train
 from gputune.hypergradients.chunk import HypergradientJob, inner_problem
 from gputune.hypergradients.inner import Hypergradients
 from gputune.hypergradients.modes import differences, forward, reverse
@@ -109,8 +109,8 @@ def kinds(optimizer: str, members: int, epochs: int) -> Kinds:
         return weights
 
     def optimised() -> Trained:
-        stacked = Job(seed=0, epochs=1, horizon=1).network(data, chunk)
-        return train(stacked, data, configs, seed=0, epochs=epochs, horizon=epochs)
+        usual = Job(seed=0, epochs=epochs, horizon=epochs)
+        return train(usual.network(data, chunk), data, BegunChunk.of(chunk), usual)
 
     lr = ("lr",)
     return {
