@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from scipy.stats import loguniform, randint
@@ -86,7 +87,6 @@ def test_a_method_prunes_what_is_worse_than_those_before_it(method):
 
 
 def test_a_sampler_of_optunas_proposes_and_hears():
-    optuna = pytest.importorskip("optuna")
     method = gputune.OptunaSampler(optuna.samplers.TPESampler(seed=0, n_startup_trials=4), batch=4)
     study = search(method=method, n_trials=12, include=[{"lr": 0.1, "layers": (8,)}])
     assert [trial.origin for trial in study.trials] == ["include"] + [f"batch {i // 4 + 1}" for i in range(12)]
@@ -308,8 +308,6 @@ def test_a_search_draws_what_no_earlier_study_has_trained(tmp_path):
 
 
 def test_a_sampler_hears_of_earlier_scores(capsys):
-    optuna = pytest.importorskip("optuna")
-
     heard = []
 
     class Listening(optuna.samplers.RandomSampler):
