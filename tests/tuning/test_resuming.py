@@ -19,7 +19,7 @@ from gputune.engine import job as chunks
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.stacked import StackedChunk
-from gputune.errors import InputError
+from refused import refused
 
 COMPILED = {
     "lr": loguniform(1e-4, 0.1), "batch_size": [8, 16], "width": [8, 16], "dropout": [0.0, 0.1],
@@ -27,6 +27,13 @@ COMPILED = {
 }  # fmt: skip
 SPACE = COMPILED | {"optimizer": ["adamw", "sgd", "adamhd"]}  # adamhd is not compiled
 COMMON = {"space": SPACE, "n_trials": 8, "cv": 2, "max_epochs": 27, "verbose": 0, "workers": 1}
+IRIS = load_iris(return_X_y=True)
+
+
+def tune(**more):
+    return gputune.tune("mlp", *IRIS, **{**COMMON, **more})
+
+
 METHODS = {
     "random": {},
     "halving": {"method": gputune.Halving(min_epochs=3), "space": COMPILED},
@@ -36,13 +43,13 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def counted(iris):
+def counted():
     """The searches that nothing stops, and the epochs that each of them trains."""
 
     def count(call):
         with pytest.MonkeyPatch.context() as patch:
             total = Dies(patch)
-            return gputune.tune("mlp", *iris, **COMMON | call), total.epochs
+            return tune(**call), total.epochs
 
     return {name: count(call) for name, call in METHODS.items()}
 
@@ -78,43 +85,42 @@ class Dies:
         monkeypatch.setattr(chunks._Watch, "__call__", watched)
 
 
+def lose(at, call):
+    """Make a call whose process is lost at the n-th epoch, and which writes a checkpoint at every one."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        # An interval of twenty writes would leave most epochs out here, where an epoch takes milliseconds.
+        patch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
+        Dies(patch, at)
+        tune(**call, checkpoint_seconds=1e-9)
+
+
 @pytest.mark.parametrize(
     ("method", "at"),
     [("random", 1), ("brackets", 1), *((method, 30) for method in METHODS)]
     + [pytest.param(m, at, marks=pytest.mark.long) for m in METHODS for at in (1, 7)],
 )
-def test_a_lost_search_ends_as_one_that_was_not(iris, counted, tmp_path, monkeypatch, method, at):
+def test_a_lost_search_ends_as_one_that_was_not(counted, tmp_path, monkeypatch, method, at):
     whole, epochs = counted[method]
-    call = {**COMMON, **METHODS[method], "study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
-    with monkeypatch.context() as patch:
-        # An interval of twenty writes would leave most epochs out here, where an epoch takes milliseconds.
-        patch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
-        Dies(patch, at)
-        with pytest.raises(RuntimeError, match="lost"):
-            gputune.tune("mlp", *iris, **call)
+    call = {**METHODS[method], "study": tmp_path / "s.db"}
+    lose(at, call)
     kept = sorted((tmp_path / "s.db.state").glob("*"))
     first_rung = (method, at) == ("brackets", 1)  # nothing is kept of a chunk's last epoch
     assert (kept or first_rung) and all(file.suffix == ".safetensors" for file in kept)
-    with monkeypatch.context() as patch:
-        again = Dies(patch)
-        assert_same(gputune.tune("mlp", *iris, **call), whole)
+    again = Dies(monkeypatch)
+    assert_same(tune(**call), whole)
     assert again.epochs <= epochs - (at - 1 if method == "random" else not first_rung)
     assert not (tmp_path / "s.db.state").exists()
 
 
 @pytest.mark.parametrize("method", ["halving", pytest.param("median", marks=pytest.mark.long)])
-def test_an_eager_one_agrees_to_rounding_and_trains_no_finished_trial(iris, tmp_path, monkeypatch, method):
-    call = {**COMMON, **METHODS[method], "backend": "eager", "space": SPACE}
-    whole = gputune.tune("mlp", *iris, **call)
-    call |= {"study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
-        Dies(patch, 45)
-        gputune.tune("mlp", *iris, **call)
+def test_an_eager_one_agrees_to_rounding_and_trains_no_finished_trial(tmp_path, monkeypatch, method):
+    call = {**METHODS[method], "backend": "eager", "space": SPACE}
+    whole = tune(**call)
+    lose(45, call | {"study": tmp_path / "s.db"})
     states = {trial.number: trial.state for trial in gputune.Study.open(tmp_path / "s.db").trials}
     waiting = {number for number, state in states.items() if state == "waiting"}
-    with monkeypatch.context() as patch:
-        again = Dies(patch)
-        found = gputune.tune("mlp", *iris, **call)
+    again = Dies(monkeypatch)
+    found = tune(**call, study=tmp_path / "s.db")
     assert again.trials == waiting < states.keys()
     np.testing.assert_allclose(found.curves, whole.curves, atol=2e-6)
     assert [trial.state for trial in found.trials] == [trial.state for trial in whole.trials]
@@ -140,17 +146,16 @@ def told_time(monkeypatch, *, epoch, writing):
 @pytest.mark.parametrize(
     ("method", "writing"), [("random", 1.0), ("halving", 0.0), pytest.param("halving", 1.0, marks=pytest.mark.long)]
 )
-def test_no_more_is_repeated_than_the_time_between_two_checkpoints(iris, tmp_path, monkeypatch, method, writing):
+def test_no_more_is_repeated_than_the_time_between_two_checkpoints(tmp_path, monkeypatch, method, writing):
     """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what writing took."""
-    space = {"lr": loguniform(1e-4, 0.1), "width": [8, 20]}
-    call = {**COMMON, **METHODS[method], "space": space, "cv": 3, "n_trials": 6}
-    call |= {"checkpoint_seconds": 7.0, "backend": "eager"}
-    call["memory"] = {"random": 800_000, "halving": 200_000}[method]  # chunks of 27 epochs, or of 3 to 18
+    memory = {"random": 800_000, "halving": 200_000}[method]  # chunks of 27 epochs, or of 3 to 18
+    call = {**METHODS[method], "space": {"lr": loguniform(1e-4, 0.1), "width": [8, 20]}, "cv": 3, "n_trials": 6}
+    call |= {"checkpoint_seconds": 7.0, "backend": "eager", "memory": memory}
     # The plan of a GPU trains three members first, to measure them.
     monkeypatch.setattr("gputune.tuning.context.measure_need", lambda *work, **options: None)
     with monkeypatch.context() as patch:
         total = Dies(patch)
-        gputune.tune("mlp", *iris, **call)
+        tune(**call)
     repeated = []
     for at in range(1, total.epochs, 97 if method == "random" else 47):
         epochs = 0
@@ -159,7 +164,7 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(iris, tmp_pat
                 told_time(patch, epoch=1.0, writing=writing)
                 run = Dies(patch, death)
                 with suppress(RuntimeError):
-                    gputune.tune("mlp", *iris, study=tmp_path / f"{at}.db", **call)
+                    tune(study=tmp_path / f"{at}.db", **call)
                 epochs += run.epochs
         repeated.append(epochs - total.epochs)
     together = {"random": 1, "halving": 2}[method]  # chunks whose states are written one after the other
@@ -167,8 +172,7 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(iris, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["random", pytest.param("halving", marks=pytest.mark.long), "brackets", "median"])
-def test_a_stopped_trial_goes_on_from_where_it_was(iris, whole, tmp_path, monkeypatch, method):
-    call = {**COMMON, **METHODS[method], "study": tmp_path / "s.db"}
+def test_a_stopped_trial_goes_on_from_where_it_was(whole, tmp_path, monkeypatch, method):
     epochs, found, advance = [0], [], chunks._Watch.__call__
 
     def watched(watch, trained):
@@ -179,89 +183,75 @@ def test_a_stopped_trial_goes_on_from_where_it_was(iris, whole, tmp_path, monkey
 
     monkeypatch.setattr(chunks._Watch, "__call__", watched)
     while not found or {"stopped", "waiting"} & {trial.state for trial in found[-1].trials}:
-        found.append(gputune.tune("mlp", *iris, **call))
+        found.append(tune(**METHODS[method], study=tmp_path / "s.db"))
         stopped = "stopped" in {trial.state for trial in found[-1].trials}
         assert (tmp_path / "s.db.state").exists() == stopped
     assert 3 <= len(found) < 40
     assert_same(found[-1], whole[method])
-    assert not (tmp_path / "s.db.state").exists()
 
 
 @pytest.mark.cpu  # on a GPU it agrees to rounding
-def test_a_chunk_of_which_a_trial_has_diverged_goes_on(tmp_path, monkeypatch):
-    X, y = load_iris(return_X_y=True)
+def test_a_chunk_of_which_a_trial_has_diverged_goes_on(tmp_path):
     space = {"lr": [1e-3, 1e-2, 1e30, 3e-2], "width": [8], "batch_size": [8, 16]}
-    call = {**COMMON, "space": space, "n_trials": 8, "task": "regression", "optimizer": "sgd"}
-    whole = gputune.tune("mlp", X, y, **call)
+    call = {"space": space, "task": "regression", "optimizer": "sgd"}
+    whole = tune(**call)
     assert "failed" in {t.state for t in whole.trials}
-    with monkeypatch.context() as patch:
-        patch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
-        Dies(patch, 12)
-        with pytest.raises(RuntimeError, match="lost"):
-            gputune.tune("mlp", X, y, study=tmp_path / "s.db", checkpoint_seconds=1e-9, **call)
-    assert_same(gputune.tune("mlp", X, y, study=tmp_path / "s.db", **call), whole)
+    lose(12, call | {"study": tmp_path / "s.db"})
+    assert_same(tune(study=tmp_path / "s.db", **call), whole)
 
 
-def test_a_foreign_checkpoint_is_ignored_and_all_trained_anew(iris, whole, tmp_path):
+def test_a_foreign_checkpoint_is_ignored_and_all_trained_anew(whole, tmp_path):
     path = tmp_path / "s.db"
-    call = {**COMMON, "study": path}
-    gputune.tune("mlp", *iris, timeout=1e-9, random_state=1, **call)
+    tune(timeout=1e-9, random_state=1, study=path)
     assert list((tmp_path / "s.db.state").iterdir())
     path.unlink()
     with pytest.warns(UserWarning, match="is of another search"):
-        found = gputune.tune("mlp", *iris, **call)
+        found = tune(study=path)
     assert_same(found, whole["random"])
 
 
-@pytest.mark.parametrize("method", ["halving", "median"])
-def test_none_is_left_of_trials_that_ended_before_the_last_stop(iris, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("method", [gputune.Halving(min_epochs=1), gputune.Median(min_epochs=1, every=2)])
+def test_none_is_left_of_trials_that_ended_before_the_last_stop(tmp_path, method):
     """The first call's file is of a whole chunk, of which the second trains what the first rung left."""
-    method = gputune.Halving(min_epochs=1) if method == "halving" else gputune.Median(min_epochs=1, every=2)
     space = {"lr": [1e-4, 1e-3, 1e-2, 1e-1, 3e-4, 3e-3], "width": [8]}
-    call = {
-        **COMMON, "space": space, "n_trials": 6, "include_default": False, "max_epochs": 9, "method": method,
-    }  # fmt: skip
-    call |= {"study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
-    monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
+    call = {"space": space, "n_trials": 6, "include_default": False, "max_epochs": 9, "method": method}
+    call["study"] = tmp_path / "s.db"
     for at in (3, 2):
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
-            Dies(patch, at)
-            gputune.tune("mlp", *iris, **call)
+        lose(at, call)
     assert list((tmp_path / "s.db.state").glob("*.safetensors"))
-    gputune.tune("mlp", *iris, **call)
+    tune(**call)
     assert [place.name for place in tmp_path.iterdir()] == ["s.db"]
 
 
-def test_what_goes_on_from_a_checkpoint_is_said(iris, tmp_path, capsys):
-    call = {**COMMON, "study": tmp_path / "s.db", "verbose": 1}
-    cut = gputune.tune("mlp", *iris, timeout=1e-9, **call)
+def test_what_goes_on_from_a_checkpoint_is_said(tmp_path, capsys):
+    call = {"study": tmp_path / "s.db", "verbose": 1}
+    cut = tune(timeout=1e-9, **call)
     assert "can go on" not in capsys.readouterr().err
-    gputune.tune("mlp", *iris, **call)
+    tune(**call)
     stopped = sum(trial.state == "stopped" for trial in cut.trials)
     assert re.search(rf"^{stopped} trials? can go on from where training was stopped$", capsys.readouterr().err, re.M)
 
 
-def test_what_cannot_be_used_goes_with_the_last_trial(iris, tmp_path):
-    path = tmp_path / "s.db"
-    gputune.tune("mlp", *iris, timeout=1e-9, study=path, **COMMON)
-    state = tmp_path / "s.db.state"
+def test_what_cannot_be_used_goes_with_the_last_trial(tmp_path):
+    path, state = tmp_path / "s.db", tmp_path / "s.db.state"
+    tune(timeout=1e-9, study=path)
     (state / "7-0123456789abcdef.tmp").touch()
     (state / "8-0123456789abcdef.safetensors").write_bytes(b"torn")
     (state / "mine.txt").touch()
     with pytest.warns(UserWarning, match="is damaged"):
-        gputune.tune("mlp", *iris, study=path, **COMMON)
+        tune(study=path)
     assert [place.name for place in state.iterdir()] == ["mine.txt"]
 
 
-def test_a_file_in_the_place_of_the_folder_costs_the_checkpoints_alone(iris, whole, tmp_path, monkeypatch):
+def test_a_file_in_the_place_of_the_folder_costs_the_checkpoints_alone(whole, tmp_path, monkeypatch):
     (tmp_path / "s.db.state").touch()
     monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
     with pytest.warns(UserWarning, match="no checkpoint could be written"):
-        found = gputune.tune("mlp", *iris, study=tmp_path / "s.db", checkpoint_seconds=1e-9, **COMMON)
+        found = tune(study=tmp_path / "s.db", checkpoint_seconds=1e-9)
     assert_same(found, whole["random"])
 
 
-def test_a_process_that_goes_to_another_folder_keeps_its_study(iris, whole, tmp_path, monkeypatch):
+def test_a_process_that_goes_to_another_folder_keeps_its_study(whole, tmp_path, monkeypatch):
     class Goes(Callback):
         def on_epoch(self, curves):
             monkeypatch.chdir(tmp_path / "elsewhere")
@@ -269,16 +259,17 @@ def test_a_process_that_goes_to_another_folder_keeps_its_study(iris, whole, tmp_
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
-    call = {**COMMON, "checkpoint_seconds": 1e-9, "callbacks": [Goes()]}
-    assert_same(gputune.tune("mlp", *iris, study="s.db", **call), whole["random"])
+    assert_same(tune(study="s.db", checkpoint_seconds=1e-9, callbacks=[Goes()]), whole["random"])
     assert list((tmp_path / "elsewhere").iterdir()) == []
     assert sorted(place.name for place in tmp_path.iterdir()) == ["elsewhere", "s.db"]
 
 
-def test_without_a_study_there_are_none(iris, tmp_path, monkeypatch):
+def test_without_a_study_there_are_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    gputune.tune("mlp", *iris, timeout=1e-9, checkpoint_seconds=1e-9, **COMMON)
+    tune(timeout=1e-9, checkpoint_seconds=1e-9)
     assert list(tmp_path.iterdir()) == []
+    with refused("checkpoint_seconds is a number of seconds above 0, got 0"):
+        tune(checkpoint_seconds=0)
 
 
 # Its scorer waits in the middle of a process's first trial, whose state is kept by then, until there is a file "go on".
@@ -300,7 +291,7 @@ study = gputune.tune("mlp", X, y, **CALL, workers=2, study=FOLDER / "s.db", chec
 """
 
 
-def test_a_killed_search_with_workers_goes_on(tmp_path, iris):
+def test_a_killed_search_with_workers_goes_on(tmp_path):
     script = f"import pathlib\nFOLDER = pathlib.Path({str(tmp_path)!r})\n{SCRIPT}"
     process = Fork(script)
     state = tmp_path / "s.db.state"
@@ -313,21 +304,13 @@ def test_a_killed_search_with_workers_goes_on(tmp_path, iris):
     names = {"__name__": "__main__"}
     exec(script, names)
     assert not state.exists()
-    assert_same(gputune.Study.open(tmp_path / "s.db"), gputune.tune("mlp", *iris, workers=1, **names["CALL"]))
+    assert_same(gputune.Study.open(tmp_path / "s.db"), gputune.tune("mlp", *IRIS, workers=1, **names["CALL"]))
 
 
-def test_its_seconds_are_checked(iris):
-    with pytest.raises(InputError, match="checkpoint_seconds is a number of seconds above 0, got 0"):
-        gputune.tune("mlp", *iris, checkpoint_seconds=0, **COMMON)
-
-
-def test_a_clock_that_jumps_changes_nothing(iris, whole, tmp_path, monkeypatch):
+def test_a_clock_that_jumps_changes_nothing(whole, tmp_path, monkeypatch):
     """The time of day goes back and forth by years: deadlines, checkpoints and claims do not read it."""
     jumps = itertools.cycle([0.0, 4e9, 1.0])
     monkeypatch.setattr(time, "time", lambda: next(jumps))
-    call = {**COMMON, **METHODS["halving"], "study": tmp_path / "s.db", "timeout": 600.0}
-    with monkeypatch.context() as patch:
-        Dies(patch, 20)
-        with pytest.raises(RuntimeError, match="lost"):
-            gputune.tune("mlp", *iris, **call, checkpoint_seconds=0.001)
-    assert_same(gputune.tune("mlp", *iris, **call), whole["halving"])
+    call = {**METHODS["halving"], "study": tmp_path / "s.db", "timeout": 600.0}
+    lose(20, call)
+    assert_same(tune(**call), whole["halving"])
