@@ -4,7 +4,7 @@ import os
 import shlex
 import signal
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -57,20 +57,22 @@ def finish(*arguments, cwd, first=""):
     return process.returncode, out, err
 
 
-def finished(study_file):
-    return sum(t.state == "complete" for t in gputune.Study.open(study_file).trials)
+def finish_many(tmp_path, do, workers):
+    """Search many chunks, and do something after the second has finished."""
+    command = ["tune", "sklearn:iris", *MANY, "--workers", workers, "--out", "out"]
+    code, out, err = finish(*command, cwd=tmp_path, first=at_finish(2, do))
+    assert "Traceback" not in err
+    return code, out, err
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, monkeypatch, workers):
     study_file = tmp_path / "out" / "study.db"
-    command = ["tune", "sklearn:iris", *MANY, "--workers", workers, "--out", "out"]
-    code, out, err = finish(*command, cwd=tmp_path, first=at_finish(2, CTRL_C))
+    code, out, err = finish_many(tmp_path, CTRL_C, workers)
     trials = gputune.Study.open(study_file).trials
     states = [trial.state for trial in trials]
     done = states.count("complete")
     assert code == 130 and 2 <= done < 12 and set(states) <= {"complete", "stopped", "waiting"}
-    assert "Traceback" not in err
     assert f"gputune: interrupted: {done} of 12 trials are finished" in err
     assert f"all is kept in '{tmp_path}/out/study.db': repeat the command to go on." in err
     assert " by accuracy, mean ± standard error over 2 folds:" in out
@@ -108,9 +110,8 @@ def test_the_first_ctrl_c_finishes_the_epoch_and_leaves_the_model_of_the_best_so
 
 
 def test_the_second_ctrl_c_does_not(tmp_path):
-    code, out, err = finish_net(
-        tmp_path, f"{CTRL_C}; pathlib.Path('once').touch(); {CTRL_C}; pathlib.Path('twice').touch()"
-    )
+    do = f"{CTRL_C}; pathlib.Path('once').touch(); {CTRL_C}; pathlib.Path('twice').touch()"
+    code, out, err = finish_net(tmp_path, do)
     assert (tmp_path / "once").exists() and not (tmp_path / "twice").exists()
     assert code == 130
     assert "interrupted: 0 of 2 trials are finished; all is kept" in err and "Traceback" not in err
@@ -131,17 +132,15 @@ def test_sigterm_ends_within_its_grace_with_143(tmp_path, grace, do, words):
 
 
 def test_sigterm_with_workers(tmp_path):
-    command = ["tune", "sklearn:iris", *MANY, "--workers", 2, "--out", "out"]
-    code, out, err = finish(*command, cwd=tmp_path, first=at_finish(2, TERMINATE))
-    assert code == 143 and "Traceback" not in err
-    assert f"Trials   {finished(tmp_path / 'out' / 'study.db')} complete" in out
+    code, out, _ = finish_many(tmp_path, TERMINATE, 2)
+    trials = gputune.Study.open(tmp_path / "out" / "study.db").trials
+    assert code == 143 and f"Trials   {sum(t.state == 'complete' for t in trials)} complete" in out
 
 
 def test_a_folder_that_is_lost_ends_the_search_in_words(tmp_path):
-    command = ["tune", "sklearn:iris", *MANY, "--workers", 1, "--out", "out"]
-    code, _, err = finish(*command, cwd=tmp_path, first=at_finish(2, "shutil.rmtree('out')"))
-    assert code == 1 and "Traceback" not in err
-    assert f"gputune: error: study '{tmp_path}/out/study.db' was removed, moved or replaced while it was at work" in err
+    code, _, err = finish_many(tmp_path, "shutil.rmtree('out')", 1)
+    words = f"study '{tmp_path}/out/study.db' was removed, moved or replaced while it was at work"
+    assert code == 1 and f"gputune: error: {words}" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -161,14 +160,13 @@ class Pressing(torch.nn.Linear):
 
 
 SEARCH = {"space": {"lr": [1e-3, 1e-2, 1e-1]}, "n_trials": 3, "include_default": False, "cv": 3, "workers": 1}
+IRIS = load_iris(return_X_y=True)
 
 
 def interrupted_tune(**more):
     """Call ``tune`` and press Ctrl-C while it trains."""
     Pressing.steps = 0
-    return gputune.tune(
-        Pressing, *load_iris(return_X_y=True), **{**SEARCH, "max_epochs": 100_000, "verbose": 0, **more}
-    )
+    return gputune.tune(Pressing, *IRIS, **{**SEARCH, "max_epochs": 100_000, "verbose": 0, **more})
 
 
 def test_a_script_gets_a_keyboard_interrupt_that_has_the_study():
@@ -177,7 +175,7 @@ def test_a_script_gets_a_keyboard_interrupt_that_has_the_study():
     assert isinstance(caught.value, SearchInterrupted) and caught.value.signal == signal.SIGINT
     study = caught.value.study
     assert {t.state for t in study.trials} == {"stopped"} and np.isfinite(study.best_score)
-    assert study.best_model().predict(load_iris().data).shape == (150,)
+    assert study.best_model().predict(IRIS[0]).shape == (150,)
     assert "they are in no file: with study=FILE a later call goes on" in str(caught.value)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -210,13 +208,9 @@ def test_a_programs_own_handler_stays():
 
 
 def test_another_thread_sets_no_handler():
-    found = []
-    thread = threading.Thread(
-        target=lambda: found.append(gputune.tune("mlp", *load_iris(return_X_y=True), **SEARCH, max_epochs=2, verbose=0))
-    )
-    thread.start()
-    thread.join()
-    assert [t.state for t in found[0].trials] == ["complete"] * 3
+    with ThreadPoolExecutor(1) as thread:
+        study = thread.submit(gputune.tune, "mlp", *IRIS, **SEARCH, max_epochs=2, verbose=0).result()
+    assert [t.state for t in study.trials] == ["complete"] * 3
 
 
 # A process and its worker wait in their first epoch until both have begun; then their time is over.

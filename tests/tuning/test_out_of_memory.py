@@ -2,12 +2,13 @@
 
 import math
 import pickle
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import loguniform
+from sklearn.datasets import load_iris
 
 import gputune
 from gputune.engine.compiled import CompiledChunk
@@ -22,9 +23,15 @@ from gputune.study.store import Store
 from problems import fill
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [16, 32], "width": [8, 16], "dropout": [0.0, 0.1]}
-FAST = {"cv": 2, "max_epochs": 4, "verbose": 0, "workers": 1}
-COMMON = {"space": SPACE, "n_trials": 8, "backend": "eager", **FAST}
+
+
+def tune(method="random", **more):
+    how = {"space": SPACE, "n_trials": 8, "backend": "eager", "cv": 2, "max_epochs": 4, "verbose": 0, "workers": 1}
+    return gputune.tune("mlp", *IRIS, method=METHODS[method], **{**how, **more})
+
+
 METHODS = {"random": "random", "halving": gputune.Halving(min_epochs=2)}
+IRIS, ONE_SHAPE = load_iris(return_X_y=True), {"lr": loguniform(1e-4, 0.1), "width": [8]}
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
@@ -37,8 +44,8 @@ ERRORS = [
 
 
 @pytest.fixture(scope="module")
-def whole(iris):
-    return {name: gputune.tune("mlp", *iris, method=method, **COMMON) for name, method in METHODS.items()}
+def whole():
+    return {name: tune(name) for name in METHODS}
 
 
 def fail(monkeypatch, when, error=ERRORS[0]):
@@ -69,9 +76,9 @@ def test_what_counts_as_out_of_memory(error):
 
 
 @pytest.mark.parametrize(("method", "k", "error"), list(zip(METHODS, (1, 12), ERRORS)), ids=str)
-def test_a_failure_at_the_kth_step_changes_nothing(iris, whole, monkeypatch, method, k, error):
+def test_a_failure_at_the_kth_step_changes_nothing(whole, monkeypatch, method, k, error):
     failed = fail(monkeypatch, lambda number, trials: number == k, error)
-    found = gputune.tune("mlp", *iris, method=METHODS[method], **COMMON)
+    found = tune(method)
     assert len(failed) == 1
     if failed[0] == 1:  # a chunk of one trial cannot be halved
         assert sum("reason" in trial.detail for trial in found.trials) == 1
@@ -80,15 +87,15 @@ def test_a_failure_at_the_kth_step_changes_nothing(iris, whole, monkeypatch, met
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_never_fits_together_is_trained_one_by_one(iris, whole, monkeypatch, method):
+def test_what_never_fits_together_is_trained_one_by_one(whole, monkeypatch, method):
     failed = fail(monkeypatch, lambda number, trials: trials > 1)
-    found = gputune.tune("mlp", *iris, method=METHODS[method], **COMMON)
+    found = tune(method)
     assert failed
     assert_close(found, whole[method])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_path, monkeypatch, method):
+def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(whole, tmp_path, monkeypatch, method):
     step = StackedChunk._step
 
     def allocating(chunk, *arguments):
@@ -97,7 +104,7 @@ def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_
         return step(chunk, *arguments)
 
     monkeypatch.setattr(StackedChunk, "_step", allocating)
-    gputune.tune("mlp", *iris, method=METHODS[method], study=tmp_path / "s.db", **COMMON)
+    tune(method, study=tmp_path / "s.db")
     found = gputune.Study.open(tmp_path / "s.db")
     for trial, other in zip(found.trials, whole[method].trials, strict=True):
         big = (trial.params.get("batch_size", 32), trial.params.get("width", 128)) == (16, 16)
@@ -115,29 +122,21 @@ LONG = ["random", pytest.param("halving", marks=pytest.mark.long)]
 
 @pytest.mark.cpu  # the plan of a GPU trains three members first, to measure them
 @pytest.mark.parametrize("method", LONG)
-def test_a_size_that_did_not_fit_is_not_tried_again(iris, monkeypatch, method):
+def test_a_size_that_did_not_fit_is_not_tried_again(monkeypatch, method):
     """Chunks of 6 of one shape, of which 2 fit: one of 6 fails, one of 3, and no other of that search."""
-    call = {
-        **COMMON,
-        "space": {"lr": loguniform(1e-4, 0.1), "width": [8]},
-        "n_trials": 12,
-        "cv": 3,
-        "include_default": False,
-    }
-    call |= {"method": METHODS[method], "memory": 800_000}
-    whole = gputune.tune("mlp", *iris, **call)
+    call = partial(tune, method, space=ONE_SHAPE, n_trials=12, cv=3, include_default=False, memory=800_000)
+    whole = call()
     failed = fail(monkeypatch, lambda number, trials: trials > 2)
-    found = gputune.tune("mlp", *iris, **call)
+    found = call()
     assert failed == [6, 3]
     np.testing.assert_allclose(found.curves, whole.curves, rtol=0, atol=1e-4)
-    gputune.tune("mlp", *iris, **call)
+    call()
     assert failed == [6, 3, 6, 3]  # another search, for which there may be more memory
 
 
-def test_the_frozen_plan_stays_whole_when_a_chunk_does_not_fit(iris, tmp_path, monkeypatch):
-    call = {**COMMON, "space": {"lr": loguniform(1e-4, 0.1), "width": [8]}, "study": tmp_path / "s.db"}
+def test_the_frozen_plan_stays_whole_when_a_chunk_does_not_fit(tmp_path, monkeypatch):
     fail(monkeypatch, lambda number, trials: trials > 2)
-    gputune.tune("mlp", *iris, **call)
+    tune(space=ONE_SHAPE, study=tmp_path / "s.db")
     with Store.open(tmp_path / "s.db") as store:
         assert max(len(chunk.trials) for chunk in store.plan()) > 2
 
@@ -157,43 +156,40 @@ def test_workers_remember_what_did_not_fit():
     assert pickle.loads(pickle_job(learned)).fits.most(chunk) == 2
 
 
-def test_parts_that_have_not_begun_when_time_is_over_wait(iris, tmp_path, monkeypatch):
+def test_parts_that_have_not_begun_when_time_is_over_wait(tmp_path, monkeypatch):
     """A timeout holds to within one epoch of a chunk, in however many parts that trains."""
-    call = {**COMMON, "space": {"lr": loguniform(1e-4, 0.1), "width": [8]}, "study": tmp_path / "s.db"}
-    whole = gputune.tune("mlp", *iris, **{**call, "study": None})
+    whole = tune(space=ONE_SHAPE)
     with monkeypatch.context() as patch:
         fail(patch, lambda number, trials: trials > 3)
-        cut = gputune.tune("mlp", *iris, timeout=1e-9, **call)
+        cut = tune(space=ONE_SHAPE, study=tmp_path / "s.db", timeout=1e-9)
     states = [trial.state for trial in cut.trials]
     assert 1 <= states.count("stopped") <= 3 and set(states) == {"stopped", "waiting"}
-    assert_close(gputune.tune("mlp", *iris, **call), whole)
+    assert_close(tune(space=ONE_SHAPE, study=tmp_path / "s.db"), whole)
 
 
-def test_a_search_of_which_nothing_fits_says_so(iris, monkeypatch):
-    fail(monkeypatch, lambda number, trials: True)
-    with pytest.raises(SearchFailedError, match="did not fit into memory even alone .* search smaller widths"):
-        gputune.tune("mlp", *iris, **COMMON)
-
-
-def test_an_error_of_another_kind_is_raised(iris, monkeypatch):
+def test_a_search_of_which_nothing_fits_says_so_and_another_error_is_raised(monkeypatch):
+    with monkeypatch.context() as patch:
+        fail(patch, lambda number, trials: True)
+        with pytest.raises(SearchFailedError, match="did not fit into memory even alone .* search smaller widths"):
+            tune()
     fail(monkeypatch, lambda number, trials: number == 3, RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        gputune.tune("mlp", *iris, **COMMON)
+        tune()
 
 
-def test_the_bar_takes_back_what_was_lost(iris, monkeypatch):
+def test_the_bar_takes_back_what_was_lost(monkeypatch):
     told = []
     monkeypatch.setattr("gputune.tuning.progress.Progress.advance", lambda bar, number, curves: told.append(number))
     fail(monkeypatch, lambda number, trials: number == 6)  # in the second epoch
-    gputune.tune("mlp", *iris, **{**COMMON, "space": {"lr": [1e-3, 1e-2, 1e-1]}})
+    tune(space={"lr": [1e-3, 1e-2, 1e-1]})
     assert sum(told) == 3 * 4 and told[:2] == [3, -3]
 
 
-def test_the_search_of_scikit_learns_kind_is_halved_too(iris, monkeypatch):
+def test_the_search_of_scikit_learns_kind_is_halved_too(monkeypatch):
     def search():
         model = MLPClassifier(max_iter=3, random_state=0)
         space = {"learning_rate_init": [1e-3, 1e-2, 1e-1], "hidden_layer_sizes": [(8, 8)]}
-        return RandomizedSearchCV(model, space, n_iter=3, cv=3, random_state=0).fit(*iris)
+        return RandomizedSearchCV(model, space, n_iter=3, cv=3, random_state=0).fit(*IRIS)
 
     whole = search()
     with monkeypatch.context() as patch:
