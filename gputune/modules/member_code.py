@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gputune.modules.member_kernels import FORMULAS, Line, Loops, Span, Writer, arguments, named, over
-from gputune.modules.program import split_constants
+from gputune.modules.member_kernels import FORMULAS, Line, Loops, Span, Writer, arguments, c_type, named, over
+from gputune.modules.program import simplify_trace
 from gputune.modules.trace import Operation, Place, Trace, TraceError
 
 Given = dict[str, Any]
@@ -79,7 +79,7 @@ def _reduce(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator
         body = front.nest(f"{row} {to} = 0;\n{added}" + (f"\n{row} {to} /= n0;" if mean else ""), "")
     else:
         each = inner.nest(f"s += {at};", "omp simd reduction(+ : s)")
-        body = outer.nest(f"{writer.type(out)} s = 0;\n{each}\n{to} = s{' / n0' if mean else ''};", "")
+        body = outer.nest(f"{c_type(out.dtype)} s = 0;\n{each}\n{to} = s{' / n0' if mean else ''};", "")
     yield writer.call([out, x], body, sizes=sizes)
 
 
@@ -104,7 +104,7 @@ def _along(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[
     for k, letter in enumerate("OXY"[: len(places)]):
         body = body.replace(f"[{letter}]", f"[{loops.index(k)} + j * {named(places[k].stride[axis], sizes)}]")
     body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}").replace("EACH", loop)
-    yield writer.call(places, loops.nest(body.replace("T ", f"{writer.type(out)} "), ""), sizes=sizes)
+    yield writer.call(places, loops.nest(body.replace("T ", f"{c_type(out.dtype)} "), ""), sizes=sizes)
 
 
 def _chosen(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
@@ -257,11 +257,10 @@ class MemberCode:
 
     def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> Step:
         """Write a step, and add by their addresses the memories that it finds there. Raises TraceError."""
-        constants, operations = split_constants(trace)
-        storages = {**trace.outside, **{m: t.untyped_storage() for m, t in constants.items()}}
-        operations = _small_first(operations)
-        writer = Writer(self.dtype, self.kernels, trace, operations, storages, memories)
-        lines = [line for op in operations for line in _lines(writer, op)]
+        trace = simplify_trace(trace)
+        trace.operations = _small_first(trace.operations)
+        writer = Writer(self.dtype, self.kernels, trace, memories)
+        lines = [line for op in trace.operations for line in _lines(writer, op)]
         calls = [number for run in _in_blocks(lines) for number in run]
         numbers = np.array([*writer.numbers, 0.0])  # one at least, whose place can be said
         return Step(np.array([len(calls), *calls], dtype=np.int64), numbers, writer.size + writer.room)

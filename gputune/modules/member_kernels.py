@@ -89,7 +89,7 @@ FORMULAS = {
 }
 """What an operation makes of each number; names are those of its arguments."""
 
-OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}  # computed in the type of what they are given
+_OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}  # computed in the type of what they are given
 _POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {self}"}
 _DEFAULTS = {"rounding_mode": None, "approximate": "none", "is_result": False, "self_is_result": False}
 
@@ -228,20 +228,14 @@ class Writer:
     """Writes one step: each of its operations as calls of kernels."""
 
     def __init__(
-        self,
-        dtype: torch.dtype,
-        kernels: dict[str, int],
-        trace: Trace,
-        operations: Sequence[Operation],
-        storages: dict[int, torch.UntypedStorage],
-        memories: dict[int, torch.UntypedStorage],
+        self, dtype: torch.dtype, kernels: dict[str, int], trace: Trace, memories: dict[int, torch.UntypedStorage]
     ) -> None:
         self.dtype, self.kernels, self.real = dtype, kernels, C_TYPES[dtype]
-        self.storages, self.memories = storages, memories
+        self.storages, self.memories = trace.outside, memories
         self.numbers: list[float] = []
         made: dict[int, int] = {}
         last: dict[int, int] = {}
-        for i, op in enumerate(operations):
+        for i, op in enumerate(trace.operations):
             last |= dict.fromkeys((place.memory for place in (*op.makes, *op.reads, *op.writes)), i)
             for place in op.makes:
                 made.setdefault(place.memory, i)
@@ -256,10 +250,6 @@ class Writer:
         self.memories.setdefault(storage.data_ptr(), storage)
         return 1 + list(self.memories).index(storage.data_ptr()), 0
 
-    def type(self, place: Place | None) -> str:
-        """Return the type of C of a place's numbers."""
-        return self.real if place is None else c_type(place.dtype)
-
     def call(
         self,
         places: Sequence[Place | None],
@@ -270,11 +260,14 @@ class Writer:
         room: int = 0,
     ) -> Line:
         """Return the call of a kernel: it knows places as p0, ..., numbers as s0, ..., sizes as n0, ..., room as w."""
-        types, begins = [self.type(place) for place in places], []
-        for place in places:
-            memory, begin = (-1, 0) if place is None else self._memory(place)
-            begins.append((memory, begin + (place.extent[0] if place else 0)))
-        known = [f"{of} *p{i} = ({of} *)P[{i}];" for i, of in enumerate(types)]
+        known, begins = [], []
+        for i, place in enumerate(places):
+            of, (memory, begin) = self.real, (-1, 0)
+            if place is not None:
+                of, (memory, begin) = c_type(place.dtype), self._memory(place)
+                begin += place.extent[0]
+            known.append(f"{of} *p{i} = ({of} *)P[{i}];")
+            begins.append((memory, begin))
         if room:
             self.room = max(self.room, room * self.dtype.itemsize)
             known.append(f"{self.real} *w = ({self.real} *)P[{len(begins)}];")
@@ -293,10 +286,10 @@ class Writer:
         numbers = [n for n in names if n not in places]
         if not all(isinstance(given[n], int | float) for n in numbers):
             raise TraceError(f"{name} of other arguments than numbers is in no code")
-        dtype, ends = out.dtype, [given[n] for n in (names[0], names[-1])] if names else []
-        if name in OF_INPUTS:  # which are compared in the type of both
+        dtype, ends = out.dtype, (given[names[0]], given[names[-1]])
+        if name in _OF_INPUTS:  # in the type of both
             like = [torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Place) else v for v in ends]
-            dtype = torch.result_type(like[0], like[1])
+            dtype = torch.result_type(*like)
         if name == "remainder" and dtype.is_floating_point:
             raise TraceError("a remainder of fractions is in no code")
         if name.startswith("bitwise") and dtype != torch.bool:
@@ -306,10 +299,8 @@ class Writer:
         for place in operands[1:]:  # as of a tensor of the shape of the result
             missing = len(out.shape) - len(place.shape)
             strides.append((*[0] * missing, *(0 if n == 1 else step for n, step in zip(place.shape, place.stride))))
-        loops = over(out.shape, strides)
-        sizes: list[int] = []
+        loops, real, sizes = over(out.shape, strides), c_type(dtype), list[int]()
         kernel = loops.named(sizes)
-        real = c_type(dtype)
         # All are read, whatever the formula: a compiler makes no vectors of loads that depend on a condition.
         reads = [f"{real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
         words = {word: f"x{i}" for i, word in enumerate(places, 1)}

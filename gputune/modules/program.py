@@ -40,20 +40,20 @@ _PLAIN = {
 
 def compile_trace(trace: Trace) -> Callable[[], None]:
     """Return a function that takes the step again, on what its memory holds then. Raises TraceError."""
-    constants, operations = _without_constants(trace)
-    operations = _written_at_once(_without_unused([_with_out(op) for op in operations], trace), trace)
-    return _Source(operations, trace, constants).function()
+    return _Source(_simplified(trace, _with_out)).function()
 
 
-def split_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]]:
-    """Return what is the same in every step, by its memory, and the operations of the rest, without copies."""
-    constants, operations = _without_constants(trace)
-    given = [op if op.writes or len(op.results) != 1 else replace(op, out="out") for op in operations]
-    return constants, _written_at_once(_without_unused(given, trace), trace)
+def simplify_trace(trace: Trace) -> Trace:
+    """Return a trace without what is the same in every step, what nothing reads, and copies of single results."""
+
+    def with_place(op: Operation) -> Operation:
+        return op if op.writes or len(op.results) != 1 else replace(op, out="out")
+
+    return _simplified(trace, with_place)
 
 
-def _without_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]]:
-    """Compute what is the same in every step now; return it by its memory, and the other operations."""
+def _simplified(trace: Trace, with_out: Callable[[Operation], Operation]) -> Trace:
+    """Compute what is the same in every step now, whose memory is then outside; see what results are written into."""
     changed = {place.memory for op in trace.operations for place in op.writes}
     constants: dict[int, Tensor] = {}
     rest = []
@@ -74,7 +74,15 @@ def _without_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]
             constants[made.memory] = result if result.stride() == made.stride else empty(made).copy_(result)
         else:
             rest.append(op)
-    return constants, rest
+    wanted: set[int] = set()
+    used = []
+    for op in reversed(list(map(with_out, rest))):
+        into = {place.memory for place in (*op.makes, *op.writes)}
+        if into & wanted or not into <= trace.sizes.keys():  # else nothing reads it
+            wanted.update(place.memory for place in op.reads)
+            used.append(op)
+    outside = trace.outside | {memory: tensor.untyped_storage() for memory, tensor in constants.items()}
+    return Trace(_written_at_once(used[::-1]), outside, trace.sizes)
 
 
 def _with_out(op: Operation) -> Operation:
@@ -147,19 +155,7 @@ def _out_variant(function: Any) -> tuple[Any, str] | None:
     return None
 
 
-def _without_unused(operations: Sequence[Operation], trace: Trace) -> list[Operation]:
-    """Leave out what nothing reads."""
-    wanted: set[int] = set()
-    kept = []
-    for op in reversed(operations):
-        into = {place.memory for place in (*op.makes, *op.writes)}
-        if into & wanted or not into <= trace.sizes.keys():
-            wanted.update(place.memory for place in op.reads)
-            kept.append(op)
-    return kept[::-1]
-
-
-def _written_at_once(operations: Sequence[Operation], trace: Trace) -> list[Operation]:
+def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
     """Write a result where it is only made to be copied to, rather than copy it."""
     found = list(operations)
     makers = {place.memory: i for i, op in enumerate(found) for place in op.makes}
@@ -206,16 +202,15 @@ def _layout(place: Place) -> list[tuple[int, int]]:
 class _Source:
     """Writes the function: every line an operation, every tensor a global name."""
 
-    def __init__(self, operations: Sequence[Operation], trace: Trace, constants: dict[int, Tensor]) -> None:
-        self.operations = operations
-        self.storages = {**trace.outside, **{m: t.untyped_storage() for m, t in constants.items()}}
+    def __init__(self, trace: Trace) -> None:
+        self.operations, self.storages = trace.operations, trace.outside
         self.last = {
             place.memory: i
-            for i, op in enumerate(operations)
+            for i, op in enumerate(self.operations)
             for place in (*op.reads, *op.writes, *op.makes)
             if place.memory not in self.storages
         }
-        ours = {p.memory: i for i, op in enumerate(operations) if op.out for p in op.makes}
+        ours = {p.memory: i for i, op in enumerate(self.operations) if op.out for p in op.makes}
         begins, size = arrange([(ours[m], self.last[m], trace.sizes[m]) for m in ours])
         self.begin = dict(zip(ours, begins))
         self.arena = torch.empty(size + ALIGNED, dtype=torch.uint8)
