@@ -4,8 +4,8 @@ A forward in training is tried once on rows of each number, to see what it draws
 draws in a buffer, and may be recorded.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,10 +45,9 @@ class _Draw:
 
 
 class ModuleDraws:
-    """The draws of some steps ahead, for minibatches of each number of rows that occurs.
+    """The draws of some steps ahead, by one member's ``forward`` in training on minibatches of each number of rows.
 
-    ``forward`` is that of one member in training, on the rows of a minibatch. Raises TraceError where it draws what
-    depends on other numbers than the key of the step.
+    Raises TraceError where it draws what depends on other numbers than the key of the step.
     """
 
     def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
@@ -86,11 +85,10 @@ class ModuleDraws:
                 for rows in several:
                     parts = [buffer[slot] for buffer in self.buffers[rows]]
                     key = "dropout", epoch, step + slot
-                    if rows in self.uniform and fill_uniform(stream_seed(self.seed, *key), parts):
-                        continue
-                    start_stream(self.device, self.seed, *key)
-                    for draw, part in zip(self.draws[rows], parts):
-                        part.copy_(draw.make())
+                    if rows not in self.uniform or not fill_uniform(stream_seed(self.seed, *key), parts):
+                        start_stream(self.device, self.seed, *key)
+                        for draw, part in zip(self.draws[rows], parts):
+                            part.copy_(draw.make())
 
     def at(self, step: Tensor, rows: int) -> tuple[Tensor, ...]:
         """Return the draws of a minibatch of so many rows in the step that a counter on the device says."""
@@ -118,16 +116,15 @@ class _DrawRecorder(DispatchMode):
         if func is _DROPOUT:
             with self:  # what a GPU draws and applies at once
                 return _dropout(args[0], torch.bernoulli(args[0], 1 - args[1]), args[1])
+        result = func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             name = func.overloadpacket.__name__
             plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
             if not plain or kwargs.get("generator") is not None:
                 raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
             self.draws.append(_Draw(func, tuple(_empty_like(x) if isinstance(x, Tensor) else x for x in args), kwargs))
-            result = func(*args, **kwargs)
             self.results.append(result.clone())  # the module goes on in place
-            return result
-        return func(*args, **kwargs)
+        return result
 
 
 def _dropout(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -138,14 +135,9 @@ def _empty_like(x: Tensor) -> partial[Tensor]:
     return partial(torch.empty_strided, tuple(x.shape), x.stride(), dtype=x.dtype, device=x.device)
 
 
-@contextmanager
-def replay_draws(draws: Sequence[Tensor]) -> Iterator[None]:
+def replay_draws(draws: Sequence[Tensor]) -> AbstractContextManager[object]:
     """Let these be what operations that draw give inside, one after the other."""
-    if not draws:  # a mode costs something in every call
-        yield
-        return
-    with _DrawReplayer(draws):
-        yield
+    return _DrawReplayer(draws) if draws else nullcontext()  # a mode costs something in every call
 
 
 class _DrawReplayer(DispatchMode):

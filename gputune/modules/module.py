@@ -219,7 +219,7 @@ class StackedModule(ModuleNetwork):
         for name, buffer in after.items():
             members[name].copy_(buffer.detach())
 
-    def _draws(self, batch: Batch) -> AbstractContextManager[None]:
+    def _draws(self, batch: Batch) -> AbstractContextManager[object]:
         """What is drawn inside is the minibatch's, made ahead or by its key."""
         if isinstance(batch.draws, tuple):
             return replay_draws(batch.draws)

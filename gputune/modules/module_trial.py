@@ -70,7 +70,7 @@ class ModuleTrial:
         for w, before in trained:
             w.data = before
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, float]:
         """Return the Python numbers that the submodules hold."""
         return {
             f"{path}.{name}".lstrip("."): value
@@ -141,7 +141,14 @@ class ModuleTrial:
             )
         if not self.objective.is_named and not bool(losses.isfinite().all()):
             raise InputError(f"{name} is not finite on the first rows; check its inputs and its formula.")
-        self._refuse_a_broadcast()
+        if not self.objective.is_named and self.objective.step is None:
+            outputs = self.forward(self.inputs, training=False)
+            if pairs_all_rows(self.objective.member_loss(self.config), outputs, self.y):
+                raise InputError(
+                    f"{name} compares each output with the targets of all rows: the outputs of {self.name} have shape "
+                    f"{tuple(outputs.shape)} and y {tuple(self.y.shape)}, which torch broadcasts to ({rows}, {rows}). "
+                    "Take outputs[:, 0] or y[:, None] in the loss, or return (rows,) from the module."
+                )
         return losses.detach()
 
     def _what_a_loss_gets(self) -> str:
@@ -175,19 +182,6 @@ class ModuleTrial:
                 f"augment: {qualified_name(self.objective.augment)} raised {type(error).__name__}: {error}. It is "
                 "called as augment(x, generator), with the inputs of a minibatch, and returns such inputs."
             ) from error
-
-    def _refuse_a_broadcast(self) -> None:
-        """Raise InputError for a loss of the user's own in which outputs (B, 1) and y (B,) become (B, B)."""
-        objective, y = self.objective, self.y
-        if objective.is_named or objective.step is not None:
-            return
-        outputs, n = self.forward(self.inputs, training=False), len(y)
-        if pairs_all_rows(objective.member_loss(self.config), outputs, y):
-            raise InputError(
-                f"{objective.in_words} compares each output with the targets of all rows: the outputs of {self.name} "
-                f"have shape {tuple(outputs.shape)} and y {tuple(y.shape)}, which torch broadcasts to ({n}, {n}). "
-                "Take outputs[:, 0] or y[:, None] in the loss, or return (rows,) from the module."
-            )
 
     def warn_of_probabilities(self, outputs: Tensor) -> None:
         """Warn where outputs, computed in training, end in a softmax or a sigmoid that the loss has, or lack one."""
@@ -277,18 +271,14 @@ def _of_shape(found: object, n_outputs: int, *, binary: bool) -> str:
 
 def are_probabilities(outputs: Tensor) -> bool:
     """Whether the outputs (B, K) of each row are positive and have the sum 1."""
-    if outputs.dim() != 2 or outputs.is_complex():
-        return False
-    return bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() < 1e-3).all())
-
-
-_VIEWS = ("View", "Squeeze", "Select", "Slice", "Reshape", "UnsafeView", "ToCopy")
+    real = outputs.dim() == 2 and not outputs.is_complex()
+    return real and bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() < 1e-3).all())
 
 
 def _ends_in_sigmoid(outputs: Tensor) -> bool:
     """Whether the last operation that computed outputs was a sigmoid, views of them aside."""
-    node = outputs.grad_fn
-    while node is not None and node.name().startswith(_VIEWS):
+    node, views = outputs.grad_fn, ("View", "Squeeze", "Select", "Slice", "Reshape", "UnsafeView", "ToCopy")
+    while node is not None and node.name().startswith(views):
         node = node.next_functions[0][0]
     return node is not None and node.name().startswith("Sigmoid")
 

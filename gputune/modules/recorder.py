@@ -97,9 +97,8 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
 
     A sum, since the few entries whose slope is rounding alone go either way under Adam, by a whole rate.
     """
-    same = (a == b) | (a.isnan() & b.isnan())
     size = b.abs().nan_to_num(0.0, 0.0, 0.0).sum(dtype=torch.float64)
-    apart = (a - b).abs().masked_fill(same, 0).sum(dtype=torch.float64)
+    apart = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0).sum(dtype=torch.float64)
     return torch.where(apart == 0, apart, apart / size).nan_to_num(torch.inf)
 
 
