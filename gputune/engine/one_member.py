@@ -20,7 +20,7 @@ from gputune.modules.member_code import MemberCode, Step
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError, tensors, trace
 from gputune.native.library import Kernels
-from gputune.optimizers.online import OnlineUpdate
+from gputune.optimizers.update import OnlineUpdate
 from gputune.population.batches import StepShape
 from gputune.population.network import Network
 

@@ -261,11 +261,8 @@ def of_label(text: object, choices: Sequence[object]) -> object:
     return next(c for c in choices if type(label(c)) is type(text) and label(c) == text)
 
 
-_TRIED = 3
-"""Values of a hyperparameter from which on the best one says something."""
-
-_NEAR = 0.05
-"""Share of a range, on its own scale, that counts as its end."""
+_TRIED = 3  # values of a hyperparameter from which on the best one says something
+_NEAR = 0.05  # share of a range, on its own scale, that counts as its end
 
 
 def edge_remarks(study: Study) -> tuple[str, ...]:

@@ -88,17 +88,12 @@ def first_candidates(
     defaults: Mapping[str, object],
     portfolio: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
-    """Return what a new search begins with: "default", the default configuration, "portfolio", then "include".
+    """Return what a new search begins with: the default configuration, with it a ``portfolio``, then ``include``.
 
-    A key that is missing takes its default, held to the space where that names it: the nearest number there, or the
-    first of a list of other things; what nobody knows the ends of is drawn. A configuration that is written like an
-    earlier one (same keys, same values) is dropped.
-
-    portfolio: good configurations to try after the default one and only with it, as far as ``n_trials`` has room.
-    space: checked. include: may have keys that the space lacks; ``check_include`` refuses those of other models.
-    defaults: a value for each key of the space, with ``optimizer``, which ``lr``, ``weight_decay`` and ``momentum``
-    follow where they are left out. Where another one is missing, as that of a module's required argument, no default
-    configuration is run (``notes`` says so). Raises InputError, also where nothing is left to run.
+    A key that is missing takes its default, held to the space where that names it. A configuration that is written like
+    an earlier one is dropped, and the portfolio goes as far as ``n_trials`` has room. Where ``defaults``, which has the
+    ``optimizer``, lacks a key of the space, no default configuration is run (``notes`` says so).
+    Raises InputError, also where nothing is left to run.
     """
     check_count(n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
     configs: list[tuple[Config, Origin]] = []
@@ -136,13 +131,12 @@ def top_up(
 ) -> tuple[Candidate, ...]:
     """Return the drawn trials that ``old`` lacks of ``n_trials``, numbered on from it.
 
-    ``n_trials`` configurations are drawn anew and those in ``old`` dropped, so that the same seed with a larger
-    ``n_trials`` continues a search, and with the same ``n_trials`` adds nothing. There are never more than
-    ``n_trials`` in all, the default one among them and included ones not: lists alone, drawn without replacement,
-    give another selection for a larger ``n_trials``.
+    ``n_trials`` configurations are drawn anew and those in ``old`` dropped, so that the same seed continues a search.
+    There are never more than ``n_trials`` in all, the default one among them and included ones not: lists alone, drawn
+    without replacement, give another selection for a larger ``n_trials``.
 
-    earlier: what other searches have tried. It is dropped too, and more is drawn in its place, as far as the space has
-    more: the same seed would draw the same again. drawn: what such a call has returned before.
+    earlier: what other searches have tried is dropped too, and more is drawn in its place, as far as the space has it.
+    drawn: what such a call has returned before.
     """
     if (lacking := n_trials - n_counted(old)) <= 0:
         return ()

@@ -144,22 +144,17 @@ class Median(StoppingRule):
         return list(range(first, max_epochs, self.every or first))
 
     def trials_to_stop(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
+        """Return the trials whose best fold mean so far is below the median; those that ended earlier stay ended.
+
+        NaN, of trials that have diverged, counts as worse than any number.
+        """
+        if len(curves) < self.min_trials:
+            return set()
         means = {number: curves[number].mean(1) for number in sorted(curves)}
-        return below_the_median(epoch, means, self.min_trials)
-
-
-def below_the_median(epoch: int, means: Mapping[int, np.ndarray], least: int) -> set[int]:
-    """Return which trials leave at an epoch, by the curves of their fold means; those that ended earlier stay ended.
-
-    NaN, of trials that have diverged, counts as worse than any number, and ``least`` is the number of trials from which
-    there is a decision.
-    """
-    if len(means) < least:
-        return set()
-    last = np.array([mean[min(epoch, len(mean)) - 1] if len(mean) else -np.inf for mean in means.values()])
-    middle = float(np.median(np.where(np.isfinite(last), last, -np.inf)))
-    reached = {number: mean[:epoch] for number, mean in means.items() if len(mean) >= epoch}
-    return {number for number, mean in reached.items() if not np.max(mean) >= middle}
+        last = np.array([mean[min(epoch, len(mean)) - 1] if len(mean) else -np.inf for mean in means.values()])
+        middle = float(np.median(np.where(np.isfinite(last), last, -np.inf)))
+        reached = {number: mean[:epoch] for number, mean in means.items() if len(mean) >= epoch}
+        return {number for number, mean in reached.items() if not np.max(mean) >= middle}
 
 
 def ends_on_arrival(rule: StoppingRule, max_epochs: int, number: int, epoch: int, reports: Reports) -> bool:

@@ -14,9 +14,8 @@ from torch import Tensor
 from gputune.native.cuda import Kernel, kernels, launch
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import NORM_EPS
-from gputune.optimizers.online import OnlineUpdate
 from gputune.optimizers.rules import BETA1, EPS, LION_BETA2, RMSPROP_ALPHA, Schedule, schedule_free_average
-from gputune.optimizers.update import Update
+from gputune.optimizers.update import OnlineUpdate, Update
 from gputune.types import ONLINE, Config
 
 SOURCE = Path(__file__).with_name("update.cu")

@@ -78,20 +78,12 @@ def descend(rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: flo
         point = step(rows, old, tolerance)
         fall = objective(old) - objective(point)
         idle = torch.where(fall > STILL * objective(point).abs(), 0, idle + 1)
-        calm = _calm(old, point)
+        # Where classes can be separated and no penalty holds the weights, the gradient vanishes too, but they grow for
+        # ever: such a member has converged when its logits stay.
+        calm = ((point.ridge + point.lasso) > 0).flatten(1).any(1)
+        if not calm.all():
+            calm |= (point.logits - old.logits).abs().amax((1, 2)) < SETTLED
     return end
-
-
-def _calm(old: Point, new: Point) -> Tensor:
-    """Members whose last step was small, or that a penalty holds.
-
-    Where classes can be separated and no penalty holds the weights, the gradient vanishes too, but the weights
-    grow for ever.
-    """
-    is_bounded = ((new.ridge + new.lasso) > 0).flatten(1).any(1)
-    if is_bounded.all():
-        return is_bounded
-    return is_bounded | ((new.logits - old.logits).abs().amax((1, 2)) < SETTLED)
 
 
 @dataclass(frozen=True)

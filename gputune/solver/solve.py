@@ -126,8 +126,18 @@ def _fold(problem: Problem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, i
     weights = problem.weights[fold]
     keep = weights > 0
     x = problem.x[fold, keep]
-    classes = torch.bincount(problem.y[keep], minlength=problem.n_classes) > 0
-    solution = _constant_solution(classes, len(problem.C), x)
+    classes, members = torch.bincount(problem.y[keep], minlength=problem.n_classes) > 0, len(problem.C)
+    # Zero coefficients, and intercepts that rule out the classes that do not occur.
+    intercept = x.new_zeros(len(classes)).masked_fill(~classes, -torch.inf)
+    if len(classes) == 2:
+        intercept = intercept[1:] - intercept[:1]
+    solution = Solution(
+        coef=x.new_zeros(members, len(intercept), x.shape[1]),
+        intercept=intercept.expand(members, -1).clone(),
+        steps=torch.zeros(members, dtype=torch.int64, device=x.device),
+        residual=x.new_zeros(members),
+        converged=torch.ones(members, dtype=torch.bool, device=x.device),
+    )
     if not x.isfinite().all():
         solution.coef.fill_(torch.nan)
         solution.converged.fill_(False)
@@ -176,21 +186,6 @@ def _groups(
     for step, which in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
         if which.any():
             yield chunks(step, which), x.numel()
-
-
-def _constant_solution(classes: Tensor, members: int, x: Tensor) -> Solution:
-    """Zero coefficients, and intercepts that rule out the classes that do not occur."""
-    outputs = 1 if len(classes) == 2 else len(classes)
-    intercept = x.new_zeros(len(classes)).masked_fill(~classes, -torch.inf)
-    if outputs == 1:
-        intercept = intercept[1:] - intercept[:1]
-    return Solution(
-        coef=x.new_zeros(members, outputs, x.shape[1]),
-        intercept=intercept.expand(members, -1).clone(),
-        steps=torch.zeros(members, dtype=torch.int64, device=x.device),
-        residual=x.new_zeros(members),
-        converged=torch.ones(members, dtype=torch.bool, device=x.device),
-    )
 
 
 def _center(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gputune
-from gputune.methods.stopping import Halving, below_the_median, survivors
+from gputune.methods.stopping import Halving, survivors
 from refused import refused
 
 
@@ -85,13 +85,14 @@ def plainly(epoch, curves, least):
         value = curve[epoch - 1] if len(curve) >= epoch else curve[-1] if curve else -math.inf
         now.append(-math.inf if math.isnan(value) else value)
     middle = statistics.median(now)
-    leave = set()
-    for number, curve in curves.items():
-        if len(curve) >= epoch:
-            seen = curve[:epoch]
-            if any(map(math.isnan, seen)) or max(seen) < middle:
-                leave.add(number)
-    return leave
+    reached = {number: curve[:epoch] for number, curve in curves.items() if len(curve) >= epoch}
+    return {n for n, seen in reached.items() if any(map(math.isnan, seen)) or max(seen) < middle}
+
+
+def leave(epoch, curves, least=5):
+    """Who leaves by the rule, of trials of one fold."""
+    columns = {number: np.array(curve, dtype=float)[:, None] for number, curve in curves.items()}
+    return gputune.Median(min_trials=least).trials_to_stop(epoch, columns, 100)
 
 
 def test_decisions_are_those_of_the_plain_rule():
@@ -104,14 +105,13 @@ def test_decisions_are_those_of_the_plain_rule():
             if length and rng.random() < 0.1:
                 curves[int(number)][-1] = math.nan
         epoch, least = int(rng.choice([2, 4, 6])), int(rng.integers(1, 7))
-        found = below_the_median(epoch, {n: np.array(c) for n, c in curves.items()}, least)
-        assert found == plainly(epoch, curves, least)
+        assert leave(epoch, curves, least) == plainly(epoch, curves, least)
 
 
 def test_equal_trials_all_stay_and_half_of_unlike_ones_leave():
-    assert below_the_median(1, {n: np.array([0.5]) for n in range(8)}, 5) == set()
-    assert below_the_median(1, {n: np.array([n / 10]) for n in range(8)}, 5) == {0, 1, 2, 3}
-    assert below_the_median(2, {n: np.array([n / 10, 0.0]) for n in range(8)}, 5) == set()  # the best so far
+    assert leave(1, {n: [0.5] for n in range(8)}) == set()
+    assert leave(1, {n: [n / 10] for n in range(8)}) == {0, 1, 2, 3}
+    assert leave(2, {n: [n / 10, 0.0] for n in range(8)}) == set()  # the best so far
 
 
 def test_epochs_of_the_decisions():

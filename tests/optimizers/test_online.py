@@ -9,8 +9,8 @@ import torch
 
 import reference
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.optimizers.online import OnlineUpdate
 from gputune.optimizers.rules import schedule_factor
+from gputune.optimizers.update import OnlineUpdate
 from gputune.types import ONLINE
 
 F, C = 2, 3

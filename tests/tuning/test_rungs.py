@@ -12,7 +12,6 @@ from sklearn.datasets import load_diabetes, load_iris
 import gputune
 from command_line import FAST, run
 from gputune.engine.checkpoint import StateCache
-from gputune.methods.stopping import below_the_median
 from gputune.study.store import Store
 from gputune.tuning import rungs
 from gputune.tuning.choices import method_from_json, method_to_json
@@ -74,8 +73,8 @@ def test_the_median_decides_as_the_rule_on_the_full_curves(full, median):
     assert_begins_as(full, median)
     ended = dict.fromkeys(range(27), 9)
     for epoch in (2, 5, 8):
-        means = {n: full.curves[n, : min(9, ended[n])].mean(1) for n in range(27)}
-        for number in below_the_median(epoch, means, 5):
+        curves = {n: full.curves[n, : min(9, ended[n])] for n in range(27)}
+        for number in MEDIAN.trials_to_stop(epoch, curves, 9):
             ended[number] = min(ended[number], epoch)
     assert lengths(median).tolist() == list(ended.values())
     assert 2 < list(ended.values()).count(9) < 27
