@@ -19,7 +19,7 @@ from gputune.study.ledger import open_ledger
 from gputune.study.repair import repair
 from gputune.study.rows import checksum
 from gputune.study.store import Chunk, Store
-from study_rows import bits, candidates, change, content, record, result
+from study_rows import Canary, bits, candidates, change, content, record, result
 
 META = {"model": "mlp", "seed": 0}
 CLEAR = r"study\.db' (is damaged: .* restore the file from a copy, or save|is not a gputune study: |has file format )"
@@ -117,16 +117,6 @@ def test_a_journal_beside_a_study_that_names_another_file_is_refused(path):
     with pytest.raises(StudyCorruptError, match=r"study\.db-journal' beside it is not its own; remove that"):
         Store.open(path)
     assert victim.read_text() == "mine"
-
-
-class Canary:
-    """An object whose pickle, when it is read, makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("table", ["meta", "trials", "plan", "results", "claims"])

@@ -24,6 +24,7 @@ from gputune.study.model import load_model
 from gputune.study.module_source import class_from_file, class_source
 from refused import refused
 from study_models import make_model, rows
+from study_rows import Canary
 
 NET = """
 from torch import nn
@@ -46,6 +47,13 @@ def frame():
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "model"
+
+
+@pytest.fixture
+def saved(frame, folder):
+    """A folder that holds a model."""
+    make_model(frame).save(folder)
+    return folder
 
 
 @pytest.fixture
@@ -126,14 +134,13 @@ def test_tied_weights_are_saved(frame, folder):
     np.testing.assert_array_equal(load_model(folder, module=Tied).predict(frame), model.predict(frame))
 
 
-def test_a_model_is_replaced_by_the_next_one_and_leaves_two_files(frame, folder):
-    make_model(frame).save(folder)
-    killed = scratch_folder(folder, prefix=".model")
+def test_a_model_is_replaced_by_the_next_one_and_leaves_two_files(frame, saved):
+    killed = scratch_folder(saved, prefix=".model")
     (killed.__enter__() / "model.json").write_text("half of it")
-    make_model(frame, classes=None).save(folder)
-    assert load_model(folder).classes is None
+    make_model(frame, classes=None).save(saved)
+    assert load_model(saved).classes is None
     killed.__exit__(None, None, None)
-    assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"]
+    assert sorted(p.name for p in saved.iterdir()) == ["model.json", "model.safetensors"]
 
 
 def test_a_folder_with_anything_else_is_left_alone(frame, folder):
@@ -146,8 +153,7 @@ def test_a_folder_with_anything_else_is_left_alone(frame, folder):
     assert [p.read_text() for p in folder.iterdir()] == ["precious"]
 
 
-def test_a_save_that_fails_leaves_the_old_model_or_one_that_is_found(frame, folder, monkeypatch):
-    make_model(frame).save(folder)
+def test_a_save_that_fails_leaves_the_old_model_or_one_that_is_found(frame, saved, monkeypatch):
     replace_file = os.replace
 
     def full(descriptor):
@@ -159,13 +165,13 @@ def test_a_save_that_fails_leaves_the_old_model_or_one_that_is_found(frame, fold
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(os, "fsync", full)
-        make_model(frame, classes=None).save(folder)
-    assert load_model(folder).classes.tolist() == ["no", "yes"] and len(list(folder.iterdir())) == 2
+        make_model(frame, classes=None).save(saved)
+    assert load_model(saved).classes.tolist() == ["no", "yes"] and len(list(saved.iterdir())) == 2
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
-        make_model(frame, classes=None).save(folder)
+        make_model(frame, classes=None).save(saved)
     with refused(r"model\.safetensors' is damaged: it does not fit the SHA-256 in model\.json"):
-        load_model(folder)
+        load_model(saved)
 
 
 class Odd(LogisticRegression):
@@ -197,27 +203,26 @@ def test_missing_files_are_named(frame, folder):
             load_model(folder)
 
 
-def test_a_changed_or_cut_file_is_named(frame, folder):
-    make_model(frame).save(folder)
+def test_a_changed_or_cut_file_is_named(saved):
     for name in ("model.json", "model.safetensors"):
-        content = (folder / name).read_bytes()
+        content = (saved / name).read_bytes()
         for place in range(0, len(content) - 2, len(content) // 40):
             flipped = bytearray(content)
             flipped[place] ^= 1
             for spoiled in (content[:place], flipped):
-                (folder / name).write_bytes(spoiled)
+                (saved / name).write_bytes(spoiled)
                 with refused(rf"{re.escape(name)}' (is damaged: .* restore it from a copy|has model format \d+, this)"):
-                    load_model(folder)
-        (folder / name).write_bytes(content)
-    load_model(folder)
-    path = folder / "model.json"
+                    load_model(saved)
+        (saved / name).write_bytes(content)
+    load_model(saved)
+    path = saved / "model.json"
     path.write_text(path.read_text().replace('"version": 2', '"version": 3', 1))
     with refused(r"model\.json' has model format 3, this gputune reads up to 2; upgrade"):
-        load_model(folder)
+        load_model(saved)
     for other in ('{"format": "other"}', "[]", "3", "{}", '{"format": "gputune model", "version": "x"}'):
         path.write_text(other)
         with refused(r"model\.json' is damaged: "):
-            load_model(folder)
+            load_model(saved)
 
 
 def remove(key):
@@ -228,82 +233,59 @@ def put(key, value):
     return lambda body: body.__setitem__(key, value)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        *map(remove, "layout statistics classes dtype spec center target info".split()),
-        put("dtype", "float8"),
-        put("layout", {"columns": [{"name": "x"}]}),
-        put("statistics", [1]),
-        put("spec", {"kind": "resnet", "kwargs": {}}),
-        put("spec", {"kind": "module", "kwargs": {}}),
-        put("spec", {"kind": "module", "kwargs": {}, "path": 3}),
-        put("classes", {"torch": "os:system"}),
-        put("temperature", 0),
-        put("temperature", "hot"),
-    ],
-)
-def test_a_description_that_makes_no_sense_is_damage(frame, folder, change):
-    make_model(frame).save(folder)
-    edit(folder, change)
-    with refused(r"model\.json' is damaged: "):
-        load_model(folder)
+def sized(**kwargs):
+    return lambda body: body["spec"]["kwargs"].update(kwargs)
 
 
-LARGER = r"model\.json' is damaged: .* of \d+ parameters, and model.saf.* holds 82; "
+DAMAGED = r"model\.json' is damaged: "
+LARGER = rf"{DAMAGED}.* of \d+ parameters, and model.saf.* holds 82; "
+NO_LABELS = f"{DAMAGED}its classes are no list of labels but"
 
 
 @pytest.mark.parametrize(
-    ("sizes", "words"),
+    ("change", "words"),
     [
-        ({"width": 7}, r"model\.safetensors' does not fit MLP: .*size mismatch"),
-        ({"width": -1}, "MLP could not be built from the saved arguments .*width must be at least 1"),
-        ({"width": 40_000}, LARGER),  # before they take the memory
-        ({"depth": 10**7}, LARGER),
-        ({"n_features": 10**9}, LARGER),
-        ({"width": {"tuple": [9, 10**9]}}, LARGER),
+        *((remove(key), DAMAGED) for key in "layout statistics classes dtype spec center target info".split()),
+        (put("dtype", "float8"), DAMAGED),
+        (put("layout", {"columns": [{"name": "x"}]}), DAMAGED),
+        (put("statistics", [1]), DAMAGED),
+        (put("spec", {"kind": "resnet", "kwargs": {}}), DAMAGED),
+        (put("spec", {"kind": "module", "kwargs": {}}), DAMAGED),
+        (put("spec", {"kind": "module", "kwargs": {}, "path": 3}), DAMAGED),
+        (put("temperature", 0), DAMAGED),
+        (put("temperature", "hot"), DAMAGED),
+        (put("classes", {"torch": "os:system"}), DAMAGED),
+        (put("classes", ["a", "b"]), NO_LABELS),
+        (put("classes", "ab"), NO_LABELS),
+        (put("classes", {"array": {"dtype": "<i8", "shape": [1, 2], "items": [0, 1]}}), NO_LABELS),
+        (sized(width=7), r"model\.safetensors' does not fit MLP: .*size mismatch"),
+        (sized(width=-1), "MLP could not be built from the saved arguments .*width must be at least 1"),
+        (sized(width=40_000), LARGER),  # before they take the memory
+        (sized(depth=10**7), LARGER),
+        (sized(n_features=10**9), LARGER),
+        (sized(width={"tuple": [9, 10**9]}), LARGER),
     ],
 )
-def test_a_description_of_another_network_than_that_of_the_tensors_is_named(frame, folder, sizes, words):
-    make_model(frame).save(folder)
-    edit(folder, lambda body: body["spec"]["kwargs"].update(sizes))
+def test_a_description_that_makes_no_sense_is_named(saved, change, words):
+    edit(saved, change)
     with refused(words):
-        load_model(folder)
-
-
-@pytest.mark.parametrize("classes", [["a", "b"], "ab", {"array": {"dtype": "<i8", "shape": [1, 2], "items": [0, 1]}}])
-def test_classes_that_are_no_list_of_labels_are_refused(frame, folder, classes):
-    make_model(frame).save(folder)
-    edit(folder, put("classes", classes))
-    with refused(r"model\.json' is damaged: its classes are no list of labels but"):
-        load_model(folder)
-
-
-class Canary:
-    """Unpickling makes a file of the given name."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
+        load_model(saved)
 
 
 @pytest.mark.parametrize("write", [lambda o, f: pickle.dump(o, f), lambda o, f: torch.save(o, f)])
-def test_nothing_is_unpickled(frame, folder, tmp_path, write):
-    make_model(frame).save(folder)
+def test_nothing_is_unpickled(saved, tmp_path, write):
     canary = tmp_path / "unpickled"
-    with (folder / "model.safetensors").open("wb") as file:
+    with (saved / "model.safetensors").open("wb") as file:
         write(Canary(canary), file)
     with refused("does not fit the SHA-256"):
-        load_model(folder)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    edit(folder, put("tensors_sha256", digest))  # by someone who knows the format
+        load_model(saved)
+    digest = hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()
+    edit(saved, put("tensors_sha256", digest))  # by someone who knows the format
     with refused(r"model\.safetensors' is damaged: it is no safetensors file"):
-        load_model(folder)
-    (folder / "model.json").write_bytes(pickle.dumps(Canary(canary)))
+        load_model(saved)
+    (saved / "model.json").write_bytes(pickle.dumps(Canary(canary)))
     with refused(r"model\.json' is damaged"):
-        load_model(folder)
+        load_model(saved)
     assert not canary.exists()
     pickle.loads(pickle.dumps(Canary(canary))).close()
     assert canary.exists()  # it would have sung
@@ -326,10 +308,8 @@ def test_a_users_class_is_found_again_and_its_changed_file_is_trusted_anew(frame
     with pytest.warns(UserWarning, match=fits):
         load_model(folder)
     wider = NET.replace("nn.Linear(width", "nn.Linear(width, 3), act(), nn.Linear(3")
-    for text, words in (
-        (wider, "does not fit Net: .*"),
-        (NET.replace("width", "size"), "Net could not be built from the saved arguments .*"),
-    ):
+    unlike = {wider: "does not fit Net: .*", NET.replace("width", "size"): "Net could not be built from the saved .*"}
+    for text, words in unlike.items():
         net.write_text(text)
         with refused(rf"{words}; '.*net\.py' has changed since .*: restore it, or pass the class"):
             load_model(folder, trust_code=True)
@@ -406,9 +386,7 @@ def test_a_class_of_a_script_or_notebook_is_told_at_once(frame, folder, monkeypa
         (tmp_path / "train.py").write_text(NET)
         with pytest.warns(UserWarning, match=r"Net was defined in the script '.*train\.py', so that"):
             model.save(folder.with_name("of-script"))
-    with refused(
-        r"define it here too, or go on in the program that has it. Or pass the class: load_model\('.*', module="
-    ):
+    with refused(r"define it here too, or go on in the program that .* Or pass the class: load_model\('.*', module="):
         load_model(folder)
     with pytest.raises(UntrustedCodeError, match=r"script '.*train\.py', and loading it runs that script"):
         load_model(folder.with_name("of-script"))
@@ -417,8 +395,7 @@ def test_a_class_of_a_script_or_notebook_is_told_at_once(frame, folder, monkeypa
         np.testing.assert_array_equal(loaded.predict(frame), model.predict(frame))
 
 
-def test_the_module_argument_is_checked(frame, folder, net):
-    make_model(frame).save(folder)
+def test_the_module_argument_is_checked(frame, saved, folder, net):
     with refused(r"load_model\(module=...\): '.*' holds the built-in 'mlp'; leave module out"):
         load_model(folder, module=LogisticRegression)
     shutil.rmtree(folder)
