@@ -1,7 +1,9 @@
 """A tuned model as one file: what onnxruntime and torch.export make of it equals the model's own predictions."""
 
 import json
+import re
 import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -33,14 +35,13 @@ OTHERS = pd.DataFrame(
 """Rows that training never saw: columns in another order, a missing boolean, far numbers, an unknown level."""
 
 
-def outputs(path, X):
-    """Run an exported file; return its outputs as arrays, and its description."""
+def outputs(path, inputs):
+    """Run an exported file on inputs by name; return its outputs as arrays, and its description."""
     if path.suffix == ".onnx":
         session = ort.InferenceSession(path)
-        found = session.run(None, {"X": X})
-        return found, json.loads(session.get_modelmeta().custom_metadata_map["gputune.json"])
+        return session.run(None, inputs), json.loads(session.get_modelmeta().custom_metadata_map["gputune.json"])
     extra = {"gputune.json": ""}
-    found = torch.export.load(path, extra_files=extra).module()(torch.tensor(X))
+    found = torch.export.load(path, extra_files=extra).module()(*map(torch.tensor, inputs.values()))
     arrays = [f.detach().numpy() for f in (found if isinstance(found, tuple) else (found,))]
     return arrays, json.loads(extra["gputune.json"])
 
@@ -81,7 +82,7 @@ def check(model, path, X):
     for name, value in model.module.state_dict().items():
         assert value.dtype == before[name].dtype and torch.equal(value, before[name])
     for part in (X, X[:1]):
-        found, known = outputs(path, model.encoded(part))
+        found, known = outputs(path, {"X": model.encoded(part)})
         if model.classes is None:
             (values,) = found
             assert values.shape == (len(part),) and values.dtype == np.float64
@@ -155,11 +156,8 @@ def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
 
 @pytest.mark.parametrize("activation", ["gelu", pytest.param("silu", marks=pytest.mark.long)])
 def test_activations_in_double(activation, tmp_path):
-    def module(**size):
-        return MLP(**size, width=8, depth=2, activation=activation, dropout=0.2)
-
-    model = make_model(NUMBERS, module=module, dtype=torch.float64)
-    check(model, tmp_path / "model.onnx", OTHERS.drop(columns="city"))
+    module = partial(MLP, width=8, depth=2, activation=activation, dropout=0.2)
+    check(make_model(NUMBERS, module=module, dtype=torch.float64), tmp_path / "model.onnx", OTHERS.drop(columns="city"))
 
 
 @pytest.mark.parametrize("model", ["mlp", pytest.param("logistic", marks=pytest.mark.long)])
@@ -220,16 +218,21 @@ def test_the_command(tmp_path):
     code, out, err = run("export", tmp_path / "model", "--out", tmp_path / "iris.pt2")
     assert (code, err) == (0, "")
     assert "takes X, float64, a row of 4 columns for each prediction; gives label and probabilities" in out
-    (label, _), _ = outputs(tmp_path / "iris.pt2", X)
+    (label, _), _ = outputs(tmp_path / "iris.pt2", {"X": X})
     assert label.tolist() == model.predict(X).tolist()
-    code, _, err = run("export", tmp_path / "model", "--out", tmp_path / "iris.pt2")
-    assert code == 2 and "error: --out '" in err and "iris.pt2' exists already" in err
     (tmp_path / "net.py").write_text("from torch import nn\n\n\nclass Net(nn.Module):\n    pass\n")
-    typed = "--out", tmp_path / "more.pt2", "--model", f"{tmp_path / 'net.py'}:Net"
-    code, _, err = run("export", tmp_path / "model", *typed)
-    assert code == 2 and "error: --model: '" in err and "holds the built-in 'mlp'; leave --model out." in err
-    code, _, err = run("export", tmp_path / "nothing", "--out", tmp_path / "other.pt2")
-    assert code == 2 and "there is no model folder" in err
+    for folder, out, more, words in (
+        ("model", "iris.pt2", [], "error: --out '.*iris.pt2' exists already"),
+        (
+            "model",
+            "o.pt2",
+            ["--model", f"{tmp_path / 'net.py'}:Net"],
+            "--model: '.*built-in 'mlp'; leave --model",
+        ),
+        ("nothing", "o.pt2", [], "there is no model folder"),
+    ):
+        code, _, err = run("export", tmp_path / folder, "--out", tmp_path / out, *more)
+        assert code == 2 and re.search(words, err)
 
 
 class Two(nn.Module):
@@ -281,13 +284,8 @@ def test_images_and_sequences(case, suffix, tmp_path):
     model = gputune.tune(module, X, y, n_trials=1, cv=2, max_epochs=1, verbose=0, workers=1, **options).best_model()
     model.export(path)
     encoded = model.encoded(X)
-    parts = list(encoded.values()) if isinstance(encoded, dict) else encoded
-    parts = parts if isinstance(parts, list | tuple) else [parts]
+    parts = [*encoded.values()] if isinstance(encoded, dict) else encoded if isinstance(encoded, tuple) else [encoded]
+    expected = model.predict(X) if model.task == "regression" else model.predict_proba(X)
     for n in (40, 1):
-        if suffix == ".onnx":
-            found = ort.InferenceSession(path).run(None, dict(zip(names, [part[:n] for part in parts])))[-1]
-        else:
-            found = torch.export.load(path).module()(*[torch.tensor(part[:n]) for part in parts])
-            found = (found[-1] if isinstance(found, tuple) else found).detach().numpy()
-        expected = model.predict(X) if model.task == "regression" else model.predict_proba(X)
+        (*_, found), _ = outputs(path, dict(zip(names, [part[:n] for part in parts])))
         np.testing.assert_allclose(found, expected[:n], rtol=1e-5, atol=1e-5)
