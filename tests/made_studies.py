@@ -63,20 +63,18 @@ def study_of(params, scores=None, *, epochs=1, **meta):
 
 def made_study(n, *, epochs=30, folds=5, seed=0, halved=False, waiting=0, file=None, **meta):
     """Return a study of ``n`` trials, the last ``waiting`` of them not trained; ``halved``: with rungs at 3 and 9."""
-    rng = np.random.default_rng(seed)
+    rng, trials = np.random.default_rng(seed), []
     configs = [_config(rng) for _ in range(n)]
-    curves = np.empty((n, epochs, folds))
-    for c, config in enumerate(configs):
-        curves[c] = _curve(config, epochs, folds, rng)
-    trials = []
-    for c, config in enumerate(configs):
-        curve = curves[c]
+    curves = np.array([_curve(config, epochs, folds, rng) for config in configs]).reshape(n, epochs, folds)
+    for c, (config, curve) in enumerate(zip(configs, curves)):
         if c >= n - waiting:
             curve[:] = np.nan
             trials.append(Trial(c, config, math.nan, (), 0, "waiting", math.nan, "random"))
             continue
         if config["lr"] > 0.07:
-            trials.append(_diverged(c, config, curve, rng))
+            at = int(rng.integers(0, epochs))
+            curve[at:] = np.nan
+            trials.append(Trial(c, config, math.nan, tuple(curve[at].tolist()), at, "failed", 0.2, "random"))
             continue
         rung = next((r for r, low in ((3, 0.55), (9, 0.8)) if halved and curve[r - 1].mean() < low), None)
         state, detail = ("pruned", {"rung": rung}) if rung else ("complete", {})
@@ -108,13 +106,6 @@ def _curve(config, epochs, folds, rng):
     rise = 1 - np.exp(-speed * np.arange(1, epochs + 1))
     mean = 0.3 + (top - 0.3) * rise
     return mean[:, None] + rng.normal(0, 0.012, folds) + rng.normal(0, 0.004, (epochs, folds))
-
-
-def _diverged(number, config, curve, rng):
-    at = int(rng.integers(0, len(curve)))
-    curve[at:] = np.nan
-    folds = tuple(curve[at].tolist())
-    return Trial(number, config, math.nan, folds, at, "failed", 0.2, "random")
 
 
 def made_batches(n, *, batch=8, sampler="TPESampler", halving=None, **options):

@@ -223,12 +223,7 @@ def test_the_command(tmp_path):
     (tmp_path / "net.py").write_text("from torch import nn\n\n\nclass Net(nn.Module):\n    pass\n")
     for folder, out, more, words in (
         ("model", "iris.pt2", [], "error: --out '.*iris.pt2' exists already"),
-        (
-            "model",
-            "o.pt2",
-            ["--model", f"{tmp_path / 'net.py'}:Net"],
-            "--model: '.*built-in 'mlp'; leave --model",
-        ),
+        ("model", "o.pt2", ["--model", f"{tmp_path / 'net.py'}:Net"], "--model: '.*built-in 'mlp'; leave --model"),
         ("nothing", "o.pt2", [], "there is no model folder"),
     ):
         code, _, err = run("export", tmp_path / folder, "--out", tmp_path / out, *more)

@@ -23,7 +23,7 @@ from gputune.tuning.session import Session
 from moments import at_call, at_finish
 from refused import refused
 from study_processes import done, finish, start, table
-from study_rows import candidates, change, record, result
+from study_rows import candidates, change, record
 
 CHUNKS = [Chunk(0, 0, (0, 1), 1), Chunk(1, 0, (2,), 1)]
 
@@ -94,16 +94,6 @@ def test_what_a_killed_process_had_is_trained_by_another(tmp_path, alone):
     assert left_over(tmp_path) == []
 
 
-def test_a_claim_is_one_processs_until_it_is_closed(path, mine, other):
-    assert mine.take(CHUNKS[0]) and mine.take(CHUNKS[0])
-    assert not other.take(CHUNKS[0]) and other.take(CHUNKS[1])
-    assert other.holder(CHUNKS[0]).pid == os.getpid() and mine.holder(CHUNKS[0]) is None
-    mine.close()
-    assert other.holder(CHUNKS[0]) is None and other.take(CHUNKS[0])
-    other.close()
-    assert left_over(path.parent) == []
-
-
 def test_a_process_says_how_far_it_is_for_as_long_as_it_lives(path, mine, other):
     said = {"done": 3, "of": 9, "unit": "trial-epochs", "best": 0.5, "left": None}
     mine.show(said)  # it has no lock file yet
@@ -144,14 +134,6 @@ def test_a_study_and_a_link_to_it_share_their_claims(path, mine):
         assert not other.take(CHUNKS[0]) and not mine.take(CHUNKS[1])
     mine.close()
     assert left_over(path.parent) == ["link.db"]
-
-
-def test_a_finished_chunk_cannot_be_claimed_but_a_stopped_one(path, mine):
-    with Store.open(path) as store:
-        store.finish([result(0), result(1, state="stopped")])
-        assert mine.take(CHUNKS[0])
-        store.finish([result(1)])
-        assert not mine.take(CHUNKS[0])
 
 
 def test_one_process_at_a_time_adds_to_the_plan(mine, other):
@@ -234,11 +216,10 @@ def test_who_trains_what_is_waited_for_is_said(path, mine, other):
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # torch's threads, all asleep
-def test_a_forked_child_does_not_keep_what_its_dead_parent_had(path):
+def test_a_forked_child_does_not_keep_what_its_dead_parent_had(path, mine):
     """The lock of the parent is gone with it, although the child inherited the open file."""
     ready, done = os.pipe(), os.pipe()
-
-    def parent():
+    if (child := os.fork()) == 0:
         claims = Claims(path)
         claims.take(CHUNKS[0])
         if os.fork() == 0:
@@ -246,15 +227,10 @@ def test_a_forked_child_does_not_keep_what_its_dead_parent_had(path):
             os._exit(0)
         os.write(ready[1], b"x")
         os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        parent()
     os.read(ready[0], 1)
     os.waitpid(child, 0)
     try:
-        with Claims(path) as mine:
-            assert mine.take(CHUNKS[0])
+        assert mine.take(CHUNKS[0])
     finally:
         os.write(done[1], b"x")
 
