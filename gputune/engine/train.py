@@ -20,7 +20,7 @@ from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Fits
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import warn
-from gputune.modules.blame import explain
+from gputune.modules.inspection import explain
 from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
