@@ -39,6 +39,7 @@ _MODULES = {
 """Where the function of each command is, which returns what goes to standard output."""
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+_BAD_INPUT = InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,12 +119,9 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
     except UntrustedCodeError as error:
         _say(f"error: {error.code} If you trust it, add --trust-code.")
         return BAD_INPUT
-    except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (InputError, SearchFailedError, ClusterError, DivergedError, OSError) as error:
         _say(f"error: {words(_in_words(error), foreign=_causes(error))}")
-        return BAD_INPUT
-    except (SearchFailedError, ClusterError, DivergedError, OSError) as error:
-        _say(f"error: {words(_in_words(error), foreign=_causes(error))}")
-        return FAILED
+        return BAD_INPUT if isinstance(error, _BAD_INPUT) else FAILED
     except Exception:  # a bug: whoever reports it needs the traceback
         with suppress(OSError, ValueError):
             traceback.print_exc()

@@ -38,32 +38,25 @@ def predict(arguments: Namespace) -> str:
         model = replace(model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]})
     header, rows = _predictions(model, arguments)
     if kept:
-        header = [*_kept_names(arguments.keep, header), *header]
+        predicted = [*map(str, header)]
+        for name in reversed(arguments.keep):
+            given = name
+            while given in predicted or (given != name and given in arguments.keep):
+                given += "_given"
+            header.insert(0, given)
         rows = [[*before, *row] for before, row in zip(zip(*kept), rows, strict=True)]
-    formulas = {cell for row in [header, *rows] for cell in row if isinstance(cell, str) and is_formula(cell)}
+    table = [header, *rows]
+    formulas = {cell for row in table for cell in row if is_formula(cell)}
     if formulas and not arguments.raw:
-        warn(
-            f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before it; --raw leaves it out."
-        )
-        rows = [[f"'{cell}" if cell in formulas else cell for cell in row] for row in rows]
-        header = [f"'{cell}" if cell in formulas else cell for cell in header]
+        first = min(map(str, formulas))
+        warn(f"a spreadsheet takes {first!r} for a formula, so that there is a ' before it; --raw leaves it out.")
+        table = [[f"'{cell}" if cell in formulas else cell for cell in row] for row in table]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    csv.writer(text, lineterminator="\n").writerows(table)
     if arguments.out is None:
         return text.getvalue().rstrip("\n")
     _write(text.getvalue(), arguments.out, source=file)
     return ""
-
-
-def _kept_names(kept: list[str], predicted: list[object]) -> list[str]:
-    """Return the names of kept columns, none of which is that of a predicted one."""
-    taken, names = {*map(str, predicted), *kept}, []
-    for name in kept:
-        given = name
-        while given in map(str, predicted) or (given != name and given in taken):
-            given += "_given"
-        names.append(given)
-    return names
 
 
 def _load_model(arguments: Namespace) -> TunedModel:
@@ -79,7 +72,7 @@ def _load_model(arguments: Namespace) -> TunedModel:
 
 def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object], list[list[object]]]:
     """Return the names of the columns that are predicted, and their rows."""
-    file = arguments.file
+    file, target = arguments.file, model.target
     if arguments.proba and arguments.interval is not None:
         raise InputError("--interval and --proba exclude each other: leave one out.")
     if arguments.proba and model.classes is None and model.task != "multilabel":
@@ -87,17 +80,15 @@ def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object],
             f"--proba needs a model of classes, and {arguments.folder!r} is a regression; leave --proba out."
         )
     if arguments.interval is not None:
-        half = model._half_width(arguments.interval)
-        outputs = model._outputs(file)
+        half, outputs = model._half_width(arguments.interval), model._outputs(file)
         columns = [part.tolist() for part in (model._predict(outputs), *model._ends(outputs, half))]
-        return [f"{model.target}{end}" for end in ("", "_lower", "_upper")], [list(row) for row in zip(*columns)]
+        return [target, f"{target}_lower", f"{target}_upper"], [list(row) for row in zip(*columns)]
     values = (model.predict_proba(file) if arguments.proba else model.predict(file)).tolist()
     rows = [value if isinstance(value, list) else [value] for value in values]
     if arguments.proba and model.classes is not None:
         return model.classes.tolist(), rows
-    if len(rows[0]) > 1 or arguments.proba:
-        return [f"{model.target}_{column}" for column in range(len(rows[0]))], rows
-    return [model.target], rows
+    several = len(rows[0]) > 1 or arguments.proba
+    return [f"{target}_{column}" for column in range(len(rows[0]))] if several else [target], rows
 
 
 def evaluate(arguments: Namespace) -> str:
@@ -117,26 +108,23 @@ def evaluate(arguments: Namespace) -> str:
 
 def _rows_with_target(model: TunedModel, file: str) -> Source:
     """Return the rows of a file with their target. Raises InputError for a target that cannot be scored."""
-    source = _rows_and_target(model, file)
+    if isinstance(model.layout, Layout):
+        texts = [column.name for column in model.layout.columns if column.kind == "category"]
+        # "007" and "7" are two labels, and one number.
+        labels = [model.target] if model.classes is not None and model.classes.dtype.kind == "U" else []
+        table = read_table(file, [*texts, *labels])
+        if model.target not in table.names:
+            raise InputError(
+                f"{file!r} has no column {model.target!r}, with which the model is to be compared; gputune predict "
+                "needs none."
+            )
+        source = read_source(table, model.target)
+    else:
+        source = read_source(file, model.target, module=True)
     refuse_missing(np.asarray(source.y), model.target, "fill it, or leave those rows out", partial(line_of, file))
     if model.classes is None:
         check_target(source.y, task=model.task, n_rows=len(source.X), name=model.target)
     return source
-
-
-def _rows_and_target(model: TunedModel, file: str) -> Source:
-    if not isinstance(model.layout, Layout):
-        return read_source(file, model.target, module=True)
-    texts = [column.name for column in model.layout.columns if column.kind == "category"]
-    # "007" and "7" are two labels, and one number.
-    labels = [model.target] if model.classes is not None and model.classes.dtype.kind == "U" else []
-    table = read_table(file, [*texts, *labels])
-    if model.target not in table.names:
-        raise InputError(
-            f"{file!r} has no column {model.target!r}, with which the model is to be compared; gputune predict needs "
-            "none."
-        )
-    return read_source(table, model.target)
 
 
 def _write(text: str, out: str, *, source: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gputune.cli.arguments import study_file
-from gputune.report.facts import FAILED, seconds_text, states_text, why_failed
+from gputune.report.facts import FAILED, params_text, seconds_text, states_text, why_failed
 from gputune.study.claims import Claims
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial, best_trial
@@ -65,15 +65,15 @@ def trials_table(study: Study, *, width: int) -> str:
     rows = trial_rows(study.trials, measure, _LISTINGS, width=width, others=other_measures(study))
     folds = f", {mean_words(study, errors='±' in rows)}" * (study.record.face != "loop")
     title = f"{count(len(study.trials), 'trial')} by {measure.title}{folds}"
-    failures = [
-        paragraph(f"trial {trial.number}: {why_failed(study, trial)}", width, first="  ", then=" " * 4)
-        for trial in study.trials
-        if trial.state == "failed"
-    ]
-    if failures:
-        more = [f"  and {len(failures) - FAILED} more, of which --format json tells"] * (len(failures) > FAILED)
-        failures = ["\n\nFailed:", *failures[:FAILED], *more]
-    return f"{paragraph(title, width)}\n\n{rows}" + "\n".join(failures)
+    text = f"{paragraph(title, width)}\n\n{rows}"
+    if failed := [trial for trial in study.trials if trial.state == "failed"]:
+        why = [
+            paragraph(f"trial {trial.number}: {why_failed(study, trial)}", width, first="  ", then=" " * 4)
+            for trial in failed[:FAILED]
+        ]
+        more = [f"  and {len(failed) - FAILED} more, of which --format json tells"] * (len(failed) > FAILED)
+        text += "\n".join(["\n\nFailed:", *why, *more])
+    return text
 
 
 def trials_json(study: Study) -> str:
@@ -81,10 +81,10 @@ def trials_json(study: Study) -> str:
 
     A failed trial has a "reason" too.
     """
-    rows = [_plain(trial) for trial in study.trials]
-    for row, trial in zip(rows, study.trials):
-        if trial.state == "failed":
-            row["reason"] = why_failed(study, trial)
+    rows = [
+        _plain(trial) | ({"reason": why_failed(study, trial)} if trial.state == "failed" else {})
+        for trial in study.trials
+    ]
     return json.dumps(rows, indent=1, default=_name, allow_nan=False)
 
 
@@ -93,17 +93,18 @@ def trials_csv(study: Study) -> str:
 
     Text that a spreadsheet takes for a formula has a ' before it.
     """
+
+    def cell(value: object) -> object:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        text = value if isinstance(value, bool | int | float) else clean(_name(value))
+        return f"'{text}" if is_formula(text) else text
+
     file, columns = io.StringIO(), study.columns()
-    rows = zip(*columns.values())
-    csv.writer(file, lineterminator="\n").writerows([map(clean, columns), *(map(_cell, row) for row in rows)])
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(map(clean, columns))
+    writer.writerows(map(cell, row) for row in zip(*columns.values()))
     return file.getvalue().rstrip("\n")
-
-
-def _cell(value: object) -> object:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    text = value if isinstance(value, bool | int | float) else clean(_name(value))
-    return f"'{text}" if is_formula(text) else text
 
 
 def best_text(study: Study) -> str:
@@ -162,25 +163,16 @@ def trial_rows(
         header = [score if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]
         header[2:2] = [one.name for one in others.values()]
         rows = [_cells(trial, measure, layout, others) for trial in trials]
-        lines = table(
-            [*header, *map(clean, names)],
-            [row + cells for row, cells in zip(rows, values)],
-            left=["state"],
-            indent=indent,
-        )
+        whole = [row + cells for row, cells in zip(rows, values)]
+        lines = table([*header, *map(clean, names)], whole, left=["state"], indent=indent)
         if max(map(len, lines.split("\n"))) <= width:
             return lines
-    return _with_wrapped_parameters(table(header, rows, left=["state"], indent=indent), trials, width)
-
-
-def _with_wrapped_parameters(narrow: str, trials: Sequence[Trial], width: int) -> str:
-    header, *lines = narrow.split("\n")
-    start = max(map(len, (header, *lines)))
-    shown = [f"{header:{start}}{GAP}parameters"]
-    for line, trial in zip(lines, trials):
-        parameters = " ".join(f"{clean(key)}={short(value)}" for key, value in trial.params.items())
+    titles, *narrow = table(header, rows, left=["state"], indent=indent).split("\n")
+    start = max(map(len, (titles, *narrow)))
+    shown = [f"{titles:{start}}{GAP}parameters"]
+    for line, trial in zip(narrow, trials):
         begin = f"{line:{start}}{GAP}"
-        shown.append(paragraph(parameters, width, first=begin, then=" " * len(begin)).rstrip())
+        shown.append(paragraph(params_text(trial, " "), width, first=begin, then=" " * len(begin)).rstrip())
     return "\n".join(shown)
 
 
@@ -212,22 +204,20 @@ def pareto_text(study: Study, *, width: int, most: int) -> str:
 
 
 def _plain(trial: Trial) -> dict[str, object]:
-    """A trial as values that JSON has."""
+    """A trial as values that JSON has: null for NaN, and text for infinity, which is a value that C may have."""
+
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
     row = {field: getattr(trial, field) for field in FIELDS}
-    row["params"] = {key: _parameter(value) for key, value in trial.params.items()}
-    row["fold_scores"] = [_number(score) for score in trial.fold_scores]
+    row["params"] = {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in trial.params.items()
+    }
+    row["fold_scores"] = [number(score) for score in trial.fold_scores]
     if trial.metrics:
-        row["metrics"] = {name: [_number(score) for score in folds] for name, folds in trial.metrics.items()}
-    return row | {"score": _number(trial.score), "seconds": _number(trial.seconds), "origin": trial.origin_text}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _parameter(value: object) -> object:
-    """JSON has no infinity, which is a value that C may have."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        row["metrics"] = {name: [number(score) for score in folds] for name, folds in trial.metrics.items()}
+    return row | {"score": number(trial.score), "seconds": number(trial.seconds), "origin": trial.origin_text}
 
 
 def _name(value: object) -> str:
@@ -260,17 +250,23 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
     trials: Counter[str] = Counter()
     for state, _, number in states:
         trials[state] += number
-    of = count(trials.total(), "trial")
     left = trials["waiting"] + trials["stopped"]
-    done = f"{trials.total() - left} of {of} finished"
-    lines = [
+    done = f"{trials.total() - left} of {count(trials.total(), 'trial')} finished"
+    facts = [
         ("Study", clean(file)),
         ("Trials", f"{done}{f': {states_text(states)}' if states else ''}"),
         ("Best", _best(study, trains_on=trials["waiting"] > 0)),
         *(("Running", line) for line in _running_lines(file, study)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
     ]
-    return "\n".join(f"{name:9}{text}" for name, text in lines) + _best_curves(study, most), not left
+    lines, measure = [f"{name:9}{text}" for name, text in facts], study_measure(study)
+    best = [row for row in study.order[:most] if math.isfinite(study.scores[row])]
+    if best and study.curves.shape[1] > 1:  # on the scale of all of them
+        lines.append("")
+        for row in best:
+            curve, trial = blocks(study.curves[row].mean(1), width=40), study.trials[row]
+            lines.append(f"{f'trial {trial.number}':12}{curve} {measure.text(trial.score)}")
+    return "\n".join(lines), not left
 
 
 def _running_lines(file: Path, study: Study) -> Iterator[str]:
@@ -284,19 +280,6 @@ def _running_lines(file: Path, study: Study) -> Iterator[str]:
             done = f"{progress['done']} of {progress['of']} {clean(progress['unit'])}"
             who = f"process {owner.pid}" if owner.is_near else clean(owner)
             yield f"{who}: {done}{seen}{left}"
-
-
-def _best_curves(study: Study, most: int) -> str:
-    """Return the curves of the best trials as block characters, a line each, on the scale of all of them."""
-    best = [trial for trial in study.ranking()[:most] if math.isfinite(trial.score)]
-    if not best or study.curves.shape[1] < 2:
-        return ""
-    row, measure = {trial.number: row for row, trial in enumerate(study.trials)}, study_measure(study)
-    lines = [
-        f"{f'trial {t.number}':12}{blocks(study.curves[row[t.number]].mean(1), width=40)} {measure.text(t.score)}"
-        for t in best
-    ]
-    return "\n\n" + "\n".join(lines)
 
 
 def last_written(file: Path) -> float:
@@ -313,10 +296,9 @@ def _best(study: Study, *, trains_on: bool) -> str:
     if best is None:
         return "none yet"
     measure = study.record.measure(best.score)
-    params = ", ".join(f"{clean(name)}={short(value)}" for name, value in best.params.items())
     # The trials that have passed a rung have no result before they end, and all that have one are worse.
     left = " (pruned; those that train on are not told yet)" if trains_on and best.state == "pruned" else ""
-    return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params}{left}"
+    return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params_text(best)}{left}"
 
 
 def repair(arguments: Namespace) -> str:

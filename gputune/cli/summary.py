@@ -15,10 +15,10 @@ from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
 from gputune.methods.distributions import edge_remarks
-from gputune.report.facts import seconds_text, states_of, states_text
+from gputune.report.facts import params_text, seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
-from gputune.text import blocks, clean, count, paragraph, short
+from gputune.text import blocks, clean, count, paragraph
 from gputune.views.scores import other_measures
 
 BEST = 5
@@ -71,13 +71,19 @@ def ensemble_words(
 def summary_text(ending: Ending, *, width: int) -> str:
     """Return the lines that end ``gputune tune`` and ``train``."""
     trials = _best_trials(ending, width) if ending.trial is None else _one_trial(ending.study, ending.trial, width)
-    parts = [_understood(ending, width), trials, _scores(ending, width)]
-    return "\n\n".join([*parts, _whereabouts(ending, width)])
+    if ending.model_folder is None:
+        places = [_line("Next", f"gputune.Study.open({clean(ending.study_file)!r}).best_model()")]
+    else:
+        places = _model_and_next(ending.model_folder)
+    if any(trial.state == "waiting" for trial in ending.study.trials):
+        places.append(_ENDING.sub("", _go_on(ending)))
+    places = [*_trial_counts(ending, width), *places]
+    return "\n\n".join([_understood(ending, width), trials, _scores(ending, width), "\n".join(places)])
 
 
 def stopped_text(ending: Ending, *, width: int) -> str:
     """Return what is there when Ctrl-C has ended ``gputune``: the table, and how to go on."""
-    parts, places = [_understood(ending, width)], [*_trial_counts(ending, width)]
+    parts, places = [_understood(ending, width)], _trial_counts(ending, width)
     if any(math.isfinite(trial.score) for trial in ending.study.trials):
         parts.append(_best_trials(ending, width))
     if ending.model_folder is not None:
@@ -87,7 +93,29 @@ def stopped_text(ending: Ending, *, width: int) -> str:
 
 
 def _go_on(ending: Ending) -> str:
-    return f"{'Go on':{_LABEL}}{clean(shlex.join(['gputune', *ending.typed]))}"
+    return _line("Go on", shlex.join(["gputune", *ending.typed]))
+
+
+def _line(name: str, text: object) -> str:
+    """Return a line that is not filled, so that a path stays in one piece."""
+    return f"{name:{_LABEL}}{clean(text)}"
+
+
+def _model_and_next(folder: Path) -> list[str]:
+    return [_line("Model", folder), _line("Next", f"gputune predict {shlex.quote(clean(folder))} FILE")]
+
+
+def _trial_counts(ending: Ending, width: int) -> list[str]:
+    """How many trials there are of each state, and their file."""
+    states = states_text(states_of(ending.study))
+    ended = [("Ended", ending.ended)] if ending.ended else []
+    trials = _label_lines([*ended, ("Trials", f"{states}; {seconds_text(ending.seconds)} in all")], width)
+    return [trials, _line("Study", ending.study_file)]
+
+
+def _label_lines(lines: list[tuple[str, str]], width: int) -> str:
+    then = " " * _LABEL
+    return "\n".join(paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines)
 
 
 _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
@@ -104,8 +132,9 @@ def _understood(ending: Ending, width: int) -> str:
         ("Task", _task(ending.study)),
         ("Search", _search(ending.study)),
         *_method(ending.study),
+        *(("Note", note) for note in record.notes),
     ]
-    return _label_lines([*lines, *(("Note", note) for note in record.notes)], width)
+    return _label_lines(lines, width)
 
 
 def _inputs(ending: Ending) -> tuple[str, str]:
@@ -121,12 +150,12 @@ def _inputs(ending: Ending) -> tuple[str, str]:
 
 
 def _task(study: Study) -> str:
-    classes, target = study.record.classes, clean(study.record.target)
-    if study.record.task in ("multilabel", "custom"):
-        kind = "several labels" if study.record.task == "multilabel" else "a target as it is"
-        of_rows = study.record.task == "multilabel" and study.record.scoring == "accuracy"
-        rule = "; accuracy is the share of rows of which all labels are right" if of_rows else ""
-        return f"{kind}: predict {target!r}{rule}"
+    record, classes, target = study.record, study.record.classes, clean(study.record.target)
+    if record.task == "multilabel":
+        rule = "; accuracy is the share of rows of which all labels are right" * (record.scoring == "accuracy")
+        return f"several labels: predict {target!r}{rule}"
+    if record.task == "custom":
+        return f"a target as it is: predict {target!r}"
     if classes is None:
         return f"regression: predict the number {target!r}"
     shown = ", ".join(clean(name) for name in classes[:10])
@@ -151,18 +180,12 @@ def _method(study: Study) -> list[tuple[str, str]]:
         return []
     if method["name"] == "hypergradient":
         return [("Descent", _descent(study, method["outer_steps"]))]
-    if method["name"] == "optuna":
-        halving = [("Halving", _pruning_text(study))] if method["halving"] else []
-        return [("Sampler", _proposal_text(study, method["sampler"])), *halving]
-    return [(method["name"].capitalize(), _pruning_text(study))]
-
-
-def _proposal_text(study: Study, sampler: str) -> str:
-    """How many trials Optuna's sampler proposed, in how many batches."""
+    if method["name"] != "optuna":
+        return [(method["name"].capitalize(), _pruning_text(study))]
     origins = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
-    number = len(set(origins))
-    batches = f"{number} batch{'' if number == 1 else 'es'}"
-    return f"Optuna's {clean(sampler)} proposed {count(len(origins), 'trial')} in {batches}"
+    batches = f"{(number := len(set(origins)))} batch{'' if number == 1 else 'es'}"
+    proposed = f"Optuna's {clean(method['sampler'])} proposed {count(len(origins), 'trial')} in {batches}"
+    return [("Sampler", proposed), *([("Halving", _pruning_text(study))] if method["halving"] else [])]
 
 
 def _pruning_text(study: Study) -> str:
@@ -192,86 +215,73 @@ def _descent(study: Study, outer_steps: int) -> str:
 
 
 def _best_trials(ending: Ending, width: int) -> str:
-    study = ending.study
-    scored = _first_looks([trial for trial in study.ranking() if math.isfinite(trial.score)])
-    finished = [trial for trial in scored if trial.state != "pruned"]
-    shown = (finished or scored)[:BEST]  # a score that a pruned trial had early is no match for them
+    study, measure, record = ending.study, study_measure(ending.study), ending.study.record
+    # Second looks are left out: a start whose slope is noise is measured again where it stands.
+    looks: dict[str, Trial] = {}
+    for trial in study.ranking():
+        if math.isfinite(trial.score):
+            place = trial.origin[0] if isinstance(trial.origin, tuple) else trial.number
+            looks.setdefault(repr((place, sorted(trial.params.items()))), trial)
+    finished = [trial for trial in looks.values() if trial.state != "pruned"]
+    # A score that a pruned trial had early is no match for those of the others.
+    shown = (finished or list(looks.values()))[:BEST]
     begun = sum(trial.state != "waiting" for trial in study.trials)
     best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
     best += "" if finished else ", pruned as all with a score are,"
-    title = f"{best} by {study_measure(study).title}, {mean_words(study, errors=study.record.folds > 1)}:"
-    layout = ("trial", SCORE_AND_ERROR, "epoch") if study.record.max_epochs > 1 else ("trial", SCORE_AND_ERROR)
-    others = other_measures(study)
-    rows = trial_rows(shown, study_measure(study), [layout], width=width, indent="  ", others=others)
+    title = f"{best} by {measure.title}, {mean_words(study, errors=record.folds > 1)}:"
+    layout = ("trial", SCORE_AND_ERROR, *["epoch"] * (record.max_epochs > 1))
+    rows = trial_rows(shown, measure, [layout], width=width, indent="  ", others=other_measures(study))
     pareto = pareto_text(study, width=width, most=BEST)
     return "\n\n".join(part for part in (paragraph(title, width), rows, pareto) if part)
 
 
 def _one_trial(study: Study, trial: Trial, width: int) -> str:
     """Return the parameters of a trial, its score in every fold, and its curve."""
-    measure, record = study_measure(study), study.record
-    params = ", ".join(f"{clean(key)}={short(value)}" for key, value in trial.params.items())
+    measure, record, others = study_measure(study), study.record, other_measures(study)
     score = f"{measure.title} {measure.with_error(trial.score, trial.std_error)}"
     lines = [
-        (f"Trial {trial.number}", params),
+        (f"Trial {trial.number}", params_text(trial)),
         ("Score", f"{score}, {mean_words(study, errors=math.isfinite(trial.std_error))}"),
-        ("Folds", ", ".join(map(measure.text, trial.fold_scores))),
     ]
-    if others := other_measures(study):
+    if others:
         scores = [f"{one.title} {one.text(trial.scores[name])}" for name, one in others.items()]
-        lines.insert(2, ("Others", ", ".join(scores)))
-    curve = study.curves[study.trials.index(trial)].mean(1)
+        lines.append(("Others", ", ".join(scores)))
+    lines.append(("Folds", ", ".join(map(measure.text, trial.fold_scores))))
     if record.max_epochs > 1:
+        curve = study.curves[study.trials.index(trial)].mean(1)
         best = f"best {measure.text(trial.score)} after epoch {trial.best_epoch} of {record.max_epochs}"
         first, last = (measure.text(float(curve[epoch])) for epoch in (0, -1))
         lines.append(("Curve", f"{blocks(curve, width=40)} first {first}, last {last}, {best}"))
     return _label_lines(lines, width)
 
 
-def _first_looks(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials without second looks: a start whose slope is noise is measured again where it stands."""
-    seen: dict[str, Trial] = {}
-    for trial in trials:
-        place = trial.origin[0] if isinstance(trial.origin, tuple) else trial.number
-        seen.setdefault(repr((place, sorted(trial.params.items()))), trial)
-    return list(seen.values())
-
-
 def _scores(ending: Ending, width: int) -> str:
-    measure, score = study_measure(ending.study), ending.held_out
-    bounds = score.bounds(measure) if score is not None else ""
+    study, measure, score = ending.study, study_measure(ending.study), ending.held_out
     if score is None:
         text = "All rows were used, so no honest score is left; gputune tune --test-size keeps rows apart for one."
     elif score.why:
         text = f"There is no held-out {measure.name}: {clean(score.why)}."
     else:
+        bounds = f" (95 % of bootstrap samples: {score.bounds(measure)})" * (score.interval is not None)
         text = (
             f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score on "
-            f"{count(score.rows, 'row')} that nothing was fitted on"
-            f"{f' (95 % of bootstrap samples: {bounds})' * bool(bounds)}."
+            f"{count(score.rows, 'row')} that nothing was fitted on{bounds}."
         )
+    sentences = [text]
     if score is not None and score.unseen:
         verb = "counts" if score.unseen == 1 else "count"
-        text += f" {count(score.unseen, 'row')} of a class that no row of the search has {verb} as wrong."
-    about_best = (_unfinished_text(ending.study), *edge_remarks(ending.study)) if ending.trial is None else ()
-    sentences = (text, _optimistic(ending), _without_model(ending.study), *map(clean, about_best))
+        sentences.append(f"{count(score.unseen, 'row')} of a class that no row of the search has {verb} as wrong.")
+    sentences.append(_optimistic(ending))
+    if (baseline := study.record.baseline) is not None:
+        without = measure.text(baseline["score"])
+        sentences.append(f"On the same folds {clean(baseline['answer'])} scores {without} without a model.")
+    if ending.trial is None:
+        epochs = study.record.max_epochs
+        if not study.record.descends and study.best_trial.best_epoch == epochs > 1:
+            sentences.append(f"It was best after the last of {epochs} epochs: more of them may be better.")
+        sentences += map(clean, edge_remarks(study))
     words = " ".join(sentence for sentence in sentences if sentence)
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
-
-
-def _without_model(study: Study) -> str:
-    baseline = study.record.baseline
-    if baseline is None:
-        return ""
-    score = study_measure(study).text(baseline["score"])
-    return f"On the same folds {clean(baseline['answer'])} scores {score} without a model."
-
-
-def _unfinished_text(study: Study) -> str:
-    epochs = study.record.max_epochs
-    if not study.record.descends and study.best_trial.best_epoch == epochs > 1:
-        return f"It was best after the last of {epochs} epochs: more of them may be better."
-    return ""
 
 
 def _optimistic(ending: Ending) -> str:
@@ -286,33 +296,3 @@ def _optimistic(ending: Ending) -> str:
         return f"{best} it is the best of {scored} trials on the folds that chose it."
     chosen = study.record.max_epochs > 1
     return f"{best} its epoch was chosen on the folds that scored it." if chosen else ""
-
-
-def _whereabouts(ending: Ending, width: int) -> str:
-    if ending.model_folder is None:
-        study = clean(ending.study_file)
-        places = [f"{'Next':{_LABEL}}gputune.Study.open({study!r}).best_model()"]
-    else:
-        places = _model_and_next(ending.model_folder)
-    if any(trial.state == "waiting" for trial in ending.study.trials):
-        places.append(_ENDING.sub("", _go_on(ending)))
-    return "\n".join([*_trial_counts(ending, width), *places])
-
-
-def _model_and_next(folder: Path) -> list[str]:
-    model = clean(folder)
-    return [f"{'Model':{_LABEL}}{model}", f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE"]
-
-
-def _trial_counts(ending: Ending, width: int) -> list[str]:
-    """How many trials there are of each state, and their file."""
-    states = states_text(states_of(ending.study))
-    trials = _label_lines([("Trials", f"{states}; {seconds_text(ending.seconds)} in all")], width)
-    # Not filled: a path must stay in one piece.
-    ended = [_label_lines([("Ended", ending.ended)], width)] if ending.ended else []
-    return [*ended, trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
-
-
-def _label_lines(lines: list[tuple[str, str]], width: int) -> str:
-    then = " " * _LABEL
-    return "\n".join(paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines)

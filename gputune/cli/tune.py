@@ -47,9 +47,10 @@ def tune(arguments: argparse.Namespace) -> str:
     Raises SearchInterrupted with a line that says what is kept and the table so far, and what ``gputune.tune`` raises.
     """
     begin, profile = time.perf_counter(), Profile()
+    usual = "gputune-train" if arguments.command == "train" else "gputune-out"
     if arguments.study == "":
-        raise InputError(f"--out '' is no folder; name one, or leave it out for {_folder_of(arguments)}.")
-    out = Path(arguments.study or _folder_of(arguments))
+        raise InputError(f"--out '' is no folder; name one, or leave it out for {usual}.")
+    out = Path(arguments.study or usual)
     _check_out(out)
     options = options_of(arguments, out / STUDY)
     choice = choose_model(arguments.model or "mlp", arguments.optimizer)
@@ -80,10 +81,6 @@ def tune(arguments: argparse.Namespace) -> str:
 
 train = tune
 """The command that trains one configuration, which is an included trial of a search that draws none."""
-
-
-def _folder_of(arguments: argparse.Namespace) -> str:
-    return "gputune-train" if arguments.command == "train" else "gputune-out"
 
 
 def resume(arguments: argparse.Namespace) -> str:

@@ -154,6 +154,11 @@ def states_text(states: States) -> str:
     return ", ".join(f"{number} {words}" for words, number in counts.items() if number) or "none"
 
 
+def params_text(trial: Trial, between: str = ", ", equals: str = "=") -> str:
+    """Return the hyperparameters of a trial in one line."""
+    return between.join(f"{clean(name)}{equals}{short(value)}" for name, value in trial.params.items())
+
+
 def why_failed(study: Study, trial: Trial) -> str:
     """Return why a failed trial has no score."""
     why = trial.detail.get("error", trial.detail.get("reason"))
@@ -179,11 +184,11 @@ def endings(study: Study) -> Json:
     failed = [trial for trial in trials if trial.state == "failed"]
     pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
     trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
-    params = [", ".join(f"{clean(name)} = {short(value)}" for name, value in t.params.items()) for t in failed[:FAILED]]
+
     return {
         "states": [(s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]],
         "rungs": [(epoch, number, (trained > epoch).sum()) for epoch, number in sorted(pruned.items())],
-        "failures": [(t.number, why_failed(study, t), text) for t, text in zip(failed, params)],
+        "failures": [(t.number, why_failed(study, t), params_text(t, equals=" = ")) for t in failed[:FAILED]],
         "failed": len(failed),
         "spent": study.spent,
     }
