@@ -273,15 +273,14 @@ def search(
     """Search hyperparameters of a training loop of your own, a trial at a time on each core or GPU; return the Study.
 
     objective    ``objective(params, report)`` trains one configuration, a dict, and returns its score.
-                 ``report(value)`` after each epoch keeps the learning curve, and ends the training, by an exception,
-                 where the search prunes it or its time is over; ``report.number`` is the trial's. What else it raises
-                 makes the trial "failed", with ``trial.detail["error"]``, and the search goes on
+                 ``report(value)`` after each epoch keeps the learning curve, and raises where the search prunes the
+                 trial or its time is over; ``report.number`` is the trial's. Another error makes the trial "failed",
+                 with ``trial.detail["error"]``, and the search goes on
     space        as in ``tune``, with any keys and values
     direction    whether the objective is to be large ("maximize") or small. As in scikit-learn greater scores of a
                  study are better: those of "minimize" have the other sign
     n_trials     configurations that are drawn, or asked of Optuna's sampler; ``include`` (dicts with all keys of the
                  space) comes on top, and first
-    warm_start   as in ``tune``
     method       "random"; "halving", "median", ``gputune.Halving(...)``, ``gputune.Median(...)``: a trial is pruned
                  at a report, compared with those that have come as far (none waits for others, so with several workers
                  the order in which they come decides); ``gputune.OptunaSampler(...)``, by its batch
@@ -294,13 +293,10 @@ def search(
     workers      processes that train, a trial each; "auto": one for each GPU, else for each core; 1: this process. Each
                  has a GPU of its own as "cuda" (by CUDA_VISIBLE_DEVICES) and its part of the cores for torch
     random_state seed of the draws. ``random``, ``numpy.random`` and ``torch`` begin each trial at this seed
-    callbacks, verbose  as in ``tune``
-
-    Raises as ``tune`` does.
+    ``warm_start``, ``callbacks``, ``verbose`` and what is raised are as in ``tune``.
     """
-    arguments = locals()
-    given = {name: arguments[name] for name in RULES.keys() & arguments.keys()}
-    options = Options(**{**given, "max_epochs": 1 if max_epochs is None else max_epochs})
+    arguments = locals() | {"max_epochs": 1 if max_epochs is None else max_epochs}
+    options = Options(**{name: arguments[name] for name in RULES.keys() & arguments.keys()})
     if options.target_score is not None and direction == "minimize":
         options = replace(options, target_score=-options.target_score)
     run = partial(search_loop, objective, options, direction=direction, max_epochs=max_epochs, study_type=Study)

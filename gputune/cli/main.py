@@ -28,6 +28,7 @@ from gputune.errors import (
     UntrustedCodeError,
 )
 from gputune.garbage import without_collector
+from gputune.text import clean
 from gputune.tuning.interrupt import end_command, end_process, take_signals
 
 _MODULES = {
@@ -130,8 +131,6 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
 
 def _write(text: str) -> int:
     """Print the outcome. Whoever stops reading, as ``head`` does, ends the command quietly."""
-    from gputune.text import clean
-
     if sys.stdout.isatty():
         text = clean(text, keep="\n")
     try:
@@ -145,8 +144,6 @@ def _write(text: str) -> int:
 
 
 def _say(text: str) -> None:
-    from gputune.text import clean
-
     with suppress(OSError, ValueError):  # whether it can be said or not, the exit code tells
         print(f"gputune: {clean(text)}", file=sys.stderr)
 

@@ -3,6 +3,7 @@
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -13,10 +14,13 @@ from gputune.cli.study import open_study
 from gputune.engine.backend import choose_device
 from gputune.errors import CheckFailedError
 from gputune.report.facts import is_its_model
+from gputune.report.page import check_place, write_page
 from gputune.study.curves import FoldReport
+from gputune.study.model_files import DESCRIPTION, file_errors, read_description
 from gputune.study.record import has_form
 from gputune.study.study import Study
 from gputune.text import count
+from gputune.tuning.validation import check_fold_report, fold_report
 from gputune.types import Json
 
 _LIVE_SECONDS = 5
@@ -25,42 +29,36 @@ _LIVE_SECONDS = 5
 
 def report(arguments: Namespace) -> str:
     """Write the page to ``--out``, which may be overwritten, and return where it is."""
-    from gputune.report.page import check_place, write_page
-
     file, out = study_file(arguments.study), arguments.out
     check_place(f"--out {out!r}", Path(out), file)
     study = open_study(arguments)
-    if arguments.live and (arguments.confusion or arguments.importance):  # before a page is written
-        from gputune.tuning.validation import check_fold_report
+    parts = {"confusion": bool(arguments.confusion), "importance": bool(arguments.importance)}
+    if arguments.live and any(parts.values()):  # before a page is written
+        check_fold_report(study, confusion=parts["confusion"])
 
-        check_fold_report(study, confusion=bool(arguments.confusion))
-    folds = None if arguments.live else _folds(study, arguments)
+    def folds() -> FoldReport | None:
+        return fold_report(study, **parts, trust_code=bool(arguments.trust_code)) if any(parts.values()) else None
+
+    def write(**more: Any) -> None:
+        write_page(study, out, model=_model(study, model_folder(file)), **more)
+
+    if not arguments.live:
+        write(folds=folds())
+        return f"Report   {out}"
     try:
-        while arguments.live and any(trial.state in ("waiting", "stopped") for trial in study.trials):
-            write_page(study, out, model=_model(study, model_folder(file)), reload_seconds=_LIVE_SECONDS)
+        while any(trial.state in ("waiting", "stopped") for trial in study.trials):
+            write(reload_seconds=_LIVE_SECONDS)
             time.sleep(_LIVE_SECONDS)
             study = open_study(arguments)
     finally:  # the last one stays as it is
-        write_page(study, out, model=_model(study, model_folder(file)), folds=folds)
-    if arguments.live and (folds := _folds(study, arguments)) is not None:
-        write_page(study, out, model=_model(study, model_folder(file)), folds=folds)
+        write()
+    if any(parts.values()):
+        write(folds=folds())
     return f"Report   {out}"
-
-
-def _folds(study: Study, arguments: Namespace) -> FoldReport | None:
-    """Return what the best trial does on the rows that its folds validate on, where that is asked for."""
-    if not (arguments.confusion or arguments.importance):
-        return None
-    from gputune.tuning.validation import fold_report
-
-    what = {"confusion": bool(arguments.confusion), "importance": bool(arguments.importance)}
-    return fold_report(study, **what, trust_code=bool(arguments.trust_code))
 
 
 def _model(study: Study, folder: Path) -> Json | None:
     """Return the info of the model beside a study where it is that of its best trial, or None."""
-    from gputune.study.model_files import DESCRIPTION, file_errors, read_description
-
     if not (folder / DESCRIPTION).is_file():
         return None
     with file_errors(folder / DESCRIPTION):

@@ -89,43 +89,31 @@ def snippet(study: Study) -> str:
         return script.text(f"torch.manual_seed({record.seed})", f"score = {call}")
     if record.lost:
         return ""
+    script.use("import gputune")
+    ranked = f".ranked_by({script.literal(study.metrics[0])})" if epochs_by(study) else ""
     # Values that only a descent trains with.
     is_scheduled = any(isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items())
-    if best.state == "stopped" or (record.descends and is_scheduled):
-        return _from_file(script, study)
-    return _tune(script, study, best)
-
-
-def _from_file(script: _Script, study: Study) -> str:
-    """Return code that reads the study and refits it: the way of what one call of ``tune`` cannot say."""
-    script.use("import gputune")
-    by, rows = _ranking_call(script, study), "X, y" if study.record.source is None else ""
-    if rows:
-        script.argument(rows, "the rows of the search")
+    if best.state != "stopped" and not (record.descends and is_scheduled):
+        return _tune(script, study, best, ranked)
+    # One call of ``tune`` cannot say it: the study is read, and its trial trains again.
+    rows = script.argument("X, y", "the rows of the search") if record.source is None else ""
     if study.file is None:
         script.argument("study", "what gputune.tune returned; it was kept in no file")
-        return script.text(f"model = study{by}.best_model()")
+        return script.text(f"model = study{ranked}.best_model()")
     path = script.literal(str(study.file.resolve()))
-    return script.text(f"study = gputune.Study.open({path}){by}", f"model = study.best_model({rows})")
+    return script.text(f"study = gputune.Study.open({path}){ranked}", f"model = study.best_model({rows})")
 
 
-def _ranking_call(script: _Script, study: Study) -> str:
-    """Return the call that ranks a study by another metric than that of its epochs; "" where it is the same."""
-    return f".ranked_by({script.literal(study.metrics[0])})" if epochs_by(study) else ""
-
-
-def _tune(script: _Script, study: Study, best: Trial) -> str:
-    script.use("import gputune")
-    record = study.record
-    before, rows = _rows(script, record)
-    arguments = [_model(script, record.spec), *rows]
+def _tune(script: _Script, study: Study, best: Trial, ranked: str) -> str:
+    before, rows = _rows(script, study.record)
+    arguments = [_model(script, study.record.spec), *rows]
     arguments += [f"{name}={value}" for name, value in _options(script, study, best).items()]
-    scoring = _comment(record.scoring)
+    scoring = _comment(study.record.scoring)
     return script.text(
         *before,
         "study = gputune.tune(",
         *(f"    {argument}," for argument in arguments),
-        f"){_ranking_call(script, study)}",
+        f"){ranked}",
         f"print(study.best_score)  # {best.score!r}, the {scoring} of this page, but for rounding",
         "model = study.best_model()",
     )
@@ -178,20 +166,20 @@ def _rows(script: _Script, record: SearchRecord) -> tuple[list[str], list[str]]:
 
 
 def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
-    record, scoring = study.record, _scorings(script, study)
+    record, (scoring, positive) = study.record, _scorings(script, study)
     options = {
         # A space of one point gives these very parameters; an included trial would be filled up with defaults.
         "space": script.lines({name: [value] for name, value in best.params.items()}, indent=4),
         "n_trials": "1",
         "include_default": "False",
         "cv": _folds(script, record),
-        "scoring": scoring[0],
+        "scoring": scoring,
         "max_levels": script.literal(record.max_levels),
         "class_weight": _class_weight(script, record.class_weight),
         "target_transform": _transform(script, record.target_transform),
         "sample_weight": "None" if record.sample_weight is None else script.argument("sample_weight"),
         **{part.argument: script.literal(getattr(record, name)) for name, part in PARTS.items() if part.argument},
-        "positive": script.literal(scoring[1]),
+        "positive": script.literal(positive),
         **({"epoch": "'last'"} if record.descends else {}),
         "device": script.literal(record.device),
         "verbose": "0",
@@ -218,20 +206,20 @@ def _folds(script: _Script, record: SearchRecord) -> str:
 
 def _scorings(script: _Script, study: Study) -> tuple[str, object]:
     """Return the metric that ranks, behind the one that chose the epochs where that is another, and their class."""
+
+    def code(name: str) -> str:
+        if ":" not in name:
+            return script.literal(name)
+        return _import_name(script, name) or script.argument("scoring")
+
     record, by = study.record, epochs_by(study)
     if not by:
-        return _scoring(script, record.scoring), record.ranked_class
+        return code(record.scoring), record.ranked_class
     ranks, *others = record.metrics
     two = [next(one for one in others if one["name"] == by), ranks]
-    scorers = (f"{script.literal(one['name'])}: {_scoring(script, one['scorer'])}" for one in two)
+    scorers = (f"{script.literal(one['name'])}: {code(one['scorer'])}" for one in two)
     positives = (one["positive"] for one in two if one["positive"] is not None)
     return f"{{{', '.join(scorers)}}}", next(positives, None)
-
-
-def _scoring(script: _Script, name: str) -> str:
-    if ":" not in name:
-        return script.literal(name)
-    return _import_name(script, name) or script.argument("scoring")
 
 
 def _transform(script: _Script, recorded: str | Json | None) -> str:
