@@ -35,6 +35,7 @@ class Net(torch.nn.Linear):
         super().__init__(n_features, n_outputs)
 """
 SMALL = ["--trials", "3", "--epochs", "2", "--workers", "1"]
+FOLDER, STUDY = Path("gputune-out"), Path("gputune-out/study.db")
 
 
 @pytest.fixture
@@ -42,6 +43,20 @@ def bugs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sites = [f"s{i % 7}" for i in range(40)]
     return write_table(tmp_path / "bugs.csv", site=sites, kind=kinds())
+
+
+def tuned(*options, **more):
+    """Search by the command; return what it said."""
+    code, out, err = run("tune", Path("bugs.csv").absolute(), "--target", "kind", *SMALL, *options, **more)
+    assert code == 0, err
+    return out + err
+
+
+def searched(*data, **options):
+    """Search from Python into my.db."""
+    common = {"n_trials": 1, "cv": 2, "max_epochs": 2, "study": "my.db", "verbose": 0, "workers": 1}
+    model = options.pop("model", "mlp")
+    return gputune.tune(model, *(data or ("bugs.csv", "kind")), **{**common, **options})
 
 
 def lose_results(path, keep):
@@ -68,28 +83,20 @@ def without_time(text):
 )
 def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
     (bugs.parent / "net.py").write_text(NET)
-    code, whole, err = run("tune", bugs, "--target", "kind", *SMALL, *options)
-    assert (code, err) == (0, "")
-    path = bugs.parent / "gputune-out" / "study.db"
-    expected = table(path)
-    shutil.rmtree(bugs.parent / "gputune-out" / "model")
-    lose_results(path, 1)
-    code, out, err = run("resume", "gputune-out")
+    whole, expected = tuned(*options), table(STUDY)
+    shutil.rmtree(FOLDER / "model")
+    lose_results(STUDY, 1)
+    code, out, err = run("resume", FOLDER)
     assert (code, err) == (0, "")
     assert without_time(out) == without_time(whole)
-    assert table(path) == expected
-    assert gputune.load_model("gputune-out/model").target == "kind"
-
-
-def test_checkpoints_stay_as_far_apart_as_they_were(bugs):
-    assert run("tune", bugs, "--target", "kind", *SMALL, "--checkpoint-seconds", "7")[0] == 0
-    path = bugs.parent / "gputune-out" / "study.db"
-    assert recorded_search(path, gputune.Study.open(path).record, {}).options.checkpoint_seconds == 7
+    assert table(STUDY) == expected
+    assert gputune.load_model(FOLDER / "model").target == "kind"
 
 
 def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
-    assert run("tune", bugs, "--target", "kind", *SMALL, "--backend", "compiled")[0] == 0
-    lose_results(bugs.parent / "gputune-out" / "study.db", 1)
+    tuned("--backend", "compiled", "--checkpoint-seconds", "7")
+    assert recorded_search(STUDY, gputune.Study.open(STUDY).record, {}).options.checkpoint_seconds == 7
+    lose_results(STUDY, 1)
     seen, search = [], tune.search
 
     def spy(recorded, *arguments, **more):
@@ -97,10 +104,8 @@ def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
         return search(recorded, *arguments, **more)
 
     monkeypatch.setattr(tune, "search", spy)
-    changed = ["--backend", "eager", "--checkpoint-seconds", "3", "--memory", "1MB", "--workers", "1"]
-    code, out, err = run(
-        "resume", "gputune-out", *changed, "--timeout", "600", "--device", "cpu", "--profile", loud=True
-    )
+    changed = "--backend eager --checkpoint-seconds 3 --memory 1MB --workers 1 --timeout 600 --device cpu --profile"
+    code, out, err = run("resume", FOLDER, *changed.split(), loud=True)
     assert code == 0 and ", eager" in err and "Where the time went:" in out
     (options,) = seen
     assert (options.backend, options.checkpoint_seconds, options.memory) == ("eager", 3, "1MB")
@@ -123,10 +128,7 @@ def test_a_killed_command_is_resumed_in_a_new_process(tmp_path, monkeypatch):
 
 
 def test_more_trials_and_a_study_from_python(bugs):
-    space = {"lr": stats.loguniform(1e-4, 0.1)}
-    study = gputune.tune(
-        "mlp", "bugs.csv", "kind", space=space, n_trials=2, cv=2, max_epochs=2, study="my.db", verbose=0
-    )
+    study = searched(space={"lr": stats.loguniform(1e-4, 0.1)}, n_trials=2)
     code, out, err = run("resume", "my.db", "--trials", "4")
     assert (code, err) == (0, "") and "gputune.Study.open('my.db').best_model()" in out and "Model " not in out
     more = gputune.Study.open("my.db")
@@ -142,10 +144,9 @@ def refused(*words):
 
 
 def test_what_has_changed_is_said(bugs):
-    (bugs.parent / "net.py").write_text(NET)
-    whole = bugs.read_text()
-    common = {"n_trials": 1, "cv": 2, "max_epochs": 2, "study": "my.db", "verbose": 0}
-    gputune.tune("net.py:Net", "bugs.csv", "kind", space={"lr": [0.1, 0.2]}, **common)
+    net, whole = bugs.with_name("net.py"), bugs.read_text()
+    net.write_text(NET)
+    searched(model="net.py:Net", space={"lr": [0.1, 0.2]})
     bugs.write_text(whole + "1.0,2.0,red,s1,ant\n")
     refused("the rows of", "bugs.csv", "have changed", "(40 rows then, 41 now)", "restore the file")
     bugs.write_text(whole.replace("red", "pink"))
@@ -153,15 +154,15 @@ def test_what_has_changed_is_said(bugs):
     bugs.unlink()
     refused("bugs.csv' is gone; put it back")
     bugs.write_text(whole)
-    (bugs.parent / "net.py").write_text(NET + "\n")
+    net.write_text(NET + "\n")
     refused("net.py' has changed", "restore it")
-    (bugs.parent / "net.py").unlink()
+    net.unlink()
     refused("net.py' does not exist")
 
 
 def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, another_user):
     (bugs.parent / "net.py").write_text(NET)
-    assert run("tune", bugs, "--target", "kind", *SMALL, "--model", "net.py:Net")[0] == 0
+    tuned("--model", "net.py:Net")
     commands = [
         ["predict", "gputune-out/model", "bugs.csv"],
         ["export", "gputune-out/model", "--out", "model.pt2"],
@@ -196,7 +197,7 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
 def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
     """It would answer in pickles."""
     another_user()
-    gputune.tune("mlp", "bugs.csv", "kind", n_trials=1, cv=2, max_epochs=1, study="my.db", verbose=0)
+    searched()
     record = gputune.Study.open("my.db").record
     for address in ("local", "auto", "ray://10.0.0.1:10001"):
         record.arguments.kept["workers"] = {"address": address, "cpus": 1}
@@ -238,37 +239,35 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
 
 
 def test_another_target_is_named_and_not_what_follows_from_it(bugs):
-    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
-    _, _, err = run("tune", "bugs.csv", "--target", "site", *FAST)
-    assert "differs from this command in: --target ('kind' there, 'site' here)" in err
-    assert "folds" not in err and "held-out" not in err and "data" not in err
-    _, _, err = run("tune", "bugs.csv", "--target", "kind", *FAST, "--test-size", "0.3")
-    assert "differs from this command in: --test-size (0.2 there, 0.3 here). Give this" in err
-    _, _, err = run("tune", "bugs.csv", "--target", "kind", *FAST, "--seed", "1")
-    assert "differs from this command in: --seed (0 there, 1 here). Give this" in err
+    tuned("--cv", "2")
+    for options, difference in {
+        "--target site": "--target ('kind' there, 'site' here)",
+        "--test-size 0.3": "--test-size (0.2 there, 0.3 here). Give this",
+        "--seed 1": "--seed (0 there, 1 here). Give this",
+    }.items():
+        _, _, err = run("tune", "bugs.csv", "--target", "kind", *FAST, *options.split())
+        assert f"differs from this command in: {difference}" in err
+        assert not any(word in err for word in ("folds", "held-out", "data"))
 
 
 def test_what_is_known_already_is_said(bugs):
-    common = ["tune", "bugs.csv", "--target", "kind", *FAST]
-    assert "going on" not in run(*common, loud=True)[2]
-    _, _, err = run(*common, loud=True)
-    assert "going on: 3 of 3 trials are finished\n" in err
-    _, _, err = run("resume", "gputune-out", "--trials", "1", loud=True)
+    assert "going on" not in tuned(loud=True)
+    assert "going on: 3 of 3 trials are finished\n" in tuned(loud=True)
+    _, _, err = run("resume", FOLDER, "--trials", "1", loud=True)
     assert "note: The study holds 3 configurations, more than --trials 1: all stay in it.\n" in err
-    _, _, err = run("resume", "gputune-out", "--trials", "4", loud=True)
+    _, _, err = run("resume", FOLDER, "--trials", "4", loud=True)
     assert "going on: 3 of 4 trials are finished\n" in err
 
 
 def test_a_study_under_another_name_keeps_a_model_of_its_own(bugs):
-    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
-    folder = bugs.parent / "gputune-out"
-    before = (folder / "model" / "model.json").read_bytes()
-    gputune.Study.open(folder / "study.db").backup(folder / "copy.db")
-    code, out, _ = run("resume", str(folder / "copy.db"), "--trials", "4")
+    tuned()
+    before = (FOLDER / "model" / "model.json").read_bytes()
+    gputune.Study.open(STUDY).backup(FOLDER / "copy.db")
+    code, out, _ = run("resume", FOLDER / "copy.db", "--trials", "4")
     assert code == 0 and "copy.model" in out
-    assert (folder / "model" / "model.json").read_bytes() == before
-    assert gputune.load_model(folder / "copy.model").target == "kind"
-    assert run("report", str(folder / "copy.db"))[0] == 0
+    assert (FOLDER / "model" / "model.json").read_bytes() == before
+    assert gputune.load_model(FOLDER / "copy.model").target == "kind"
+    assert run("report", FOLDER / "copy.db")[0] == 0
 
 
 class Odd:
@@ -278,25 +277,26 @@ class Odd:
         return 0.01
 
 
-def test_what_the_file_does_not_hold_is_named(bugs, monkeypatch):
-    common = {"n_trials": 1, "cv": 2, "max_epochs": 2, "verbose": 0}
-    X, y = np.arange(80.0).reshape(40, 2), np.array(kinds())
-    cases = [
-        ((X, y), {}, "X and y, which were in memory"),
-        (("bugs.csv", "kind"), {"sample_weight": np.ones(40)}, "sample_weight"),
-        (("bugs.csv", "kind"), {"scoring": make_scorer(accuracy_score)}, "scoring, a function"),
-        (("bugs.csv", "kind"), {"space": {"lr": Odd()}}, "space, with an object of your own"),
-        (("bugs.csv", "kind"), {"groups": np.arange(40) % 5, "cv": GroupKFold(2)}, "groups, which were in memory"),
-        (
-            ("bugs.csv", "kind"),
-            {"method": gputune.OptunaSampler(RandomSampler(seed=0))},
-            "method, with a sampler of Optuna's",
-        ),
-    ]
-    for data, options, words in cases:
-        gputune.tune("mlp", *data, study="my.db", **{**common, **options})
-        refused(f"does not hold: {words}. Repeat the call of gputune.tune(..., study='my.db')")
-        (bugs.parent / "my.db").unlink()
+X = np.arange(80.0).reshape(40, 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "words"),
+    [
+        ((X, kinds()), {}, "X and y, which were in memory"),
+        ((), {"sample_weight": np.ones(40)}, "sample_weight"),
+        ((), {"scoring": make_scorer(accuracy_score)}, "scoring, a function"),
+        ((), {"space": {"lr": Odd()}}, "space, with an object of your own"),
+        ((), {"groups": np.arange(40) % 5, "cv": GroupKFold(2)}, "groups, which were in memory"),
+        ((), {"method": gputune.OptunaSampler(RandomSampler(seed=0))}, "method, with a sampler of Optuna's"),
+    ],
+)
+def test_what_the_file_does_not_hold_is_named(bugs, data, options, words):
+    searched(*data, **options)
+    refused(f"does not hold: {words}. Repeat the call of gputune.tune(..., study='my.db')")
+
+
+def test_a_study_that_no_search_goes_on_from(bugs):
     refused("there is no study file")
     Store.create("my.db", {"face": "sklearn", "method": "RandomizedSearchCV"}).close()
     refused("is of RandomizedSearchCV", "a search of that face is not resumed")
@@ -304,13 +304,12 @@ def test_what_the_file_does_not_hold_is_named(bugs, monkeypatch):
     Store.create("my.db", {"model": "mlp"}).close()
     refused("has lost options of its search and cannot go on; search again, into another folder. `gputune trials`")
     with pytest.raises(gputune.InputError, match=r"has lost options .*\(model, target, .*Its trials can be read"):
-        gputune.tune("mlp", "bugs.csv", "kind", **common, study="my.db")
+        searched()
 
 
 def test_any_splitter_and_class_weights_go_on(bugs):
-    common = {"n_trials": 3, "max_epochs": 2, "memory": 1024, "study": "my.db", "verbose": 0, "workers": 1}
     options = {"groups": "site", "cv": GroupKFold(3), "class_weight": {"ant": 2.0, "bee": 0.5}}
-    gputune.tune("mlp", "bugs.csv", "kind", **common, **options)
+    searched(n_trials=3, memory=1024, **options)
     expected = table("my.db")
     lose_results("my.db", 1)
     assert run("resume", "my.db")[0] == 0
@@ -328,8 +327,7 @@ class Count(gputune.callbacks.Callback):
 
 def test_a_search_goes_on_without_its_callbacks_and_says_so(bugs):
     count = Count()
-    common = {"n_trials": 3, "cv": 2, "max_epochs": 2, "memory": 1024, "workers": 1, "verbose": 0}
-    gputune.tune("mlp", "bugs.csv", "kind", study="my.db", callbacks=[count], **common)
+    searched(n_trials=3, memory=1024, callbacks=[count])
     expected = table("my.db")
     lose_results("my.db", 1)
     code, _, err = run("resume", "my.db", loud=True)

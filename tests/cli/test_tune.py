@@ -1,9 +1,9 @@
 """Every command from its words to its output, in this process."""
 
+import contextlib
 import csv
 import io
 import json
-import math
 import re
 import shlex
 import sqlite3
@@ -12,6 +12,7 @@ from html import unescape
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from sklearn.metrics import f1_score
@@ -40,6 +41,25 @@ class Net(nn.Module):
 """
 
 
+PRICES = [i * 1.5 + 0.25 for i in range(40)]
+
+
+def searched(folder, *options, target="kind", warnings="", **columns):
+    """Search on a table of 40 rows; return its file, the folder of study and model, and what was said."""
+    table = write_table(folder / "t.csv", **columns or {"kind": kinds()})
+    code, out, err = run("tune", table, "--target", target, "--out", folder / "o", *FAST, *options)
+    assert (code, err) == (0, warnings)
+    return table, folder / "o", out
+
+
+def study_in(folder):
+    return gputune.Study.open(folder / "study.db")
+
+
+def read_csv(text):
+    return list(csv.reader(io.StringIO(text)))
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A search on a table with two classes: the folder of its input, and what it printed."""
@@ -50,41 +70,99 @@ def tuned(tmp_path_factory):
     return folder, out
 
 
-def read_csv(text):
-    return list(csv.reader(io.StringIO(text)))
-
-
-def test_a_space_by_its_name(tmp_path):
-    file, study = write_table(tmp_path / "t.csv", y=kinds()), tmp_path / "out"
-    words = ["--model", "realmlp", "--space", "realmlp", "--trials", "1", "--epochs", "1", "--cv", "2"]
-    assert run("tune", file, "--target", "y", "--out", study, *words)[0] == 0
-    assert gputune.Study.open(study / "study.db").best_params["module__embedding"] == "pbld"
-
-
-def test_tune_says_what_it_understood(tuned):
+def test_tune_says_what_it_understood_the_best_trials_where_all_lies_and_what_comes_next(tuned):
     folder, out = tuned
-    lines = out.split("\n")
+    study, lines = study_in(folder / "out"), out.split("\n")
     assert " ".join(out.split()).startswith(f"Data {folder / 'bugs.csv'}: 48 rows to search on and 12 held out")
     assert "Columns  2 numbers, 2 categories, made into 4 features" in lines
     assert "Task     2 classes of 'kind': ant, bee" in lines
     assert "Search   mlp trained with adamw; 3 trials x 2 folds x 2 epochs" in lines
     assert "Note     Column 'id': left out, text with all 48 values distinct." in lines
+    begin = out.index("The best 3 of 3 trials by accuracy, mean ± standard error over 2 folds:")
+    header, *rows = out[begin:].split("\n")[2:6]
+    assert header.split() == ["trial", "accuracy", "epoch", *study.best_params]
+    for row, trial in zip(rows, study.ranking(), strict=True):
+        score, error = f"{trial.score:.4f}", f"{trial.std_error:.4f}"
+        assert row.split()[:5] == [str(trial.number), score, "±", error, str(trial.best_epoch)]
+    *_, trials, file, model, following, _ = lines
+    assert trials.startswith("Trials   3 complete; ") and trials.endswith(" s in all")
+    assert file == f"Study    {folder / 'out' / 'study.db'}"
+    assert model == f"Model    {folder / 'out' / 'model'}"
+    assert following == f"Next     gputune predict {folder / 'out' / 'model'} FILE"
+
+
+def test_tune_ends_with_the_saved_models_own_honest_score(tuned):
+    folder, out = tuned
+    model, study = gputune.load_model(folder / "out" / "model"), study_in(folder / "out")
+    searched = {tuple(row) for row in zip(*read_again(study.meta["source"]).X.columns)}
+    table = pl.read_csv(folder / "bugs.csv")
+    held = table.filter([row not in searched for row in table.drop("kind").iter_rows()])
+    assert len(held) == 12 == model.info["held_out_rows"]
+    score = np.mean(model.predict(held.drop("kind")) == held["kind"].to_numpy())
+    assert model.info["held_out_score"] == pytest.approx(score)
+    said = " ".join(out.split())
+    assert f"Held-out accuracy: {score:.4f}, the saved model's own score on 12 rows" in said
+    assert "that nothing was fitted on (95 % of bootstrap samples: " in said
+    assert f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the best of 3" in said
+
+
+def test_trials_and_best_show_a_study_by_its_file_or_its_folder(tuned):
+    folder, _ = tuned
+    study = study_in(folder / "out")
+    code, out, err = run("trials", folder / "out")
+    assert (code, err) == (0, "") and len(out.split("\n")) == 2 + 1 + 3 + 1
+    assert out == run("trials", folder / "out" / "study.db")[1]
+    found = json.loads(run("trials", folder / "out", "--format", "json")[1])
+    assert [row["score"] for row in found] == [trial.score for trial in study.trials]
+    header, *rows = read_csv(run("trials", folder / "out", "--format", "csv")[1])
+    assert header == list(study.to_pandas())
+    assert [float(row[header.index("score")]) for row in rows] == [trial.score for trial in study.trials]
+    code, out, err = run("best", folder / "out")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"trial {study.best_trial.number}: accuracy {study.best_score:.4f} ± ")
+    found = json.loads(run("best", folder / "out", "--format", "json")[1])
+    assert (found["params"], found["score"]) == (study.best_params, study.best_score)
+
+
+def test_predict_writes_one_column_named_as_the_target_or_one_for_each_class(tuned):
+    folder, _ = tuned
+    model, table = gputune.load_model(folder / "out" / "model"), folder / "bugs.csv"
+    code, out, err = run("predict", folder / "out" / "model", table)
+    assert (code, err) == (0, "")
+    assert read_csv(out) == [["kind"], *([label] for label in model.predict(table))]
+    assert run("predict", folder / "out" / "model", table, "--out", folder / "guess.csv")[:2] == (0, "")
+    assert (folder / "guess.csv").read_text() == out
+    header, *rows = read_csv(run("predict", folder / "out" / "model", table, "--proba")[1])
+    assert header == ["ant", "bee"]
+    np.testing.assert_array_equal(np.array(rows, dtype=float), model.predict_proba(table))
+
+
+def test_predict_ignores_further_columns_and_says_so_once(tuned, tmp_path):
+    folder, _ = tuned
+    n = 9000  # more than one batch
+    table = write_table(tmp_path / "new.csv", n, id=["x"] * n, more=[1] * n)
+    code, out, err = run("predict", folder / "out" / "model", table)
+    assert code == 0 and len(read_csv(out)) == n + 1
+    assert err == f"gputune: warning: {str(table)!r} has columns that the model does not read: 'more'.\n"
+
+
+def test_a_space_by_its_name(tmp_path):
+    _, out, _ = searched(tmp_path, "--model", "realmlp", "--space", "realmlp", "--trials", "1", "--epochs", "1")
+    assert study_in(out).best_params["module__embedding"] == "pbld"
 
 
 def test_where_the_result_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch):
-    def refused(out):
+    def refused(out, words):
         code, _, err = run("tune", tmp_path / "none.csv", "--target", "kind", "--out", out, *FAST)
-        assert code == 2
-        return err
+        assert code == 2 and words in err
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").touch()
-    assert "--out '' is no folder; name one, or leave it out for gputune-out." in refused("")
-    assert "--out 'text': 'text' is a file; give a folder." in refused("text")
-    assert f"--out 'text/o': '{tmp_path / 'text'}' is a file; give a folder." in refused("text/o")
+    refused("", "--out '' is no folder; name one, or leave it out for gputune-out.")
+    refused("text", "--out 'text': 'text' is a file; give a folder.")
+    refused("text/o", f"--out 'text/o': '{tmp_path / 'text'}' is a file; give a folder.")
     monkeypatch.setattr("gputune.cli.tune.os.access", lambda place, mode: False)
-    words = f"--out 'o' cannot be written: check the rights of '{tmp_path}', or give another folder."
-    assert words in refused("o")
+    refused("o", f"--out 'o' cannot be written: check the rights of '{tmp_path}', or give another folder.")
     assert sorted(place.name for place in tmp_path.iterdir()) == ["text"]
 
 
@@ -96,114 +174,32 @@ def test_a_note_is_said_once(tmp_path, capsys):
     assert "note: Column 'id': left out, text with all 40 values distinct" in capsys.readouterr().err
 
 
-def test_tune_shows_the_best_trials(tuned):
-    folder, out = tuned
-    study = gputune.Study.open(folder / "out" / "study.db")
-    begin = out.index("The best 3 of 3 trials by accuracy, mean ± standard error over 2 folds:")
-    header, *rows = out[begin:].split("\n")[2:6]
-    assert header.split() == ["trial", "accuracy", "epoch", *study.best_params]
-    for row, trial in zip(rows, study.ranking(), strict=True):
-        assert row.split()[:5] == [
-            str(trial.number), f"{trial.score:.4f}", "±", f"{trial.std_error:.4f}", str(trial.best_epoch)
-        ]  # fmt: skip
-
-
-def test_tune_ends_with_the_saved_models_own_honest_score(tuned):
-    folder, out = tuned
-    model = gputune.load_model(folder / "out" / "model")
-    study = gputune.Study.open(folder / "out" / "study.db")
-    table = list(csv.DictReader(io.StringIO((folder / "bugs.csv").read_text())))
-    searched = {tuple(row) for row in zip(*read_again(study.meta["source"]).X.columns)}
-    held = [row for row in table if (float(row["a"]), float(row["b"]), row["c"], row["id"]) not in searched]
-    assert len(held) == 12
-    columns = {name: [row[name] for row in held] for name in ("a", "b", "c", "id")}
-    X = gputune_frame(columns)
-    score = np.mean(model.predict(X) == [row["kind"] for row in held])
-    assert model.info["held_out_score"] == pytest.approx(score)
-    assert model.info["held_out_rows"] == 12
-    said = " ".join(out.split())
-    assert f"Held-out accuracy: {score:.4f}, the saved model's own score on 12 rows" in said
-    assert "that nothing was fitted on (95 % of bootstrap samples: " in said
-    assert f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the best of 3" in said
-
-
-def gputune_frame(columns):
-    import polars as pl
-
-    return pl.DataFrame({**columns, "a": map(float, columns["a"]), "b": map(float, columns["b"])})
-
-
-def test_tune_says_where_all_lies_and_what_comes_next(tuned):
-    folder, out = tuned
-    *_, trials, study, model, following, _ = out.split("\n")
-    assert trials.startswith("Trials   3 complete; ") and trials.endswith(" s in all")
-    assert study == f"Study    {folder / 'out' / 'study.db'}"
-    assert model == f"Model    {folder / 'out' / 'model'}"
-    assert following == f"Next     gputune predict {folder / 'out' / 'model'} FILE"
-
-
-def test_the_default_folder_is_in_the_working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_table(tmp_path / "bugs.csv", kind=kinds())
-    code, out, _ = run("tune", "bugs.csv", "--target", "kind", *FAST)
-    assert code == 0
-    assert "Next     gputune predict gputune-out/model FILE" in out
-    assert sorted(p.name for p in (tmp_path / "gputune-out").iterdir()) == ["model", "study.db"]
-
-
-def test_a_bundled_set_needs_no_target(tmp_path):
-    code, out, err = run("tune", "sklearn:iris", "--out", tmp_path, *FAST)
-    assert (code, err) == (0, "")
-    assert "Task     3 classes of 'target': setosa, versicolor, virginica" in out
-
-
 def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
-    table = write_table(tmp_path / "bugs.csv", kind=kinds())
-    command = ["tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST]
-    assert run(*command)[0] == 0
-    study_file = tmp_path / "out" / "study.db"
-    before = gputune.Study.open(study_file).trials
-    with sqlite3.connect(study_file) as connection:
+    table, folder, _ = searched(tmp_path)
+    command = ["tune", table, "--target", "kind", "--out", folder, *FAST]
+    before, study = study_in(folder).trials, folder / "study.db"
+    with contextlib.closing(sqlite3.connect(study)) as connection, connection:
         connection.execute("DELETE FROM results WHERE number = 1")
-    connection.close()
-    trained = []
-    original = tune.search
-
-    def search(*arguments, **options):
-        study = original(*arguments, **options)
-        trained.append(study)
-        return study
-
-    monkeypatch.setattr(tune, "search", search)
     code, out, _ = run(*command)
     assert code == 0 and "3 complete" in out
-    after = gputune.Study.open(study_file).trials
+    after = study_in(folder).trials
     assert [t.fold_scores for t in after] == [t.fold_scores for t in before]
     assert [t.seconds == u.seconds for t, u in zip(after, before)] == [True, False, True]
     code, _, err = run(*command, "--epochs", "3")
-    assert code == 2
-    assert "holds another search" in err and "--epochs" in err
-
-
-def test_more_trials_are_added_to_a_study(tmp_path):
-    table = write_table(tmp_path / "bugs.csv", kind=kinds())
-    command = ["tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST]
-    assert run(*command)[0] == 0
+    assert code == 2 and "holds another search" in err and "--epochs" in err
     code, out, _ = run(*command, "--trials", "4")
     assert code == 0 and "4 complete" in out
 
 
 def test_a_loss_is_shown_as_what_it_measures(tmp_path):
-    table = write_table(tmp_path / "bugs.csv", kind=kinds())
-    code, out, _ = run("tune", table, "--target", "kind", "--scoring", "neg_log_loss", "--out", tmp_path / "o", *FAST)
-    study = gputune.Study.open(tmp_path / "o" / "study.db")
-    held = gputune.load_model(tmp_path / "o" / "model").info["held_out_score"]
+    _, folder, out = searched(tmp_path, "--scoring", "neg_log_loss")
+    study, held = study_in(folder), gputune.load_model(folder / "model").info["held_out_score"]
     said = " ".join(out.split())
-    assert code == 0 and held < 0 and study.best_score < 0
+    assert held < 0 and study.best_score < 0
     assert "by log_loss (lower is better), mean" in said and "neg_" not in said
     assert f"Held-out log_loss (lower is better): {-held:.4f}" in said
     assert f"The best cross-validated log_loss, {-study.best_score:.4f}" in said
-    assert "log_loss (lower is better) 0." in run("best", tmp_path / "o")[1]
+    assert "log_loss (lower is better) 0." in run("best", folder)[1]
 
 
 def test_a_score_of_one_class_says_which(tmp_path):
@@ -215,7 +211,7 @@ def test_a_score_of_one_class_says_which(tmp_path):
     code, said, err = run(*command, "--positive", "ant")
     assert (code, err) == (0, "")
     assert "The best 3 of 3 trials by f1 of class 'ant', mean" in said
-    study, model = gputune.Study.open(out / "study.db"), gputune.load_model(out / "model")
+    study, model = study_in(out), gputune.load_model(out / "model")
     assert study.meta["positive"] == model.info["positive"] == "ant"
     _, apart = read_apart(study.meta["source"])
     score = f1_score(apart.y, model.predict(apart.X), pos_label="ant")
@@ -252,45 +248,40 @@ def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
 
 
 def test_without_held_out_rows_no_honest_score_is_left(tmp_path):
-    table = write_table(tmp_path / "bugs.csv", kind=kinds())
-    code, out, _ = run("tune", table, "--target", "kind", "--test-size", "0", "--out", tmp_path / "o", *FAST)
-    assert code == 0
+    _, folder, out = searched(tmp_path, "--test-size", "0")
     assert "40 rows to search on\n" in out
-    assert "All rows were used, so no honest score is left" in out
-    assert "Held-out" not in out
-    assert "held_out_score" not in gputune.load_model(tmp_path / "o" / "model").info
+    assert "All rows were used, so no honest score is left" in out and "Held-out" not in out
+    assert "held_out_score" not in gputune.load_model(folder / "model").info
 
 
 def test_a_number_is_a_regression_with_all_options(tmp_path):
-    table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)], site=[i // 8 for i in range(40)])
-    code, out, err = run(
-        "tune", table, "--target", "price", "--task", "regression", "--groups", "site", "--cv", "2",
-        "--space", "width=4,8", "lr=1e-3..1e-1:log", "--space", "dropout=0..0.5", "--optimizer", "sgd",
-        "--schedule", "cosine", "--numbers", "quantile", "--columns", "keep",
-        "--test-size", "0.4", "--seed", "3", "--device", "cpu",
-        "--dtype", "float64", "--memory", "1GB", "--timeout", "600", "--trials", "3", "--epochs", "2",
-        "--workers", "1", "--scoring", "neg_mean_absolute_error", "--out", tmp_path / "o",
-    )  # fmt: skip
-    assert (code, err) == (0, "")
+    options = (
+        "--task regression --groups site --space width=4,8 lr=1e-3..1e-1:log --space dropout=0..0.5 --optimizer sgd "
+        "--schedule cosine --numbers quantile --columns keep --test-size 0.4 --seed 3 --device cpu --dtype float64 "
+        "--memory 1GB --timeout 600 --scoring neg_mean_absolute_error"
+    ).split()
+    table, folder, out = searched(tmp_path, *options, target="price", price=PRICES, site=[i // 8 for i in range(40)])
     assert "Task     regression: predict the number 'price'" in out
     assert "mlp trained with sgd, cosine; 3 trials" in out
     assert "16 held out" in out  # two whole groups of five
-    study = gputune.Study.open(tmp_path / "o" / "study.db")
+    study = study_in(folder)
     assert set(study.best_params) == {"width", "lr", "dropout"}
-    assert study.meta["columns"] == "keep"
-    assert study.meta["numbers"] == "quantile" and study.meta["dtype"] == "float64" and study.meta["seed"] == 3
+    kept = {name: study.meta[name] for name in ("columns", "numbers", "dtype", "seed")}
+    assert kept == {"columns": "keep", "numbers": "quantile", "dtype": "float64", "seed": 3}
+    header, *rows = read_csv(run("predict", folder / "model", table)[1])
+    values = gputune.load_model(folder / "model").predict(table)
+    assert header == ["price"] and np.isfinite(values).all()
+    assert [float(row[0]) for row in rows] == values.tolist()  # in full precision
+    code, _, err = run("predict", folder / "model", table, "--proba")
+    assert code == 2 and "--proba needs a model of classes" in err
 
 
 def test_columns_as_they_are_said_to_be(tmp_path):
     day = [f"2020{1 + i % 12:02}{1 + i % 28:02}" for i in range(40)]
-    table = write_table(tmp_path / "t.csv", id=range(40), zip=["007", "7"] * 20, day=day, kind=kinds())
-    code, _, err = run(
-        "tune", table, "--target", "kind", "--drop", "id,a", "--kind", "zip=category", "day=date",
-        "--class-weight", "ant=3", "--include", "lr=0.5", "width=8", "--include", "width=9", "--out", tmp_path / "o",
-        *FAST, "--trials", "1",
-    )  # fmt: skip
-    assert (code, err) == (0, "")
-    study, model = (gputune.Study.open(tmp_path / "o" / "study.db"), gputune.load_model(tmp_path / "o" / "model"))
+    words = "--drop id,a --kind zip=category day=date --class-weight ant=3 --include lr=0.5 width=8 --include width=9"
+    columns = {"id": range(40), "zip": ["007", "7"] * 20, "day": day, "kind": kinds()}
+    table, folder, _ = searched(tmp_path, *words.split(), "--trials", "1", **columns)
+    study, model = study_in(folder), gputune.load_model(folder / "model")
     names = ["b", "c=blue", "c=red", "zip=007", "zip=7", "day.days", "day.month", "day.day", "day.weekday"]
     assert list(model.layout.feature_names) == names
     assert [(t.params["width"], t.params["lr"]) for t in study.trials] == [(128, 1e-3), (8, 0.5), (9, 1e-3)]
@@ -298,17 +289,22 @@ def test_columns_as_they_are_said_to_be(tmp_path):
     again = study.best_model()  # which reads the same columns from the file
     rows = read_source(table, "kind", drop=["id", "a"], kinds={"zip": "category", "day": "date"}).X
     assert (again.predict(rows) == model.predict(rows.frame())).all()
-    code, out, err = run("predict", tmp_path / "o" / "model", table)
+    _, out, err = run("predict", folder / "model", table)
     assert [label for (label,) in read_csv(out)[1:]] == model.predict(rows).tolist() and err == ""
-    assert run("resume", tmp_path / "o", "--trials", "2")[0] == 0
-    with pytest.raises(gputune.InputError, match="drop is for tables, whose columns have names, got \\['a'\\]"):
-        gputune.tune("mlp", torch.zeros(40, 2), np.arange(40) % 2, drop=["a"])
-    for name, value in {
-        "drop": "a list of columns, for example",
-        "kinds": "a dict such as {'zip': 'category'}",
-    }.items():
-        with pytest.raises(gputune.InputError, match=f"{name} must be {value}"):
-            gputune.tune("mlp", np.zeros((40, 2)), np.arange(40) % 2, **{name: 3})
+    assert run("resume", folder, "--trials", "2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (r"drop is for tables, whose columns have names, got \['a'\]", {"drop": ["a"]}),
+        ("drop must be a list of columns, for example", {"drop": 3}),
+        ("kinds must be a dict such as {'zip': 'category'}", {"kinds": 3}),
+    ],
+)
+def test_columns_of_an_array_have_no_names(words, value):
+    with pytest.raises(gputune.InputError, match=words):
+        gputune.tune("mlp", torch.zeros(40, 2), np.arange(40) % 2, **value)
 
 
 def test_a_sampler_by_its_name(tmp_path):
@@ -368,71 +364,47 @@ def test_an_interrupted_ensemble_leaves_the_best_trial(tmp_path, monkeypatch):
 
 
 def test_a_time_series_keeps_the_last_rows_apart(tmp_path):
-    table = write_table(tmp_path / "t.csv", step=list(range(40)), price=[i * 1.5 + 0.25 for i in range(40)])
-    command = ["tune", table, "--target", "price", "--out", tmp_path / "o", *FAST, "--cv", "time:3"]
-    assert run(*command)[0] == 0
-    study = gputune.Study.open(tmp_path / "o" / "study.db")
+    _, folder, _ = searched(tmp_path, "--cv", "time:3", target="price", step=list(range(40)), price=PRICES)
+    study = study_in(folder)
     assert read_again(study.meta["source"]).X.column("step").tolist() == list(range(32))
     assert study.meta["cv"] == "TimeSeriesSplit" and study.meta["folds"] == 3
 
 
-def test_the_solved_logistic_regression(tmp_path):
-    code, out, _ = run("tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path, *FAST)
-    assert code == 0
-    assert "Search   logistic, solved to convergence; 3 trials x 2 folds\n" in out
+def test_the_solved_logistic_regression_of_a_bundled_set(tmp_path):
+    code, out, err = run("tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path, *FAST)
+    assert (code, err) == (0, "") and "Search   logistic, solved to convergence; 3 trials x 2 folds\n" in out
+    assert "Task     3 classes of 'target': setosa, versicolor, virginica" in out
     code, out, _ = run("tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path / "b", *FAST, "--trials", "1")
-    assert code == 0
-    assert "The best trial by accuracy" in out and "optimistic" not in out
+    assert code == 0 and "The best trial by accuracy" in out and "optimistic" not in out
 
 
 def test_a_module_of_ones_own(tmp_path):
     (tmp_path / "net.py").write_text(NET)
-    table = write_table(tmp_path / "bugs.csv", kind=kinds())
-    code, out, err = run(
-        "tune", table, "--target", "kind", "--model", f"{tmp_path / 'net.py'}:Net", "--space", "module__hidden=2,3",
-        "--out", tmp_path / "o", *FAST,
-    )  # fmt: skip
-    assert (code, err) == (0, "")
+    table, folder, out = searched(tmp_path, "--model", f"{tmp_path}/net.py:Net", "--space", "module__hidden=2,3")
     assert "Search   Net trained with adamw" in out and "module__hidden" in out
-    code, out, _ = run("predict", tmp_path / "o" / "model", table)
+    code, out, _ = run("predict", folder / "model", table)
     assert code == 0 and len(read_csv(out)) == 41
 
 
-def test_a_timeout_is_told(tmp_path):
-    table = write_table(tmp_path / "bugs.csv", kind=kinds())
-    code, out, _ = run("tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST, "--timeout", "1e-6")
-    stopped = sum(t.state == "stopped" for t in gputune.Study.open(tmp_path / "o" / "study.db").trials)
-    assert code == 0 and stopped
-    assert f"{stopped} cut short" in out
-
-
-def test_what_a_timeout_left_out_is_run_by_the_same_command(tmp_path):
+def test_a_timeout_is_told_and_what_it_left_out_is_run_by_the_same_command(tmp_path):
+    _, folder, out = searched(tmp_path, "--timeout", "1e-6")
+    stopped = sum(trial.state == "stopped" for trial in study_in(folder).trials)
+    assert stopped and f"{stopped} cut short" in out
     options = ["--model", "logistic", *FAST, "--trials", "20", "--out", tmp_path]
     code, out, _ = run("tune", "sklearn:iris", "--timeout", "1e-6", *options, "--target-score=1")
-    waiting = sum(trial.state == "waiting" for trial in gputune.Study.open(tmp_path / "study.db").trials)
-    assert code == 0 and waiting
-    assert f"{waiting} waiting; " in out
+    waiting = sum(trial.state == "waiting" for trial in study_in(tmp_path).trials)
+    assert code == 0 and waiting and f"{waiting} waiting; " in out
     assert out.endswith(f"\nGo on    gputune tune sklearn:iris {shlex.join(map(str, options))}\n")
     assert f"it is the best of {20 - waiting} trials" in " ".join(out.split())
     code, out, _ = run("tune", "sklearn:iris", *options)
     assert code == 0 and "Trials   20 complete; " in out
 
 
-def test_a_diverged_trial_is_counted(tmp_path):
-    table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
-    code, out, _ = run(
-        "tune", table, "--target", "price", "--optimizer", "sgd", "--space", "lr=0.01,0.02,1e30",
-        "--out", tmp_path / "o", *FAST,
-    )  # fmt: skip
-    assert code == 0
-    assert "2 complete, 1 diverged" in out
-    assert "The best 2 of 3 trials" in out
-
-
-def test_a_search_of_which_every_trial_fails_ends_with_1(tmp_path):
-    table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
-    options = ["--optimizer", "sgd", "--space", "lr=1e30", "--out", tmp_path / "o"]
-    code, out, err = run("tune", table, "--target", "price", *options, *FAST)
+def test_diverged_trials_are_counted_and_where_all_are_the_command_ends_with_1(tmp_path):
+    options = ["--optimizer", "sgd", "--space"]
+    table, _, out = searched(tmp_path, *options, "lr=0.01,0.02,1e30", target="price", price=PRICES)
+    assert "2 complete, 1 diverged" in out and "The best 2 of 3 trials" in out
+    code, out, err = run("tune", table, "--target", "price", *options, "lr=1e30", "--out", tmp_path / "p", *FAST)
     assert (code, out) == (1, "")
     assert err.startswith("gputune: error: no trial has a finite score") and "lower the learning rates" in err
 
@@ -486,67 +458,26 @@ class Terminal(io.StringIO):
 
 
 def test_predictions_are_exact_in_a_file_and_cleaned_for_a_terminal(tmp_path):
-    table = write_table(tmp_path / "t.csv", kind=[f"\x1b[3{i % 2}m" for i in range(40)])
-    assert run("tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST)[0] == 0
-    _, exact, _ = run("predict", tmp_path / "o" / "model", table)
-    _, shown, _ = run("predict", tmp_path / "o" / "model", table, out=Terminal())
+    table, folder, _ = searched(tmp_path, kind=[f"\x1b[3{i % 2}m" for i in range(40)])
+    _, exact, _ = run("predict", folder / "model", table)
+    _, shown, _ = run("predict", folder / "model", table, out=Terminal())
     assert "\x1b" in exact
     assert shown == exact.replace("\x1b", "")
 
 
 def test_a_warning_is_one_line_said_once(tmp_path):
-    kind = [*kinds(58), "cat", "cat", "cat"]
-    table = write_table(tmp_path / "bugs.csv", 61, kind=kind)
-    options = ["--test-size", "0", "--out", tmp_path / "o", *FAST, "--cv", "5"]
-    code, _, err = run("tune", table, "--target", "kind", *options)
-    assert code == 0
-    assert err.count("\n") == 1
-    assert err.startswith("gputune: warning: kind has classes with fewer rows than the 5 folds: 'cat' (3)")
-
-
-def test_trials_lists_a_study_by_its_file_or_its_folder(tuned):
-    folder, _ = tuned
-    study = gputune.Study.open(folder / "out" / "study.db")
-    code, out, err = run("trials", folder / "out")
-    assert (code, err) == (0, "")
-    assert out == run("trials", folder / "out" / "study.db")[1]
-    assert len(out.split("\n")) == 2 + 1 + 3 + 1
-    code, out, _ = run("trials", folder / "out", "--format", "json")
-    assert [row["score"] for row in json.loads(out)] == [trial.score for trial in study.trials]
-    code, out, _ = run("trials", folder / "out", "--format", "csv")
-    header, *rows = read_csv(out)
-    assert header == list(study.to_pandas())
-    assert [float(row[header.index("score")]) for row in rows] == [trial.score for trial in study.trials]
-
-
-def test_best_shows_the_best_trial(tuned):
-    folder, _ = tuned
-    study = gputune.Study.open(folder / "out" / "study.db")
-    code, out, err = run("best", folder / "out")
-    assert (code, err) == (0, "")
-    assert out.startswith(f"trial {study.best_trial.number}: accuracy {study.best_score:.4f} ± ")
-    found = json.loads(run("best", folder / "out", "--format", "json")[1])
-    assert (found["params"], found["score"]) == (study.best_params, study.best_score)
-
-
-def test_predict_writes_one_column_named_as_the_target(tuned):
-    folder, _ = tuned
-    model, table = gputune.load_model(folder / "out" / "model"), folder / "bugs.csv"
-    code, out, err = run("predict", folder / "out" / "model", table)
-    assert (code, err) == (0, "")
-    assert read_csv(out) == [["kind"], *([label] for label in model.predict(table))]
-    code, printed, _ = run("predict", folder / "out" / "model", table, "--out", folder / "guess.csv")
-    assert (code, printed) == (0, "")
-    assert (folder / "guess.csv").read_text() == out
+    kind = [*kinds(37), "cat", "cat", "cat"]
+    warning = "kind has classes with fewer rows than the 5 folds: 'cat' (3); some folds are validated without them."
+    said = f"gputune: warning: {warning}\n"
+    searched(tmp_path, "--test-size", "0", "--cv", "5", kind=kind, warnings=said)
 
 
 def test_predict_says_nothing_of_columns_that_the_search_was_told_to_leave_out(tmp_path):
-    table = write_table(tmp_path / "t.csv", id=range(40), who=[f"p{i % 8}" for i in range(40)], kind=kinds())
-    options = ["--target", "kind", "--drop", "id", "--groups", "who", "--out", tmp_path]
-    assert run("tune", table, *options, *FAST)[0] == 0
-    code, out, err = run("predict", tmp_path / "model", table)
+    columns = {"id": range(40), "who": [f"p{i % 8}" for i in range(40)], "kind": kinds()}
+    table, folder, _ = searched(tmp_path, "--drop", "id", "--groups", "who", **columns)
+    code, out, err = run("predict", folder / "model", table)
     assert (code, err, len(read_csv(out))) == (0, "", 41)
-    assert gputune.load_model(tmp_path / "model").info["drop"] == ["id", "who"]
+    assert gputune.load_model(folder / "model").info["drop"] == ["id", "who"]
 
 
 @pytest.mark.parametrize(
@@ -557,26 +488,23 @@ def test_predict_says_nothing_of_columns_that_the_search_was_told_to_leave_out(t
     ],
 )
 def test_the_closing_text_says_why_a_search_was_good_enough(tmp_path, options, words):
-    table = write_table(tmp_path / "t.csv", kind=kinds())
-    code, out, _ = run("tune", table, "--target", "kind", "--out", tmp_path, *FAST, *options)
-    assert code == 0 and re.search(f"Ended    {words}", " ".join(out.split("\n")).replace("         ", " "))
+    out = searched(tmp_path, *options)[2]
+    assert re.search(f"Ended {words}", " ".join(out.split()))
 
 
 def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
-    table, out = write_table(tmp_path / "t.csv", kind=kinds()), tmp_path / "o"
-    options = ["--target", "kind", "--scoring", "accuracy,roc_auc,f1", "--positive", "bee", "--out", out]
-    code, text, err = run("tune", table, *options, *FAST)
-    assert (code, err) == (0, "")
+    options = ["--scoring", "accuracy,roc_auc,f1", "--positive", "bee"]
+    table, out, text = searched(tmp_path, *options)
     assert re.search(r"trial +accuracy +roc_auc +f1 +epoch", text)
     assert re.search(r"By accuracy, roc_auc and f1 \d trials? (is|are) beaten by no other:", text)
     assert "Held-out accuracy:" in text
     assert run("resume", out, "--trials", "4")[0] == 0
-    assert gputune.Study.open(out / "study.db").curves_of("roc_auc").shape == (4, 2, 2)
+    assert study_in(out).curves_of("roc_auc").shape == (4, 2, 2)
     header, *rows = read_csv(run("trials", out, "--format", "csv")[1])
     assert len(rows) == 4 and {"score_accuracy", "score_roc_auc", "score_f1"} <= {*header}
     text = run("trials", out, "--by", "roc_auc")[1]
     assert re.search(r"^4 trials by roc_auc, .*\s+trial +roc_auc +accuracy +f1 +epoch", text)
-    best = gputune.Study.open(out / "study.db").ranked_by("f1").best_trial
+    best = study_in(out).ranked_by("f1").best_trial
     assert json.loads(run("best", out, "--by", "f1", "--format", "json")[1])["score"] == best.score
     page = tmp_path / "page.html"
     assert run("report", out, "--by", "f1", "--importance", "--out", page)[::2] == (0, "")
@@ -586,34 +514,14 @@ def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
     for command in ("best", "report"):
         assert "error: --by must be one of the study's metrics, " in run(command, out, "--by", "f2")[2]
     for other in ("accuracy,f1", "f1,accuracy"):  # the scores are named once, whichever ranks
-        words = run("tune", table, *options, *FAST, "--scoring", other)[2]
+        words = run("tune", table, "--target", "kind", *options, "--out", out, *FAST, "--scoring", other)[2]
         here = other.replace(",", ", ")
         assert f"this command in: --scoring (accuracy, roc_auc, f1 there, {here} here). Give this" in words
 
 
-def test_predict_writes_probabilities_of_each_class(tuned):
-    folder, _ = tuned
-    code, out, _ = run("predict", folder / "out" / "model", folder / "bugs.csv", "--proba")
-    header, *rows = read_csv(out)
-    assert (code, header) == (0, ["ant", "bee"])
-    expected = gputune.load_model(folder / "out" / "model").predict_proba(folder / "bugs.csv")
-    np.testing.assert_array_equal(np.array(rows, dtype=float), expected)
-
-
-def test_predict_ignores_further_columns_and_says_so_once(tuned, tmp_path):
-    folder, _ = tuned
-    n = 9000  # more than one batch
-    table = write_table(tmp_path / "new.csv", n, id=["x"] * n, more=[1] * n)
-    code, out, err = run("predict", folder / "out" / "model", table)
-    assert code == 0 and len(read_csv(out)) == n + 1
-    assert err == f"gputune: warning: {str(table)!r} has columns that the model does not read: 'more'.\n"
-
-
 def test_no_predicted_text_is_a_formula(tmp_path):
-    labels = ["=1+1", "@x", "-", "+3", "-cheap"] * 8
-    table = write_table(tmp_path / "t.csv", kind=labels)
-    assert run("tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST)[0] == 0
-    model = tmp_path / "o" / "model"
+    table, folder, _ = searched(tmp_path, kind=["=1+1", "@x", "-", "+3", "-cheap"] * 8)
+    model = folder / "model"
     code, out, err = run("predict", model, table, "--proba")
     assert (code, read_csv(out)[0]) == (0, ["+3", "-", "'-cheap", "'=1+1", "'@x"])
     assert err == (
@@ -626,19 +534,6 @@ def test_no_predicted_text_is_a_formula(tmp_path):
     assert read_csv(run("predict", model, table, "--raw")[1]) == [["kind"], *([label] for label in predicted)]
     guarded = [f"'{label}" if label in ("-cheap", "=1+1", "@x") else label for label in predicted]
     assert read_csv(run("predict", model, table)[1])[1:] == [[label] for label in guarded]
-
-
-def test_a_regression_is_predicted_in_full_precision(tmp_path):
-    table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
-    assert run("tune", table, "--target", "price", "--out", tmp_path / "o", *FAST)[0] == 0
-    code, out, _ = run("predict", tmp_path / "o" / "model", table)
-    header, *rows = read_csv(out)
-    assert (code, header) == (0, ["price"])
-    values = gputune.load_model(tmp_path / "o" / "model").predict(table)
-    assert [float(row[0]) for row in rows] == values.tolist()
-    assert all(math.isfinite(v) for v in values)
-    code, _, err = run("predict", tmp_path / "o" / "model", table, "--proba")
-    assert code == 2 and "--proba needs a model of classes" in err
 
 
 @pytest.mark.parametrize(
@@ -661,28 +556,24 @@ def test_images_that_a_model_does_not_take_are_written_again(tmp_path, monkeypat
 
 
 def test_one_logit_of_two_classes(tmp_path):
-    table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60))
     (tmp_path / "net.py").write_text(NET.replace("n_outputs, hidden", "hidden").replace("n_outputs", "1"))
-    code, out, err = run(
-        "tune", table, "--target", "kind", "--model", f"{tmp_path / 'net.py'}:Net", "--out", tmp_path / "out",
-        "--scoring", "roc_auc", *FAST,
-    )  # fmt: skip
-    assert (code, err) == (0, "") and "Net is trained on the loss bce: its one logit a row is of kind" in out
-    _, out, _ = run("predict", tmp_path / "out" / "model", table, "--proba")
-    header, *rows = read_csv(out)
+    table, folder, out = searched(tmp_path, "--model", f"{tmp_path}/net.py:Net", "--scoring", "roc_auc")
+    assert "Net is trained on the loss bce: its one logit a row is of kind" in out
+    header, *rows = read_csv(run("predict", folder / "model", table, "--proba")[1])
     assert header == ["ant", "bee"] and all(abs(sum(map(float, row)) - 1) < 1e-9 for row in rows)
 
 
 def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were_asked_for(tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    leave = f"os.chdir({str(elsewhere)!r})"
     (tmp_path / "net.py").write_text(
-        "import os\nfrom torch import nn\n\n"
-        f"os.chdir({str(tmp_path / 'elsewhere')!r})\n"
+        f"import os\nfrom torch import nn\n\n{leave}\n"
         "class Net(nn.Linear):\n"
         "    def __init__(self, n_features, n_outputs):\n"
         "        super().__init__(n_features, n_outputs)\n"
         "    def forward(self, x):\n"
-        f"        os.chdir({str(tmp_path / 'elsewhere')!r})\n"
+        f"        {leave}\n"
         "        return super().forward(x)\n"
     )
     table = write_table(tmp_path / "bugs.csv", kind=kinds())
@@ -694,12 +585,11 @@ def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were
     code, _, err = run("resume", "found", "--trials", "3", "-q")
     assert code == 0, err
     monkeypatch.chdir(tmp_path)
-    study = gputune.tune(
-        f"{tmp_path}/net.py:Net", table, "kind", n_trials=1, max_epochs=1, cv=2, study="my.db", verbose=0
-    )
+    how = {"n_trials": 1, "max_epochs": 1, "cv": 2, "study": "my.db", "verbose": 0}
+    study = gputune.tune(f"{tmp_path}/net.py:Net", table, "kind", **how)
     assert study.file == tmp_path / "my.db" and len(gputune.Study.open(tmp_path / "my.db").trials) == 1
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["model", "study.db"]
-    assert not any((tmp_path / "elsewhere").iterdir())
+    assert not any(elsewhere.iterdir())
 
 
 def closing(study):
