@@ -145,11 +145,8 @@ def test_a_model_predicts_in_a_new_process(tmp_path):
     command = [sys.executable, "-P", "-m", "gputune", "predict", "out/model", "sklearn:iris"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split("\n") == [
-        "target",
-        *gputune.load_model(tmp_path / "out/model").predict("sklearn:iris"),
-        "",
-    ]
+    predicted = gputune.load_model(tmp_path / "out/model").predict("sklearn:iris")
+    assert done.stdout.split("\n") == ["target", *predicted, ""]
 
 
 def test_a_module_of_a_file_predicts_in_a_new_process(tmp_path):

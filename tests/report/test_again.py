@@ -7,13 +7,14 @@ from html import unescape
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_iris
+from optuna.samplers import RandomSampler
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import KFold
 from torch import nn
 
 import gputune
 from command_line import FAST, kinds, run, write_table
+from gputune.data.source import read_again
 from gputune.report.page import page
 from gputune.report.snippet import snippet
 from made_studies import made_descent, made_study
@@ -46,18 +47,43 @@ def executed(of, **given):
     return session
 
 
-def assert_trains_it_again(study, session, X):
+def assert_trains_it_again(study, rows, **given):
+    """Run the code of a page with what the search was given; return what it defines."""
+    session = executed(study, **given)
     again = session["study"]
     assert len(again.trials) == 1 and again.best_params == study.best_params
     assert again.best_score == pytest.approx(study.best_score, abs=1e-6)
     np.testing.assert_allclose(again.best_trial.fold_scores, study.best_trial.fold_scores, atol=1e-6)
-    np.testing.assert_array_equal(session["model"].predict(X), study.best_model().predict(X))
+    np.testing.assert_array_equal(session["model"].predict(rows), study.best_model().predict(rows))
+    return session
 
 
-def test_data_in_memory(capsys):
-    X, y = load_iris(return_X_y=True)
-    study = gputune.tune("mlp", X, y, space={"lr": [0.003, 0.01, 0.03, 0.1], "width": [8, 16]}, **CHEAP)
-    assert_trains_it_again(study, executed(study, X=X, y=y), X)
+LINE = """from torch import nn
+
+
+class Line(nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+"""
+DESCENT = {"n_trials": 1, "include_default": False, "space": {"lr": [0.003], "width": [8]}}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("mlp", {"space": {"lr": [0.003, 0.01, 0.03, 0.1], "width": [8, 16]}}),
+        ("logistic", {"include": [{"C": 100.0}], "space": {"C": [0.01]}, "cv": 2}),
+        ("line.py:Line", {"space": {"lr": [0.01, 0.1]}}),
+        ("mlp", {"method": gputune.Hypergradient(outer_steps=2), **DESCENT}),
+        ("mlp", {"method": gputune.OptunaSampler(RandomSampler(seed=0), batch=3), "include_default": False}),
+    ],
+)
+def test_data_in_memory(iris, tmp_path, monkeypatch, capsys, model, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "line.py").write_text(LINE)
+    X, y = iris
+    study = gputune.tune(model, X, y, **{**CHEAP, **options})
+    assert_trains_it_again(study, X, X=X, y=y)
     assert float(capsys.readouterr().out) == pytest.approx(study.best_score, abs=1e-6)
 
 
@@ -73,84 +99,50 @@ def test_a_study_opened_from_its_file_on_a_bundled_set(tmp_path):
     assert (again.meta["schedule"], again.meta["numbers"], again.meta["epoch"]) == ("cosine", "quantile", "last")
 
 
-def test_another_metric_than_the_one_that_chose_the_epochs():
-    X, y = load_iris(return_X_y=True)
+def test_another_metric_than_the_one_that_chose_the_epochs(iris):
+    X, y = iris
     space, scoring = {"lr": [0.003, 0.01, 0.03, 0.1]}, ["accuracy", "neg_log_loss", "f1"]
     study = gputune.tune("mlp", X, y == 1, space=space, scoring=scoring, positive=True, **CHEAP)
     for name in scoring[1:]:
-        ranked = study.ranked_by(name)
-        assert_trains_it_again(ranked, executed(ranked, X=X, y=y == 1), X)
+        assert_trains_it_again(study.ranked_by(name), X, X=X, y=y == 1)
 
 
-def test_the_rows_of_the_command_line_without_those_held_out(tmp_path):
+@pytest.mark.parametrize("options", [("--groups", "site"), ("--cv", "time:3")])
+def test_the_rows_of_the_command_line_without_those_held_out(tmp_path, options):
     table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60), site=[i // 6 for i in range(60)])
-    assert run("tune", table, "--target", "kind", "--groups", "site", "--out", tmp_path / "out", *FAST)[0] == 0
-    study = gputune.Study.open(tmp_path / "out/study.db")
-    session = executed(study)
-    assert_trains_it_again(study, session, session["rows"].X)
-    assert len(session["rows"].X) == 48
-
-
-def test_rows_in_the_order_of_time(tmp_path):
-    table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60))
-    code, _, err = run("tune", table, "--target", "kind", "--cv", "time:3", "--out", tmp_path / "out", "--trials", "2",
-                       "--epochs", "2", "--workers", "1")  # fmt: skip
+    code, _, err = run("tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST, *options)
     assert code == 0, err
     study = gputune.Study.open(tmp_path / "out/study.db")
-    session = executed(study)
-    assert_trains_it_again(study, session, session["rows"].X)
+    rows = read_again(study.meta["source"])
+    assert len(rows.X) == 48 and len(assert_trains_it_again(study, rows.X)["rows"].X) == 48
 
 
-def test_a_module_a_scorer_and_a_splitter_of_ones_own():
-    X, y = load_iris(return_X_y=True)
-    cv = KFold(3, shuffle=True, random_state=5)
-    study = gputune.tune(
-        Net, X, y, space={"lr": [0.01, 0.1], "module__hidden": [3, 5]}, scoring=half_accuracy, **{**CHEAP, "cv": cv}
-    )
+def test_a_module_a_scorer_and_a_splitter_of_ones_own(iris):
+    X, y = iris
+    cv, space = KFold(3, shuffle=True, random_state=5), {"lr": [0.01, 0.1], "module__hidden": [3, 5]}
+    study = gputune.tune(Net, X, y, space=space, scoring=half_accuracy, **{**CHEAP, "cv": cv})
     code = code_on(page(study))
-    assert "# cv: the KFold of the search" in code and "Net" in code
-    module = __name__
-    code = code.replace(f"from {module} import Net\n", "").replace(f"from {module} import half_accuracy\n", "")
-    session = {"X": X, "y": y, "cv": cv, "Net": Net, "half_accuracy": half_accuracy}
-    exec(compile(code, "page", "exec"), session)
-    assert_trains_it_again(study, session, X)
+    assert "# cv: the KFold of the search" in code
+    assert f"from {__name__} import Net\n" in code and f"from {__name__} import half_accuracy\n" in code
+    assert_trains_it_again(study, X, X=X, y=y, cv=cv)
 
 
-def test_a_module_of_a_file(tmp_path):
-    (tmp_path / "net.py").write_text("from torch import nn\n\n\nclass Line(nn.Linear):\n"
-                                     "    def __init__(self, n_features, n_outputs):\n"
-                                     "        super().__init__(n_features, n_outputs)\n")  # fmt: skip
-    X, y = load_iris(return_X_y=True)
-    study = gputune.tune(f"{tmp_path / 'net.py'}:Line", X, y, space={"lr": [0.01, 0.1]}, **CHEAP)
-    assert_trains_it_again(study, executed(study, X=X, y=y), X)
-
-
-def test_the_solved_logistic_regression():
-    X, y = load_iris(return_X_y=True)
-    study = gputune.tune("logistic", X, y, include=[{"C": 100.0}], space={"C": [0.01]}, **{**CHEAP, "cv": 2})
-    assert_trains_it_again(study, executed(study, X=X, y=y), X)
-
-
-def test_a_descent_on_numbers_and_one_on_schedules(tmp_path):
-    X, y = load_iris(return_X_y=True)
-    options = {**CHEAP, "n_trials": 1, "include_default": False, "space": {"lr": [0.003], "width": [8]}}
-    study = gputune.tune("mlp", X, y, method=gputune.Hypergradient(outer_steps=2), **options)
-    assert_trains_it_again(study, executed(study, X=X, y=y), X)
-    method = gputune.Hypergradient(outer_steps=2, segments=2)
-    kept = gputune.tune("mlp", X, y, method=method, study=tmp_path / "study.db", **options)
+def test_a_descent_on_schedules(iris, tmp_path):
+    X, y = iris
+    common = {**CHEAP, **DESCENT, "method": gputune.Hypergradient(outer_steps=2, segments=2)}
+    kept = gputune.tune("mlp", X, y, study=tmp_path / "study.db", **common)
     assert isinstance(kept.best_params["lr"], list)
-    session = executed(kept, X=X, y=y)
-    np.testing.assert_array_equal(session["model"].predict(X), kept.best_model().predict(X))
-    unkept = gputune.tune("mlp", X, y, method=method, **options)
+    unkept = gputune.tune("mlp", X, y, **common)
     assert "# study: what gputune.tune returned; it was kept in no file" in snippet(unkept)
-    session = executed(unkept, study=unkept)
-    np.testing.assert_array_equal(session["model"].predict(X), kept.best_model().predict(X))
+    expected = kept.best_model().predict(X)
+    for session in (executed(kept, X=X, y=y), executed(unkept, study=unkept)):
+        np.testing.assert_array_equal(session["model"].predict(X), expected)
 
 
-def test_a_search_of_the_scikit_learn_face(tmp_path):
+def test_a_search_of_the_scikit_learn_face(iris, tmp_path):
     from gputune.sklearn import MLPClassifier, RandomizedSearchCV
 
-    X, y = load_iris(return_X_y=True)
+    X, y = iris
     estimator = MLPClassifier(hidden_layer_sizes=(8,), max_iter=5, random_state=0)
     search = RandomizedSearchCV(estimator, {"learning_rate_init": [0.01, 0.1], "hidden_layer_sizes": [(8,), (4, 4)]},
                                 n_iter=3, cv=2, random_state=0, study=tmp_path / "study.db")  # fmt: skip
@@ -161,13 +153,13 @@ def test_a_search_of_the_scikit_learn_face(tmp_path):
     np.testing.assert_array_equal(session["model"].predict(X), search.best_estimator_.predict(X))
 
 
-def test_weights_that_no_file_holds_are_asked_for():
-    X, y = load_iris(return_X_y=True)
+def test_weights_that_no_file_holds_are_asked_for(iris):
+    X, y = iris
     weights = 1.0 + (np.arange(len(y)) % 3)
     study = gputune.tune("mlp", X, y, space={"lr": [0.01, 0.1]}, sample_weight=weights, **CHEAP)
     assert "# sample_weight: what the search was given" in snippet(study)
-    session = executed(study, X=X, y=y, sample_weight=weights)
-    assert session["study"].best_score == pytest.approx(study.best_score, abs=1e-6)
+    again = executed(study, X=X, y=y, sample_weight=weights)["study"]
+    assert again.best_score == pytest.approx(study.best_score, abs=1e-6)
 
 
 def test_values_are_written_so_that_python_reads_them():
@@ -191,27 +183,29 @@ def test_no_text_of_a_study_becomes_code():
     compile(code, "page", "exec")
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     assert {ast.unparse(call.func) for call in calls} == {"gputune.tune", "print", "study.best_model"}
-    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert [ast.unparse(node) for node in imports] == ["import gputune"]
+    assert imports_of(code) == ["import gputune"]
 
 
-def test_a_module_class_made_within_a_function():
+def test_a_module_class_made_within_a_function(iris):
     class Inner(Net):
         pass
 
-    X, y = load_iris(return_X_y=True)
+    X, y = iris[0].copy(), iris[1]
     X[:, 1] = 1.0
     study = gputune.tune(Inner, X, y, space={"lr": [0.01, 0.1]}, columns="drop-constant", **CHEAP)
     assert "columns='drop-constant'," in snippet(study)
     assert "# Inner: the module class of the search" in snippet(study)
-    assert_trains_it_again(study, executed(study, X=X, y=y, Inner=Inner), X)
+    assert_trains_it_again(study, X, X=X, y=y, Inner=Inner)
+
+
+def imports_of(code):
+    return [ast.unparse(node) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 @pytest.mark.parametrize("place", ["os:x; import os", "os.system('x'):Net", "__main__:Net", "a.b:class", ":"])
 def test_the_name_of_a_module_class_is_no_code(place):
     code = snippet(made_study(3, spec={"kind": "module", "import": place}))
-    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert [ast.unparse(node) for node in imports] == ["import gputune"]
+    assert imports_of(code) == ["import gputune"]
     assert re.search(r"# (Net|Module): the module class of the search", code)
 
 
