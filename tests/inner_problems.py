@@ -1,7 +1,6 @@
 """Small inner trainings for the tests of hypergradients."""
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS, Clock, Hypergradients
 
@@ -158,42 +155,3 @@ def tables_of(
         between = name in ("momentum", "beta1", "beta2")
         tables[name] = table + 0.5 * spread * table * (1 - table) if between else table * (0.5 * spread).exp()
     return {name: table.to(dtype) for name, table in tables.items()}
-
-
-class _Live(TorchDispatchMode):
-    """Adds up the bytes of all tensors made inside that are still alive, graphs included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):  # what is read before it is made was there before
-            self._know(tensor, counted=False)
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            self._know(tensor, counted=True)
-        return made
-
-    def _know(self, tensor: object, *, counted: bool) -> None:
-        if not isinstance(tensor, Tensor):
-            return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() * counted
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes of tensors that were alive at once while it ran, beside those that it was given."""
-    with _Live() as mode:
-        run()
-    return mode.peak

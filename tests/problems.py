@@ -3,11 +3,15 @@
 import gc
 import itertools
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 import reference
 from gputune.data.dataset import Dataset, Fold
@@ -195,6 +199,38 @@ def up_to_a_kink(data, configs, fold, trial, *, epochs, horizon):
         if not worst <= TOLERANCE[data.dtype]:
             break
     return math.inf
+
+
+class _Allocated(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, while they live, graphs included."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        for tensor in tree_leaves((arguments, keywords)):  # what is read before it is made was there before
+            if isinstance(tensor, torch.Tensor):
+                self.known[tensor.untyped_storage()] = True
+        result = operation(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def peak_bytes(work):
+    """The most bytes of tensors that were alive at once while it ran, beside those that it was given."""
+    with _Allocated() as allocated:
+        work()
+    return allocated.peak
 
 
 def living_tensors():

@@ -1,6 +1,5 @@
 """Memory measured at two sizes: by what PyTorch allocates on the CPU, where the same code trains as on a GPU."""
 
-import weakref
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -9,9 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gputune.engine import memory
 from gputune.engine.cost import trial_cost
@@ -21,37 +17,10 @@ from gputune.engine.plan import Planner
 from gputune.population.population import Population
 from gputune.scoring.scoring import make_scoring
 from problems import fill, make_data
+from problems import peak_bytes as peak
 
 DATA = make_data(n=120, d=20, dtype=torch.float32)
 SCORING = make_scoring(None, DATA.task, np.arange(3))
-
-
-class Allocated(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return, while they live."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        result = operation(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
-                self.known[storage] = True
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
-
-    def add(self, size):
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def peak(work):
-    with Allocated() as allocated:
-        work()
-    return allocated.peak
 
 
 def job(module_class=None, epochs=9):

@@ -8,7 +8,8 @@ import torch
 from gputune.hypergradients.first_step import Need, fastest_that_fits, free_bytes, measure
 from gputune.hypergradients.inner import InnerProblem
 from gputune.hypergradients.modes import forward, reverse
-from inner_problems import OF, StackedNets, peak_bytes, rule_of, tables_of
+from inner_problems import OF, StackedNets, rule_of, tables_of
+from problems import peak_bytes
 
 checkpointed = functools.partial(reverse, checkpoint=True)
 
