@@ -216,18 +216,16 @@ def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) 
     if not tf32:
         return
     if device.type != "cuda" or dtype != "float32":
-        raise InputError(
-            "tf32=True is for matrix products of single precision on a GPU, got "
-            f"device={str(device)!r}, dtype={dtype!r}; leave tf32 out."
-        )
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise InputError(
-            "tf32=True needs a GPU of compute capability 8.0 (Ampere) or newer, and "
-            f"{torch.cuda.get_device_name(device)} has {major}.{minor}, where it would do nothing; leave tf32 out."
-        )
-    if workers not in ("auto", 1):
-        raise InputError(f"tf32=True is for a search in one process, got workers={workers!r}; leave one of them out.")
+        where = f"device={str(device)!r}, dtype={dtype!r}"
+        why = f"is for matrix products of single precision on a GPU, got {where}; leave tf32 out."
+    elif (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        has = f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}, where it would do nothing"
+        why = f"needs a GPU of compute capability 8.0 (Ampere) or newer, and {has}; leave tf32 out."
+    elif workers not in ("auto", 1):
+        why = f"is for a search in one process, got workers={workers!r}; leave one of them out."
+    else:
+        return
+    raise InputError(f"tf32=True {why}")
 
 
 def check_precision(precision: Precision, dtype: str, device: torch.device, *, descends: bool) -> None:

@@ -5,11 +5,12 @@ The step of a member is traced in a chunk of that member alone, and its trace is
 those of all members together never do. Each thread has memory of its own, into which members come for an epoch.
 """
 
+import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,11 @@ class MemberChunk(StackedChunk):
         for _ in range(3):
             space.take(self.kernels, 0, end)
             times.append(time.thread_time())
-        return min(b - a for a, b in pairwise(times)) / min(end, len(one.steps))
+        return min(b - a for a, b in itertools.pairwise(times)) / min(end, len(one.steps))
 
     def _take(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
         """Let as many threads as torch has here take members from one queue, each through some steps."""
-        queue = iter([(f, c) for f in range(self.data.n_folds) for c in range(len(self.configs))])
+        queue = deque(itertools.product(range(self.data.n_folds), range(len(self.configs))))
         stop = threading.Event()
 
         def work(spaces: dict[OneMember, Space]) -> None:
@@ -108,8 +109,10 @@ class MemberChunk(StackedChunk):
             for space in spaces.values():
                 space.fold = -1  # the order of its rows is another one now
             with torch.no_grad():
-                for f, c in _share_queue(queue):
-                    if stop.is_set():
+                while not stop.is_set():
+                    try:
+                        f, c = queue.popleft()
+                    except IndexError:  # which may be empty since another thread has taken its last
                         return
                     one = self.members[f]
                     if one not in spaces:
@@ -126,8 +129,7 @@ class MemberChunk(StackedChunk):
         self.spaces += [{} for _ in range(threads - len(self.spaces))]
         with ThreadPoolExecutor(threads) as pool:
             try:
-                for running in [pool.submit(work, spaces) for spaces in self.spaces[:threads]]:
-                    running.result()
+                list(pool.map(work, self.spaces[:threads]))  # raises what one of them has raised
             finally:
                 stop.set()
 
@@ -135,16 +137,3 @@ class MemberChunk(StackedChunk):
     def data(self) -> Dataset:
         """The rows that it trains on."""
         return self.validation.data
-
-
-_taking = threading.Lock()
-
-
-def _share_queue(queue: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield what is left of a queue that other threads take from too."""
-    while True:
-        with _taking:
-            member = next(queue, None)
-        if member is None:
-            return
-        yield member

@@ -144,8 +144,10 @@ class Task:
                 score = self.sign * _number(self.objective(dict(params), report), "what the objective returns")
         except TrialEnd:
             pass
-        except Exception as failure:
-            error = _in_words(failure)
+        except Exception as failure:  # with the line of the objective, whose file a worker may not know
+            frames = traceback.extract_tb(failure.__traceback__)[1:]
+            places = [f" (line {f.lineno} of {f.name})" for f in frames if f.filename != __file__]
+            error = f"{type(failure).__name__}: {failure}{''.join(places[:1])}"
         state: State = report._state or ("complete" if math.isfinite(score) else "failed")
         values = report._values
         if state in ("pruned", "stopped"):
@@ -159,13 +161,6 @@ def _number(value: object, name: str) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
-
-
-def _in_words(error: Exception) -> str:
-    """Return an error with the line of the objective that it came through, whose file a worker may not know."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = [f" (line {f.lineno} of {f.name})" for f in frames[1:] if f.filename != __file__]
-    return f"{type(error).__name__}: {error}{''.join(place[:1])}"
 
 
 @contextmanager

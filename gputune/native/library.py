@@ -15,9 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from gputune.errors import warn
@@ -97,19 +95,10 @@ class Work(ctypes.Structure):
     )
 
 
-def make_work(numbers: Mapping[str, int], arrays: Mapping[str, Any]) -> Work:
-    """Return a Work of numbers and of contiguous tensors or arrays (None: NULL), which must outlive it."""
-    return Work(**numbers, **{name: _address(value) for name, value in arrays.items()})
-
-
-def _address(value: np.ndarray | torch.Tensor | None) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, torch.Tensor):
-        assert value.is_contiguous()
-        return value.data_ptr()
-    assert value.flags.c_contiguous
-    return value.ctypes.data
+def make_work(numbers: Mapping[str, int], arrays: Mapping[str, torch.Tensor | None]) -> Work:
+    """Return a Work of numbers and of contiguous tensors (None: NULL), which must outlive it."""
+    assert all(tensor is None or tensor.is_contiguous() for tensor in arrays.values())
+    return Work(**numbers, **{name: None if tensor is None else tensor.data_ptr() for name, tensor in arrays.items()})
 
 
 # Not -O3: it takes twice the time to build code that is no faster, and that each new shape waits for.
