@@ -65,22 +65,16 @@ def rows(study):
         pytest.param(
             {"space": LR, "method": gputune.Hypergradient(outer_steps=1), "n_trials": 3}, marks=pytest.mark.long
         ),
+        {**MODULE, "model": Net, "scoring": ray_searches.share_right},
     ],
-    ids=["random", "halving", "median", "sampler", "hypergradient"],
+    ids=["random", "halving", "median", "sampler", "hypergradient", "a module and a scorer, which travel as code"],
 )
 def test_a_cluster_gives_the_table_of_one_machine(cluster, iris, arguments):
-    given = {**FAST, **arguments}
-    here = gputune.tune("mlp", *iris, workers=1, **given)
-    there = gputune.tune("mlp", *iris, workers="ray", **given)
+    X, y = iris
+    given = {"model": "mlp", **FAST, **arguments}
+    here, there = (gputune.tune(X=X, y=y, workers=workers, **given) for workers in (1, "ray"))
     assert rows(there) == rows(here) and there.meta["device"] == "cpu"
-
-
-def test_a_module_and_a_scorer_travel_as_code(cluster, iris):
-    given = {**MODULE, "scoring": ray_searches.share_right}
-    here = gputune.tune(Net, *iris, workers=1, **given)
-    there = gputune.tune(Net, *iris, workers="ray", **given)
-    assert rows(there) == rows(here)
-    assert there.best_model().predict(iris[0]).shape == (150,)
+    assert there.best_model().predict(X).shape == (150,)
 
 
 def test_the_page_of_the_cluster(cluster, tmp_path, monkeypatch, capsys):
@@ -307,10 +301,9 @@ def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
 
 
 def test_tasks_on_nodes_with_gpus():
-    node = {"CPU": 8.0, "GPU": 4.0}
-    assert [ray_cluster._tasks_on(node, cpus, "cuda") for cpus in (1, 3, 9)] == [4, 2, 0]
-    assert [ray_cluster._tasks_on(node, cpus, "cpu") for cpus in (1, 3)] == [8, 2]
-    assert ray_cluster._tasks_on({"CPU": 8.0}, 1, "cuda") == 0
+    node, of = {"CPU": 8.0, "GPU": 4.0}, ray_cluster._tasks_on
+    assert [of(node, cpus, "cuda") for cpus in (1, 3, 9)] == [4, 2, 0]
+    assert [of(node, 1, "cpu"), of(node, 3, "cpu"), of({"CPU": 8.0}, 1, "cuda")] == [8, 2, 0]
 
 
 def test_all_of_a_dataset_moves():

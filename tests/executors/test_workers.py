@@ -126,12 +126,10 @@ def test_the_chunk_of_a_lost_worker_is_handed_out_again(orders):
 class Epochs(gputune.callbacks.Callback):
     """Keeps the curves that it is told."""
 
-    def __init__(self):
-        self.heard = []
+    heard = ()
 
     def on_epoch(self, curves):
-        """Keep them."""
-        self.heard.append(curves)
+        self.heard += (curves,)
 
 
 def test_epochs_of_worker_processes_are_told():
@@ -168,9 +166,10 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
     assert alone.why_none_is_best().endswith(f"some of 1 were given up: {reason}")
 
 
-def test_without_a_place_for_failures_a_chunk_that_is_given_up_is_an_error():
-    with pytest.raises(RuntimeError, match="lost 3 workers"):
-        raise Failure((0,), "lost 3 workers").error()
+@pytest.mark.parametrize(("fits", "kind"), [(True, RuntimeError), (False, MemoryError)])
+def test_without_a_place_for_failures_a_trial_that_cannot_be_trained_is_an_error(fits, kind):
+    with pytest.raises(kind, match="lost 3 workers"):
+        raise Failure((0,), "lost 3 workers", fits).error()
 
 
 def test_an_error_that_cannot_be_pickled_is_named(orders):

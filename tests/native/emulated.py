@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gputune.native.library import make_work
+from gputune.native.library import Work, make_work
 from gputune.native.member_kernel import MemberKernel, tile_of
 
 HERE = Path(__file__).parent
@@ -65,6 +65,15 @@ def bytes_of(value: np.ndarray | torch.Tensor | None) -> bytes:
     if value is None:
         return b""
     return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value.tobytes()
+
+
+def written(numbers: dict[str, int], arrays: dict[str, bytes]) -> bytes:
+    """Return what ``members_main.c`` reads: of each field -1 and a number, or the size of an array and its bytes."""
+    parts = []
+    for name, _ in Work._fields_:
+        first = [-1, numbers[name]] if name in numbers else [len(arrays[name])]
+        parts += [np.array(first).tobytes(), arrays.get(name, b"")]
+    return b"".join(parts)
 
 
 def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LARGEST):

@@ -75,28 +75,24 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path, does, says):
         build(SOURCE, torch.float32)
 
 
-def foreign(monkeypatch, folder):
-    monkeypatch.setattr(built.os, "geteuid", lambda: folder.stat().st_uid + 1)
-
-
-def open_to_all(monkeypatch, folder):
-    folder.chmod(0o770)
-
-
 def a_link(monkeypatch, folder):
     folder.rename(folder.with_name("elsewhere"))
     folder.symlink_to("elsewhere")
 
 
-def within_a_folder_of_all(monkeypatch, folder):
-    folder.parent.parent.chmod(0o777)
+SPOILT = {
+    "another user's": lambda patch, folder: patch.setattr(built.os, "geteuid", lambda: folder.stat().st_uid + 1),
+    "open to all": lambda patch, folder: folder.chmod(0o770),
+    "a link": a_link,
+    "in a folder of all": lambda patch, folder: folder.parent.parent.chmod(0o777),
+}
 
 
 @needs_compiler
-@pytest.mark.parametrize("spoil", [foreign, open_to_all, a_link, within_a_folder_of_all])
-def test_a_cache_that_others_may_write_is_not_used(monkeypatch, folder, spoil):
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_cache_that_others_may_write_is_not_used(monkeypatch, folder, how):
     three()
-    spoil(monkeypatch, folder)
+    SPOILT[how](monkeypatch, folder)
     monkeypatch.setattr(built, "_cached", lambda folder, *rest: [] if folder is None else pytest.fail("looked"))
     with pytest.warns(UserWarning, match="gputune/code is not used for compiled code.*chmod 700.*XDG_CACHE_HOME"):
         assert three() == 3

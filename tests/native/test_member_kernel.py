@@ -16,10 +16,9 @@ import problems
 import reference
 from gputune.engine import compiled
 from gputune.engine.mlp import StackedMLP
-from gputune.native.library import Work
 from gputune.native.member_kernel import OPTIONS, MemberKernel, compile_kernel
 from gputune.scoring.scores import REGRESSION
-from native.emulated import HERE, LARGEST, ORDERS, Emulator, bytes_of, kernel_of, train_members
+from native.emulated import HERE, LARGEST, ORDERS, Emulator, bytes_of, kernel_of, train_members, written
 from problems import (
     assert_equals_plain_loop,
     fill,
@@ -387,13 +386,7 @@ def program(emulator, tmp_path_factory):
 
     def build(sanitizer, tf32=False):
         folder = tmp_path_factory.mktemp(sanitizer)
-        with (folder / "in").open("wb") as file:
-            for field, _ in Work._fields_:
-                if field in numbers:
-                    file.write(np.array([-1, numbers[field]]).tobytes())
-                else:
-                    content = bytes_of(arrays[field])
-                    file.write(np.array([len(content)]).tobytes() + content)
+        (folder / "in").write_bytes(written(numbers, {name: bytes_of(array) for name, array in arrays.items()}))
         (folder / "kernel.cu").write_text(replace(kernel_of(numbers, arrays), tf32=tf32).source)
         watched = ["g++", "-std=c++17", "-O1", "-g", "-w", f"-fsanitize={sanitizer}", f"-I{HERE}", f"-I{folder}"]
         main = [*watched, '-DKERNEL="kernel.cu"', "-c", HERE / "kernel_main.cpp", "-o", folder / "main.o"]

@@ -13,7 +13,7 @@ import torch
 
 from gputune.engine import compiled
 from gputune.native.library import FOLDER, Work
-from native.emulated import bytes_of
+from native.emulated import bytes_of, written
 from problems import fill, make_data, needs_compiled_code, scoring_of, train_together
 
 HERE = Path(__file__).parent
@@ -62,17 +62,10 @@ def test_an_epoch_is_the_same(epochs, tmp_path, way, dtype):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     double = ["-DDOUBLE"] if dtype == torch.float64 else []
-    words = [
-        compiler, *flags.split(), *double, "-I", FOLDER, HERE / "members_main.c", "-o", tmp_path / "main", "-lm",
-    ]  # fmt: skip
-    subprocess.run([*words, "-lpthread"], check=True)
+    paths = ["-I", FOLDER, HERE / "members_main.c", "-o", tmp_path / "main"]
+    subprocess.run([compiler, *flags.split(), *double, *paths, "-lm", "-lpthread"], check=True)
     numbers, before, after = epochs[dtype]
-    with (tmp_path / "in").open("wb") as file:
-        for name, _ in Work._fields_:
-            if name in numbers:
-                file.write(np.array([-1, numbers[name]]).tobytes())
-            else:
-                file.write(np.array([len(before[name])]).tobytes() + before[name])
+    (tmp_path / "in").write_bytes(written(numbers, before))
     subprocess.run([*runner.split(), tmp_path / "main", tmp_path / "in", tmp_path / "out"], check=True)
     left, tolerance = (tmp_path / "out").read_bytes(), 1e-12 if double else 1e-4
     for name, _ in Work._fields_:
