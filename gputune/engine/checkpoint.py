@@ -31,9 +31,7 @@ from gputune.types import Config
 
 _FORMAT = 1
 _WRITING_SHARE = 20
-_RESERVE = 2**24
-"""Bytes that a checkpoint leaves on the disk, for the results of what trains."""
-
+_RESERVE = 2**24  # bytes that a checkpoint leaves on the disk, for the results of what trains
 _TRIES = 100
 _NAME = re.compile(r"\d+-[0-9a-f]{16}\.(safetensors|tmp)")
 
@@ -159,8 +157,7 @@ class Checkpointing:
 
     folder: CheckpointFolder
     numbers: tuple[int, ...]
-    seconds: float
-    """At least so long between two checkpoints of a chunk."""
+    seconds: float  # at least so long between two checkpoints of a chunk
 
     def expect(self, index: Sequence[int]) -> None:
         """Remember that a worker may write a file of the trials at these places."""

@@ -36,20 +36,13 @@ class Job(Training):
     """What every chunk of a search has in common."""
 
     module_class: Builder | None = None
-    traits: Mapping[str, Traits] = field(default_factory=dict)
-    """What the user's module was found to do, by its ``Population.arguments``; a worker need not try it again."""
-    objective: Objective | None = None
-    """What a module is trained on; None: the loss of its task."""
-    stop: Stop = field(default_factory=Stop)
-    """Says when training ends after the running epoch, and no chunk begins any more."""
-    checkpointing: Checkpointing | None = None
-    """How the state of a long training is kept; None: not at all."""
-    keep_stopped: bool = True
-    """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
-    patience: int | None = None
-    """Epochs without a better fold mean after which a trial leaves its chunk; None: all train to the end."""
-    each_epoch: bool = False
-    """Whether someone is told of every epoch, who may end training then."""
+    traits: Mapping[str, Traits] = field(default_factory=dict)  # what it was found to do, by ``Population.arguments``
+    objective: Objective | None = None  # what a module is trained on; None: the loss of its task
+    stop: Stop = field(default_factory=Stop)  # says when training ends, and no chunk begins any more
+    checkpointing: Checkpointing | None = None  # how the state of a long training is kept; None: not at all
+    keep_stopped: bool = True  # whether a chunk that is stopped keeps its state, not the one who gets its outcome
+    patience: int | None = None  # epochs without a better fold mean after which a trial leaves its chunk
+    each_epoch: bool = False  # whether someone is told of every epoch, who may end training then
     precision: Precision = "full"
 
     def is_over(self) -> bool:
@@ -62,11 +55,10 @@ class Job(Training):
         if chunk.kind != "module":
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed)
         assert self.module_class is not None
-        traits = self.traits.get(chunk.arguments) or traits_of(
-            self.module_class, chunk.configs[0], data, objective=self.objective
-        )
+        first, known = chunk.configs[0], self.traits.get(chunk.arguments)  # a worker need not try the module again
+        traits = known or traits_of(self.module_class, first, data, objective=self.objective)
         objective = self.objective or make_objective(None, None, None, data.task)
-        way = trains_as(self.backend, chunk.kind, chunk.configs[0], traits.loop_reason)
+        way = trains_as(self.backend, chunk.kind, first, traits.loop_reason)
         kind = LoopedModule if way == "loop" else StackedModule
         return kind(self.module_class, chunk.configs, shape, seed=self.seed, traits=traits, objective=objective)
 

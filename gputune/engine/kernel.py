@@ -38,12 +38,9 @@ _RESERVED_BYTES, _THREADS = 1024, 2048
 class KernelChunk(CompiledChunk):
     """Members on a GPU, in the flat buffers that compiled members have. Raises NotBuiltError without a kernel."""
 
-    failure: ClassVar[str] = ""
-    """Why this process trains no member by the kernel any more, in a sentence."""
-
+    failure: ClassVar[str] = ""  # why this process trains no member by the kernel any more, in a sentence
     draws: Draws | None = None
-    pace: float = math.inf
-    """Turns a second: a step of as many members as there are blocks is one."""
+    pace: float = math.inf  # turns a second: a step of as many members as there are blocks is one
 
     def _rebuild(self) -> None:
         super()._rebuild()

@@ -42,8 +42,8 @@ class Plan:
     """Chunks of a search, longest first; the processes that train them (1: this process alone); threads of each.
 
     With ``cluster`` the workers are tasks that run at once on other machines. ``ways`` says of each chunk how it
-    trains. ``state_bytes`` are those of all trials
-    between two epochs; where they wait for each other at rungs, ``cache_bytes`` of these have room in main memory.
+    trains. ``state_bytes`` are those of all trials between two epochs; where they wait for each other at rungs,
+    ``cache_bytes`` of these have room in main memory.
     """
 
     chunks: tuple[Population, ...]
@@ -55,8 +55,7 @@ class Plan:
     state_bytes: int = 0
     cache_bytes: int | None = None
     ways: tuple[Backend, ...] = ()
-    gpus: bool = False
-    """Whether each worker has a GPU."""
+    gpus: bool = False  # whether each worker has a GPU
 
     def answering_early(self, folds: int) -> "Plan":
         """Return the plan of a search whose first result comes early, of as much work.

@@ -44,8 +44,7 @@ class Reuse:
 
     def __init__(self) -> None:
         self.chunks: dict[Hashable, StackedChunk] = {}
-        self.timed: list[StackedChunk] = []
-        """Those in compiled code that are at their start, since they were only timed."""
+        self.timed: list[StackedChunk] = []  # those in compiled code that are at their start, being only timed
 
     def keep_timed(self, chunk: StackedChunk) -> None:
         """Keep a chunk that was timed, where there is room beside the others."""

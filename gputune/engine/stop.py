@@ -22,8 +22,7 @@ class Stop:
         """``deadline`` is a ``time.monotonic()``, a clock that the processes of a machine share."""
         self.deadline = deadline
         self._asked = False
-        self.reason = ""
-        """Why the search was good enough to end; "" where it was not."""
+        self.reason = ""  # why the search was good enough to end; "" where it was not
         self._sign: Path | None = None  # a file that says to the workers what ``_asked`` says here
         self._parent: int | None = None
         _stops.add(self)

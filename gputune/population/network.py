@@ -33,38 +33,26 @@ class Shape:
     dtype: torch.dtype = torch.float32
     device: torch.device = _CPU
     regression: bool = False
-    present: Tensor | None = None
-    """(F, K) bool: classes that take part in a fold, None when all do."""
-    input_shape: tuple[int, ...] | None = None
-    """Of a row of the first input, None: (n_features,)."""
-    inputs: tuple[InputKind, ...] = ()
-    """Of all inputs; (): of a table."""
-    names: tuple[str, ...] | None = None
-    """Of the inputs, where they are passed as keywords."""
-    precision: Precision = "full"
-    """Of what a module computes while it trains; its parameters, buffers and updates are always of ``dtype``."""
-    feature_groups: tuple[int, ...] | None = None
-    """Of a table's features, (D,): ``Layout.feature_groups``."""
-    rows: Callable[[int], tuple[tuple[Tensor, ...], Tensor]] | None = None
-    """The training rows of a fold and their targets, for a module that begins from them."""
+    present: Tensor | None = None  # (F, K) bool: classes that take part in a fold, None when all do
+    input_shape: tuple[int, ...] | None = None  # of a row of the first input, None: (n_features,)
+    inputs: tuple[InputKind, ...] = ()  # of all inputs; (): of a table
+    names: tuple[str, ...] | None = None  # of the inputs, where they are passed as keywords
+    precision: Precision = "full"  # of what a module computes while it trains; parameters and updates are of ``dtype``
+    feature_groups: tuple[int, ...] | None = None  # of a table's features, (D,): ``Layout.feature_groups``
+    rows: Callable[[int], tuple[tuple[Tensor, ...], Tensor]] | None = None  # training rows and targets of a fold
 
     @staticmethod
     def of(data: Dataset, precision: Precision = "full") -> "Shape":
         """Return the shape of members that train on some data; scaled bytes come to them as floats."""
         kinds = zip(data.inputs, data.scaling, strict=True)
+        same = ("n_features", "n_outputs", "dtype", "device", "present", "names", "feature_groups")
         return Shape(
-            n_features=data.n_features,
-            n_outputs=data.n_outputs,
+            **{name: getattr(data, name) for name in same},
             folds=data.n_folds,
-            dtype=data.dtype,
-            device=data.device,
             regression=data.task == "regression",
-            present=data.present,
             input_shape=tuple(data.inputs[0].shape[2:]),
             inputs=tuple((tuple(x.shape[2:]), data.dtype if scaled else x.dtype) for x, scaled in kinds),
-            names=data.names,
             precision=precision,
-            feature_groups=data.feature_groups,
             rows=data.training_rows,
         )
 
@@ -85,20 +73,13 @@ class Network(Protocol):
     kind: ModelKind
     shape: Shape
     configs: tuple[Config, ...]
-    blocks: Blocks
-    """All that a member consists of: the trained parameters, then the buffers that training changes."""
-    trained: Blocks
-    """The trained parameters alone, ``flat[:trained.size]``: what has gradients and moments."""
-    exact: bool
-    """Whether minibatches must come without padded rows."""
-    least_rows: int
-    """Rows that a minibatch needs; a last one with fewer is left out."""
-    alone: bool
-    """Whether an output in evaluation mode depends on its own row alone."""
-    widest: int
-    """Most numbers that a row has in a layer of one member."""
-    scheduled: tuple[str, ...]
-    """Buffers that hold each member's rate of a dropout, (F, C), which is written before every step."""
+    blocks: Blocks  # all that a member consists of: the trained parameters, then the buffers that training changes
+    trained: Blocks  # the trained parameters alone, ``flat[:trained.size]``: what has gradients and moments
+    exact: bool  # whether minibatches must come without padded rows
+    least_rows: int  # rows that a minibatch needs; a last one with fewer is left out
+    alone: bool  # whether an output in evaluation mode depends on its own row alone
+    widest: int  # most numbers that a row has in a layer of one member
+    scheduled: tuple[str, ...]  # buffers of each member's rate of a dropout, (F, C), written before every step
 
     def start(self) -> Tensor:
         """Return the flat buffer of the members' start."""
