@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,6 @@ from gputune.sklearn.member import Place
 from gputune.sklearn.recipe import DrawSeed, Training
 from gputune.text import did_you_mean
 from gputune.types import Task
-
-Value = TypeVar("Value")
 
 
 def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., None]:
@@ -154,13 +152,13 @@ fit_hook: ContextVar[FitHook | None] = ContextVar("fit_hook", default=None)
 
 
 @contextmanager
-def using(variable: ContextVar[Value], value: Value) -> Iterator[None]:
-    """Let a context variable, such as the hook of fits, have a value inside."""
-    token = variable.set(value)
+def hooked(hook: FitHook | None) -> Iterator[None]:
+    """Let a hook, or none, stand in for fits inside."""
+    token = fit_hook.set(hook)
     try:
         yield
     finally:
-        variable.reset(token)
+        fit_hook.reset(token)
 
 
 FLOATS = (np.float64, np.float32)

@@ -23,7 +23,7 @@ from gputune.sklearn.base import FusedEstimator, constructor
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor
 from gputune.sklearn.member import Place
 from gputune.sklearn.recipe import DrawSeed, Training
-from gputune.solver.solve import Problem, solve
+from gputune.solver.solve import Problem, Solution, solve
 
 _TOLERANCE = 1e-10
 
@@ -42,14 +42,11 @@ class Penalty:
 
 
 @dataclass(frozen=True, eq=False)
-class Solution:
-    """One solved member: coef (K, D) and intercept (K,), with K = 1 for two classes; ``classes`` as positions."""
+class SolvedMember:
+    """One member, by its position, of those that were solved together; ``classes`` as positions."""
 
-    coef: NDArray[np.float64]
-    intercept: NDArray[np.float64]
-    steps: int
-    residual: float
-    converged: bool
+    solution: Solution
+    position: int
     classes: NDArray[np.int64]
 
 
@@ -63,10 +60,10 @@ def solve_groups(penalties: Mapping[int, Penalty], folds: FoldGroup) -> list[tup
 
 def solve_members(
     penalties: Mapping[int, Penalty], folds: FoldGroup, training: Training
-) -> dict[Place, Solution | Exception]:
+) -> dict[Place, SolvedMember | Exception]:
     """Solve every penalty on the training rows of every fold; ValueError for class weights that do not fit them."""
     del training  # one batched solve, which takes seconds where training takes minutes
-    members: dict[Place, Solution | Exception] = {}
+    members: dict[Place, SolvedMember | Exception] = {}
     for trials, group in solve_groups(penalties, folds):
         places = [(fold, trial) for fold in group.numbers for trial in trials]
         try:
@@ -76,10 +73,7 @@ def solve_members(
             continue
         assert group.classes is not None
         solution = solve(problem)
-        coef, intercept = solution.coef.cpu().numpy(), solution.intercept.cpu().numpy()
-        facts = zip(solution.steps.tolist(), solution.residual.tolist(), solution.converged.tolist())
-        for p, (place, fact) in enumerate(zip(places, facts)):
-            members[place] = Solution(coef[p], intercept[p], *fact, group.classes)
+        members |= {place: SolvedMember(solution, p, group.classes) for p, place in enumerate(places)}
     return members
 
 
@@ -198,16 +192,21 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
             device=self.device,
         )
 
-    def _set_fitted(self, fitted: Solution, rows: Rows) -> None:
+    def _set_fitted(self, fitted: SolvedMember, rows: Rows) -> None:
         assert rows.classes is not None
         self.classes_ = rows.classes[fitted.classes]
-        precision = rows.X.parts[0].numpy().dtype
-        self.coef_, self.intercept_ = fitted.coef.astype(precision), fitted.intercept.astype(precision)
-        self.n_iter_ = np.array([fitted.steps], dtype=np.int32)
-        if not fitted.converged:
+        solution, p = fitted.solution, fitted.position
+        precision, steps = rows.X.parts[0].numpy().dtype, int(solution.steps[p])
+        # Copies: what was solved together goes with the search.
+        self.coef_, self.intercept_ = (
+            t[p].cpu().numpy().astype(precision) for t in (solution.coef, solution.intercept)
+        )
+        self.n_iter_ = np.array([steps], dtype=np.int32)
+        if not solution.converged[p]:
             warn(
-                f"the logistic regression did not converge in {fitted.steps} Newton steps (violation "
-                f"{fitted.residual:.1e}, tol={min(self.tol, _TOLERANCE):g}); a smaller C or scaled inputs converge.",
+                f"the logistic regression did not converge in {steps} Newton steps (violation "
+                f"{solution.residual[p].item():.1e}, tol={min(self.tol, _TOLERANCE):g}); a smaller C or scaled inputs "
+                "converge.",
                 ConvergenceWarning,
             )
 

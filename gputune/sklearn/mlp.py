@@ -17,11 +17,12 @@ from gputune.errors import InputError
 from gputune.methods.config import check_value
 from gputune.models import MLP
 from gputune.models.mlp import ACTIVATIONS as MLP_ACTIVATIONS
+from gputune.population.population import complete
 from gputune.sklearn.base import FLOATS, constructor, has_columns
 from gputune.sklearn.dataset import Rows, as_dense, as_tensor
 from gputune.sklearn.member import Member
 from gputune.sklearn.networks import TrainedEstimator
-from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Patience, Recipe, draw_seed, engine_config
+from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Patience, Recipe, draw_seed
 from gputune.types import ACTIVATIONS, SCHEDULES
 
 # Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and without.
@@ -127,21 +128,23 @@ class _MLP(TrainedEstimator):
         optimizer = _NESTEROVS.get(self.solver, (self.solver, self.solver))[0 if self.nesterovs_momentum else 1]
         schedule = self.learning_rate if self.learning_rate in SCHEDULES else "constant"  # which is for sgd alone
         momentum = check_value("momentum", self.momentum, "momentum")
-        values = {
-            "width": ("hidden_layer_sizes", tuple(layers) if len({*layers}) > 1 else layers[0]),
-            "depth": ("hidden_layer_sizes", len(layers)),
-            "activation": ("activation", self.activation),
-            "dropout": ("dropout", self.dropout),
-            "optimizer": ("solver", optimizer),
-            "lr": ("learning_rate_init", self.learning_rate_init),
-            "schedule": ("learning_rate", schedule),
-            "batch_size": ("batch_size", self.batch_size),
-            "weight_decay": ("weight_decay", self.weight_decay if alpha is None else None),
-            "momentum": ("momentum", momentum if optimizer in MOMENTUM else None),
+        config = {
+            "width": check_value("width", tuple(layers) if len({*layers}) > 1 else layers[0], "hidden_layer_sizes"),
+            "depth": check_value("depth", len(layers), "hidden_layer_sizes"),
+            "activation": self.activation,
+            "dropout": float(self.dropout),
+            "optimizer": optimizer,
+            "lr": float(self.learning_rate_init),
+            "schedule": schedule,
+            "batch_size": AUTO_BATCH if self.batch_size == "auto" else int(self.batch_size),
         }
+        if alpha is None and self.weight_decay is not None:
+            config["weight_decay"] = float(self.weight_decay)
+        if optimizer in MOMENTUM:
+            config["momentum"] = momentum
         return Recipe(
             kind="mlp",
-            config=engine_config(values, optimizer=optimizer),
+            config=complete(config, optimizer=optimizer, schedule="constant"),
             alpha=alpha,
             epochs=int(self.max_iter),
             seed=draw_seed(self.random_state, draw),

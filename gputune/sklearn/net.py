@@ -13,14 +13,15 @@ from gputune.errors import InputError
 from gputune.methods.config import check_value
 from gputune.modules.construction import Builder
 from gputune.optimizers.classes import OPTIMIZER_PREFIX, check_optimizer, has_weight_decay, optimizer_word
+from gputune.population.population import complete
 from gputune.scoring.objective import LOSS_PREFIX
 from gputune.sklearn.networks import TrainedClassifier, TrainedEstimator, TrainedRegressor
-from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
+from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, draw_seed, whole_number
 from gputune.study.module_source import is_builder
 from gputune.types import Config
 
-_PREFIXES = {"module__": "module__", "criterion__": LOSS_PREFIX, OPTIMIZER_PREFIX: OPTIMIZER_PREFIX}
-"""Of arguments: as the estimator writes them -> as the engine does."""
+_PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
+"""Of arguments of the module, the loss and the optimizer."""
 
 _NUMBERS = {"criterion__label_smoothing"}
 """Arguments of a class of torch.nn that its loss by name takes too."""
@@ -97,7 +98,7 @@ class _NeuralNet(TrainedEstimator):
         for name, value in params.items():
             if "__" in name and name in own:  # scikit-learn would look for the parameters of an optimizer
                 setattr(self, name, value)
-            elif name.startswith(tuple(_PREFIXES)) or name in self._arguments:
+            elif name.startswith(_PREFIXES) or name in self._arguments:
                 self._arguments = self._arguments | {name: value}
             else:
                 rest[name] = value
@@ -112,39 +113,14 @@ class _NeuralNet(TrainedEstimator):
 
     def _recipe(self, draw: DrawSeed) -> Recipe:
         """Raises InputError also for a module, an optimizer or a criterion that cannot be trained."""
-        arguments = {}
-        for name, value in self._arguments.items():
-            prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
-            if prefix is None:  # said here, because scikit-learn wants constructors that take everything
-                own = type(self).__name__
-                raise TypeError(f"{own} has no parameter {name!r}; arguments of the module are written module__*.")
-            arguments[_PREFIXES[prefix] + name.removeprefix(prefix)] = check_value(name, value, name)
         for name, (harmless, remedy) in _HARMLESS.items():
             if (value := getattr(self, name)) not in harmless:
                 raise InputError(f"{type(self).__name__} has no {name}={value!r}: {remedy}.")
-        optimizer, momentum = optimizer_word(self.optimizer, "optimizer"), self.optimizer__momentum
-        if momentum is not None and optimizer not in MOMENTUM:
-            raise InputError(
-                f"optimizer__momentum={momentum!r} is for {', '.join(MOMENTUM)}, and {optimizer!r} has none; "
-                "leave it out."
-            )
-        decay = self.optimizer__weight_decay
-        if decay is not None and not has_weight_decay(optimizer):
-            raise InputError(f"optimizer__weight_decay={decay!r}: {optimizer!r} has none; leave it out.")
-        values = {
-            "lr": ("lr", self.lr),
-            "batch_size": ("batch_size", self.batch_size),
-            "optimizer": ("optimizer", optimizer),
-            "weight_decay": ("optimizer__weight_decay", decay),
-            "momentum": ("optimizer__momentum", momentum),
-        }
-        config = engine_config(values, optimizer=optimizer) | arguments
-        check_optimizer(config, "module")
         if self.numbers not in ("none", "standard"):
             raise InputError(f"numbers must be 'none' or 'standard', got {self.numbers!r}.")
         return Recipe(
             kind="module",
-            config=config,
+            config=self._config(),
             alpha=None,
             epochs=whole_number("max_epochs", self.max_epochs),
             seed=draw_seed(self.random_state, draw),
@@ -155,6 +131,33 @@ class _NeuralNet(TrainedEstimator):
             augment=self.augment,
             numbers=self.numbers,
         )
+
+    def _config(self) -> Config:
+        """Return the engine's complete configuration."""
+        optimizer = optimizer_word(self.optimizer, "optimizer")
+        decay, momentum = self.optimizer__weight_decay, self.optimizer__momentum
+        if momentum is not None and optimizer not in MOMENTUM:
+            only = ", ".join(MOMENTUM)
+            raise InputError(f"optimizer__momentum={momentum!r} is for {only}; {optimizer!r} has none: leave it out.")
+        if decay is not None and not has_weight_decay(optimizer):
+            raise InputError(f"optimizer__weight_decay={decay!r}: {optimizer!r} has none; leave it out.")
+        batch_size = AUTO_BATCH if isinstance(self.batch_size, str) and self.batch_size == "auto" else self.batch_size
+        values = {"lr": self.lr, "batch_size": batch_size}
+        values |= {"optimizer__weight_decay": decay, "optimizer__momentum": momentum}
+        config: Config = {"optimizer": optimizer}
+        for name, value in values.items():
+            if value is not None:
+                key = name.removeprefix(OPTIMIZER_PREFIX)
+                config[key] = check_value(key, value, name)
+        config = complete(config, optimizer=optimizer, schedule="constant")
+        for name, value in self._arguments.items():
+            if not name.startswith(_PREFIXES):  # not by the constructor, which takes what a clone hands it
+                own = type(self).__name__
+                raise TypeError(f"{own} has no parameter {name!r}; arguments of the module are written module__*.")
+            key = LOSS_PREFIX + name.removeprefix("criterion__") if name.startswith("criterion__") else name
+            config[key] = check_value(name, value, name)
+        check_optimizer(config, "module")
+        return config
 
     def _loss(self) -> str | Callable[..., object] | None:
         """Return the criterion as the engine's loss: the name of one, or the user's own; None for the task's."""

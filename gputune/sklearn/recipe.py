@@ -10,9 +10,8 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from gputune.errors import InputError
-from gputune.methods.config import check_value
 from gputune.modules.construction import Builder
-from gputune.population.population import ModelKind, complete
+from gputune.population.population import ModelKind
 from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Config, Task
 
@@ -21,6 +20,9 @@ DrawSeed = Callable[[], int]
 
 MOMENTUM = ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd")
 """The optimizers that have a momentum."""
+
+AUTO_BATCH = 200
+"""What ``batch_size="auto"`` is in scikit-learn, and at most all rows."""
 
 
 @dataclass(frozen=True)
@@ -140,20 +142,6 @@ def draw_seed(random_state: object, draw: DrawSeed) -> int:
         return draw()
     generator = check_random_state(random_state)
     return int(random_state) if isinstance(random_state, Integral) else int(generator.randint(2**31 - 1))
-
-
-def engine_config(values: Mapping[str, tuple[str, object]], *, optimizer: str) -> Config:
-    """Return the engine's complete configuration of checked values: its word -> the estimator's word and value.
-
-    A value None is left to the engine's default; ``optimizer`` is that of a configuration without one.
-    """
-    config = {}
-    for name, (word, value) in values.items():
-        if name == "batch_size" and isinstance(value, str) and value == "auto":
-            value = 200  # and at most all rows, as in scikit-learn
-        if value is not None:
-            config[name] = check_value(name, value, word)
-    return complete(config, optimizer=optimizer, schedule="constant")
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:

@@ -14,7 +14,7 @@ from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
 from gputune.data.arrays import ArrayLayout, Arrays
-from gputune.sklearn.base import FusedEstimator, check_rows, fit_hook, last_step, using
+from gputune.sklearn.base import FusedEstimator, check_rows, hooked, last_step
 from gputune.sklearn.dataset import FoldGroup, Part, Rows, lay_out
 from gputune.sklearn.recipe import content
 
@@ -159,7 +159,7 @@ class Recorder:
                 self.place = (trial, fold)
                 arguments, params = self._arguments(candidate, X, y, train, fit_params)
                 # What fails here fails again where it is replayed, in scikit-learn's loop.
-                with using(fit_hook, self), suppress(Exception):
+                with hooked(self), suppress(Exception):
                     fitted = clone(candidate)
                     if hasattr(fitted, "set_callbacks"):  # which hear of the fits of scikit-learn's loop
                         fitted.set_callbacks()
@@ -206,7 +206,7 @@ class Recorder:
         metadata = [value for routed in (options.get("params") or {}).values() for value in routed.values()]
         fit = functools.partial(function, transformer, X, y, *args, **options)
         key = (content(transformer), id(X), id(y), *map(id, metadata))
-        with using(fit_hook, None):
+        with hooked(None):
             event = self._once(key, (X, y, metadata), lambda: Transformation(_result(fit)))
         self.events.append(event)
         return event.take()
@@ -227,7 +227,7 @@ class Recorder:
         def hold_out() -> Part:
             return held_out_part(fitted, part, *_safe_split(fitted, X, y, test, train))
 
-        with using(fit_hook, None):
+        with hooked(None):
             fit.valid = self._once((id(part), self.place[1]), part, lambda: _result(hold_out))
 
     def _arguments(

@@ -21,7 +21,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_memory
 
 from gputune.errors import warn
-from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, last_step, using
+from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, hooked, last_step
 from gputune.sklearn.dataset import Part
 from gputune.sklearn.recipe import RungState, Training
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, Transformation, fits_of, layouts
@@ -67,18 +67,13 @@ class HookedMemory:
 
 def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
     """Return the estimator as scikit-learn gets it while a search runs; the user's own stays as it is."""
-    copied = estimator
-    if isinstance(estimator, Pipeline):
-        copied = copy.copy(estimator)
-        copied.steps = list(estimator.steps)
-        copied.memory = HookedMemory(estimator.memory)
-    if device == "auto":
-        return copied
-    prefix, last = last_step(copied)
-    on_device = clone(last).set_params(device=device)
-    if not prefix:
-        return on_device
-    copied.steps[-1] = (copied.steps[-1][0], on_device)
+    _, last = last_step(estimator)
+    last = last if device == "auto" else clone(last).set_params(device=device)
+    if not isinstance(estimator, Pipeline):
+        return last
+    copied = copy.copy(estimator)
+    copied.steps = [*estimator.steps[:-1], (estimator.steps[-1][0], last)]
+    copied.memory = HookedMemory(estimator.memory)
     return copied
 
 
@@ -135,7 +130,7 @@ class SearchRun:
             self.steps.extend(trained.events)
             return trained.splits
 
-        with using(fit_hook, self):
+        with hooked(self):
             splitter = SimpleNamespace(split=split)
             results = evaluate_candidates(candidates, splitter, more_results=more_results, **context)
         if self.steps:
@@ -164,7 +159,7 @@ class SearchRun:
         if self.steps and isinstance(step := self.steps[0], Transformation):
             self.steps.popleft()
             return step.take()
-        with using(fit_hook, None):
+        with hooked(None):
             return function(*args, **options)
 
     def split(self, X: object, y: object, params: Mapping[str, object], cv: object = None) -> Splits:
