@@ -161,7 +161,7 @@ def test_a_fold_that_lacks_a_class_has_a_network_without_it():
 
 def test_a_class_whose_rows_weigh_nothing_is_never_predicted():
     X, y = IRIS
-    for estimator in (clone(QUICK), NeuralNetClassifier(Net, max_epochs=2)):
+    for estimator in (clone(QUICK), NeuralNetClassifier(Net, max_epochs=2), LogisticRegression()):
         fitted = estimator.fit(X, y, sample_weight=(y != 1).astype(float))
         assert fitted.classes_.tolist() == [0, 1, 2]
         assert (fitted.predict_proba(X)[:, 1] == 0).all()

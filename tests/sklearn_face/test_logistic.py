@@ -116,11 +116,9 @@ def test_what_cannot_be_meant_is_refused(params, message):
         LogisticRegression(**params).fit(*IRIS)
 
 
-def test_a_class_whose_rows_weigh_nothing_is_never_predicted():
-    X, y = IRIS
-    three = LogisticRegression().fit(X, y, sample_weight=(y != 1).astype(float))
-    assert (three.predict_proba(X)[:, 1] == 0).all() and (three.coef_[1] == 0).all()
-    two = LogisticRegression().fit(X[:100], y[:100], sample_weight=(y[:100] == 1).astype(float))
+def test_one_of_two_classes_whose_rows_weigh_nothing_is_never_predicted():
+    X, y = IRIS[0][:100], IRIS[1][:100]
+    two = LogisticRegression().fit(X, y, sample_weight=(y == 1).astype(float))
     assert (two.predict(X) == 1).all()
     np.testing.assert_array_equal(two.predict_log_proba(X[:2]), [[-np.inf, 0]] * 2)
 
