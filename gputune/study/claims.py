@@ -64,6 +64,9 @@ class Owner:
         return f"process {self.pid} on {self.host!r}"
 
 
+_NOBODY = Owner("", "", 0, "")
+
+
 class Claims:
     """The claims of this process on one study. A context manager; any thread may ask, one at a time."""
 
@@ -76,16 +79,15 @@ class Claims:
         self._mutex = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         _OPEN.add(self)
-        self._sweep()
+        self.shown()  # which removes the lock files of dead processes
 
     def take(self, chunk: Chunk) -> bool:
         """Claim a chunk; say no where another process has it, or where all its results are there."""
-        return self._claim(chunk.number, chunk.trials)[0]
+        return self._claim(chunk.number, chunk.trials) is None
 
     def take_search(self, method: str) -> None:
         """Claim the whole search. Raises InputError where another process has it, which it names."""
-        _, owner = self._claim(SEARCH)
-        if owner is not None:
+        if (owner := self._claim(SEARCH)) is not None:
             raise InputError(
                 f"study={str(self.path)!r}: {owner} is at work on this search, and one process alone decides which "
                 f"trials of method={method!r} train on. {self.remedy(owner)}"
@@ -93,7 +95,7 @@ class Claims:
 
     def take_setup(self) -> Owner | None:
         """Claim the right to add trials and chunks; return who has it, or None where it is ours now."""
-        return self._claim(SETUP)[1]
+        return self._claim(SETUP)
 
     def leave_setup(self) -> None:
         """Let others add trials and chunks."""
@@ -102,7 +104,7 @@ class Claims:
     def holder(self, chunk: Chunk) -> Owner | None:
         """Return the other process that has a chunk, or None."""
         with self._mutex:
-            return self._holder(self._connect(), chunk.number)
+            return self._owner(chunk.number)
 
     def show(self, progress: Json) -> None:
         """Say to whoever looks at the study how far this process is, in a file beside its lock file."""
@@ -115,8 +117,8 @@ class Claims:
 
     def shown(self) -> list[tuple[Owner, Json]]:
         """Return the processes that live and say how far they are, with what they say: see ``PROGRESS``."""
-        found = []
-        for place in sorted(self._whole.parent.iterdir()):
+        found, folder = [], self._whole.parent
+        for place in sorted(folder.iterdir()) if folder.is_dir() else ():
             with suppress(OSError, *MALFORMED):
                 if (owner := self._alive(place.name)) is not None and (said := _beside(place)).is_file():
                     progress = json.loads(said.read_text())
@@ -138,7 +140,7 @@ class Claims:
                     self._connection.close()
                     self._connection = None
             if file is not None:
-                self._sweep()
+                self.shown()
 
     def __enter__(self) -> Self:
         return self
@@ -146,29 +148,21 @@ class Claims:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _claim(self, number: int, trials: Sequence[int] = ()) -> tuple[bool, Owner | None]:
-        """Claim; return whether it is ours, else its owner, or None where all these trials have their results."""
+    def _claim(self, number: int, trials: Sequence[int] = ()) -> Owner | None:
+        """Claim; return None where it is ours now, else its owner: nobody where all these trials have their results."""
         with self._mutex:
-            connection = self._connect()
-            answer = self._is_free(connection, number, trials)  # a look that locks nobody out
-            if answer[0]:
-                lock = self._lock_file()
+            if (owner := self._owner(number, trials)) is None:  # a look that locks nobody out
+                connection, lock = self._connect(), self._lock_file()
                 with transaction(connection, self.path):
-                    answer = self._is_free(connection, number, trials)
-                    if answer[0]:
+                    if (owner := self._owner(number, trials)) is None:
                         connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (number, lock))
-            return answer
+            return owner
 
-    def _is_free(self, connection: sqlite3.Connection, number: int, trials: Sequence[int]) -> tuple[bool, Owner | None]:
-        query = "SELECT 1 FROM results WHERE number = ? AND state != 'stopped'"
+    def _owner(self, number: int, trials: Sequence[int] = ()) -> Owner | None:
+        connection, is_final = self._connect(), "SELECT 1 FROM results WHERE number = ? AND state != 'stopped'"
         with sqlite_errors(self.path):
-            if trials and all(connection.execute(query, (n,)).fetchone() for n in trials):
-                return False, None
-        owner = self._holder(connection, number)
-        return owner is None, owner
-
-    def _holder(self, connection: sqlite3.Connection, number: int) -> Owner | None:
-        with sqlite_errors(self.path):
+            if trials and all(connection.execute(is_final, (n,)).fetchone() for n in trials):
+                return _NOBODY
             row = connection.execute("SELECT lock FROM claims WHERE chunk = ?", (number,)).fetchone()
         return None if row is None or row[0] == self._lock else self._alive(row[0])
 
@@ -222,13 +216,6 @@ class Claims:
                 "rights of its folder, and that its file system has locks",
             ) from error
         return self._lock
-
-    def _sweep(self) -> None:
-        """Remove the lock files of dead processes."""
-        folder = self._whole.parent
-        for place in folder.iterdir() if folder.is_dir() else ():
-            with suppress(OSError):
-                self._alive(place.name)
 
     def _place(self, lock: str) -> Path:
         return self._whole.parent / lock

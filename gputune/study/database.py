@@ -52,11 +52,25 @@ def open_file(path: Path) -> sqlite3.Connection:
     """
     check_file(path)
     _check_bytes(path)
-    with _closed_on_error(_connect_readonly(path)) as connection:
-        _check_content(connection, path)
-        if os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK):
-            return _for_writing(connection, path)
-        return connection
+    with _closed_on_error(_connect_readonly(path)) as reading:
+        _check_content(reading, path)
+        if not (os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK)):
+            return reading
+        try:
+            with _closed_on_error(connect(path, "rw")) as writing:
+                wal = use_wal(writing, path)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.ENOSPC):
+                raise
+            warn(f"it can only be read: {error.strerror}. Make room before the search goes on.")
+            return reading
+    reading.close()
+    if not wal:
+        warn(
+            f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a rollback journal is "
+            "used. It is as safe, but readers and writers wait for each other; prefer a local disk."
+        )
+    return writing
 
 
 def check_file(path: Path) -> None:
@@ -70,25 +84,6 @@ def check_file(path: Path) -> None:
 def beside(path: Path, ending: str) -> Path:
     """Return the place of a file of SQLite's that belongs to a study."""
     return path.resolve().with_name(path.resolve().name + ending)
-
-
-def _for_writing(reading: sqlite3.Connection, path: Path) -> sqlite3.Connection:
-    """Return a connection that may write in place of the one that reads, which stays where there is no room for it."""
-    try:
-        with _closed_on_error(connect(path, "rw")) as writing:
-            wal = use_wal(writing, path)
-    except OSError as error:
-        if error.errno not in (errno.EIO, errno.ENOSPC):
-            raise
-        warn(f"it can only be read: {error.strerror}. Make room before the search goes on.")
-        return reading
-    reading.close()
-    if not wal:
-        warn(
-            f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a rollback journal is "
-            "used. It is as safe, but readers and writers wait for each other; prefer a local disk."
-        )
-    return writing
 
 
 @contextmanager
