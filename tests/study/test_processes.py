@@ -182,12 +182,12 @@ def test_a_process_that_waits_to_plan_says_for_whom_until_its_time_is_over(tmp_p
     assert len(gputune.tune("mlp", X, y, n_trials=2, verbose=0, **call).trials) == 2
 
 
-def test_ctrl_c_ends_the_wait_for_a_plan(path, monkeypatch):
+def test_ctrl_c_ends_the_wait_for_a_plan(path, mine, monkeypatch):
     monkeypatch.setattr("gputune.study.ledger._PATIENCE", -1)
     foreign(path, claims_file.SETUP)
     stop = Stop()
-    with Store.open(path) as store, Claims(path) as claims:
-        ledger = Ledger(store, claims)
+    with Store.open(path) as store:
+        ledger = Ledger(store, mine)
         ledger.on_wait = Session(ledger, Options(), Progress(0), stop)._wait
         at_call(ledger, "on_wait", 2, stop.ask, patch=monkeypatch.setattr)
         with pytest.raises(KeyboardInterrupt), ledger.alone():

@@ -183,12 +183,13 @@ def test_a_lost_option_is_counted_and_said_where_the_search_would_go_on(folder, 
     assert code == 0 or (code == 2 and "has lost" in err and "Traceback" not in err)
 
 
-def test_every_option_can_be_lost_without_a_traceback(folder):
+@pytest.mark.parametrize("commands", [["report", "status"], pytest.param(["trials", "best"], marks=pytest.mark.long)])
+def test_every_option_can_be_lost_without_a_traceback(folder, commands):
     path = folder / "gputune-out" / "study.db"
     for key in ["", *gputune.Study.open(path).meta]:
         shutil.copy(path, "lost.db")
         change("lost.db", "DELETE FROM meta WHERE key = ?", (key,))
-        for command in ("report", "trials", "best", "status"):
+        for command in commands:
             code, _, err = run(command, "lost.db")
             assert code == 0 or (code == 2 and f"has lost the option '{key}'" in err), (key, command, err)
 

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 from hypothesis import settings
@@ -45,34 +46,28 @@ class StoreStates(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), numbers=st.lists(NUMBERS, min_size=1, max_size=3), params=PARAMS)
     def add(self, who, numbers, params):
         new = [Candidate(n, params, "random") for n in numbers]
-        if len(set(numbers)) < len(numbers) or self.trials.keys() & set(numbers):
-            with refused("is there already"):
-                self.handles[who].add_trials(new)
-        else:
+        is_new = len(set(numbers)) == len(numbers) and self.trials.keys().isdisjoint(numbers)
+        with nullcontext() if is_new else refused("is there already"):
             self.handles[who].add_trials(new)
-            self.trials |= {candidate.number: candidate for candidate in new}
+        self.trials |= {candidate.number: candidate for candidate in new if is_new}
 
     @rule(who=st.integers(0, 1), numbers=st.lists(NUMBERS, min_size=1, max_size=3), stopped=st.booleans())
     def finish(self, who, numbers, stopped):
         new = [result(n, state="stopped" if stopped else "complete") for n in numbers]
         final = {n for n, found in self.results.items() if found.state != "stopped"}
-        twice = len(set(numbers)) < len(numbers) and not stopped
-        if twice or final & set(numbers) or not set(numbers) <= self.trials.keys():
-            with refused(r"trial \d (is there already and is never replaced|was never added); nothing was written"):
-                self.handles[who].finish(new)
-        else:
+        once = stopped or len(set(numbers)) == len(numbers)
+        is_new = once and final.isdisjoint(numbers) and set(numbers) <= self.trials.keys()
+        words = r"trial \d (is there already and is never replaced|was never added); nothing was written"
+        with nullcontext() if is_new else refused(words):
             self.handles[who].finish(new)
-            self.results |= {found.number: found for found in new}
+        self.results |= {found.number: found for found in new if is_new}
 
     @rule(who=st.integers(0, 1), number=NUMBERS, trials=st.lists(NUMBERS, min_size=1, max_size=3, unique=True))
     def freeze(self, who, number, trials):
         chunk = Chunk(number, 0, tuple(trials), 1)
-        if number in self.plan:
-            with refused(f"chunk {number} is there already"):
-                self.handles[who].add_chunks([chunk])
-        else:
+        with refused(f"chunk {number} is there already") if number in self.plan else nullcontext():
             self.handles[who].add_chunks([chunk])
-            self.plan[number] = chunk
+        self.plan.setdefault(number, chunk)
 
     @precondition(lambda self: self.plan)
     @rule(who=st.integers(0, 1), data=st.data())
@@ -101,9 +96,8 @@ class StoreStates(RuleBasedStateMachine):
         path = self.folder / f"copy{self.copies}.db"
         self.handles[who].backup(path)
         if repaired:
-            again = self.folder / f"repaired{self.copies}.db"
-            repair(path, again)
-            path = again
+            repair(path, path.with_suffix(".repaired"))
+            path = path.with_suffix(".repaired")
         with Store.open(path) as store:
             whole = [chunk for chunk in self._plan() if set(chunk.trials) <= self.trials.keys()]
             self._is_held(store, whole if repaired else self._plan())
