@@ -20,8 +20,10 @@ from gputune.engine.memory import Failure, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
+from gputune.methods.descent import Hypergradient
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import loop_reason
+from gputune.optimizers.rules import BETA1, BETA2
 from gputune.population.population import Population, arguments_text, shape_of
 from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
@@ -93,7 +95,9 @@ class Context:
         return self.trainer.horizon
 
     def complete(self, params: Config) -> Config:
-        return self.choice.complete(params, self.options.schedule)
+        """Return a trial's parameters with every key that training reads, of a descent the betas too."""
+        betas = {"beta1": BETA1, "beta2": BETA2} if isinstance(self.options.method, Hypergradient) else {}
+        return betas | self.choice.complete(params, self.options.schedule)
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
         """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
@@ -148,25 +152,19 @@ class Context:
         return has_news
 
     def recorded_plans(
-        self,
-        ledger: Ledger,
-        waiting: Sequence[Candidate],
-        *,
-        stage: int,
-        complete: Callable[[Config], Config],
-        make: Callable[[Sequence[Config]], Plan],
+        self, ledger: Ledger, waiting: Sequence[Candidate], stage: int, make: Callable[[Sequence[Config]], Plan]
     ) -> list[RecordedPlan]:
         """Return plans of whole recorded chunks, one for each number of threads; ``make`` plans what is in none yet."""
         plan_of: dict[int, Plan] = {}  # a number of trials: where all are new, they are planned once
 
         def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int]]:
-            plan = plan_of[len(new)] = make([complete(trial.params) for trial in new])
+            plan = plan_of[len(new)] = make([self.complete(trial.params) for trial in new])
             return [(chunk.index, plan.threads) for chunk in plan.chunks]
 
         chunks = ledger.chunks(waiting, stage, cut)
         numbers = {number for chunk in chunks for number in chunk.trials}
         trials = tuple(trial for trial in ledger.candidates if trial.number in numbers)
-        configs = tuple(complete(trial.params) for trial in trials)
+        configs = tuple(self.complete(trial.params) for trial in trials)
         plan = plan_of.get(len(trials)) or make(configs)  # how many processes pay
         place = {trial.number: position for position, trial in enumerate(trials)}
         plans = []
@@ -226,17 +224,12 @@ class Context:
     def finish(
         self, ledger: Ledger, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
     ) -> None:
-        """Keep results of trials that have ended, show how many are new, and remove their checkpoints."""
-        self.progress.finished(sum(result.number not in ledger.results for result in results))
-        self.store(ledger, results, outputs)
-        self.ended(results)
-
-    def store(
-        self, ledger: Ledger, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
-    ) -> None:
-        """Keep results of trials that have ended, and outputs by their numbers."""
+        """Keep results of trials that have ended, and outputs by number; show how many are new, drop checkpoints."""
+        new = [result for result in results if result.number not in ledger.results]
         with self.profile.clock("storing"):
             ledger.finish(results, outputs)
+        self.progress.finished(len(new), pruned=sum(result.state == "pruned" for result in new))
+        self.ended(results)
 
     def check_module(self, config: Config, *, first: bool = False) -> int:
         """Try a module, the ``first`` also for finite numbers; return its number of parameters."""

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -18,7 +17,6 @@ from gputune.hypergradients.inner import check_classes
 from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.methods.distributions import range_of
 from gputune.methods.space import Space
-from gputune.optimizers.rules import BETA1, BETA2
 from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
@@ -65,7 +63,7 @@ def check_descent(
         for number, fold in enumerate(data.folds):
             valid = [words[code] for code in data.target[fold.valid].tolist()]
             check_classes(number, valid, [words[code] for code in data.present[number].nonzero()])
-    configs = {candidate.number: _complete(candidate.params, context) for candidate in trials}
+    configs = {candidate.number: context.complete(candidate.params) for candidate in trials}
     for number, config in configs.items():
         for name in names:
             if not solved:
@@ -117,7 +115,7 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
     starts = {c.number: c for c in ledger.candidates if isinstance(c.origin, str)}
     ranges = {name: range_of(space, (name,)) for name in names}
     bounds = {name: ends for name, ends in ranges.items() if ends is not None}
-    paths = {number: Descent(method, names, _complete(c.params, context), bounds) for number, c in starts.items()}
+    paths = {number: Descent(method, names, context.complete(c.params), bounds) for number, c in starts.items()}
     outer = method.outer_steps
     most = len(starts) * (outer + 1)
     context.progress.say(
@@ -183,8 +181,7 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
         jobs.append(job)
         return plan
 
-    complete = partial(_complete, context=context)
-    for recorded in context.recorded_plans(ledger, points, stage=step, complete=complete, make=make):
+    for recorded in context.recorded_plans(ledger, points, step, make):
         trials, configs = recorded.trials, recorded.configs
         context.progress.plan(recorded.plan, aloud=step == 0)
         for outcome in context.train(jobs[-1], recorded.plan):
@@ -229,7 +226,7 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
 
 def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
     """Solve points that read the same data in all folds at once, and differentiate the solutions."""
-    begin, configs = time.monotonic(), [_complete(point.params, context) for point in points]
+    begin, configs = time.monotonic(), [context.complete(point.params) for point in points]
     data = context.data.of(configs[0])
     solution, derivative = implicit_chunk(data, configs, memory=context.trainer.memory)
     curves = score_solution(data, len(points), solution, context.scoring)
@@ -239,7 +236,3 @@ def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
     outcome = Slopes(index, curves, 1, seconds, losses, of_C, np.zeros(losses.shape))
     context.progress.advance(len(points), curves)
     context.finish(ledger, [_result(points[i], configs[i], i, outcome, "exact") for i in index])
-
-
-def _complete(params: Config, context: Context) -> Config:
-    return {"beta1": BETA1, "beta2": BETA2} | context.complete(params)

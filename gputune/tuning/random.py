@@ -62,7 +62,7 @@ def _train(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> li
     def make(configs: Sequence[Config]) -> Plan:
         return context.plan(configs, epochs=context.epochs).answering_early(context.data.n_folds)
 
-    plans = context.recorded_plans(ledger, waiting, stage=0, complete=context.complete, make=make)
+    plans = context.recorded_plans(ledger, waiting, 0, make)
     chunks = [chunk for recorded in plans for chunk in recorded.chunks.values()]
     if not any(map(ledger.claim, chunks)):  # the first will do
         return chunks

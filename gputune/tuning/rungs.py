@@ -200,17 +200,14 @@ class _RungSearch:
         for trial in trials:
             self.states.drop(trial.number)
         if trials:
-            results = [self._result(trial, rung) for trial in trials]
-            self._store(results, trials)
-            self.context.ended(results)
+            self._store([self._result(trial, rung) for trial in trials], trials)
 
     def _store(self, results: Sequence[Result], trials: Sequence[_RunningTrial]) -> None:
-        """Keep results, and count their trials and what is not trained of them."""
-        context, numbers = self.context, {result.number for result in results} & self.outputs.keys()
-        context.store(self.ledger, results, {number: self.outputs.pop(number) for number in numbers})
+        """Keep results, and count what is not trained of their trials."""
+        numbers = {result.number for result in results} & self.outputs.keys()
+        self.context.finish(self.ledger, results, {number: self.outputs.pop(number) for number in numbers})
         self.curves |= {result.number: result.curve for result in results}
-        context.progress.finished(len(trials), pruned=sum(result.state == "pruned" for result in results))
-        context.progress.spare(sum(context.epochs - len(trial.curve) for trial in trials))
+        self.context.progress.spare(sum(self.context.epochs - len(trial.curve) for trial in trials))
 
     def _result(self, trial: _RunningTrial, rung: int | None) -> Result:
         curve, epochs, rule = trial.curve, self.context.epochs, self.context.options.epoch
