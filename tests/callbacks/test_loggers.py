@@ -26,16 +26,13 @@ def tune(callback, **options):
 
 def test_values_as_loggers_take_them():
     params = {"lr": 0.1, "act": nn.ReLU, "none": None, "flag": True, "word": "relu"}
-    assert plain_params(params) == {
-        "lr": 0.1, "act": "torch.nn.modules.activation.ReLU", "none": "None", "flag": True, "word": "relu",
-    }  # fmt: skip
+    assert plain_params(params) == params | {"act": "torch.nn.modules.activation.ReLU", "none": "None"}
     rows = list(zip(candidates([0]), [result(0, state="failed", score=np.nan)]))
     (trial,) = gputune.Study.from_rows({}, rows).trials
     numbers = trial_numbers(trial)
     assert "score" not in numbers and numbers["params/lr"] == 0.1 and "params/activation" not in numbers
     several = trial_numbers(replace(trial, metrics={"f1": (0.5, 0.75), "roc_auc": (np.nan, 1.0)}))
-    assert {name for name in several if name not in numbers} == {"metrics/f1"}
-    assert several["metrics/f1"] == 0.625
+    assert several == {**numbers, "metrics/f1": 0.625}
 
 
 def test_tensorboard(tmp_path):
@@ -47,22 +44,17 @@ def test_tensorboard(tmp_path):
         study = tune(TensorBoard(tmp_path), scoring=["accuracy", "neg_log_loss"])
         for trial, curve, losses in zip(study.trials, study.curves, study.curves_of("neg_log_loss")):
             events = EventAccumulator(str(tmp_path / f"trial-{trial.number:05d}")).Reload()
-            scores = events.Scalars("score")
-            assert [e.step for e in scores] == [1, 2, 3]
-            np.testing.assert_allclose([e.value for e in scores], curve.mean(1), rtol=1e-6)
-            assert events.Scalars("final score")[0].value == pytest.approx(trial.score)
-            others = [e.value for e in events.Scalars("metrics/neg_log_loss")]
-            np.testing.assert_allclose(others, losses.mean(1), rtol=1e-6)
-            last = events.Scalars("final metrics/neg_log_loss")[0].value
-            assert last == pytest.approx(trial.scores["neg_log_loss"])
-            (start,) = (
-                data.plugin_data.content
-                for tag, data in events.summary_metadata.items()
-                if tag == "_hparams_/session_start_info"
-            )
+            assert [e.step for e in events.Scalars("score")] == [1, 2, 3]
+            for name, values, last in (
+                ("score", curve, trial.score),
+                ("metrics/neg_log_loss", losses, trial.scores["neg_log_loss"]),
+            ):
+                np.testing.assert_allclose([e.value for e in events.Scalars(name)], values.mean(1), rtol=1e-6)
+                assert events.Scalars(f"final {name}")[0].value == pytest.approx(last)
+            summary = events.summary_metadata.items()
+            (start,) = (one.plugin_data.content for tag, one in summary if tag == "_hparams_/session_start_info")
             assert trial.params["activation"].encode() in start and b"lr" in start
-        search = EventAccumulator(str(tmp_path / "search")).Reload()
-        best = search.Scalars("best score")
+        best = EventAccumulator(str(tmp_path / "search")).Reload().Scalars("best score")
         assert best[-1].step == 15 and best[-1].value == pytest.approx(study.best_score)
         assert [e.value for e in best] == sorted(e.value for e in best)
 
@@ -70,23 +62,21 @@ def test_tensorboard(tmp_path):
 def test_mlflow(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
-    uri, sent = f"sqlite:///{tmp_path / 'mlflow.db'}", []
+    uri, sent, batches = f"sqlite:///{tmp_path / 'mlflow.db'}", [], []
     whole = mlflow.MlflowClient.log_batch
 
     def counted(client, run_id, metrics=(), **more):
         sent.append(len(metrics))
         return whole(client, run_id, metrics=metrics, **more)
 
+    class Counting(MLflow):
+        def on_trials_end(self, trials):
+            batches.append(len(trials.trials))
+            super().on_trials_end(trials)
+
     monkeypatch.setattr(mlflow.MlflowClient, "log_batch", counted)
     with warnings.catch_warnings():  # of SQLAlchemy and of MLflow's own parts
         warnings.simplefilter("ignore")
-        batches = []
-
-        class Counting(MLflow):
-            def on_trials_end(self, trials):
-                batches.append(len(trials.trials))
-                super().on_trials_end(trials)
-
         scoring = {"accuracy": "accuracy", "f1 (mean)": "f1_macro"}
         study = tune(Counting("iris", tracking_uri=uri, run_name="first"), scoring=scoring)
         assert len(sent) == 2 + len(batches) and sum(batches) == 5  # the options, each batch, the best
@@ -96,14 +86,13 @@ def test_mlflow(tmp_path, monkeypatch):
         assert run.data.params["model"] == "mlp" and run.data.params["best/trial"] == str(study.best_trial.number)
         assert run.data.params["best/lr"] == str(study.best_params["lr"])
         assert run.data.metrics["best_score"] == study.best_score
-        scores = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "score")}
-        assert scores == {trial.number: trial.score for trial in study.trials}
-        means = {
-            m.step: m.value for m in client.get_metric_history(run.info.run_id, "metrics/f1 _mean_")
-        }  # MLflow takes no brackets
-        assert means == {trial.number: trial.scores["f1 (mean)"] for trial in study.trials}
-        rates = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "params/lr")}
-        assert rates == {trial.number: trial.params["lr"] for trial in study.trials}
+        for name, value in (
+            ("score", lambda trial: trial.score),
+            ("metrics/f1 _mean_", lambda trial: trial.scores["f1 (mean)"]),  # MLflow takes no brackets
+            ("params/lr", lambda trial: trial.params["lr"]),
+        ):
+            history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)}
+            assert history == {trial.number: value(trial) for trial in study.trials}
         # Many trials at once are few requests, within what a server takes.
         sent.clear()
         callback = MLflow("iris", tracking_uri=uri)
@@ -112,8 +101,7 @@ def test_mlflow(tmp_path, monkeypatch):
         callback.on_study_start(many)
         callback.on_trials_end(many)
         assert sent[1:] == [1000, 1000, 401]
-        waiting = gputune.Study.from_rows({}, [*rows, (candidates([400])[0], None)])
-        callback.on_study_end(waiting)
+        callback.on_study_end(gputune.Study.from_rows({}, [*rows, (candidates([400])[0], None)]))  # one that waits
         assert client.get_run(callback.run_id).info.status == "KILLED"
 
 
@@ -143,39 +131,31 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         study = tune(WandB("iris", name="first", folder=tmp_path), scoring=["accuracy", "neg_log_loss"])
         wandb.teardown()  # the end of a process: what W&B's own process holds is written
+
+    def values(items):
+        return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    rows, config, summary = [], {}, {}
-    for raw in records_of(path):
-        record = wandb_internal_pb2.Record.FromString(raw)
-        rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    rows, config, summary = {}, {}, {}
+    for record in map(wandb_internal_pb2.Record.FromString, records_of(path)):
+        if row := values(record.history.item):
+            rows[row["trial"]] = row
         config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-        summary |= {
-            item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update
-        }
-    rows = {row["trial"]: row for row in rows if row}
+        summary |= values(record.summary.update)
     assert config["model"] == "mlp" and config["folds"] == 3
-    assert {number: row["score"] for number, row in rows.items()} == {
-        trial.number: trial.score for trial in study.trials
-    }
-    assert {n: row["params/activation"] for n, row in rows.items()} == {
-        trial.number: trial.params["activation"] for trial in study.trials
-    }
+    assert rows.keys() == {trial.number for trial in study.trials}
+    for trial in study.trials:
+        row = rows[trial.number]
+        assert (row["score"], row["params/activation"]) == (trial.score, trial.params["activation"])
+        assert row["metrics/neg_log_loss"] == trial.scores["neg_log_loss"]
     assert max(row["best_score"] for row in rows.values()) == study.best_score
-    assert {number: row["metrics/neg_log_loss"] for number, row in rows.items()} == {
-        trial.number: trial.scores["neg_log_loss"] for trial in study.trials
-    }
     assert summary["best_trial"] == study.best_trial.number
 
 
 @pytest.mark.parametrize(
-    ("package", "make", "extra"),
-    [
-        ("tensorboard", lambda: TensorBoard("runs"), "tensorboard"),
-        ("mlflow", MLflow, "mlflow"),
-        ("wandb", WandB, "wandb"),
-    ],
+    ("package", "make"), [("tensorboard", lambda: TensorBoard("runs")), ("mlflow", MLflow), ("wandb", WandB)]
 )
-def test_a_missing_extra(package, make, extra, monkeypatch):
+def test_a_missing_extra(package, make, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf'needs {package}.*pip install "gputune\[{extra}\]"'):
+    with pytest.raises(MissingExtraError, match=rf'needs {package}.*pip install "gputune\[{package}\]"'):
         make()
