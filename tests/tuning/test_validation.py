@@ -1,18 +1,24 @@
-"""What a trial predicts of the rows that it has not seen is what its scores were made of."""
+"""What trials predict of the rows that they have not seen, and what the best one confuses and needs there."""
 
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_iris, make_multilabel_classification
-from sklearn.metrics import r2_score
+from sklearn.inspection import permutation_importance
+from sklearn.metrics import confusion_matrix, r2_score
 from sklearn.model_selection import KFold, RepeatedKFold, TimeSeriesSplit
 from torch import nn
 
 import gputune
-from gputune.models import MLP
+from command_line import FAST, kinds, run, write_table
+from gputune.models import CNN, MLP
+from gputune.report.importance import columns_chart, confusion_chart
 from gputune.scoring.losses import best_temperature
+from gputune.study.curves import FoldReport
+from gputune.tuning.validation import fold_report
 from refused import refused
 
 tune = partial(gputune.tune, n_trials=2, max_epochs=3, verbose=0, workers=1)
@@ -130,3 +136,100 @@ def test_what_cannot_train_again_on_its_folds_is_refused(study, points):
     ):
         with refused(words):
             other.oof_predictions()
+
+
+RNG = np.random.default_rng(0)
+longer = partial(tune, max_epochs=8, cv=KFold(3, shuffle=True, random_state=0))
+FRAME = pd.DataFrame({"idle": RNG.normal(size=150), "city": RNG.choice(["a", "b"], 150), "big": RNG.normal(size=150)})
+Y = 3 * FRAME.big + (FRAME.city == "a")
+
+
+@pytest.fixture(scope="module")
+def insects():
+    return longer("mlp", IRIS[0], np.array(["ant", "bee", "cat"])[IRIS[1]])
+
+
+def test_the_matrix_is_that_of_the_predictions_out_of_fold(insects):
+    report = fold_report(insects, confusion=True)
+    expected = confusion_matrix(IRIS[1], insects.oof_predictions().argmax(1))
+    np.testing.assert_array_equal(report.confusion, expected)
+    assert report.trial == insects.best_trial.number and report.columns == ()
+
+
+@pytest.mark.parametrize("scoring", ["r2", "neg_mean_absolute_error"])
+@pytest.mark.parametrize("transform", [None, "log1p"])
+def test_columns_as_scikit_learn_shuffles_them(scoring, transform):
+    """Of another shuffle, and of the model that all rows have trained: near, not equal."""
+    y = Y - Y.min()
+    study = longer("mlp", FRAME, y, scoring=scoring, target_transform=transform, max_epochs=20)
+    report = fold_report(study, importance=True)
+    assert report.columns[0] == "big" and report.confusion.size == 0
+    theirs = permutation_importance(study.best_model(), FRAME, y, scoring=scoring, random_state=0)
+    drops = dict(zip(report.columns, report.drops))
+    np.testing.assert_allclose([drops[c] for c in FRAME], theirs.importances_mean, atol=0.25 * report.drops[0])
+    assert abs(drops["idle"]) < 0.1 * drops["big"] and report.errors.shape == (3,)
+
+
+def test_columns_by_another_metric(tmp_path):
+    error, file = "neg_mean_absolute_error", tmp_path / "study.db"
+    search = partial(longer, "mlp", FRAME, Y, n_trials=1, epoch="last")
+    several = search(scoring=["r2", error], study=file)
+    alone = fold_report(search(scoring=error), importance=True)
+    for study in (several, gputune.Study.open(file)):
+        report = fold_report(study.ranked_by(error), FRAME, Y, importance=True)
+        np.testing.assert_allclose(report.drops, alone.drops)
+    assert not np.allclose(fold_report(several, importance=True).drops, alone.drops)
+
+
+def test_many_rows_are_thinned(insects, monkeypatch):
+    whole = fold_report(insects, importance=True)
+    monkeypatch.setattr("gputune.tuning.validation._ROWS", 20)
+    thin = fold_report(insects, importance=True)
+    assert {*thin.columns} == {*whole.columns} and not np.array_equal(np.sort(thin.drops), np.sort(whole.drops))
+
+
+def test_the_page_draws_them(insects, tmp_path):
+    path = tmp_path / "report.html"
+    insects.report(path)
+    assert "Confusion matrix" not in path.read_text()
+    insects.report(path, confusion=True, importance=True)
+    text = path.read_text()
+    matrix = fold_report(insects, confusion=True).confusion
+    assert f"<title>bee predicted as cat: {matrix[1, 2]}</title>" in text and "Importance of the columns" in text
+    longer("mlp", FRAME, Y, scoring="neg_mean_absolute_error").report(path, importance=True)
+    assert "rise of mean_absolute_error" in path.read_text() and "Confusion matrix" not in path.read_text()
+
+
+def test_many_classes_and_columns_are_left_out_with_a_note(insects):
+    many = FoldReport(0, np.eye(40, dtype=np.int64), tuple(f"c{i}" for i in range(31)), np.ones(31), np.zeros(31))
+    columns = columns_chart(insects, many)
+    assert columns.notes == ("The 30 most important columns; 1 others are left out.",)
+    insects.record.classes[:] = [f"a long name {i}" for i in range(40)]
+    chart = confusion_chart(insects, many)
+    assert chart.notes == ("The 25 most frequent classes; 15 others are left out.",) and "rotate(-40" in chart.svg
+    empty = FoldReport(0, np.zeros((0, 0), np.int64), (), np.zeros(0), np.zeros(0))
+    assert confusion_chart(insects, empty) is None and columns_chart(insects, empty) is None
+
+
+def test_the_command_line(tmp_path):
+    table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60), age=list(range(60)))
+    assert run("tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST)[0] == 0
+    page = tmp_path / "report.html"
+    code, said, err = run("report", tmp_path / "out", "--out", page, "--confusion", "--importance")
+    assert (code, said, err) == (0, f"Report   {page}\n", "")
+    assert "Confusion matrix" in page.read_text() and "Importance of the columns" in page.read_text()
+    assert run("tune", table, "--target", "age", "--out", tmp_path / "age", *FAST)[0] == 0
+    page.unlink()
+    for live in ([], ["--live"]):
+        code, _, err = run("report", tmp_path / "age", "--out", page, "--confusion", "--importance", *live)
+        assert code == 2 and not page.exists()
+        assert "--confusion is of classes, and the study predicts numbers; leave --confusion out" in err
+
+
+def test_a_report_of_no_columns_or_of_descents_is_refused():
+    short, descent = partial(longer, n_trials=1, max_epochs=1), gputune.Hypergradient(outer_steps=1)
+    images = short(CNN, RNG.normal(size=(24, 1, 8, 8)), RNG.integers(0, 2, 24))
+    with refused(r"report\(importance=True\) is of the columns of a table, and X is .*; leave importance out"):
+        images.report("x.html", importance=True)
+    with refused(r"report\(confusion=True\) trains a trial again on its folds, and this study is of descents"):
+        short("mlp", FRAME, Y > 0, method=descent).report("x.html", confusion=True)
