@@ -1,17 +1,20 @@
-"""The in-place updates equal the pure rules, and the pure rules equal torch.optim."""
+"""The in-place updates equal the pure rules, the pure rules torch.optim, and adapted rates the drop-in optimizers."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import reference
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.rules import MOMENTS, RULES, SCHEDULES, Rates, schedule_factor
-from gputune.optimizers.update import IN_PLACE, Update
+from gputune.optimizers.update import IN_PLACE, OnlineUpdate, Update
+from gputune.types import ONLINE
 
 F, C = 2, 3
-BLOCKS = Blocks([Block("wide", (F, 4, C, 5), 2), Block("plain", (F, C, 2, 2), 1)])
+BLOCKS = Blocks([Block("wide", (F, 4, C, 5), 2), Block("plain", (F, C, 2, 2), 1), Block("one", (F, C), 1)])
 STEPS = np.array([[4, 5, 3], [4, 4, 3]])  # an epoch, of each member
 
 
@@ -28,8 +31,8 @@ def configs_of(optimizer, *, alike, schedules=("constant",) * C):
     ]
 
 
-def make_update(configs, flat):
-    return Update(configs, BLOCKS, flat, steps=torch.from_numpy(STEPS), horizon=3)
+def make_update(configs, flat, kind=Update):
+    return kind(configs, BLOCKS, flat, steps=torch.from_numpy(STEPS), horizon=4)
 
 
 def empty_moments(optimizer, params):
@@ -60,7 +63,7 @@ def test_in_place_equals_the_pure_rule(name, alike, schedules):
         for step in range(STEPS.max()):
             grad = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
             active, done = step < STEPS, epoch * STEPS + np.minimum(step, STEPS)
-            factors = [schedule_factor(s, done[:, c], 3 * STEPS[:, c]) for c, s in enumerate(schedules)]
+            factors = [schedule_factor(s, done[:, c], 4 * STEPS[:, c]) for c, s in enumerate(schedules)]
             lr = of_members(configs, "lr") * np.stack(factors, 1)
             tables = (lr, of_members(configs, "weight_decay"), of_members(configs, "momentum"), done + 1)
             rates = Rates(*(torch.from_numpy(table.flatten().astype(float)) for table in tables))
@@ -165,3 +168,90 @@ def test_schedules_equal_those_of_torch(word, total):
             scheduler.step()
     factors = schedule_factor(word, np.arange(total), np.full(total, total))
     np.testing.assert_allclose(factors, rates, rtol=0, atol=1e-12)
+
+
+def online_configs_of(name, *, alike=False, **more):
+    """Configurations of trials that all differ, or in their rates alone."""
+    values = np.linspace(0.001, 0.02, C)
+    decay, momentum = (np.zeros(C), np.full(C, 0.9)) if alike else (values * 3, 0.5 + values)
+    return [
+        {"optimizer": name, "schedule": "constant", "hypergrad_rule": "multiplicative", "lr": values[c],
+         "weight_decay": decay[c], "momentum": momentum[c], "hypergrad_lr": 10 * values[c]} | more
+        for c in range(C)
+    ]  # fmt: skip
+
+
+def members_of(flat):
+    """The parameters of each member, as plain parameters of their own."""
+    views = BLOCKS.by_member(flat)
+    return {
+        (f, c): [view[f, c].clone().requires_grad_() for view in views.values()]
+        for f, c in itertools.product(range(F), range(C))
+    }
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("name", ONLINE)
+def test_each_member_steps_like_the_drop_in_optimizer(name, alike, ragged):
+    # ``ragged``: at every step one member has none. A schedule's factor scales the adapted rate and is forgotten.
+    g = torch.Generator().manual_seed(0)
+    flat = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
+    configs = online_configs_of(name, alike=alike, schedule="constant" if alike else "cosine")
+    update, members = make_update(configs, flat, OnlineUpdate), members_of(flat)
+    done = np.zeros((F, C))
+    optimizers = {
+        (f, c): reference.make_optimizer(torch.nn.ParameterList(params), configs[c])
+        for (f, c), params in members.items()
+    }
+    for step in range(12):
+        grad = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
+        active = np.ones((F, C), bool)
+        if ragged:
+            active[step % F, step % C] = False
+        factor = schedule_factor(configs[0]["schedule"], done, 4 * STEPS)
+        for at, others in members_of(grad).items():
+            if active[at]:
+                group = optimizers[at].param_groups[0]
+                group["lr"] *= factor[at]
+                for p, own in zip(optimizers[at].param_groups[0]["params"], others):
+                    p.grad = own.detach()
+                optimizers[at].step()
+                group["lr"] /= factor[at]
+        update.step(flat, grad, torch.from_numpy(active) if ragged else None)
+        done += active
+    found = members_of(flat)
+    for at, optimizer in optimizers.items():
+        for a, b in zip(found[at], optimizer.param_groups[0]["params"]):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+        assert update.rate[at].item() == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-11)
+    assert len(set(update.rate.flatten().tolist())) == F * C
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_zero_and_nan_gradients_leave_the_rate(name):
+    flat = torch.ones(BLOCKS.size, dtype=torch.float64)
+    update = make_update(online_configs_of(name, weight_decay=0.0), flat, OnlineUpdate)
+    before = update.rate.clone()
+    for value in (0.0, 0.0, math.nan):
+        update.step(flat, torch.full_like(flat, value), None)
+        assert torch.equal(update.rate, before)
+
+
+@pytest.mark.parametrize("name", ["sgdhd", "adamwhd"])
+def test_the_rates_of_trials_that_stay_are_carried_over(name):
+    g = torch.Generator().manual_seed(2)
+    flat, keep = torch.randn(BLOCKS.size, generator=g).double(), torch.tensor([0, 2])
+    configs = online_configs_of(name)
+    grads = [torch.randn(BLOCKS.size, generator=g).double() for _ in range(4)]
+    less, small = flat.clone(), make_update(configs, flat, OnlineUpdate)
+    whole = make_update(configs, flat, OnlineUpdate)
+    for step, grad in enumerate(grads, 1):
+        whole.step(flat, grad.clone(), None)
+        if step == 3:
+            less, kept, done = BLOCKS.select(less, keep), [configs[0], configs[2]], small.clock.done[:, keep]
+            small.select(kept, BLOCKS.subset(2), keep, less, steps=torch.from_numpy(STEPS)[:, keep])
+            small.clock.done.copy_(done)  # trials leave between epochs, where begin() counts anew
+        small.step(less, grad.clone() if step < 3 else BLOCKS.select(grad, keep), None)
+    torch.testing.assert_close(less, BLOCKS.select(flat, keep), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(small.rate, whole.rate[:, keep], rtol=1e-13, atol=0)
