@@ -1,4 +1,4 @@
-"""Reverse and forward mode and finite differences: closed forms, each other, unlike members; the memory that they need."""
+"""Reverse and forward mode and finite differences: closed forms, each other; and the memory that they need."""
 
 import functools
 import math
@@ -364,11 +364,7 @@ def test_the_estimate_is_within_a_factor_of_two(shape):
     need = measure(InnerProblem(training, "adam", tables))
     for wanted in (("lr",), OF["adam"]):
         sizes = need.of_modes(12, sum(tables[name][0].numel() for name in wanted))
-        for mode, estimate in (
-            (reverse, sizes["reverse"]),
-            (checkpointed, sizes["checkpointed"]),
-            (forward, sizes["forward"]),
-        ):
+        for mode, estimate in zip(MODES, sizes.values()):
             assert 0.5 < estimate / peak_of(mode, training, "adam", wanted) < 2, mode
 
 
