@@ -129,8 +129,7 @@ class PopulationTraining:
     def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
         rows = self.data.rows(fold, self.data.folds[fold].valid)
         weights = {name: w[fold] for name, w in params.items()}
-        inputs = [x.expand(self.trials, *x.shape) for x in rows]
-        outputs = self.network.differentiable(weights, inputs, None)
+        outputs = self.network.differentiable(weights, [x.expand(self.trials, *x.shape) for x in rows], None)
         return self._mask_absent(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
 
     def _mask_absent(self, outputs: Tensor, folds: slice) -> Tensor:

@@ -197,8 +197,7 @@ def _make_solvable(matrix: Tensor, ridge: Tensor, active: Tensor, known: Tensor)
     diagonal += ~active
     if outputs > 1:
         shift = known[..., None] & (active | ~known[..., None]).all(1, keepdim=True)
-        pairs = shift[:, :, None] & shift[:, None]
-        matrix.diagonal(dim1=2, dim2=4).add_(pairs * scale[:, None, None])
+        matrix.diagonal(dim1=2, dim2=4).add_((shift[:, :, None] & shift[:, None]) * scale[:, None, None])
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -326,8 +326,7 @@ def differences(
         table = tables[name]
         shift = torch.zeros_like(table)
         shift[:, s, layer] = width
-        place = to_coordinate(name, table)
-        moved = [from_coordinate(name, place + sign * shift) for sign in (1, -1)]
+        moved = [from_coordinate(name, to_coordinate(name, table) + sign * shift) for sign in (1, -1)]
         ends = [replace(problem, tables={**tables, name: end}).train() for end in moved]
         up, down = map(training.validation, ends)
         gradients[name][:, s, layer] = (up - down) / (2 * width) / speed(name, table)[:, s, layer]

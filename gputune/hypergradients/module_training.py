@@ -74,8 +74,7 @@ class ModuleTraining:
         """Return the loss (1,) of a minibatch, or of the validation pair, and the running statistics (1, kept)."""
         pair, name = (self.valid, "valid") if step is None else (self.batches[step], f"batches[{step}]")
         draws = keyed_draws(self.device, self.seed, "hypergradient", "valid" if step is None else step)
-        tensors = {**self.parameters(weights), **self.fixed}
-        state = {f"module.{key}": tensor for key, tensor in tensors.items()}
+        state = {f"module.{key}": tensor for key, tensor in (self.parameters(weights) | self.fixed).items()}
         with draws, _module_errors(name, pair), self.objective.substitute(state) as objective:
             self.module.train(step is not None)
             differentiate_statistics(self.module)

@@ -284,8 +284,7 @@ def _sums(products: list[list[Pair]], foreach: bool | None) -> list[float]:
     parts = [[[pairs[i] for i in part] for part in _parts(pairs, foreach)] for pairs in products]
     dots = [[torch.dot(_flat([x for x, _ in part]), _flat([y for _, y in part])) for part in of] for of in parts]
     every = [dot for group in dots for dot in group]
-    numbers = torch.stack([dot.to(every[0].device) for dot in every]).tolist() if every else []  # one sync
-    values = iter(numbers)
+    values = iter(torch.stack([dot.to(every[0].device) for dot in every]).tolist() if every else [])  # one sync
     return [sum(next(values) for _ in group) for group in dots]
 
 

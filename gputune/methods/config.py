@@ -36,8 +36,7 @@ class Range(NamedTuple):
 
     def holds(self, value: float) -> bool:
         above = value >= self.low if self.low_counts else value > self.low
-        below = value <= self.high if self.high_counts else value < self.high
-        return above and below
+        return above and (value <= self.high if self.high_counts else value < self.high)
 
 
 RANGES: Mapping[str, Range] = {

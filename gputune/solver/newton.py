@@ -120,8 +120,7 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     slopes = steepest(point) * free
     diagonal = curvature_diagonal(rows, point.chance)
     # Without a ridge the curvature on the nonzero weights may vanish in a direction: hold steps back there.
-    damping = DAMPING * closeness.clamp_max(1)[:, None, None] * signed
-    hold = point.ridge + damping * diagonal
+    hold = point.ridge + DAMPING * closeness.clamp_max(1)[:, None, None] * signed * diagonal
     model = Model(point.weight, slopes, free, signed, point.chance, hold, diagonal + hold, forcing)
     # Along the principal axes conjugate gradients reach their goal in single precision to the end.
     coarse = (closeness > COARSE) | (not signed.any() and rows.basis is not None)

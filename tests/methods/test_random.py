@@ -298,13 +298,6 @@ def test_a_required_argument_of_a_module_has_no_default():
     assert params(search(fixed)) == [{"lr": 0.1, "module__k": 1}]
 
 
-@pytest.mark.parametrize("space", [MIXED, LISTS, ALTERNATIVES])
-def test_the_same_number_of_trials_adds_nothing(space):
-    space = checked(space)
-    old = search(space, 4, include=[{"lr": 0.1, "width": 8}])
-    assert top_up(old, space, 4, 0) == top_up(old, space, 2, 0) == ()
-
-
 LAWS = {"lr": stats.loguniform(1e-4, 1e-1), "dropout": stats.uniform(0, 0.5), "width": [8, 16, 32]}
 WHOLE = {"depth": stats.randint(1, 90), "width": log_int(8, 64), "batch_size": Steps(8, 800, 8)}
 
@@ -322,6 +315,7 @@ def test_a_larger_number_continues_the_search_and_draws_the_new_trials_alone(spa
         return check_config(config, name=name)
 
     old, whole = search(space, 30, include), search(space, 34, include)
+    assert top_up(old, space, 30, 0) == top_up(old, space, 2, 0) == ()
     assert old + top_up(old, space, 34, 0, check) == whole
     assert len(drawn) <= most
     assert top_up(old, space, 34, 0, drawn=params(whole)) == whole[len(old) :]
@@ -336,6 +330,7 @@ def test_trials_of_other_draws_are_none_of_the_first_ones():
 def test_a_larger_number_of_lists_draws_what_is_missing():
     space = checked({"lr": [0.1, 0.2, 0.3, 0.4, 0.5], "width": [8, 16, 32, 64]})
     old = search(space, 6)
+    assert top_up(old, space, 6, 0) == ()
     new = top_up(old, space, 10, 0)
     assert [t.number for t in new] == [6, 7, 8, 9] and {t.origin for t in new} == {"random"}
     assert not any(p in params(old) for p in params(new))
