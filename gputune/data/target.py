@@ -65,10 +65,9 @@ class Target:
         labels = self.labels
         if self.task == "custom" or labels.ndim > 1 or labels.dtype.kind not in "iuf" or not _are_whole(labels):
             return ""
-        other = (
-            "classification' takes them for classes" if self.classes is None else "regression' takes them for numbers"
-        )
-        return f"task='{other}"
+        if self.classes is None:
+            return "task='classification' takes them for classes"
+        return "task='regression' takes them for numbers"
 
     @property
     def labels(self) -> np.ndarray:

@@ -119,6 +119,8 @@ CLASSIFICATION: Mapping[str, Score] = {
     "roc_auc_ovr": roc_auc_ovr,
     "f1_macro": f1_macro,
 }
+# Of two classes roc_auc_ovr is scikit-learn's own.
+_BINARY = {name.removesuffix("_ovr"): score for name, score in CLASSIFICATION.items()} | {"roc_auc": roc_auc}
 REGRESSION: Mapping[str, Score] = {
     "r2": _by_target(r2),
     "neg_mean_squared_error": _by_target(neg_mean_squared_error),
@@ -128,7 +130,7 @@ REGRESSION: Mapping[str, Score] = {
 MULTILABEL: Mapping[str, Score] = {"accuracy": label_accuracy}
 
 OF_TASK: Mapping[str, Mapping[str, Score]] = {
-    "binary": CLASSIFICATION,
+    "binary": _BINARY,
     "multiclass": CLASSIFICATION,
     "regression": REGRESSION,
     "multilabel": MULTILABEL,

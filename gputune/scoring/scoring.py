@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -217,19 +217,13 @@ def make_scoring(
         if _takes_outputs(scoring):
             return Scoring(name, None, None, classes, of_outputs=cast(Any, scoring))
         return Scoring(name, None, scoring, classes, positive_code(positive, name, None, task, classes))
-    if (score := _on_device(task).get(scoring)) is not None:
+    if (score := scores.OF_TASK[task].get(scoring)) is not None:
         positive_code(positive, scoring, None, task, classes)
         return Scoring(scoring, score, None, classes)
     _check_fits_task(scoring, task)
     codes = classes if classes is None or task == "multilabel" else np.arange(len(classes))
     scorer = get_scorer(scoring)
     return Scoring(scoring, None, scorer, codes, positive_code(positive, scoring, scorer, task, classes))
-
-
-def _on_device(task: Task) -> Mapping[str, scores.Score]:
-    """Return the scores of a task that need no scorer; "roc_auc_ovr" of two classes is scikit-learn's own."""
-    one = {"roc_auc_ovr": ("roc_auc", scores.roc_auc)} if task == "binary" else {}
-    return dict(one.get(name, (name, score)) for name, score in scores.OF_TASK[task].items())
 
 
 def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
@@ -274,7 +268,7 @@ def _check_fits_task(scoring: str, task: Task) -> None:
         raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
     other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
     if scoring in other or not takes_task(get_scorer(scoring), task):
-        fitting = ", ".join(_on_device(task))
+        fitting = ", ".join(scores.OF_TASK[task])
         raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
 
 
