@@ -178,18 +178,27 @@ def test_the_larger_of_two_usual_classes_is_positive_and_another_may_be_given_as
     for classes in ([0, 1], [-1, 1], [False, True], [0.0, 1.0]):
         assert make_scoring("f1", "binary", np.array(classes)).positive == 1
         assert make_scoring("f1", "binary", np.array(classes), classes[0]).positive == 0
-    for classes, text, code in (
-        ([0, 1], "0", 0),
-        ([False, True], "false", 0),
-        ([1, 2.0], "2", 1),
-        ([1, 2.5], "2.5", 1),
-    ):
-        assert make_scoring("recall", "binary", np.array(classes), text).positive == code
+    for classes, text in (([0, 1], "0"), ([False, True], "false"), ([2.0, 1.0], "2"), ([2.5, 1.5], "2.5")):
+        assert make_scoring("recall", "binary", np.array(classes), text).positive == 0
+
+
+METRICS = [
+    (metrics.mean_squared_error, "'neg_mean_squared_error'"), (metrics.r2_score, "'r2'"), (metrics.f1_score, "'f1'"),
+    (metrics.accuracy_score, "'accuracy'"), (metrics.fbeta_score, r"sklearn.metrics.make_scorer\(fbeta_score, "),
+    (partial(metrics.f1_score, average="macro"), r"sklearn.metrics.make_scorer\(f1_score, "),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("scoring", "classes", "positive", "message"),
     [
+        ("acuracy", NAMED, None, "got 'acuracy'. Did you mean 'accuracy'?"),
+        ("r2", NAMED, None, "scoring='r2' does not fit a binary task; .* neg_log_loss, roc_auc, f1"),
+        ("accuracy", None, None, "does not fit a regression task; choose for example r2"),
+        *[("f1", classes, None, "scoring='f1' does not fit a .* task; choose for ex") for classes in (None, [*"abc"])],
+        ("roc_auc", [*"abc"], None, "choose 'roc_auc_ovr'"),
+        (3, NAMED, None, r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3"),
+        *[(metric, NAMED, None, rf"y_pred\) and no scorer; give scoring={words}") for metric, words in METRICS],
         ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
         ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
         ("f1", NAMED, "Yes", r"positive must be one of the classes 'no' and 'yes', got 'Yes'. Did you mean 'yes'\?"),
@@ -205,7 +214,7 @@ def test_the_larger_of_two_usual_classes_is_positive_and_another_may_be_given_as
         (metrics.make_scorer(metrics.f1_score), NAMED, "no", "knows no positive class; leave it out"),
     ],
 )  # fmt: skip
-def test_a_bad_positive_class_is_named(scoring, classes, positive, message):
+def test_bad_scoring_or_a_bad_positive_class_is_named(scoring, classes, positive, message):
     task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
     with refused(message):
         make_scoring(scoring, task, None if classes is None else np.array(classes), positive)
@@ -220,9 +229,6 @@ def test_a_loss_is_of_no_class():
 def test_a_scorer_that_does_not_fit_is_an_error_with_its_reason():
     data = make_data()
     outputs = torch.zeros(1, len(data.folds[0].valid), 3)
-    for task in ("multiclass", "regression"):
-        with refused(f"scoring='f1' does not fit a {task} task; choose for example"):
-            make_scoring("f1", task, np.arange(3) if task == "multiclass" else None)
     numbers, name = make_data("regression"), "neg_mean_squared_log_error"
     with refused(f"scoring='{name}' raised ValueError on fold 0: .*fits the task"):
         scoring_of(numbers, name)(numbers, 0, outputs[..., :1])
@@ -248,34 +254,3 @@ def test_outputs_that_are_not_finite_score_nan():
     for name in ("accuracy", "neg_log_loss", "f1_weighted"):
         found = scoring_of(data, name)(data, 0, outputs)
         assert found[0].isfinite() and found[1].isnan()
-
-
-@pytest.mark.parametrize(
-    ("scoring", "task", "message"),
-    [
-        ("acuracy", "binary", "got 'acuracy'. Did you mean 'accuracy'?"),
-        ("r2", "binary", "scoring='r2' does not fit a binary task; .* neg_log_loss, roc_auc, f1"),
-        ("accuracy", "regression", "does not fit a regression task; choose for example r2"),
-        ("roc_auc", "multiclass", "choose 'roc_auc_ovr'"),
-        (3, "binary", r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3"),
-    ],
-)  # fmt: skip
-def test_bad_scoring_is_named(scoring, task, message):
-    with refused(message):
-        make_scoring(scoring, task, np.array([0, 1]))
-
-
-@pytest.mark.parametrize(
-    ("metric", "remedy"),
-    [
-        (metrics.mean_squared_error, "'neg_mean_squared_error'"),
-        (metrics.r2_score, "'r2'"),
-        (metrics.accuracy_score, "'accuracy'"),
-        (metrics.f1_score, "'f1'"),
-        (metrics.fbeta_score, r"sklearn.metrics.make_scorer\(fbeta_score, "),
-        (partial(metrics.f1_score, average="macro"), r"sklearn.metrics.make_scorer\(f1_score, "),
-    ],
-)
-def test_a_function_of_sklearn_metrics_is_no_scorer(metric, remedy):
-    with refused(rf"of \(y_true, y_pred\) and no scorer; give scoring={remedy}"):
-        make_scoring(metric, "binary", np.array([0, 1]))
