@@ -59,7 +59,7 @@ def plain_loop(build, y, loss, *, augment=lambda x, step: x):
         order = torch.randperm(40, generator=stream(0, "rows", 40, epoch))
         for step, batch in enumerate(order.split(16)):
             optimizer.zero_grad()
-            loss(module, augment(x[batch], (epoch, step)), y[batch]).backward()
+            loss(module(augment(x[batch], (epoch, step))), y[batch]).backward()
             optimizer.step()
     return module.eval()
 
@@ -78,7 +78,7 @@ def test_several_numbers_are_each_standardised_and_scored_as_scikit_learn_does()
     study = gputune.tune(Net, X, SEVERAL, scoring=names, **ONE)
     train = SEVERAL[20:].double()
     center, scale = train.mean(0), train.std(0, correction=0)
-    module = plain_loop(2, (SEVERAL.double() - center) / scale, lambda m, x, y: functional.mse_loss(m(x), y))
+    module = plain_loop(2, (SEVERAL.double() - center) / scale, functional.mse_loss)
     predicted = (outputs_of(module) * scale + center).numpy()
     for name in names:
         metric = get_scorer(name)
@@ -89,9 +89,7 @@ def test_several_numbers_are_each_standardised_and_scored_as_scikit_learn_does()
 
 
 def test_several_labels():
-    def loss(module, x, y):
-        return functional.binary_cross_entropy_with_logits(module(x), y)
-
+    loss = functional.binary_cross_entropy_with_logits
     logits, y = outputs_of(plain_loop(3, LABELS.double(), loss)), LABELS[:20].numpy()
     guess = (logits > 0).numpy()
     expected = {
@@ -136,11 +134,8 @@ def own_bce(outputs, y):
 @pytest.fixture(scope="module")
 def one_logit():
     """The probability of "yes" for each row, of a plain loop."""
-
-    def loss(module, x, y):
-        return functional.binary_cross_entropy_with_logits(module(x)[:, 0], y)
-
-    return plain_loop(lambda: OneLogit(5), IS_YES, loss)(X.double()).sigmoid().detach().numpy()[:, 0]
+    module = plain_loop(partial(OneLogit, 5), IS_YES, lambda outputs, y: own_bce(outputs, y).mean())
+    return module(X.double()).sigmoid().detach().numpy()[:, 0]
 
 
 @pytest.mark.parametrize("model", [OneLogit, FLAT], ids=["column", "flat"])
@@ -206,14 +201,6 @@ def test_a_class_without_training_rows_does_not_stop_one_logit():
     assert score(TWO, model=OneLogit, cv=cut, scoring="neg_log_loss", loss=own_bce) < 0
 
 
-def test_weights_of_classes_multiply_the_losses_of_one_logit():
-    weighed = {"class_weight": {"yes": 3.0}, "scoring": lambda outputs, y: float(outputs.sum())}
-    module = plain_loop(
-        lambda: OneLogit(5), IS_YES, lambda m, x, y: (own_bce(m(x), y) * (1 + 2 * y)).sum() / (1 + 2 * y).sum()
-    )
-    assert score(TWO, model=OneLogit, **weighed) == pytest.approx(float(outputs_of(module).sum()), rel=1e-7)
-
-
 class Sigmoid(OneLogit):
     def forward(self, x):
         return super().forward(x).sigmoid()[:, 0]
@@ -236,43 +223,76 @@ def test_probabilities_before_the_cross_entropy_are_said(model, words):
         gputune.tune(model, X, TWO, **ONE)
 
 
+def pinball(outputs, y, q=0.5):
+    gap = y - outputs[:, 0]
+    return torch.maximum(q * gap, (q - 1) * gap)
+
+
 def poisson(outputs, y):
     return torch.exp(outputs[:, 0]) - y * outputs[:, 0]
 
 
+def mean_poisson(outputs, y):
+    return poisson(outputs, y).mean()
+
+
+def distance(outputs, y):
+    return (outputs - y).abs().sum(1)
+
+
+def weighed_poisson(outputs, y):
+    return (poisson(outputs, y[:, 0]) * y[:, 1]).sum() / y[:, 1].sum()
+
+
+def weighed_bce(outputs, y):
+    return (own_bce(outputs, y) * (1 + 2 * y)).sum() / (1 + 2 * y).sum()
+
+
+def total(outputs, y):
+    return float(outputs.sum())
+
+
 COUNTS = torch.poisson(torch.exp(0.5 * X[:, 0]), generator=G)
+WEIGHTS = torch.rand(60, generator=G).double()
+CODES = (X[:, :2] > 0).sum(1)
+UNSEEN = CODES.masked_fill(X[:, 2] > 0, -100)
+HIGH = (X[:, 0] * 3 + 7).double()
+FIXED = {"space": {**ONE["space"], "loss__q": 0.9}, "scoring": "neg_loss"}
+THREE, LEAVES_0 = partial(Net, n_outputs=3), nn.CrossEntropyLoss(ignore_index=0)
+NUMBERS = {"task": "regression", "scoring": total}
 
 
 @pytest.mark.parametrize(
-    "loss", [poisson, lambda o, y: poisson(o, y).mean(), nn.PoissonNLLLoss], ids=["rows", "mean", "class"]
-)
-def test_a_loss_of_ones_own_sees_the_target_as_it_is(loss):
-    model = Single if loss is nn.PoissonNLLLoss else Net
-    found = score(
-        COUNTS, task="regression", loss=loss, model=model, scoring=lambda outputs, y: -float(outputs.exp().sum())
-    )
-    module = plain_loop(1, COUNTS.double(), lambda m, x, y: poisson(m(x), y).mean())
-    assert found == pytest.approx(-float(outputs_of(module).exp().sum()), rel=1e-7)
+    ("y", "options", "build", "targets", "loss"),
+    [
+        (COUNTS, {**NUMBERS, "loss": poisson}, 1, COUNTS, mean_poisson),
+        (COUNTS, {**NUMBERS, "loss": mean_poisson}, 1, COUNTS, mean_poisson),
+        (COUNTS, {**NUMBERS, "loss": nn.PoissonNLLLoss, "model": Single}, 1, COUNTS, mean_poisson),
+        (COUNTS, {**NUMBERS, "loss": poisson, "sample_weight": WEIGHTS}, 1, torch.stack([COUNTS, WEIGHTS], 1),
+         weighed_poisson),
+        (TWO, {"model": OneLogit, "class_weight": {"yes": 3.0}, "scoring": total}, partial(OneLogit, 5), IS_YES,
+         weighed_bce),
+        (X, {"task": "custom", "loss": distance}, 5, X, lambda o, y: distance(o, y).mean()),
+        # Rows that a loss ignores are not in its mean.
+        (CODES, {"model": THREE, "loss": LEAVES_0, "scoring": "neg_loss"}, 3, CODES, LEAVES_0),
+        (UNSEEN, {"model": THREE, "loss": nn.CrossEntropyLoss(), "task": "custom"}, 3, UNSEEN, nn.CrossEntropyLoss()),
+        # The value of a loss that the space fixes.
+        (HIGH, {**FIXED, "loss": pinball}, 1, HIGH, lambda o, y: pinball(o, y, 0.9).mean()),
+        (HIGH, {**FIXED, "loss": "quantile"}, 1, (HIGH - HIGH[20:].mean()) / HIGH[20:].std(correction=0),
+         lambda o, y: pinball(o, y, 0.9).mean()),
+    ],
+    ids="rows mean class row-weights class-weights custom ignored ignored-in-custom fixed fixed-by-name".split(),
+)  # fmt: skip
+def test_a_loss_of_ones_own_trains_and_scores_as_a_plain_loop(y, options, build, targets, loss):
+    targets = targets.double() if targets.is_floating_point() else targets
+    outputs = outputs_of(plain_loop(build, targets, loss))
+    expected = total(outputs, None) if options.get("scoring") is total else -float(loss(outputs, targets[:20]))
+    assert score(y, **options) == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.parametrize("ignored, task", [(0, None), (-100, "custom")])
-def test_rows_that_a_loss_ignores_are_not_in_its_mean(ignored, task):
-    codes = (X[:, :2] > 0).sum(1) if task is None else (X[:, :2] > 0).sum(1).masked_fill(X[:, 2] > 0, ignored)
-    loss, classes = nn.CrossEntropyLoss(ignore_index=ignored), partial(Net, n_outputs=3)
-    study = gputune.tune(classes, X, codes, loss=loss, scoring="neg_loss", task=task, **ONE)
-    module = plain_loop(3, codes, lambda m, x, y: loss(m(x), y))
-    assert study.trials[0].score == pytest.approx(-float(loss(outputs_of(module), codes[:20])), rel=1e-8)
-
-
-def test_weights_multiply_row_losses_and_need_them():
-    weights = torch.rand(60, generator=G).double()
-    scoring = {"task": "regression", "scoring": lambda outputs, y: float(outputs.sum())}
-    found = score(COUNTS, loss=poisson, sample_weight=weights.numpy(), **scoring)
-    together = torch.stack([COUNTS.double(), weights], 1)
-    module = plain_loop(1, together, lambda m, x, y: (poisson(m(x), y[:, 0]) * y[:, 1]).sum() / y[:, 1].sum())
-    assert found == pytest.approx(float(outputs_of(module).sum()), rel=1e-7)
-    with refused("sample_weight and class_weight weigh rows, and .*<lambda> gives no number a row"):
-        score(COUNTS, loss=lambda o, y: poisson(o, y).mean(), sample_weight=weights.numpy(), **scoring)
+def test_weights_need_row_losses():
+    with refused("sample_weight and class_weight weigh rows, and .*:mean_poisson gives no number a row"):
+        score(COUNTS, loss=mean_poisson, sample_weight=WEIGHTS, **NUMBERS)
 
 
 def test_too_few_outputs_for_two_numbers_are_not_taken_for_logits():
@@ -281,33 +301,8 @@ def test_too_few_outputs_for_two_numbers_are_not_taken_for_logits():
     assert "two classes" not in str(raised.value)
 
 
-def test_a_custom_target_is_scored_by_its_loss():
-    study = gputune.tune(Net, X, X, task="custom", loss=lambda o, y: (o - y).abs().sum(1), **ONE)
-    module = plain_loop(5, X.double(), lambda m, x, y: (m(x) - y).abs().sum(1).mean())
-    loss = (outputs_of(module) - X[:20].double()).abs().sum(1).mean()
-    assert study.trials[0].score == pytest.approx(-float(loss), rel=1e-8)
-    assert study.best_model().predict(X).shape == (60, 5)
-
-
-def pinball(outputs, y, q=0.5):
-    gap = y - outputs[:, 0]
-    return torch.maximum(q * gap, (q - 1) * gap)
-
-
 def needed(outputs, y, power):
     return powered(outputs, y, power)
-
-
-@pytest.mark.parametrize("loss", [pinball, "quantile"])
-def test_a_loss_scores_with_the_value_that_the_space_fixes(loss):
-    y = X[:, 0] * 3 + 7
-    space = {**ONE["space"], "loss__q": 0.9}
-    study = gputune.tune(Net, X, y, loss=loss, **{**ONE, "space": space, "scoring": "neg_loss"})
-    center, scale = (y[20:].mean(), y[20:].std(correction=0)) if loss == "quantile" else (0.0, 1.0)
-    standardised = ((y - center) / scale).double()
-    module = plain_loop(1, standardised, lambda m, x, t: pinball(m(x), t, 0.9).mean())
-    expected = pinball(outputs_of(module), standardised[:20], 0.9).mean()
-    assert study.trials[0].score == pytest.approx(-float(expected), rel=1e-6)
 
 
 def test_losses_of_several_values_are_ranked_by_the_default(capsys):
@@ -316,7 +311,7 @@ def test_losses_of_several_values_are_ranked_by_the_default(capsys):
     study = gputune.tune(Net, X, X[:, 0], loss=pinball, **how)
     assert "neg_loss of each trial is of the loss with loss__q=0.5, its default" in capsys.readouterr().err
     for trial in study.trials:
-        module = plain_loop(1, X[:, 0].double(), lambda m, x, t, q=trial.params["loss__q"]: pinball(m(x), t, q).mean())
+        module = plain_loop(1, X[:, 0].double(), lambda o, y, q=trial.params["loss__q"]: pinball(o, y, q).mean())
         expected = pinball(outputs_of(module), X[:20, 0].double()).mean()
         assert trial.score == pytest.approx(-float(expected), rel=1e-6)
 
@@ -350,9 +345,7 @@ BROADCASTS = [
 @pytest.mark.parametrize(("loss", "y"), BROADCASTS)
 @pytest.mark.parametrize("face", ["tune", "net"])
 def test_a_loss_that_broadcasts_outputs_and_target_is_refused(loss, y, face):
-    with refused(
-        r"shape \((\d+), 1\) and y \(\1,\), .* torch broadcasts to \(\1, \1\). Take outputs\[:, 0\] or y\[:, None\]"
-    ):
+    with refused(r"shape \((\d+), 1\) and y \(\1,\), .* torch broadcasts to \(\1, \1\). Take outputs\[:, 0\] or y\["):
         if face == "tune":
             gputune.tune(zero_start if y is FAR else OneLogit, X, y, loss=loss, **ONE)
         else:
@@ -404,11 +397,9 @@ def test_a_loss_that_does_not_broadcast_is_taken(loss, y):
 
 @pytest.mark.filterwarnings("error:Using a target size")
 def test_a_loss_of_torch_fits_one_output_to_the_target():
-    scores = [
-        gputune.tune(OneLogit, X, FAR, loss=loss, scoring=lambda o, t: float(o.sum()), **ONE).trials[0].score
-        for loss in (nn.MSELoss(), lambda o, t: (o[:, 0] - t).square().mean())
-    ]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-10)
+    losses = nn.MSELoss(), lambda o, t: (o[:, 0] - t).square().mean()
+    theirs, own = (score(FAR, model=OneLogit, loss=loss, scoring=total) for loss in losses)
+    assert theirs == pytest.approx(own, rel=1e-10)
 
 
 @pytest.mark.parametrize("loss", [nn.NLLLoss, nn.NLLLoss()])
@@ -435,14 +426,15 @@ class Named(Heads):
 
 @pytest.mark.parametrize("heads", [Heads, Named])
 def test_a_training_step_of_two_heads(heads):
+    def loss(outputs, y):
+        logits, hidden = outputs if heads is Heads else outputs.values()
+        return functional.cross_entropy(logits, y) + 0.1 * hidden.square().mean()
+
     def step(module, batch):
-        x, y = batch
-        found = module(x)
-        outputs, hidden = found if heads is Heads else found.values()
-        return functional.cross_entropy(outputs, y) + 0.1 * hidden.square().mean()
+        return loss(module(batch[0]), batch[1])
 
     study = gputune.tune(heads, X, BINARY, training_step=step, scoring="neg_log_loss", **ONE)
-    module = plain_loop(lambda: heads(5, 2), BINARY, lambda m, x, t: step(m, (x, t)))
+    module = plain_loop(partial(heads, 5, 2), BINARY, loss)
     expected = -float(functional.cross_entropy(first_output(outputs_of(module)), BINARY[:20]))
     assert study.trials[0].score == pytest.approx(expected, abs=1e-8)
     assert study.best_model().predict(X).shape == (60,)
@@ -453,28 +445,21 @@ def test_augmentation_changes_minibatches_of_training_alone():
     def noise(x, generator):
         return x + 0.1 * torch.randn(x.shape, generator=generator)
 
-    def drawn(key):
-        return torch.Generator().manual_seed(stream_seed(0, "augment", *key))
+    def augment(x, key):
+        return noise(x.float(), torch.Generator().manual_seed(stream_seed(0, "augment", *key))).double()
 
-    y = (X[:, 0] > 0).long()
-    module = plain_loop(
-        2,
-        y,
-        lambda m, x, t: functional.cross_entropy(m(x), t),
-        augment=lambda x, key: noise(x.float(), drawn(key)).double(),
-    )
-    found = score(y, augment=lambda x, g: noise(x.float(), g).double(), scoring="neg_log_loss")
-    assert found == pytest.approx(-float(functional.cross_entropy(outputs_of(module), y[:20])), abs=1e-8)
+    module = plain_loop(2, BINARY, functional.cross_entropy, augment=augment)
+    found = score(BINARY, augment=lambda x, g: noise(x.float(), g).double(), scoring="neg_log_loss")
+    assert found == pytest.approx(-float(functional.cross_entropy(outputs_of(module), BINARY[:20])), abs=1e-8)
 
 
 def test_numbers_of_a_loss_are_searched_and_train_together():
-    y = (X[:, 0] > 0).long()
     space = {"loss__label_smoothing": [0.0, 0.2], "lr": [0.01], "batch_size": [16]}
-    study = gputune.tune(Net, X, y, **{**ONE, "space": space, "n_trials": 2, "scoring": "neg_log_loss"})
+    study = gputune.tune(Net, X, BINARY, **{**ONE, "space": space, "n_trials": 2, "scoring": "neg_log_loss"})
     for trial in study.trials:
         smoothing = trial.params["loss__label_smoothing"]
-        module = plain_loop(2, y, lambda m, x, t, s=smoothing: functional.cross_entropy(m(x), t, label_smoothing=s))
-        expected = -float(functional.cross_entropy(outputs_of(module), y[:20]))
+        module = plain_loop(2, BINARY, partial(functional.cross_entropy, label_smoothing=smoothing))
+        expected = -float(functional.cross_entropy(outputs_of(module), BINARY[:20]))
         assert trial.score == pytest.approx(expected, abs=1e-8)
 
 
@@ -502,9 +487,6 @@ def test_a_study_knows_its_loss(tmp_path):
 @pytest.mark.parametrize(
     ("y", "options", "message"),
     [
-        (functional.one_hot(LABELS[:, 0]), {}, r"y is one-hot rows of shape \(60, 2\): pass y.argmax\(1\)"),
-        (SEVERAL, {"task": "multilabel"}, r"task='multilabel' does not fit y, an array of shape \(60, 2\)"),
-        (LABELS[:, 0], {"task": "multilabel"}, "needs several columns of 0 and 1 in y, got one"),
         (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
         (TWO, {"model": OneLogit, "loss": nn.BCELoss()}, "BCELoss takes probabilities, .* give loss='bce', which"),
         (TWO, {"model": OneLogit, "loss": "cross_entropy"}, r"got \(31, 1\) .* or one with loss='bce'"),
@@ -515,7 +497,6 @@ def test_a_study_knows_its_loss(tmp_path):
         ),
         (BINARY, {"model": OneLogit, "loss": nn.CrossEntropyLoss()}, "One logit a row of two classes takes loss='bce'"),
         (TWO, {"loss": "bce", "model": lambda n_features: Net(n_features, 2)}, "take loss='cross_entropy'"),
-        (SEVERAL, {"scoring": "accuracy"}, "does not fit a regression task; choose for example r2"),
         (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
         (X, {"task": "custom", "loss": poisson, "scoring": "r2"}, "scoring='r2' does not fit a custom target"),
         (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
@@ -541,7 +522,6 @@ def test_a_study_knows_its_loss(tmp_path):
             r"must return a tensor of shape .* With task='custom' and scoring=callable\(outputs, y\)",
         ),
         (None, {}, "y is missing: .* a loss of X alone, as of an autoencoder, takes y=X and task='custom'"),
-        (SEVERAL, {"space": {"loss__q": [0.5]}}, "loss__q is none of loss='mse'"),
         (
             SEVERAL[:, 0],
             {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
