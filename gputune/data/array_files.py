@@ -90,7 +90,7 @@ def _beside(path: Path, option: str, name: object) -> np.ndarray:
     return np.array(read_array_file(Path(name))[""])
 
 
-def read_dataset(dataset: "TorchDataset[Any]", y: object, bar: Bar = iter) -> tuple[object, object]:
+def read_dataset(dataset: "TorchDataset[object]", y: object, bar: Bar = iter) -> tuple[object, object]:
     """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read once.
 
     With ``y`` given, or None and items that are no pair, all of an item is inputs. A TensorDataset gives its tensors as
@@ -117,7 +117,7 @@ def read_dataset(dataset: "TorchDataset[Any]", y: object, bar: Bar = iter) -> tu
         ) from error
 
 
-def read_inputs(dataset: "TorchDataset[Any]", number: int) -> Any:
+def read_inputs(dataset: "TorchDataset[object]", number: int) -> Any:
     """Return the ``number`` of inputs of a dataset whose items are inputs, or pairs (inputs, target); see above."""
     inputs, _ = read_dataset(dataset, ())
     if isinstance(inputs, tuple) and len(inputs) == 2 and (number == 1 or not isinstance(inputs[0], Tensor)):
@@ -125,7 +125,7 @@ def read_inputs(dataset: "TorchDataset[Any]", number: int) -> Any:
     return tuple(inputs) if isinstance(inputs, list) else inputs
 
 
-def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> object:
+def _item(dataset: "TorchDataset[object]", place: int, name: str) -> object:
     try:
         item = dataset[place]
     except Exception as error:

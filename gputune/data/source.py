@@ -23,6 +23,7 @@ from gputune.data.table import Table, as_rows, as_table, quoted, refuse_lists, r
 from gputune.data.target import Target, TaskWord, check_target, refuse_missing, target_array
 from gputune.errors import InputError
 from gputune.text import did_you_mean
+from gputune.types import Json
 
 
 def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> dict[str, object]:
@@ -54,7 +55,7 @@ def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> 
     return {"rows": rows, "columns": columns, "sha256": digest.hexdigest()}
 
 
-def table_size(sizes: Mapping[str, Any], origin: Mapping[str, Any] | None) -> dict[str, int]:
+def table_size(sizes: Json, origin: Json | None) -> dict[str, int]:
     """Return the rows and columns of a fingerprint; of a table that was cut, the rows that are held out count too."""
     return {"rows": (origin or {}).get("rows", sizes["rows"]), "columns": sizes["columns"]}
 
@@ -86,9 +87,6 @@ def digest_of(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-Origin = Mapping[str, Any]
-
-
 @dataclass(frozen=True, eq=False)
 class Source:
     """Inputs and target as they were given: a table, or a tensor that stays where it lies.
@@ -101,7 +99,7 @@ class Source:
     y: Any
     target: str
     groups: object
-    origin: Origin | None
+    origin: Json | None
     original: object = None
 
     def original_rows(self) -> object:
@@ -123,9 +121,9 @@ class Source:
 
 
 def read_source(
-    X: Any,
-    y: Any = None,
-    groups: Any = None,
+    X: object,
+    y: object = None,
+    groups: object = None,
     *,
     module: bool = False,
     bar: Bar = iter,
@@ -157,21 +155,25 @@ def read_source(
             f"X has rows of shape {shape[1:]}, and the model takes tables, of two axes: choose model='cnn' for images"
             f"{sequences}, or a module of your own; or pass X.reshape(len(X), -1)."
         )
-    arrays = as_arrays(X) if module else None
-    if arrays is not None or isinstance(X, Tensor):
+    arrays: Arrays | Tensor | None = as_arrays(X) if module else None
+    if arrays is None and isinstance(X, Tensor):
+        arrays = checked_tensor(X)
+    if arrays is not None:
         _refuse_columns(drop, kinds)
         if isinstance(y, str) or isinstance(groups, str):
             raise InputError(
                 f"y and groups must be arrays when X is a tensor or arrays, got y={y!r}, groups={groups!r:.40}; pass "
                 "the values themselves."
             )
-        return Source(checked_tensor(X) if arrays is None else arrays, y, "y", groups, None)
+        return Source(arrays, y, "y", groups, None)
     if module:
         refuse_lists(X)
     return _source_of(as_table(X), y, groups, drop, kinds, original=None if isinstance(X, Table) else X)
 
 
-def _read_table_file(X: str | Path, y: Any, groups: Any, drop: Sequence[str], kinds: Mapping[str, Kind]) -> Source:
+def _read_table_file(
+    X: str | Path, y: object, groups: object, drop: Sequence[str], kinds: Mapping[str, Kind]
+) -> Source:
     """Return the table of a file, whose target and groups are columns of it; of scikit-learn's sets "target"."""
     of_sklearn = str(X).startswith("sklearn:")
     y = "target" if of_sklearn and y is None else y
@@ -186,7 +188,7 @@ def _read_table_file(X: str | Path, y: Any, groups: Any, drop: Sequence[str], ki
 
 
 def _source_of(
-    table: Table, y: Any, groups: Any, drop: Sequence[str], kinds: Mapping[str, Kind], original: object = None
+    table: Table, y: object, groups: object, drop: Sequence[str], kinds: Mapping[str, Kind], original: object = None
 ) -> Source:
     """Return a table with target and groups, which may be names of its columns, that are read and dropped as asked."""
     for argument, names in (("drop", drop), ("kinds", kinds)):
@@ -233,12 +235,12 @@ def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
     return replace(source, target=Path(y).stem if path.suffix == ".npy" else y, origin=origin, original=None)
 
 
-def read_again(origin: Origin, *, module: bool = False) -> Source:
+def read_again(origin: Json, *, module: bool = False) -> Source:
     """Return the rows that a study was searched on, without those it held out."""
     return read_apart(origin, module=module)[0]
 
 
-def read_apart(origin: Origin, *, module: bool = False) -> tuple[Source, Source | None]:
+def read_apart(origin: Json, *, module: bool = False) -> tuple[Source, Source | None]:
     """Return the rows that a study was searched on, and those that it held out, if it did."""
     columns = {name: origin[name] for name in ("drop", "kinds") if name in origin}
     source = read_source(origin["path"], origin["target"], origin["groups"], module=module, **columns)

@@ -151,12 +151,12 @@ _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
 _OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss)
 
 
-def _kind(loss: Any) -> type:
+def _kind(loss: object) -> type:
     """Return the class of a loss, which may be the class itself."""
     return loss if isinstance(loss, type) else type(loss)
 
 
-def loss_fitting(loss: Any, task: Task) -> Any:
+def loss_fitting(loss: object, task: Task) -> object:
     """Return the name of torch's binary cross-entropy for classes and labels, any other loss as it is.
 
     Raises InputError for a loss of numbers where the target is classes, of one class for labels, and for nn.BCELoss.
@@ -185,7 +185,7 @@ def loss_fitting(loss: Any, task: Task) -> Any:
     return "bce" if is_default or loss is nn.BCEWithLogitsLoss else loss
 
 
-def refuse_one_number(loss: Any, y: Tensor) -> None:
+def refuse_one_number(loss: object, y: Tensor) -> None:
     """Raise InputError for a loss of classes where y (B,) or (B, 1) is floats: of one class it is always 0."""
     kind = _kind(loss)
     if issubclass(kind, _OF_CLASSES) and y.is_floating_point() and y.numel() == len(y):
@@ -195,7 +195,7 @@ def refuse_one_number(loss: Any, y: Tensor) -> None:
         )
 
 
-def wants_log_probabilities(loss: Any, outputs: Tensor) -> bool:
+def wants_log_probabilities(loss: object, outputs: Tensor) -> bool:
     """Whether outputs (B, K) are of no log_softmax, and the loss is torch's of log-probabilities."""
     kind = _kind(loss)
     if outputs.dim() < 2 or not issubclass(kind, nn.NLLLoss):
