@@ -55,9 +55,15 @@ eagerly = pytest.mark.parametrize("backend", ["eager"], indirect=True)  # as wha
 not_recorded = pytest.mark.parametrize("backend", BACKENDS[:2], indirect=True)
 
 
-def each(optimizers):
-    names = ["-".join(map(str, values.values())) for values in optimizers]
-    return pytest.mark.parametrize("optimizer", optimizers, ids=names)
+def each(optimizers, backends=("eager", "compiled", "graph")):
+    """Every optimizer with every backend that trains it: what is adaptive trains eagerly."""
+    points = []
+    for optimizer in optimizers:
+        values = [optimizer] if isinstance(optimizer, str) else list(optimizer.values())
+        for backend in backends[:1] if values[0] in ONLINE else backends:
+            marks = needs_compiled_code if backend == "compiled" else ()
+            points.append(pytest.param(optimizer, backend, marks=marks, id="-".join(map(str, [backend, *values]))))
+    return pytest.mark.parametrize(("optimizer", "backend"), points, indirect=["backend"])
 
 
 def epochs_of_50_steps(data, size):
@@ -97,14 +103,12 @@ def unlike(optimizer):
     return configs
 
 
-@not_recorded
-@each(OPTIMIZERS)
+@each([*OPTIMIZERS, *ADAPTIVE], ["eager", "compiled"])
 def test_law_1_for_unlike_widths_and_batch_sizes_in_one_population(optimizer):
     assert_equals_plain_loop(make_data(), unlike(optimizer), epochs=10)
 
 
-@not_recorded
-@each([OPTIMIZERS[1], OPTIMIZERS[5]])
+@each([OPTIMIZERS[1], OPTIMIZERS[5]], ["eager", "compiled"])
 def test_law_1_for_layers_of_unlike_widths(optimizer):
     widths = [(16, 3), (5, 14), 12]
     configs = fill(*({**optimizer, "width": width, "batch_size": 9, "lr": 0.01} for width in widths))
@@ -113,19 +117,11 @@ def test_law_1_for_layers_of_unlike_widths(optimizer):
     assert_equals_plain_loop(make_data(), fill({**optimizer, "width": (7, 20, 9), "lr": 0.01}), epochs=6)
 
 
-@eagerly
-@each(ADAPTIVE)
-def test_law_1_for_adapted_rates(optimizer):
-    assert_equals_plain_loop(make_data(), unlike(optimizer), epochs=8)
-
-
-@eagerly
 @each(ADAPTIVE[-1:])
 def test_law_1_for_adapted_rates_in_single_precision(optimizer):
     assert_equals_plain_loop(make_data(dtype=torch.float32), unlike(optimizer), epochs=8)
 
 
-@eagerly
 @each(ADAPTIVE)
 def test_law_1_for_adapted_rates_of_one_batch_size_and_of_one_trial(optimizer):
     for lrs in ([1e-2, 1e-3], [1e-2]):
@@ -133,7 +129,6 @@ def test_law_1_for_adapted_rates_of_one_batch_size_and_of_one_trial(optimizer):
         assert_equals_plain_loop(make_data("regression"), configs, epochs=10)
 
 
-@eagerly
 @pytest.mark.parametrize("rule", ["additive", "normalized"])
 @each(ADAPTIVE[1::2])
 def test_law_1_for_the_other_rules_of_adapted_rates(optimizer, rule):
@@ -207,9 +202,12 @@ def test_law_2_chunks_and_order_change_no_member_with_adapted_rates():
     assert_chunks_and_order_change_no_member(mixed_configs("sgdhd", "adamwhd"), 5)
 
 
-def assert_a_diverged_member_leaves_the_others_bit_for_bit(optimizer, sizes, lr):
+@each(["sgd", *ONLINE])
+def test_law_2_a_diverged_member_leaves_the_others_bit_for_bit(optimizer):
     data = make_data(dtype=torch.float32)
     scoring = scoring_of(data)
+    # With sizes that divide no fold, some steps are taken by some members only.
+    sizes, lr = ([9, 10, 11, 12], 1e38) if optimizer in ONLINE else ([16] * 4, 1e30)
     calm = fill(*({"lr": 1e-2, "optimizer": optimizer, "batch_size": size} for size in sizes))
     wild = [dict(config) for config in calm]
     wild[1]["lr"] = lr
@@ -221,18 +219,8 @@ def assert_a_diverged_member_leaves_the_others_bit_for_bit(optimizer, sizes, lr)
             assert torch.equal(a, b)
 
 
-def test_law_2_a_diverged_member_leaves_the_others_bit_for_bit():
-    assert_a_diverged_member_leaves_the_others_bit_for_bit("sgd", [16] * 4, 1e30)
-
-
-@eagerly
-@pytest.mark.parametrize("name", ONLINE)
-def test_law_2_a_diverged_member_leaves_others_with_adapted_rates(name):
-    # With sizes that divide no fold, some steps are taken by some members only.
-    assert_a_diverged_member_leaves_the_others_bit_for_bit(name, [9, 10, 11, 12], 1e38)
-
-
-def assert_trials_that_leave_change_no_other(optimizer):
+@each(["sgd", "adamw", "nesterov", *ONLINE])
+def test_law_2_trials_that_leave_change_no_other(optimizer):
     data = make_data()
     scoring = scoring_of(data)
     wild = fill(*({"lr": lr, "optimizer": optimizer, "batch_size": 16} for lr in (1e-2, 1e200, 3e-2)))
@@ -245,21 +233,8 @@ def assert_trials_that_leave_change_no_other(optimizer):
         assert largest_difference(found[f, i], expected[f, i]) <= 1e-10
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nesterov"])
-def test_law_2_trials_that_leave_change_no_other(optimizer):
-    assert_trials_that_leave_change_no_other(optimizer)
-
-
-@eagerly
-@pytest.mark.parametrize("optimizer", ONLINE)
-def test_law_2_trials_that_leave_change_no_other_with_adapted_rates(optimizer):
-    assert_trials_that_leave_change_no_other(optimizer)
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", *ONLINE])
+@each(["sgd", "adam", "adamw", *ONLINE])
 def test_law_3_padded_units_stay_zero(optimizer, backend):
-    if optimizer in ONLINE and backend != "eager":
-        pytest.skip("trains eagerly alone")
     data, widths = make_data(), (3, 16, 9, (9, 5))
     configs = fill(*({"width": width, "optimizer": optimizer} for width in widths))
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
