@@ -40,9 +40,11 @@ def on(device):
     """Every check of a device, by name."""
     checks = checks_of(torch.device(device))
     # A recorded step is the eager one.
-    long = [b == "eager" and "graph" in law.backends for law, b in checks]
     marked = [
-        pytest.param(*c, marks=[pytest.mark.long] * far, id=f"{c[0].name}, {c[1]}") for c, far in zip(checks, long)
+        pytest.param(
+            law, b, marks=[pytest.mark.long] * (b == "eager" and "graph" in law.backends), id=f"{law.name}, {b}"
+        )
+        for law, b in checks
     ]
     return pytest.mark.parametrize("law, backend", marked)
 
@@ -83,17 +85,17 @@ def test_a_step_that_is_wrong_is_found(law, monkeypatch):
     assert not law.measure(CPU, "eager") <= law.allowed
 
 
-def test_memory_must_have_run_out(monkeypatch):
-    monkeypatch.setattr("gputune.check.laws._SINGLE", 100)
-    (law,) = [law for law in LAWS if law.name == "memory that runs out halves the chunk"]
-    with pytest.raises(RuntimeError, match="memory did not run out"):
-        law.measure(CPU, "eager")
-
-
-def test_members_that_leave_must_have_left(monkeypatch):
-    monkeypatch.setattr("gputune.check.laws._WILD", 0.1)
-    (law,) = (law for law in LAWS if law.name == "members that leave change nothing")
-    with pytest.raises(RuntimeError, match=r"trials \(1, 2, 3\) should stay, but \(0, 1, 2, 3, 4\) did"):
+@pytest.mark.parametrize(
+    ("name", "limit", "value", "message"),
+    [
+        ("memory that runs out halves the chunk", "_SINGLE", 100, "memory did not run out"),
+        ("members that leave change nothing", "_WILD", 0.1, r"\(1, 2, 3\) should stay, but \(0, 1, 2, 3, 4\) did"),
+    ],
+)
+def test_a_drill_must_have_happened(name, limit, value, message, monkeypatch):
+    monkeypatch.setattr(f"gputune.check.laws.{limit}", value)
+    (law,) = (law for law in LAWS if law.name == name)
+    with pytest.raises(RuntimeError, match=message):
         law.measure(CPU, "eager")
 
 
@@ -108,16 +110,12 @@ def test_the_table(two_laws):
     assert "2 laws of 4 failed on" in err and "not to be trusted" in err
 
 
-def test_json(two_laws):
+def test_json_and_what_is_kept(two_laws):
     code, out, _ = run("check", "--device", "cpu", "--json")
-    found = json.loads(out)
-    assert code == 1 and not found["ok"]
-    assert [law["difference"] for law in found["laws"]] == [1e-13, 3e-7, 0.0, None]
-    assert found["speeds"][2] == {"device": "cpu", "backend": "compiled", "step": 1e-4, "member": 1e-5}
-
-
-def test_what_was_found_is_kept(two_laws):
-    run("check", "--device", "cpu")
+    told = json.loads(out)
+    assert code == 1 and not told["ok"]
+    assert [law["difference"] for law in told["laws"]] == [1e-13, 3e-7, 0.0, None]
+    assert told["speeds"][2] == {"device": "cpu", "backend": "compiled", "step": 1e-4, "member": 1e-5}
     found = read_findings(CPU)
     assert found.failed == {"graph": "a law", "eager": "another"}
     assert found.speeds["compiled"] == Speed(1e-4, 1e-5)
