@@ -55,14 +55,22 @@ eagerly = pytest.mark.parametrize("backend", ["eager"], indirect=True)  # as wha
 not_recorded = pytest.mark.parametrize("backend", BACKENDS[:2], indirect=True)
 
 
-def each(optimizers, backends=("eager", "compiled", "graph")):
+def name_of(optimizer):
+    return optimizer if isinstance(optimizer, str) else "-".join(map(str, optimizer.values()))
+
+
+def each(optimizers):
+    return pytest.mark.parametrize("optimizer", optimizers, ids=name_of)
+
+
+def with_backends(optimizers, backends=("eager", "compiled", "graph")):
     """Every optimizer with every backend that trains it: what is adaptive trains eagerly."""
-    points = []
-    for optimizer in optimizers:
-        values = [optimizer] if isinstance(optimizer, str) else list(optimizer.values())
-        for backend in backends[:1] if values[0] in ONLINE else backends:
-            marks = needs_compiled_code if backend == "compiled" else ()
-            points.append(pytest.param(optimizer, backend, marks=marks, id="-".join(map(str, [backend, *values]))))
+    marks = {"compiled": needs_compiled_code}
+    points = [
+        pytest.param(optimizer, backend, marks=marks.get(backend, ()), id=f"{name_of(optimizer)}-{backend}")
+        for optimizer in optimizers
+        for backend in (backends[:1] if name_of(optimizer).startswith(ONLINE) else backends)
+    ]
     return pytest.mark.parametrize(("optimizer", "backend"), points, indirect=["backend"])
 
 
@@ -103,12 +111,12 @@ def unlike(optimizer):
     return configs
 
 
-@each([*OPTIMIZERS, *ADAPTIVE], ["eager", "compiled"])
+@with_backends([*OPTIMIZERS, *ADAPTIVE], ["eager", "compiled"])
 def test_law_1_for_unlike_widths_and_batch_sizes_in_one_population(optimizer):
     assert_equals_plain_loop(make_data(), unlike(optimizer), epochs=10)
 
 
-@each([OPTIMIZERS[1], OPTIMIZERS[5]], ["eager", "compiled"])
+@with_backends([OPTIMIZERS[1], OPTIMIZERS[5]], ["eager", "compiled"])
 def test_law_1_for_layers_of_unlike_widths(optimizer):
     widths = [(16, 3), (5, 14), 12]
     configs = fill(*({**optimizer, "width": width, "batch_size": 9, "lr": 0.01} for width in widths))
@@ -117,11 +125,13 @@ def test_law_1_for_layers_of_unlike_widths(optimizer):
     assert_equals_plain_loop(make_data(), fill({**optimizer, "width": (7, 20, 9), "lr": 0.01}), epochs=6)
 
 
+@eagerly
 @each(ADAPTIVE[-1:])
 def test_law_1_for_adapted_rates_in_single_precision(optimizer):
     assert_equals_plain_loop(make_data(dtype=torch.float32), unlike(optimizer), epochs=8)
 
 
+@eagerly
 @each(ADAPTIVE)
 def test_law_1_for_adapted_rates_of_one_batch_size_and_of_one_trial(optimizer):
     for lrs in ([1e-2, 1e-3], [1e-2]):
@@ -130,6 +140,7 @@ def test_law_1_for_adapted_rates_of_one_batch_size_and_of_one_trial(optimizer):
 
 
 @pytest.mark.parametrize("rule", ["additive", "normalized"])
+@eagerly
 @each(ADAPTIVE[1::2])
 def test_law_1_for_the_other_rules_of_adapted_rates(optimizer, rule):
     base = {**optimizer, "width": 8, "lr": 1e-2, "hypergrad_rule": rule}
@@ -202,7 +213,7 @@ def test_law_2_chunks_and_order_change_no_member_with_adapted_rates():
     assert_chunks_and_order_change_no_member(mixed_configs("sgdhd", "adamwhd"), 5)
 
 
-@each(["sgd", *ONLINE])
+@with_backends(["sgd", *ONLINE])
 def test_law_2_a_diverged_member_leaves_the_others_bit_for_bit(optimizer):
     data = make_data(dtype=torch.float32)
     scoring = scoring_of(data)
@@ -219,7 +230,7 @@ def test_law_2_a_diverged_member_leaves_the_others_bit_for_bit(optimizer):
             assert torch.equal(a, b)
 
 
-@each(["sgd", "adamw", "nesterov", *ONLINE])
+@with_backends(["sgd", "adamw", "nesterov", *ONLINE])
 def test_law_2_trials_that_leave_change_no_other(optimizer):
     data = make_data()
     scoring = scoring_of(data)
@@ -233,7 +244,7 @@ def test_law_2_trials_that_leave_change_no_other(optimizer):
         assert largest_difference(found[f, i], expected[f, i]) <= 1e-10
 
 
-@each(["sgd", "adam", "adamw", *ONLINE])
+@with_backends(["sgd", "adam", "adamw", *ONLINE])
 def test_law_3_padded_units_stay_zero(optimizer, backend):
     data, widths = make_data(), (3, 16, 9, (9, 5))
     configs = fill(*({"width": width, "optimizer": optimizer} for width in widths))
