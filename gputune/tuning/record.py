@@ -49,7 +49,6 @@ def search_record(
         model=choice.name,
         spec=choice.spec,
         optimizer=choice.optimizer,
-        schedule=options.schedule,
         space=space_text(space),
         distributions=distributions(space),
         method=method_to_json(options.method),
@@ -63,7 +62,6 @@ def search_record(
         notes=[*problem.layout.notes, *notes],
         columns=problem.columns,
         numbers=problem.numbers,
-        max_levels=options.max_levels,
         class_weight=None if options.class_weight is None else repr(options.class_weight),
         sample_weight=None if options.sample_weight is None else digest_of(np.asarray(options.sample_weight)),
         cv=repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
@@ -75,14 +73,13 @@ def search_record(
         metrics=metrics if scoring.others else [],
         positive=next((one["positive"] for one in metrics if one["positive"] is not None), None),
         baseline=baseline,
-        epoch=options.epoch,
-        patience=options.patience,
         max_epochs=1 if choice.solved else options.max_epochs,
         seed=options.random_state,
         dtype=str(data.dtype).removeprefix("torch."),
         device=str(data.device) if cluster is None else cluster.device,
         versions=versions(),
         arguments=_arguments(options, problem.source, space, folds),
+        **{name: getattr(options, name) for name in ("schedule", "max_levels", "epoch", "patience")},
     )
 
 

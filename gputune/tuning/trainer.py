@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -181,21 +181,8 @@ class Trainer:
 
     def job(self, kind: type[AnyJob], *, epochs: int, **more: Any) -> AnyJob:
         """Return what all chunks that train up to so many epochs have in common; ``more`` are fields of its kind."""
-        return kind(
-            seed=self.seed,
-            epochs=epochs,
-            horizon=self.horizon,
-            scoring=self.scoring,
-            module_class=self.module_class,
-            traits=known_traits(self.module_class, self.data),
-            objective=self.objective,
-            stop=self.stop,
-            fits=self.fits,
-            each_epoch=self.each_epoch,
-            backend=self.backend,
-            precision=self.precision,
-            **more,
-        )
+        common = {name: getattr(self, name) for name in _OF_BOTH}
+        return kind(**common, epochs=epochs, traits=known_traits(self.module_class, self.data), **more)
 
     def train(
         self, job: Job, plan: Plan, *, progress: Progress = unseen, claim: Claim[Population] = lambda chunk: True
@@ -265,3 +252,7 @@ class Trainer:
         names = tuple(descent.hyperparameters)
         more = {"hyperparameters": names, "segments": descent.segments, "per_layer": descent.per_layer}
         return train_scheduled(self.job(HypergradientJob, epochs=epochs, **more), self.data, chunk)
+
+
+_OF_BOTH = {one.name for one in fields(Trainer)} & {one.name for one in fields(Job)}
+"""Names of what a trainer and its jobs have in common."""
