@@ -346,20 +346,6 @@ def applied(function):
     return Calling(lambda m, x: function(x))
 
 
-def cdist(x):
-    return torch.cdist(x, torch.ones(4, 4, dtype=x.dtype))
-
-
-def differentiates_twice(operation):
-    x = torch.arange(8.0).view(2, 4).requires_grad_()
-    (slope,) = torch.autograd.grad(operation(x).sum(), x, create_graph=True)
-    try:
-        slope.sum().backward()
-    except RuntimeError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("mode", EXACT)
 @pytest.mark.parametrize(
     ("middle", "words"),
@@ -367,11 +353,6 @@ def differentiates_twice(operation):
         (applied(Once.apply), ("cannot be differentiated twice (Once)", "incomplete")),
         (applied(Numeric.apply), ("cannot be differentiated twice (Numeric)", "incomplete")),
         (applied(Partial.apply), ("cannot be differentiated twice (Partial)", "incomplete")),
-        pytest.param(
-            applied(cdist),
-            ("cannot be differentiated twice", "_cdist_backward"),
-            marks=pytest.mark.skipif(differentiates_twice(cdist), reason="newer versions of torch can"),
-        ),
         (weight_norm(nn.Linear(4, 4)), ("cannot be differentiated twice (WeightNormInterface)", "weight_norm")),
     ),
 )
