@@ -24,10 +24,8 @@ _BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
 
 HYPERPARAMETERS_OF = {
-    "sgd": ("lr", "momentum", "weight_decay"),
-    "nesterov": ("lr", "momentum", "weight_decay"),
-    "adam": ("lr", "weight_decay", "beta1", "beta2"),
-    "adamw": ("lr", "weight_decay", "beta1", "beta2"),
+    **dict.fromkeys(("sgd", "nesterov"), ("lr", "momentum", "weight_decay")),
+    **dict.fromkeys(("adam", "adamw"), ("lr", "weight_decay", "beta1", "beta2")),
 }
 
 

@@ -160,7 +160,8 @@ class Descent:
         """Step from the present point, whose slope is given; ``ended`` where there is nowhere to go."""
         if not self.steps:
             self._begin(slope)
-        before = self._position(slope)
+        tables = {name: as_table(self.config[name], slope.slopes[name].shape) for name in self.names}
+        before = {name: to_coordinate(name, torch.as_tensor(t)).numpy() for name, t in tables.items()}
         step = self._sign_step if self.method.step == "sign" else self._normalized_step
         moves = step(slope) if slope.usable else self._step_down(slope)
         unclear = not slope.usable or not any(move.any() for move in moves.values())
@@ -187,10 +188,6 @@ class Descent:
         self.length = self.method.first_step or (FIRST_STEP if number == 1 else FIRST_OF_SEVERAL)
         self.steps = {name: np.full(table.shape, self.length) for name, table in slope.slopes.items()}
         self.signs = {name: np.zeros(table.shape) for name, table in slope.slopes.items()}
-
-    def _position(self, slope: Slope) -> dict[str, Table]:
-        tables = {name: as_table(self.config[name], slope.slopes[name].shape) for name in self.names}
-        return {name: to_coordinate(name, torch.as_tensor(t)).numpy() for name, t in tables.items()}
 
     def _sign_step(self, slope: Slope) -> dict[str, Table]:
         """Each value by its own step against its slope; not at all where the folds disagree on the sign."""

@@ -89,8 +89,12 @@ class OptunaStudy:
         sampler = copy.deepcopy(sampler)
         if reseed:
             sampler.reseed_rng()
-        with _quiet(self.optuna):
+        logging, verbosity = self.optuna.logging, self.optuna.logging.get_verbosity()
+        logging.set_verbosity(max(verbosity, logging.WARNING))  # without what it says about a new study
+        try:
             self.study = self.optuna.create_study(sampler=sampler, direction="maximize")
+        finally:
+            logging.set_verbosity(verbosity)
 
     def ask(self, params: Config | None = None) -> tuple["optuna.Trial", Config]:
         """Return Optuna's trial and its configuration: what the sampler proposes, or ``params`` in its place."""
@@ -167,17 +171,6 @@ def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, object
             )
         distributions[key] = as_optuna(description)
     return space[0], distributions
-
-
-@contextmanager
-def _quiet(optuna: ModuleType) -> Iterator[None]:
-    """Leave out what Optuna says about a new study."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna.Study":

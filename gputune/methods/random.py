@@ -162,11 +162,12 @@ def notes(
     missing = _missing_keys({}, space, defaults)
     if include_default and missing:
         sentences.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
-    for trial in trials:
-        if trial.origin == "default" and (moved := _replaced_defaults(trial.params, space, defaults)):
-            sentences.append(
-                f"Trial {trial.number} is the default configuration, held to the space: {', '.join(moved)}."
-            )
+    fixed = {key for part in space for key, choices in part.items() if _is_fixed(choices)}  # go without saying
+    for trial in (trial for trial in trials if trial.origin == "default"):
+        plain = _complete({k: v for k, v in trial.params.items() if k == "optimizer"}, defaults)
+        others = {k: v for k, v in trial.params.items() if k not in fixed and k in plain and plain[k] != v}
+        if moved := ", ".join(f"{key}={value!r} in place of {plain[key]!r}" for key, value in others.items()):
+            sentences.append(f"Trial {trial.number} is the default configuration, held to the space: {moved}.")
     for key, takers in TAKERS.items():
         used = {t.params.get("optimizer", str(defaults["optimizer"])) for t in trials if key in t.params}
         if used and used.isdisjoint(takers):
@@ -192,17 +193,6 @@ def remarks(trials: Sequence[Candidate], space: Space, *, n_trials: int, include
     elif counted > n_trials:
         sentences.append(f"The study holds {counted} configurations, more than n_trials={n_trials}: all stay in it.")
     return tuple(sentences)
-
-
-def _replaced_defaults(config: Config, space: Space, defaults: Mapping[str, object]) -> list[str]:
-    """Return which values of a configuration stand for a default that the space lacks; fixed ones go without saying."""
-    fixed = {key for part in space for key, choices in part.items() if _is_fixed(choices)}
-    plain = _complete({"optimizer": config["optimizer"]} if "optimizer" in config else {}, defaults)
-    return [
-        f"{key}={value!r} in place of {plain[key]!r}"
-        for key, value in config.items()
-        if key not in fixed and key in plain and plain[key] != value
-    ]
 
 
 def _n_draws(space: Space, n_trials: int) -> int:

@@ -138,13 +138,10 @@ RULES: Mapping[str, Rule] = {
 }
 
 MOMENTS: Mapping[str, tuple[str, ...]] = {
-    "sgd": ("buffer",),
-    "nesterov": ("buffer",),
-    "adam": ("m", "v"),
-    "adamw": ("m", "v"),
+    **dict.fromkeys(("sgd", "nesterov"), ("buffer",)),
+    **dict.fromkeys(("adam", "adamw", "muon"), ("m", "v")),
     "rmsprop": ("v", "buffer"),
     "lion": ("m",),
-    "muon": ("m", "v"),
     "schedulefree": ("z", "v"),
 }
 """The moments of each rule, in the order of their flat buffers."""
