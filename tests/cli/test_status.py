@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Queue
@@ -22,25 +23,40 @@ from gputune.cli import study as commands
 from gputune.errors import StudyCorruptError
 from gputune.report.page import page
 from gputune.study.claims import Claims
-from gputune.study.store import Result, Store
+from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study
 from study_rows import candidates, change, make_study, result
 
 META = {"model": "mlp", "scoring": "accuracy", "folds": 2}
 
 
+CURVE = np.array([[0.1, 0.1], [0.2, 0.2], [0.3, 0.3]])
+
+
 def status(path, *, watch=None):
     return commands.status(Namespace(study=str(path), watch=watch))
 
 
-def test_a_running_search(tmp_path):
-    path = tmp_path / "study.db"
-    with Store.create(path, META) as store:  # stays open, as in a search that runs
-        store.add_trials(candidates(range(6)))
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "study.db"
+
+
+@contextmanager
+def searching(path, trials, *results, **meta):
+    """Yield the store of a search of so many trials with these results, as it is while the search runs."""
+    with Store.create(path, {**META, **meta}) as store:
+        store.add_trials(candidates(range(trials)))
+        store.finish(results)
+        yield store
+
+
+def test_a_running_search(path):
+    with searching(path, 6) as store:
         assert "Trials   0 of 6 trials finished: 6 waiting\nBest     none yet" in status(path)
         store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
         store.finish([result(2, state="pruned", score=0.9), result(3, state="failed", score=float("nan"))])
-        code, out, err = run("status", tmp_path)
+        code, out, err = run("status", path.parent)
         assert (code, err) == (0, "")
         name, trials, best, written = out.rstrip("\n").split("\n")
         assert name == f"Study    {path}"
@@ -52,11 +68,10 @@ def test_a_running_search(tmp_path):
 
 
 @pytest.mark.parametrize(("watch", "best"), [(None, [249]), (True, [245, 246, 247, 248, 249])])
-def test_of_many_trials_the_best_alone_are_read(tmp_path, monkeypatch, watch, best):
-    path, read = tmp_path / "study.db", []
-    with Store.create(path, META) as store:
-        store.add_trials(candidates(range(250)))
-        store.finish([result(n, score=n / 300) for n in range(250)])
+def test_of_many_trials_the_best_alone_are_read(path, monkeypatch, watch, best):
+    read = []
+    with searching(path, 250, *(result(n, score=n / 300) for n in range(250))):
+        pass
     from_rows = Result.from_rows
     monkeypatch.setattr(Result, "from_rows", lambda *columns: read.extend(columns[0]) or from_rows(*columns))
     text = status(path, watch=watch)
@@ -68,11 +83,10 @@ def test_of_many_trials_the_best_alone_are_read(tmp_path, monkeypatch, watch, be
 
 
 @pytest.mark.long
-def test_a_hundred_thousand_trials(tmp_path):
-    path, seconds = tmp_path / "study.db", []
-    with Store.create(path, META) as store:
-        store.add_trials(candidates(range(100_000)))
-        store.finish(result(n, epochs=20, folds=5) for n in range(100_000))
+def test_a_hundred_thousand_trials(path):
+    seconds = []
+    with searching(path, 100_000, *(result(n, epochs=20, folds=5) for n in range(100_000))):
+        pass
     for look in (Study.open, status):
         begin = time.process_time()
         look(path)
@@ -80,45 +94,34 @@ def test_a_hundred_thousand_trials(tmp_path):
     assert seconds[0] < 3 and seconds[1] < 1.5  # half of that on a machine that does nothing else
 
 
-def test_the_best_of_the_trials_that_train_is_told_by_the_processes(tmp_path):
-    path = tmp_path / "study.db"
-    with Store.create(path, META) as store, Claims(path) as claims:
-        store.add_trials(candidates(range(6)))
+def test_the_best_of_the_trials_that_train_is_told_by_the_processes(path):
+    with searching(path, 6), Claims(path) as claims:
         claims.take_search("halving")
-        said = {"done": 3, "of": 9, "unit": "trial-epochs", "best": 0.875, "left": 42.5}
+        said = {"done": 3, "of": 9, "unit": "trial-epochs"}
         for best, left, words in [(None, None, ""), (0.875, 42.5, ", best so far accuracy 0.8750, about 42.5 s left")]:
             claims.show({**said, "best": best, "left": left})
             assert f"Running  process {os.getpid()}: 3 of 9 trial-epochs{words}\n" in status(path)
 
 
-def test_the_best_of_those_that_were_sent_away_is_said_to_be_one(tmp_path):
-    path = tmp_path / "study.db"
-    with Store.create(path, META) as store:
-        store.add_trials(candidates(range(3)))
-        store.finish([result(n, state="pruned", score=0.5 + n / 10) for n in range(2)])
+def test_the_best_of_those_that_were_sent_away_is_said_to_be_one(path):
+    with searching(path, 3, *(result(n, state="pruned", score=0.5 + n / 10) for n in range(2))) as store:
         said = "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
         assert f"{said} (pruned; those that train on are not told yet)\n" in status(path)
         store.finish([result(2, state="pruned", score=0.1)])
     assert f"{said}\n" in status(path)
 
 
-def test_what_was_cut_short_is_not_finished_and_what_is_too_big_did_not_diverge(tmp_path):
-    path = tmp_path / "study.db"
-    with Store.create(path, META) as store:
-        store.add_trials(candidates(range(4)))
-        failed = result(2, state="failed", score=float("nan"))
-        store.finish([result(0), result(1, state="stopped"), failed])
-        store.finish([replace(failed, number=3, detail={"reason": "out of memory"})])
-    assert "Trials   3 of 4 trials finished: 1 complete, 1 cut short, 1 diverged, 1 too big for the memory\n" in status(
-        path
-    )
+def test_what_was_cut_short_is_not_finished_and_what_is_too_big_did_not_diverge(path):
+    failed = result(2, state="failed", score=float("nan"))
+    big = replace(failed, number=3, detail={"reason": "out of memory"})
+    with searching(path, 4, result(0), result(1, state="stopped"), failed, big):
+        states = "1 complete, 1 cut short, 1 diverged, 1 too big for the memory"
+        assert f"Trials   3 of 4 trials finished: {states}\n" in status(path)
 
 
-def test_when_it_was_written_is_not_when_it_was_looked_at(tmp_path, monkeypatch):
-    path = tmp_path / "study.db"
-    with Store.create(path, META) as store:
-        store.add_trials(candidates(range(2)))
-        store.finish([result(0)])
+def test_when_it_was_written_is_not_when_it_was_looked_at(path, monkeypatch):
+    with searching(path, 2, result(0)):
+        pass
     now = time.time()
     monkeypatch.setattr("gputune.cli.study.time", SimpleNamespace(time=lambda: now))
     os.utime(path, (now - 3600,) * 2)
@@ -126,10 +129,9 @@ def test_when_it_was_written_is_not_when_it_was_looked_at(tmp_path, monkeypatch)
         assert "Written  1 h 0 min ago" in status(path)
 
 
-def test_a_watch_ends_with_the_search(tmp_path, monkeypatch, capsys):
-    path, looks = tmp_path / "study.db", []
-    with Store.create(path, {**META, "max_epochs": 3}) as store:
-        store.add_trials(candidates(range(4)))
+def test_a_watch_ends_with_the_search(path, monkeypatch, capsys):
+    looks = []
+    with searching(path, 4, max_epochs=3) as store:
 
         def sleep(seconds):
             looks.append(seconds)
@@ -143,8 +145,8 @@ def test_a_watch_ends_with_the_search(tmp_path, monkeypatch, capsys):
     assert "\ntrial 1     ▁▅█ 0.6000" in second and "4 of 4 trials" in last
 
 
-def test_a_watch_redraws_a_terminal_while_another_process_writes(tmp_path):
-    path, (terminal, other_end) = tmp_path / "study.db", pytest.importorskip("pty").openpty()
+def test_a_watch_redraws_a_terminal_while_another_process_writes(path):
+    terminal, other_end = pytest.importorskip("pty").openpty()
     code = f"""
 import sys
 from gputune.cli import study
@@ -152,8 +154,7 @@ from gputune.cli.main import main
 sys.stdout, study._WATCH_SECONDS = open({os.ttyname(other_end)!r}, "w"), 0.01
 sys.exit(main(["status", {str(path)!r}, "--watch"]))
 """
-    with Store.create(path, {**META, "max_epochs": 3}) as store:
-        store.add_trials(candidates(range(2)))
+    with searching(path, 2, max_epochs=3) as store:
         watch, screens = Fork(code), b""
         for n in range(3):
             while f"Trials   {n} of 2 trials".encode() not in screens:
@@ -197,13 +198,9 @@ def test_a_live_page_reloads_itself_in_a_browser(tmp_path):
         server.shutdown()
 
 
-CURVE = np.array([[0.1, 0.1], [0.2, 0.2], [0.3, 0.3]])
-
-
-def test_a_live_page_reloads_itself_until_the_search_has_ended(tmp_path, monkeypatch):
-    path, out, pages = tmp_path / "study.db", tmp_path / "page.html", []
-    with Store.create(path, META) as store:
-        store.add_trials(candidates(range(1)))
+def test_a_live_page_reloads_itself_until_the_search_has_ended(path, monkeypatch):
+    out, pages = path.with_name("page.html"), []
+    with searching(path, 1) as store:
 
         def sleep(seconds):
             pages.append(out.read_text())
@@ -216,20 +213,17 @@ def test_a_live_page_reloads_itself_until_the_search_has_ended(tmp_path, monkeyp
     assert reload in live and reload not in out.read_text()
 
 
-def test_results_in_the_log_count_as_written(tmp_path):
-    path = tmp_path / "study.db"
-    with Store.create(path, META) as store:
-        store.add_trials(candidates(range(2)))
+def test_results_in_the_log_count_as_written(path):
+    with searching(path, 2) as store:
         begun = time.time() - 3600
         os.utime(path, (begun,) * 2)
         store.finish([result(0)])
         assert commands.last_written(path) > begun + 1800
 
 
-def test_a_loss_is_shown_in_its_own_sign_and_no_name_steers_the_terminal(tmp_path):
-    path = tmp_path / "study.db"
+def test_a_loss_is_shown_in_its_own_sign_and_no_name_steers_the_terminal(path):
     with Store.create(path, {**META, "scoring": "neg_log_loss"}) as store:
-        store.add_trials([gputune.study.store.Candidate(0, {"module__\x1b[2J": "\x1b]0;x\x07"}, "random")])
+        store.add_trials([Candidate(0, {"module__\x1b[2J": "\x1b]0;x\x07"}, "random")])
         store.finish([result(0, score=-0.25)])
     assert "log_loss (lower is better) 0.2500 in trial 0" in status(path)
     assert "\x1b" not in status(path)
