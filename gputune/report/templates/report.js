@@ -1,18 +1,17 @@
 
 "use strict";
 (function () {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const columns = data.columns;
+  const { columns, axes, page } = JSON.parse(document.getElementById("data").textContent);
   const rows = columns.length ? columns[0].values.length : 0;
   const byKey = new Map(columns.map((column) => [column.key, column]));
   const find = (id) => document.getElementById(id);
+  const all = (selector) => Array.from(document.querySelectorAll(selector));
 
   // Brushes: one for each axis, [low, high] in [0, 1], or null where all is kept.
 
-  const axes = data.axes;
   const brushes = axes.map(() => null);
-  const lines = Array.from(document.querySelectorAll(".parallel .lines path"));
-  const handles = Array.from(document.querySelectorAll(".parallel .axis"));
+  const lines = all(".parallel .lines path");
+  const handles = all(".parallel .axis");
 
   function height(axis, row) {
     if (axis.heights) { return axis.heights[row] === null ? null : axis.heights[row] / 1000; }
@@ -25,45 +24,37 @@
   }
 
   function isKept(row) {
-    return axes.every((axis, place) => {
-      const brush = brushes[place];
-      if (brush === null) { return true; }
-      const at = height(axis, row);
-      return at !== null && at >= brush[0] - 0.002 && at <= brush[1] + 0.002;
+    return brushes.every((brush, place) => {
+      const at = brush && height(axes[place], row);
+      return brush === null || (at !== null && at >= brush[0] - 0.002 && at <= brush[1] + 0.002);
     });
   }
 
-  function showBrush(place) {
-    const reach = handles[place].querySelector(".reach");
-    const rect = handles[place].querySelector(".brush");
-    const top = Number(reach.getAttribute("y"));
-    const length = Number(reach.getAttribute("height"));
-    const brush = brushes[place];
-    if (brush === null) {
-      rect.setAttribute("height", "0");
-      handles[place].setAttribute("aria-valuetext", "all");
-      handles[place].setAttribute("aria-valuenow", "0");
-      return;
-    }
-    rect.setAttribute("y", String(top + (1 - brush[1]) * length));
-    rect.setAttribute("height", String(Math.max(1, (brush[1] - brush[0]) * length)));
-    const percent = brush.map((end) => Math.round(100 * end));
-    handles[place].setAttribute("aria-valuetext", percent[0] + " to " + percent[1] + " percent of the axis");
-    handles[place].setAttribute("aria-valuenow", String(Math.round((percent[0] + percent[1]) / 2)));
+  function showBrush(brush, place) {
+    const [reach, rect] = [".reach", ".brush"].map((part) => handles[place].querySelector(part));
+    const [top, length] = ["y", "height"].map((name) => Number(reach.getAttribute(name)));
+    const [low, high] = brush || [0, 0];
+    rect.setAttribute("y", String(top + (1 - high) * length));
+    rect.setAttribute("height", String(brush ? Math.max(1, (high - low) * length) : 0));
+    const [from, to] = [low, high].map((end) => Math.round(100 * end));
+    handles[place].setAttribute("aria-valuetext", brush ? from + " to " + to + " percent of the axis" : "all");
+    handles[place].setAttribute("aria-valuenow", String(Math.round((from + to) / 2)));
   }
 
   function brushed() {
     const isActive = brushes.some((brush) => brush !== null);
-    brushes.forEach((_, place) => showBrush(place));
-    kept = [];
-    for (let row = 0; row < rows; row += 1) {
-      if (!isActive || isKept(row)) { kept.push(row); }
-    }
+    brushes.forEach(showBrush);
+    kept = everyRow.filter(isKept);
     const there = new Set(kept);
     lines.forEach((line) => line.classList.toggle("off", isActive && !there.has(Number(line.dataset.rank))));
     find("kept").textContent = isActive ? kept.length + " of " + rows + " trials are kept." : "All trials are kept.";
     find("release").hidden = !isActive;
     sorted();
+  }
+
+  function setBrush(place, brush) {
+    brushes[place] = brush;
+    brushed();
   }
 
   function listen(handle, place) {
@@ -83,47 +74,41 @@
     handle.addEventListener("pointermove", (event) => {
       if (from === null) { return; }
       const now = at(event);
-      if (dragged || Math.abs(now - from) > 0.01) {
-        dragged = true;
-        brushes[place] = [Math.min(from, now), Math.max(from, now)];
-        brushed();
-      }
+      dragged = dragged || Math.abs(now - from) > 0.01;
+      if (dragged) { setBrush(place, [Math.min(from, now), Math.max(from, now)]); }
     });
     handle.addEventListener("pointerup", () => {
-      if (from !== null && !dragged) {
-        brushes[place] = null;
-        brushed();
-      }
+      if (from !== null && !dragged) { setBrush(place, null); }
       from = null;
     });
     handle.addEventListener("pointercancel", () => { from = null; });
     handle.addEventListener("keydown", (event) => {
       const brush = brushes[place];
       const step = { ArrowUp: 0.05, ArrowDown: -0.05 }[event.key];
-      if (event.key === "Escape" || event.key === "Delete" || event.key === "Backspace") {
-        brushes[place] = null;
-      } else if (event.key === "Enter" || event.key === " " || (step && brush === null)) {
-        brushes[place] = brush || [0.75, 1];
+      let next = null;
+      if (event.key === "Enter" || event.key === " " || (step && brush === null)) {
+        next = brush || [0.75, 1];
       } else if (step && event.shiftKey) {
         const middle = (brush[0] + brush[1]) / 2;
         const half = Math.max(0.02, (brush[1] - brush[0]) / 2 + step / 2);
-        brushes[place] = [Math.max(0, middle - half), Math.min(1, middle + half)];
+        next = [Math.max(0, middle - half), Math.min(1, middle + half)];
       } else if (step) {
         const move = Math.min(1 - brush[1], Math.max(-brush[0], step));
-        brushes[place] = [brush[0] + move, brush[1] + move];
-      } else {
+        next = [brush[0] + move, brush[1] + move];
+      } else if (!["Escape", "Delete", "Backspace"].includes(event.key)) {
         return;
       }
       event.preventDefault();
-      brushed();
+      setBrush(place, next);
     });
   }
 
   // The table: kept rows, sorted, one page of them at a time.
 
   const body = document.querySelector(".trials tbody");
-  const buttons = Array.from(document.querySelectorAll(".trials thead button"));
-  let kept = Array.from({ length: rows }, (_, row) => row);
+  const buttons = all(".trials thead button");
+  const everyRow = Array.from({ length: rows }, (_, row) => row);
+  let kept = everyRow;
   let view = kept;
   let first = 0;
   let order = null; // [column, 1 or -1]; null: by rank
@@ -138,31 +123,26 @@
   function sorted() {
     view = kept;
     if (order !== null) {
-      const values = columns[order[0]].values;
-      const sign = order[1];
-      view = kept.slice().sort((a, b) => {
-        if (values[a] === null || values[b] === null) {
-          return (values[a] === null) - (values[b] === null) || a - b;
-        }
-        return sign * (values[a] - values[b]) || a - b;
-      });
+      const [place, sign] = order;
+      const values = columns[place].values;
+      const isAbsent = (row) => values[row] === null;
+      view = kept.slice().sort((a, b) => isAbsent(a) - isAbsent(b) || sign * (values[a] - values[b]) || a - b);
     }
-    first = 0;
-    show();
+    show(0);
   }
 
-  function show() {
+  function show(from) {
     if (!body) { return; }
-    const shown = view.slice(first, first + data.page);
+    first = from;
+    const shown = view.slice(first, first + page);
     body.replaceChildren(
       ...shown.map((row) => {
         const line = document.createElement("tr");
         line.dataset.rank = String(row);
         columns.forEach((column) => {
-          const cell = document.createElement("td");
+          const cell = line.insertCell();
           if (!column.levels) { cell.className = "number"; }
           cell.textContent = text(column, row);
-          line.append(cell);
         });
         return line;
       })
@@ -174,9 +154,8 @@
   }
 
   function sortBy(place) {
-    const column = columns[place];
     const isSame = order !== null && order[0] === place;
-    order = [place, isSame ? -order[1] : column.first || 1];
+    order = [place, isSame ? -order[1] : columns[place].first || 1];
     buttons.forEach((button) => button.closest("th").removeAttribute("aria-sort"));
     buttons[place].closest("th").setAttribute("aria-sort", order[1] === 1 ? "ascending" : "descending");
     sorted();
@@ -195,17 +174,11 @@
     });
   }
   if (body) {
-    find("before").addEventListener("click", () => {
-      first = Math.max(0, first - data.page);
-      show();
-    });
-    find("after").addEventListener("click", () => {
-      first += data.page;
-      show();
-    });
+    find("before").addEventListener("click", () => show(Math.max(0, first - page)));
+    find("after").addEventListener("click", () => show(first + page));
     body.addEventListener("mouseover", (event) => mark(event.target.closest("tr").dataset.rank));
     body.addEventListener("mouseleave", () => mark(null));
-    show();
+    show(0);
   }
 
   // The code.
@@ -214,17 +187,17 @@
   if (copy) {
     copy.hidden = false;
     copy.addEventListener("click", () => {
+      const code = find("code");
       const select = () => {
-        getSelection().selectAllChildren(find("code"));
+        getSelection().selectAllChildren(code);
         find("copied").textContent = "Selected; copy it with the keyboard.";
       };
-      if (!navigator.clipboard) {
+      const copied = () => { find("copied").textContent = "Copied."; };
+      if (navigator.clipboard) {
+        navigator.clipboard.writeText(code.textContent).then(copied, select);
+      } else {
         select();
-        return;
       }
-      navigator.clipboard.writeText(find("code").textContent).then(() => {
-        find("copied").textContent = "Copied.";
-      }, select);
     });
   }
 })();
