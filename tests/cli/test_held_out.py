@@ -80,9 +80,8 @@ def test_a_class_that_the_held_out_rows_lack_is_no_trouble():
     estimator, model = fitted(y)
     rows = np.flatnonzero(y != "cat")[-10:]
     held = held_out_score(model, "neg_log_loss", read_source(X[rows], y[rows]))
-    assert held.score == pytest.approx(
-        -log_loss(y[rows], estimator.predict_proba(X[rows]), labels=estimator.classes_), abs=1e-9
-    )
+    expected = -log_loss(y[rows], estimator.predict_proba(X[rows]), labels=estimator.classes_)
+    assert held.score == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("scoring", ["accuracy", "matthews_corrcoef"])

@@ -64,12 +64,6 @@ def test_curves(study):
     np.testing.assert_array_equal(ax.lines[0].get_xdata(), np.arange(1, 9))
 
 
-@pytest.mark.parametrize("best", [-1, 1.5, True])
-def test_curves_of_a_strange_number(study, best):
-    with pytest.raises(InputError, match=r"plot_curves\(best=...\) must be an integer of at least 0, got"):
-        study.plot_curves(best=best)
-
-
 def test_slice_of_one(study):
     ax = study.plot_slice("lr")
     points = ax.collections[0].get_offsets()
@@ -80,28 +74,15 @@ def test_slice_of_one(study):
     assert study.plot_slice("dropout").get_xscale() == "linear"
 
 
-def test_slice_of_words(study):
+def test_slice_of_words_and_slices_of_all(study):
     ax = study.plot_slice("activation")
     names = [label.get_text() for label in ax.get_xticklabels()]
     assert sorted(names) == ["gelu", "relu", "tanh"]
-    x = ax.collections[0].get_offsets()[:, 0]
-    shown = [names[int(place)] for place in x]
+    shown = [names[int(place)] for place in ax.collections[0].get_offsets()[:, 0]]
     assert shown == [t.params["activation"] for t in study.trials if math.isfinite(t.score)]
-
-
-def test_slices_of_all(study):
     cells = study.plot_slice()
     assert [cell.get_xlabel() for cell in cells] == list(study.best_params)
     assert all(isinstance(cell, Axes) for cell in cells)
-
-
-def test_slices_that_cannot_be(study):
-    with pytest.raises(InputError, match="have no hyperparameter 'rate'; choose one of activation, batch_size"):
-        study.plot_slice("rate")
-    with pytest.raises(InputError, match=r"plot_slice\(ax=...\) is one Axes and needs parameter=..., got none"):
-        study.plot_slice(ax=plt.subplots()[1])
-    with pytest.raises(InputError, match=r"plot_slice\(\) needs a hyperparameter in which two trials differ"):
-        made_study(1).plot_slice()
 
 
 def test_parallel(study):
@@ -144,24 +125,33 @@ def test_contour_averages_trials_at_one_place():
     assert sum(len(c.get_offsets()) == 4 for c in ax.collections) == 1
 
 
-def on_a_line():
-    return study_of([{"a": c, "b": 2 * c} for c in range(12)])
+def of_numbers(**params):
+    return study_of([{name: factor * c for name, factor in params.items()} for c in range(12)])
 
 
 @pytest.mark.parametrize(
-    ("made", "names", "message"),
+    ("made", "plot", "how", "message"),
     [
-        (lambda: made_study(40), ("lr",), "needs two different hyperparameters or none, got x='lr'"),
-        (lambda: made_study(40), ("lr", "lr"), "got x='lr', y='lr'"),
-        (lambda: made_study(40), ("lr", "x"), "plot_contour: the trials have no hyperparameter 'x'"),
-        (on_a_line, ("a", "b"), "at three places that are not on one line, got 12 places in 'a' and 'b'"),
-        (lambda: made_study(4), (), "importance needs 10 finished trials"),
-        (lambda: study_of([{"a": c} for c in range(12)]), (), "needs two hyperparameters that vary, got 1"),
+        *(
+            (made_study(4), "curves", {"best": best}, r"plot_curves\(best=...\) must be an integer of at least 0, got")
+            for best in (-1, 1.5, True)
+        ),
+        (made_study(4), "slice", {"parameter": "rate"}, "have no hyperparameter 'rate'; choose one of activation, ba"),
+        (made_study(4), "slice", {"ax": 0}, r"plot_slice\(ax=...\) is one Axes and needs parameter=..., got none"),
+        (made_study(1), "slice", {}, r"plot_slice\(\) needs a hyperparameter in which two trials differ"),
+        (made_study(4), "contour", {"x": "lr"}, "needs two different hyperparameters or none, got x='lr'"),
+        (made_study(4), "contour", {"x": "lr", "y": "lr"}, "got x='lr', y='lr'"),
+        (made_study(4), "contour", {"x": "lr", "y": "x"}, "plot_contour: the trials have no hyperparameter 'x'"),
+        (of_numbers(a=1, b=2), "contour", {"x": "a", "y": "b"}, "not on one line, got 12 places in 'a' and 'b'"),
+        (made_study(4), "contour", {}, "importance needs 10 finished trials"),
+        (of_numbers(a=1), "contour", {}, "needs two hyperparameters that vary, got 1"),
+        (made_study(4), "path", {}, r"plot_path needs a study by hypergradients: tune\(..., method="),
+        (made_descent(), "path", {"parameter": "width"}, r"must be one of lr, weight_decay, got 'width'"),
     ],
 )
-def test_contours_that_cannot_be(made, names, message):
+def test_plots_that_cannot_be(made, plot, how, message):
     with pytest.raises(InputError, match=message):
-        made().plot_contour(*names)
+        getattr(made, f"plot_{plot}")(**how)
 
 
 def test_path(descent):
@@ -177,13 +167,6 @@ def test_path(descent):
     assert descent.plot_path().get_ylabel() == "lr"
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert len(labels) == 5 and f"start {descent.best_trial.origin[0]}" in labels
-
-
-def test_paths_that_cannot_be(study, descent):
-    with pytest.raises(InputError, match=r"plot_path needs a study by hypergradients: tune\(..., method="):
-        study.plot_path()
-    with pytest.raises(InputError, match=r"plot_path\(parameter=...\) must be one of lr, weight_decay, got 'width'"):
-        descent.plot_path("width")
 
 
 def test_a_loss_is_drawn_in_its_own_sign(descent):
@@ -230,9 +213,8 @@ def test_every_plot_draws_on_the_axes_it_is_given(descent, plot):
 def test_without_matplotlib_the_error_says_what_to_install(descent, plot, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(
-        MissingExtraError, match=rf'study.{plot}\(\) needs matplotlib, .*: pip install "gputune\[report\]"'
-    ):
+    words = rf'study.{plot}\(\) needs matplotlib, .*: pip install "gputune\[report\]"'
+    with pytest.raises(MissingExtraError, match=words):
         getattr(descent, plot)(**PLOTS[plot])
 
 

@@ -108,15 +108,11 @@ def test_importance_is_seeded_and_ranks_diverged_trials_last():
     assert found.names[0] == "lr" and found.fit > 0.5
 
 
-def test_importance_of_noise_fits_nothing():
-    rng = np.random.default_rng(1)
-    found = importance(study_of([{"a": float(a)} for a in rng.uniform(size=200)], rng.normal(size=200).tolist()))
-    assert found.fit < 0.1
-
-
-def test_importance_draws_from_many_trials():
-    study = study_of([{"a": float(c % 97), "b": float(c % 89)} for c in range(MOST + 500)])
-    assert importance(study).trials == MOST
+def test_importance_of_noise_fits_nothing_and_many_trials_are_drawn_from():
+    noise = np.random.default_rng(1)
+    params = [{"a": float(a)} for a in noise.uniform(size=MOST + 500)]
+    found = importance(study_of(params, noise.normal(size=MOST + 500).tolist()))
+    assert found.fit < 0.1 and found.trials == MOST
 
 
 @pytest.mark.parametrize(
@@ -128,9 +124,7 @@ def test_importance_draws_from_many_trials():
     ],
 )
 def test_importance_of_too_little(study, words):
-    with pytest.raises(
-        InputError, match=f"importance needs 10 finished trials and a hyperparameter that varies, {words}"
-    ):
+    with pytest.raises(InputError, match=f"needs 10 finished trials and a hyperparameter that varies, {words}"):
         importance(study)
 
 
