@@ -1,5 +1,6 @@
 """All at once = one after the other, and the words for it."""
 
+import itertools
 import time
 
 import numpy as np
@@ -205,28 +206,25 @@ def test_a_diverged_fit_is_an_arithmetic_error_with_a_remedy():
 @pytest.mark.parametrize(
     ("estimator", "rate"),
     [
-        (
-            MLPRegressor(hidden_layer_sizes=8, max_iter=4, solver="sgd", batch_size=16, random_state=0),
-            "learning_rate_init",
-        ),
-        (NeuralNetRegressor(Net, max_epochs=4, batch_size=16, random_state=0), "lr"),
+        (MLPRegressor(hidden_layer_sizes=8, max_iter=4, solver="sgd", batch_size=16), "learning_rate_init"),
+        (NeuralNetRegressor(Net, max_epochs=4, batch_size=16), "lr"),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=["mlp", "module"],
 )
 def test_a_diverged_member_leaves_the_others_as_they_were(estimator, rate):
+    estimator.set_params(random_state=0)
     X, y = NUMBERS
     wild = X.copy()
     wild[0] = 1e200  # in the training rows of two folds
     folds, rates = unequal_folds(len(X)), [{rate: 0.01}, {rate: 0.02}]
     with_row = [f for f in range(3) if 0 in folds[f]]
     tame, mad = (together(estimator, rates, rows, y, folds) for rows in (X, wild))
-    for fold in range(3):
-        for trial in (0, 1):
-            if fold in with_row:
-                assert isinstance(mad.error(fold, trial), DivergedError)
-            else:
-                own, other = (fits.estimator(fold, trial).module_.state_dict() for fits in (tame, mad))
-                assert all(torch.equal(own[name], other[name]) for name in own)
+    for fold, trial in itertools.product(range(3), range(2)):
+        if fold in with_row:
+            assert isinstance(mad.error(fold, trial), DivergedError)
+        else:
+            own, other = (fits.estimator(fold, trial).module_.state_dict() for fits in (tame, mad))
+            assert all(torch.equal(own[name], other[name]) for name in own)
 
 
 @pytest.mark.cpu  # one process drives a GPU
@@ -236,11 +234,10 @@ def test_other_processes_train_the_same():
     spaces = [{"module__hidden": h} for h in (3, 4, 5)]
     folds = unequal_folds(150)
     here, there = (together(estimator, spaces, X, y, folds, workers=workers) for workers in (1, 2))
-    for fold in range(3):
-        for trial in range(3):
-            member = there.estimator(fold, trial)
-            assert type(member.module_) is Net
-            np.testing.assert_array_equal(member.predict_proba(X), here.estimator(fold, trial).predict_proba(X))
+    for place in itertools.product(range(3), range(3)):
+        member = there.estimator(*place)
+        assert type(member.module_) is Net
+        np.testing.assert_array_equal(member.predict_proba(X), here.estimator(*place).predict_proba(X))
 
 
 def test_what_has_not_ended_in_time_is_no_fit():

@@ -57,32 +57,28 @@ def path_of(search, start=0, name="learning_rate_init"):
     return np.array([p.get(name) for p, s in zip(results["params"], results["start"]) if s == start])
 
 
-def assert_every_score_is_that_of_a_grid(search, X=X, y=Y, tolerance=1e-9):
-    """A search over the points that were visited, each trained as any candidate is, finds the same scores."""
-    results = search.cv_results_
+def assert_descended(search, X=X, y=Y):
+    """Every start came to something better, and a search over all points as a grid finds the same scores."""
+    results, scores = search.cv_results_, search.cv_results_["mean_test_score"]
+    paths = [scores[results["start"] == start] for start in set(results["start"])]
+    assert all(path.max() > path[0] for path in paths)
     grid = [{name: [value] for name, value in params.items()} for params in results["params"]]
     scoring = search._effective_scoring()
     fixed = GridSearchCV(search.estimator, grid, scoring=scoring, cv=search.cv, refit=False).fit(X, y)
     for name, values in fixed.cv_results_.items():
         if name.startswith("split") or name == "mean_test_score":
-            np.testing.assert_allclose(results[name], values, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(results[name], values, rtol=0, atol=1e-9)
+
+
+CALLBACK = Callback()
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tmp_path_factory.mktemp("descent") / "study.db"
-
-
-@pytest.fixture(scope="module")
-def callback():
-    return Callback()
-
-
-@pytest.fixture(scope="module")
-def descended(path, callback):
-    search = HypergradientSearchCV(MLP, SPACE, **OPTIONS, study=path, n_jobs=2, device="cpu")
+def descended(tmp_path_factory):
+    study = tmp_path_factory.mktemp("descent") / "study.db"
+    search = HypergradientSearchCV(MLP, SPACE, **OPTIONS, study=study, n_jobs=2, device="cpu")
     if hasattr(search, "set_callbacks"):  # since 1.9
-        search.set_callbacks(callback)
+        search.set_callbacks(CALLBACK)
     return search.fit(X, Y)
 
 
@@ -98,15 +94,13 @@ def test_every_point_is_a_candidate(descended):
         for point in np.flatnonzero(own):  # what is not moved stays
             assert results["params"][point] | {"learning_rate_init": 0} == params | {"learning_rate_init": 0}
     assert len({repr(params) for params in results["params"]}) == len(results["params"]) > 6
-    assert_every_score_is_that_of_a_grid(descended)
+    assert_descended(descended)
     assert (results["std_fit_time"] == 0).all() and (results["mean_fit_time"] > 0).all()
 
 
 def test_the_best_of_all_points_is_refitted(descended):
     search = descended
     scores = search.cv_results_["mean_test_score"]
-    own = [scores[search.cv_results_["start"] == start] for start in range(3)]
-    assert all(path.max() > path[0] for path in own)  # every start came to something better
     assert scores.argmax() == search.best_index_ < len(scores) - 1  # which was not the last point
     assert search.best_score_ == scores.max() and search.best_params_ == search.cv_results_["params"][scores.argmax()]
     alone = clone(MLP).set_params(**search.best_params_).fit(X, Y)
@@ -127,8 +121,8 @@ def test_another_score_ranks_and_does_not_move(descended):
     assert many.multimetric_ and descended.scoring is None
 
 
-def test_a_study_has_the_origin_of_every_point(descended, path):
-    study = gputune.Study.open(path)
+def test_a_study_has_the_origin_of_every_point(descended):
+    study = gputune.Study.open(descended.study)
     starts, steps = (descended.cv_results_[name].tolist() for name in ("start", "outer_step"))
     expected = [(start, step) if step else "random" for start, step in zip(starts, steps)]
     assert [trial.origin for trial in study.trials] == expected
@@ -136,21 +130,34 @@ def test_a_study_has_the_origin_of_every_point(descended, path):
 
 
 @pytest.mark.skipif(not hasattr(model_selection.RandomizedSearchCV, "set_callbacks"), reason="since 1.9")
-def test_callbacks_hear_of_every_point(descended, callback):
-    heard = [(when, task) for when, task, *_ in callback.heard]
+def test_callbacks_hear_of_every_point(descended):
+    heard = [(when, task) for when, task, *_ in CALLBACK.heard]
     assert heard.count(("begin", "candidate-split-evaluation")) == 3 * len(descended.cv_results_["params"])
     assert heard.count(("begin", "search")) == heard.count(("end", "search")) == 1
     assert heard[-1] == ("teardown", None)
 
 
+REGRESSOR = MLPRegressor(hidden_layer_sizes=(8, 8), activation="tanh", max_iter=3, batch_size=64, random_state=0)
+PENALTIES = {"C": loguniform(1e-3, 1), "l1_ratio": [0, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "space", "data", "options"),
+    [
+        (REGRESSOR, {"learning_rate_init": [1e-4]}, load_diabetes(return_X_y=True), {"n_iter": 1}),
+        (LogisticRegression(), PENALTIES, (X, Y), {"n_iter": 2, "outer_steps": 2}),
+        (make_pipeline(CountingScaler(), MLP), {"mlpclassifier__learning_rate_init": [1e-3]}, (X, Y), {"n_iter": 1}),
+    ],
+    ids=["regression", "logistic", "pipeline"],
+)
 @pytest.mark.cpu  # a GPU trains estimators in single precision
-def test_regressions_descend_on_the_squared_error():
-    diabetes = load_diabetes(return_X_y=True)
-    net = MLPRegressor(hidden_layer_sizes=(8, 8), activation="tanh", max_iter=3, batch_size=64, random_state=0)
-    search = descend(net, {"learning_rate_init": [1e-4]}, *diabetes, n_iter=1)
-    scores = search.cv_results_["mean_test_score"]
-    assert (np.diff(scores[:3]) > 0).all() and scores.max() < -1000  # in the target's own unit
-    assert_every_score_is_that_of_a_grid(search, *diabetes)
+def test_every_estimator_descends(estimator, space, data, options, scaler_fits):
+    search = descend(estimator, space, *data, **options)
+    if estimator is REGRESSOR:
+        assert search.best_score_ < -1000  # in the target's own unit
+    elif space is not PENALTIES:
+        assert scaler_fits == [100, 100, 100, 150]  # once a fold for all points, and the refit
+    assert_descended(search, *data)
 
 
 @pytest.mark.parametrize("step", ["sign", "normalized"])
@@ -159,31 +166,10 @@ def test_several_hyperparameters(step):
     names = ("learning_rate_init", "alpha", "momentum")
     space = {"learning_rate_init": [0.01], "alpha": [0.5], "momentum": [0.5]}
     search = descend(SGD, space, hyperparameters=names, step=step, first_step=0.5, n_iter=1)
-    scores, moved = search.cv_results_["mean_test_score"], [path_of(search, name=name) for name in space]
-    assert scores.max() > scores[0] and all(len(set(values)) > 1 for values in moved)
-    lengths = [np.log(values[1] / values[0]) for values in moved[:2]]
-    logit = np.diff(np.log(moved[2] / (1 - moved[2])))[0]
-    if step == "sign":
-        np.testing.assert_allclose(np.abs([*lengths, logit]), 0.5)
-    else:
-        assert np.linalg.norm([*lengths, logit]) == pytest.approx(0.5)
-    assert_every_score_is_that_of_a_grid(search)
-
-
-def test_the_logistic_regression_moves_C():
-    search = descend(LogisticRegression(), {"C": loguniform(1e-3, 1), "l1_ratio": [0, 0.5]}, n_iter=2, outer_steps=2)
-    scores, starts = search.cv_results_["mean_test_score"], search.cv_results_["start"]
-    assert all(scores[starts == s].max() > scores[starts == s][0] for s in range(2))
-    assert_every_score_is_that_of_a_grid(search)
-
-
-@pytest.mark.cpu  # a GPU trains estimators in single precision
-def test_pipelines(scaler_fits):
-    pipeline = make_pipeline(CountingScaler(), MLP)
-    search = descend(pipeline, {"mlpclassifier__learning_rate_init": RATES["learning_rate_init"]})
-    assert scaler_fits == [100, 100, 100, 150]  # once a fold for all points, and the refit
-    assert search.best_score_ > search.cv_results_["mean_test_score"][:3].max()
-    assert_every_score_is_that_of_a_grid(search)
+    rates, alphas, momenta = (path_of(search, name=name)[:2] for name in names)
+    moves = np.concatenate([np.diff(np.log(x)) for x in (rates, alphas, momenta / (1 - momenta))])
+    np.testing.assert_allclose(np.abs(moves) if step == "sign" else np.linalg.norm(moves), 0.5)
+    assert_descended(search)
 
 
 @pytest.mark.parametrize(
