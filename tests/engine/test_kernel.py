@@ -2,13 +2,13 @@
 
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch.cuda import _utils
 
-import gputune
 from gputune.engine import kernel
 from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.kernel import KernelChunk, lacks
@@ -31,29 +31,24 @@ def card(monkeypatch):
     monkeypatch.setattr(_utils, "_get_gpu_rtc_library", lambda: None)
 
 
-def test_it_is_no_backend_of_a_cpu(iris):
-    words = "backend='kernel' trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'."
-    with refused(re.escape(words)):
-        gputune.tune("mlp", *iris, backend="kernel", device="cpu", verbose=0)
+NVRTC = "NVRTC library. pip install 'nvidia-cuda-{}.*' brings the library. Or choose backend='graph'."
 
 
-def test_a_card_that_is_too_old(card, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    words = "needs a GPU of compute capability 8.0 (Ampere) or newer, and a card has 7.5; choose backend='graph', or"
-    with refused(re.escape(words)):
-        choose_backend("kernel", GPU, torch.float32)
-
-
-@pytest.mark.parametrize(("version", "wheel"), [("13.0", "nvrtc==13.0"), ("12.8", "nvrtc-cu12==12.8")])
-def test_the_wheel_of_nvrtc_is_named(version, wheel, card, monkeypatch):
-    def fail():
-        raise OSError("Could not find any NVRTC library")
-
-    monkeypatch.setattr(_utils, "_get_gpu_rtc_library", fail)
+@pytest.mark.parametrize(
+    ("device", "capability", "version", "words"),
+    [
+        ("cpu", (9, 0), "13.0", "trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'."),
+        ("cuda:0", (7, 5), "13.0", "8.0 (Ampere) or newer, and a card has 7.5; choose backend='graph', or 'auto'."),
+        ("cuda:0", (9, 0), "13.0", NVRTC.format("nvrtc==13.0")),
+        ("cuda:0", (9, 0), "12.8", NVRTC.format("nvrtc-cu12==12.8")),
+    ],
+)
+def test_where_it_cannot_be_had(device, capability, version, words, card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", version)
-    words = f"NVRTC library. pip install 'nvidia-cuda-{wheel}.*' brings the library. Or choose backend='graph'."
+    monkeypatch.setattr(_utils, "_get_gpu_rtc_library", Mock(side_effect=OSError("Could not find any NVRTC library")))
     with refused(re.escape(words)):
-        choose_backend("kernel", GPU, torch.float32)
+        choose_backend("kernel", torch.device(device), torch.float32)
 
 
 @pytest.mark.parametrize(
