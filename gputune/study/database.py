@@ -24,7 +24,8 @@ APPLICATION_ID = 0x67707475  # "gptu"
 FORMAT_VERSION = 3
 BUSY_SECONDS = 30.0
 JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
-PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cell_size_check = ON")
+PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cell_size_check = ON", "schema_version")
+"""Of each connection; the last one reads the file, which may fail."""
 
 TABLES = {
     "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
@@ -175,10 +176,7 @@ def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connecti
 
 def _connect_readonly(path: Path) -> sqlite3.Connection:
     try:
-        connection = connect(path, "ro")  # setting a pragma reads the file, so this may fail already
-        with _closed_on_error(connection), sqlite_errors(path):
-            connection.execute("PRAGMA schema_version")
-        return connection
+        return connect(path, "ro")
     except (OSError, StudyCorruptError):
         log = beside(path, "-wal")
         if log.exists() and log.stat().st_size:

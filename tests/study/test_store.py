@@ -187,23 +187,14 @@ def test_a_file_system_without_shared_memory_gets_a_rollback_journal_and_a_warni
         assert bits(store.trials()[0][1]) == bits(result(0))
 
 
-class NoSharedMemory:
-    """A connection to a study in a folder where SQLite can make no file."""
-
-    def execute(self, statement):
-        raise sqlite3.OperationalError("unable to open database file")
-
-    def close(self):
-        pass
-
-
 @pytest.mark.parametrize("without_memory", [False, True])
 def test_a_study_that_may_not_be_written_is_read(path, monkeypatch, without_memory):
     make_study(path, 1, meta={"a": 1})
     connect, before = database.connect, path.read_bytes()
     monkeypatch.setattr(database.os, "access", lambda *_: False)
-    if without_memory:
-        monkeypatch.setattr(database, "connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode))
+    if without_memory:  # whose files cannot be made
+        connections = {"ro": lambda p: connect(p.with_name("none"), "ro"), "ro&immutable=1": lambda p: connect(p, "ro")}
+        monkeypatch.setattr(database, "connect", lambda p, mode: connections[mode](p))
     with Store.open(path) as store:
         assert store.meta == {"a": 1} and len(store.trials()) == 1
         with pytest.raises(PermissionError, match=r"study\.db' may not be written"):
