@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,10 +107,8 @@ def _closure(function: Any) -> list[object]:
     """Return the defaults of a function and what it has closed over."""
     values = [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
     for cell in getattr(function, "__closure__", None) or ():
-        try:
+        with suppress(ValueError):  # it is empty
             values.append(cell.cell_contents)
-        except ValueError:  # it is empty
-            continue
     return values
 
 
@@ -157,9 +156,8 @@ def files_of(module: ModuleType) -> Files:
     if module.__name__.startswith(FILE_MODULE):
         return ((str(module.__file__), module.__dict__["__sha256__"]),)
     if module not in _FILES:
-        parts = module.__name__.split(".")
-        chain = [sys.modules.get(".".join(parts[: i + 1])) for i in range(len(parts))]
-        _FILES[module] = _hash_files(getattr(part, "__file__", None) for part in chain)
+        names = accumulate(module.__name__.split("."), "{}.{}".format)
+        _FILES[module] = _hash_files(getattr(sys.modules.get(name), "__file__", None) for name in names)
     return _FILES[module]
 
 

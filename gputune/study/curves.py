@@ -59,9 +59,9 @@ def stack_curves(rows: Sequence[Curve | None]) -> Curve:
 
     Raises InputError where it is huge.
     """
-    shapes = [row.shape for row in rows if row is not None]
-    epochs, folds, *metrics = map(int, np.max(shapes, axis=0)) if shapes else (0, 0)
-    size = sum(row.nbytes for row in rows if row is not None)
+    known = [row for row in rows if row is not None]
+    epochs, folds, *metrics = map(int, np.max([row.shape for row in known], axis=0)) if known else (0, 0)
+    size = sum(row.nbytes for row in known)
     whole = 8 * len(rows) * epochs * folds * math.prod(metrics)
     if whole > max(_LARGE, _PADDING * size):
         raise InputError(
