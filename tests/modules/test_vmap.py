@@ -329,30 +329,6 @@ def test_the_default_dtype_changes_no_start():
     assert largest_difference(found, expected) == 0 and found.enter.weight.dtype == torch.float32
 
 
-class Attention(nn.Module):
-    def __init__(self, n_features, n_outputs):
-        super().__init__()
-        self.enter, self.leave = nn.Linear(1, 4), nn.Linear(4, n_outputs)
-        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 1)
-
-    def forward(self, x):
-        return self.leave(self.encoder(self.enter(x[..., None])).mean(1))
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_attention_has_a_derivative_in_evaluation_too():
-    network = StackedModule(Attention, fill({}, {}), shape_of(make_data()), seed=0)
-    first = network.blocks.views(network.start())
-    params = {name: w[0].requires_grad_() for name, w in first.items()}
-    x = make_data().x[0, :5]
-    network.differentiable(params, [x.expand(2, *x.shape)], None).sum().backward()
-    module = network.member(first, 0, 0).requires_grad_()
-    module(x).sum().backward()
-    for name, own in module.named_parameters():
-        torch.testing.assert_close(params[name].grad[1], own.grad)
-
-
 class Contended:
     """A lock that says when a thread must wait for it."""
 
