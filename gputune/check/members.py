@@ -69,7 +69,11 @@ def train_plainly(
     """
     (module, forward), (x, y, weights), (some, all_epochs) = network, rows, epochs
     size = min(config["batch_size"], len(x))
-    optimizer = _optimizer(module, config)
+    rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+    kinds: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if (kind := kinds.get(config["optimizer"], torch.optim.SGD)) is torch.optim.SGD:
+        rates |= {"momentum": config["momentum"], "nesterov": config["optimizer"] == "nesterov"}
+    optimizer = kind(module.parameters(), **rates)
     steps, step = all_epochs * math.ceil(len(x) / size), 0
     for epoch in range(some):
         order = torch.randperm(len(x), generator=stream(seed, "rows", len(x), epoch))
@@ -89,16 +93,6 @@ def train_plainly(
             optimizer.step()
             step += 1
     return module.eval()
-
-
-def _optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
-    parameters, name = module.parameters(), config["optimizer"]
-    lr, weight_decay = config["lr"], config["weight_decay"]
-    if name in ("adam", "adamw"):
-        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-        return kind(parameters, lr, weight_decay=weight_decay)
-    momentum, nesterov = config["momentum"], name == "nesterov"
-    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
 _ROWS, _FEATURES, _CLASSES, _FOLDS = 61, 5, 3, 3  # folds of 40 and 41 rows: not all take equally many steps

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 
 class Stateless:
@@ -123,15 +123,14 @@ class Rounded(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _PRODUCTS:
-            args, kwargs = _cast((args, kwargs), torch.float32, torch.bfloat16)
-        elif func in _WIDE:
-            args, kwargs = _cast((args, kwargs), torch.bfloat16, torch.float32)
-        elif func is F.batch_norm and args[0].dtype == torch.bfloat16:  # statistics are of single precision
+        if func is F.batch_norm and args[0].dtype == torch.bfloat16:  # statistics are of single precision
             return func(args[0].float(), *args[1:], **kwargs).bfloat16()
+        if func in _PRODUCTS or func in _WIDE:
+            pair = torch.float32, torch.bfloat16
+            before, after = pair if func in _PRODUCTS else pair[::-1]
+
+            def cast(x: Tensor) -> Tensor:
+                return x.to(after) if x.dtype == before else x
+
+            args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
         return func(*args, **kwargs)
-
-
-def _cast(values: object, before: torch.dtype, after: torch.dtype) -> Any:
-    """Return nested arguments with the tensors of one type in another."""
-    return tree_map(lambda v: v.to(after) if isinstance(v, Tensor) and v.dtype == before else v, values)

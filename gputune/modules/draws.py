@@ -20,10 +20,10 @@ from gputune.seeding import keyed_draws, start_stream, stream_seed
 
 _DRAW_BYTES = 64 << 20  # of draws that are made ahead
 
-_PLAIN = {
-    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "uniform", "uniform_"),
-    *("normal_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_"),
-}
+_PLAIN = set(
+    "rand randn randint randperm rand_like randn_like randint_like uniform uniform_ normal_ exponential_ geometric_ "
+    "cauchy_ log_normal_ random_".split()
+)
 """Operations that read the shape of what they are given, and none of its numbers."""
 _PLAIN_OVERLOADS = {"bernoulli": "p", "bernoulli_": "float", "normal": "float_float", "normal_functional": "default"}
 _UNIFORM = {torch.ops.aten.rand.default, torch.ops.aten.rand_like.default}

@@ -23,18 +23,16 @@ _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 _CHANNELS = 8  # a vector of them
 
-_FACTORIES = {
-    *("zeros", "ones", "full", "empty", "arange", "scalar_tensor", "empty_strided"),
-    *("zeros_like", "ones_like", "full_like", "empty_like"),
-    *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"),
-}
+_FACTORIES = set(
+    "zeros ones full empty arange scalar_tensor empty_strided zeros_like ones_like full_like empty_like "
+    "new_zeros new_ones new_full new_empty new_empty_strided".split()
+)
 """Operations whose result depends on the shape of what they are given, and on none of its numbers."""
 
-_PLAIN = {
-    *("add", "sub", "mul", "div", "bmm", "baddbmm", "addcmul", "exp", "log", "sqrt", "rsqrt", "sum", "mean"),
-    *("gather", "index_select", "scatter_add", "tanh", "sigmoid", "neg", "where", "clamp_min", "clamp_max"),
-    *("amax", "cat", "pow", "cos"),
-}
+_PLAIN = set(
+    "add sub mul div bmm baddbmm addcmul exp log sqrt rsqrt sum mean gather index_select scatter_add tanh sigmoid neg "
+    "where clamp_min clamp_max amax cat pow cos".split()
+)
 """Operations whose function in ``torch`` takes the same arguments and, called from Python, half the time."""
 
 
