@@ -54,47 +54,6 @@ def plain_mlp(config: Config, n_features: int, n_outputs: int, seed: int) -> tup
     return module, forward
 
 
-def train_plainly(
-    network: tuple[nn.Module, Forward],
-    rows: tuple[Tensor, Tensor, Tensor],
-    config: Config,
-    *,
-    seed: int,
-    epochs: tuple[int, int],
-    present: Tensor | None = None,
-) -> nn.Module:
-    """Train a module for some of all ``epochs`` on x (n, ...), y (n,) and weights (n,); return it.
-
-    ``network`` is the module with its outputs while it trains; ``present`` (K,) are the classes that take part.
-    """
-    (module, forward), (x, y, weights), (some, all_epochs) = network, rows, epochs
-    size = min(config["batch_size"], len(x))
-    rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
-    kinds: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if (kind := kinds.get(config["optimizer"], torch.optim.SGD)) is torch.optim.SGD:
-        rates |= {"momentum": config["momentum"], "nesterov": config["optimizer"] == "nesterov"}
-    optimizer = kind(module.parameters(), **rates)
-    steps, step = all_epochs * math.ceil(len(x) / size), 0
-    for epoch in range(some):
-        order = torch.randperm(len(x), generator=stream(seed, "rows", len(x), epoch))
-        for number, batch in enumerate(torch.split(order, size)):
-            if config["schedule"] == "cosine":
-                optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-            outputs = forward(x[batch], epoch, number)
-            if present is not None:
-                outputs = outputs.masked_fill(~present, -math.inf)
-            if y.is_floating_point():
-                losses = (outputs.view(len(batch)) - y[batch]) ** 2
-            else:
-                losses = functional.cross_entropy(outputs, y[batch], reduction="none")
-            loss = (weights[batch] * losses).sum() / weights[batch].sum()
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            step += 1
-    return module.eval()
-
-
 _ROWS, _FEATURES, _CLASSES, _FOLDS = 61, 5, 3, 3  # folds of 40 and 41 rows: not all take equally many steps
 
 
@@ -195,19 +154,39 @@ class Case:
         return {(f, c): self._alone(data, f, config) for f, (c, config) in places}
 
     def _alone(self, data: Dataset, fold: int, config: Config) -> nn.Module:
-        rows = data.folds[fold].train
+        """Return the network that a plain loop trains on a fold."""
+        rows, present = data.folds[fold].train, None if data.present is None else data.present[fold]
         x = data.x[fold, rows].double()
         y = data.y[fold, rows].double() if self.task == "regression" else data.y[rows]
         weights = torch.ones(len(x)).double() if data.weights is None else data.weights[fold, rows].double()
-        size = data.n_features, data.n_outputs
         if self.module:
-            module = build_module(Net, {}, Shape(*size), seed=0).double()
-            network: tuple[nn.Module, Forward] = module, lambda x, epoch, step: module(x)
+            module = build_module(Net, {}, Shape(data.n_features, data.n_outputs), seed=0).double()
         else:
-            network = plain_mlp(config, *size, seed=0)
-        present = None if data.present is None else data.present[fold]
-        epochs = self.epochs, self.horizon
-        return train_plainly(network, (x, y, weights), config, seed=0, epochs=epochs, present=present)
+            module, with_dropout = plain_mlp(config, data.n_features, data.n_outputs, seed=0)
+        rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+        kinds: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        if (kind := kinds.get(config["optimizer"], torch.optim.SGD)) is torch.optim.SGD:
+            rates |= {"momentum": config["momentum"], "nesterov": config["optimizer"] == "nesterov"}
+        optimizer, size = kind(module.parameters(), **rates), min(config["batch_size"], len(x))
+        steps, step = self.horizon * math.ceil(len(x) / size), 0
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(x), generator=stream(0, "rows", len(x), epoch))
+            for number, batch in enumerate(torch.split(order, size)):
+                if config["schedule"] == "cosine":
+                    optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+                outputs = module(x[batch]) if self.module else with_dropout(x[batch], epoch, number)
+                if present is not None:
+                    outputs = outputs.masked_fill(~present, -math.inf)
+                if self.task == "regression":
+                    losses = (outputs.view(len(batch)) - y[batch]) ** 2
+                else:
+                    losses = functional.cross_entropy(outputs, y[batch], reduction="none")
+                loss = (weights[batch] * losses).sum() / weights[batch].sum()
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                step += 1
+        return module.eval()
 
 
 def scoring_of(case: Case, name: str) -> Scoring:
