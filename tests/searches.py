@@ -51,9 +51,11 @@ def both(ours, theirs, estimator, space, X, y, *, fit_params=None, **options):
 
 
 def both_random(estimator, space, X=X, y=Y, **options):
-    """Fit both randomized searches, on irises unless other rows are given."""
-    ours, theirs = RandomizedSearchCV, model_selection.RandomizedSearchCV
-    return both(ours, theirs, estimator, space, X, y, **(OPTIONS | options))
+    """Fit both randomized searches, on irises unless other rows are given, and assert that they found the same."""
+    classes = RandomizedSearchCV, model_selection.RandomizedSearchCV
+    ours, said, theirs, said_by_theirs = both(*classes, estimator, space, X, y, **(OPTIONS | options))
+    assert_same_results(ours, theirs)
+    return ours, said, theirs, said_by_theirs
 
 
 def assert_same_results(ours, theirs, *, tolerance=1e-6):
