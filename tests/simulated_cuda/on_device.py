@@ -29,13 +29,14 @@ from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
 from gputune.native.cuda import kernels
 from gputune.optimizers.rules import RULES
+from gputune.optimizers.update import Clock, Update
+from gputune.population.batches import Batches
 from gputune.scoring.validation import Validation
 from gputune.sklearn import LogisticRegression, MLPClassifier, RandomizedSearchCV
 from gputune.tuning.context import Context
 from problems import fill, make_data, scoring_of, shape_of, train
 from refused import refused
 from simulated_cuda import torch_cuda as cuda
-from simulated_cuda.mutations import MUTATIONS
 
 pytestmark = pytest.mark.gpu
 
@@ -564,6 +565,55 @@ def test_a_second_gpu_is_for_what_is_long(iris, capsys):
     assert "GPUs" not in capsys.readouterr().err
     with refused("workers=3: .* this search has 2 GPUs, cuda:0, cuda:1; leave"):
         gputune.tune("mlp", *iris, **{**FAST, "workers": 3}, device="cuda")
+
+
+def _after(owner, name, change):
+    """A method that does what it did, and then something to its object."""
+    method = getattr(owner, name)
+
+    def changed(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
+        change(self)
+        return result
+
+    return owner, name, changed
+
+
+def _on_cpu(owner, name):
+    """A method whose result stays on the CPU."""
+    method = getattr(owner, name)
+    return owner, name, lambda *args, **kwargs: method(*args, **kwargs).cpu()
+
+
+def _in_step(change):
+    return _after(StackedChunk, "_step", change)
+
+
+def _set(**values):
+    """Set attributes, each to what a function makes of the object."""
+
+    def change(self):
+        for name, make in values.items():
+            setattr(self, name, make(self))
+
+    return change
+
+
+MUTATIONS = {
+    "positions on the CPU": _after(Batches, "_set_sizes", _set(positions=lambda b: b.positions.cpu())),
+    "learning rates on the CPU": _on_cpu(Clock, "table"),
+    "a target on the CPU": _on_cpu(StackedMLP, "targets"),
+    "dropout's rates on the CPU": _after(StackedMLP, "__init__", _set(rates=lambda net: net.rates.cpu())),
+    "a read in a step": _in_step(lambda chunk: chunk.grad.sum().item()),
+    "a copy in a step": _in_step(lambda chunk: torch.ones(2).to(chunk.grad.device)),
+    "a draw in a step": _in_step(lambda chunk: chunk.grad.uniform_()),
+    "a shape by numbers in a step": _in_step(lambda chunk: chunk.grad[chunk.grad > 0]),
+    "a result that outlives its step": _in_step(_set(last=lambda chunk: chunk.grad + 1)),
+    "memory that was never written": _after(
+        Update, "__init__", _set(moments=lambda update: [torch.empty_like(m) for m in update.moments])
+    ),
+}
+"""Ten errors, put into gputune one at a time: what is wrong -> where, and what is there instead."""
 
 
 def one_search(iris, device, seen={}):  # noqa: B006
