@@ -104,10 +104,8 @@ def choose_device(device: str) -> torch.device:
 def _why_no_gpu() -> str:
     """Return why torch can use no GPU, and what to do about it."""
     if torch.version.cuda is None:
-        return (
-            f"torch {torch.__version__} is built without CUDA: install a build with it, see "
-            "https://pytorch.org/get-started/locally."
-        )
+        page = "https://pytorch.org/get-started/locally"
+        return f"torch {torch.__version__} is built without CUDA: install a build with it, see {page}."
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and not hidden.strip("-1 "):
         return f"CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU: unset it."
@@ -122,8 +120,7 @@ def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:
     """Return the GPUs that train beside a device: all others that are visible, for "auto" and "cuda"; else none."""
     if device.type != "cuda" or word not in ("auto", "cuda"):
         return ()
-    current = torch.cuda.current_device()
-    if device.index not in (None, current):  # where the rows lie already
+    if device.index not in (None, current := torch.cuda.current_device()):  # where the rows lie already
         return ()
     return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != current)
 

@@ -36,6 +36,7 @@ class MemberChunk(StackedChunk):
         self, network: StackedModule, data: Dataset, configs: Sequence[Config], *, seed: int, **options: Any
     ) -> None:
         super().__init__(network, data, configs, seed=seed, **options)
+        self.data = data
         with torch_threads(1):  # a step of one member is thousands of small operations, which threads only delay
             self.kernels = build_kernels(list(self._write(seed).kernels), data.dtype)
         self.outputs: list[Tensor | None] = []  # room for those (C, m, K) of each fold, None where they are in no code
@@ -132,8 +133,3 @@ class MemberChunk(StackedChunk):
                 list(pool.map(work, self.spaces[:threads]))  # raises what one of them has raised
             finally:
                 stop.set()
-
-    @property
-    def data(self) -> Dataset:
-        """The rows that it trains on."""
-        return self.validation.data

@@ -8,6 +8,7 @@ and threads of one process share their members. Results do not depend on the cut
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -233,10 +234,9 @@ def parse_memory(memory: object) -> int | None:
     units = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40, "B": 1}
     unit = next((u for u in units if text.endswith(u)), None)
     number = text.removesuffix(unit or "").strip()
-    try:
+    value = -1.0
+    with suppress(ValueError):
         value = float(number) * units.get(unit or "B", 1)
-    except ValueError:
-        value = -1.0
     if isinstance(memory, bool) or not 0 < value < float("inf"):
         raise InputError(f"memory is a number of bytes or text such as '8GB', above 0, got {memory!r}.")
     return max(1, int(value))
