@@ -76,8 +76,11 @@ def test_a_study_has_trials_scores_curves_and_a_best_one(iris, capsys):
 def test_the_same_call_gives_the_same_study(iris):
     first, second = (tune("mlp", *iris, n_trials=4, random_state=3) for _ in range(2))
     np.testing.assert_array_equal(first.curves, second.curves)
-    other = tune("mlp", *iris, n_trials=4, random_state=4)
+    state = np.random.RandomState(0)  # which is used once
+    other = tune("mlp", *iris, n_trials=4, random_state=state)
     assert [t.params for t in other.trials[1:]] != [t.params for t in first.trials[1:]]
+    assert other.meta["seed"] == np.random.RandomState(0).randint(2**31)
+    assert tune("mlp", *iris, n_trials=1, random_state=None).meta["seed"] >= 0
 
 
 def test_a_fold_equals_a_plain_loop_on_its_own_preprocessing(iris):
@@ -173,21 +176,20 @@ WAYS = ["robust", "piecewise"]
 
 @pytest.mark.parametrize("model", ["mlp", "logistic", Net])
 def test_trials_that_prepare_numbers_in_a_way_are_those_of_a_search_of_it_alone(iris, model, tmp_path):
-    how = {"n_trials": 4, "include_default": False}
+    search = partial(tune, model, *iris, n_trials=4, include_default=False)
     space = {"C": [1.0, 0.1]} if model == "logistic" else {"lr": [1e-2, 1e-3]}
-    study = tune(model, *iris, space={"numbers": WAYS, **space}, study=tmp_path / "study.db", **how)
+    study = search(space={"numbers": WAYS, **space}, study=tmp_path / "study.db")
     opened = gputune.Study.open(study.file)
     for way in WAYS if model == "mlp" else WAYS[1:]:
-        alone = tune(model, *iris, space=space, numbers=way, **how)
-        for one in alone.trials:
-            params = {**one.params, "numbers": way}
-            number = next(trial.number for trial in study.trials if trial.params == params)
-            np.testing.assert_array_equal(study.curves[number], alone.curves[one.number])
-            models = alone.best_model(trial=one.number), opened.best_model(*iris, trial=number)
+        alone = search(space=space, numbers=way)
+        for trial in alone.trials:
+            params = {**trial.params, "numbers": way}
+            number = next(other.number for other in study.trials if other.params == params)
+            np.testing.assert_array_equal(study.curves[number], alone.curves[trial.number])
+            models = alone.best_model(trial=trial.number), opened.best_model(*iris, trial=number)
             np.testing.assert_array_equal(*(found.predict_proba(iris[0]) for found in models))
     assert not isinstance(model, type) or models[1].module.body[0].in_features == 64
-    again = "".join(snippet(gputune.Study.open(study.file)))
-    assert f'numbers": [{study.best_params["numbers"]!r}]'.replace('"', "'") in again
+    assert f"'numbers': [{study.best_params['numbers']!r}]" in "".join(snippet(opened)).replace('"', "'")
 
 
 @pytest.mark.parametrize(
@@ -417,19 +419,18 @@ def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris, monkeypatch):
 
 
 def test_a_study_opened_later_refits_from_its_file_or_asks_for_rows(tmp_path, iris):
-    frame = pd.DataFrame(iris[0], columns=list("abcd")).assign(kind=iris[1])
-    frame.to_csv(tmp_path / "iris.csv", index=False)
-    study = tune("mlp", tmp_path / "iris.csv", "kind", n_trials=2, study=tmp_path / "a.db")
-    expected = study.best_model().predict_proba(frame)
+    frame, csv = pd.DataFrame(iris[0], columns=list("abcd")).assign(kind=iris[1]), tmp_path / "iris.csv"
+    frame.to_csv(csv, index=False)
+    expected = tune("mlp", csv, "kind", n_trials=2, study=tmp_path / "a.db").best_model().predict_proba(frame)
     opened = gputune.Study.open(tmp_path / "a.db")
     np.testing.assert_array_equal(opened.best_model().predict_proba(frame), expected)
-    frame.head(140).to_csv(tmp_path / "iris.csv", index=False)
+    frame.head(140).to_csv(csv, index=False)
     with refused(r"have changed since .*\(150 rows then, 140 now\); restore the file, or add check"):
         opened.best_model()
     as_it_is = opened.best_model(check=False).info
     assert as_it_is["rows"] == 140 and "score" not in as_it_is
     assert opened.best_model(frame.drop(columns="kind"), iris[1]).info["rows"] == 150
-    (tmp_path / "iris.csv").unlink()
+    csv.unlink()
     with refused(r"cannot read .*iris.csv' again: it is gone. Pass X and y"):
         opened.best_model()
     tune("mlp", *iris, n_trials=1, study=tmp_path / "b.db")
@@ -472,15 +473,14 @@ def test_a_study_runs_code_only_of_whom_its_user_has_trained(tmp_path, iris, ano
         "from torch import nn\n\n\nclass Net(nn.Linear):\n"
         "    def __init__(self, n_features, n_outputs):\n        super().__init__(n_features, n_outputs)\n"
     )
-    name, path = f"{tmp_path / 'net.py'}:Net", tmp_path / "a.db"
-    expected = tune(name, *iris, n_trials=1, study=path).best_model()
-    opened = gputune.Study.open(path)
-    np.testing.assert_array_equal(opened.best_model(*iris).predict(iris[0]), expected.predict(iris[0]))
+    path = tmp_path / "a.db"
+    study = tune(f"{tmp_path / 'net.py'}:Net", *iris, n_trials=1, study=path)
+    expected, opened = study.best_model().predict(iris[0]), gputune.Study.open(path)
+    np.testing.assert_array_equal(opened.best_model(*iris).predict(iris[0]), expected)
     another_user()
     with refused(rf"{tmp_path}/net.py', and loading it runs .*, pass trust_code=True"):
         opened.best_model(*iris)
-    model = opened.best_model(*iris, trust_code=True)
-    np.testing.assert_array_equal(model.predict(iris[0]), expected.predict(iris[0]))
+    np.testing.assert_array_equal(opened.best_model(*iris, trust_code=True).predict(iris[0]), expected)
     with refused("pass trust_code=True"):  # it was said for that call
         opened.best_model(*iris)
 
@@ -513,13 +513,6 @@ def test_a_timeout_ends_after_the_running_epoch(iris):
     study = tune("mlp", *iris, n_trials=2, timeout=1e-9, max_epochs=500)
     assert {trial.state for trial in study.trials} <= {"stopped", "waiting"}
     assert (study.best_trial.state, study.best_trial.best_epoch) == ("stopped", 1)
-
-
-def test_a_random_state_object_is_used_once(iris):
-    state = np.random.RandomState(0)
-    study = tune("mlp", *iris, n_trials=1, random_state=state)
-    assert study.meta["seed"] == np.random.RandomState(0).randint(2**31)
-    assert tune("mlp", *iris, n_trials=1, random_state=None).meta["seed"] >= 0
 
 
 OPTUNA = gputune.OptunaSampler(optuna.samplers.RandomSampler(), halving=gputune.Halving())
@@ -701,11 +694,6 @@ def test_a_row_that_no_fold_uses_harms_nobody(iris):
     assert all(trial.state == "complete" for trial in study.trials)
 
 
-def test_a_search_inside_inference_mode(iris):
-    with torch.inference_mode():
-        assert tune(Net, *iris, n_trials=1).best_model() is not None
-
-
 def test_the_default_configuration_is_held_to_the_space_and_counts(iris, capsys):
     space = {"width": [16, 32], "momentum": [0.0, 0.5]}
     study = tune("mlp", *iris, space=space, n_trials=3, include=[{"lr": 0.1}], verbose=1)
@@ -793,7 +781,7 @@ class Noisy(Net):
         return nn.functional.dropout(self.body(x), 0.3, self.training)
 
 
-def test_a_search_in_a_thread_is_the_search_alone(iris):
+def test_a_search_in_a_thread_or_in_inference_mode_is_the_search_alone(iris):
     def search(_):
         return tune(Noisy, *iris, n_trials=1).curves
 
@@ -806,6 +794,10 @@ def test_a_search_in_a_thread_is_the_search_alone(iris):
     finally:
         sys.setswitchinterval(pause)
     assert torch.equal(torch.get_rng_state(), before)
+    with torch.inference_mode():
+        study = tune(Noisy, *iris, n_trials=1)
+        assert study.best_model() is not None
+    np.testing.assert_array_equal(study.curves, alone)
 
 
 class Sharing(Net):
