@@ -8,11 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from gputune.callbacks import Callbacks
-from gputune.data.arrays import Arrays
 from gputune.data.dataset import Dataset, Rows, ScorerRows
-from gputune.data.encode import LIMIT, Layout, Statistics
-from gputune.data.scaling import limited_features
-from gputune.data.table import quoted
 from gputune.engine.backend import matrix_products, other_gpus
 from gputune.engine.plan import parse_memory
 from gputune.engine.stop import Stop, entry
@@ -198,14 +194,7 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
             f"predictions of validation rows are kept of about {most} trials, the best, since those of all take more "
             f"than {size_words(limit)}: an ensemble of others trains them again"
         )
-    if problem.numbers == "standard" and isinstance(problem.layout, Layout) and not isinstance(problem.raw, Arrays):
-        columns = [column.name for column in problem.layout.columns for _ in column.feature_names]
-        statistics = [fitted for fitted in data.statistics if isinstance(fitted, Statistics)]
-        if names := list(dict.fromkeys(columns[feature] for feature in limited_features(problem.raw, statistics))):
-            notes.append(
-                f"Column{'s' * (len(names) > 1)} {quoted(names)}: numbers beyond {LIMIT:g} standard deviations and "
-                "beyond all training rows of a fold count as the farther of the two."
-            )
+    notes += problem.remarks_on_limits(data)
     return search_record(context, problem, setup.space, setup.folds, notes, without_model)
 
 

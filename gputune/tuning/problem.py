@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, fit_channels
 from gputune.data.dataset import Dataset, Inputs, Preparations, Rows, make_dataset
-from gputune.data.encode import Columns, Layout, Statistics, check_numbers, fit_layout, fit_statistics
+from gputune.data.encode import LIMIT, Columns, Layout, Statistics, check_numbers, fit_layout, fit_statistics
 from gputune.data.folds import Splitter, make_folds
-from gputune.data.scaling import table_inputs
+from gputune.data.scaling import limited_features, table_inputs
 from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.data.target import Target, check_spread, check_target, with_transform
@@ -172,6 +172,16 @@ class Problem:
             return (f"not scaled: {', '.join(can)}; numbers='standard' scales by channel",)
         rest = ", ".join(label for label in parts if label not in can)
         return (f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}",) if can else ()
+
+    def remarks_on_limits(self, data: Dataset) -> tuple[str, ...]:
+        """Return which columns have numbers so far from those of training rows that they are clipped, a sentence."""
+        if self.numbers != "standard" or not isinstance(self.layout, Layout) or isinstance(self.raw, Arrays):
+            return ()
+        columns = [column.name for column in self.layout.columns for _ in column.feature_names]
+        statistics = [one for one in data.statistics if isinstance(one, Statistics)]
+        names = list(dict.fromkeys(columns[feature] for feature in limited_features(self.raw, statistics)))
+        words = f"numbers beyond {LIMIT:g} standard deviations and beyond all training rows of a fold count as"
+        return (f"Column{'s' * (len(names) > 1)} {quoted(names)}: {words} the farther of the two.",) if names else ()
 
     def columns_in_words(self) -> str:
         """Say which columns are no feature, or several, for messages about shapes; "" where there are none."""
