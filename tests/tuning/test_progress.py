@@ -1,6 +1,7 @@
 """What is shown while a search runs, and where its time went: clocks that never count twice, torch's own count."""
 
 import re
+import sys
 import time
 from types import SimpleNamespace
 
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from optuna.samplers import RandomSampler
-from sklearn.datasets import load_iris
 from torch.utils.flop_counter import FlopCounterMode
 
 import gputune
@@ -32,6 +32,11 @@ class FakePlan:
 
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    shown = Progress(1)
+    with shown.bar_over(100, 1):
+        for _ in range(100):
+            shown.advance(1, np.ones((1, 1, 1)))
+    assert capsys.readouterr().err == ""  # the lines are far apart
     monkeypatch.setattr(progress, "_LINE_SECONDS", -1)
     shown = Progress(1)
     shown.scoring = "accuracy"
@@ -45,21 +50,15 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
     assert not any("|" in line for line in lines)
 
 
-def test_plain_lines_are_far_apart(capsys):
-    shown = Progress(1)
-    with shown.bar_over(100, 1):
-        for _ in range(100):
-            shown.advance(1, np.ones((1, 1, 1)))
-    assert capsys.readouterr().err == ""
-
-
 def test_the_best_score_skips_diverged_trials_and_has_the_sign_of_its_name():
     shown = Progress(0)
     shown.scoring = "neg_log_loss"
     with shown.bar_over(2, 1):
         shown.advance(2, np.array([[[np.nan, -1.0]], [[-0.2, -0.4]]]))
-    assert abs(shown.best + 0.3) < 1e-12
-    assert shown.words == "trials 0/2, best log_loss 0.3000, 3 members"
+        assert abs(shown.best + 0.3) < 1e-12
+        assert shown.words == "trials 0/2, best log_loss 0.3000, 3 members"
+        shown.plan(FakePlan())
+        assert shown.words.endswith("3 members in each of 2 processes")
 
 
 def test_other_processes_hear_of_the_running_trials_now_and_then():
@@ -75,22 +74,7 @@ def test_other_processes_hear_of_the_running_trials_now_and_then():
     assert second == {"done": 3, "of": 4, "unit": "trials", "best": 0.75} and left >= 0
 
 
-def test_members_count_in_each_process():
-    shown = Progress(0)
-    with shown.bar_over(2, 1):
-        shown.plan(FakePlan())
-        shown.advance(2, np.ones((2, 1, 5)))
-    assert "10 members in each of 2 processes" in shown.words
-
-
-def test_the_plan_is_said_once(capsys):
-    shown = Progress(1)
-    shown.plan(FakePlan())
-    shown.plan(FakePlan(), aloud=False)
-    assert capsys.readouterr().err == "plan: 4 trials\n"
-
-
-def test_batches_share_a_bar_and_the_plan_of_the_first_is_said(capsys):
+def test_batches_share_a_bar_and_the_plan_of_the_first_is_said_once(capsys):
     shown = Progress(1)
     with shown.bar_over(1, 2):
         shown.advance(2, np.ones((1, 2, 2)))
@@ -102,6 +86,7 @@ def test_batches_share_a_bar_and_the_plan_of_the_first_is_said(capsys):
             with shown.bar_over(batch, 2):
                 assert shown.bar is whole and shown.trials == 6
                 shown.plan(FakePlan(batch))
+                shown.plan(FakePlan(batch), aloud=False)
                 shown.advance(2 * batch, np.ones((batch, 2, 2)))
                 shown.finished(batch)
     assert shown.words.startswith("trials 6/6") and shown.seconds_left == 0
@@ -135,18 +120,12 @@ def test_what_leaves_early_shortens_the_time_that_is_left(monkeypatch):
         (gputune.OptunaSampler(RandomSampler(seed=0), batch=3, halving=gputune.Halving(min_epochs=1)), 3),
     ],
 )
-def test_every_method_ends_where_its_counts_end(method, epochs, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        progress.Progress,
-        "__init__",
-        lambda self, *given, begin=progress.Progress.__init__: (begin(self, *given), made.append(self))[0],
-    )
-    X, y = load_iris(return_X_y=True)
-    study = gputune.tune(
-        "mlp", X, y, n_trials=5, space={"lr": [0.001, 0.002, 0.003, 0.004, 0.005], "width": [8]}, cv=2,
-        max_epochs=epochs, method=method, workers=1, verbose=0,
-    )  # fmt: skip
+def test_every_method_ends_where_its_counts_end(method, epochs, monkeypatch, iris):
+    made, begin = [], Progress.__init__
+    monkeypatch.setattr(Progress, "__init__", lambda self, *rest: (begin(self, *rest), made.append(self))[0])
+    space = {"lr": [0.001, 0.002, 0.003, 0.004, 0.005], "width": [8]}
+    how = {"n_trials": 5, "cv": 2, "max_epochs": epochs, "workers": 1, "verbose": 0}
+    study = gputune.tune("mlp", *iris, space=space, method=method, **how)
     (shown,) = made
     assert shown.trials_done == shown.trials == len(study.trials)
     assert shown.epochs_done == shown.epochs == study.spent[0]
@@ -186,7 +165,7 @@ def test_reading_a_dataset_shows_a_bar(monkeypatch, capsys, verbose, shown):
 
 
 def test_a_notebook_gets_a_bar(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ipykernel", object())
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
     assert not Progress(1).plain
 
 
