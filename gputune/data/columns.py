@@ -217,10 +217,7 @@ def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
 
 
 def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.ndarray:
-    """Return numbers or booleans as the levels that they were in a column that held other texts too.
-
-    The level "007" is the number 7 in a file where all else are numbers as well, "true" a boolean.
-    """
+    """Return numbers or booleans as the levels that they were: "007" is the number 7, "true" a boolean."""
     level_of = {level: level for level in levels}
     for level in levels:
         level_kind, value = _read(np.array([level], dtype=object))
@@ -247,10 +244,7 @@ def tensor_names(X: Tensor) -> tuple[str, ...]:
 
 
 def checked_tensor(X: Tensor) -> Tensor:
-    """Return a dense (n, D) tensor of finite or missing floats on its device; InputError for anything else.
-
-    Integers become float64, half precision becomes float32.
-    """
+    """Return a dense (n, D) tensor of floats, finite or NaN, at least of single precision; else InputError."""
     if X.layout is not torch.strided:
         raise InputError("X is a sparse tensor, and only dense input is supported; pass X.to_dense().")
     if X.ndim != 2 or 0 in X.shape:

@@ -31,15 +31,12 @@ _SHORT = 500  # rows up to which Python reads a column sooner than polars
 def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     """Read a .csv, .tsv (also .gz) or .parquet file, or one of scikit-learn's sets as ``sklearn:NAME``.
 
-    The columns of a text file that ``kinds`` names stay text, as they are written, for ``Table.read_as``.
-
-    A bundled set has its target in the column ``target``: class names for iris, wine and breast_cancer,
-    integers for digits, a number for diabetes. Empty fields and the texts of ``MISSING_TEXT`` are missing
-    values; blanks around a field and empty lines at the end are dropped; a header with
-    semicolons and no comma means semicolons throughout.
-
-    Raises FileNotFoundError, or InputError for another suffix, a damaged or an empty file, what is no regular file or
-    does not fit into the memory that is free, duplicate column names, or an infinite value.
+    The columns of a text file that ``kinds`` names stay text, as they are written, for ``Table.read_as``. A bundled set
+    has its target in the column ``target``: class names for iris, wine and breast_cancer, integers for digits, a number
+    for diabetes. Empty fields and the texts of ``MISSING_TEXT`` are missing values; blanks around a field and empty
+    lines at the end are dropped; a header with semicolons and no comma means semicolons throughout. Raises
+    FileNotFoundError, or InputError for another suffix, a damaged or an empty file, what is no regular file or does not
+    fit into the memory that is free, duplicate column names, or an infinite value.
     """
     if str(source).startswith("sklearn:"):
         return _read_bundled_table(str(source).removeprefix("sklearn:"))

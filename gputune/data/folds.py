@@ -1,8 +1,4 @@
-"""Any description of a cross-validation becomes training and validation rows, one pair a fold.
-
-``hold_out`` keeps rows apart before anything is fitted, for one honest score at the end; ``pack_folds``
-makes short text of row positions, for a study file.
-"""
+"""Any description of a cross-validation becomes training and validation rows; some rows are held out before it."""
 
 import base64
 import math

@@ -87,10 +87,7 @@ def _read_date(text: str) -> float:
 
 
 def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarray:
-    """Return the values of a column read as the kind that its owner wants: number, category or date.
-
-    Raises InputError, with the first value that is none, and for dates, which nothing else is read from.
-    """
+    """Return a column read as the kind that its owner wants; InputError with the first value that is none."""
     if kind == wanted or (wanted, kind) == ("number", "boolean"):
         return values
     if kind == "date":

@@ -132,11 +132,8 @@ def _double(number: float) -> Tensor:
 
 
 def _interpolate(values: Tensor, quantiles: Tensor) -> Tensor:
-    """Return (n, R) ranks between 0 and 1, linear between quantiles; anything beyond the outermost ones.
-
-    The last quantile that is not above a value is found by binary search, since ONNX has no searchsorted.
-    """
-    last = len(quantiles) - 2
+    """Return (n, R) ranks between 0 and 1, linear between quantiles; anything beyond the outermost ones."""
+    last = len(quantiles) - 2  # the last one not above a value is found by binary search: ONNX has no searchsorted
     at = torch.zeros_like(values, dtype=torch.int64)
     for bit in reversed(range(max(1, last).bit_length())):
         further = at + 2**bit
@@ -158,10 +155,7 @@ def quantile_edges(values: np.ndarray) -> np.ndarray:
 
 
 def tree_edges(values: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return the ends of the values (n,), and between them the thresholds of a tree that predicts a target (n, ...).
-
-    That is of classes where it is one integer a row.
-    """
+    """Return the ends of the values (n,), and between them the thresholds of a tree for a target (n, ...)."""
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
     low, high = values.min(), values.max()

@@ -251,10 +251,7 @@ def read_apart(origin: Json, *, module: bool = False) -> tuple[Source, Source | 
 
 
 def set_apart(source: Source, target: Target, *, test_size: float, cv: str, seed: int) -> tuple[Source, Source | None]:
-    """Split the rows, with their target, into those to search on and those held out (None for ``test_size=0``).
-
-    Stratified for classes, whole groups where there are groups, the last rows for a time series ``cv``.
-    """
+    """Split rows into those to search on and those held out, as ``hold_out`` does; None for ``test_size=0``."""
     rest, test = hold_out(target, test_size=test_size, groups=source.groups, cv=parse_cv(cv), seed=seed)
     # Once for all rows: the part of them that stays may have fewer distinct values.
     task = "classification" if target.classes is not None else cast(TaskWord, target.task)

@@ -1,7 +1,4 @@
-"""Data frames, arrays and lists become a table: named columns, each with a kind (kinds.py).
-
-What holds rows in a form that is neither arrays nor a table is refused with the way to make one of it.
-"""
+"""Data frames, arrays and lists become a table of named columns, each with a kind; other containers are refused."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -188,10 +185,7 @@ def _rows_to_array(X: object) -> np.ndarray:
 def checked_table(
     names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray]], typed: Collection[str] = ()
 ) -> Table:
-    """Build a table from the outside world: at least one row and column, distinct names, finite values.
-
-    Text that is all amounts becomes numbers, but in columns that are ``typed`` by their owner.
-    """
+    """Build a table: at least one row and column, distinct names, finite values; amounts are numbers or ``typed``."""
     if not columns:
         raise InputError("the table has no columns; at least one is needed.")
     if len(columns[0][1]) == 0:

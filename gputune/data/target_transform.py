@@ -71,10 +71,7 @@ class FittedTransform:
         return torch.from_numpy(np.where(finite, inverted, np.nan)).view(values.shape).to(values.device)
 
     def to_json(self) -> Json | str:
-        """Return the word, or the class and the fitted state of a transformer of sklearn.preprocessing.
-
-        Raises InputError for another one.
-        """
+        """Return the word, or class and fitted state of a transformer of scikit-learn's; InputError for another."""
         try:
             if isinstance(self.how, str):
                 return self.how

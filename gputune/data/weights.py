@@ -96,10 +96,7 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
 
 
 def _balanced_weights(target: Target, train: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
-    """Return n / (classes present * rows of the class), (K,), rows counted with their weight; 1 for an absent class.
-
-    Source: scikit-learn's compute_class_weight, which takes no weights of rows.
-    """
+    """Return n / (classes present * rows of the class), (K,), by the weights of rows. Source: compute_class_weight."""
     counts = np.bincount(target.values[train], None if rows is None else rows[train], target.n_outputs)
     present = counts > 0
     return np.where(present, counts.sum() / (present.sum() * np.where(present, counts, 1)), 1.0)

@@ -45,10 +45,7 @@ def make_metrics(
 
 
 def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
-    """Return the scorers of a list, tuple or dict by their labels; None for what is one scorer, or none.
-
-    A label is the key of a dict, or the name of a scorer or a function. Raises InputError.
-    """
+    """Return the scorers of a list, tuple or dict by name or key; None for one scorer, or none. Raises InputError."""
     if not isinstance(scoring, list | tuple | Mapping):
         return None
     if not scoring:
@@ -91,10 +88,7 @@ def _is_of_class(scorer: OneScoring, task: Task) -> bool:
 
 
 def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None) -> Scoring:
-    """Return minus the validation loss as a score, under scikit-learn's name for it; InputError for a ``positive``.
-
-    Unlike scikit-learn's log loss, which holds chances to [eps, 1 - eps], it has no upper limit.
-    """
+    """Return minus the validation loss, without the limits of scikit-learn's log loss; InputError for ``positive``."""
     if task == "regression":
         return make_scoring("neg_mean_squared_error", task, classes, positive)
     positive_code(positive, "neg_log_loss", None, task, classes)

@@ -49,10 +49,7 @@ class Objective:
     varied: Config = field(default_factory=dict, compare=False)
 
     def of_space(self, space: Sequence[Mapping[str, Any]]) -> Self:
-        """Return it as it scores in a space, whose trials are ranked by one loss.
-
-        A part of ``space`` has a list of choices, or a distribution, by key.
-        """
+        """Return it as it scores in a space, of whose parts each has a list of choices, or a distribution, by key."""
         names = sorted({key for part in space for key in part if key.startswith(LOSS_PREFIX)})
         fixed = {}
         for name in names:
@@ -160,10 +157,7 @@ class Objective:
         names: Sequence[str] | None,
         absent: Tensor | None = None,
     ) -> Tensor:
-        """Return the losses of one module on a minibatch: of each row (B,), or a mean, ().
-
-        ``absent`` (K,) are the classes that take no part, None where all do.
-        """
+        """Return the losses of a module on a minibatch, (B,) or a mean; ``absent`` (K,) are classes without a part."""
         if self.step is not None:
             return self.step(module, (_as_argument(inputs, names), y))
         outputs = call_module(module, inputs, names)
@@ -179,10 +173,7 @@ class Objective:
     def augmented(
         self, inputs: Sequence[Tensor], names: Sequence[str] | None, seed: int, key: tuple[int, int]
     ) -> Sequence[Tensor]:
-        """Return the inputs (F, B, ...) of a minibatch, each fold's as ``augment`` changes them with the same draws.
-
-        Raises InputError where it returns other inputs than it was given.
-        """
+        """Return a minibatch (F, B, ...), each fold's augmented with the same draws; InputError for other shapes."""
         if self.augment is None:
             return inputs
         folds = []
@@ -280,10 +271,7 @@ def qualified_name(value: object) -> str:
 
 
 def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
-    """Return the checked objective; without ``loss`` the task's own.
-
-    Raises InputError for what is no loss, one that does not fit the task, and a custom target without one.
-    """
+    """Return the checked objective, by default the task's own loss; InputError for none, or one that does not fit."""
     for name, value in (("training_step", step), ("augment", augment)):
         if value is not None and not callable(value):
             raise InputError(f"{name} must be a function, got {value!r}.")

@@ -3,8 +3,6 @@
 Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets (m,), class codes
 or values, and returns (C,). Sources: the definitions of sklearn.metrics, whose edge cases are kept; what ranks rows
 ranks them by their probabilities, as scikit-learn does, where margins know of more than ``predict_proba`` tells.
-
-Of the scorers of scikit-learn that have no function here, ``fitted`` is what they take for a fitted estimator.
 """
 
 import inspect
@@ -143,10 +141,7 @@ RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})
 
 
 class RowMean(NamedTuple):
-    """A score that compiled code computes: of the mean over rows of what ``native/scores.h`` knows by a name.
-
-    ``score`` makes it of such means (...) and the rows' targets (m,).
-    """
+    """A score that compiled code computes: of y and the mean over rows of what ``native/scores.h`` knows by a name."""
 
     of_row: str
     score: Callable[[Tensor, Tensor], Tensor]

@@ -194,7 +194,6 @@ def make_scoring(
     """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)`` or ``(outputs, y)``, or None.
 
     None is accuracy, R2, or for a custom target "neg_loss": minus the loss of the ``objective`` on validation rows.
-
     ``positive`` is the class that f1 and its like are of. Raises InputError where they need it and it is missing, where
     another score is given it, and where it is no class.
     """

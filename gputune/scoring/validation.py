@@ -49,10 +49,7 @@ class Validation:
     def scores(
         self, network: Network, params: Params, trials: int, computed: Sequence[Tensor] | None = None
     ) -> np.ndarray:
-        """Return the scores (C, F), or (C, F, M), of all members of a network of so many trials.
-
-        Of their outputs (C, m, K) on the rows of each fold, where those are ``computed`` already.
-        """
+        """Return the scores (C, F), or (C, F, M), of all members, by outputs (C, m, K) of folds if ``computed``."""
         assert self.scoring is not None
         columns, kept = [], []
         block = self._block_rows(network, trials)

@@ -86,12 +86,6 @@ def test_parts_of_a_date():
     assert np.isnan(column.features("date", np.array([np.nan]))).all()
 
 
-def test_json():
-    for kind, values in [("category", ["a", None, "b", "a"]), ("date", [0.0, 1e7]), ("number", [1, np.nan])]:
-        column, _, _ = fit(kind, values)
-        assert Column.from_json(column.to_json()) == column
-
-
 def features(column, *texts):
     """The features of a column of a text file that holds only these values."""
     kind, values = parse_text(np.array(texts, dtype=object))

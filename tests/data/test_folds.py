@@ -20,7 +20,7 @@ from sklearn.model_selection import (
     TimeSeriesSplit,
 )
 
-from gputune.data.folds import all_rows, hold_out, make_folds, parse_cv
+from gputune.data.folds import hold_out, make_folds, parse_cv
 from gputune.data.target import check_target
 from refused import refused
 
@@ -84,11 +84,6 @@ def test_iterables():
     assert equal(folds(masks), expected)
     assert equal(folds([(slice(0, 30), slice(30, None))]), [(np.arange(30), np.arange(30, N))])
     assert equal(folds(PredefinedSplit(np.arange(N) % 2)), list(PredefinedSplit(np.arange(N) % 2).split()))
-
-
-def test_the_fold_of_a_refit():
-    train, valid = all_rows(4)
-    assert (train.tolist(), valid.dtype, len(valid)) == ([0, 1, 2, 3], np.int64, 0)
 
 
 def test_a_rare_class_is_one_warning_of_ours():

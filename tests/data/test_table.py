@@ -39,22 +39,6 @@ def test_a_wide_table_is_looked_through_once():
     assert CountedName.compared < 10 * len(names)  # each with each: 1,000,000
 
 
-@pytest.mark.parametrize("library", [pd.DataFrame, pl.DataFrame])
-def test_pandas_and_polars_frames_read_alike(library):
-    columns = {
-        "i": [1, 2, 3],
-        "f": [0.5, None, 1.5],
-        "b": [True, False, True],
-        "s": ["x", None, "1"],
-        "d": np.array(["2020-01-01", "NaT", "2020-01-02"], dtype="datetime64[us]"),
-    }
-    table = as_table(library(columns))
-    assert table.kinds == ("number", "number", "boolean", "category", "date")
-    np.testing.assert_array_equal(table.column("f"), [0.5, np.nan, 1.5])
-    assert table.column("s").tolist() == ["x", None, "1"]
-    np.testing.assert_array_equal(table.column("d"), [1577836800, np.nan, 1577923200])
-
-
 def test_pandas_types():
     zone = pd.to_datetime(["2020-01-01", None, "2020-01-02"]).tz_localize("Europe/Berlin")
     of_types = {
@@ -103,13 +87,6 @@ def test_arrays_and_lists():
     before = table.columns[0].copy()
     values[:] = 7  # columns are copies
     np.testing.assert_array_equal(table.columns[0], before)
-
-
-def test_select_and_drop():
-    table = as_table(pd.DataFrame({"a": [1, 2, 3], "b": ["x", "y", None]}))
-    assert table.select(np.array([2, 0])).column("b").tolist() == [None, "x"]
-    assert len(table.select(np.array([True, False, False]))) == 1
-    same(table.drop("a"), as_table(pd.DataFrame({"b": ["x", "y", None]})))
 
 
 @pytest.mark.parametrize(
