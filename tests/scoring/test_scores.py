@@ -78,21 +78,6 @@ def test_r2_of_a_constant_target_and_of_one_row(value):
     assert scores.r2(outputs[:, :1], y[:1]).isnan().all()
 
 
-@pytest.mark.parametrize("name", ["roc_auc", "average_precision", "neg_log_loss"])
-def test_scores_are_of_probabilities_in_double_precision_as_a_model_gives_them(name):
-    data = make_data("binary")
-    rows = data.folds[0].valid
-    logits = 30 * random_outputs(1, len(rows), 2).float()
-    p, y = logits[0].double().softmax(-1).numpy(), data.target[rows].numpy()
-    expected = {
-        "roc_auc": metrics.roc_auc_score(y, p[:, 1]),
-        "average_precision": metrics.average_precision_score(y, p[:, 1]),
-        "neg_log_loss": -metrics.log_loss(y, p),
-    }[name]
-    found = scoring_of(data, name)(data, 0, logits)
-    assert found.item() == pytest.approx(expected, abs=1e-12)
-
-
 @pytest.mark.parametrize("name", ["roc_auc", "average_precision", "roc_auc_ovr"])
 def test_equal_rows_tie_whatever_the_last_bits_of_their_outputs(name):
     data = make_data("multiclass" if name == "roc_auc_ovr" else "binary")
@@ -110,46 +95,42 @@ def test_equal_rows_tie_whatever_the_last_bits_of_their_outputs(name):
 NAMED = np.array(["no", "yes"])
 
 
-@pytest.mark.parametrize("name", ["f1_weighted", "neg_brier_score", "matthews_corrcoef", "roc_auc"])
-def test_a_score_of_no_class_works_on_text_labels(name):
-    data = make_data("binary")
-    rows = data.folds[1].valid
-    outputs, scoring = random_outputs(2, len(rows), 2), make_scoring(name, "binary", NAMED)
-    assert scoring.positive is None
-    y, p, guess = data.target[rows].numpy(), outputs[0].softmax(-1).numpy(), outputs[0].argmax(-1).numpy()
-    expected = {
-        "f1_weighted": metrics.f1_score(y, guess, average="weighted"),
-        "neg_brier_score": -metrics.brier_score_loss(y, p[:, 1]),
-        "matthews_corrcoef": metrics.matthews_corrcoef(y, guess),
-        "roc_auc": metrics.roc_auc_score(y, p[:, 1]),
-    }[name]
-    assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
-
-
 ratios = metrics.class_likelihood_ratios
 OF_A_CLASS = {
     "f1": lambda y, guess, p, label: metrics.f1_score(y, guess, pos_label=label),
     "precision": lambda y, guess, p, label: metrics.precision_score(y, guess, pos_label=label),
     "recall": lambda y, guess, p, label: metrics.recall_score(y, guess, pos_label=label),
     "jaccard": lambda y, guess, p, label: metrics.jaccard_score(y, guess, pos_label=label),
-    "average_precision": lambda y, guess, p, label: metrics.average_precision_score(y, p, pos_label=label),
+    "average_precision": lambda y, guess, p, label: metrics.average_precision_score(y, p[:, 1], pos_label=label),
     "positive_likelihood_ratio": lambda y, guess, p, label: ratios(y == label, guess == label)[0],
     "neg_negative_likelihood_ratio": lambda y, guess, p, label: -ratios(y == label, guess == label)[1],
 }
+OF_NO_CLASS = {
+    "f1_weighted": lambda y, guess, p, label: metrics.f1_score(y, guess, average="weighted"),
+    "neg_brier_score": lambda y, guess, p, label: -metrics.brier_score_loss(y, p[:, 1], pos_label=label),
+    "matthews_corrcoef": lambda y, guess, p, label: metrics.matthews_corrcoef(y, guess),
+    "roc_auc": lambda y, guess, p, label: metrics.roc_auc_score(y == label, p[:, 1]),
+    "neg_log_loss": lambda y, guess, p, label: -metrics.log_loss(y == label, p),
+}
 
 
-@pytest.mark.parametrize("name", OF_A_CLASS)
-@pytest.mark.parametrize("code", [0, 1])
-def test_a_score_of_one_class_is_that_of_the_class_that_was_asked_for(name, code):
+@pytest.mark.parametrize(
+    ("name", "code"), [*[(n, code) for n in OF_A_CLASS for code in (0, 1)], *[(n, None) for n in OF_NO_CLASS]]
+)
+@pytest.mark.parametrize("size", [1, 30])
+def test_a_score_on_text_labels_is_of_the_class_that_was_asked_for_and_of_probabilities_in_double(name, code, size):
     data = make_data("binary")
-    rows = data.folds[1].valid
-    outputs, scoring = random_outputs(2, len(rows), 2), make_scoring(name, "binary", NAMED, NAMED[code])
+    rows, label = data.folds[1].valid, 1 if code is None else code
+    outputs = size * random_outputs(2, len(rows), 2).float()
+    scoring = make_scoring(name, "binary", NAMED, None if code is None else NAMED[code])
     assert scoring.positive == code
     y, guess = NAMED[data.target[rows].numpy()], NAMED[outputs[0].argmax(-1).numpy()]
-    expected = OF_A_CLASS[name](y, guess, outputs[0].softmax(-1)[:, code].numpy(), NAMED[code])
+    p = outputs[0].double().softmax(-1)[:, [1 - label, label]].numpy()
+    expected = (OF_A_CLASS | OF_NO_CLASS)[name](y, guess, p, NAMED[label])
     assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
-    with refused(rf"scoring='{name}' is of one class.*positive='no' or positive='yes'"):
-        make_scoring(name, "binary", NAMED)
+    if code is not None:
+        with refused(rf"scoring='{name}' is of one class.*positive='no' or positive='yes'"):
+            make_scoring(name, "binary", NAMED)
 
 
 def test_these_are_all_scores_of_one_class_that_scikit_learn_has():
