@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import torch
+from sklearn.model_selection import KFold
 from torch import nn
 from torch.nn import functional
 
@@ -69,6 +70,11 @@ def loop(device, *, graphed=False):
     return steps_a_second(graph.replay, wait)
 
 
+def steps(trials, epochs):
+    """Steps of all members of a search."""
+    return trials * FOLDS * -(-(ROWS - ROWS // FOLDS) // BATCH) * epochs
+
+
 def gputune_search(device, trials, epochs, backend):
     """All trials in all folds, from the arrays to their scores."""
     import gputune
@@ -80,51 +86,20 @@ def gputune_search(device, trials, epochs, backend):
     run = {"max_epochs": epochs, "device": str(device), "backend": backend}
     begin = time.perf_counter()
     gputune.tune("mlp", X, y, space=space | fixed, **options, **run)
-    steps = -(-(ROWS - ROWS // FOLDS) // BATCH)
-    return trials * FOLDS * steps * epochs / (time.perf_counter() - begin)
+    return steps(trials, epochs) / (time.perf_counter() - begin)
 
 
-def jax_vmap(members):
-    """Members of one shape as one program of JAX's; steps of all of them."""
-    import jax
-    import jax.numpy as jnp
+def jax_vmap(trials, epochs):
+    """All trials in all folds as one program of JAX's, vmapped over both; what it takes to compile is not counted."""
+    from benchmark.engines import jax
 
-    X, y = map(jnp.asarray, data())
-    sizes = [INPUTS, WIDTH, WIDTH, CLASSES]
-    keys = jax.random.split(jax.random.key(0), members)
-
-    def start(key):
-        return [(jax.random.normal(key, (a, b)) / a**0.5, jnp.zeros(b)) for a, b in zip(sizes, sizes[1:])]
-
-    def loss(params, x, target):
-        for w, b in params[:-1]:
-            x = jax.nn.relu(x @ w + b)
-        logits = x @ params[-1][0] + params[-1][1]
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1).mean()
-
-    def member(state, rate, rows):
-        params, first, second, count = state
-        grads = jax.grad(loss)(params, X[rows], y[rows])
-        tree, count = jax.tree.map, count + 1
-        first = tree(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
-        second = tree(lambda v, g: 0.999 * v + 0.001 * g * g, second, grads)
-
-        def update(p, m, v):
-            size = jnp.sqrt(v / (1 - 0.999**count)) + 1e-8
-            return p * (1 - rate * 0.01) - rate * m / (1 - 0.9**count) / size
-
-        return tree(update, params, first, second), first, second, count
-
-    together = jax.jit(jax.vmap(member, (0, 0, None)), donate_argnums=0)
-    params = jax.vmap(start)(keys)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    box = [(params, zeros, jax.tree.map(jnp.zeros_like, params), jnp.zeros(members))]
-    rates, rows = jnp.geomspace(1e-4, 1e-2, members), jnp.arange(BATCH)
-
-    def step():
-        box[0] = together(box[0], rates, rows)
-
-    return members * steps_a_second(step, lambda: jax.block_until_ready(box[0]))
+    jax.CHUNK_BYTES = 4 << 30  # all at once: a card has no cache that they should stay in
+    X, y = data()
+    drawn = [{"lr": lr, "batch_size": BATCH, "width": WIDTH} for lr in np.geomspace(1e-4, 1e-2, trials)]
+    folds = [(X[train], y[train], X[valid], y[valid]) for train, valid in KFold(FOLDS).split(X)]
+    begin = time.perf_counter()
+    jax.train_group(drawn, epochs, folds, tuple(range(trials)))
+    return steps(trials, epochs) / (time.perf_counter() - begin - jax.compile_seconds())
 
 
 def main():
@@ -140,7 +115,7 @@ def main():
     ways = {
         "plain loop": lambda: loop(device),
         "plain loop in CUDA graphs": lambda: loop(device, graphed=True),
-        "JAX vmap": lambda: jax_vmap(options.trials * FOLDS),
+        "JAX vmap": lambda: jax_vmap(*size),
         "gputune, eager": lambda: gputune_search(device, *size, "eager"),
         "gputune, recorded": lambda: gputune_search(device, *size, "graph"),
         "gputune, kernel": lambda: gputune_search(device, *size, "kernel"),
