@@ -1,7 +1,7 @@
 """The laws of user's modules: whatever way it trains, a member is what a plain PyTorch loop makes, after 51 steps."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -186,47 +186,32 @@ def job_of(build, data, backend, epochs=EPOCHS):
     return Job(seed=0, epochs=epochs, horizon=EPOCHS, **options)
 
 
-def trained(build, data, backend, epochs=EPOCHS):
-    return train_chunk(job_of(build, data, backend, epochs), data, WHOLE)
-
-
-@pytest.fixture(scope="module")
-def alone():
+@cache
+def alone(name, trial, dtype=torch.float64):
     """The plain loop's module of a case, fold 1 and a trial, which is trained once."""
-    known = {}
-
-    def of(name, trial, dtype=torch.float64):
-        if (name, trial, dtype) not in known:
-            build, data = case(name, dtype)
-            rows = data.folds[1].train
-            sizes = {"n_outputs": 3}
-            if name in ("gru", "lstm", "encoder"):
-                sizes["n_features"] = 3
-            x = Rows([part[0, rows] for part in data.inputs])
-            known[name, trial, dtype] = reference.train_module(
-                partial(plain, build, **sizes), x, data.y[rows], CONFIGS[trial], epochs=EPOCHS
-            )
-        return known[name, trial, dtype]
-
-    return of
+    build, data = case(name, dtype)
+    rows = data.folds[1].train
+    sizes = {"n_outputs": 3} | ({"n_features": 3} if name in ("gru", "lstm", "encoder") else {})
+    x = Rows([part[0, rows] for part in data.inputs])
+    return reference.train_module(partial(plain, build, **sizes), x, data.y[rows], CONFIGS[trial], epochs=EPOCHS)
 
 
 @ways(SHORT)
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor")
-def test_a_member_is_what_a_plain_loop_makes(name, backend, alone):
+def test_a_member_is_what_a_plain_loop_makes(name, backend):
     build, data = case(name)
     assert bool(traits_of(build, CONFIGS[0], data).unstackable) == (name == "branching")
-    members = trained(build, data, backend)
+    members = train_chunk(job_of(build, data, backend), data, WHOLE)
     for trial in range(len(CONFIGS)):
         assert largest_difference(members.member(1, trial), alone(name, trial)) <= 1e-8
 
 
 @ways(RESUMED)
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor")
-def test_company_halving_and_a_resume_change_nothing(name, backend, alone):
+def test_company_halving_and_a_resume_change_nothing(name, backend):
     """Two of three go on from half the epochs, one of them by itself: both are still the plain loop's."""
     build, data = case(name)
-    begun = trained(build, data, backend, epochs=HALF)
+    begun = train_chunk(job_of(build, data, backend, HALF), data, WHOLE)
     job = job_of(build, data, backend)
     for kept in ([0, 2], [2]):
         configs = tuple(CONFIGS[c] for c in kept)
@@ -237,8 +222,8 @@ def test_company_halving_and_a_resume_change_nothing(name, backend, alone):
 
 # The bias of an encoder's keys has a slope of rounding errors alone too, since its softmax knows no shift.
 @pytest.mark.parametrize("name", ["cnn", pytest.param("gru", marks=pytest.mark.long), "shared"])
-def test_single_precision_is_that_of_a_plain_loop(name, alone):
+def test_single_precision_is_that_of_a_plain_loop(name):
     build, data = case(name, torch.float32)
     for backend in ("graph", "coded")[: 1 + (name in CODED)]:
-        members = trained(build, data, backend)
+        members = train_chunk(job_of(build, data, backend), data, WHOLE)
         assert largest_difference(members.member(1, 0), alone(name, 0, torch.float32)) <= 1e-3

@@ -200,11 +200,8 @@ class Turning(nn.Module):
 def test_complex_weights_train_as_their_real_and_imaginary_parts(more):
     data = make_data()
     configs = fill({"lr": 0.01, "batch_size": 7, **more})
-    words = {"seed": 0, "epochs": 3, "horizon": 3}
-    whole, parts = (
-        train(looped(partial(Turning, parts=parts), configs, data), data, configs, **words).member(1, 0)
-        for parts in (False, True)
-    )
+    networks = (looped(partial(Turning, parts=parts), configs, data) for parts in (False, True))
+    whole, parts = (train(n, data, configs, seed=0, epochs=3, horizon=3).member(1, 0) for n in networks)
     torch.testing.assert_close(torch.view_as_real(whole.weight), parts.weight, rtol=1e-10, atol=1e-10)
     reason = traits_of(partial(Turning, parts=False), configs[0], data).unstackable
     assert reason == "its 'weight' holds complex numbers that change"
