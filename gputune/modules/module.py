@@ -125,10 +125,8 @@ class ModuleNetwork:
         return y if y.dim() > 1 else y[None]
 
     def subset(self, keep: list[int]) -> Self:
-        configs = [self.configs[c] for c in keep]
-        return type(self)(
-            self.builder, configs, self.shape, seed=self.seed, traits=self.traits, objective=self.objective
-        )
+        configs, seed, traits = [self.configs[c] for c in keep], self.seed, self.traits
+        return type(self)(self.builder, configs, self.shape, seed=seed, traits=traits, objective=self.objective)
 
     def layers(self) -> dict[str, int]:
         owners = layers_of(self.template)
@@ -275,10 +273,7 @@ class StackedModule(ModuleNetwork):
 
     def _forward(self, members: Params, inputs: Sequence[Tensor], *, training: bool) -> tuple[Tensor, Params]:
         """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...) of each input, and the buffers after."""
-
-        def forward(module: nn.Module, rows: Sequence[Tensor]) -> Tensor:
-            return self.objective.outputs(module, rows, self.shape.names)
-
+        forward = partial(self.objective.outputs, names=self.shape.names)
         return self._map_members(forward, members, inputs, training=training)
 
     def _map_members(
