@@ -69,10 +69,9 @@ def _check_second_derivatives(training: Training) -> None:
     names = sorted({kind.__name__.removesuffix("0").removesuffix("Backward") for kind in suspects})
     shown = f" ({', '.join(names)})" if names else ""
     raise InputError(
-        f"module or loss has an operation that cannot be differentiated twice{shown}: the"
-        "  second derivative that torch takes is incomplete. The usual causes are weight_norm, a .detach() of what "
-        "depends on the parameters, and an autograd.Function whose backward has no derivative; replace it, or "
-        "call gputune.hypergradient with mode='fd'."
+        f"module or loss has an operation that cannot be differentiated twice{shown}: the second derivative that torch "
+        "takes is incomplete. The usual causes are weight_norm, a .detach() of what depends on the parameters, and an "
+        "autograd.Function whose backward has no derivative; replace it, or call gputune.hypergradient with mode='fd'."
     )
 
 
