@@ -22,11 +22,12 @@ def stacked(flat):
     return {k: v.flatten(0, 1).clone() for k, v in BLOCKS.by_member(flat).items()}
 
 
-def configs_of(optimizer, *, alike, schedules=("constant",) * C):
-    first = {"lr": 0.01, "weight_decay": 0.03, "momentum": 0.3}
+def configs_of(optimizer, *, alike=False, schedules=("constant",) * C, **more):
+    numbers = {"lr": 0.01, "weight_decay": 0.03, "momentum": 0.3, "hypergrad_lr": 0.1}
     return [
-        {"optimizer": optimizer, "schedule": schedules[c]}
-        | {key: value * (1 if alike else 1 + c) for key, value in first.items()}
+        {"optimizer": optimizer, "schedule": schedules[c], "hypergrad_rule": "multiplicative"}
+        | {key: value * (1 if alike else 1 + c) for key, value in numbers.items()}
+        | more
         for c in range(C)
     ]
 
@@ -124,7 +125,7 @@ def test_the_pure_rules_equal_torch_optim(name):
 
 
 def test_the_state_of_trials_that_stay_is_carried_over():
-    configs, keep = configs_of("adamw", alike=False), torch.tensor([0, 2])
+    configs, keep = configs_of("adamw"), torch.tensor([0, 2])
     flat = torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(2))
     update = make_update(configs, flat)
     update.step(flat, torch.ones(BLOCKS.size), None)
@@ -170,17 +171,6 @@ def test_schedules_equal_those_of_torch(word, total):
     np.testing.assert_allclose(factors, rates, rtol=0, atol=1e-12)
 
 
-def online_configs_of(name, *, alike=False, **more):
-    """Configurations of trials that all differ, or in their rates alone."""
-    values = np.linspace(0.001, 0.02, C)
-    decay, momentum = (np.zeros(C), np.full(C, 0.9)) if alike else (values * 3, 0.5 + values)
-    return [
-        {"optimizer": name, "schedule": "constant", "hypergrad_rule": "multiplicative", "lr": values[c],
-         "weight_decay": decay[c], "momentum": momentum[c], "hypergrad_lr": 10 * values[c]} | more
-        for c in range(C)
-    ]  # fmt: skip
-
-
 def members_of(flat):
     """The parameters of each member, as plain parameters of their own."""
     views = BLOCKS.by_member(flat)
@@ -197,7 +187,8 @@ def test_each_member_steps_like_the_drop_in_optimizer(name, alike, ragged):
     # ``ragged``: at every step one member has none. A schedule's factor scales the adapted rate and is forgotten.
     g = torch.Generator().manual_seed(0)
     flat = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
-    configs = online_configs_of(name, alike=alike, schedule="constant" if alike else "cosine")
+    more = {"weight_decay": 0.0} if alike else {"schedule": "cosine"}
+    configs = configs_of(name, alike=alike, **more)
     update, members = make_update(configs, flat, OnlineUpdate), members_of(flat)
     done = np.zeros((F, C))
     optimizers = {
@@ -231,7 +222,7 @@ def test_each_member_steps_like_the_drop_in_optimizer(name, alike, ragged):
 @pytest.mark.parametrize("name", ONLINE)
 def test_zero_and_nan_gradients_leave_the_rate(name):
     flat = torch.ones(BLOCKS.size, dtype=torch.float64)
-    update = make_update(online_configs_of(name, weight_decay=0.0), flat, OnlineUpdate)
+    update = make_update(configs_of(name, weight_decay=0.0), flat, OnlineUpdate)
     before = update.rate.clone()
     for value in (0.0, 0.0, math.nan):
         update.step(flat, torch.full_like(flat, value), None)
@@ -242,7 +233,7 @@ def test_zero_and_nan_gradients_leave_the_rate(name):
 def test_the_rates_of_trials_that_stay_are_carried_over(name):
     g = torch.Generator().manual_seed(2)
     flat, keep = torch.randn(BLOCKS.size, generator=g).double(), torch.tensor([0, 2])
-    configs = online_configs_of(name)
+    configs = configs_of(name)
     grads = [torch.randn(BLOCKS.size, generator=g).double() for _ in range(4)]
     less, small = flat.clone(), make_update(configs, flat, OnlineUpdate)
     whole = make_update(configs, flat, OnlineUpdate)
