@@ -23,6 +23,30 @@ CALM = {"sgd": 0.1, "momentum": 0.03, "nesterov": 0.03, "adam": 0.01, "adamw": 0
 DIMS, ROWS, VALID, BATCH = (5, 3), 120, 30, 16  # inputs and outputs; rows: of training, validation, a minibatch
 
 
+Pair = tuple[Tensor, Tensor]
+
+
+def data(
+    steps: int = 6, *, rows: int = 8, inputs: int = 5, outputs: int = 3, dtype: torch.dtype = torch.float64
+) -> tuple[list[Pair], Pair]:
+    """Minibatches and a validation pair that can be learned a little."""
+    g = torch.Generator().manual_seed(1)
+    true = torch.randn(inputs, outputs, generator=g, dtype=torch.float64)
+
+    def pair(n: int) -> Pair:
+        x = torch.randn(n, inputs, generator=g, dtype=torch.float64)
+        noise = torch.randn(n, outputs, generator=g, dtype=torch.float64)
+        return x.to(dtype), (x @ true + noise).argmax(1)
+
+    return [pair(rows) for _ in range(steps)], pair(40)
+
+
+def network(*middle: nn.Module, inputs: int = 5, width: int = 6, outputs: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Linear(inputs, width), nn.Tanh(), *middle, nn.Linear(width, outputs))
+    return nn.Sequential(*layers).double()
+
+
 class Calling(nn.Module):
     """Calls a function of itself, with its parts, and x."""
 

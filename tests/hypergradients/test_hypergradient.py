@@ -17,7 +17,7 @@ from gputune.hypergradients.hypergradient import hypergradient
 from gputune.hypergradients.inner import CHAOTIC, InnerProblem
 from gputune.hypergradients.module_training import ModuleTraining
 from gputune.models import LogisticRegression
-from inner_problems import OF, OPTIMIZERS, Calling
+from inner_problems import OF, OPTIMIZERS, Calling, data, network
 from problems import living_tensors
 from refused import refused
 
@@ -30,25 +30,6 @@ MODES = (
 )
 VALUES = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.02, "beta1": 0.85, "beta2": 0.98}
 cross_entropy = functional.cross_entropy
-
-
-def data(steps=6, *, rows=8, inputs=5, outputs=3, dtype=torch.float64):
-    """Minibatches and a validation pair that can be learned a little."""
-    g = torch.Generator().manual_seed(1)
-    true = torch.randn(inputs, outputs, generator=g, dtype=torch.float64)
-
-    def pair(n):
-        x = torch.randn(n, inputs, generator=g, dtype=torch.float64)
-        noise = torch.randn(n, outputs, generator=g, dtype=torch.float64)
-        return x.to(dtype), (x @ true + noise).argmax(1)
-
-    return [pair(rows) for _ in range(steps)], pair(40)
-
-
-def network(*middle, inputs=5, width=6, outputs=3):
-    torch.manual_seed(0)
-    layers = (nn.Linear(inputs, width), nn.Tanh(), *middle, nn.Linear(width, outputs))
-    return nn.Sequential(*layers).double()
 
 
 def run(module, loss=cross_entropy, given=None, *, hyperparameters=None, optimizer="sgd", **options):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+import inner_problems
 from gputune.errors import InputError
 from gputune.hypergradients import hypergradient as hypergradient_file
 from gputune.hypergradients.first_step import Need
@@ -20,19 +22,8 @@ from inner_problems import Calling
 EXACT = ("reverse", "forward", "auto")
 
 
-def data(steps=4):
-    g = torch.Generator().manual_seed(0)
-
-    def pair(n):
-        x = torch.randn(n, 5, generator=g, dtype=torch.float64)
-        return x, torch.randint(3, (n,), generator=g)
-
-    return [pair(8) for _ in range(steps)], pair(10)
-
-
-def network(*middle):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), *middle, nn.Linear(4, 3)).double()
+data = partial(inner_problems.data, 4)
+network = partial(inner_problems.network, width=4)
 
 
 def run(module=None, loss=functional.cross_entropy, *, batches=None, valid=None, **options):
@@ -392,7 +383,7 @@ def test_a_detached_path_is_no_second_derivative(mode):
     ),
 )
 def test_in_single_precision_most_are_seen_too(module):
-    (x, y), valid = data(1)[0][0], data()[1]
+    (x, y), valid = data()[0][0], data()[1]
     refused("incomplete", module=module.float(), batches=[(x.float(), y)], valid=(valid[0].float(), valid[1]))
 
 
@@ -431,7 +422,7 @@ def numbers(text):
 
 
 def test_memory_beyond_the_budget_says_what_fits():
-    options = {"batches": data(100)[0], "hyperparameters": {"lr": [0.1] * 2}}
+    options = {"batches": inner_problems.data(100)[0], "hyperparameters": {"lr": [0.1] * 2}}
     text = refused(
         "memory does not suffice for mode='reverse': reverse needs about", mode="reverse", memory=1, **options
     )
