@@ -81,8 +81,7 @@ def nested_cv(
         whole = shared_rows(with_hook(search.estimator, search.device), X, y, routed)
         parts = [whole and Part(whole.rows, whole.index[np.asarray(train)]) for train, _ in splits]
         trained = _train(searches, rows, parts)
-    for each, candidates, train_rows in zip(searches, trained, rows):
-        features, target, own = train_rows
+    for each, candidates, (features, target, own) in zip(searches, trained, rows):
         with override(each, {"_trained": candidates}):
             each.fit(features, target, **own)
     scorer = check_scoring(search)  # the search's own score
@@ -90,12 +89,9 @@ def nested_cv(
         scorer(each, *_safe_split(search, X, y, test, train), **_check_method_params(X, to_score, test))
         for each, (train, test) in zip(searches, splits)
     ]
-    return NestedScores(
-        scores=np.array(scores, dtype=np.float64),
-        best_params=tuple(dict(each.best_params_) for each in searches),
-        best_scores=np.array([getattr(each, "best_score_", np.nan) for each in searches], dtype=np.float64),
-        searches=tuple(searches),
-    )
+    best_params = tuple(dict(each.best_params_) for each in searches)
+    best_scores = np.array([getattr(each, "best_score_", np.nan) for each in searches], dtype=np.float64)
+    return NestedScores(np.array(scores, dtype=np.float64), best_params, best_scores, tuple(searches))
 
 
 def _check_search(search: object) -> None:
