@@ -220,7 +220,7 @@ class TunedModel(ModelContent):
         """
         self.module.eval()  # the caller may have trained it on
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        outputs: list[Tensor] = []
+        names, outputs = None if isinstance(self.layout, Layout) else self.layout.names, list[Tensor]()
         with torch.inference_mode():
             for part in self._batches(self._inputs(X)):
                 rows = encode(part, self.layout, self.statistics, self.dtype)
@@ -228,7 +228,7 @@ class TunedModel(ModelContent):
                     raise self._too_large(part, rows[0], first_row=sum(len(output) for output in outputs))
                 inputs = [x.to(device) for x in rows]
                 try:
-                    output = self._check_output(call_module(self.module, inputs, self._names), len(part))
+                    output = self._check_output(call_module(self.module, inputs, names), len(part))
                 except (IndexError, RuntimeError) as error:
                     raise InputError(
                         f"{type(self.module).__name__} raised {type(error).__name__}: {error}, on rows unlike those "
@@ -248,10 +248,6 @@ class TunedModel(ModelContent):
             f"column {name!r} has a number of size {sizes.max():.4g} in row {first_row + row}, too large for the "
             f"{dtype} in which the model computes; correct it, or leave the row out."
         )
-
-    @property
-    def _names(self) -> tuple[str, ...] | None:
-        return None if isinstance(self.layout, Layout) else self.layout.names
 
     def _inputs(self, X: object) -> Table | Arrays:
         """Return X, or what a file has beside the target, as a table or as arrays like those of the training.
