@@ -23,7 +23,7 @@ from gputune.executors.ray_connection import Ray
 from gputune.methods.config import key_of
 from gputune.scoring.metrics import Scorings
 from gputune.text import did_you_mean
-from gputune.tuning.choices import Method, ModelChoice, choose_model
+from gputune.tuning.choices import Method, choose_model
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.loops import search_loop
 from gputune.tuning.options import RULES, Options
@@ -223,16 +223,13 @@ def tune(
     """
     arguments = locals()
     options = Options(**{name: arguments[name] for name in RULES})
-    run = partial(_search, choose_model(model, optimizer), options, X, y, groups)
+    choice, bar = choose_model(model, optimizer), partial(reading_bar, verbose=options.verbose)
+
+    def run() -> Study:
+        source = read_source(X, y, groups, module=choice.takes_arrays, bar=bar, drop=options.drop, kinds=options.kinds)
+        return search_rows(RecordedSearch(choice, source, options), study_type=Study)
+
     return study_so_far(run, verbose)
-
-
-def _search(choice: ModelChoice, options: Options, X: object, y: object, groups: object) -> Study:
-    """Read the rows and search."""
-    bar = partial(reading_bar, verbose=options.verbose)
-    module = choice.takes_arrays
-    source = read_source(X, y, groups, module=module, bar=bar, drop=options.drop, kinds=options.kinds)
-    return search_rows(RecordedSearch(choice, source, options), study_type=Study)
 
 
 def study_so_far(run: Callable[[], Study], verbose: int) -> Study:

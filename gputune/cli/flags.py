@@ -5,7 +5,7 @@ Errors say what was meant, of the flags that the command has.
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -119,25 +119,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but what a command does not know is an error of the command, not of ``gputune``."""
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = {name: _flags_of(command) for name, command in self.commands.items()}
-            words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-            hints = "".join(_remedy(word, found.command, flags) for word in words)
-            self.commands[found.command].error(f"unrecognized arguments: {' '.join(unknown)}", hints)
-        return found
-
-
-def _flags_of(command: argparse.ArgumentParser) -> list[str]:
-    return re.findall(r"--[\w-]+", command.format_usage())
-
-
-def _remedy(flag: str, command: str, flags: Mapping[str, Sequence[str]]) -> str:
-    """Return what was meant by a flag that the command does not have, behind a blank; "" for nothing."""
-    if having := [name for name, known in flags.items() if flag in known]:
-        return f" {command} has no {flag}, a flag of {', '.join(having)}."
-    near = nearest(flag[2:], [known[2:] for known in flags[command]], others=_OTHER_FLAGS)
-    return f" Did you mean '--{near}'?" if near else ""
+        typed, unknown = self.parse_known_args(args, namespace)
+        if not unknown:
+            return typed
+        flags = {name: re.findall(r"--[\w-]+", command.format_usage()) for name, command in self.commands.items()}
+        hints = ""
+        for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
+            if having := [name for name, known in flags.items() if flag in known]:
+                hints += f" {typed.command} has no {flag}, a flag of {', '.join(having)}."
+            elif near := nearest(flag[2:], [known[2:] for known in flags[typed.command]], others=_OTHER_FLAGS):
+                hints += f" Did you mean '--{near}'?"
+        self.commands[typed.command].error(f"unrecognized arguments: {' '.join(unknown)}", hints)
 
 
 _OTHER_FLAGS: Mapping[str, str] = {

@@ -46,17 +46,13 @@ def beside(places: NDArray[np.float64], width: float) -> NDArray[np.float64]:
 
 def element(name: str, *children: str, **attributes: Attribute) -> Markup:
     """Return one element. Text and attributes are escaped; ``class_`` is class, ``_`` stands for a hyphen."""
-    written = Markup("").join(
-        Markup(' {}="{}"').format(Markup(key.rstrip("_").replace("_", "-")), _attribute(value))
-        for key, value in attributes.items()
-        if value is not None
-    )
+    written = Markup("")
+    for key, value in attributes.items():
+        if value is not None:
+            text = f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
+            written += Markup(' {}="{}"').format(Markup(key.rstrip("_").replace("_", "-")), text)
     inside = Markup("").join(map(escape, children))
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), written, inside)
-
-
-def _attribute(value: Attribute) -> str:
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def path(class_: str | None, d: str, **attributes: Attribute) -> Markup:
