@@ -1,7 +1,4 @@
-"""What can be typed on the command line. Nothing heavy is imported, so that ``gputune --help`` waits for nothing.
-
-Where ``gputune tune`` puts what it makes, and how a command finds it again.
-"""
+"""What can be typed on the command line. Nothing heavy is imported, so that ``gputune --help`` waits for nothing."""
 
 import argparse
 import math

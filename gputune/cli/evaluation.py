@@ -29,20 +29,14 @@ _SAMPLES, _SAMPLE_ROWS = 400, 20_000
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out score in scikit-learn's sign, on so many rows.
+    """A held-out score in scikit-learn's sign."""
 
-    ``score`` is NaN where there is none, and ``why`` says why. ``unseen`` rows have a class that no row of the
-    search has: they count as wrong, in scores of a class as not of it, and balanced accuracy and scores of
-    probabilities leave them out. ``interval`` holds 95 % of the scores of bootstrap samples
-    of the rows; None where few of them have one. ``positive`` is the class that the score is of; None: of none.
-    """
-
-    score: float
+    score: float  # NaN where there is none
     rows: int
-    unseen: int = 0
-    why: str = ""
-    interval: tuple[float, float] | None = None
-    positive: object = None
+    unseen: int = 0  # of a class that the search has not: wrong; balanced accuracy and probabilities leave them out
+    why: str = ""  # why there is no score
+    interval: tuple[float, float] | None = None  # of 95 % of bootstrap samples; None where few have a score
+    positive: object = None  # the class that the score is of; None: of none
 
     def bounds(self, measure: Measure) -> str:
         """Return the interval in words, "" where there is none."""
@@ -171,15 +165,12 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of so many rows by name; of classes a confusion matrix.
-
-    ``confusion`` has the true classes in its lines and the predicted ones in its columns; both are empty of numbers.
-    """
+    """The scores of a model by name; of classes a confusion matrix."""
 
     rows: int
     scores: dict[str, HeldOut]
-    classes: list[object]
-    confusion: list[list[int]]
+    classes: list[object]  # [] of numbers
+    confusion: list[list[int]]  # lines are true classes, columns predicted ones
 
     def to_json(self) -> Json:
         """Return plain values; scores in scikit-learn's sign, null where they are undefined."""

@@ -25,12 +25,9 @@ from gputune.text import count, is_formula
 
 
 def predict(arguments: Namespace) -> str:
-    """Return the predictions as CSV, or write them to ``--out``.
+    """Return the predictions as CSV, or write them to ``--out``, behind the columns that ``--keep`` names.
 
-    They are one column named as the target, with ``--interval`` and its two ends, or with ``--proba`` one for each
-    class, named as the class, behind the columns of the file that ``--keep`` names, of which one that is named as a
-    predicted column has "_given" behind its name. Unless ``--raw``, text that a
-    spreadsheet takes for a formula has a ' before it, with one warning.
+    A kept column that is named as a predicted one has "_given" behind its name.
     """
     model, file = _load_model(arguments), arguments.file
     kept = read_columns(file, arguments.keep) if arguments.keep else []

@@ -77,10 +77,7 @@ def trials_table(study: Study, *, width: int) -> str:
 
 
 def trials_json(study: Study) -> str:
-    """Return a list of objects with the keys ``FIELDS``; scores in scikit-learn's sign, null for NaN.
-
-    A failed trial has a "reason" too.
-    """
+    """Return objects with the keys ``FIELDS``, a failed one with a "reason": scikit-learn's sign, null for NaN."""
     rows = [
         _plain(trial) | ({"reason": why_failed(study, trial)} if trial.state == "failed" else {})
         for trial in study.trials
@@ -152,9 +149,7 @@ def trial_rows(
 ) -> str:
     """Return a table of trials in the first of the layouts that is not too wide, a column for each parameter.
 
-    The ``others`` are further metrics, whose scores stand behind the one that ranks.
-
-    Where none fits, the parameters of a trial share the last column of the last layout, on several lines.
+    Where none is, parameters share the last column, on several lines. ``others`` are metrics that do not rank.
     """
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     values = [[short(trial.params[name]) if name in trial.params else "-" for name in names] for trial in trials]

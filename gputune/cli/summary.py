@@ -29,25 +29,19 @@ _LABEL = 9
 
 @dataclass(frozen=True)
 class Ending:
-    """A finished search: its input, its study, the rows it searched on, where the study and the model lie.
+    """A finished search, and what came of it."""
 
-    ``held_out`` is the score on rows apart (None: all were used), ``model_folder`` None where no model was saved,
-    ``seconds`` is the time of the whole run, ``ensemble`` what is said of one. ``trial`` is that of ``gputune train``,
-    None after a search. ``ended`` is why a search was good enough before its last trial, ``typed`` are the words behind
-    ``gputune``.
-    """
-
-    file: str
+    file: str  # its input, as it was typed
     study: Study
-    rest: Source
+    rest: Source  # the rows that it searched on
     study_file: Path
-    held_out: HeldOut | None = None
-    model_folder: Path | None = None
-    seconds: float = 0.0
-    ensemble: str = ""
-    trial: Trial | None = None
-    ended: str = ""
-    typed: Sequence[str] = ()
+    held_out: HeldOut | None = None  # the score on rows apart; None: all rows were used
+    model_folder: Path | None = None  # None where no model was saved
+    seconds: float = 0.0  # of the whole run
+    ensemble: str = ""  # what is said of one
+    trial: Trial | None = None  # that of ``gputune train``; None after a search
+    ended: str = ""  # why it was good enough before its last trial
+    typed: Sequence[str] = ()  # the words behind ``gputune``
 
 
 def ensemble_words(

@@ -172,21 +172,16 @@ FAILED = 20
 
 
 def endings(study: Study) -> Json:
-    """Return what the page says of how the trials ended.
-
-    states     (state, words, trials, share in percent) of those that there are
-    rungs      (epoch, trials that were pruned, trials that trained on) of successive halving
-    failures   (number, why it has no score, parameters) of the first of them
-    failed     how many have none
-    spent      trial-epochs that were trained, and those of training all to the end
-    """
+    """Return what the page says of how the trials ended."""
     trials, counts = study.trials, Counter(trial.state for trial in study.trials)
     failed = [trial for trial in trials if trial.state == "failed"]
     pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
     trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
 
     return {
+        # The words of a state, how many trials have it, and their share in percent.
         "states": [(s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]],
+        # Of an epoch, the trials that were pruned, and those that trained on.
         "rungs": [(epoch, number, (trained > epoch).sum()) for epoch, number in sorted(pruned.items())],
         "failures": [(t.number, why_failed(study, t), params_text(t, equals=" = ")) for t in failed[:FAILED]],
         "failed": len(failed),

@@ -47,10 +47,7 @@ def number_text(value: float) -> str:
 
 
 def linear_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0, whole: bool = False) -> Scale:
-    """Return a scale with at most so many ticks, ``whole`` numbers alone where that is said.
-
-    ``pad`` widens it on both sides by a share of its length.
-    """
+    """Return a scale with at most so many ticks, ``whole`` or not; ``pad`` is a share of its length on both sides."""
     if not high > low:
         half = abs(low) * 0.05 or 0.5
         low, high = low - half, high + half

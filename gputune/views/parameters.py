@@ -30,21 +30,14 @@ _LEVELS = 12
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """One hyperparameter of all trials.
-
-    label    its name, and what was made of lists of values
-    values   (C,) numbers, or positions in ``levels``; NaN for a trial without it
-    levels   the words, () for numbers
-    log      whether its numbers are read on a logarithm
-    hidden   trials whose value is a number that no axis has (infinity)
-    """
+    """One hyperparameter of all trials."""
 
     name: str
-    label: str
-    values: NDArray[np.float64]
-    levels: tuple[str, ...] = ()
-    log: bool = False
-    hidden: int = 0
+    label: str  # its name, and what was made of lists of values
+    values: NDArray[np.float64]  # (C,) numbers, or positions in ``levels``; NaN for a trial without it
+    levels: tuple[str, ...] = ()  # the words, () for numbers
+    log: bool = False  # whether its numbers are read on a logarithm
+    hidden: int = 0  # trials whose value is a number that no axis has (infinity)
 
     @property
     def varied(self) -> bool:
@@ -117,19 +110,13 @@ def _flat(value: Any) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class DescentPath:
-    """The finished points of one start.
-
-    steps    (n,) outer steps, 0 for the start
-    scores   (n,) in the sign of their name
-    values   name of a hyperparameter -> (n,) its values
-    usable   (n,) false where the guard took the slope for noise
-    """
+    """The finished points of one start."""
 
     start: int
-    steps: NDArray[np.int64]
-    scores: NDArray[np.float64]
-    values: dict[str, NDArray[np.float64]]
-    usable: NDArray[np.bool_]
+    steps: NDArray[np.int64]  # (n,) outer steps, 0 for the start
+    scores: NDArray[np.float64]  # (n,) in the sign of their name
+    values: dict[str, NDArray[np.float64]]  # name of a hyperparameter -> (n,) its values
+    usable: NDArray[np.bool_]  # (n,) false where the guard took the slope for noise
 
 
 def descended(study: Study) -> tuple[Parameter, ...]:
@@ -166,21 +153,16 @@ _TREES, _SHUFFLES = 32, 5
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """``names`` of the hyperparameters, most important first.
+    """How much each hyperparameter mattered, on trials that the forest was not fitted on."""
 
-    drops    (n,) fall of the forest's R2, on trials that it was not fitted on, when one hyperparameter is shuffled
-             among them: 0 for one that does not matter, up to 2 for one that alone decides
-    errors   (n,) standard deviation of the fall over the shuffles and the two halves
-    fit      R2 of the forest on trials that it was not fitted on: near 0 or below, the falls mean nothing
-    trials   how many trials it learned from
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # most important first
     labels: tuple[str, ...]
-    drops: NDArray[np.float64]
-    errors: NDArray[np.float64]
-    fit: float
-    trials: int
+    drops: NDArray[
+        np.float64
+    ]  # (n,) fall of R2 when one is shuffled: 0 where it does not matter, up to 2 where it alone decides
+    errors: NDArray[np.float64]  # (n,) standard deviation of the fall over the shuffles and the two halves
+    fit: float  # R2 of the forest: near 0 or below, the falls mean nothing
+    trials: int  # how many it learned from
 
 
 def importance(study: Study, *, seed: int = 0) -> Importance:

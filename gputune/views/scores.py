@@ -28,17 +28,12 @@ _DECADE = 30.0
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of all trials.
-
-    values   (C,) what the study measured, a neg_log_loss of -0.3 as the log_loss 0.3; NaN where there is none
-    late     (C,) whether no rung of halving pruned the trial
-    order    the rows of the trials with a score, best first
-    """
+    """The scores of all trials."""
 
     measure: Measure
-    values: NDArray[np.float64]
-    late: NDArray[np.bool_]
-    order: list[int]
+    values: NDArray[np.float64]  # (C,) a neg_log_loss of -0.3 as the log_loss 0.3; NaN where there is none
+    late: NDArray[np.bool_]  # (C,) whether no rung of halving pruned the trial
+    order: list[int]  # the rows of the trials with a score, best first
 
     @property
     def range(self) -> tuple[float, float]:
@@ -99,17 +94,12 @@ def is_wide(low: float, high: float, measure: Measure) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class LearningCurves:
-    """Scores after each epoch, in the sign of their name; NaN where a trial did not train that long.
-
-    mean     (C, epochs) mean over the folds; NaN where one fold is
-    spread   (C, epochs) standard deviation over the folds, ddof=1; NaN for one fold
-    order    the rows of the trials with a score after some epoch, best first
-    """
+    """Scores after each epoch, in the sign of their name; NaN where a trial did not train that long."""
 
     measure: Measure
-    mean: NDArray[np.float64]
-    spread: NDArray[np.float64]
-    order: list[int]
+    mean: NDArray[np.float64]  # (C, epochs) mean over the folds; NaN where one fold is
+    spread: NDArray[np.float64]  # (C, epochs) standard deviation over the folds, ddof=1; NaN for one fold
+    order: list[int]  # the rows of the trials with a score after some epoch, best first
 
     @property
     def epochs(self) -> NDArray[np.int64]:
@@ -181,16 +171,11 @@ def other_measures(study: Study) -> dict[str, Measure]:
 
 @dataclass(frozen=True, eq=False)
 class ParetoFront:
-    """Two metrics of all trials, in the sign of their names.
-
-    measures   of the two
-    values     (C, 2); NaN for a trial that has one of them not
-    order      the rows of the trials that no other one beats in both, best by the first metric first
-    """
+    """Two metrics of all trials, in the sign of their names."""
 
     measures: tuple[Measure, Measure]
-    values: NDArray[np.float64]
-    order: list[int]
+    values: NDArray[np.float64]  # (C, 2); NaN for a trial that has one of them not
+    order: list[int]  # the rows of the trials that no other one beats in both, best by the first metric first
 
 
 def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
