@@ -71,11 +71,6 @@ def test_a_difference_of_two_searches_names_the_option(name):
     )
 
 
-def test_a_score_that_stands_twice_is_said_without_a_dict():
-    said = "scoring names 'f1' twice; leave one out, or give a dict that has a name for each."
-    assert in_flags(said) == "--scoring names 'f1' twice; leave one out."
-
-
 @pytest.mark.parametrize("name", sorted(flags()))
 def test_a_value_is_said_as_it_is_typed(name):
     flag = flags()[name]
@@ -118,6 +113,11 @@ def test_a_value_is_said_as_it_is_typed(name):
         ("timeout is a number of seconds above 0, or None, got 0.", "--timeout is a number of seconds above 0, got 0."),
         ("task must be 'custom' or None, got 'x'", "--task must be 'custom', got 'x'"),
         ("X has no column 'a'; got 'b'.", "FILE has no column 'a'; got 'b'."),
+        ("include[0]['lr'] must be > 0, got -1", "lr must be > 0, got -1"),
+        (
+            "scoring names 'f1' twice; leave one out, or give a dict that has a name for each.",
+            "--scoring names 'f1' twice; leave one out.",
+        ),
         ('workers="ray" needs Ray, which is missing', "--ray needs Ray, which is missing"),
         ("export(path='o.onnx') exists already; give", "--out 'o.onnx' exists already; give"),
         ("export(path='a/o.pt') must end in .onnx or .pt2", "--out 'a/o.pt' must end in .onnx or .pt2"),
@@ -138,15 +138,8 @@ def test_sentences(said, typed):
     assert in_flags(said) == typed
 
 
-def test_the_file_is_named():
-    assert in_flags("X has no column 'a'.", file="'new.csv'") == "'new.csv' has no column 'a'."
-
-
 def test_what_others_say_stays_as_it_is():
     said = "model: the forward raised ValueError: got groups=1, max_epochs=2. Choose max_epochs=3."
     typed = "--model: the forward raised ValueError: got groups=1, max_epochs=2. Choose --epochs 3."
     assert in_flags(said, foreign=["got groups=1, max_epochs=2"]) == typed
-
-
-def test_a_value_of_a_configuration_is_called_by_its_key():
-    assert in_flags("include[0]['lr'] must be > 0, got -1") == "lr must be > 0, got -1"
+    assert in_flags("X has no column 'a'.", file="'new.csv'") == "'new.csv' has no column 'a'."

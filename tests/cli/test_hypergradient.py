@@ -85,8 +85,3 @@ def test_a_second_look_at_a_point_is_no_second_row(tmp_path):
     table = text[text.index("The best ") :].split("\n\n")[1].split("\n")[1:]
     shown = [int(row.split()[0]) for row in table if row.split()[0].isdigit()]
     assert shown == [t.number for t in study.ranking() if t.number not in again][:5]
-
-
-def test_the_epochs_are_said_to_be_what_the_derivative_looks_through():
-    code, text, _ = run("tune", "--help")
-    assert code == 0 and "with --method hypergradient also what the derivative looks through" in " ".join(text.split())
