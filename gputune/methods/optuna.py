@@ -187,8 +187,19 @@ def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna
             inside = {key: text for key, text in texts.items() if _holds(laws[key], text)}
             if trial.state == "waiting":
                 written.enqueue_trial(inside, user_attrs=_attributes(trial, inside))
-            else:
-                written.add_trial(_frozen_trial(optuna, trial, curve, inside, distributions))
+                continue
+            finished = optuna.trial.create_trial(
+                state=state_of(optuna, trial.state),
+                value=None if trial.state == "failed" else trial.score,
+                params=inside,
+                distributions={key: distributions[key] for key in inside},
+                user_attrs=_attributes(trial, inside),
+                intermediate_values=fold_means(curve),
+            )
+            if math.isfinite(trial.seconds):
+                end = finished.datetime_complete or datetime.now()
+                finished.datetime_start = end - timedelta(seconds=trial.seconds)
+            written.add_trial(finished)
     return written
 
 
@@ -216,27 +227,6 @@ def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterato
     except BaseException:
         optuna.delete_study(study_name=study.study_name, storage=place)
         raise
-
-
-def _frozen_trial(
-    library: ModuleType,
-    trial: Trial,
-    curve: np.ndarray,
-    inside: Mapping[str, object],
-    distributions: Mapping[str, object],
-) -> "optuna.trial.FrozenTrial":
-    finished: optuna.trial.FrozenTrial = library.trial.create_trial(
-        state=state_of(library, trial.state),
-        value=None if trial.state == "failed" else trial.score,
-        params=inside,
-        distributions={key: distributions[key] for key in inside},
-        user_attrs=_attributes(trial, inside),
-        intermediate_values=fold_means(curve),
-    )
-    if math.isfinite(trial.seconds):
-        end = finished.datetime_complete or datetime.now()
-        finished.datetime_start = end - timedelta(seconds=trial.seconds)
-    return finished
 
 
 def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, object]:
