@@ -126,8 +126,7 @@ class Law:
     measure: Measure
     allowed: float = EXACT
     backends: tuple[Backend, ...] = ("eager", "graph", "compiled")
-    gpus: int = 0
-    """How many GPUs it needs."""
+    gpus: int = 0  # that it needs
 
 
 _SIZES = (
@@ -205,20 +204,10 @@ def _hypergradient(mode: Mode, other: Mode, device: torch.device, _backend: Back
         torch.default_generator.manual_seed(0)
         module = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double().to(device)
     batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)]
-    slopes = []
-    for each in (mode, other):
-        result = hypergradient(
-            module,
-            functional.cross_entropy,
-            batches,
-            (x[32:], y[32:]),
-            hyperparameters={"lr": 0.1, "weight_decay": 0.01},
-            optimizer="adamw",
-            mode=each,
-            seed=0,
-        )
-        slopes.append(torch.stack([result.gradient[name] for name in ("lr", "weight_decay")]))
-    return difference(*slopes)
+    run = partial(hypergradient, module, functional.cross_entropy, batches, (x[32:], y[32:]), optimizer="adamw", seed=0)
+    values = {"lr": 0.1, "weight_decay": 0.01}
+    found = [run(hyperparameters=values, mode=each).gradient for each in (mode, other)]
+    return difference(*(torch.stack([slopes[name] for name in values]) for slopes in found))
 
 
 def _by_kernel(case: Case, device: torch.device, backend: Backend) -> float:

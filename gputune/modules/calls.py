@@ -65,7 +65,7 @@ class Stateless:
     def held(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the tensors that stand under some names now: what a forward has written, inside ``substitute``."""
         wanted = set(names)
-        return {name: held[key] for held, key, _, name in self._places if name in wanted} if wanted else {}
+        return {name: held[key] for held, key, _, name in self._places if name in wanted}
 
 
 def not_trained(module: nn.Module) -> dict[str, Tensor]:
