@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import ClassVar, Self
 
 import numpy as np
@@ -16,7 +17,7 @@ from gputune.optimizers.classes import OPTIMIZER_PREFIX, check_optimizer, has_we
 from gputune.population.population import complete
 from gputune.scoring.objective import LOSS_PREFIX
 from gputune.sklearn.networks import TrainedClassifier, TrainedEstimator, TrainedRegressor
-from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, draw_seed, whole_number
+from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, draw_seed
 from gputune.study.module_source import is_builder
 from gputune.types import Config
 
@@ -118,11 +119,14 @@ class _NeuralNet(TrainedEstimator):
                 raise InputError(f"{type(self).__name__} has no {name}={value!r}: {remedy}.")
         if self.numbers not in ("none", "standard"):
             raise InputError(f"numbers must be 'none' or 'standard', got {self.numbers!r}.")
+        epochs = self.max_epochs
+        if isinstance(epochs, bool) or not isinstance(epochs, Integral) or int(epochs) < 1:
+            raise InputError(f"max_epochs must be an integer >= 1, got {epochs!r}. For example 50.")
         return Recipe(
             kind="module",
             config=self._config(),
             alpha=None,
-            epochs=whole_number("max_epochs", self.max_epochs),
+            epochs=int(epochs),
             seed=draw_seed(self.random_state, draw),
             device=self.device,
             module=_builder(self.module),

@@ -9,7 +9,6 @@ import cloudpickle
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from gputune.errors import InputError
 from gputune.modules.construction import Builder
 from gputune.population.population import ModelKind
 from gputune.scoring.objective import Objective, make_objective
@@ -142,13 +141,6 @@ def draw_seed(random_state: object, draw: DrawSeed) -> int:
         return draw()
     generator = check_random_state(random_state)
     return int(random_state) if isinstance(random_state, Integral) else int(generator.randint(2**31 - 1))
-
-
-def whole_number(name: str, value: object, least: int = 1) -> int:
-    """Return an integer >= ``least``. Raises InputError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        raise InputError(f"{name} must be an integer >= {least}, got {value!r}. For example 50.")
-    return int(value)
 
 
 def content(value: object) -> Hashable:
