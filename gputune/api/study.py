@@ -53,11 +53,11 @@ class Study(data.Study):
         Raises InputError for a number of no scored trial, for other rows, saying what differs, for a class that is not
         trusted, and where rows or options are in no file.
         """
+        from gputune.tuning.refit import Access
         from gputune.tuning.validation import refit_with_folds
 
-        return refit_with_folds(
-            self, X, y, trial=trial, intervals=intervals, calibrate=calibrate, check=check, trust_code=trust_code
-        )
+        access = Access(X, y, check, trust_code)
+        return refit_with_folds(self, access, trial=trial, intervals=intervals, calibrate=calibrate)
 
     def ensemble(
         self,
@@ -88,11 +88,12 @@ class Study(data.Study):
         Raises InputError for fewer than two finished trials, a study of descents, a custom target, and as
         ``best_model`` does; DivergedError where a trial diverges on all rows.
         """
+        from gputune.tuning.refit import Access
         from gputune.tuning.validation import ensemble
 
         return ensemble(
-            self, X, y, size=size, candidates=candidates, refit=refit, calibrate=calibrate, trust_code=trust_code,
-            verbose=verbose,
+            self, Access(X, y, trust_code=trust_code), size=size, candidates=candidates, refit=refit,
+            calibrate=calibrate, verbose=verbose,
         )  # fmt: skip
 
     def oof_predictions(
@@ -108,9 +109,10 @@ class Study(data.Study):
         Raises InputError for a number of no scored trial, a study of descents, of ``search`` or of a custom target,
         and as ``best_model`` does.
         """
+        from gputune.tuning.refit import Access
         from gputune.tuning.validation import oof_predictions
 
-        return oof_predictions(self, X, y, trial=trial, trust_code=trust_code)
+        return oof_predictions(self, Access(X, y, trust_code=trust_code), trial)
 
     def to_optuna(self, storage: object = None, *, name: str | None = None) -> "optuna.Study":
         """Write every trial into a new study of Optuna's and return it: for its dashboard, plots and importances.
@@ -156,11 +158,12 @@ class Study(data.Study):
 
         folds = None
         if confusion or importance:
+            from gputune.tuning.refit import Access
             from gputune.tuning.validation import fold_report
 
             check_place(f"report({str(path)!r})", Path(path), self.file)
-            what = {"confusion": confusion, "importance": importance}
-            folds = fold_report(self, X, y, **what, trust_code=trust_code)
+            access = Access(X, y, trust_code=trust_code)
+            folds = fold_report(self, access, confusion=confusion, importance=importance)
         write_page(self, path, model=None if model is None else model.info, folds=folds)
 
     @property

@@ -20,6 +20,7 @@ from gputune.study.model_files import DESCRIPTION, file_errors, read_description
 from gputune.study.record import has_form
 from gputune.study.study import Study
 from gputune.text import count
+from gputune.tuning.refit import Access
 from gputune.tuning.validation import check_fold_report, fold_report
 from gputune.types import Json
 
@@ -37,7 +38,8 @@ def report(arguments: Namespace) -> str:
         check_fold_report(study, confusion=parts["confusion"])
 
     def folds() -> FoldReport | None:
-        return fold_report(study, **parts, trust_code=bool(arguments.trust_code)) if any(parts.values()) else None
+        access = Access(trust_code=bool(arguments.trust_code))
+        return fold_report(study, access, **parts) if any(parts.values()) else None
 
     def write(**more: Any) -> None:
         write_page(study, out, model=_model(study, model_folder(file)), **more)

@@ -25,7 +25,7 @@ from gputune.study.store import Store
 from gputune.study.study import Study, Trial
 from gputune.text import count
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Search, search_of
+from gputune.tuning.refit import Access, Search, search_of
 
 _BLOCK, _RESIDUALS = 2**13, 10_000
 """Rows of which a member's outputs are made at a time, and residuals at most that a model keeps."""
@@ -62,10 +62,10 @@ def is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
     return is_of_classes and study.record.scoring == "neg_log_loss" if calibrate is None else calibrate
 
 
-def search_for(name: str, study: Study, X: object, y: object, trust_code: bool) -> Search:
+def search_for(name: str, study: Study, access: Access) -> Search:
     """Return the search of a study; what a refit refuses is refused in the words of ``name``, which has no check."""
     try:
-        return search_of(study, X, y, check=True, trust_code=trust_code)
+        return search_of(study, access)
     except InputError as error:
         if type(error) is not InputError:
             raise

@@ -174,20 +174,31 @@ class Search:
         return {"score": score, "std_error": std_error} if same else {}
 
 
-def search_of(study: Study, X: object, y: object, *, check: bool, trust_code: bool) -> Search:
-    """Return the search of a study on X and y, by default its own rows; ``check`` refuses others."""
-    from_file = study.file if X is None and study.data is None else None
+@dataclass(frozen=True)
+class Access:
+    """How a call reaches the rows and the code of a study: X and y, or its own; no others where ``check``."""
+
+    X: object = None
+    y: object = None
+    check: bool = True
+    trust_code: bool = False
+
+
+def search_of(study: Study, access: Access) -> Search:
+    """Return the search of a study on the rows of a call. Raises InputError where there are none, or others."""
+    own = access.X is None
+    from_file = study.file if own and study.data is None else None
     with nullcontext() if from_file is None else option_errors(from_file):
-        known = _read_search(study, X, y, trust_code)
+        known = _read_search(study, access)
     choice, source, options = known.choice, known.source, known.options
     # How many classes there are is for the rows to say: others may have two where the study's have three.
     task = "classification" if study.record.classes is not None else study.record.task
     problem = make_problem(source, task, choice, options)
     # Rows that the process has kept are the study's own.
-    is_kept = study.data is not None and X is None
+    is_kept = study.data is not None and own
     rows = dict(study.record.fingerprint) if is_kept else fingerprint(source.X, problem.target)
-    if check and rows != study.record.fingerprint:
-        raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
+    if access.check and rows != study.record.fingerprint:
+        raise InputError(_other_rows(study, problem, rows, are_given=not own))
     return Search(study, choice.of(problem.target, problem.objective), options, problem, rows)
 
 
@@ -202,18 +213,18 @@ def refit_trial(search: Search, one: Trial) -> TunedModel:
     )
 
 
-def _read_search(study: Study, X: object, y: object, trust_code: bool) -> RecordedSearch:
+def _read_search(study: Study, access: Access) -> RecordedSearch:
     """Return the model, the rows and the options of the search, from memory or from the study's file."""
     record = study.record
     if study.data is not None:
         kept: RecordedSearch = study.data
-        if X is None:
+        if access.X is None:
             return kept
         if kept.options.sample_weight is not None:
             raise InputError(
                 "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
             )
-        return replace(kept, source=_source_of(X, y, kept.choice, kept.options))
+        return replace(kept, source=_source_of(access, kept.choice, kept.options))
     if record.face == "sklearn":
         raise InputError(
             f"best_model() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
@@ -240,13 +251,13 @@ def _read_search(study: Study, X: object, y: object, trust_code: bool) -> Record
             f"best_model() cannot read {lacking}; call it on the study that tune() returned, in the same process."
         )
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
-    choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
-    rows = _reread(study, module=choice.takes_arrays) if X is None else _source_of(X, y, choice, options)
+    choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)
+    rows = _reread(study, module=choice.takes_arrays) if access.X is None else _source_of(access, choice, options)
     return RecordedSearch(choice, rows, options)
 
 
-def _source_of(X: object, y: object, choice: ModelChoice, options: Options) -> Source:
-    return read_source(X, y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
+    return read_source(access.X, access.y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
 
 
 def _machine(record: SearchRecord) -> Config:

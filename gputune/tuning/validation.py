@@ -37,7 +37,7 @@ from gputune.tuning.predictions import (
     why_no_folds,
 )
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Search, refit_trial, search_of
+from gputune.tuning.refit import Access, Search, refit_trial, search_of
 from gputune.types import Config
 
 _SHUFFLES, _ROWS = 5, 10_000
@@ -45,13 +45,11 @@ _SHUFFLES, _ROWS = 5, 10_000
 
 
 @entry
-def oof_predictions(
-    study: Study, X: object = None, y: object = None, *, trial: int | None = None, trust_code: bool = False
-) -> NDArray[np.float64]:
+def oof_predictions(study: Study, access: Access, trial: int | None) -> NDArray[np.float64]:
     """Return what a trial predicts of rows that it was not trained on; see ``Study.oof_predictions``."""
     check_folds_train(study, "oof_predictions()")
     one = _trial_of_number(study, trial, "oof_predictions")
-    search = search_for("oof_predictions", study, X, y, trust_code)
+    search = search_for("oof_predictions", study, access)
     predictions = predictions_of(search, [one], Progress(0))
     data = predictions.data
     means = means_of_rows(data, [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)])
@@ -60,18 +58,10 @@ def oof_predictions(
 
 @entry
 def refit_with_folds(
-    study: Study,
-    X: object = None,
-    y: object = None,
-    *,
-    trial: int | None = None,
-    intervals: bool = False,
-    calibrate: bool | None = None,
-    check: bool = True,
-    trust_code: bool = False,
+    study: Study, access: Access, *, trial: int | None, intervals: bool, calibrate: bool | None
 ) -> TunedModel:
     """Return the best trial of a study, or one of a number, trained on all rows; see ``Study.best_model``."""
-    if calibrate is None and (not check or why_no_folds(study)):
+    if calibrate is None and (not access.check or why_no_folds(study)):
         calibrate = False
     calibrated = is_calibrated(study, calibrate, "best_model")
     called, on_folds = f"best_model({'intervals' if intervals else 'calibrate'}=True)", intervals or calibrated
@@ -80,7 +70,7 @@ def refit_with_folds(
     if intervals and study.record.task != "regression":
         raise InputError(f"{called} is for a number to be predicted, and the study is of classes; leave it out.")
     one = _trial_of_number(study, trial, "best_model")
-    search = search_of(study, X, y, check=check, trust_code=trust_code)
+    search = search_of(study, access)
     if not on_folds:
         return refit_trial(search, one)
     if search.rows != study.record.fingerprint:
@@ -107,15 +97,13 @@ def _trial_of_number(study: Study, number: object, caller: str) -> Trial:
 @entry
 def ensemble(
     study: Study,
-    X: object = None,
-    y: object = None,
+    access: Access,
     *,
-    size: int = 25,
-    candidates: int = 25,
-    refit: int | Literal["all", "folds"] = "all",
-    calibrate: bool | None = None,
-    trust_code: bool = False,
-    verbose: int = 1,
+    size: int,
+    candidates: int,
+    refit: int | Literal["all", "folds"],
+    calibrate: bool | None,
+    verbose: int,
 ) -> TunedModel:
     """Choose and train an ensemble of the trials of a study; see ``Study.ensemble``.
 
@@ -132,7 +120,7 @@ def ensemble(
             f"ensemble() needs two finished trials, and the study has {len(trials)}; search on, or use best_model()."
         )
     calibrated = is_calibrated(study, calibrate, "ensemble")
-    search = search_for("ensemble", study, X, y, trust_code)
+    search = search_for("ensemble", study, access)
     predictions = predictions_of(search, trials, Progress(verbose))
     chosen, scores = predictions.choose(size), predictions.nested_scores(size)
     places = sorted(chosen)
@@ -183,18 +171,10 @@ def _columns(search: Search, data: Dataset, trials: Sequence[Trial]) -> tuple[li
 
 
 @entry
-def fold_report(
-    study: Study,
-    X: object = None,
-    y: object = None,
-    *,
-    confusion: bool = False,
-    importance: bool = False,
-    trust_code: bool = False,
-) -> FoldReport:
+def fold_report(study: Study, access: Access, *, confusion: bool = False, importance: bool = False) -> FoldReport:
     """Return the confusion matrix and the importance of the columns that were asked for; see ``Study.report``."""
     check_fold_report(study, confusion=confusion)
-    search, one = search_for("report", study, X, y, trust_code), study.best_trial
+    search, one = search_for("report", study, access), study.best_trial
     layout, matrix = search.problem.layout, np.zeros((0, 0), np.int64)
     if importance and not isinstance(layout, Layout):
         raise InputError(

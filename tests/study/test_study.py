@@ -17,6 +17,7 @@ from gputune.errors import SearchFailedError
 from gputune.study import curves
 from gputune.study import study as study_file
 from gputune.study.study import Trial
+from gputune.tuning.refit import Access
 from made_studies import HOSTILE, hostile_study, made_study
 from refused import refused
 from study_rows import candidates, make_study, result
@@ -180,10 +181,12 @@ def test_best_model_is_a_refit_of_this_study_on_the_given_rows(monkeypatch):
     module.refit_with_folds = lambda *arguments, **how: (*arguments, how)
     monkeypatch.setitem(sys.modules, "gputune.tuning.validation", module)
     found = study(trial(0, 1.0))
-    plain = {"trial": None, "intervals": False, "calibrate": None, "check": True, "trust_code": False}
-    assert found.best_model() == (found, None, None, plain)
-    how = {"trial": 3, "intervals": True, "calibrate": False, "check": False, "trust_code": True}
-    assert found.best_model("X", y="y", **how) == (found, "X", "y", how)
+    plain = {"trial": None, "intervals": False, "calibrate": None}
+    assert found.best_model() == (found, Access(None, None, True, False), plain)
+    how = {"trial": 3, "intervals": True, "calibrate": False}
+    assert found.best_model("X", y="y", check=False, trust_code=True, **how) == (
+        found, Access("X", "y", False, True), how,
+    )  # fmt: skip
 
 
 def test_the_card_of_a_study():

@@ -22,6 +22,7 @@ from gputune.population.network import Ensemble
 from gputune.study.export import WholeModel
 from gputune.tuning.predictions import Predictions, predictions_of, search_for
 from gputune.tuning.progress import Progress
+from gputune.tuning.refit import Access
 from refused import refused
 
 tune = partial(gputune.tune, n_trials=6, max_epochs=4, cv=3, verbose=0, workers=1)
@@ -36,7 +37,7 @@ def study(tmp_path_factory):
 
 def predicted(study, trials=None):
     """What trials of a study predict, by default all in the order of their scores."""
-    search = search_for("ensemble", study, None, None, False)
+    search = search_for("ensemble", study, Access())
     return predictions_of(search, study.ranking() if trials is None else trials, Progress(0))
 
 
