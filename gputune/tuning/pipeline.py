@@ -93,8 +93,7 @@ def search(
     """The pipeline: space, rows, folds, data on the device, trials, training, study.
 
     ``say_notes=False`` is for a caller that shows the notes of the record, on the columns and the trials, itself;
-    ``profile`` is told where the time goes, and ``words`` is as in ``Progress``.
-    Raises SearchInterrupted where one of ``signals`` ended the training early.
+    ``profile`` is told where time goes, ``words`` is as in ``Progress``. Raises SearchInterrupted after ``signals``.
     """
     stop = Stop(None if recorded.options.timeout is None else time.monotonic() + recorded.options.timeout)
     callbacks = Callbacks(recorded.options.callbacks, stop)
@@ -124,12 +123,10 @@ def search(
                 context.tidy(ledger)
                 if context.faults:
                     ledger.note(list(context.faults))
-                    noted = replace(record, notes=[*record.notes, *context.faults])
-                    make_study = partial(study_type.from_rows, noted.to_json())
+                    record = replace(record, notes=[*record.notes, *context.faults])
     refitted = replace(options, callbacks=(), warm_start=())  # a refit calls none
-    source = replace(recorded.source, original=None)
-    data = RecordedSearch(setup.choice, source, refitted, outputs=ledger.outputs)
-    study = make_study(ledger.rows(), data=data, file=options.study)
+    data = RecordedSearch(setup.choice, replace(recorded.source, original=None), refitted, outputs=ledger.outputs)
+    study = study_type.from_rows(record.to_json(), ledger.rows(), data=data, file=options.study)
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
     return check_ending(study, numbers)
