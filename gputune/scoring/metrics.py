@@ -35,12 +35,11 @@ def make_metrics(
     if scorers is None:
         return make_scoring(cast(OneScoring | None, scoring), task, classes, positive, objective, n_labels)
     of_class = [_is_of_class(scorer, task) for scorer in scorers.values()]
-    metrics = [
-        # What none of them takes is refused with the first.
-        make_scoring(scorer, task, classes, positive if own or not any(of_class) else None, objective, n_labels)
-        for scorer, own in zip(scorers.values(), of_class)
-    ]
-    metrics = [replace(metric, label=label) for label, metric in zip(scorers, metrics)]
+    metrics = []
+    for (label, scorer), own in zip(scorers.items(), of_class):
+        its_class = positive if own or not any(of_class) else None  # what none of them takes is refused with the first
+        metric = make_scoring(scorer, task, classes, its_class, objective, n_labels)
+        metrics.append(replace(metric, label=label))
     return replace(metrics[0], others=tuple(metrics[1:]))
 
 
@@ -52,12 +51,8 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
         raise InputError(
             f"scoring needs at least one score, got {scoring!r}; name one, or leave it out for the usual one."
         )
-    if not isinstance(scoring, Mapping):
-        pairs = [
-            (one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__), one) for one in scoring
-        ]
-    else:
-        pairs = list(scoring.items())
+    labels = [one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__) for one in scoring]
+    pairs = list(scoring.items() if isinstance(scoring, Mapping) else zip(labels, scoring))
     for label, scorer in pairs:
         if not (isinstance(scorer, str) or callable(scorer)):
             raise InputError(
@@ -66,7 +61,6 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
             )
         if not isinstance(label, str) or not label:
             raise InputError(f"scoring, a dict, has texts as keys, got {label!r}; name each score.")
-    labels = [label for label, _ in pairs]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"scoring names {twice[0]!r} twice; leave one out, or give a dict that has a name for each.")
     return dict(pairs)
