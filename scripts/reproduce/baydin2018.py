@@ -12,7 +12,6 @@ tuned lr" is not in the paper: it shows what a search for one constant learning 
 import argparse
 import csv
 import gzip
-import math
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -74,7 +73,7 @@ TRAIN_ROWS, VALID_ROWS, PIXELS = 60_000, 10_000, 28 * 28
 FIRST_CLASSES = (5, 0, 4, 1, 9)  # of MNIST's training rows; other sets have files of the same names and sizes
 MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels in [0, 1], as the paper's program has them
 GET_FILES = (
-    "torchvision.datasets.MNIST('data', download=True) puts the four files into data/MNIST/raw; "
+    "torchvision.datasets.MNIST('data', download=True) puts the four files into data/MNIST/raw (--data DIR); "
     "without --data the script runs on scikit-learn's digits."
 )
 
@@ -99,62 +98,43 @@ def load(source: str | None) -> Data:
 
     Of these a stratified fifth is for validation, always the same. Raises InputError where it fails.
     """
-    if source is not None:
-        of = (_openml, "OpenML") if source == "openml" else (partial(_idx_files, Path(source)), source)
-        return mnist(*of[0](), f"MNIST from {of[1]}")
-    X, y = load_digits(return_X_y=True)
-    X, X_valid, y, y_valid = train_test_split(X / 16, y, test_size=0.2, stratify=y, random_state=0)
-    scale = X.mean(), X.std()
-    return Data("scikit-learn's digits", *_tensors(X, y, *scale), *_tensors(X_valid, y_valid, *scale), False)
-
-
-def mnist(images: np.ndarray, classes: np.ndarray, name: str) -> Data:
-    """Return MNIST from its 70,000 rows of pixels in 0..255, the training rows first; InputError for other data."""
-    if images.shape != (TRAIN_ROWS + VALID_ROWS, PIXELS) or tuple(classes[:5]) != FIRST_CLASSES:
-        raise InputError(
-            f"--data must be MNIST: {TRAIN_ROWS + VALID_ROWS} images of {PIXELS} pixels, the first classes "
-            f"{FIRST_CLASSES}; got {len(images)} images of {images.shape[1]} pixels, the first classes "
-            f"{tuple(map(int, classes[:5]))}. {GET_FILES}"
-        )
-    scale = 255 * MEAN, 255 * DEVIATION
-    train = _tensors(images[:TRAIN_ROWS], classes[:TRAIN_ROWS], *scale)
-    return Data(name, *train, *_tensors(images[TRAIN_ROWS:], classes[TRAIN_ROWS:], *scale), True)
-
-
-def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the array of this shape in an idx file of unsigned bytes, plain or compressed by gzip.
-
-    The header is two zero bytes, the type (8), the number of axes, then the length of each as a big-endian
-    32-bit integer. Raises InputError for anything else.
-    """
-    try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":  # some browsers decompress a file and leave its name, so the name says nothing
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"--data: {path} must be readable, got: {error}. {GET_FILES}") from error
-    header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
-    if not raw.startswith(header) or len(raw) - len(header) != math.prod(shape):
-        raise InputError(
-            f"--data: {path} must be an idx file of unsigned bytes of shape {shape}, got {len(raw)} bytes that begin "
-            f"with {raw[: len(header)].hex(' ') or 'nothing'}. {GET_FILES}"
-        )
-    return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape)
+    if source is None:
+        X, y = load_digits(return_X_y=True)
+        X, X_valid, y, y_valid = train_test_split(X / 16, y, test_size=0.2, stratify=y, random_state=0)
+        name, mean, deviation = "scikit-learn's digits", X.mean(), X.std()
+    else:
+        X, y = _openml() if source == "openml" else _idx_files(Path(source))
+        if X.shape != (TRAIN_ROWS + VALID_ROWS, PIXELS) or tuple(y[:5]) != FIRST_CLASSES:
+            raise InputError(
+                f"--data must be MNIST: {TRAIN_ROWS + VALID_ROWS} images of {PIXELS} pixels, the first classes "
+                f"{FIRST_CLASSES}; got {len(X)} images of {X.shape[1]} pixels, the first classes "
+                f"{tuple(map(int, y[:5]))}. {GET_FILES}"
+            )
+        (X, X_valid), (y, y_valid) = (np.split(part, [TRAIN_ROWS]) for part in (X, y))
+        name = f"MNIST from {'OpenML' if source == 'openml' else source}"
+        mean, deviation = 255 * MEAN, 255 * DEVIATION
+    x, x_valid = (torch.tensor(part, dtype=torch.float32).sub_(mean).div_(deviation) for part in (X, X_valid))
+    classes, classes_valid = (torch.tensor(part, dtype=torch.int64) for part in (y, y_valid))
+    return Data(name, x, classes, x_valid, classes_valid, is_mnist=source is not None)
 
 
 def _idx_files(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read images and classes, training rows first, from idx files, plain or compressed by gzip."""
     images, classes = [], []
-    for part, rows in (("train", TRAIN_ROWS), ("t10k", VALID_ROWS)):
-        images.append(read_idx(_find(folder, f"{part}-images-idx3-ubyte"), (rows, 28, 28)))
-        classes.append(read_idx(_find(folder, f"{part}-labels-idx1-ubyte"), (rows,)))
+    try:
+        for part, rows in (("train", TRAIN_ROWS), ("t10k", VALID_ROWS)):
+            for kind, shape, found in (("images-idx3", (rows, 28, 28), images), ("labels-idx1", (rows,), classes)):
+                path = folder / f"{part}-{kind}-ubyte"
+                raw = (path if path.exists() else path.with_name(f"{path.name}.gz")).read_bytes()
+                if raw[:2] == b"\x1f\x8b":  # some browsers decompress a file and leave its name
+                    raw = gzip.decompress(raw)
+                # A header of 4 bytes and 4 for the length of each axis comes before the pixels.
+                found.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape))
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(
+            f"--data must be a folder of MNIST's four idx files, got {folder}: {error}. {GET_FILES}"
+        ) from error
     return np.concatenate(images).reshape(-1, PIXELS), np.concatenate(classes)
-
-
-def _find(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise InputError(f"--data must be a folder that holds {name} or {name}.gz, got {folder}. {GET_FILES}")
 
 
 def _openml() -> tuple[np.ndarray, np.ndarray]:
@@ -162,16 +142,8 @@ def _openml() -> tuple[np.ndarray, np.ndarray]:
         # liac-arff: the other parser needs pandas, which gputune does not install
         bunch = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
     except OSError as error:  # no network, no such host, a time-out, a server's refusal
-        raise InputError(
-            f"--data openml needs a network that reaches openml.org, got: {error}. With the four idx files of "
-            f"MNIST at hand give their folder, --data DIR: {GET_FILES}"
-        ) from error
+        raise InputError(f"--data openml needs a network that reaches openml.org, got: {error}. {GET_FILES}") from error
     return bunch.data, bunch.target.astype(np.int64)
-
-
-def _tensors(X: np.ndarray, y: np.ndarray, mean: float, deviation: float) -> tuple[Tensor, Tensor]:
-    scaled = torch.tensor(X, dtype=torch.float32).sub_(mean).div_(deviation)
-    return scaled, torch.tensor(y, dtype=torch.int64)
 
 
 @dataclass(frozen=True)

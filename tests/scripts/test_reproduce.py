@@ -88,28 +88,6 @@ def idx(array):
     return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
 
 
-IMAGES = np.arange(3 * 2 * 4, dtype=np.uint8).reshape(3, 2, 4) * 10
-
-
-@pytest.mark.parametrize(
-    "content, complaint",
-    [
-        (b"", "of shape (3, 2, 4), got 0 bytes that begin with nothing"),
-        (b"\x89PNG\r\n", "got 6 bytes that begin with 89 50 4e 47"),
-        (b"\0\0\x0d" + idx(IMAGES)[3:], "that begin with 00 00 0d 03"),
-        (idx(IMAGES)[:-5], "must be an idx file of unsigned bytes of shape (3, 2, 4), got 35 bytes"),
-        (idx(IMAGES) + b"more", "got 44 bytes that begin with 00 00 08 03"),
-        (gzip.compress(idx(IMAGES), mtime=0)[:-9], "must be readable, got: "),
-        (gzip.compress(idx(IMAGES), mtime=0)[:12] + b"\xff" * 30, "must be readable, got: "),
-    ],
-)
-def test_a_file_that_is_no_idx_file_is_named(script, tmp_path, content, complaint):
-    path = tmp_path / "images"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{re.escape(str(path))}.*{re.escape(complaint)}.*torchvision"):
-        script("baydin2018").read_idx(path, (3, 2, 4))
-
-
 @pytest.fixture
 def small_mnist(script, monkeypatch, tmp_path):
     """Four files of random pixels that pass for MNIST: 20 rows, 8 to validate; beside the arrays in them."""
@@ -140,28 +118,29 @@ def test_mnist_is_read_from_a_folder_and_comes_from_openml(small_mnist, monkeypa
 
 
 @pytest.mark.parametrize(
-    "name, array, complaint",
+    "name, content, complaint",
     [
-        ("train-labels-idx1-ubyte", np.arange(20) % 10, "the first classes (5, 0, 4, 1, 9); got 28 images"),
-        ("train-labels-idx1-ubyte", np.zeros(19), "of shape (20,), got 27 bytes"),
-        ("t10k-images-idx3-ubyte", np.zeros((8, 14, 14)), "of shape (8, 28, 28), got"),
-        ("t10k-labels-idx1-ubyte", None, "holds t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz, got"),
+        ("train-labels-idx1-ubyte", idx(np.arange(20) % 10), "the first classes (5, 0, 4, 1, 9); got 28 images"),
+        ("train-labels-idx1-ubyte", idx(np.zeros(19)), "cannot reshape array of size 19 into shape (20,)"),
+        ("t10k-labels-idx1-ubyte", b"", "offset must be non-negative"),
+        ("t10k-labels-idx1-ubyte", gzip.compress(idx(np.zeros(8)), mtime=0)[:-9], "ended before"),
+        ("t10k-labels-idx1-ubyte", None, "No such file"),
     ],
 )
-def test_files_that_are_not_mnist_are_refused(small_mnist, name, array, complaint):
-    if array is None:
+def test_files_that_are_not_mnist_are_refused(small_mnist, name, content, complaint):
+    if content is None:
         (small_mnist.folder / name).unlink()
     else:
-        (small_mnist.folder / name).write_bytes(idx(array))
-    with pytest.raises(InputError, match=re.escape(complaint)):
+        (small_mnist.folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"--data must be .*{re.escape(complaint)}.*torchvision"):
         small_mnist.module.load(str(small_mnist.folder))
 
 
 def test_what_cannot_be_had_ends_with_its_remedy(script, monkeypatch, tmp_path, capsys):
     assert script("baydin2018").main(["--data", "nowhere"]) == 2
-    out, err = capsys.readouterr()
-    assert not out and err.startswith("error: --data must be a folder that holds train-images-idx3-ubyte or ")
-    assert "got nowhere. torchvision.datasets.MNIST('data', download=True) puts the four files" in err
+    said = capsys.readouterr().err
+    assert said.startswith("error: --data must be a folder of MNIST's four idx files, got nowhere: ")
+    assert "torchvision.datasets.MNIST('data', download=True) puts the four files" in said
 
     def fetch(*arguments, **options):
         raise URLError("Name or service not known")
