@@ -6,14 +6,17 @@ import re
 import subprocess
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any
+from typing import Any, TypeVar
 
 import joblib
 import torch
+
+Kind = TypeVar("Kind")
 
 HERE = Path(__file__).parent
 PACKAGES = ("gputune", "torch", "scikit-learn", "numpy", "scipy", "joblib")
@@ -83,14 +86,24 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def publish(out: Path, what: str, machine: dict[str, Any], text: str, **numbers: Any) -> int:
-    """Write the page and, with the machine, the numbers into a folder, made if need be; print the page; return 0."""
+def publish(out: Path, what: str, title: str, machine: dict[str, Any], *parts: str, **numbers: Any) -> int:
+    """Write the page and, with the machine, the numbers into a folder, made if need be; print the page; return 0.
+
+    Values of dataclasses among the numbers become objects of their fields.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    text = page(title, machine, *parts)
     in_json, in_words = (out / f"{file_stem(machine, what)}{suffix}" for suffix in (".json", ".md"))
-    in_json.write_text(json.dumps({"machine": machine, **numbers}, indent=1, allow_nan=False) + "\n")
+    in_json.write_text(json.dumps({"machine": machine, **numbers}, default=asdict, indent=1, allow_nan=False) + "\n")
     in_words.write_text(text)
     print(f"\n{text}\nwritten: {in_json}, {in_words}")
     return 0
+
+
+def published(out: Path, what: str, machine: dict[str, Any], name: str, kind: type[Kind]) -> list[Kind]:
+    """Return the values of that name among the numbers that were published; none where there is no file."""
+    file = out / f"{file_stem(machine, what)}.json"
+    return [kind(**one) for one in json.loads(file.read_text())[name]] if file.exists() else []
 
 
 class Clock:

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal
@@ -24,7 +24,7 @@ import pandas as pd
 import gputune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmark.report import HERE, Clock, describe_machine, file_stem, page, positive, publish, table
+from benchmark.report import HERE, Clock, describe_machine, positive, publish, published, table
 
 PARTS = ("train", "val", "test")
 REGRESSION = ("california",)
@@ -174,29 +174,28 @@ def measure(
             yield Result(name, seed, model, trials, where, way, data.score(tuned), len(tuned.info["ensemble"]), *costs)
 
 
-def words(machine: dict[str, object], results: Sequence[Result], note: str) -> str:
-    """Return the page."""
+def scores(results: Sequence[Result]) -> str:
+    """Return the table: the published scores, and those of each group of results."""
     rows: list[list[object]] = []
     for name in dict.fromkeys(one.table for one in results):
         rows += [[name, who, score, "", f"{s:,}", "", on] for who, (score, s, on) in PUBLISHED.get(name, {}).items()]
         groups = dict.fromkeys((one.model, one.trials, one.way, one.rows) for one in results if one.table == name)
         for group in groups:
             of = [one for one in results if (one.table, one.model, one.trials, one.way, one.rows) == (name, *group)]
-            scores = [one.score for one in of]
-            spread = f" ± {stdev(scores):.4f} ({len(of)} seeds)" if len(of) > 1 else ""
+            found = [one.score for one in of]
+            spread = f" ± {stdev(found):.4f} ({len(of)} seeds)" if len(of) > 1 else ""
             members = "-".join(map(str, sorted({min(one.members for one in of), max(one.members for one in of)})))
             seconds, cpu = mean(one.seconds for one in of), mean(one.cpu for one in of)
             who = "gputune, {}, {} trials: {}, on {} rows".format(*group)
-            rows.append([name, who, f"{mean(scores):.4f}{spread}", members, f"{seconds:,.0f}", f"{cpu:,.0f}", "CPU"])
+            rows.append([name, who, f"{mean(found):.4f}{spread}", members, f"{seconds:,.0f}", f"{cpu:,.0f}", "CPU"])
     head = ["table", "model", "test score", "trials in it", "seconds", "CPU seconds", "on"]
-    return page("Published tuned MLPs", machine, HOW, note, table(head, rows))
+    return table(head, rows)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure what the results lack, write after each search, and print; return 0."""
     machine = describe_machine(with_card=False)
-    file = options.out / f"{file_stem(machine, 'tuned-mlp')}.json"
-    results = [Result(**one) for one in json.loads(file.read_text())["results"]] if file.exists() else []
+    results = published(options.out, "tuned-mlp", machine, "results", Result)
     for name in options.tables:
         data = read(options.folder, name)
         for seed in range(options.seeds):
@@ -208,8 +207,8 @@ def run(options: argparse.Namespace) -> int:
                 if not lacking:
                     continue
                 results += measure(name, data, seed, model, trials, lacking, options.studies)
-                text = words(machine, results, options.note)
-                publish(options.out, "tuned-mlp", machine, text, results=[*map(asdict, results)])
+                parts = HOW, options.note, scores(results)
+                publish(options.out, "tuned-mlp", "Published tuned MLPs", machine, *parts, results=results)
     return 0
 
 

@@ -197,7 +197,7 @@ def test_ratios_are_to_the_same_trials(script, work):
     ratios = [part["engines"][0][key] for key in ("ratio", "ratio_min", "ratio_max", "ratio_compiled")]
     assert ratios == [9 / 2.5, 9 / 4, 4.0, 9 / 2] and part["engines"][1]["ratio_compiled"] == 8 / 2
     machine = {**script("benchmark.report").describe_machine(), "card": "NVIDIA H100 80GB HBM3"}
-    text = report.markdown(machine, [part])
+    text = "\n".join(report.section(part))
     for line in (
         "| scikit-learn | 0.9000 | 9.00 | 8.00 | 10.00 | 0.50 | 0.00 | 0.44 | 3.60x (2.25 to 4.00) | 4.50x |",
         "| Ray Tune (measured on the first 2 trials) | 0.9000 | 1.00 |",

@@ -13,9 +13,6 @@ from importlib.util import find_spec
 
 from benchmark.work import Outcome, Work
 
-Train = Callable[[Work, int], Outcome]
-"""A work and the number of cores -> its scores and times."""
-
 
 @dataclass(frozen=True)
 class Engine:
@@ -35,9 +32,11 @@ class Engine:
             return "no C++ compiler is installed"
         return None
 
-    def load(self) -> Train:
-        """Import it, and with it its package."""
-        train: Train = getattr(import_module(f"benchmark.engines.{self.module}"), self.function)
+    def load(self) -> Callable[[Work, int], Outcome]:
+        """Import it, and with it its package: a work and the number of cores -> its scores and times."""
+        train: Callable[[Work, int], Outcome] = getattr(
+            import_module(f"benchmark.engines.{self.module}"), self.function
+        )
         return train
 
 
@@ -56,12 +55,8 @@ ENGINES = {
 }
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """An engine and the number of trials that it trains; None for the whole list."""
-
-    engine: Engine
-    trials: int | None = None
+Chosen = tuple[Engine, int | None]
+"""An engine and the number of trials that it trains; None for the whole list."""
 
 
 def choose(text: str) -> list[Chosen]:
@@ -69,7 +64,7 @@ def choose(text: str) -> list[Chosen]:
 
     Raises ValueError for what is no engine or no number of trials.
     """
-    found = {}
+    found: dict[str, Chosen] = {}
     for word, colon, number in (part.strip().partition(":") for part in text.split(",")):
         if word not in ENGINES:
             raise ValueError(f"must be of {', '.join(ENGINES)}, got {word!r}")
@@ -77,20 +72,20 @@ def choose(text: str) -> list[Chosen]:
             raise ValueError(f"{word}: must have a number of trials of at least 1 after it, got {number!r}")
         if word == "gputune" and colon:
             raise ValueError("gputune trains the whole list, and a part of it where another engine does")
-        found[word] = Chosen(ENGINES[word], int(number) if colon else None)
-    own = found.pop("gputune", Chosen(ENGINES["gputune"]))
-    return [*found.values(), own]
+        found[word] = ENGINES[word], int(number) if colon else None
+    found.pop("gputune", None)
+    return [*found.values(), (ENGINES["gputune"], None)]
 
 
 def split_by_lack(chosen: list[Chosen]) -> tuple[list[Chosen], dict[str, str]]:
     """Return those that can run here, and by name what the others lack, which is printed."""
-    lacks = {one.engine.name: lack for one in chosen if (lack := one.engine.lacks()) is not None}
+    lacks = {engine.name: lack for engine, _ in chosen if (lack := engine.lacks()) is not None}
     for name, lack in lacks.items():
         print(f"{name} is left out: {lack}")
-    return [one for one in chosen if one.engine.name not in lacks], lacks
+    return [one for one in chosen if one[0].name not in lacks], lacks
 
 
 def versions(chosen: list[Chosen]) -> dict[str, str]:
     """Return the versions of the packages that the engines use beyond those of every benchmark."""
-    packages = {one.engine.package.partition(".")[0] for one in chosen} - {"sklearn", "torch", "gputune"}
+    packages = {engine.package.partition(".")[0] for engine, _ in chosen} - {"sklearn", "torch", "gputune"}
     return {package: version(package) for package in sorted(packages)}

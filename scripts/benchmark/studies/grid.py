@@ -21,7 +21,7 @@ from sklearn.model_selection import KFold
 
 from benchmark.engines import choose, split_by_lack
 from benchmark.engines.gputune import train
-from benchmark.report import counted, describe_machine, page, publish, table
+from benchmark.report import counted, describe_machine, publish, table
 from benchmark.studies.training import AGREEMENT, Measured, measure, ratio, runs
 from benchmark.work import Work, digits_work
 
@@ -90,8 +90,9 @@ def run(options: Namespace) -> int:
         repeats=counted(repeats, "run"), agreement=AGREEMENT, epochs=epochs,
         means=", ".join(f"{name} {mean:.4f}" for name, mean in means.items()),
     )  # fmt: skip
-    numbers = {"cells": cells, "accuracy": means, "left_out": lacks, "growth": [vars(one) for one in grown]}
-    return publish(options.out, "grid", machine, markdown(machine, how, cells, grown), epochs=epochs, **numbers)
+    numbers = {"epochs": epochs, "cells": cells, "accuracy": means, "left_out": lacks, "growth": grown}
+    title = "gputune over trials, widths and batch sizes"
+    return publish(options.out, "grid", title, machine, how, *_sections(cells, grown), **numbers)
 
 
 def cell_work(trials: int, width: int, batch_size: int, epochs: int) -> Work:
@@ -118,38 +119,44 @@ def _cell(work: Work, measured: Sequence[Measured]) -> Cell:
     }
 
 
-def markdown(machine: dict[str, Any], how: str, cells: Sequence[Cell], grown: Sequence[Growth]) -> str:
-    """Return the report as a page."""
-    parts = [how]
+def _sections(cells: Sequence[Cell], grown: Sequence[Growth]) -> list[str]:
+    parts = []
     counts = sorted({cell["trials"] for cell in cells})
-    shapes = dict.fromkeys((cell["width"], cell["batch_size"]) for cell in cells)
+    head = ["width", "batch size", *(counted(n, "trial") for n in counts)]
     for rival in cells[0]["ratio"]:
-        head = ["width", "batch size", *(counted(n, "trial") for n in counts)]
-        rows = [(*shape, *(_ratios(cells, rival, *shape, n) for n in counts)) for shape in shapes]
-        parts += [f"## Against {rival}", table(head, rows), _lost(cells, rival)]
-    parts += ["## What grows with trials x folds x epochs", GROWN, growth_table(grown)]
-    parts += ["## What grows with rows", GROWN_ROWS.format(columns=COLUMNS, **LARGE), growth_table(grown, by_rows=True)]
-    return page("gputune over trials, widths and batch sizes", machine, *parts)
-
-
-def _ratios(cells: Sequence[Cell], rival: str, width: int, batch_size: int, trials: int) -> str:
-    shape = (width, batch_size, trials)
-    cell = next(c for c in cells if (c["width"], c["batch_size"], c["trials"]) == shape)
-    times = f"{cell['ratio'][rival]:.2f}x"
-    return f"**{times}**" if cell["ratio"][rival] < 1 else times
-
-
-def _lost(cells: Sequence[Cell], rival: str) -> str:
-    lost = [_name(c["trials"], c["width"], c["batch_size"]) for c in cells if c["ratio"][rival] < 1]
-    which = f": {'; '.join(lost)}" if lost else ""
-    return f"gputune is slower in {len(lost)} of {len(cells)} cells{which}."
+        rows: dict[tuple[int, int], list[object]] = {}  # in a row the cells' trials grow
+        for cell in cells:
+            shape, ratio = (cell["width"], cell["batch_size"]), cell["ratio"][rival]
+            rows.setdefault(shape, [*shape]).append(f"**{ratio:.2f}x**" if ratio < 1 else f"{ratio:.2f}x")
+        lost = [_name(c["trials"], c["width"], c["batch_size"]) for c in cells if c["ratio"][rival] < 1]
+        which = f": {'; '.join(lost)}" if lost else ""
+        verdict = f"gputune is slower in {len(lost)} of {len(cells)} cells{which}."
+        parts += [f"## Against {rival}", table(head, rows.values()), verdict]
+    head = "trials|folds|epochs|trials x folds x epochs|seconds|µs for each|peak MiB|above the start".split("|")
+    found = [
+        (
+            g.trials, g.folds, g.epochs, f"{g.work:,}", f"{g.seconds:.2f}", f"{g.seconds / g.work * 1e6:.0f}",
+            f"{g.peak:.0f}", f"{g.peak - g.before:.0f}",
+        )
+        for g in grown
+        if not g.rows
+    ]  # fmt: skip
+    parts += ["## What grows with trials x folds x epochs", GROWN, table(head, found)]
+    by_rows = [
+        (
+            f"{g.rows:,}", f"{g.seconds:.1f}", f"{g.seconds / g.rows * 1e6:.1f}", f"{g.peak:.0f}",
+            f"{g.peak - g.before:.0f}",
+        )
+        for g in grown
+        if g.rows
+    ]  # fmt: skip
+    grown_rows = table("rows|seconds|µs for each|peak MiB|above the start".split("|"), by_rows)
+    return [*parts, "## What grows with rows", GROWN_ROWS.format(columns=COLUMNS, **LARGE), grown_rows]
 
 
 def measure_growth(*, trials: int, epochs: int, factor: int) -> list[Growth]:
     """Measure the least work, then twice of its trials, of its folds and of its epochs, to ``factor``; and ``ROWS``."""
-    times = [1]
-    while times[-1] < factor:
-        times.append(2 * times[-1])
+    times = [2**k for k in range(factor.bit_length())]
     cases = [
         *((trials * n, FOLDS, epochs, 0) for n in times),
         *((trials, FOLDS * n, epochs, 0) for n in times[1:]),
@@ -187,24 +194,6 @@ def peak_mib() -> float:
     """Return the largest resident memory of this process so far."""
     # Linux lets a child begin with its parent's peak in getrusage, but not here.
     return int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
-
-
-def growth_table(grown: Sequence[Growth], *, by_rows: bool = False) -> str:
-    """Return the report's table of the searches of digits, or of those of large tables."""
-    if by_rows:
-        found = [(g, f"{g.rows:,}", f"{g.seconds / g.rows * 1e6:.1f}") for g in grown if g.rows]
-        cells = [(n, f"{g.seconds:.1f}", each, f"{g.peak:.0f}", f"{g.peak - g.before:.0f}") for g, n, each in found]
-        return table("rows|seconds|µs for each|peak MiB|above the start".split("|"), cells)
-    head = "trials|folds|epochs|trials x folds x epochs|seconds|µs for each|peak MiB|above the start"
-    rows = [
-        (
-            g.trials, g.folds, g.epochs, f"{g.work:,}", f"{g.seconds:.2f}", f"{g.seconds / g.work * 1e6:.0f}",
-            f"{g.peak:.0f}", f"{g.peak - g.before:.0f}",
-        )
-        for g in grown
-        if not g.rows
-    ]  # fmt: skip
-    return table(head.split("|"), rows)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ of every table it is also run, and must end the same. A seed draws its own trial
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,13 @@ import polars as pl
 from sklearn.datasets import load_digits
 
 import gputune
-from benchmark.report import describe_machine, page, publish, table
+from benchmark.report import describe_machine, publish, table
 from gputune.methods.stopping import survivors
 
 TRIALS, EPOCHS, SEEDS, FOLDS = 243, 54, 10, 3
 ADULT_ROWS = 10_000
 LOSS, SHARE = 0.005, 0.2  # of the full search's best score, and of its trial-epochs
 AGREEMENT = 2e-3  # between halving as it is run and as it is read off: rounding may turn a tie
-
-Tables = Mapping[str, tuple[Any, Any]]
-"""Name -> what ``tune`` takes as X and y."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +60,30 @@ def run(options: Namespace) -> int:
     epochs, machine, found = options.epochs or EPOCHS, describe_machine(), []
     for name, (X, y) in tables(options.adult).items():
         for seed in range(options.repeats or SEEDS):
-            found.append(compare(name, X, y, trials=TRIALS, epochs=epochs, seed=seed))
+            found.append(compare(name, X, y, epochs=epochs, seed=seed))
             cells = zip(HEAD, found[-1].row())
             print(", ".join(f"{word} {value or 'no'}" for word, value in cells), flush=True)
     if any(one.run is not None and not abs(one.run - one.halving) <= AGREEMENT for one in found):
         print("NO COMPARISON: halving as it is run ends with another score than its decisions on the full curves.")
         return 1
-    text = markdown(machine, found, trials=TRIALS, epochs=epochs)
-    numbers = {"trials": TRIALS, "epochs": epochs, "seeds": [asdict(one) for one in found]}
-    return publish(options.out, "halving", machine, text, **numbers)
+    how = (
+        f"{TRIALS} trials of the default space, {epochs} epochs, {FOLDS} folds; `gputune.Halving()`. Accuracy is the "
+        "best fold mean. Halving's survivors are read off the curves of the full search; on seed 0 it was run as well. "
+        f"The aim is a loss of at most {LOSS:.1%} for at most {SHARE:.0%} of the trial-epochs."
+    )
+    within = sum(one.loss <= LOSS and one.share <= SHARE for one in found)
+    parts = how, table(HEAD, (one.row() for one in found)), f"{within} of {len(found)} reach the aim."
+    title, numbers = "What successive halving loses, and what it saves", {"trials": TRIALS, "epochs": epochs}
+    return publish(options.out, "halving", title, machine, *parts, **numbers, seeds=found)
 
 
-def compare(table: str, X: Any, y: Any, *, trials: int, epochs: int, seed: int) -> Seed:
+def compare(table: str, X: Any, y: Any, *, epochs: int, seed: int) -> Seed:
     """Search one table in full and by halving; the first seed runs both."""
     method = gputune.Halving()
 
     def search(how: Any) -> gputune.Study:
         return gputune.tune(
-            "mlp", X, y, n_trials=trials, max_epochs=epochs, cv=FOLDS, method=how, random_state=seed, verbose=0
+            "mlp", X, y, n_trials=TRIALS, max_epochs=epochs, cv=FOLDS, method=how, random_state=seed, verbose=0
         )  # fmt: skip
 
     full = search("random")
@@ -102,34 +104,21 @@ def halved(curves: np.ndarray, method: gputune.Halving, epochs: int) -> tuple[np
     return alive, spent + len(alive) * (epochs - before)
 
 
-def tables(adult: Path | None) -> Tables:
-    """Return digits, and a sample of the census table where its file is given."""
+def tables(adult: Path | None) -> dict[str, tuple[Any, Any]]:
+    """Return X and y of digits, and of the census table where its file, UCI's adult.data, is given.
+
+    Of that 10,000 rows (or all, where there are fewer), and whether the income is above 50K.
+    """
     found: dict[str, tuple[Any, Any]] = {"digits": load_digits(return_X_y=True)}
-    return found if adult is None else {**found, "adult": adult_sample(adult)}
-
-
-def adult_sample(path: Path) -> tuple[pl.DataFrame, np.ndarray]:
-    """Return 10,000 rows of UCI's adult.data (or all, where there are fewer) and whether the income is above 50K."""
-    rows = pl.read_csv(path, has_header=False, null_values=["?", " ?"], truncate_ragged_lines=True)
+    if adult is None:
+        return found
+    rows = pl.read_csv(adult, has_header=False, null_values=["?", " ?"], truncate_ragged_lines=True)
     rows = rows.sample(min(ADULT_ROWS, len(rows)), seed=0)
     # The file has a blank after each comma, which makes text of its numbers.
     plain = [_plain(column.str.strip_chars(" .") if column.dtype == pl.String else column) for column in rows]
-    return pl.DataFrame(plain[:-1]), plain[-1].to_numpy() == ">50K"
+    return {**found, "adult": (pl.DataFrame(plain[:-1]), plain[-1].to_numpy() == ">50K")}
 
 
 def _plain(column: pl.Series) -> pl.Series:
     numbers = column.cast(pl.Int64, strict=False)
     return numbers if numbers.null_count() == column.null_count() else column
-
-
-def markdown(machine: dict[str, Any], found: list[Seed], *, trials: int, epochs: int) -> str:
-    """Return the report as a page."""
-    how = (
-        f"{trials} trials of the default space, {epochs} epochs, {FOLDS} folds; `gputune.Halving()`. Accuracy is the "
-        "best fold mean. Halving's survivors are read off the curves of the full search; on seed 0 it was run as well. "
-        f"The aim is a loss of at most {LOSS:.1%} for at most {SHARE:.0%} of the trial-epochs."
-    )
-    within = sum(one.loss <= LOSS and one.share <= SHARE for one in found)
-    rows = table(HEAD, (one.row() for one in found))
-    verdict = f"{within} of {len(found)} reach the aim."
-    return page("What successive halving loses, and what it saves", machine, how, rows, verdict)

@@ -5,22 +5,21 @@ Members are 64-32-10 tanh networks of one population, trained in batches of 64 i
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.report import describe_machine, page, publish, table
+from benchmark.report import describe_machine, publish, table
 from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import read_source
 from gputune.engine.job import Job
 from gputune.engine.train import BegunChunk, Trained, train
 from gputune.hypergradients.chunk import HypergradientJob, inner_problem
-from gputune.hypergradients.inner import Hypergradients
 from gputune.hypergradients.modes import differences, forward, reverse
 from gputune.population.population import complete, populations
 from gputune.tuning.choices import ModelChoice, choose_model
@@ -73,8 +72,15 @@ def run(options: Namespace) -> int:
     if not worst <= AGREEMENT:
         print(f"NO RATIO: slopes or weights that must be the same differ by {worst:.2g} of the largest.")
         return 1
-    text = markdown(machine, costs)
-    return publish(options.out, "hypergradients", machine, text, costs=[asdict(cost) for cost in costs])
+    head = "optimizer", "members", "steps", "kind", "ms a step", f"over {PLAIN}", f"over {OPTIMISED}"
+    rows = [
+        (cost.optimizer, cost.members, cost.steps, kind, f"{seconds * 1e3:.2f}",
+         *(f"{seconds / cost.seconds[base]:.2f}" for base in (PLAIN, OPTIMISED)))
+        for cost in costs
+        for kind, seconds in cost.seconds.items()
+    ]  # fmt: skip
+    title = "What a hypergradient costs"
+    return publish(options.out, "hypergradients", title, machine, HOW, table(head, rows), costs=costs)
 
 
 def measure(optimizer: str, members: int, *, epochs: int, repeats: int) -> Cost:
@@ -139,23 +145,7 @@ def dataset(choice: ModelChoice) -> Dataset:
 def disagreement(results: Mapping[str, Any]) -> float:
     """Return by how much what must be the same differs, as a part of the largest number; NaN if anything is NaN."""
     trained = results[OPTIMISED].state.buffers[0].transpose(0, 1).flatten(0, 1)
-    one, ten, again = (slopes(results[kind]) for kind in (FORWARD, REVERSE, CHECKPOINTED))
+    # Slopes in the rate: (P,) of one, (P, 5, 2) of ten.
+    one, ten, again = (results[kind].gradients["lr"].squeeze() for kind in (FORWARD, REVERSE, CHECKPOINTED))
     pairs = [(trained, results[PLAIN]), (one, ten.sum((1, 2))), (ten, again)]
     return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
-
-
-def slopes(found: Hypergradients) -> Tensor:
-    """Return the slopes in the rate: (P,) of one, (P, 5, 2) of ten."""
-    return found.gradients["lr"].squeeze()
-
-
-def markdown(machine: dict[str, Any], costs: Sequence[Cost]) -> str:
-    """Return the report as a page."""
-    head = "optimizer", "members", "steps", "kind", "ms a step", f"over {PLAIN}", f"over {OPTIMISED}"
-    rows = [
-        (cost.optimizer, cost.members, cost.steps, kind, f"{seconds * 1e3:.2f}",
-         *(f"{seconds / cost.seconds[base]:.2f}" for base in (PLAIN, OPTIMISED)))
-        for cost in costs
-        for kind, seconds in cost.seconds.items()
-    ]  # fmt: skip
-    return page("What a hypergradient costs", machine, HOW, table(head, rows))

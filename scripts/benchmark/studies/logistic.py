@@ -11,8 +11,7 @@ ends at its limit of steps.
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 import gputune.sklearn
-from benchmark.report import describe_machine, page, publish, table
+from benchmark.report import describe_machine, publish, table
 from benchmark.work import stop_workers
 
 FOLDS, CANDIDATES = 5, 60
@@ -56,11 +55,12 @@ def run(options: Namespace) -> int:
     """Measure, print and write; return 0, or 1 where a solution is too far from optimal to compare times."""
     machine = describe_machine(with_card=False)
     rows = [compare(penalty, CANDIDATES) for penalty in ("l2", "l1")]
-    text = markdown(machine, rows)
+    text = _table(rows)
     if any(row.excess > ROUNDING for row in rows):
         print(f"{text}\nNO SPEED: gputune's solutions are further from optimal than scikit-learn's.")
         return 1
-    return publish(options.out, "logistic", machine, text, rows=[asdict(row) for row in rows])
+    title = "Searching the logistic regression"
+    return publish(options.out, "logistic", title, machine, __doc__ or "", text, rows=rows)
 
 
 def compare(penalty: str, candidates: int) -> Row:
@@ -70,15 +70,16 @@ def compare(penalty: str, candidates: int) -> Row:
     grid = {"C": np.geomspace(1e-3, 1e3, candidates)}
     folds = list(StratifiedKFold(FOLDS).split(X, y))
     own = gputune.sklearn.LogisticRegression(l1_ratio=float(penalty == "l1"), tol=OWN_TOLERANCE[penalty])
-    theirs = LogisticRegression(solver="newton-cholesky", tol=CHOLESKY_TOLERANCE)
-    if penalty == "l1":
-        theirs = LogisticRegression(
-            solver="saga", l1_ratio=1.0, tol=SAGA_TOLERANCE, max_iter=SAGA_STEPS, random_state=0
-        )
+    solver = {
+        "l2": {"solver": "newton-cholesky", "tol": CHOLESKY_TOLERANCE},
+        "l1": {"solver": "saga", "l1_ratio": 1.0, "tol": SAGA_TOLERANCE, "max_iter": SAGA_STEPS, "random_state": 0},
+    }
+    theirs = LogisticRegression(**solver[penalty])
     common = {"cv": folds, "scoring": "neg_log_loss", "refit": False}
     own_seconds, own_scores = timed(gputune.sklearn.GridSearchCV(own, grid, **common), X, y)
     seconds, scores = timed(GridSearchCV(theirs, grid, n_jobs=-1, **common), X, y)
-    gaps = optimality({"gputune": own, "sklearn": theirs}, X, y, folds, grid["C"], penalty)
+    train, _ = folds[0]
+    gaps = optimality({"gputune": own, "sklearn": theirs}, X[train], y[train], grid["C"], penalty)
     excess = float((gaps["gputune"] - gaps["sklearn"]).max())
     worst = [float(gaps[name].max()) for name in ("gputune", "sklearn")]
     difference = float(np.nanmax(np.abs(own_scores - scores)))
@@ -96,15 +97,9 @@ def timed(search: GridSearchCV, X: np.ndarray, y: np.ndarray) -> tuple[float, np
 
 
 def optimality(
-    models: dict[str, Any],
-    X: np.ndarray,
-    y: np.ndarray,
-    folds: list[tuple[np.ndarray, np.ndarray]],
-    values: np.ndarray,
-    penalty: str,
+    models: dict[str, Any], X: np.ndarray, y: np.ndarray, values: np.ndarray, penalty: str
 ) -> dict[str, np.ndarray]:
-    """Return by how much each library's objectives lie above the minimum, for some values of C on one fold."""
-    train, _ = folds[0]
+    """Return by how much each library's objectives lie above the minimum, for some values of C on these rows."""
     sharp = clone(models["gputune"]).set_params(tol=1e-10)
     gaps: dict[str, list[float]] = {name: [] for name in models}
     with warnings.catch_warnings():
@@ -112,23 +107,22 @@ def optimality(
         for C in values[:: max(1, len(values) // LOOKED_AT)]:
             found = {}
             for name, model in {**models, "minimum": sharp}.items():
-                fitted = clone(model).set_params(C=float(C)).fit(X[train], y[train])
-                found[name] = objective(fitted.coef_, fitted.intercept_, X[train], y[train], float(C), penalty)
+                fitted = clone(model).set_params(C=float(C)).fit(X, y)
+                found[name] = objective(fitted, X, y, float(C), penalty)
             for name, own in gaps.items():
                 own.append(found[name] / min(found.values()) - 1)
     return {name: np.array(own) for name, own in gaps.items()}
 
 
-def objective(coef: np.ndarray, intercept: np.ndarray, X: np.ndarray, y: np.ndarray, C: float, penalty: str) -> float:
+def objective(fitted: Any, X: np.ndarray, y: np.ndarray, C: float, penalty: str) -> float:
     """Return ``C * sum of losses + penalty``, scikit-learn's objective."""
-    logits = X @ coef.T + intercept
+    logits = X @ fitted.coef_.T + fitted.intercept_
     loss = float((logsumexp(logits, axis=1) - logits[np.arange(len(y)), y]).sum())
-    size: Callable[[np.ndarray], np.ndarray] = np.abs if penalty == "l1" else lambda w: w**2 / 2
-    return C * loss + float(size(coef).sum())
+    size = np.abs(fitted.coef_) if penalty == "l1" else fitted.coef_**2 / 2
+    return C * loss + float(size.sum())
 
 
-def markdown(machine: dict[str, Any], rows: list[Row]) -> str:
-    """Return the report as a page."""
+def _table(rows: list[Row]) -> str:
     head = [
         "penalty", "candidates x folds", "gputune, s", "scikit-learn on all cores, s", "times as fast",
         "worst objective over the minimum: gputune, scikit-learn", "largest difference of mean log loss",
@@ -139,8 +133,7 @@ def markdown(machine: dict[str, Any], rows: list[Row]) -> str:
          f"{r.gputune_gap:.1e}, {r.sklearn_gap:.1e}", f"{r.score_difference:.1e}")
         for r in rows
     ]  # fmt: skip
-    text = table(head, [*lines, ("both", "", *_times(own, theirs))])
-    return page("Searching the logistic regression", machine, __doc__ or "", text)
+    return table(head, [*lines, ("both", "", *_times(own, theirs))])
 
 
 def _times(own: float, theirs: float) -> list[str]:

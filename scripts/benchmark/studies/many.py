@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import gputune
-from benchmark.report import Clock, describe_machine, page, publish, table
+from benchmark.report import Clock, describe_machine, publish, table
 from gputune.cli.main import main
 from gputune.study.store import Result, Store
 
@@ -43,8 +43,9 @@ def run(options: Namespace) -> int:
     rows = [[name, *(f"{min(column):.2f}" for column in zip(*pairs, strict=True))] for name, pairs in times.items()]
     machine = describe_machine(with_card=False)
     how = HOW.format(trials=TRIALS, epochs=EPOCHS, folds=FOLDS, repeats=repeats, megabytes=size / 1e6)
-    text = page("A study of many trials", machine, how, table(["step", "CPU seconds", "seconds"], rows))
-    return publish(options.out, "many", machine, text, trials=TRIALS, bytes=size, times=times)
+    found = table(["step", "CPU seconds", "seconds"], rows)
+    numbers = {"trials": TRIALS, "bytes": size, "times": times}
+    return publish(options.out, "many", "A study of many trials", machine, how, found, **numbers)
 
 
 def search(file: Path, n_trials: int, **more: object) -> gputune.Study:

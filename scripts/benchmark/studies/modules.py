@@ -7,15 +7,13 @@ gputune is slower than was asked are in bold. The mean accuracy of the trials th
 0.02. "Load" is what else the machine did before a row, in processes that wait for a core (0 on a quiet one).
 """
 
-import json
 import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import joblib
@@ -24,12 +22,10 @@ import numpy as np
 import gputune
 from benchmark.engines import modules
 from benchmark.engines import optuna as with_optuna
-from benchmark.report import describe_machine, file_stem, page, publish, table
+from benchmark.report import describe_machine, publish, published, table
 from benchmark.work import Outcome, Work, digits_work, over_cores, stop_workers
 
 AGREEMENT = 0.02
-
-
 ENGINES = ("gputune", "loop", "optuna")
 
 
@@ -80,7 +76,7 @@ class Row:
 def run(options: Namespace) -> int:
     """Measure the chosen rows, print and write them beside those of before; return 1 where the accuracies differ."""
     machine = describe_machine(with_card=False)
-    rows = _written(options.out / f"{file_stem(machine, 'modules')}.json")
+    rows = {row.name: row for row in published(options.out, "modules", machine, "rows", Row)}
     for case in CASES:
         if options.rows and not any(word in case.name for word in options.rows):
             continue
@@ -91,15 +87,8 @@ def run(options: Namespace) -> int:
             return 1
     found = [rows[case.name] for case in CASES if case.name in rows]
     ratios = {engine: {row.name: row.ratio(engine) for row in found} for engine in ENGINES[1:]}
-    numbers = [asdict(row) for row in found]
-    return publish(options.out, "modules", machine, markdown(machine, found), rows=numbers, ratios=ratios)
-
-
-def _written(path: Path) -> dict[str, Row]:
-    """Return the rows that a file holds, by their names."""
-    if not path.exists():
-        return {}
-    return {row["name"]: Row(**row) for row in json.loads(path.read_text())["rows"]}
+    parts = __doc__ or "", _table(found)
+    return publish(options.out, "modules", "Modules of a user's own", machine, *parts, rows=found, ratios=ratios)
 
 
 def compare(case: Case, repeats: int) -> Row:
@@ -156,8 +145,7 @@ def _looped(engine: str, case: Case, work: Work) -> tuple[float, np.ndarray]:
     return outcome.start + spent * case.trials / case.looped, outcome.scores
 
 
-def markdown(machine: dict[str, object], rows: Sequence[Row]) -> str:
-    """Return the report as a page."""
+def _table(rows: Sequence[Row]) -> str:
     head = [
         "module", "trials x folds x epochs", "gputune, s", "loop on all cores, s", "Optuna with the loop, s",
         "times as fast as the loop", "asked for", "as Optuna", "accuracy: gputune, loop, Optuna", "date, load",
@@ -170,4 +158,4 @@ def markdown(machine: dict[str, object], rows: Sequence[Row]) -> str:
             f"**{ratio:.2f}**" if ratio < r.asked else f"{ratio:.2f}", r.asked, f"{r.ratio('optuna'):.2f}",
             ", ".join(f"{r.accuracies[engine]:.3f}" for engine in ENGINES), f"{r.date}, {r.load}",
         ))  # fmt: skip
-    return page("Modules of a user's own", machine, __doc__ or "", table(head, lines))
+    return table(head, lines)

@@ -16,7 +16,7 @@ from unittest import mock
 from sklearn.datasets import load_digits
 
 import gputune
-from benchmark.report import Clock, describe_machine, page, publish, table
+from benchmark.report import Clock, describe_machine, publish, table
 from gputune.engine import compiled
 from gputune.native.library import FOLDER, LEVELS, find_compiler, make_work
 
@@ -50,10 +50,8 @@ def run(options: Namespace) -> int:
     how = HOW.format(rows=ROWS, native="` (level 4) and `".join(NATIVE.values()), compiler=compiler, repeats=repeats)
     head = ("dtype", "level", "activation", "width", "batch size", "times the CPU seconds")
     machine = describe_machine(with_card=False)
-    text = page(
-        "Compiled code beside -march=native", machine, how, table(head, [(*r[:-1], f"{r[-1]:.2f}") for r in rows])
-    )
-    return publish(options.out, "native", machine, text, rows=rows)
+    found = table(head, [(*r[:-1], f"{r[-1]:.2f}") for r in rows])
+    return publish(options.out, "native", "Compiled code beside -march=native", machine, how, found, rows=rows)
 
 
 def build(folder: Path, compiler: str, dtype: str, level: int, *, native: bool) -> ctypes.CDLL:

@@ -11,7 +11,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +21,7 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_digits
 
 import gputune
-from benchmark.report import describe_machine, page, publish, table
+from benchmark.report import describe_machine, publish, table
 from gputune.api.study import Study
 from gputune.methods.optuna import OptunaStudy, check_askable
 
@@ -56,9 +56,17 @@ def run(options: Namespace) -> int:
     for seed in range(options.repeats or SEEDS):
         rows.append(compare(seed, BATCHES))
         print(rows[-1], flush=True)
-    text = markdown(machine, rows, BATCHES)
-    publish(options.out, "optuna", machine, text, rows=[asdict(row) for row in rows])
-    return int(median(rows, "tpe_best") < median(rows, "random_best"))
+    middle = Row(0, *(statistics.median(column) for column in list(zip(*map(astuple, rows)))[1:]))
+    trials = BATCH * BATCHES
+    head = [
+        "seed", "best of random search", "best of TPE", "seconds: random, TPE",
+        "asking and telling, ms a trial: in the search, Optuna alone",
+    ]  # fmt: skip
+    what = f"Digits, {FOLDS} folds, {EPOCHS} epochs, {trials} trials a search; best accuracy, the mean over the folds."
+    text = table(head, [*(_cells(row.seed, row, trials) for row in rows), _cells("median", middle, trials)])
+    title = f"Optuna's TPE in batches of {BATCH}"
+    publish(options.out, "optuna", title, machine, __doc__ or "", what, text, rows=rows)
+    return int(middle.tpe_best < middle.random_best)
 
 
 def compare(seed: int, batches: int) -> Row:
@@ -125,24 +133,6 @@ def alone(seed: int, study: Study) -> float:
     if asked != [trial.params for trial in study.trials]:
         raise AssertionError("Optuna alone proposed something else, so the times are not of the same work.")
     return seconds
-
-
-def median(rows: list[Row], name: str) -> float:
-    """Return the median over the seeds."""
-    return statistics.median(getattr(row, name) for row in rows)
-
-
-def markdown(machine: dict[str, Any], rows: list[Row], batches: int) -> str:
-    """Return the report as a page."""
-    trials = BATCH * batches
-    head = [
-        "seed", "best of random search", "best of TPE", "seconds: random, TPE",
-        "asking and telling, ms a trial: in the search, Optuna alone",
-    ]  # fmt: skip
-    middle = Row(0, *(median(rows, name) for name in list(Row.__dataclass_fields__)[1:]))
-    what = f"Digits, {FOLDS} folds, {EPOCHS} epochs, {trials} trials a search; best accuracy, the mean over the folds."
-    text = table(head, [*(_cells(row.seed, row, trials) for row in rows), _cells("median", middle, trials)])
-    return page(f"Optuna's TPE in batches of {BATCH}", machine, __doc__ or "", what, text)
 
 
 def _cells(name: int | str, row: Row, trials: int) -> list[object]:

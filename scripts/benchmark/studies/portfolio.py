@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import loguniform
 
 import gputune
-from benchmark.report import describe_machine, page, publish, table
+from benchmark.report import describe_machine, publish, table
 from benchmark.studies.tables import FOLDS, NAMES, ROWS, loader, split_of
 
 WIDE_TRIALS, TRIALS, EPOCHS, SIZE, DRAWS = 96, 48, 32, 7, 2_000
@@ -105,12 +105,8 @@ def write(
         wide_trials=WIDE_TRIALS, trials=TRIALS, folds=FOLDS, epochs=EPOCHS, rows=ROWS, size=SIZE, draws=DRAWS,
         wide=", ".join(WIDE),
     )  # fmt: skip
-    text = page(
-        "A short list for the MLP",
-        machine,
-        how,
-        table(["table", "default", "with the list", "with draws"], rows),
-        "\n".join(f"- {json.dumps(one)}" for one in configs),
-    )
-    results = [dict(zip(("table", "default", "list", "draws"), row)) for row in rows]
-    return publish(options.out, "portfolio", machine, text, results=results, configurations=configs)
+    parts = how, table(["table", "default", "with the list", "with draws"], rows)
+    listed = "\n".join(f"- {json.dumps(one)}" for one in configs)
+    numbers = {"results": [dict(zip(("table", "default", "list", "draws"), row)) for row in rows]}
+    numbers |= {"configurations": configs}
+    return publish(options.out, "portfolio", "A short list for the MLP", machine, *parts, listed, **numbers)

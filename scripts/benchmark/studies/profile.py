@@ -11,10 +11,9 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from benchmark.report import describe_machine, page, publish, table
+from benchmark.report import describe_machine, publish, table
 
 EPOCHS, REPEATS = 20, 3
 WIDE, WIDE_TRIALS = (256, 128), 32
@@ -53,8 +52,8 @@ def run(options: Namespace) -> int:
     epochs, machine = options.epochs or EPOCHS, describe_machine(with_card=False)
     found = [measure(width, WIDE_TRIALS, epochs) for _ in range(options.repeats or REPEATS) for width in WIDE]
     found.append(measure(NARROW, NARROW_TRIALS, epochs))
-    text = markdown(machine, found)
-    return publish(options.out, "profile", machine, text, epochs=epochs, runs=[asdict(one) for one in found])
+    parts = (__doc__ or "").split("\n", 2)[2], *_tables(found)
+    return publish(options.out, "profile", "Where the time goes", machine, *parts, epochs=epochs, runs=found)
 
 
 def measure(width: int, trials: int, epochs: int) -> Run:
@@ -82,8 +81,7 @@ def read(said: str, width: int, trials: int) -> Run:
     return Run(width, trials, seconds, parts, reached, peak)
 
 
-def markdown(machine: dict[str, Any], found: Sequence[Run]) -> str:
-    """Return the report as a page."""
+def _tables(found: Sequence[Run]) -> list[str]:
     head = [
         "width", "trials", "seconds", "steps, GFLOP/s", "the product of 1024 x 1024 matrices", "share",
         "ms a trial beside training",
@@ -98,6 +96,4 @@ def markdown(machine: dict[str, Any], found: Sequence[Run]) -> str:
     ]
     beside = f"Beside training is all but {' and '.join(TRAINING)}. The seconds of each run:"
     seconds = [[r.width, *(f"{number:.2f}" for number in r.parts.values())] for r in found]
-    parts = table(["width", *found[0].parts], seconds)
-    what = (__doc__ or "").split("\n", 2)[2]
-    return page("Where the time goes", machine, what, table(head, rows), "\n".join(medians), beside, parts)
+    return [table(head, rows), "\n".join(medians), beside, table(["width", *found[0].parts], seconds)]

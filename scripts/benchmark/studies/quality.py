@@ -8,7 +8,7 @@ held-out ones. So every search is judged by the same scores, and this part costs
 import functools
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from statistics import median
@@ -21,7 +21,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from benchmark.engines.torch import fit
-from benchmark.report import counted, describe_machine, page, publish, table
+from benchmark.report import counted, describe_machine, publish, table
 from benchmark.studies.halving import tables
 from benchmark.work import WIDTHS, Event, Work, draw_trials, stop_workers
 
@@ -97,9 +97,9 @@ def run(options: Namespace) -> int:
                 print(f"{place}, seed {seed}: {name}: {last}", flush=True)
     found.sort(key=lambda curve: (list(LEVELS).index(curve.table), names.index(curve.search), curve.seed))
     left_out = [name for name in SEARCHES if name not in names]
-    text = markdown(machine, found, left_out, trials=TRIALS, epochs=epochs)
-    whole = {"trials": TRIALS, "epochs": epochs, "curves": [asdict(one) for one in found]}
-    return publish(options.out, "quality", machine, text, **whole)
+    parts = HOW.format(trials=TRIALS, folds=FOLDS, epochs=epochs), *_tables(found, left_out)
+    whole = {"trials": TRIALS, "epochs": epochs, "curves": found}
+    return publish(options.out, "quality", "Time to quality", machine, *parts, **whole)
 
 
 def numbers(X: Any) -> np.ndarray:
@@ -150,11 +150,8 @@ def search(name: str, work: Work) -> tuple[list[Event], float]:
     return events, perf_counter() - begin
 
 
-def markdown(
-    machine: dict[str, Any], found: Sequence[Curve], left_out: Sequence[str], *, trials: int, epochs: int
-) -> str:
-    """Return the report as a page."""
-    parts = [HOW.format(trials=trials, folds=FOLDS, epochs=epochs)]
+def _tables(found: Sequence[Curve], left_out: Sequence[str]) -> list[str]:
+    parts = []
     for name in dict.fromkeys(curve.table for curve in found):
         curves, levels = [curve for curve in found if curve.table == name], LEVELS[name]
         head = ["search", *(f"to {level}" for level in levels), "to its end", "held-out accuracy"]
@@ -164,7 +161,7 @@ def markdown(
         ]
         rows += [[f"{search}: not installed"] for search in left_out]
         parts += [f"## {name}, {counted(len({c.seed for c in curves}), 'seed')}", table(head, rows)]
-    return page("Time to quality", machine, *parts)
+    return parts
 
 
 def _row(search: str, curves: Sequence[Curve], levels: Sequence[float]) -> list[str]:

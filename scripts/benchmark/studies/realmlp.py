@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from joblib import cpu_count
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from benchmark.report import Clock, describe_machine, page, publish, table
+from benchmark.report import Clock, describe_machine, publish, table
 from benchmark.studies.tables import FOLDS, HELD_OUT, Split, loader, split_of
 
 NAMES = ("california", "churn")
@@ -63,8 +63,8 @@ def run(options: Namespace) -> int:
         configurations=CONFIGURATIONS, last=CONFIGURATIONS - 1, epochs=EPOCHS, folds=FOLDS, rows=ROWS,
         held_out=HELD_OUT, cores=machine["cores"],
     )  # fmt: skip
-    text = page("RealMLP's space", machine, how, table(["table", "package", "seconds", "mean score", "best"], rows))
-    return publish(options.out, "realmlp", machine, text, results=[asdict(one) for one in results])
+    found = table(["table", "package", "seconds", "mean score", "best"], rows)
+    return publish(options.out, "realmlp", "RealMLP's space", machine, how, found, results=results)
 
 
 def summary(one: Result) -> tuple[str, str]:

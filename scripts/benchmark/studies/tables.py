@@ -1,10 +1,9 @@
 """Which model for a table: networks and boosted trees, scored on rows that nothing was fitted on."""
 
 import importlib.util
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,7 +16,7 @@ from sklearn.model_selection import train_test_split
 
 import gputune
 from benchmark.engines import trees
-from benchmark.report import Clock, counted, describe_machine, file_stem, page, publish, table
+from benchmark.report import Clock, counted, describe_machine, publish, published, table
 
 NAMES = (
     "california", "adult", "churn", "kc_house", "phoneme", "letter", "pendigits", "wine_quality", "german_credit",
@@ -101,8 +100,7 @@ def run(options: Namespace) -> int:
     """Measure what the results lack, write after each table, and print; return 0."""
     load, machine = loader(options.data), describe_machine(with_card=False)
     machine["versions"] |= trees.versions()
-    file = options.out / f"{file_stem(machine, 'tables')}.json"
-    results = [Result(**one) for one in json.loads(file.read_text())["results"]] if file.exists() else []
+    results = published(options.out, "tables", machine, "results", Result)
     small = [(name, name, ROWS, number, WAYS) for number in range(options.repeats or SPLITS) for name in NAMES]
     networks = {group: WAYS[group] for group in ("mlp", "realmlp")}
     large = [(f"{name}, {rows:,} rows", name, rows, 0, networks) for name, rows in LARGE.items()]
@@ -117,7 +115,7 @@ def run(options: Namespace) -> int:
                 score = split.score(model)
                 results.append(Result(label, number, group, f"{group}{way}", score, split.scoring, *costs, trials))
                 print(results[-1], flush=True)
-            publish(options.out, "tables", machine, words(machine, results), results=[*map(asdict, results)])
+            publish(options.out, "tables", "Which model for a table", machine, *words(results), results=results)
     return 0
 
 
@@ -193,8 +191,8 @@ WAYS: dict[str, Callable[[Split], Models]] = {
 }
 
 
-def words(machine: dict[str, Any], results: list[Result]) -> str:
-    """Return the page: the medians over the splits of each table and way."""
+def words(results: list[Result]) -> tuple[str, str]:
+    """Return what the page says: how, and the medians over the splits of each table and way."""
     ways = list(dict.fromkeys(one.way for one in results))
     tables = {one.table: one.scoring for one in results}
     larger = f"; of {' and '.join(LARGE)} also one of more" if tables.keys() - set(NAMES) else ""
@@ -216,4 +214,4 @@ def words(machine: dict[str, Any], results: list[Result]) -> str:
         **SEARCHES,
     )  # fmt: skip
     rows = [[name, *(cell(name, way) for way in ways)] for name in tables]
-    return page("Which model for a table", machine, how, table(["table", *ways], rows))
+    return how, table(["table", *ways], rows)

@@ -10,9 +10,9 @@ from typing import Any
 import joblib
 import numpy as np
 
-from benchmark.engines import ENGINES, Chosen, choose, split_by_lack, versions
+from benchmark.engines import ENGINES, Chosen, Engine, choose, split_by_lack, versions
 from benchmark.engines.gputune import train as train_with_gputune
-from benchmark.report import card, counted, describe_machine, page, publish, table
+from benchmark.report import card, counted, describe_machine, publish, table
 from benchmark.work import Outcome, Work, digits_work, stop_workers
 
 EPOCHS, REPEATS = 20, 3
@@ -92,38 +92,30 @@ def measure(runs: Sequence[Run], work: Work, repeats: int) -> list[Measured]:
     In each repeat another engine begins.
     """
     for run in runs:
-        _timed(run, replace(work, trials=work.trials[:4], epochs=1))
-    found: list[list[tuple[float, Outcome]]] = [[] for _ in runs]
+        stop_workers()
+        run.train(replace(work, trials=work.trials[:4], epochs=1))
+    seconds: list[list[float]] = [[] for _ in runs]
+    outcomes: list[list[Outcome]] = [[] for _ in runs]
     for repeat in range(repeats):
         for turn in range(len(runs)):
             run = runs[position := (repeat + turn) % len(runs)]
-            found[position].append(_timed(run, replace(work, trials=work.trials[: run.trials])))
+            stop_workers()
+            begin = time.perf_counter()
+            outcomes[position].append(run.train(replace(work, trials=work.trials[: run.trials])))
+            seconds[position].append(time.perf_counter() - begin)
     stop_workers()
-    return [_measured(run, *zip(*each)) for run, each in zip(runs, found)]
-
-
-def _timed(run: Run, work: Work) -> tuple[float, Outcome]:
-    stop_workers()
-    begin = time.perf_counter()
-    outcome = run.train(work)
-    return time.perf_counter() - begin, outcome
-
-
-def _measured(run: Run, seconds: tuple[float, ...], outcomes: tuple[Outcome, ...]) -> Measured:
-    start, compiling = zip(*((outcome.start, outcome.compile) for outcome in outcomes))
-    scores = np.stack([outcome.scores for outcome in outcomes])
-    return Measured(run.engine, seconds, scores, start, compiling, run.rival)
+    return [
+        Measured(
+            run.engine, tuple(times), np.stack([outcome.scores for outcome in found]),
+            tuple(outcome.start for outcome in found), tuple(outcome.compile for outcome in found), run.rival,
+        )
+        for run, times, found in zip(runs, seconds, outcomes)
+    ]  # fmt: skip
 
 
 def ratio(measured: Measured, own: Measured) -> float:
     """Return how many times as fast gputune is as another engine, by medians."""
     return measured.median / own.median
-
-
-def compiled_ratio(measured: Measured, own: Measured) -> float:
-    """Return the same where both find everything compiled."""
-    seconds, own_seconds = (np.median(np.subtract(m.seconds, m.compile)) for m in (measured, own))
-    return float(seconds / own_seconds)
 
 
 def run(options: Namespace) -> int:
@@ -141,28 +133,24 @@ def run(options: Namespace) -> int:
         parts.append(summary(work, measured, lacks))
     machine = describe_machine()
     machine["versions"] |= versions(able)
-    return publish(options.out, "training", machine, markdown(machine, parts), works=parts)
+    title, sections = "One list of trials, trained by each engine", [text for part in parts for text in section(part)]
+    return publish(options.out, "training", title, machine, HOW, *sections, works=parts)
 
 
 def runs(chosen: Sequence[Chosen], work: Work) -> list[Run]:
     """Return each engine on its trials, gputune also on every part of the list that another one gets."""
-    whole, found, parts = len(work.trials), [], set()
-    for one in chosen:
-        trials = min(one.trials or whole, whole)
-        parts.add(trials)
-        train = functools.partial(_train, one, joblib.cpu_count())
-        found.append(Run(one.engine.name, train, trials, rival=one.engine.word != "gputune"))
-    own = found.pop()
-    found += [Run("gputune", own.train, trials, rival=False) for trials in sorted(parts - {whole})]
-    found.append(own)
+    whole = len(work.trials)
+
+    def run_of(engine: Engine, trials: int) -> Run:
+        rival = engine.word != "gputune"
+        return Run(engine.name, lambda work: engine.load()(work, joblib.cpu_count()), trials, rival)
+
+    *rivals, (own, _) = chosen
+    found = [run_of(engine, min(trials or whole, whole)) for engine, trials in rivals]
+    found += [run_of(own, trials) for trials in sorted({run.trials for run in found} | {whole})]
     if card():
-        on_card = functools.partial(train_with_gputune, device="cuda")
-        found.append(Run(ON_CARD, on_card, whole, rival=False))
+        found.append(Run(ON_CARD, functools.partial(train_with_gputune, device="cuda"), whole, rival=False))
     return found
-
-
-def _train(one: Chosen, cores: int, work: Work) -> Outcome:
-    return one.engine.load()(work, cores)
 
 
 def agree(measured: Sequence[Measured]) -> bool:
@@ -183,6 +171,11 @@ def summary(work: Work, measured: Sequence[Measured], lacks: Mapping[str, str]) 
     ``measured`` has a gputune of each number of trials; ``lacks`` says why engines were left out.
     """
     own = {m.trials: m for m in measured if m.engine == "gputune"}
+    rivals = [m for m in measured if m.rival]
+    fastest = min(rivals, key=lambda m: ratio(m, own[m.trials]), default=None)
+    speed = fastest and {
+        "rival": fastest.engine, "ratio": ratio(fastest, own[fastest.trials]), "trials": fastest.trials
+    }  # fmt: skip
     return {
         "work": work.name,
         "epochs": work.epochs,
@@ -190,12 +183,17 @@ def summary(work: Work, measured: Sequence[Measured], lacks: Mapping[str, str]) 
         "trials": list(work.trials),
         "engines": [_engine(m, own[m.trials]) for m in measured],
         "left_out": dict(lacks),
-        "speed": _speed(measured, own),
+        "speed": speed,
     }
 
 
 def _engine(measured: Measured, own: Measured) -> dict[str, Any]:
     each = np.array(measured.seconds) / np.array(own.seconds)
+    compiled, own_compiled = (np.median(np.subtract(m.seconds, m.compile)) for m in (measured, own))
+    ratios = {
+        "ratio": ratio(measured, own), "ratio_min": float(each.min()), "ratio_max": float(each.max()),
+        "ratio_compiled": float(compiled / own_compiled),
+    }  # fmt: skip
     return {
         "engine": measured.engine,
         "trials": measured.trials,
@@ -208,29 +206,12 @@ def _engine(measured: Measured, own: Measured) -> dict[str, Any]:
         "compile": float(np.median(measured.compile)),
         "trials_per_second": measured.trials / measured.median,
         "trial_accuracies": measured.scores.mean((0, 2)).tolist(),
-        "ratio": ratio(measured, own) if measured.rival else None,
-        "ratio_min": float(each.min()) if measured.rival else None,
-        "ratio_max": float(each.max()) if measured.rival else None,
-        "ratio_compiled": compiled_ratio(measured, own) if measured.rival else None,
+        **(ratios if measured.rival else dict.fromkeys(ratios)),
     }
 
 
-def _speed(measured: Sequence[Measured], own: Mapping[int, Measured]) -> dict[str, Any] | None:
-    """How many times gputune's speed is that of the fastest other one, by medians on the same trials."""
-    rivals = [m for m in measured if m.rival]
-    if not rivals:
-        return None
-    rival = min(rivals, key=lambda m: ratio(m, own[m.trials]))
-    return {"rival": rival.engine, "ratio": ratio(rival, own[rival.trials]), "trials": rival.trials}
-
-
-def markdown(machine: dict[str, Any], parts: Sequence[dict[str, Any]]) -> str:
-    """Return the report as a page."""
-    sections = [text for part in parts for text in _section(part)]
-    return page("One list of trials, trained by each engine", machine, HOW, *sections)
-
-
-def _section(part: dict[str, Any]) -> list[str]:
+def section(part: dict[str, Any]) -> list[str]:
+    """Return one work's part of the page."""
     widths, sizes = (sorted({trial[key] for trial in part["trials"]}) for key in ("width", "batch_size"))
     whole = len(part["trials"])
     head = "engine|mean accuracy|seconds, median|min|max|of it start|compile|trials/s|gputune is|without compiling"
