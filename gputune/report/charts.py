@@ -173,7 +173,7 @@ def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
 
 
 def _slice(study: Study, shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
-    few = len(np.unique(parameter.values[np.isfinite(parameter.values)])) <= FEW
+    few = len(parameter.distinct) <= FEW
     scale = parameter_scale(parameter, pad=0.12 if few else 0.04)  # few values need room for their points
     frame = Frame(*_SMALL, scale, score_scale(shown, pad=_PAD)).with_room(_LETTERS)
     across = frame.across(parameter.values)

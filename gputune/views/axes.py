@@ -89,7 +89,7 @@ def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) ->
         edge = 0.5 if pad else 0.0
         last = max(len(parameter.levels) - 1, 0 if pad else 1)
         return Scale(-edge, last + edge, tuple(enumerate(parameter.levels)))
-    values = np.unique(parameter.values[np.isfinite(parameter.values)])
+    values = parameter.distinct
     make = log_scale if parameter.log else linear_scale
     scale = make(float(values[0]), float(values[-1]), most=most, pad=pad)
     crowded = len(values) > 1 and np.diff(scale(values)).min() < _APART

@@ -40,9 +40,9 @@ class Parameter:
     hidden: int = 0  # trials whose value is a number that no axis has (infinity)
 
     @property
-    def varied(self) -> bool:
-        """Whether two trials differ in it."""
-        return len(np.unique(self.values[np.isfinite(self.values)])) > 1
+    def distinct(self) -> NDArray[np.float64]:
+        """The finite values, in order, each once."""
+        return np.unique(self.values[np.isfinite(self.values)])
 
 
 def parameters(study: Study) -> tuple[Parameter, ...]:
@@ -53,7 +53,7 @@ def parameters(study: Study) -> tuple[Parameter, ...]:
 
 def varied_parameters(study: Study) -> tuple[Parameter, ...]:
     """Return those in which the trials differ."""
-    return tuple(parameter for parameter in parameters(study) if parameter.varied)
+    return tuple(parameter for parameter in parameters(study) if len(parameter.distinct) > 1)
 
 
 def _parameter(name: str, study: Study) -> Parameter:

@@ -46,11 +46,10 @@ def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
         ax.set(**{f"{axis}label": _plain(what.label if isinstance(what, Parameter) else what)})
         if isinstance(what, str):
             continue
-        values = np.unique(what.values[np.isfinite(what.values)])
-        ticks = parameter_scale(what).ticks if len(values) else ()
+        ticks = parameter_scale(what).ticks if len(what.distinct) else ()
         if what.log:
             ax.set(**{f"{axis}scale": "log"})
-        if what.levels or (what.log and len(ticks) == len(values)):
+        if what.levels or (what.log and len(ticks) == len(what.distinct)):
             places, words = [place for place, _ in ticks], [_plain(words) for _, words in ticks]
             slanted = axis == "x" and sum(map(len, words)) > _LETTERS
             style: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}

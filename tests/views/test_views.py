@@ -61,7 +61,7 @@ def test_numbers_words_and_what_is_missing():
     np.testing.assert_array_equal(a.values, [1, 3, 2, math.nan])
     assert b.levels == ("x", "None", "y") and b.values.tolist() == [0, 2, 0, 1]
     np.testing.assert_array_equal(c.values, [0.5, math.nan, math.nan, math.nan])
-    assert c.hidden == 1 and not c.varied
+    assert c.hidden == 1 and c.distinct.tolist() == [0.5]
     assert [one.name for one in varied_parameters(study)] == ["a", "b"]
 
 
