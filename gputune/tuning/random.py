@@ -51,7 +51,7 @@ def train_waiting(session: Session, train: Callable[[Sequence[Candidate]], Seque
             ledger.refresh()
             if is_over():
                 break
-            if left:
+            if left:  # of other processes; trained here where these end without them
                 wait_for_others(ledger, left, session.progress, is_over)
     return not is_over()
 
@@ -72,8 +72,7 @@ def _train(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> li
         context.progress.plan(plan)
         checkpointing, patience = context.checkpointing(numbers), context.options.patience
         job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing, patience=patience)
-        claim = partial(_claim, ledger, recorded)
-        for outcome in context.train(job, plan, claim=claim):
+        for outcome in context.train(job, plan, claim=partial(_claim, ledger, recorded)):
             if isinstance(outcome, Failure):
                 number = numbers[outcome.index[0]]
                 context.finish(ledger, [failed_result(number, context.no_curve, outcome.reason)])
