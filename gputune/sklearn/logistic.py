@@ -54,7 +54,8 @@ def solve_groups(penalties: Mapping[int, Penalty], folds: FoldGroup) -> list[tup
     """Return what is solved together: trials that differ in C and l1_ratio alone, and folds of the same classes."""
     alike: dict[Hashable, list[int]] = defaultdict(list)
     for trial, p in penalties.items():
-        alike[p.device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(trial)
+        device = device_for_solver(p.device).device  # one that is not there is an error of the search, not of a fit
+        alike[device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(trial)
     return [(trials, group) for trials in alike.values() for group in folds.split()]
 
 
@@ -217,7 +218,8 @@ def _penalty(C: float, l1_ratio: float, penalty: str | None) -> tuple[float, flo
         if C != 1.0 or l1_ratio != 0.0:
             warn(f"Setting penalty=None will ignore the C and l1_ratio parameters, got C={C} and l1_ratio={l1_ratio}.")
         return math.inf, 0.0
-    meant = {"l2": 0.0, "l1": 1.0}.get(penalty, l1_ratio)
+    # The default, which was "l2" before scikit-learn 1.8, leaves it to l1_ratio.
+    meant = {"l2": 0.0, "l1": 1.0, _PENALTY: l1_ratio}.get(penalty, l1_ratio)
     if l1_ratio not in (0.0, meant):
         raise InputError(
             f"penalty={penalty!r} and l1_ratio={l1_ratio} say the same thing and differ; give l1_ratio alone: 0 is "

@@ -1,5 +1,7 @@
 """scikit-learn's own checks of estimators and searches, without excuses or expected failures, and its other tools."""
 
+import copy
+
 import numpy as np
 import pytest
 import sklearn
@@ -102,6 +104,13 @@ def test_the_public_names():
     assert face.__all__ == sorted(face.__all__)
     checked = {type(estimator).__name__ for estimator in EVERYTHING}
     assert checked | {"NestedScores", "NeuralNet", "SliceDict", "nested_cv"} == set(face.__all__)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
+def test_a_deep_copy_of_a_fitted_one_predicts_the_same(estimator):
+    X, y = IRIS
+    fitted = clone(estimator).fit(X, y)
+    np.testing.assert_array_equal(copy.deepcopy(fitted).predict(X), fitted.predict(X))
 
 
 @pytest.mark.parametrize("estimator", CLASSIFIERS, ids=lambda e: type(e).__name__)

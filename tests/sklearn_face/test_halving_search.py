@@ -120,6 +120,13 @@ def test_seeds_that_are_not_given_are_drawn_once(epochs):
     assert [epoch for epoch, _ in epochs] == [0, 1, 2, 3] and search.n_candidates_ == [4, 2, 1]
 
 
+def test_equal_candidates_go_on_from_rung_to_rung(epochs):
+    options = {"n_candidates": 4, "max_resources": 4, "factor": 2, "cv": 2, "refit": False}
+    search = HalvingRandomSearchCV(MLP, {"learning_rate_init": [0.05] * 4}, **options).fit(X, Y)
+    assert [epoch for epoch, _ in epochs] == [0, 1, 2, 3] and search.n_candidates_ == [4, 2, 1]
+    assert len(set(search.cv_results_["mean_test_score"][-3:-1])) == 1
+
+
 @pytest.mark.parametrize(("rates", "failed"), [([1e300, 0.1, 0.2, 0.05], 1), ([1e300, 1e299, 1e298, 0.1], 4)])
 def test_a_candidate_that_diverges_is_kept_after_all_others_and_begins_again(rates, failed):
     sgd = clone(MLP).set_params(solver="sgd", batch_size=16)

@@ -57,7 +57,7 @@ def test_balanced_classes_count_the_weights_of_their_rows():
     np.testing.assert_allclose(own.coef_, even.coef_, rtol=1e-8, atol=1e-10)
 
 
-def test_the_older_word_for_the_penalty():
+def test_the_older_word_for_the_penalty(monkeypatch):
     X, y = CANCER
     lasso = LogisticRegression(l1_ratio=1.0, C=0.1).fit(X, y)
     np.testing.assert_array_equal(LogisticRegression(penalty="l1", C=0.1).fit(X, y).coef_, lasso.coef_)
@@ -66,6 +66,8 @@ def test_the_older_word_for_the_penalty():
     np.testing.assert_array_equal(LogisticRegression(penalty="l2", C=0.1).fit(X, y).coef_, ridge.coef_)
     net, word = (LogisticRegression(l1_ratio=0.5, penalty=p).fit(X, y) for p in ("auto", "elasticnet"))
     np.testing.assert_array_equal(word.coef_, net.coef_)
+    monkeypatch.setattr("gputune.sklearn.logistic._PENALTY", "l2")  # the default before scikit-learn 1.8
+    np.testing.assert_array_equal(LogisticRegression(l1_ratio=0.5, penalty="l2").fit(X, y).coef_, net.coef_)
     # Without a penalty, what can be separated has no optimum.
     X, y = make_classification(200, 5, flip_y=0.4, random_state=0)
     free, none = LogisticRegression(C=np.inf).fit(X, y), LogisticRegression(penalty=None).fit(X, y)

@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from face_modules import Net
+from gputune.errors import InputError
 from gputune.sklearn import (
     GridSearchCV,
     HypergradientSearchCV,
@@ -240,8 +241,9 @@ def test_a_device_is_that_of_all_fits_and_the_refit():
     pipeline = make_pipeline(StandardScaler(), MLP)
     search = RandomizedSearchCV(pipeline, {"mlpclassifier__alpha": [0, 0.1]}, n_iter=2, cv=2, device="cpu").fit(X, Y)
     assert search.best_estimator_[-1].device == "cpu" and pipeline[-1].device == "auto"
-    with pytest.raises(ValueError, match="device"):
-        RandomizedSearchCV(MLP, RATES, device="abacus", n_iter=2).fit(X, Y)
+    for estimator, space in ((MLP, {"alpha": [0, 0.1]}), (LogisticRegression(), {"C": [0.1, 1.0]})):
+        with pytest.raises(InputError, match="^device must be 'auto' or one that this machine has"):
+            RandomizedSearchCV(estimator, space, device="abacus", n_iter=2).fit(X, Y)
 
 
 def test_time_that_is_over_fails_the_fits(monkeypatch):

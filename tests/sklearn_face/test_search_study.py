@@ -66,6 +66,7 @@ def test_an_existing_file_is_refused_before_anything_trains(path, monkeypatch):
         ("neg_log_loss", True, "score", "neg_log_loss"),
         (["neg_log_loss", "accuracy"], "accuracy", "accuracy", "accuracy"),
         (["neg_log_loss", "accuracy"], False, "neg_log_loss", "neg_log_loss"),
+        ({"score": "accuracy", "loss": "neg_log_loss"}, "loss", "loss", "loss"),
         (lambda model, X, y: model.score(X, y), True, "score", "<lambda>"),
     ],
 )
@@ -75,7 +76,7 @@ def test_the_score_is_the_one_that_chooses(path, scoring, refit, metric, name):
     study = gputune.Study.open(path)
     assert [trial.score for trial in study.trials] == search.cv_results_[f"mean_test_{metric}"].tolist()
     assert study.meta["scoring"] == name and study.meta["method"] == "RandomizedSearchCV"
-    others = [other for other in scoring if other != name] if isinstance(scoring, list) else []
+    others = [other for other in scoring if other != name] if isinstance(scoring, list | dict) else []
     assert study.metrics == ((name, *others) if others else ())
     for other in others:
         expected = search.cv_results_[f"mean_test_{other}"]

@@ -161,9 +161,22 @@ def test_values_that_would_change_the_result_are_refused_by_fit(estimator, error
         estimator.fit(*IRIS)
 
 
-@pytest.mark.parametrize("kind", [MLPClassifier, MLPRegressor, LogisticRegression, NeuralNetClassifier])
-def test_words_without_a_counterpart_are_refused(kind):
+NO_COUNTERPART = [
+    (MLPClassifier, "width depth lr max_epochs optimizer schedule"),
+    (MLPRegressor, "width depth lr max_epochs optimizer schedule"),
+    (LogisticRegression, "multi_class optimizer lr max_epochs weight_decay"),
+    (
+        NeuralNetClassifier,
+        "warm_start iterator_train__shuffle optimizer__nesterov optimizer__lr learning_rate_init max_iter solver alpha "
+        "weight_decay momentum",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "words"), NO_COUNTERPART)
+def test_words_without_a_counterpart_are_refused(kind, words):
     first = [Net] if kind is NeuralNetClassifier else []
+    assert set(words.split()) == set(kind._refused)
     for name, remedy in kind._refused.items():
         error = re.escape(f"{kind.__name__} has no parameter {name!r}: {remedy}.")
         with pytest.raises(InputError, match=error):
