@@ -35,7 +35,8 @@ def check_start(config: Config, name: str, start: str, *, argument: str, remedy:
     ``argument`` is what has chosen it; ``remedy`` is another one than to change the configuration.
     """
     optimizer = config["optimizer"]
-    others = [key for key in beyond_adam(config) if key != "beta2"] + ["ema"] * (config["ema"] > 0)
+    others = [key for key in beyond_adam(config) if key != "beta2"]
+    others += ["ema"] if config["ema"] else []
     if optimizer not in HYPERPARAMETERS_OF:
         reason = f"optimizer={optimizer!r}; choose one of {', '.join(HYPERPARAMETERS_OF)}"
     elif given := [key for key in config if key.startswith(OPTIMIZER_PREFIX)]:

@@ -234,6 +234,8 @@ class Slopes(Outcome):
 
 
 class _OverError(Exception):
+    """The deadline has passed, after so many epochs."""
+
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 

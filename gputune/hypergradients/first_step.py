@@ -173,5 +173,6 @@ def fastest_that_fits(sizes: Mapping[ExactMode, int], budget: int, *, hyperparam
 
     With one hyperparameter forward mode is about as fast as reverse mode, with memory that does not grow.
     """
-    modes: tuple[ExactMode, ...] = ("forward", "reverse", "checkpointed")
-    return next((mode for mode in modes[hyperparameters != 1 :] if sizes[mode] <= budget), "forward")
+    modes: list[ExactMode] = ["reverse", "checkpointed"]
+    modes = ["forward", *modes] if hyperparameters == 1 else modes
+    return next((mode for mode in modes if sizes[mode] <= budget), "forward")

@@ -80,12 +80,13 @@ def hypergradient(
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
     tables = check_hyperparameters(hyperparameters, rule, training)
     others = default_tables(rule, momentum, training.start())
-    if fixed and (twice := sorted(set(fixed) & set(tables))):
-        raise InputError(
-            f"fixed must have other names than hyperparameters, got {', '.join(twice)} in both; leave it out of one."
-        )
     if fixed:
         others |= check_hyperparameters(fixed, rule, training, argument="fixed")
+        if twice := sorted(set(fixed) & set(tables)):
+            raise InputError(
+                f"fixed must have other names than hyperparameters, got {', '.join(twice)} in both; leave it out of "
+                "one."
+            )
     problem = InnerProblem(training, rule, others | tables)
     shapes = {name: torch.as_tensor(value, device="cpu").shape for name, value in hyperparameters.items()}
     return _result(problem, shapes, request)

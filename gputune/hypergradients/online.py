@@ -172,8 +172,9 @@ class SGDHD(_Online):
         buffers = self._moments("momentum_buffer", params)
         torch._foreach_mul_(buffers, mu)
         torch._foreach_add_(buffers, grads)
-        ahead = torch._foreach_add(grads, buffers, alpha=mu) if group["nesterov"] else torch._foreach_mul(buffers, 1.0)
-        return list(ahead)
+        if group["nesterov"]:
+            return list(torch._foreach_add(grads, buffers, alpha=mu))
+        return list(torch._foreach_mul(buffers, 1.0))
 
 
 class AdamHD(_Online):

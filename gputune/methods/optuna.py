@@ -109,8 +109,9 @@ class OptunaStudy:
 
     def tell(self, trial: "optuna.Trial", result: Result) -> None:
         """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
-        for epoch, mean in fold_means(result.curve).items() if result.state == "pruned" else ():
-            trial.report(mean, epoch)
+        if result.state == "pruned":
+            for epoch, mean in fold_means(result.curve).items():
+                trial.report(mean, epoch)
         if result.state == "complete":
             self.study.tell(trial, result.score)
         else:

@@ -1,4 +1,4 @@
-"""The update rules of ``rules.py`` in place, over the flat buffers of a chunk.
+"""The update rules in place, over the flat buffers of a chunk: at given rates, or at rates that members adapt.
 
 The number of a member's step and all that follows from it (the factor of a schedule, Adam's corrections) is computed by
 the step itself, on the device and in double precision: a recorded step cannot be told anything. Members without a step

@@ -251,7 +251,8 @@ def test_a_submodule_with_two_names_is_left_as_it_was_after_an_error():
     assert torch.equal(torch.get_rng_state(), draws)
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
     assert all(a is b for a, b in zip(module.parameters(), objects, strict=True))
-    assert module.b.weight is objects[0] and not module.training and not hasattr(module, "hidden")
+    assert module.b.weight is objects[0] and not hasattr(module, "hidden")
+    assert not any(part.training for part in module.modules())
     assert list(module.a._forward_hooks) == [hook.id]
 
 
@@ -378,6 +379,13 @@ def test_running_statistics_are_those_of_a_plain_loop(options):
     assert "2.running_var" in found.parameters
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert module.training and "forward" not in vars(module[2])
+
+
+@pytest.mark.parametrize("loss", (functional.mse_loss, functional.l1_loss, nn.HuberLoss()))
+def test_losses_of_a_regression(loss):
+    batches, (x, _) = data()
+    *pairs, valid = [(x, x.sin().sum(1, keepdim=True)) for x in (*(x for x, _ in batches), x)]
+    assert_agree([run(network(outputs=1), loss, (pairs, valid), **options) for options in MODES], fd=1e-5)
 
 
 def test_a_loss_may_have_parameters_and_weights_of_its_own():

@@ -333,6 +333,14 @@ class Partial(Numeric):
         return slope * (1 - ctx.kept.tanh() ** 2)
 
 
+class Refusing(Numeric):
+    """As torch's own operations without a second derivative do."""
+
+    @staticmethod
+    def backward(ctx, slope):
+        raise RuntimeError("the derivative for aten::odd is not implemented.")
+
+
 def applied(function):
     return Calling(lambda m, x: function(x))
 
@@ -352,6 +360,12 @@ def test_operations_without_a_second_derivative(middle, words, mode):
     refused(*words, "mode='fd'", module=module, mode=mode)
     result = run(module, mode="fd")  # as the message says
     assert result.gradient["lr"].isfinite() and result.gradient["lr"] != 0
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_what_torch_itself_refuses_is_said_with_its_words(mode):
+    words = "cannot be differentiated twice (the derivative for aten::odd is not implemented); replace it, or call"
+    refused(words, "mode='fd'", module=network(applied(Refusing.apply)), mode=mode)
 
 
 @pytest.mark.parametrize("mode", EXACT)
@@ -452,6 +466,7 @@ def test_large_sizes_are_in_larger_units(monkeypatch):
 def test_fixed_values_are_checked_as_the_others_are():
     refused("fixed must have other names than hyperparameters, got lr in both", fixed={"lr": 0.1})
     refused("fixed: sgd has lr, momentum, weight_decay, got 'beta1'", fixed={"beta1": 0.9})
+    refused("fixed must be a dict with at least one of them", "got 3", fixed=3)
     refused("fixed['momentum'] must be in [0, 1), got 1.0", fixed={"momentum": 1.0})
 
 
