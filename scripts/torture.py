@@ -50,6 +50,7 @@ STORE_CALLS = (
     (Store, "add_trials"), (Store, "add_chunks"), (Store, "finish"), (Claims, "_claim"), (Claims, "_delete"),
 )  # fmt: skip
 LONG_TRIALS, STORED_TRIALS = 6, 12  # of the searches killed within chunks; of the files that are damaged
+COMMON = {"include_default": False, "workers": 1, "verbose": 0}
 LIMIT = 200_000  # bytes that a file may have where the disk is full
 
 
@@ -117,10 +118,8 @@ def search(path: Path, n_trials: int) -> None:
     """Search with tiny trials, each a chunk of its own."""
     X, y = load_iris(return_X_y=True)
     space = {"lr": loguniform(1e-4, 0.1), "width": [4, 8]}
-    gputune.tune(
-        "mlp", X[::5], y[::5], space=space, n_trials=n_trials, include_default=False, max_epochs=1, cv=2,
-        memory=1024, workers=1, study=path, checkpoint_seconds=1, verbose=0,
-    )  # fmt: skip
+    options = {"n_trials": n_trials, "max_epochs": 1, "cv": 2, "memory": 1024, "checkpoint_seconds": 1}
+    gputune.tune("mlp", X[::5], y[::5], space=space, study=path, **COMMON, **options)
 
 
 def table(path: Path) -> list[tuple]:
@@ -209,10 +208,8 @@ def search_long(path: Path, method: Method, epochs: int, **options: object) -> N
     """Search with a few trials, each a chunk of its own."""
     X, y = load_iris(return_X_y=True)
     space = {"lr": [1e-4, 1e-3, 1e-2], "width": [8, 40], "optimizer": ["adamw", "adamhd"]}
-    gputune.tune(
-        "mlp", X, y, space=space, n_trials=LONG_TRIALS, include_default=False, max_epochs=epochs, cv=3,
-        method=method, memory="1KB", workers=1, study=path, verbose=0, **options,
-    )  # fmt: skip
+    options |= {"n_trials": LONG_TRIALS, "max_epochs": epochs, "cv": 3, "memory": "1KB", "method": method}
+    gputune.tune("mlp", X, y, space=space, study=path, **COMMON, **options)
 
 
 def _keep_states(path: Path, method: Method, epochs: int) -> None:
@@ -286,30 +283,27 @@ def content(path: Path) -> tuple | None:
         return None
 
 
-def fill(store: Store) -> list[tuple | None]:
-    """Add trials one by one; return what the study held after each commit."""
-    states = [content(store.path)]
-    for n in range(STORED_TRIALS):
-        curve = np.random.default_rng(n).normal(size=(30, 5))
-        last = curve[-1]
-        done = Result(n, "complete", float(last.mean()), tuple(last.tolist()), 30, 0.1, curve)
-        for add, row in (
-            (store.add_trials, Candidate(n, {"lr": 0.1 / (n + 1)}, "random")),
-            (store.add_chunks, Chunk(n, 0, (n,), 1)),
-            (store.finish, done),
-        ):
-            add([row])
-            states.append(content(store.path))
-    return states
+def filled(path: Path) -> tuple[bytes, bytes, bytes, list[tuple | None]]:
+    """Add trials one by one; return the closed file, the open one, its log, and what it held after each commit."""
+    with Store.create(path, {"model": "mlp"}) as store:
+        states = [content(path)]
+        for n in range(STORED_TRIALS):
+            curve = np.random.default_rng(n).normal(size=(30, 5))
+            last = curve[-1]
+            for add, row in (
+                (store.add_trials, Candidate(n, {"lr": 0.1 / (n + 1)}, "random")),
+                (store.add_chunks, Chunk(n, 0, (n,), 1)),
+                (store.finish, Result(n, "complete", float(last.mean()), tuple(last.tolist()), 30, 0.1, curve)),
+            ):
+                add([row])
+                states.append(content(path))
+        base, log = path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()
+    return path.read_bytes(), base, log, states
 
 
 def cuts(folder: Path) -> Counts:
     """Cut a file, and another one's write-ahead log, at every 512-byte boundary."""
-    whole = folder / "cut.db"
-    with Store.create(whole, {"model": "mlp"}) as store:
-        states = fill(store)
-        base, log = whole.read_bytes(), whole.with_name("cut.db-wal").read_bytes()
-    raw = whole.read_bytes()
+    raw, base, log, states = filled(folder / "cut.db")
     cases = [(raw[:end], b"") for end in range(0, len(raw), 512)]
     cases += [(base, log[:end]) for end in range(0, len(log), 512)]
     return _damaged("cuts", cases, states, folder / "copy.db")
@@ -317,10 +311,7 @@ def cuts(folder: Path) -> Counts:
 
 def flips(folder: Path, count: int, seed: int) -> Counts:
     """Flip so many bits of a closed file, one at a time; repair what does not open."""
-    whole, draw = folder / "flip.db", random.Random(seed)
-    with Store.create(whole, {"model": "mlp"}) as store:
-        states = fill(store)
-    raw = whole.read_bytes()
+    draw, (raw, _, _, states) = random.Random(seed), filled(folder / "flip.db")
     cases = []
     for _ in range(count):
         flipped = bytearray(raw)
@@ -423,7 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", type=_part, metavar="PART", help="default: all of them")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help="default: all of them")
     for option, default, says in (
         ("--kills", 60, "times that a search is killed"),
         ("--trials", 600, "trials of the search that is killed"),
@@ -436,12 +427,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(option, type=int, default=default, help=f"{says} ({default})")
     return parser.parse_args(arguments)
-
-
-def _part(word: str) -> str:
-    if word not in PARTS:
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(PARTS)}, got {word!r}")
-    return word
 
 
 if __name__ == "__main__":

@@ -65,6 +65,14 @@ class Result:
         """Mean over the held-out rows."""
         return float(self.held_out.mean())
 
+    def row(self) -> list[str]:
+        """The cells of the report after the split's number."""
+        numbers = [f"{self.loss:.4f}", f"{self.std_error:.4f}", f"{self.held_out_loss:.4f}"]
+        if len(self.groups) > 1:
+            low, middle, high = np.quantile(self.groups, (0, 0.5, 1), method="nearest")
+            numbers.append(f"{low:.4f} to {high:.4f}, median {middle:.4f}, of {len(self.groups)} groups")
+        return [self.search, f"{self.trials} x {FOLDS}", f"{self.seconds:.1f}", *numbers]
+
 
 @dataclass(frozen=True)
 class Split:
@@ -132,12 +140,7 @@ def _result(name: str, study: gputune.Study, split: Split, seconds: float) -> Re
 def report(splits: Sequence[Sequence[Result]]) -> str:
     """Return the page: every split's table, what was won and lost, and the rates that were found."""
     head = "split|search|trainings|seconds|fold-mean loss|+-|held-out loss|best of every n draws"
-    rows = [
-        (seed, r.search, f"{r.trials} x {FOLDS}", f"{r.seconds:.1f}", f"{r.loss:.4f}", f"{r.std_error:.4f}",
-         f"{r.held_out_loss:.4f}", _groups(r))
-        for seed, results in enumerate(splits)
-        for r in results
-    ]  # fmt: skip
+    rows = [(seed, *result.row()) for seed, results in enumerate(splits) for result in results]
     names = [r.search for r in splits[0]]
     pairs = [(SCHEDULES, other) for other in names[1:]] + [(ONE_RATE, other) for other in names[2:]]
     gaps = "first|second|fold-mean loss|lower in|held-out loss|lower in|clearly lower, higher"
@@ -156,13 +159,6 @@ def report(splits: Sequence[Sequence[Result]]) -> str:
         "\n".join(rates),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _groups(result: Result) -> str:
-    if len(result.groups) < 2:
-        return ""
-    low, middle, high = np.quantile(result.groups, (0, 0.5, 1), method="nearest")
-    return f"{low:.4f} to {high:.4f}, median {middle:.4f}, of {len(result.groups)} groups"
 
 
 def _compared(splits: Sequence[Sequence[Result]], first: str, second: str) -> list[str]:
@@ -198,7 +194,13 @@ def write(out: Path, page: str, splits: Sequence[Sequence[Result]]) -> list[Path
 
 def main(arguments: list[str] | None = None) -> int:
     """Return 0."""
-    options = _parse(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--splits", type=positive, default=3, help="each with other held-out rows (default 3)")
+    add("--out", type=Path, help="folder for the table (Markdown) and all numbers (JSON)")
+    add("--draws", type=positive, default=max(DRAWS), help=f"at most (default {max(DRAWS)})")
+    add("--outer-steps", type=positive, default=OUTER_STEPS, help=f"default {OUTER_STEPS}")
+    options = parser.parse_args(arguments)
     draws = sorted({min(n, options.draws) for n in DRAWS})
     splits = []
     for seed in range(options.splits):
@@ -209,16 +211,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         print("\nwritten:", ", ".join(map(str, write(options.out, page, splits))))
     return 0
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--splits", type=positive, default=3, help="each with other held-out rows (default 3)")
-    add("--out", type=Path, help="folder for the table (Markdown) and all numbers (JSON)")
-    add("--draws", type=positive, default=max(DRAWS), help=f"at most (default {max(DRAWS)})")
-    add("--outer-steps", type=positive, default=OUTER_STEPS, help=f"default {OUTER_STEPS}")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

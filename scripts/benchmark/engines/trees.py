@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from time import perf_counter
@@ -14,9 +15,7 @@ from sklearn.metrics import get_scorer
 from sklearn.model_selection import KFold, StratifiedKFold
 
 ROUNDS, PATIENCE = 2_000, 50  # of boosting, at most and without a better score on a fold's validation rows
-
-
-LIBRARIES = ("lightgbm", "catboost")
+LIBRARIES = {"lightgbm": "LightGBM", "catboost": "CatBoost"}
 
 
 def versions() -> dict[str, str]:
@@ -66,21 +65,34 @@ def levels_of(X: pd.DataFrame) -> dict[str, pd.CategoricalDtype]:
 
 def with_defaults(X: pd.DataFrame, y: pd.Series, task: str) -> Iterator[tuple[str, OfTable]]:
     """Yield the name of each library that is installed and its trees as its defaults say."""
-    numbers, levels = task == "regression", levels_of(X)
-    histogram = HistGradientBoostingRegressor if numbers else HistGradientBoostingClassifier
-    yield ("HistGradientBoosting", OfTable(histogram(categorical_features="from_dtype", random_state=0), levels))
-    if find_spec("lightgbm"):
-        from lightgbm import LGBMClassifier, LGBMRegressor
+    histogram = HistGradientBoostingRegressor if task == "regression" else HistGradientBoostingClassifier
+    levels = levels_of(X)
+    yield "HistGradientBoosting", OfTable(histogram(categorical_features="from_dtype", random_state=0), levels)
+    for library, name in LIBRARIES.items():
+        if find_spec(library):
+            yield name, _model(library, task, levels)
 
-        light = LGBMRegressor if numbers else LGBMClassifier
-        yield "LightGBM", OfTable(light(n_jobs=1, random_state=0, verbose=-1), levels)
-    if find_spec("catboost"):
-        from catboost import CatBoostClassifier, CatBoostRegressor
 
-        cat = CatBoostRegressor if numbers else CatBoostClassifier
-        text = [name for name in levels if not name.startswith("date")]
-        made = cat(thread_count=1, random_seed=0, verbose=0, allow_writing_files=False, cat_features=text)
-        yield "CatBoost", OfTable(made, levels, as_text=True)
+def _model(library: str, task: str, levels: dict[str, pd.CategoricalDtype], **chosen: Any) -> OfTable:
+    """Return a library's trees on one thread."""
+    module = import_module(library)
+    if library == "lightgbm":
+        kind = module.LGBMRegressor if task == "regression" else module.LGBMClassifier
+        return OfTable(kind(n_jobs=1, random_state=0, verbose=-1, **chosen), levels)
+    kind = module.CatBoostRegressor if task == "regression" else module.CatBoostClassifier
+    text = [name for name in levels if not name.startswith("date")]
+    fixed = {"thread_count": 1, "random_seed": 0, "verbose": 0, "allow_writing_files": False, "cat_features": text}
+    return OfTable(kind(**fixed, **chosen), levels, as_text=True)
+
+
+def _settings(library: str, task: str, scoring: str, rounds: int) -> dict[str, Any]:
+    """Return what the trees of a search have in common."""
+    if library == "lightgbm":
+        error = "binary_error" if task == "binary" else "multi_error"
+        metric = {"roc_auc": "auc", "accuracy": error}.get(scoring, "rmse")
+        return {"n_estimators": rounds, "metric": metric, "subsample_freq": 1}
+    metric = {"roc_auc": "AUC", "accuracy": "Accuracy"}.get(scoring, "RMSE")
+    return {"iterations": rounds, "eval_metric": metric, "bootstrap_type": "Bernoulli"}
 
 
 def tuned(
@@ -97,12 +109,12 @@ def tuned(
     numbers, levels = task == "regression", levels_of(X)
     parts = (KFold if numbers else StratifiedKFold)(folds, shuffle=True, random_state=0)
     judge = get_scorer(scoring)
-    make, space = (_lightgbm, _space_of_lightgbm) if library == "lightgbm" else (_catboost, _space_of_catboost)
+    space = _space_of_lightgbm if library == "lightgbm" else _space_of_catboost
 
     def objective(trial: optuna.Trial) -> float:
         chosen, scores, rounds = space(trial), [], []
         for train, valid in parts.split(X, None if numbers else y):
-            one = OfTable(make(task, levels, scoring, ROUNDS, chosen), levels, as_text=library == "catboost")
+            one = _model(library, task, levels, **_settings(library, task, scoring, ROUNDS), **chosen)
             others = one.rows(X.iloc[valid]), y.iloc[valid]
             one.estimator.fit(one.rows(X.iloc[train]), y.iloc[train], **_stop(library, others))
             scores.append(judge(one.estimator, *others))
@@ -115,8 +127,8 @@ def tuned(
     while perf_counter() - begin < seconds:
         study.optimize(objective, n_trials=1)
     best = study.best_trial
-    final = make(task, levels, scoring, best.user_attrs["rounds"], best.params)
-    return OfTable(final, levels, as_text=library == "catboost").fit(X, y), len(study.trials), best.number
+    settings = _settings(library, task, scoring, best.user_attrs["rounds"])
+    return _model(library, task, levels, **settings, **best.params).fit(X, y), len(study.trials), best.number
 
 
 def _space_of_lightgbm(trial: Any) -> dict[str, Any]:
@@ -145,25 +157,6 @@ def _space_of_catboost(trial: Any) -> dict[str, Any]:
         "model_size_reg": trial.suggest_float("model_size_reg", 0.1, 1.5, log=True),
         "max_ctr_complexity": trial.suggest_int("max_ctr_complexity", 2, 5),
     }
-
-
-def _lightgbm(task: str, levels: dict[str, Any], scoring: str, rounds: int, chosen: dict[str, Any]) -> Any:
-    import lightgbm
-
-    kind = lightgbm.LGBMRegressor if task == "regression" else lightgbm.LGBMClassifier
-    metric = {"roc_auc": "auc", "accuracy": "binary_error" if task == "binary" else "multi_error"}.get(scoring, "rmse")
-    fixed = {"subsample_freq": 1, "n_jobs": 1, "random_state": 0, "verbose": -1}
-    return kind(n_estimators=rounds, metric=metric, **chosen, **fixed)
-
-
-def _catboost(task: str, levels: dict[str, Any], scoring: str, rounds: int, chosen: dict[str, Any]) -> Any:
-    import catboost
-
-    kind = catboost.CatBoostRegressor if task == "regression" else catboost.CatBoostClassifier
-    metric = {"roc_auc": "AUC", "accuracy": "Accuracy"}.get(scoring, "RMSE")
-    text = [name for name in levels if not name.startswith("date")]
-    fixed = {"thread_count": 1, "random_seed": 0, "verbose": 0, "allow_writing_files": False, "cat_features": text}
-    return kind(iterations=rounds, eval_metric=metric, bootstrap_type="Bernoulli", **chosen, **fixed)
 
 
 def _stop(library: str, others: tuple[pd.DataFrame, pd.Series]) -> dict[str, Any]:
