@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -72,6 +72,11 @@ class Outcome:
     scores: np.ndarray
     start: float = 0.0
     compile: float = 0.0
+
+
+def last_began(jobs: Iterable[tuple[int, float]]) -> float:
+    """Return when the last process began its first job, of the process and the begin of every job."""
+    return max(dict(sorted(jobs, key=lambda job: -job[1])).values())  # a process' earliest job comes last
 
 
 def draw_trials(n_trials: int, widths: Sequence[int], seed: int = 0) -> list[Trial]:
@@ -145,10 +150,8 @@ def run_jobs(
         done = joblib.Parallel(batch_size=1, pre_dispatch="all")(
             joblib.delayed(_run_one)(call, path, job, compiled) for job in jobs
         )
-    began: dict[int, float] = {}
-    for _, process, at, _ in done:
-        began[process] = min(at, began.get(process, at))
-    return [result for result, *_ in done], max(began.values()) - begin, max(spent for *_, spent in done)
+    start = last_began((process, at) for _, process, at, _ in done) - begin
+    return [result for result, *_ in done], start, max(spent for *_, spent in done)
 
 
 @contextmanager

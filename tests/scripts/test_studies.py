@@ -50,15 +50,12 @@ def test_the_speeds_of_modules_in_the_docs_are_those_of_the_results():
         assert f"| {row['name']} | {row['work']} | {numbers} |" in page
 
 
-SMALL_GRID = {"ROWS": (1000,), "TRIALS": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
-GRID = ("--engines", "torch", "--trials", "2", "--epochs", "2")
-
-
 def test_the_grid(script, study, monkeypatch):
     grid = script("benchmark.studies.grid")
     monkeypatch.setattr(grid, "in_fresh_process", lambda *case: grid.Growth(*case, 0.5, 300.0, 310.0))
+    small = {"ROWS": (1000,), "TRIALS": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
     # Six steps are too few for scores to agree.
-    _, whole, text = study("grid", *GRID, **SMALL_GRID, AGREEMENT=1.0)
+    _, whole, text = study("grid", "--engines", "torch", "--trials", "2", "--epochs", "2", **small, AGREEMENT=1.0)
     cells = [(c["trials"], c["width"], c["batch_size"]) for c in whole["cells"]]
     assert cells == [(1, 16, 256), (2, 16, 256)]
     cases = [(g["trials"], g["folds"], g["epochs"], g["rows"]) for g in whole["growth"]]
@@ -126,9 +123,8 @@ def test_native(study):
     small = {"WIDTHS": (19,), "BATCH_SIZES": (32,), "ACTIVATIONS": ("relu",), "ROWS": 200}
     _, numbers, text = study("native", "--repeats", "3", **small)
     assert {(dtype, width) for dtype, _, _, width, _, _ in numbers["rows"]} == {("float32", 19), ("float64", 19)}
-    assert all(0.2 < row[-1] < 5 for row in numbers["rows"]) and text.count("| relu | 19 | 32 | ") == len(
-        numbers["rows"]
-    )
+    assert all(0.2 < row[-1] < 5 for row in numbers["rows"])
+    assert text.count("| relu | 19 | 32 | ") == len(numbers["rows"])
 
 
 def test_many_trials(study):
@@ -143,12 +139,9 @@ def test_realmlp_needs_its_authors_package(study, flowers):
         study("realmlp", *flowers)
 
 
-HALVING = ("--epochs", "4", "--repeats", "2")
-IRIS = {"TRIALS": 9, "tables": lambda adult: {"iris": load_iris(return_X_y=True)}}
-
-
 def test_halving(script, study):
-    _, whole, text = study("halving", *HALVING, **IRIS)
+    small = {"TRIALS": 9, "tables": lambda adult: {"iris": load_iris(return_X_y=True)}}
+    _, whole, text = study("halving", "--epochs", "4", "--repeats", "2", **small)
     first, second = (script("benchmark.studies.halving").Seed(**one) for one in whole["seeds"])
     assert first.run == pytest.approx(first.halving, abs=2e-3) and second.run is None
     assert first.full_epochs == 36 and first.halving_epochs == 9 + 3 * 2 + 1 * 1
@@ -157,11 +150,8 @@ def test_halving(script, study):
     assert "0 of 2 reach the aim." in text  # four epochs are too few to save much
 
 
-HYPERGRADIENTS = ("--epochs", "1", "--repeats", "1")
-
-
 def test_hypergradients(study):
-    _, whole, text = study("hypergradients", *HYPERGRADIENTS, MEMBERS=(10,))
+    _, whole, text = study("hypergradients", "--epochs", "1", "--repeats", "1", MEMBERS=(10,))
     costs = whole["costs"]
     assert [(c["optimizer"], c["members"], c["steps"]) for c in costs] == [("sgd", 10, 10), ("adam", 10, 10)]
     for cost in costs:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from benchmark.work import Fold, Outcome, Trial, Work, longest_first, over_cores, standardised
+from benchmark.work import Fold, Outcome, Trial, Work, last_began, longest_first, over_cores, standardised
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.Adam
 
@@ -159,19 +159,13 @@ def train_ray(work: Work, cores: int) -> Outcome:
             ).fit()
         finally:
             ray.shutdown()
-    return _ray_outcome(results, work, begin)
-
-
-def _ray_outcome(results: Any, work: Work, begin: float) -> Outcome:
-    scores = work.no_scores()
-    began: dict[int, float] = {}
+    scores, began = work.no_scores(), []
     for result in results:
         if result.error is not None:
             raise result.error
-        found = result.metrics
-        scores[found["config"]["position"]] = found["scores"]
-        began[found["process"]] = min(found["began"], began.get(found["process"], found["began"]))
-    return Outcome(scores, max(began.values()) - begin)
+        scores[result.metrics["config"]["position"]] = result.metrics["scores"]
+        began.append((result.metrics["process"], result.metrics["began"]))
+    return Outcome(scores, last_began(began) - begin)
 
 
 _seconds = 0.0  # that this process has compiled

@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +50,20 @@ def run(options: Namespace) -> int:
     regrets = np.stack([regret(one) for one in scores])
     outside = [left_out(regrets, place) for place in range(len(NAMES))]
     chosen = greedy(regrets[:, :WIDE_TRIALS], regrets[:, -1])
-    return write(options, [configs[place] for place in chosen], outside, regrets[:, -1])
+    configs, default = [configs[place] for place in chosen], regrets[:, -1]
+    machine = describe_machine(with_card=False)
+    rows = [[name, *(f"{number:.3f}" for number in (one, *pair))] for name, one, pair in zip(NAMES, default, outside)]
+    means = np.mean([[one, *pair] for one, pair in zip(default, outside)], axis=0)
+    rows.append(["mean", *(f"{number:.3f}" for number in means)])
+    how = HOW.format(
+        wide_trials=WIDE_TRIALS, trials=TRIALS, folds=FOLDS, epochs=EPOCHS, rows=ROWS, size=SIZE, draws=DRAWS,
+        wide=", ".join(WIDE),
+    )  # fmt: skip
+    parts = how, table(["table", "default", "with the list", "with draws"], rows)
+    listed = "\n".join(f"- {json.dumps(one)}" for one in configs)
+    numbers = {"results": [dict(zip(("table", "default", "list", "draws"), row)) for row in rows]}
+    numbers |= {"configurations": configs}
+    return publish(options.out, "portfolio", "A short list for the MLP", machine, *parts, listed, **numbers)
 
 
 def honest(study: gputune.Study) -> NDArray[np.float64]:
@@ -91,22 +103,3 @@ def left_out(regrets: NDArray[np.float64], place: int) -> tuple[float, float]:
     rng = np.random.default_rng(0)
     drawn = own[WIDE_TRIALS + rng.integers(0, TRIALS, size=(DRAWS, SIZE))].min(axis=1)
     return float(min(start, own[chosen].min())), float(np.minimum(start, drawn).mean())
-
-
-def write(
-    options: Namespace, configs: list[dict[str, Any]], outside: list[tuple[float, float]], default: NDArray[np.float64]
-) -> int:
-    """Publish the page; return 0."""
-    machine = describe_machine(with_card=False)
-    rows = [[name, *(f"{number:.3f}" for number in (one, *pair))] for name, one, pair in zip(NAMES, default, outside)]
-    means = np.mean([[one, *pair] for one, pair in zip(default, outside)], axis=0)
-    rows.append(["mean", *(f"{number:.3f}" for number in means)])
-    how = HOW.format(
-        wide_trials=WIDE_TRIALS, trials=TRIALS, folds=FOLDS, epochs=EPOCHS, rows=ROWS, size=SIZE, draws=DRAWS,
-        wide=", ".join(WIDE),
-    )  # fmt: skip
-    parts = how, table(["table", "default", "with the list", "with draws"], rows)
-    listed = "\n".join(f"- {json.dumps(one)}" for one in configs)
-    numbers = {"results": [dict(zip(("table", "default", "list", "draws"), row)) for row in rows]}
-    numbers |= {"configurations": configs}
-    return publish(options.out, "portfolio", "A short list for the MLP", machine, *parts, listed, **numbers)

@@ -155,18 +155,14 @@ def _tables(found: Sequence[Curve], left_out: Sequence[str]) -> list[str]:
     for name in dict.fromkeys(curve.table for curve in found):
         curves, levels = [curve for curve in found if curve.table == name], LEVELS[name]
         head = ["search", *(f"to {level}" for level in levels), "to its end", "held-out accuracy"]
-        rows = [
-            _row(search, [curve for curve in curves if curve.search == search], levels)
-            for search in dict.fromkeys(curve.search for curve in curves)
-        ]
+        rows = []
+        for search in dict.fromkeys(curve.search for curve in curves):
+            of = [curve for curve in curves if curve.search == search]
+            end, last = median(c.seconds for c in of), median(c.points[-1].held_out for c in of)
+            rows.append([search, *(_time(level, of) for level in levels), f"{end:.2f}", f"{last:.4f}"])
         rows += [[f"{search}: not installed"] for search in left_out]
         parts += [f"## {name}, {counted(len({c.seed for c in curves}), 'seed')}", table(head, rows)]
     return parts
-
-
-def _row(search: str, curves: Sequence[Curve], levels: Sequence[float]) -> list[str]:
-    end, last = median(c.seconds for c in curves), median(c.points[-1].held_out for c in curves)
-    return [search, *(_time(level, curves) for level in levels), f"{end:.2f}", f"{last:.4f}"]
 
 
 def _time(level: float, curves: Sequence[Curve]) -> str:

@@ -58,20 +58,18 @@ def run(options: Namespace) -> int:
             scores = list(measure(split, configurations(split.task)))
             results.append(Result(name, package, split.scoring, *clock(), scores))
             print(results[-1], flush=True)
-    rows = [[one.table, one.package, f"{one.seconds:.0f}", *summary(one)] for one in results]
+    rows = []
+    for one in results:
+        best = (min if one.scoring.startswith("neg") else max)(one.scores)  # an RMSE is positive
+        error = np.std(one.scores, ddof=1) / np.sqrt(len(one.scores))
+        scores_in_words = f"{np.mean(one.scores):.4f} ± {error:.4f}", f"{best:.4f}"
+        rows.append([one.table, one.package, f"{one.seconds:.0f}", *scores_in_words])
     how = HOW.format(
         configurations=CONFIGURATIONS, last=CONFIGURATIONS - 1, epochs=EPOCHS, folds=FOLDS, rows=ROWS,
         held_out=HELD_OUT, cores=machine["cores"],
     )  # fmt: skip
     found = table(["table", "package", "seconds", "mean score", "best"], rows)
     return publish(options.out, "realmlp", "RealMLP's space", machine, how, found, results=results)
-
-
-def summary(one: Result) -> tuple[str, str]:
-    """Return the mean score with its standard error, and the best one."""
-    best = (min if one.scoring.startswith("neg") else max)(one.scores)  # an RMSE is positive
-    error = np.std(one.scores, ddof=1) / np.sqrt(len(one.scores))
-    return f"{np.mean(one.scores):.4f} ± {error:.4f}", f"{best:.4f}"
 
 
 def configurations(task: str) -> list[dict[str, Any]]:
