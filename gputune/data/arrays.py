@@ -129,6 +129,14 @@ def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
         # torch warns of memory that must not be written, such as a file's, and cannot be told that it will not be.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             value = torch.from_numpy(native)
+    refuse_kind(value, label)
+    if value.dim() == 0 or 0 in value.shape:
+        raise InputError(f"{label} must have rows, and none of its axes may be empty, got shape {tuple(value.shape)}.")
+    return value.detach().to(_TAKEN_AS.get(value.dtype, value.dtype))
+
+
+def refuse_kind(value: Tensor, label: str) -> None:
+    """Raise InputError for a tensor that is not dense, real numbers of 16 bits or more in some memory."""
     for is_bad, words in (
         (value.is_nested, f"is a nested tensor, whose rows are of unlike shapes; pass {label}.to_padded_tensor(0.0)"),
         (value.layout is not torch.strided, "is a sparse tensor, and only dense input is supported; pass "
@@ -141,9 +149,6 @@ def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
     ):  # fmt: skip
         if is_bad:
             raise InputError(f"{label} {words}.")
-    if value.dim() == 0 or 0 in value.shape:
-        raise InputError(f"{label} must have rows, and none of its axes may be empty, got shape {tuple(value.shape)}.")
-    return value.detach().to(_TAKEN_AS.get(value.dtype, value.dtype))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.kinds import Kind, parse_text, read_amounts, read_as, written
+from gputune.data.arrays import refuse_kind
+from gputune.data.kinds import Kind, parse_text, read_amounts, read_as, value_texts
 from gputune.data.table import two_axes
 from gputune.errors import InputError
 from gputune.text import is_number
@@ -221,9 +222,9 @@ def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.nd
     level_of = {level: level for level in levels}
     for level in levels:
         level_kind, value = _read(np.array([level], dtype=object))
-        if level_kind == kind:
-            level_of.setdefault(written(value, kind)[0], level)
-    return np.array([level_of.get(text, text) for text in written(values, kind)], dtype=object)
+        if level_kind == kind and not np.isnan(value).any():  # a level "NA" reads as a missing number
+            level_of.setdefault(value_texts(value, kind)[0], level)
+    return np.array([level_of.get(text, text) for text in value_texts(values, kind)], dtype=object)
 
 
 def _read(texts: np.ndarray) -> tuple[Kind, np.ndarray]:
@@ -245,15 +246,12 @@ def tensor_names(X: Tensor) -> tuple[str, ...]:
 
 def checked_tensor(X: Tensor) -> Tensor:
     """Return a dense (n, D) tensor of floats, finite or NaN, at least of single precision; else InputError."""
-    if X.layout is not torch.strided:
-        raise InputError("X is a sparse tensor, and only dense input is supported; pass X.to_dense().")
+    refuse_kind(X, "X")
     if X.ndim != 2 or 0 in X.shape:
         raise InputError(
             f"X must be two-dimensional with at least one row and column, got shape {tuple(X.shape)}; "
             f"{two_axes(X.ndim)}."
         )
-    if X.is_complex():
-        raise InputError(f"X must hold real numbers, got {X.dtype}; pass X.real and X.imag as columns.")
     X = X.detach()
     if not X.is_floating_point():
         return X.double()

@@ -239,12 +239,13 @@ def make_dataset(
         folds = [(places[train], places[valid]) for train, valid in folds]
     to_device = partial(torch.as_tensor, device=like.device)
     inputs, copies, scaling, on_host = _inputs(raw, statistics, like)
-    stacked = [np.ones(len(values)) if row is None else row for row in row_weights]
+    weigh = any(row is not None for row in row_weights)
+    stacked = [np.ones(len(values)) if row is None else row for row in row_weights if weigh]
     return Dataset(
         inputs=inputs,
         copies=copies,
         y=to_device(y, dtype=like.dtype if y.dtype.kind == "f" else torch.int64),
-        weights=to_device(np.stack(stacked)) if any(row is not None for row in row_weights) else None,
+        weights=to_device(np.stack(stacked)) if weigh else None,
         folds=tuple(Fold(*(to_device(np.asarray(rows, np.int64)) for rows in fold)) for fold in folds),
         present=None if present is None else to_device(present),
         center=to_device(center),

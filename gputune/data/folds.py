@@ -138,7 +138,7 @@ def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | N
             # Both are said below: with the class's name, and as an error where it splits a group.
             warnings.filterwarnings("ignore", message="The least populated class")
             warnings.filterwarnings("ignore", message="The groups parameter is ignored")
-            pairs = list(splitter.split(rows, target.labels, groups))
+            pairs = [(train, valid) for train, valid in splitter.split(rows, target.labels, groups)]
     except (ValueError, TypeError) as error:
         if groups is None and "groups" in str(error):
             raise InputError(f"cv={splitter!r} splits by groups, but groups is None; pass groups.") from error

@@ -94,7 +94,7 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
         raise InputError(
             f"kinds={{{name!r}: {wanted!r}}}: column {name!r} holds dates, which nothing else is read from; convert it."
         )
-    texts = values if kind == "category" else written(values, kind)
+    texts = values if kind == "category" else value_texts(values, kind)
     if wanted == "category":
         return texts
     if wanted == "number" and (amounts := read_amounts(texts)) is not None:
@@ -111,7 +111,7 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
     return numbers
 
 
-def written(values: np.ndarray, kind: Kind) -> np.ndarray:
+def value_texts(values: np.ndarray, kind: Kind) -> np.ndarray:
     """Return numbers or booleans as texts, None where they are missing."""
     text = (lambda value: str(bool(value))) if kind == "boolean" else text_of
     return np.array([None if np.isnan(value) else text(value) for value in values], dtype=object)

@@ -208,6 +208,8 @@ def _source_of(
             raise InputError(f"groups and the target must be two columns, got {groups!r} for both.")
         if groups not in table.names:
             raise InputError(f"groups={groups!r} is not a column of the table; the columns are {quoted(table.names)}.")
+        if len(table.names) == 1:
+            raise InputError(f"groups={groups!r} is the only column of the table; there is nothing to predict from.")
         table, groups = table.drop(groups), table.column(groups)
     name = y if isinstance(y, str) else "y"
     if isinstance(y, str):

@@ -185,7 +185,10 @@ def _rows_to_array(X: object) -> np.ndarray:
 def checked_table(
     names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray]], typed: Collection[str] = ()
 ) -> Table:
-    """Build a table: at least one row and column, distinct names, finite values; amounts are numbers or ``typed``."""
+    """Return a table of at least one row and column, distinct names and finite values.
+
+    Text that is all amounts becomes numbers, but in columns that are ``typed`` by their owner.
+    """
     if not columns:
         raise InputError("the table has no columns; at least one is needed.")
     if len(columns[0][1]) == 0:

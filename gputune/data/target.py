@@ -292,8 +292,10 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _are_classes(values: np.ndarray, name: str) -> bool:
-    if values.dtype.kind in "bU" or not _are_whole(values):
-        return values.dtype.kind in "bU"
+    if values.dtype.kind in "bU":
+        return True
+    if not _are_whole(values):
+        return False
     distinct = len(np.unique(values))
     if distinct > MAX_CLASSES and distinct * _ROWS_PER_NUMBER <= len(values):
         warn(

@@ -111,8 +111,8 @@ class PopulationTraining:
         params = self._params_of(weights)
         losses = []
         for f, fold in enumerate(self.data.folds):
-            y = self.data.y[f % len(self.data.y)] if self.data.y.is_floating_point() else self.data.y
-            rows = self.network.row_losses(self._valid(params, f)[None], y[fold.valid][None, None])[0]
+            y = self.data.targets(f)[fold.valid]
+            rows = self.network.row_losses(self._valid(params, f)[None], y[None, None])[0]
             losses.append(rows.mean(-1) * self.data.scale[f].to(rows.dtype).square().mean())
         return torch.cat(losses)
 

@@ -49,7 +49,7 @@ class Objective:
     varied: Config = field(default_factory=dict, compare=False)
 
     def of_space(self, space: Sequence[Mapping[str, Any]]) -> Self:
-        """Return it as it scores in a space, of whose parts each has a list of choices, or a distribution, by key."""
+        """Return it as it ranks all trials of a space by one loss; a part has choices, or a distribution, by key."""
         names = sorted({key for part in space for key in part if key.startswith(LOSS_PREFIX)})
         fixed = {}
         for name in names:

@@ -110,7 +110,7 @@ def test_values_of_another_kind_that_fit():
     assert date.features("category", text("1970-01-02", "1970-01-03")).tolist() == [[1], [2]]
     for column in (number, boolean, date):
         assert np.isnan(column.features("category", text(None, None))).all()
-    amounts = Column("c", "category", levels=("$1", "free"))
+    amounts = Column("c", "category", levels=("$1", "NA", "free"))
     assert convert(np.array([1.0, np.nan]), "number", amounts).tolist() == ["$1", None]
     assert number.features("category", text("$1", "$2")).tolist() == [[1], [2]]
     category = Column("c", "category", levels=("a",), missing=True)

@@ -244,6 +244,8 @@ def test_text_and_dates_that_are_kept_become_features_as_ever():
         (torch.zeros(0, 3), r"at least one row and column, got shape \(0, 3\)"),
         (torch.zeros(2, 2, dtype=torch.complex64), "real numbers"),
         (torch.eye(2).to_sparse(), "sparse tensor"),
+        (torch.zeros(2, 2, device="meta"), "X lies on the device 'meta', which holds no values"),
+        (torch.eye(2).to(torch.float8_e4m3fn), r"floats of 16 bits or more, .* pass X.half\(\)"),
         (torch.tensor([[0.0, 1.0], [1.0, torch.inf]]), "column 'x1' has an infinite value"),
         (torch.ones(3, 2), "no usable column. Columns 'x0', 'x1': left out, constant"),
         (as_table([[1], [1]]), r"X has no usable column\. Column 'x0': left out, constant."),

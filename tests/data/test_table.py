@@ -10,6 +10,7 @@ import torch
 from scipy.sparse import csr_array, csr_matrix
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from gputune.data.source import read_source
 from gputune.data.table import Table, as_rows, as_table, checked_table, select_rows, split_target
 from refused import refused
 
@@ -174,6 +175,8 @@ def test_bad_targets():
         split_target(table, "when")
     with refused("only column"):
         split_target(Table(("y",), ("number",), (np.zeros(2),)), "y")
+    with refused("groups='team' is the only column of the table; there is nothing to predict from"):
+        read_source(pd.DataFrame({"team": [1, 2]}), [0, 1], "team")
 
 
 def test_rows_stay_what_the_user_gave():
