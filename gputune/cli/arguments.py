@@ -1,4 +1,7 @@
-"""What can be typed on the command line. Nothing heavy is imported, so that ``gputune --help`` waits for nothing."""
+"""What can be typed on the command line, and where a command puts and finds a study and its model.
+
+Nothing heavy is imported, so that ``gputune --help`` waits for nothing.
+"""
 
 import argparse
 import math

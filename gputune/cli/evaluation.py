@@ -212,11 +212,11 @@ class Evaluation:
 
         names, matrix = [clean(label) for label in self.classes], np.array(self.confusion)
         counts = zip(names, matrix.diagonal(), matrix.sum(1), matrix.sum(0))
-        shares = [[name, str(true), share(right, told), share(right, true)] for name, right, true, told in counts]
+        shares = [[name, str(rows), share(right, guesses), share(right, rows)] for name, right, rows, guesses in counts]
         tables = [table(["class", "rows", "precision", "recall"], shares, left=["class"])]
         if len(names) <= _SHOWN:
-            lines = [[name, *map(str, line)] for name, line in zip(names, self.confusion)]
-            tables.append(table([corner := "true \\ predicted", *names], lines, left=[corner]))
+            corner, lines = "true \\ predicted", zip(names, self.confusion)
+            tables.append(table([corner, *names], [[name, *map(str, line)] for name, line in lines], left=[corner]))
         return tables
 
 

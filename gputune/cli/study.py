@@ -149,7 +149,8 @@ def trial_rows(
 ) -> str:
     """Return a table of trials in the first of the layouts that is not too wide, a column for each parameter.
 
-    Where none is, parameters share the last column, on several lines. ``others`` are metrics that do not rank.
+    Where all are too wide, the parameters share the last column of the last one, on several lines. ``others`` are the
+    metrics that do not rank.
     """
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     values = [[short(trial.params[name]) if name in trial.params else "-" for name in names] for trial in trials]

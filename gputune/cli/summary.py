@@ -177,7 +177,8 @@ def _method(study: Study) -> list[tuple[str, str]]:
     if method["name"] != "optuna":
         return [(method["name"].capitalize(), _pruning_text(study))]
     origins = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
-    batches = f"{(number := len(set(origins)))} batch{'' if number == 1 else 'es'}"
+    number = len(set(origins))
+    batches = f"{number} batch{'' if number == 1 else 'es'}"
     proposed = f"Optuna's {clean(method['sampler'])} proposed {count(len(origins), 'trial')} in {batches}"
     return [("Sampler", proposed), *([("Halving", _pruning_text(study))] if method["halving"] else [])]
 

@@ -133,8 +133,8 @@ def pareto_charts(study: Study) -> list[Chart]:
 def _pareto(study: Study, front: ParetoFront) -> Chart:
     """Return a dot a trial by two metrics, with a line through those that no other one beats in both."""
     values, measures = front.values.T, front.measures
-    scales = [value_scale(*score_range(*pair), pair[1], pad=_PAD) for pair in zip(values, measures)]
-    frame = Frame(*_SMALL, x=scales[0], y=scales[1]).with_room()
+    x_scale, y_scale = (value_scale(*score_range(*one), one[1], pad=_PAD) for one in zip(values, measures))
+    frame = Frame(*_SMALL, x_scale, y_scale).with_room()
     drawn = spread_over(np.flatnonzero(np.isfinite(values[0])).tolist(), POINTS)
     x = np.clip(frame.across(values[0]), frame.left + 6, frame.width - frame.right - 6)
     y = frame.down_within(values[1])
@@ -221,13 +221,12 @@ def path_charts(study: Study) -> list[Chart]:
     starts, shown = descent_paths(study), score_view(study)
     if not starts or not shown.order:
         return []
-    scales = {shown.measure.title: score_scale(shown, pad=_PAD)}
-    lines = {shown.measure.title: [one.scores for one in starts]}
+    lines = [(shown.measure.title, score_scale(shown, pad=_PAD), [one.scores for one in starts])]
     for column in descended(study):
         if np.isfinite(column.values).any():
-            scales[column.label] = parameter_scale(column, pad=0.05)
-            lines[column.label] = [one.values[column.name] for one in starts]
-    return [_path_chart(starts, lines[name], scales[name], name) for name in lines]
+            values = [one.values[column.name] for one in starts]
+            lines.append((column.label, parameter_scale(column, pad=0.05), values))
+    return [_path_chart(starts, values, scale, name) for name, scale, values in lines]
 
 
 def _path_chart(starts: Sequence[DescentPath], values: Sequence[NDArray[np.float64]], y: Scale, name: str) -> Chart:

@@ -157,9 +157,7 @@ class Importance:
 
     names: tuple[str, ...]  # most important first
     labels: tuple[str, ...]
-    drops: NDArray[
-        np.float64
-    ]  # (n,) fall of R2 when one is shuffled: 0 where it does not matter, up to 2 where it alone decides
+    drops: NDArray[np.float64]  # (n,) fall of R2 when one is shuffled: 0 of no matter, up to 2 where it alone decides
     errors: NDArray[np.float64]  # (n,) standard deviation of the fall over the shuffles and the two halves
     fit: float  # R2 of the forest: near 0 or below, the falls mean nothing
     trials: int  # how many it learned from

@@ -193,7 +193,12 @@ SOME, COLUMN = pl.col("id") != 2, pl.lit(0).alias("a")
         ("kind", pl.when(SOME).then("kind"), [], "kind has 1 missing value (the first in line 4);"),
         ("price", pl.when(SOME).then("price"), [], "price has 1 missing value (the first in line 4);"),
         ("price", pl.lit("dear").alias("price"), [], "needs numbers in price, got text such as 'dear'"),
-        ("price", pl.when(SOME).then(pl.lit("1.5")).otherwise(pl.lit("dear")).alias("price"), [], "such as 'dear'; co"),
+        (
+            "price",
+            pl.when(SOME).then(pl.lit("1")).otherwise(pl.lit("dear")).alias("price"),
+            [],
+            "such as 'dear'; convert it.",
+        ),
         ("price", COLUMN, ["--positive", "1"], "--positive needs a model of classes, and "),
         ("price", COLUMN, ["--scoring", "f1"], "--scoring f1 does not fit a regression task"),
         ("kind", (pl.col("id") % 2).alias("kind"), [], "it holds '0', '1', and the model's classes are 'ant', 'bee'"),
