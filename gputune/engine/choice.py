@@ -263,9 +263,9 @@ def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> fl
 def _fastest_epoch(
     job: Job, data: Dataset, chunk: Population, clock: Callable[[], float], patience: float = math.inf
 ) -> float:
-    """Return the seconds of the fastest epoch after the first two, of which ``patience`` may end more than two.
+    """Return the seconds of the fastest epoch after the first two; of the second where there are no more.
 
-    0.0 where training is over before there are two.
+    After ``patience`` seconds two epochs are enough. 0.0 where training is over before there are two.
     """
     times, begun = list[float](), time.perf_counter()
 

@@ -53,9 +53,8 @@ class CompiledChunk:
         self.flat = network.start()
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
         self.averages = any(config["ema"] for config in configs)
-        self.moments = tuple(
-            torch.zeros_like(self.flat) for _ in range(moments + self.averages)
-        )  # the average is the last
+        # Of the optimizer; an average of the parameters is the last.
+        self.moments = tuple(torch.zeros_like(self.flat) for _ in range(moments + self.averages))
         self.targets = [data.target[fold.valid] for fold in data.folds]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
         self.starts = np.cumsum([0, *(len(fold.valid) for fold in data.folds)], dtype=np.int64)

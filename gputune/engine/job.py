@@ -36,7 +36,7 @@ class Job(Training):
     """What every chunk of a search has in common."""
 
     module_class: Builder | None = None
-    traits: Mapping[str, Traits] = field(default_factory=dict)  # what it was found to do, by ``Population.arguments``
+    traits: Mapping[str, Traits] = field(default_factory=dict)  # what the module does, by ``Population.arguments``
     objective: Objective | None = None  # what a module is trained on; None: the loss of its task
     stop: Stop = field(default_factory=Stop)  # says when training ends, and no chunk begins any more
     checkpointing: Checkpointing | None = None  # how the state of a long training is kept; None: not at all

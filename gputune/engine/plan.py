@@ -211,7 +211,7 @@ class _Piece:
         return [replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts]
 
     def halves(self, seconds: float) -> list["_Piece"]:
-        """Halve it until no piece takes longer, and would keep one worker long after the others."""
+        """Return it halved until no piece takes longer than that: one would keep a worker long after the others."""
         if self.seconds <= seconds or len(self.chunk.index) == 1:
             return [self]
         return [part for half in reversed(self.cut(2)) for part in half.halves(seconds)]

@@ -1,8 +1,9 @@
-"""A chunk like one that has trained takes over its memory, and with it the steps that were recorded there.
+"""What a chunk leaves to the next of its search: how many trials memory has held, and the memory itself.
 
-A recording costs as much as dozens of steps, and a search that stops at rungs, or that trains many chunks of one shape,
-would make it anew for each. What a step reads as a number of the host is part of the recording: a chunk is like another
-where all of that is equal, and what differs is in tensors.
+A chunk like one that has trained takes it over, and with it the steps that were recorded there. A recording costs as
+much as dozens of steps, and a search that stops at rungs, or that trains many chunks of one shape, would make it anew
+for each. What a step reads as a number of the host is part of the recording: a chunk is like another where all of that
+is equal, and what differs is in tensors.
 """
 
 import secrets

@@ -35,7 +35,7 @@ class Reported(NamedTuple):
 
 
 class Reports:
-    """What all trials of a search have reported, greater being better: a file of each in a folder that exists."""
+    """What all trials of a search have reported, greater being better: a file of each trial, in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -107,12 +107,12 @@ def _signals_held_off() -> Iterator[None]:
 def _streams_that_flush() -> Iterator[None]:
     """Stand in for a standard output or error that is missing, closed or full: loky flushes both as a worker starts."""
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    for name, stream in before.items():
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            setattr(sys, name, io.StringIO())
     try:
+        for name, stream in before.items():
+            try:
+                stream.flush()
+            except (AttributeError, OSError, ValueError):
+                setattr(sys, name, io.StringIO())
         yield
     finally:
         sys.stdout, sys.stderr = before.values()

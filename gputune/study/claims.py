@@ -122,7 +122,8 @@ class Claims:
             with suppress(OSError, *MALFORMED):
                 if (owner := self._alive(place.name)) is not None and (said := _beside(place)).is_file():
                     progress = json.loads(said.read_text())
-                    found += [(owner, progress)] * has_form(progress, PROGRESS)
+                    if has_form(progress, PROGRESS):
+                        found.append((owner, progress))
         return found
 
     def close(self) -> None:
@@ -140,7 +141,7 @@ class Claims:
                     self._connection.close()
                     self._connection = None
             if file is not None:
-                self.shown()
+                self.shown()  # which removes the lock files of dead processes
 
     def __enter__(self) -> Self:
         return self

@@ -219,7 +219,7 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     text = json.dumps({"format": "gputune export", "gputune": __version__, **known})
     with scratch_folder(path.parent, prefix=".export") as folder:
         draft = folder / path.name
-        with _tracing(f"{type(model.module).__name__} cannot be exported to {path.suffix}"):
+        with _export_errors(f"{type(model.module).__name__} cannot be exported to {path.suffix}"):
             if path.suffix == ".onnx":
                 _write_onnx(whole, examples, text, draft)
             else:
@@ -228,7 +228,7 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _tracing(failure: str) -> Iterator[None]:
+def _export_errors(failure: str) -> Iterator[None]:
     """Put into words what the tracing of a user's module may raise.
 
     What the exporters warn of and log is left out, since nobody who tuned a model can act on it.

@@ -103,15 +103,15 @@ class Ledger:
         """Return the frozen chunks of a stage that hold these trials; what is in none is cut into new ones first."""
         if self._without_plan(trials, stage):
             with self.alone():
-                trials_left = self._without_plan(trials, stage)
-                first = 1 + max((chunk.number for chunk in self.plan), default=-1)
-                new = [
-                    Chunk(number, stage, tuple(trials_left[position].number for position in part), threads)
-                    for number, (part, threads) in enumerate(cut(trials_left) if trials_left else (), first)
-                ]
-                if self.store is not None:
-                    self.store.add_chunks(new)
-                self.plan += new
+                if left := self._without_plan(trials, stage):  # by another process too, which may have just planned
+                    first = 1 + max((chunk.number for chunk in self.plan), default=-1)
+                    new = [
+                        Chunk(number, stage, tuple(left[position].number for position in part), threads)
+                        for number, (part, threads) in enumerate(cut(left), first)
+                    ]
+                    if self.store is not None:
+                        self.store.add_chunks(new)
+                    self.plan += new
         numbers = {trial.number for trial in trials}
         return [c for c in self.plan if c.stage == stage and not numbers.isdisjoint(c.trials)]
 

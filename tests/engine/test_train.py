@@ -65,8 +65,10 @@ def test_trials_go_on_in_another_company(optimizer):
         assert largest_difference(rest.member(1, c), whole.member(1, c + 1)) <= 1e-10
 
 
-def test_the_state_of_a_chunk_whose_trials_all_diverged_is_empty():
-    found = run(make_data("regression"), configs_of("sgd", 5, 9, lr=1e200), epochs=3, scoring=None)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiled_code)])
+def test_the_state_of_a_chunk_whose_trials_all_diverged_is_empty(backend):
+    diverging = configs_of("sgd", 5, 9, lr=1e200)
+    found = run(make_data("regression"), diverging, epochs=3, scoring=None, backend=backend)
     assert found.alive == () and {len(buffer) for buffer in found.state.buffers} == {0}
     assert np.isnan(found.curves[:, -1]).all()
 
