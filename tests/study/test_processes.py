@@ -23,7 +23,7 @@ from gputune.tuning.session import Session
 from moments import at_call, at_finish
 from refused import refused
 from study_processes import done, finish, start, table
-from study_rows import candidates, change, record
+from study_rows import candidates, change, record, result
 
 CHUNKS = [Chunk(0, 0, (0, 1), 1), Chunk(1, 0, (2,), 1)]
 
@@ -92,6 +92,18 @@ def test_what_a_killed_process_had_is_trained_by_another(tmp_path, alone):
     assert second.communicate()[0] == "12 12\n" and second.returncode == 0
     assert [row[:5] for row in table(path)] == [row[:5] for row in alone[:12]]
     assert left_over(tmp_path) == []
+
+
+def test_a_claim_is_one_processs_until_it_is_closed_and_a_finished_chunk_is_nobodys(path, mine, other):
+    with Store.open(path) as store:
+        store.finish([result(0), result(1, state="stopped")])
+        assert mine.take(CHUNKS[0]) and mine.take(CHUNKS[0]) and mine.holder(CHUNKS[0]) is None
+        assert not other.take(CHUNKS[0]) and other.take(CHUNKS[1])
+        assert other.holder(CHUNKS[0]).pid == os.getpid()
+        mine.close()
+        assert other.holder(CHUNKS[0]) is None and other.take(CHUNKS[0])
+        store.finish([result(1)])
+        assert not other.take(CHUNKS[0])
 
 
 def test_a_process_says_how_far_it_is_for_as_long_as_it_lives(path, mine, other):

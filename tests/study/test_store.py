@@ -73,6 +73,17 @@ def test_rows_of_unlike_length_are_read_together_and_the_damaged_one_is_named(pa
         store.results()
 
 
+def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(store):
+    store.finish([result(1)])
+    with refused(r"study\.db': trial 1 is there already and is never replaced; nothing"):
+        store.finish([result(0), result(1, score=9.0), result(2)])
+    with refused("trial 7 was never added; nothing was written"):
+        store.finish([result(0), result(7)])
+    assert {number: bits(found) for number, found in store.results().items()} == {1: bits(result(1))}
+    store.finish([result(0), result(2)])  # the store goes on after an error
+    assert list(store.results()) == [0, 1, 2]
+
+
 def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(store, path, monkeypatch):
     monkeypatch.setattr("gputune.scoring.outputs.KEPT_BYTES", 3 * 4 * 6)
     outputs = {n: Outputs(n + 1, np.full((3, 2), n, dtype=np.float32)) for n in range(5)}
