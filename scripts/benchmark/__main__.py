@@ -37,7 +37,7 @@ if __name__ == "__main__":
     # This folder is the package "benchmark"; Python has put it on the path, where its profile.py would hide another.
     sys.path[0] = str(Path(__file__).parents[1])
 
-from benchmark.engines import Chosen, choose
+from benchmark.engines import choose
 from benchmark.report import HERE, positive
 from benchmark.work import WIDTHS
 
@@ -83,7 +83,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"{' or '.join(WIDTHS)}, each with its own number of trials (default: both, --trials long)",
     )  # fmt: skip
     add(
-        "--engines", type=_engines, metavar="WORD[:TRIALS],...",
+        "--engines", type=choose, metavar="WORD[:TRIALS],...",
         help="of those above, with a number: on the first trials only (default: all; --grid: sklearn,torch)",
     )  # fmt: skip
     add("--out", type=Path, default=HERE / "results", help="folder of the two files")
@@ -106,13 +106,6 @@ def _work(text: str) -> tuple[str, int | None]:
             f"must be {' or '.join(WIDTHS)}, or one of them and a number of trials as in narrow:128, got {text!r}"
         )
     return name, int(number) if colon else None
-
-
-def _engines(text: str) -> list[Chosen]:
-    try:
-        return choose(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

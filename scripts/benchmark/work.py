@@ -25,6 +25,8 @@ BATCH_SIZES = (16, 32, 64, 128, 256)
 LEARNING_RATES = (1e-3, 3e-2)  # log-uniform between
 START_REPAYS = 5_000  # steps; the start of worker processes takes longer than so few in this process
 
+compile_seconds = 0.0  # that this process has compiled
+
 Trial = dict[str, Any]
 Fold = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """X and y of the training rows, X and y of the validation rows."""
@@ -72,6 +74,12 @@ class Outcome:
     scores: np.ndarray
     start: float = 0.0
     compile: float = 0.0
+
+
+def add_compile_seconds(seconds: float) -> None:
+    """Count seconds in which this process has compiled."""
+    global compile_seconds
+    compile_seconds += seconds
 
 
 def last_began(jobs: Iterable[tuple[int, float]]) -> float:
@@ -124,12 +132,12 @@ def processes(work: Work, cores: int) -> int:
     return 1 if work.steps(work.trials) < START_REPAYS else cores
 
 
-def over_cores(fit: Fit, work: Work, cores: int, compiled: Callable[[], float] = lambda: 0.0) -> Outcome:
-    """Train each trial on each fold, one at a time on every core; ``compiled`` as for ``run_jobs``."""
+def over_cores(fit: Fit, work: Work, cores: int) -> Outcome:
+    """Train each trial on each fold, one at a time on every core."""
     # Longest first, so that no worker begins a long training when the others have ended.
     jobs = list(product(longest_first(work.trials), range(len(work.folds))))
     one = functools.partial(_fit_one, fit, work.trials, work.epochs)
-    results, start, spent = run_jobs(one, jobs, work, processes(work, cores), compiled)
+    results, start, spent = run_jobs(one, jobs, work, processes(work, cores))
     scores = work.no_scores()
     for job, result in zip(jobs, results):
         scores[job] = result
@@ -137,18 +145,19 @@ def over_cores(fit: Fit, work: Work, cores: int, compiled: Callable[[], float] =
 
 
 def run_jobs(
-    call: Callable[[list[Fold], Job], Any], jobs: Sequence[Job], work: Work, cores: int, compiled: Callable[[], float]
+    call: Callable[[list[Fold], Job], Any], jobs: Sequence[Job], work: Work, cores: int
 ) -> tuple[list[Any], float, float]:
     """Call for each job in worker processes, in the given order; the rows are scaled and written once, then mapped.
 
-    ``compiled`` says how many seconds the process that calls it has compiled. Returns the results, the seconds until
-    the last worker began its first job, and those of the worker that compiled longest.
+    Returns the results, the seconds until the last worker began its first job, and those of the worker that compiled
+    longest.
     """
-    begin = time.monotonic()
+    global compile_seconds
+    begin, compile_seconds = time.monotonic(), 0.0  # one worker is this process, which other calls may have used
     with tempfile.TemporaryDirectory() as folder, one_thread_each(cores):
         path = write_folds(work, folder)
         done = joblib.Parallel(batch_size=1, pre_dispatch="all")(
-            joblib.delayed(_run_one)(call, path, job, compiled) for job in jobs
+            joblib.delayed(_run_one)(call, path, job) for job in jobs
         )
     start = last_began((process, at) for _, process, at, _ in done) - begin
     return [result for result, *_ in done], start, max(spent for *_, spent in done)
@@ -176,11 +185,9 @@ def read_folds(path: str) -> list[Fold]:
     return folds
 
 
-def _run_one(
-    call: Callable[[list[Fold], Job], Any], path: str, job: Job, compiled: Callable[[], float]
-) -> tuple[Any, int, float, float]:
+def _run_one(call: Callable[[list[Fold], Job], Any], path: str, job: Job) -> tuple[Any, int, float, float]:
     begin = time.monotonic()  # the same clock in every process of the machine
-    return call(read_folds(path), job), os.getpid(), begin, compiled()
+    return call(read_folds(path), job), os.getpid(), begin, compile_seconds
 
 
 def _fit_one(fit: Fit, trials: Sequence[Trial], epochs: int, folds: list[Fold], job: tuple[int, int]) -> float:

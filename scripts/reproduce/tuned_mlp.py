@@ -139,21 +139,12 @@ def search(model: str, data: Data, seed: int, trials: int, file: Path) -> tuple[
     clock = Clock(*json.loads(spent.read_text())) if spent.exists() else Clock()
     try:
         study = gputune.tune(
-            word,
-            data.X,
-            data.y,
-            space=space,
-            n_trials=trials,
-            max_epochs=epochs,
+            word, data.X, data.y, space=space, n_trials=trials, max_epochs=epochs,
             cv=[(np.arange(data.n_train), np.arange(data.n_train, len(data.y)))],
             scoring="neg_root_mean_squared_error" if data.regression else "accuracy",
             task="regression" if data.regression else "classification",
-            device="cpu",
-            workers=1,
-            study=file,
-            random_state=seed,
-            verbose=0,
-        )
+            device="cpu", workers=1, study=file, random_state=seed, verbose=0,
+        )  # fmt: skip
     finally:
         spent.write_text(json.dumps(clock()))
     return study, *clock()

@@ -5,6 +5,7 @@ loop.
 """
 
 import shutil
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -62,16 +63,16 @@ Chosen = tuple[Engine, int | None]
 def choose(text: str) -> list[Chosen]:
     """Return the engines of "sklearn,ray:64"; gputune, which all are compared to, comes last.
 
-    Raises ValueError for what is no engine or no number of trials.
+    Raises ArgumentTypeError for what is no engine or no number of trials.
     """
     found: dict[str, Chosen] = {}
     for word, colon, number in (part.strip().partition(":") for part in text.split(",")):
         if word not in ENGINES:
-            raise ValueError(f"must be of {', '.join(ENGINES)}, got {word!r}")
+            raise ArgumentTypeError(f"must be of {', '.join(ENGINES)}, got {word!r}")
         if colon and not (number.isdecimal() and int(number) > 0):
-            raise ValueError(f"{word}: must have a number of trials of at least 1 after it, got {number!r}")
+            raise ArgumentTypeError(f"{word}: must have a number of trials of at least 1 after it, got {number!r}")
         if word == "gputune" and colon:
-            raise ValueError("gputune trains the whole list, and a part of it where another engine does")
+            raise ArgumentTypeError("gputune trains the whole list, and a part of it where another engine does")
         found[word] = ENGINES[word], int(number) if colon else None
     found.pop("gputune", None)
     return [*found.values(), (ENGINES["gputune"], None)]

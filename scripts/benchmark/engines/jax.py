@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmark.work import Fold, Outcome, Trial, Work, longest_first, processes, run_jobs
+from benchmark.work import Fold, Outcome, Trial, Work, add_compile_seconds, longest_first, processes, run_jobs
 
 CHUNK_BYTES = 16 << 20  # of weights, gradients and moments; what is trained together should stay in the cache
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.Adam
@@ -26,13 +26,9 @@ Group = tuple[int, ...]
 Weights = list[tuple[Any, Any]]
 """A matrix (inputs, outputs) and a bias of each layer."""
 
-_seconds = 0.0  # that this process has compiled
-
 
 def train(work: Work, cores: int) -> Outcome:
     """Train the work, each shape in one of the worker processes."""
-    global _seconds
-    _seconds = 0.0
     groups: dict[tuple[int, int], list[int]] = {}
     for position in longest_first(work.trials):
         trial = work.trials[position]
@@ -42,16 +38,11 @@ def train(work: Work, cores: int) -> Outcome:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
     with patch.dict(os.environ, XLA_FLAGS=flags):  # the processes that are started compute with one thread each
         one = functools.partial(train_group, work.trials, work.epochs)
-        results, start, spent = run_jobs(one, jobs, work, processes(work, cores), compile_seconds)
+        results, start, spent = run_jobs(one, jobs, work, processes(work, cores))
     scores = work.no_scores()
     for group, result in zip(jobs, results):
         scores[list(group)] = result
     return Outcome(scores, start, spent)
-
-
-def compile_seconds() -> float:
-    """Return the seconds that this process has traced and compiled."""
-    return _seconds
 
 
 def _flops(work: Work, group: Group) -> float:
@@ -62,7 +53,6 @@ def _flops(work: Work, group: Group) -> float:
 
 def train_group(trials: Sequence[Trial], epochs: int, folds: list[Fold], group: Group) -> np.ndarray:
     """Train trials of one shape on all folds, in chunks of equal size; return their accuracies (C, F)."""
-    global _seconds
     batch, width = trials[group[0]]["batch_size"], trials[group[0]]["width"]
     rows, classes = stacked(folds, batch, epochs), int(max(fold[1].max() for fold in folds)) + 1
     start = start_weights((rows["x"].shape[-1], width, width, classes))
@@ -74,7 +64,7 @@ def train_group(trials: Sequence[Trial], epochs: int, folds: list[Fold], group: 
     one = functools.partial(train_one, bool((rows["weights"].sum(-1) == 0).any()))
     over_trials = jax.vmap(one, in_axes=(0, None, None))  # a fold's trials share their minibatches
     compiled = jax.jit(jax.vmap(over_trials, in_axes=(None, None, 0))).lower(rates[0], start, rows).compile()
-    _seconds += time.perf_counter() - begin
+    add_compile_seconds(time.perf_counter() - begin)  # tracing too
     scores = np.concatenate([np.asarray(compiled(chunk, start, rows)).T for chunk in rates])
     return scores[: len(group)]
 

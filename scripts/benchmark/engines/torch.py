@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from benchmark.work import Fold, Outcome, Trial, Work, last_began, longest_first, over_cores, standardised
+from benchmark.work import (
+    Fold,
+    Outcome,
+    Trial,
+    Work,
+    add_compile_seconds,
+    last_began,
+    longest_first,
+    over_cores,
+    standardised,
+)
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.Adam
 
@@ -168,18 +178,13 @@ def train_ray(work: Work, cores: int) -> Outcome:
     return Outcome(scores, last_began(began) - begin)
 
 
-_seconds = 0.0  # that this process has compiled
-
-
 def train_compiled(work: Work, cores: int) -> Outcome:
     """Train the work with the compiled step; each process compiles, and no earlier call has left it anything."""
-    global _seconds
-    _seconds = 0.0
     torch.compiler.reset()
     with tempfile.TemporaryDirectory() as folder:  # a cache that begins empty
         empty = {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         with patch.dict(os.environ, empty):
-            return over_cores(fit_compiled, work, cores, compile_seconds)
+            return over_cores(fit_compiled, work, cores)
 
 
 def fit_compiled(fold: Fold, trial: Trial, epochs: int) -> float:
@@ -194,11 +199,6 @@ def fit_compiled(fold: Fold, trial: Trial, epochs: int) -> float:
             for rows, labels in batches(x, y, trial["batch_size"]):
                 _timed(_compiled_step(), weights, first, second, rows, labels, lr, steps)
     return accuracy(network, fold)
-
-
-def compile_seconds() -> float:
-    """Return the seconds of the steps in which this process has compiled."""
-    return _seconds
 
 
 @functools.cache
@@ -229,8 +229,7 @@ def _loss(weights: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
 def _timed(step: Callable[..., None], *arguments: Any) -> None:
     from torch._dynamo.utils import counters  # here: it takes the plain loop's workers long to import
 
-    global _seconds
     before, begin = counters["stats"]["unique_graphs"], time.perf_counter()
     step(*arguments)
     if counters["stats"]["unique_graphs"] > before:
-        _seconds += time.perf_counter() - begin
+        add_compile_seconds(time.perf_counter() - begin)

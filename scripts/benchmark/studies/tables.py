@@ -165,29 +165,24 @@ def tuned(library: str, split: Split) -> Models:
     yield "", model, trials, *clock()
 
 
-def network(model: str, way: str) -> Callable[[Split], Models]:
-    """Return what yields the best trial of a search and the ensemble of its trials, where there are several."""
-
-    def models(split: Split) -> Models:
-        n_trials, epochs = SEARCHES[way]
-        clock = Clock()
-        space = "mlp" if way == "mlp portfolio" else None
-        study = split.search(model, space=space, n_trials=n_trials, max_epochs=epochs)
-        searched = clock()
-        yield "", study.best_model(), n_trials, *clock()
-        if n_trials > 1:
-            clock = Clock()
-            ensemble = study.ensemble(verbose=0)
-            yield " ensemble", ensemble, n_trials, *(a + b for a, b in zip(searched, clock()))
-
-    return models
+def network(way: str, split: Split) -> Models:
+    """Yield the best trial of a search and the ensemble of its trials, where there are several."""
+    n_trials, epochs = SEARCHES[way]
+    clock = Clock()
+    space = "mlp" if way == "mlp portfolio" else None
+    study = split.search(way.split()[0], space=space, n_trials=n_trials, max_epochs=epochs)
+    searched = clock()
+    yield "", study.best_model(), n_trials, *clock()
+    if n_trials > 1:
+        clock = Clock(*searched)
+        yield " ensemble", study.ensemble(verbose=0), n_trials, *clock()
 
 
 WAYS: dict[str, Callable[[Split], Models]] = {
     "default": defaults,
     "LightGBM tuned": partial(tuned, "lightgbm"),
     "CatBoost tuned": partial(tuned, "catboost"),
-    **{way: network(way.split()[0], way) for way in SEARCHES},
+    **{way: partial(network, way) for way in SEARCHES},
 }
 
 
