@@ -135,10 +135,12 @@ def has_gradient_hook(parameter: Tensor) -> bool:
 
 
 def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:
-    """Call a module's ``start_from(*inputs, y)`` under a stream of its own. Raises InputError where that fails."""
+    """Call a module's ``start_from(*inputs, y)``, if it is not None, under a stream of its own. Raises InputError."""
+    if (begin := getattr(module, "start_from", None)) is None:
+        return
     with keyed_draws(y.device, seed, "start_from"), torch.no_grad():
         try:
-            getattr(module, "start_from")(*inputs, y)  # noqa: B009
+            begin(*inputs, y)
         except Exception as error:
             raise InputError(
                 f"model: {type(module).__name__}.start_from(rows, y) raised {type(error).__name__}: {error}. Mend it, "

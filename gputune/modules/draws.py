@@ -33,7 +33,7 @@ _DROPOUT = torch.ops.aten.native_dropout.default
 
 @dataclass(frozen=True)
 class _Draw:
-    """One draw of a forward; of a tensor that it is given only the layout matters, so that it is made again, empty."""
+    """One draw of a forward, whose tensors among ``args`` are made again, empty, since only their layout matters."""
 
     function: Any
     args: tuple[Any, ...]
@@ -116,14 +116,15 @@ class _DrawRecorder(DispatchMode):
         if func is _DROPOUT:
             with self:  # what a GPU draws and applies at once
                 return _dropout(args[0], torch.bernoulli(args[0], 1 - args[1]), args[1])
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
+        if not plain or kwargs.get("generator") is not None:  # and a generator of the user's own stays where it is
+            raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
+        self.draws.append(_Draw(func, tuple(_empty_like(x) if isinstance(x, Tensor) else x for x in args), kwargs))
         result = func(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            name = func.overloadpacket.__name__
-            plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
-            if not plain or kwargs.get("generator") is not None:
-                raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
-            self.draws.append(_Draw(func, tuple(_empty_like(x) if isinstance(x, Tensor) else x for x in args), kwargs))
-            self.results.append(result.clone())  # the module goes on in place
+        self.results.append(result.clone())  # the module goes on in place
         return result
 
 

@@ -215,8 +215,8 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
         return f"{trail.submodule or 'its forward'} says: {says}. {_ADVICE}", ()
     for c, (outputs, gradients, after) in enumerate(alone):
         for found, expected in zip(together[1], gradients):
-            own = {k: torch.zeros_like(found[k][0, c]) if slope is None else slope for k, slope in expected.items()}
-            if not _all_close((v[0, c], own[k]) for k, v in found.items()):
+            pairs = ((v[0, c], expected[k]) for k, v in found.items())
+            if not _all_close((own, torch.zeros_like(own) if slope is None else slope) for own, slope in pairs):
                 return f"it has another gradient {_DIFFERS}", ()
         if not _all_close(((v[0, c], after[k]) for k, v in together[2].items())):
             return f"it has other buffers after a step {_DIFFERS}", ()

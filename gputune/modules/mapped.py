@@ -42,9 +42,9 @@ def _is_mapped(tensor: Tensor) -> bool:
 
 
 Rule = Callable[..., tuple[Tensor, int] | None]
-"""Gives the members' results, and their axis there, of the arguments of a function of torch, in which it is the first.
+"""Computes a function of torch for all members, whose axis is the first of each tensor among the arguments.
 
-None: it maps no such arguments.
+It returns the results and the axis of the members there, or None for arguments that it does not map.
 """
 
 
@@ -172,7 +172,7 @@ def _convolution(
 
 
 def _pool(function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, int] | None:
-    if input.dim() < 5 or len(args) > 5:  # a module of averages passes more in their order, and is mapped by torch
+    if input.dim() < 5:  # one image, without an axis of rows
         return None
     rows = _by_channels(input)
     outputs = function(rows, *args, **kwargs)

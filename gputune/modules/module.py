@@ -155,11 +155,11 @@ class StackedModule(ModuleNetwork):
         make_mappable(self.template)
         trials, sides = self.members[1], hidden_sides(self.template, self.first)
 
-        def stacked(tensors: Params) -> Blocks:
+        def blocks_of(tensors: Params) -> Blocks:
             each = {k: (sides[k],) * trials if k in sides else None for k in tensors}
             return Blocks([Block(k, (*self.members, *w.shape), 1, each[k]) for k, w in tensors.items()])
 
-        self.trained, self.blocks = stacked(self.first), stacked(self.first | self.kept)
+        self.trained, self.blocks = blocks_of(self.first), blocks_of(self.first | self.kept)
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)

@@ -47,11 +47,11 @@ class ModuleTrial:
     def in_double(self) -> Self:
         """Return this trial with floats of double precision; its module stays as it is."""
 
-        def widened(x: Tensor) -> Tensor:
+        def widen(x: Tensor) -> Tensor:
             return x.double() if x.is_floating_point() else x
 
         double = copy.copy(self)
-        double.inputs, double.y = [widened(x) for x in self.inputs], widened(self.y)
+        double.inputs, double.y = [widen(x) for x in self.inputs], widen(self.y)
         kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in double.inputs)
         double.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
         return double
@@ -80,7 +80,7 @@ class ModuleTrial:
         }
 
     @contextmanager
-    def _watched(self) -> Iterator["_ReadRecorder"]:
+    def _watch(self) -> Iterator["_ReadRecorder"]:
         """Yield what notes whether a number of a tensor is read inside, and whether torch's generator is drawn from."""
         with keyed_draws(_CPU, 0, "check"):
             state = torch.get_rng_state()
@@ -90,7 +90,7 @@ class ModuleTrial:
 
     def draws(self) -> tuple[bool, bool]:
         """Whether a forward in training takes numbers from torch's generator, and whether it then reads numbers."""
-        with self._watched() as seen:
+        with self._watch() as seen:
             self._call(self.inputs, training=True)
         return seen.draws, seen.draws and seen.reads
 
@@ -118,7 +118,7 @@ class ModuleTrial:
         name = self.objective.in_words
         refuse_one_number(self.objective.loss, self.y)
         try:
-            with torch.enable_grad(), warnings.catch_warnings(), self._watched() as seen:
+            with torch.enable_grad(), warnings.catch_warnings(), self._watch() as seen:
                 warnings.filterwarnings("ignore", "Using a target size .* that is different to the input size")
                 module, names = self.module.train(), self.shape.names
                 losses = self.objective.losses(module, self.inputs, self.y, self.config, names=names)

@@ -38,7 +38,7 @@ _PLAIN = set(
 
 def compile_trace(trace: Trace) -> Callable[[], None]:
     """Return a function that takes the step again, on what its memory holds then. Raises TraceError."""
-    return _Source(_simplified(trace, _with_out)).function()
+    return _Source(_simplify(trace, _with_out)).function()
 
 
 def simplify_trace(trace: Trace) -> Trace:
@@ -47,10 +47,10 @@ def simplify_trace(trace: Trace) -> Trace:
     def with_place(op: Operation) -> Operation:
         return op if op.writes or len(op.results) != 1 else replace(op, out="out")
 
-    return _simplified(trace, with_place)
+    return _simplify(trace, with_place)
 
 
-def _simplified(trace: Trace, with_out: Callable[[Operation], Operation]) -> Trace:
+def _simplify(trace: Trace, with_out: Callable[[Operation], Operation]) -> Trace:
     """Compute what is the same in every step now, whose memory is then outside; see what results are written into."""
     changed = {place.memory for op in trace.operations for place in op.writes}
     constants: dict[int, Tensor] = {}
@@ -91,7 +91,7 @@ def _with_out(op: Operation) -> Operation:
     if len(op.results) != 1 or op.writes:
         return op
     if (name := op.name) in _FACTORIES:  # of memory that is written into later
-        fill = _zero if "zeros" in name else _do_nothing if "empty" in name else None
+        fill = next((function for word, function in _FILLS.items() if word in name), None)
         return replace(op, function=fill, args=[], kwargs={}, out="out") if fill else op
     if (writer := _WRITERS.get(op.function)) is not None:
         return replace(op, function=writer, out="out")
@@ -124,6 +124,8 @@ def _select_backward(slope: Tensor, shape: Sequence[int], axis: int, index: int,
     out.zero_().select(axis, index).copy_(slope)
 
 
+_FILLS: dict[str, Callable[..., None]] = {"zeros": _zero, "empty": _do_nothing}
+"""Functions for factories, by a word in their names."""
 _WRITERS: dict[Any, Callable[..., object]] = {
     aten.clone.default: _copy,
     aten._to_copy.default: _copy,

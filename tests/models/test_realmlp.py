@@ -124,6 +124,14 @@ def test_a_start_that_fails_is_named(iris):
         gputune.tune(Clumsy, *iris, n_trials=1, **SEARCH)
 
 
+class Calm(Clumsy):
+    start_from = None
+
+
+def test_a_start_that_a_class_gives_up_is_none(iris):
+    assert gputune.tune(Calm, *iris, n_trials=1, **SEARCH).best_score > 0
+
+
 def test_a_search_by_name_from_its_recipe_to_a_loaded_model(tmp_path):
     study = gputune.tune("realmlp", TABLE, PRICE, n_trials=2, space=SMALL | {"lr": [0.1, 0.2]}, **SEARCH)
     assert study.trials[0].params == {"lr": 0.2, "module__depth": 2, "module__width": 8}

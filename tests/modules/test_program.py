@@ -204,6 +204,14 @@ def test_attention_is_recorded_and_draws_by_other_numbers_are_made_in_the_step()
     assert recorded_as_eager(data, configs, DrawingByChances, epochs=1).draws is None
 
 
+def test_a_generator_of_a_modules_own_is_refused_before_it_draws():
+    own = torch.Generator().manual_seed(1)
+    before = own.get_state()
+    with pytest.raises(TraceError, match="aten.rand.generator draws what depends on other numbers"):
+        draws.draws_of(lambda: torch.rand(3, generator=own))
+    assert torch.equal(own.get_state(), before)
+
+
 class NothingNew(TorchDispatchMode):
     """Adds up the bytes that operations ask of the system."""
 

@@ -329,6 +329,31 @@ def test_the_default_dtype_changes_no_start():
     assert largest_difference(found, expected) == 0 and found.enter.weight.dtype == torch.float32
 
 
+class Attention(Linear):
+    """Columns that attend to each other."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.enter = nn.Linear(1, 4)
+        self.attend = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(self.attend(self.enter(x[..., None])).square().mean(2))
+
+
+def test_attention_has_a_derivative_in_evaluation_too():
+    data = make_data()
+    network = StackedModule(Attention, fill({}, {}), shape_of(data), seed=0)
+    first = network.blocks.views(network.start())
+    params = {name: w[0].requires_grad_() for name, w in first.items()}
+    x = data.x[0, :5]
+    network.differentiable(params, [x.expand(2, *x.shape)], None).sum().backward()
+    module = network.member(first, 0, 0).requires_grad_()
+    module(x).sum().backward()
+    for name, own in module.named_parameters():
+        torch.testing.assert_close(params[name].grad[1], own.grad)
+
+
 class Contended:
     """A lock that says when a thread must wait for it."""
 
