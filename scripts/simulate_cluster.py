@@ -116,9 +116,8 @@ def measure(*, trials: int, epochs: int) -> Measured:
     with tempfile.TemporaryDirectory() as folder, watch.watching():
         path = Path(folder) / "study.db"
         study = search(trials=trials, epochs=epochs, study=path)
-        store = Store.open(path)
-        plan = store.plan()
-        store.close()
+        with Store.open(path) as store:
+            plan = store.plan()
     share = {trial.number: trial.seconds for trial in study.trials}
     chunks = tuple(sum(share[number] for number in chunk.trials) for chunk in plan)
     return Measured(
@@ -134,13 +133,11 @@ def measure(*, trials: int, epochs: int) -> Measured:
 def simulate(measured: Measured, workers: int, *, bandwidth: float, seed: int = 0) -> tuple[float, float]:
     """Return seconds of a search of ``PER_WORKER`` chunks a worker, and the share of all workers' time in training."""
     drawn = np.random.default_rng(seed).choice(measured.chunks, workers * PER_WORKER)
-    longest_first = iter(sorted(drawn, reverse=True))
     link = measured.data_bytes / bandwidth
     # When each worker asks for a chunk, first after its start and after the data of those before it.
-    asking = [(measured.start + (i + 1) * link) for i in range(workers)]
-    heapq.heapify(asking)
+    asking = [measured.start + (i + 1) * link for i in range(workers)]  # sorted, so that it is a heap
     free = end = 0.0
-    for seconds in longest_first:
+    for seconds in sorted(drawn, reverse=True):
         begin = max(heapq.heappop(asking), free)
         free = begin + measured.driver  # this process serves one worker at a time
         back = free + measured.trip + seconds

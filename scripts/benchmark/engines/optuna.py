@@ -10,6 +10,7 @@ from pathlib import Path
 import joblib
 import numpy as np
 import optuna
+from optuna.pruners import BasePruner
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -30,7 +31,7 @@ from benchmark.work import (
     record,
     recorded,
     write_folds,
-)
+)  # fmt: skip
 
 Objective = Callable[[optuna.Trial, Trial], float]
 """Optuna's trial and its parameters -> its score; it raises ``TrialPruned`` to end early."""
@@ -41,8 +42,7 @@ def train(work: Work, cores: int, fit: Fit = fit) -> Outcome:
     begin, scores = time.monotonic(), work.no_scores()
     with tempfile.TemporaryDirectory() as folder:
         objective = functools.partial(_train_all_folds, fit, write_folds(work, folder), work.epochs)
-        order = longest_first(work.trials)
-        study, began = share(work, order, objective, None, processes(work, cores), folder)
+        study, began = share(work, longest_first(work.trials), objective, None, processes(work, cores), folder)
         for trial in study.trials[: len(work.trials)]:
             scores[trial.user_attrs["position"]] = trial.user_attrs["scores"]
     return Outcome(scores, began - begin)
@@ -57,9 +57,8 @@ def _train_all_folds(fit: Fit, path: str, epochs: int, trial: optuna.Trial, para
 
 def search(method: str, work: Work, cores: int) -> list[Event]:
     """Search, "random" or with pruning by "halving"; a candidate is heard of after every epoch."""
-    pruner = None
-    if method == "halving":
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    pruner = halving if method == "halving" else None
     with recorded() as (begin, path), tempfile.TemporaryDirectory() as folder:
         folds = write_folds(work, folder)
         objective = functools.partial(_train_together, folds, path, work.epochs, pruner is not None)
@@ -85,12 +84,7 @@ def _train_together(folds: str, path: str, epochs: int, pruned: bool, trial: opt
 
 
 def share(
-    work: Work,
-    order: Sequence[int],
-    objective: Objective,
-    pruner: optuna.pruners.BasePruner | None,
-    cores: int,
-    folder: str,
+    work: Work, order: Sequence[int], objective: Objective, pruner: BasePruner | None, cores: int, folder: str
 ) -> tuple[optuna.Study, float]:
     """Let processes optimize one study of the work's trials in this order; it is kept in the folder.
 
@@ -109,9 +103,7 @@ def share(
     return study, max(began)
 
 
-def _optimize(
-    journal: str, widths: list[int], n_trials: int, objective: Objective, pruner: optuna.pruners.BasePruner | None
-) -> float:
+def _optimize(journal: str, widths: list[int], n_trials: int, objective: Objective, pruner: BasePruner | None) -> float:
     """Take trials of the study until its list has ended; return when this process began."""
     begin = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

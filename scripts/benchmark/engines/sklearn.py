@@ -19,11 +19,8 @@ def train(work: Work, cores: int) -> Outcome:
 def fit(fold: Fold, trial: Trial, epochs: int) -> float:
     """Train one classifier on one fold; float32 rows make it compute in float32."""
     X, y, X_valid, y_valid = fold
-    network = _network(epochs).set_params(
-        hidden_layer_sizes=(trial["width"], trial["width"]),
-        learning_rate_init=trial["lr"],
-        batch_size=min(trial["batch_size"], len(X)),  # a larger one is a warning
-    )
+    network = _network(epochs).set_params(**_words(trial))
+    network.batch_size = min(network.batch_size, len(X))  # a larger one is a warning
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of epochs is what is asked for
         network.fit(X, y)
@@ -43,15 +40,10 @@ def search(method: str, work: Work, cores: int) -> list[Event]:
 
     model = make_pipeline(StandardScaler(), _network(work.epochs))
     # Lists of one value each: the search draws all of them, in an order of its own.
-    space = [_space(trial) for trial in work.trials]
+    space = [{f"mlpclassifier__{key}": [value] for key, value in _words(trial).items()} for trial in work.trials]
     with recorded() as (begin, path):
-        common = {
-            "scoring": functools.partial(_scored, path, [trial["lr"] for trial in work.trials]),
-            "cv": work.folds,
-            "refit": False,
-            "random_state": 0,
-            "error_score": "raise",
-        }
+        scoring = functools.partial(_scored, path, [trial["lr"] for trial in work.trials])
+        common = {"scoring": scoring, "cv": work.folds, "refit": False, "random_state": 0, "error_score": "raise"}
         if method == "halving":
             searching = HalvingRandomSearchCV(
                 model, space, resource="mlpclassifier__max_iter", factor=3, min_resources=1,
@@ -66,12 +58,9 @@ def search(method: str, work: Work, cores: int) -> list[Event]:
         return _of_all_folds(read(path), len(work.folds), begin)
 
 
-def _space(trial: Trial) -> dict[str, list[Any]]:
-    return {
-        "mlpclassifier__hidden_layer_sizes": [(trial["width"], trial["width"])],
-        "mlpclassifier__learning_rate_init": [trial["lr"]],
-        "mlpclassifier__batch_size": [trial["batch_size"]],
-    }
+def _words(trial: Trial) -> dict[str, Any]:
+    sizes = (trial["width"], trial["width"])
+    return {"hidden_layer_sizes": sizes, "learning_rate_init": trial["lr"], "batch_size": trial["batch_size"]}
 
 
 def _scored(path: str, rates: list[float], model: Any, X: np.ndarray, y: np.ndarray) -> float:
