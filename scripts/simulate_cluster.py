@@ -92,7 +92,8 @@ class Watch:
             return outcomes
 
         def counted(data: Any) -> Any:
-            self.data_bytes = sum(t.nbytes for t in vars(data).values() if hasattr(t, "nbytes"))
+            tensors = [*data.inputs, *vars(data).values()]
+            self.data_bytes = sum(tensor.nbytes for tensor in tensors if hasattr(tensor, "nbytes"))
             return to_arrays(data)
 
         with (
