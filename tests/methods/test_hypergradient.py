@@ -94,6 +94,8 @@ def test_normalized_steps_have_one_length_and_shorten_when_the_loss_rises():
     found = places(path, *(slope([[3.0], [4.0]], loss=loss) for loss in (1.0, 2.0)))
     np.testing.assert_allclose(found[1] - found[0], [-0.6, -0.8], rtol=1e-12)
     np.testing.assert_allclose(found[2] - found[1], [-0.06, -0.08], rtol=1e-9)
+    places(path, slope([[3.0], [4.0]], loss=3.0))
+    assert path.ended  # a hundredth is shorter than the smallest step
 
 
 def test_momentum_moves_in_the_logit_and_never_leaves_its_range():

@@ -296,6 +296,7 @@ def test_a_required_argument_of_a_module_has_no_default():
     assert search(space, defaults=with_default)[0].params == {"lr": 0.1, "module__k": 2}
     fixed = checked({"module__k": [1], "lr": [0.1]}, MODULE, True)
     assert params(search(fixed)) == [{"lr": 0.1, "module__k": 1}]
+    assert notes(search(fixed), fixed, include_default=True, defaults=MLP_DEFAULTS) == ()  # fixed values are known
 
 
 LAWS = {"lr": stats.loguniform(1e-4, 1e-1), "dropout": stats.uniform(0, 0.5), "width": [8, 16, 32]}
