@@ -319,7 +319,15 @@ BATCHES, VALID = rows()
         ({"batches": [(x.numpy(), y.numpy()) for x, y in BATCHES]}, "needs tensors, got another kind of x or y; make"),
         ({"valid": (VALID[0].numpy(), VALID[1])}, "needs tensors, got another .* make them with torch.from_"),
         ({"module": models.MLP(2, 3)}, r"minimum of a convex problem: .* got MLP; train it with another optimizer"),
-        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss must be torch.nn.functional.cross_entropy"),
+        *(
+            ({"loss": nn.CrossEntropyLoss(**words)}, "loss must be torch.nn.functional.cross_entropy")
+            for words in (
+                {"label_smoothing": 0.1},
+                {"weight": torch.ones(3)},
+                {"reduction": "sum"},
+                {"ignore_index": 0},
+            )
+        ),
         ({"module": models.LogisticRegression(2, 2)}, r"y must be class codes 0 \.\. 1, one integer a row"),
         ({"batches": [(x, y.double()) for x, y in BATCHES]}, "y must be class codes"),
     ],

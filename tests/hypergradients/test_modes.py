@@ -77,7 +77,8 @@ def test_a_member_that_diverges_leaves_the_others_bit_for_bit(optimizer, mode):
     before, after = (mode(InnerProblem(training, rule_of(optimizer), tables), wanted) for tables in (calm, wild))
     others = [0, 2]
     assert usable(after)[others].all()
-    assert mode not in MODES or not usable(after)[1]
+    # Adam takes steps of the length of its rate, however large it is: differences of them are finite.
+    assert not usable(after)[1] or (mode not in MODES and optimizer == "adam")
     assert torch.equal(before.value[others], after.value[others])
     for name in wanted:
         assert torch.equal(before.gradients[name][others], after.gradients[name][others])
