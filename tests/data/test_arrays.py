@@ -42,6 +42,14 @@ def test_arrays_are_taken_as_they_are(X, parts, names):
     assert arrays.select(np.array([4, 1])).gathered()[0].equal(arrays.parts[0][[4, 1]])
 
 
+def test_arrays_that_torch_does_not_take_are_those_of_a_type_that_it_does():
+    x = np.arange(24).reshape(4, 3, 2)
+    of_types = (x.astype(">f4"), x.astype(np.longdouble), x.astype(np.uint16), x[::-1].copy()[::-1])
+    found = [as_arrays(of_type).parts[0] for of_type in of_types]
+    assert [part.dtype for part in found] == [torch.float32, torch.float64, torch.int32, torch.int64]
+    assert all(torch.equal(part.long(), torch.tensor(x)) for part in found)
+
+
 @pytest.mark.parametrize("X", [torch.rand(6, 2), np.zeros((6, 2)), np.arange(12).reshape(6, 2), [[1, 2]], "file"])
 def test_a_table_is_no_array(X):
     assert as_arrays(X) is None

@@ -43,6 +43,7 @@ def test_csv_columns_get_kinds_and_missing_values(tmp_path):
     np.testing.assert_array_equal(table.column("joined") / 86400, [18661, np.nan, 18627])
     np.testing.assert_array_equal(table.column("score"), [1.5, 20, np.nan])
     assert {c.dtype for c, k in zip(table.columns, table.kinds) if k != "category"} == {np.dtype("float64")}
+    assert read_table(write(tmp_path, "a;b,c\n1,2\n", "comma.csv")).names == ("a;b", "c")
     frame = table.frame()  # the same table
     assert_same(as_table(frame), table)
     assert frame.schema["joined"] == pl.Datetime and frame.schema["member"] == pl.Boolean

@@ -168,6 +168,7 @@ def test_a_file_of_amounts_has_numbers_and_a_note(tmp_path):
     for name, example in {"price": "$1,000.50", "share": "0.5%", "mixed": "$10"}.items():
         assert f"Column '{name}': text such as '{example}' is read as numbers" in notes
     assert "'odd': text such" not in notes and rest.select(np.arange(5)).amounts == table.amounts
+    assert table.read_as({"price": "number"}).amounts.keys() == {"share", "mixed"}  # as its owner says
 
 
 def test_amounts_in_a_frame_are_numbers_but_not_categories():

@@ -10,9 +10,11 @@ import torch
 from sklearn import metrics
 from sklearn.metrics import get_scorer
 
+from gputune.data.target_transform import FittedTransform
 from gputune.scoring import scores
 from gputune.scoring.estimators import fitted
 from gputune.scoring.metrics import loss_scoring
+from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import make_scoring
 from problems import make_data, scoring_of
 from refused import refused
@@ -185,6 +187,16 @@ def test_bad_scoring_or_a_bad_positive_class_is_named(scoring, classes, positive
         make_scoring(scoring, task, None if classes is None else np.array(classes), positive)
 
 
+def test_a_loss_is_of_the_target_that_a_fold_trains_on():
+    data = make_data("regression")
+    mse = make_objective("mse", None, None, "regression")
+    scoring = make_scoring("neg_loss", "regression", None, objective=mse)
+    for f, fold in enumerate(data.folds):
+        outputs = random_outputs(2, len(fold.valid), 1)
+        expected = -(outputs[..., 0] - data.y[f, fold.valid]).square().mean(1)
+        torch.testing.assert_close(scoring(data, f, outputs), expected)
+
+
 def test_a_loss_is_of_no_class():
     for task, classes, message in (("binary", NAMED, "knows no positive class"), ("regression", None, "got a regr")):
         with refused(message):
@@ -217,5 +229,10 @@ def test_outputs_that_are_not_finite_score_nan():
     outputs = torch.zeros(2, len(data.folds[0].valid), 3)
     outputs[1, 0, 0] = torch.nan
     for name in ("accuracy", "neg_log_loss", "f1_weighted"):
+        found = scoring_of(data, name)(data, 0, outputs)
+        assert found[0].isfinite() and found[1].isnan()
+    data = replace(make_data("regression"), transforms=(FittedTransform("log"),) * 2)  # exp(1000) overflows
+    outputs = torch.tensor([0.0, 1000]).double()[:, None, None].expand(2, len(data.folds[0].valid), 1)
+    for name in ("r2", "explained_variance"):
         found = scoring_of(data, name)(data, 0, outputs)
         assert found[0].isfinite() and found[1].isnan()
