@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import gputune
 from command_line import FAST, kinds, run, write_table
-from gputune.cli.evaluation import evaluation
+from gputune.cli.evaluation import Evaluation, evaluation
 from gputune.study.model import TunedModel
 from refused import refused
 
@@ -240,6 +240,18 @@ def test_a_class_that_no_row_is_predicted_as(folder, tmp_path):
     assert (code, err) == (0, "") and "No row is predicted as class 'bee': its precision is shown as 0." in out
 
 
+def test_a_matrix_is_of_few_classes():
+    texts = [Evaluation(n, {}, list(range(n)), np.eye(n, dtype=int).tolist()).text(80) for n in (12, 13)]
+    assert ["predicted" in text for text in texts] == [True, False]
+
+
+def test_labels_that_read_as_numbers_stay_text(tmp_path):
+    table = write_table(tmp_path / "t.csv", kind=["007", "bee"] * 20)
+    assert run("tune", table, "--target", "kind", "--out", tmp_path, *FAST)[0] == 0
+    pl.read_csv(table, infer_schema=False).filter(pl.col("kind") == "007").write_csv(tmp_path / "new.csv")
+    assert run("evaluate", tmp_path / "model", tmp_path / "new.csv")[0] == 0
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_columns_are_kept_as_they_are_written(folder, tmp_path, suffix):
     table = pl.read_csv(folder / "t.csv", schema_overrides={"id": str})
@@ -260,9 +272,12 @@ def test_columns_of_a_bundled_set_are_kept(tmp_path):
     assert out.startswith("target_given,target\nsetosa,")
 
 
-def test_a_kept_column_has_a_name_of_its_own(folder):
+def test_a_kept_column_has_a_name_of_its_own(folder, tmp_path):
     command = ["predict", folder / "price" / "model", folder / "t.csv", "--keep", "id,price"]
     code, out, err = run(*command)
     assert (code, err) == (0, "") and out.startswith("id,price_given,price\n000,0.25,")
+    pl.read_csv(folder / "t.csv").with_columns(price_given=1).write_csv(tmp_path / "t.csv")
+    out = run("predict", folder / "price" / "model", tmp_path / "t.csv", "--keep", "price,price_given")[1]
+    assert out.startswith("price_given_given,price_given,price\n0.25,1,")
     code, _, err = run("predict", folder / "kind" / "model", folder / "t.csv", "--interval", "0.9")
     assert code == 2 and "--interval is for a model" in err and err.endswith("predicts classes: use --proba.\n")

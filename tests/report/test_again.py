@@ -3,6 +3,7 @@
 import ast
 import re
 import warnings
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 
 import gputune
 from command_line import FAST, kinds, run, write_table
+from gputune.api.study import Study
 from gputune.data.source import read_again
 from gputune.report.page import page
 from gputune.report.snippet import snippet
@@ -171,6 +173,13 @@ def test_values_are_written_so_that_python_reads_them():
     exec(code.partition("study = ")[0], session)
     space = code[code.index("space=") + len("space=") : code.index(",\n    n_trials")]
     assert eval(space, session) == {name: [value] for name, value in best.params.items()}
+
+
+def test_a_trial_that_was_cut_short_trains_again_by_its_study():
+    study = made_study(3)
+    trials = [replace(trial, state="stopped") for trial in study.trials]
+    code = snippet(Study(meta=study.meta, trials=trials, curves=study.curves))
+    assert "model = study.best_model()" in code and "tune(" not in code
 
 
 def test_no_text_of_a_study_becomes_code():

@@ -79,9 +79,9 @@ def test_the_held_out_score_is_that_of_the_studys_own_model(study):
     info = {"params": best.params, "score": best.score, "held_out_score": 0.87654, "held_out_rows": 36}
     assert "0.8765" in Elements(page(study, model=info)).text
     assert "the model on 36 rows nothing was fitted on" in Elements(page(study, model=info)).text
-    for other in ({**info, "score": 0.5}, {**info, "params": {"lr": 1.0}}):
+    for change in ({"score": 0.5}, {"params": {"lr": 1.0}}, {"fingerprint": {"rows": 3}}):
         with pytest.raises(InputError, match=r"report\(model=...\) must be the tuned model of this study, got one of"):
-            page(study, model=other)
+            page(study, model=info | change)
 
 
 def test_a_loss_is_shown_in_its_own_sign():
@@ -227,11 +227,12 @@ def test_a_table_too_large_keeps_the_best_and_says_so(monkeypatch):
 
 
 def test_values_that_no_axis_has():
-    study = study_of([{"C": math.inf}, {"C": 1.0}, {"C": 0.1}, {}])
+    study = study_of([{"C": math.inf}, {"C": 1.0}, {"C": 0.1}, {"width": 1234567, "lr": 0.1234567}])
     text = Elements(page(study)).text
     assert "1 trial with an infinite C has no place here" in text
     columns = {column["key"]: column for column in table_columns(study)[0]}
     assert columns["params_C"]["levels"] == ["0.1", "1", "inf"]
+    assert [columns[f"params_{name}"]["values"][0] for name in ("width", "lr")] == [1234567, 0.12346]
 
 
 def test_one_bad_score_does_not_stretch_the_axes():
@@ -262,7 +263,8 @@ def test_the_page_of_a_samplers_study():
     html = page(study)
     text = Elements(html).text
     assert "optuna: sampler=TPESampler, halving=(factor=3, min_epochs=3, brackets=1)" in text
-    assert "optuna: sampler=TPESampler" in Elements(page(made_batches(9))).text
+    text_of_one = Elements(page(made_batches(9))).text
+    assert "optuna: sampler=TPESampler" in text_of_one and "halving=" not in text_of_one
     assert "hypergradient" not in text.lower()
     (origins,) = [column for column in table_of(html)["columns"] if column["key"] == "origin"]
     assert origins["levels"] == ["batch 1", "batch 2", "batch 3", "batch 4", "batch 5", "default"]

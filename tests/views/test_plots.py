@@ -123,6 +123,7 @@ def test_contour_averages_trials_at_one_place():
     places = [(0.1, 1), (0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
     ax = study_of([{"a": a, "b": b} for a, b in places]).plot_contour("a", "b")
     assert sum(len(c.get_offsets()) == 4 for c in ax.collections) == 1
+    assert (ax.collections[0].zmin, ax.collections[0].zmax) == pytest.approx((0.505, 0.54))
 
 
 def of_numbers(**params):
@@ -176,6 +177,11 @@ def test_a_loss_is_drawn_in_its_own_sign(descent):
     assert descent.plot_history().get_ylabel() == "log_loss (lower is better)"
     lines = descent.plot_history().lines[0].get_ydata()
     np.testing.assert_array_equal(lines, np.minimum(np.minimum.accumulate(-scores(descent)), top))
+
+
+def test_losses_of_several_decades_have_a_logarithm():
+    study = study_of([{"lr": 0.1 * (c + 1)} for c in range(6)], [-(10.0**-c) for c in range(6)], scoring="neg_log_loss")
+    assert [ax.get_yscale() for ax in (study.plot_history(), study.plot_slice("lr"))] == ["log", "log"]
 
 
 def test_scores_that_are_far_off_stand_at_the_edge_of_the_axis():
