@@ -16,7 +16,7 @@ from gputune.types import Task
 
 MAX_CLASSES = 20
 """With more distinct whole numbers than this a target is a number to be predicted, unless ``task`` says otherwise."""
-_ROWS_PER_NUMBER = 10  # on average; where more whole numbers than that have so many, they may well be classes
+_ROWS_PER_NUMBER = 10  # where more than MAX_CLASSES whole numbers have so many on average, they may well be classes
 
 TaskWord = Literal["classification", "binary", "multiclass", "regression", "multilabel", "custom"]
 TASKS = get_args(TaskWord)

@@ -210,7 +210,7 @@ class Objective:
         if not isinstance(loss, nn.Module):
             return lambda outputs, y: loss(outputs, y, **values)
         ignored = getattr(loss, "ignore_index", None)
-        # Rows of that class are not in its mean: classes count from 0, and a custom target has any numbers.
+        # A mean without ignored rows is not that of row losses. Classes count from 0, a custom target has any numbers.
         return loss if ignored is not None and (self.any_outputs or ignored >= 0) else by_rows(loss)
 
 

@@ -81,7 +81,8 @@ def test_arrays_and_lists():
     values = np.arange(6).reshape(3, 2)
     table = as_table(values)
     assert as_table(table) is table and table.names == ("x0", "x1") and table.kinds == ("number", "number")
-    for X in (values.tolist(), [list(row) for row in values.astype(str)], torch.tensor(values)):
+    texts = values.astype(str)
+    for X in (values.tolist(), texts, [list(row) for row in texts], torch.tensor(values)):
         same(table, as_table(X))
     assert as_table(values > 2).kinds == ("boolean", "boolean")
     assert as_table([[1, "a", None], [2.5, "b", True]]).kinds == ("number", "category", "boolean")
