@@ -1,4 +1,4 @@
-"""Small data sets, one way to train a list of configurations, and the plain loop that each member is compared to."""
+"""Small data sets, ways to train configurations, the plain loop that members are compared to, counts of memory."""
 
 import gc
 import itertools

@@ -109,17 +109,20 @@ def test_a_factor_is_the_product_of_those_that_are_named():
 
 
 @pytest.mark.parametrize(
-    ("space", "message"),
+    ("method", "space", "message"),
     [
-        ({"lr_factor__scale": 2.0}, "lr_factor__scale names no parameter of Net: the parts of their paths are 0"),
-        ({"lr_factor__bias": -1}, "'lr_factor__bias'] must be a finite number >= 0, got -1"),
-        ({"dropout": 0.1}, "dropout is the rate of gputune.models.Dropout, which Net does not have; use"),
-        ({"lr_factor__bias": 0.1, "optimizer": "adamhd"}, "optimizer='adamhd' adapts its rate, and does not know"),
-        ({"lr_factor__bias": 0.1}, "lr_factor__bias=0.1; leave it out"),  # of a descent
+        (
+            "random",
+            {"lr_factor__scale": 2.0},
+            "lr_factor__scale names no parameter of Net: the parts of their paths are 0",
+        ),
+        ("random", {"lr_factor__bias": -1}, "'lr_factor__bias'] must be a finite number >= 0, got -1"),
+        ("random", {"dropout": 0.1}, "dropout is the rate of gputune.models.Dropout, which Net does not have; use"),
+        ("random", {"lr_factor__bias": 0.1, "optimizer": "adamhd"}, "optimizer='adamhd' adapts its rate, and does not"),
+        ("hypergradient", {"lr_factor__bias": 0.1}, "lr_factor__bias=0.1; leave it out"),
     ],
 )
-def test_rates_that_a_module_does_not_have(iris, space, message):
-    method = "hypergradient" if "leave it out" in message else "random"
+def test_rates_that_cannot_be(iris, method, space, message):
     words = {"space": space, "method": method, "include_default": False}
     with refused(message):
         gputune.tune(Net, *iris, n_trials=1, cv=2, max_epochs=1, verbose=0, **words)
