@@ -152,7 +152,7 @@ class StackedModule(ModuleNetwork):
     """Members whose parameters are stacked, and whose forward is mapped over them."""
 
     def _lay_out(self) -> None:
-        make_mappable(self.template)
+        make_mappable(self.template)  # before it is kept as it is, as ``stateless``
         trials, sides = self.members[1], hidden_sides(self.template, self.first)
 
         def blocks_of(tensors: Params) -> Blocks:

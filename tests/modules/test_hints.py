@@ -11,7 +11,9 @@ import gputune
 from gputune.errors import InputError
 from gputune.modules.construction import call_arguments
 from gputune.modules.hints import hint
-from problems import Linear
+from gputune.modules.inspection import explain
+from gputune.modules.module import StackedModule
+from problems import Linear, fill, make_data, shape_of
 
 SMALL = {"n_trials": 2, "cv": [(np.arange(20), np.arange(20, 30))] * 2, "max_epochs": 2, "verbose": 0}
 IDS = torch.randint(9, (30, 5), generator=torch.Generator().manual_seed(0))
@@ -243,6 +245,17 @@ def test_a_failure_that_no_row_causes_names_the_configuration(evaluates, finding
     )
     with pytest.raises(InputError, match=message):
         tune(Tires, ROWS, space=space, include_default=False, n_trials=1, max_epochs=9)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("CUDA error: misaligned")])
+def test_what_a_device_says_is_no_fault_of_a_row(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    data = make_data()
+    network = StackedModule(Linear, fill({}), shape_of(data), seed=0)
+    monkeypatch.setattr(Linear, "forward", fail)
+    assert explain(error, network, network.start(), data, 1) is error
 
 
 class Bare(nn.Module):

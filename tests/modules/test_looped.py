@@ -398,6 +398,14 @@ def test_a_training_step_that_draws_has_the_same_draws_alone_and_stacked():
     np.testing.assert_allclose(found[0], found[2], rtol=1e-5)
 
 
+def test_an_average_of_the_weights_is_scored_alone_as_it_is_stacked():
+    space = {"lr": [1e-2, 0.1], "batch_size": [16], "ema": [0.9]}
+    loop, stacked = (
+        search(Linear, backend=backend, space=space, scoring="neg_log_loss").curves for backend in ("loop", "stacked")
+    )
+    np.testing.assert_allclose(loop, stacked, rtol=1e-5)
+
+
 def test_a_training_step_that_decides_by_a_draw_trains_one_by_one(capsys):
     def step(module, batch):
         return noisy_step(module, batch) * (2 if torch.rand(()).item() < 0.5 else 1)

@@ -24,6 +24,7 @@ LAYERS = {
     "conv2d of one image": (nn.Conv2d(2, 4, 3, bias=False), (2, 6, 7)),
     "conv3d": (nn.Conv3d(2, 3, 2, dilation=2), (5, 2, 4, 4, 4)),
     "pools": (nn.Sequential(nn.Conv2d(2, 4, 2), nn.MaxPool2d(2), nn.AvgPool2d(2)), (5, 2, 9, 9)),
+    "pools of one image": (nn.Sequential(nn.Conv2d(2, 4, 2), nn.MaxPool2d(3, 1), nn.AvgPool2d(2)), (2, 9, 9)),
     "a mean": (nn.Sequential(nn.Conv2d(2, 4, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1)), (5, 2, 5, 5)),
     "batch norm": (nn.BatchNorm1d(4), (5, 4)),
     "batch norm in evaluation": (nn.BatchNorm1d(4).eval(), (5, 4)),
@@ -60,6 +61,14 @@ def test_a_mapped_layer_is_that_of_each_member(name):
 
     for found, expected in zip(results(True), results(False), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_running_statistics_are_written_where_members_have_their_own():
+    x, means, variance = torch.randn(MEMBERS, 5, 4), torch.zeros(4, MEMBERS), torch.ones(4)
+    with Mapped():
+        vmap(lambda rows, mean: functional.batch_norm(rows, mean, variance, training=True), in_dims=(0, 1))(x, means)
+    torch.testing.assert_close(means.T, 0.1 * x.mean(1))
+    assert torch.equal(variance, torch.ones(4))
 
 
 def test_the_row_of_an_embeddings_padding_has_no_gradient():

@@ -47,9 +47,12 @@ STEPS = {
     ),
     "conditions": lambda t, x: t.copy_(torch.where((x > 0) & ~(x > 0.5), x, -x).masked_fill(x.eq(x[0, 0]), 7.0)),
     "moments": lambda t, x: t.lerp_(x, 0.1).addcmul_(x, x, value=2.0).lerp_(x, x),
-    "sums": lambda t, x: t.copy_(x.sum(1, keepdim=True) + x.mean(0) + x.sum() + x.mean(-1)[:, None]),
+    "sums": lambda t, x: t.copy_(
+        x.sum(1, keepdim=True) + x.sum(0, keepdim=True) + x.mean(0) + x.sum() + x.mean(-1)[:, None]
+    ),
     "products": lambda t, x: t.copy_(
-        torch.addmm(x[0], x @ x.mT, x) + torch.baddbmm(x[None], x[None] @ x.mT, x[None])[0] + x @ (x.mT @ x)
+        torch.addmm(x[0], x @ x.mT, x) + torch.addmm(x[:1, :1], x @ x.mT, x)
+        + torch.baddbmm(x[None], x[None] @ x.mT, x[None])[0] + x @ (x.mT @ x)
     ),
     "wide products": lambda t, x: t.copy_((wide(x, 5, 9) @ wide(x, 9, 9).mT @ wide(x, 9, 9))[:2, :4]),
     "softmax": lambda t, x: t.copy_(x.softmax(0) + x.log_softmax(1)),
@@ -77,6 +80,7 @@ STEPS = {
     ),
     "remainders": lambda t, x: t.copy_(x + torch.remainder(IDS[:, :1] * 7 - 5, 3)),
     "long passes": lambda t, x: BIG.mul_(0.9).add_(x[0, 0]).addcmul_(BIG, BIG).sub_(t.fill_(0.5)[0, 0]),
+    "a number of a long pass": lambda t, x: t.copy_(x * (BIG.mul_(0.9).view(-1)[0] * 2)),
 }  # fmt: skip
 
 
@@ -125,6 +129,13 @@ REFUSED = {
     "a product of torch.float64": lambda t, x: t.copy_(x.double() @ x.double().mT @ x.double()),
     "nll_loss_forward.default of other": lambda t, x: t.copy_(F.cross_entropy(x, IDS[0, :2], x[0])),
     "native_batch_norm.default of other": lambda t, x: t.copy_(F.batch_norm(x[None], None, None, training=True)[0]),
+    "native_batch_norm.default of other arguments": lambda t, x: t.copy_(F.batch_norm(x, t[0], x[0])),
+    "native_layer_norm_backward.default of other": lambda t, x: t[:, :2].copy_(
+        torch.ops.aten.native_layer_norm_backward(
+            x[:, ::2], x[:, :2] + 0, [2], x[:, :1] + 0, x[:, 1:2] + 0, None, None, [True, False, False]
+        )[0]
+    ),
+    "bitwise_and of torch.int64": lambda t, x: t.copy_(x + (IDS[0, :1] & 1)),
     "embedding_dense_backward.default of other": lambda t, x: t.copy_(
         torch.ops.aten.embedding_dense_backward(x, IDS[0, :2], 2, 0, False)
     ),
