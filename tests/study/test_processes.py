@@ -154,6 +154,13 @@ def test_one_process_at_a_time_adds_to_the_plan(mine, other):
     assert other.take_setup() is None
 
 
+def test_what_another_process_has_just_planned_is_planned_no_more(path, mine):
+    with Store.open(path) as store:
+        ledger = Ledger(store, mine)
+        store.add_chunks([Chunk(2, 1, (0, 1, 2), 1)])
+        assert ledger.chunks(ledger.candidates, 1, lambda left: pytest.fail("cut twice")) == [Chunk(2, 1, (0, 1, 2), 1)]
+
+
 RECORD = record()
 
 
