@@ -85,8 +85,8 @@ def test_batches_share_a_bar_and_the_plan_of_the_first_is_said_once(capsys):
         for batch in (3, 2):
             with shown.bar_over(batch, 2):
                 assert shown.bar is whole and shown.trials == 6
+                shown.plan(FakePlan(9), aloud=False)
                 shown.plan(FakePlan(batch))
-                shown.plan(FakePlan(batch), aloud=False)
                 shown.advance(2 * batch, np.ones((batch, 2, 2)))
                 shown.finished(batch)
     assert shown.words.startswith("trials 6/6") and shown.seconds_left == 0

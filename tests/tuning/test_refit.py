@@ -32,7 +32,8 @@ def machine(monkeypatch, *devices, **kept):
         (["cpu"], {"device": "cpu", "backend": "eager", "workers": 4}, ("cpu", "eager", False, 1)),
         (["cpu", "cuda"], {"device": "cuda", "backend": "graph", "tf32": True}, ("cuda", "graph", True, 1)),
         (["cpu"], {"device": "cuda", "backend": "graph", "tf32": True}, ("auto", "graph", False, 1)),
-        (["cpu"], {"device": "cuda", "backend": "eager", "workers": {"address": "auto", "cpus": 1}},
+        (["cpu"], {"device": "cuda", "backend": "kernel"}, ("auto", "auto", False, 1)),
+        (["cpu", "cuda"], {"device": "cpu", "backend": "eager", "workers": {"address": "auto", "cpus": 1}},
          ("auto", "eager", False, 1)),
     ],
 )  # fmt: skip
