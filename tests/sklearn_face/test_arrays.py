@@ -165,13 +165,18 @@ def test_a_criterion_and_its_arguments_are_searched(criterion, arguments, traini
 
 
 def test_a_criterion_of_ones_own_takes_the_target_as_it_is():
-    net = NeuralNetRegressor(Conv, criterion=nn.MSELoss(reduction="sum"), **{**TRAINING, "lr": 1e-4})
+    slow = {**TRAINING, "lr": 1e-4}
+    net = NeuralNetRegressor(Conv, criterion=nn.MSELoss(reduction="sum"), **slow)
     net.fit(IMAGES, NUMBERS)
     assert (net.target_mean_ == 0).all() and (net.target_scale_ == 1).all()
     with torch.no_grad():
         np.testing.assert_array_equal(net.predict(IMAGES), net.module_(torch.from_numpy(IMAGES)))
     with pytest.raises(InputError, match="sample_weight .* return row losses"):
         net.fit(IMAGES, NUMBERS, sample_weight=np.linspace(1, 2, 60))
+    net = NeuralNetRegressor(
+        Conv, training_step=lambda net, batch: nn.functional.mse_loss(net(batch[0]), batch[1]), **slow
+    )
+    assert (net.fit(IMAGES, NUMBERS).target_scale_ == 1).all()
 
 
 def test_a_class_of_torch_trains_as_the_loss_of_its_name():

@@ -168,6 +168,7 @@ def test_a_class_whose_rows_weigh_nothing_is_never_predicted():
         assert (fitted.predict_proba(X)[:, 1] == 0).all()
         np.testing.assert_allclose(fitted.predict_proba(X).sum(1), 1)
         assert set(fitted.predict(X)) <= {0, 2}
+        assert getattr(fitted, "loss_", 0) < 1  # nor do its rows count where the loss is watched
 
 
 def test_folds_that_cannot_be_trained_on_fail_alone():

@@ -13,7 +13,15 @@ from sklearn.svm import SVC
 from face_modules import Net
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.stacked import StackedChunk
-from gputune.sklearn import HalvingRandomSearchCV, LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier
+from gputune.errors import DivergedError
+from gputune.sklearn import (
+    HalvingRandomSearchCV,
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    NeuralNetClassifier,
+    replay,
+)
 from searches import assert_same_results, both
 
 X, Y = load_iris(return_X_y=True)
@@ -134,6 +142,17 @@ def test_a_candidate_that_diverges_is_kept_after_all_others_and_begins_again(rat
     search = beside_scikit_learn(sgd, {"learning_rate_init": rates}, **options)
     assert search.n_candidates_ == [4, 2, 1] and search.best_params_["learning_rate_init"] < 1
     assert np.isnan(search.cv_results_["mean_test_score"]).sum() == failed
+
+
+@pytest.mark.filterwarnings("ignore")  # of the fits that failed
+def test_a_candidate_that_fails_in_one_fold_begins_again(epochs, monkeypatch):
+    def fail_in_one(*given, fit_together=replay.fit_together):
+        return fit_together(*given) | {(0, trial): DivergedError("it diverged") for trial in given[0]}
+
+    monkeypatch.setattr(replay, "fit_together", fail_in_one)
+    options = {"n_candidates": 4, "max_resources": 4, "factor": 2, "cv": 2, "refit": False}
+    HalvingRandomSearchCV(MLP, {"learning_rate_init": [0.01, 0.02, 0.05, 0.1]}, **options).fit(X, Y)
+    assert [epoch for epoch, _ in epochs] == [0, 0, 1, 0, 1, 2, 3]
 
 
 C_SPACE = {"C": loguniform(1e-2, 1)}

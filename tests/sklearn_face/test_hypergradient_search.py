@@ -255,6 +255,8 @@ def test_no_start_moves_after_the_deadline(monkeypatch):
     monkeypatch.setattr(descent, "slopes_of", slow)
     search = descend(MLP, {"learning_rate_init": [0.01]}, timeout=1000.0, n_iter=1)
     assert search.cv_results_["outer_step"].tolist() == [0, 1] and len(calls) == 2 and None not in calls
+    solved = descend(LogisticRegression(), {"C": [0.1]}, timeout=1e-9, n_iter=1)  # a solver has no deadline of its own
+    assert solved.cv_results_["outer_step"].tolist() == [0]
 
 
 @pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")

@@ -129,6 +129,8 @@ def test_a_search_without_a_seed_draws_anew_in_every_fold(training):
     search = RandomizedSearchCV(LogisticRegression(), PENALTIES, n_iter=2, cv=2)
     found = nested_cv(search, X, Y, outer=3)
     assert len({params["C"] for params in found.best_params}) == 3 and [call[:2] for call in training] == [(2, 2)] * 3
+    found.searches[0].fit(X, Y)  # draws and trains again
+    assert len(training) == 4
 
 
 def test_rows_that_are_wrong_fail_where_they_are():

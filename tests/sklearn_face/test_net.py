@@ -128,6 +128,7 @@ REFUSED = [
     ({"criterion": "huber"}, "criterion='huber' does not fit a multiclass target; choose 'cross_entropy'"),
     ({"criterion__delta": 1}, "^criterion__delta is none of criterion='cross_entropy', which takes label_smoo"),
     ({"criterion": nn.CrossEntropyLoss, "criterion__label_smoothing": 2}, "^criterion__label_smoothing must be"),
+    ({"criterion": nn.CrossEntropyLoss(), "criterion__label_smoothing": 0.1}, "the loss is an instance of CrossEnt"),
     ({"criterion": nn.NLLLoss, "criterion__delta": 1}, "^criterion__delta is no argument of the loss .*NLLLoss"),
     ({"criterion": lambda outputs, y: outputs}, r"the loss .*lambda.* must return row losses of shape \(rows,\)"),
     ({"lr": 0}, "lr must be"),

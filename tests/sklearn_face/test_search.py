@@ -117,6 +117,9 @@ def test_a_search_leaves_its_parameters_as_they_were(training):
     splitter, generator = CountingSplitter(), np.random.RandomState(0)
     search = RandomizedSearchCV(MLP, RATES, n_iter=2, cv=splitter, n_jobs=-1, random_state=generator)
     before = dict(vars(search))
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        search.fit(X, Y[1:])
+    assert all(vars(search)[name] is value for name, value in before.items())
     search.fit(X, Y)
     assert all(vars(search)[name] is value for name, value in before.items())
     assert len(splitter.asked) == 1 and [call[:2] for call in training] == [(2, 3)]
