@@ -285,6 +285,10 @@ def test_callbacks_hear_what_they_hear_of_scikit_learn():
         search(MLP, RATES, **OPTIONS).set_callbacks(callback).fit(X, Y)
         heard.append(callback.heard)
     assert heard[0] == heard[1] and len(heard[0]) > 20
+    callback = Callback()
+    pipeline = make_pipeline(StandardScaler(), MLP).set_callbacks(callback)
+    GridSearchCV(pipeline, {"mlpclassifier__alpha": [0, 0.1]}, cv=2).fit(X, Y)
+    assert [heard[:2] for heard in callback.heard].count(("begin", "fit")) == 5  # none of what was only recorded
 
 
 def test_optunas_distributions():
