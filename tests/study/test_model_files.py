@@ -116,6 +116,12 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(frame, folder, options):
         assert got.dtype == model.classes.dtype and set(got.tolist()) <= set(model.classes.tolist())
 
 
+def test_a_model_that_an_earlier_version_wrote_is_read(frame, saved):
+    expected = load_model(saved).predict_proba(frame)
+    edit(saved, lambda body: [body.pop(name) for name in ("target_transform", "residuals", "temperature")])
+    np.testing.assert_array_equal(load_model(saved).predict_proba(frame), expected)
+
+
 def test_tied_weights_are_saved(frame, folder):
     class Tied(nn.Module):
         def __init__(self, n_features, n_outputs):
