@@ -258,6 +258,11 @@ BAD_SIZES = [1, 1.0, 1.5, -0.1, np.nan, "0.2", True, None]
         (CLASSES, {"test_size": 0.01}, "would keep 1 of 40 rows apart, which cannot hold the 2 classes"),
         (CLASSES, {"test_size": 0.99}, "would keep 40 of 40 rows apart"),
         (NUMBERS, {"test_size": 0.2, "groups": [1, 2]}, "groups must have one value a row"),
+        (
+            NUMBERS,
+            {"test_size": 0.2, "groups": GROUPS, "cv": TimeSeriesSplit(2)},
+            "cannot be kept whole by a time series",
+        ),
     ],
 )
 def test_rows_that_cannot_be_kept_apart(target, options, words):
