@@ -23,6 +23,8 @@ def test_the_page_has_the_held_out_score_of_the_model_beside_the_study(tmp_path)
     assert f'<dd class="value">{score:.4f}</dd><dd class="about">the model on 12 rows' in page(study, model=model.info)
     study.report(tmp_path / "same.html", model=model)
     assert (tmp_path / "same.html").read_text() == (tmp_path / "report.html").read_text()
+    assert run("report", out, "--live", "--confusion", "--out", tmp_path / "live.html")[0] == 0
+    assert "Confusion matrix" in (tmp_path / "live.html").read_text()
 
 
 def test_a_model_of_an_earlier_best_trial_has_no_say(tmp_path):

@@ -55,7 +55,8 @@ def test_a_failed_trial_says_why_and_one_without_reports_has_no_epoch():
     study = replace(make_study([*failed, done]), meta={**META, "face": "loop"})
     lines = trials_table(study, width=80).split("\n")
     assert lines[0] == "23 trials by accuracy"
-    nan, raised, big, *_ = lines[lines.index("Failed:") + 1 :]
+    nan, raised, big, *others = lines[lines.index("Failed:") + 1 :]
+    assert len(others) == 17 + 1
     assert "trial 0: a NaN or infinite score was returned or reported" in nan
     assert "trial 1: ValueError: no" in raised and "trial 2: out of memory" in big
     assert lines[-1] == "  and 2 more, of which --format json tells"

@@ -20,12 +20,14 @@ from sklearn.metrics import f1_score
 import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.cli import tune
+from gputune.cli.evaluation import HeldOut
 from gputune.cli.summary import Ending, summary_text
 from gputune.data.folds import hold_out
 from gputune.data.source import Source, read_again, read_apart, read_source
 from gputune.data.target import check_target
+from gputune.methods.distributions import edge_remarks
 from gputune.methods.stopping import Halving
-from made_studies import made_batches
+from made_studies import made_batches, study_of
 from problems import Net
 
 NET = """
@@ -592,10 +594,21 @@ def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were
     assert not any(elsewhere.iterdir())
 
 
-def closing(study):
+def closing(study, **more):
     rest: Source = read_source(np.zeros((4, 2)), np.array([0, 1, 0, 1]))
-    ending = Ending("houses.csv", study, rest, Path("out/study.db"), seconds=3.0)
+    ending = Ending("houses.csv", study, rest, Path("out/study.db"), seconds=3.0, **more)
     return " ".join(summary_text(ending, width=90).split())
+
+
+def test_the_closing_text_says_what_is_to_be_known_of_the_scores():
+    laws, baseline = {"lr": {"kind": "choices", "choices": [0.1, 0.2, 0.3]}}, {"score": 0.4, "answer": "ant"}
+    made = study_of([{"lr": lr} for lr in (0.1, 0.2, 0.3)], distributions=laws, baseline=baseline)
+    study = replace(made, trials=[replace(trial, best_epoch=30) for trial in made.trials])
+    text = closing(study, held_out=HeldOut(0.75, 20, unseen=1))
+    assert "own score on 20 rows that nothing was fitted on. 1 row of a class that no row of the search has" in text
+    assert "has counts as wrong. The best cross-validated accuracy" in text
+    assert "On the same folds ant scores 0.4000 without a model. It was best after the last of 30 epochs: more" in text
+    assert text.endswith("gputune.Study.open('out/study.db').best_model()") and edge_remarks(study)[0] in text
 
 
 def test_an_accuracy_of_labels_is_one_of_rows():
