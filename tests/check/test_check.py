@@ -122,6 +122,16 @@ def test_json_and_what_is_kept(two_laws):
     assert "'a law' does not hold" in found.why_not("graph") and not found.why_not("compiled")
 
 
+def test_what_another_device_fails_is_none_of_the_cpus(two_laws, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(check, "keep_findings", lambda device, findings: kept.update({device.type: findings}))
+    for name in ("device_name", "_facts"):
+        monkeypatch.setattr(check, name, str)
+    check.check(torch.device("meta"), print)
+    assert kept["meta"].failed == {"graph": "a law", "eager": "another"} and len(kept["meta"].speeds) == 3
+    assert kept["cpu"] == Findings(None, {"compiled": Speed(1e-4, 1e-5)})
+
+
 def test_speeds_alone_forget_no_law(folder):
     keep_findings(CPU, Findings({"eager": "a law"}, {"eager": Speed(1, 2)}))
     keep_findings(CPU, Findings(None, {"graph": Speed(3, 4)}))
