@@ -140,6 +140,18 @@ def test_the_solved_logistic_regression_descends_on_c():
     assert study.best_model().predict(X).shape == y.shape
 
 
+def test_the_slopes_of_solved_points_are_those_of_their_losses(iris):
+    """Points that are solved together: each has the slope of its own C."""
+    include = [{"C": C * math.exp(h)} for C in (0.05, 2.0) for h in (0, 1e-3, -1e-3)]
+    how = {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 0, "include_default": False, "cv": 2}
+    trials = gputune.tune(
+        "logistic", *iris, space={"C": loguniform(1e-3, 1e3)}, include=include, **how, verbose=0
+    ).trials
+    for first, up, down in (trials[:3], trials[3:6]):
+        slope = (down.score - up.score) / 2e-3
+        assert first.detail["slope"]["C"][0][0] == pytest.approx(slope, rel=1e-4)
+
+
 def test_a_users_module_descends(iris):
     space = {"lr": [1e-3], "batch_size": [16], "module__hidden": [4, 6]}
     method = gputune.Hypergradient(per_layer=True, outer_steps=3)

@@ -251,8 +251,9 @@ def test_the_space_of_the_mlp_by_its_name_begins_with_a_portfolio(iris, tmp_path
     assert {trial.params.get("numbers", "standard") for trial in tensors} == {"standard"}
     descent = search(n_trials=2, method=gputune.Hypergradient(outer_steps=1))
     assert "portfolio" not in {trial.origin for trial in descent.trials}
-    plain = search(n_trials=2, include_default=False)
-    assert [trial.origin for trial in plain.trials] == ["random", "random"]
+    search(n_trials=2, include_default=False, study=tmp_path / "plain.db")
+    later = search(n_trials=3, study=tmp_path / "plain.db")  # which has room for one more, beside the default
+    assert [trial.origin for trial in later.trials] == ["random", "random", "default", "portfolio"]
 
 
 @pytest.mark.parametrize("kind", [int, float])
