@@ -35,6 +35,7 @@ def test_every_argument_that_has_an_option_is_known():
             "'--epochs'?",
         ),
         ("train FILE --trials 3", "--trials 3. train has no --trials, a flag of tune, resume."),
+        ("train FILE --ensemble", "--ensemble. train has no --ensemble, a flag of tune, resume."),
         ("trials STUDY --ra", "--ra"),
         ("train FILE --metric f1", "--metric f1. Did you mean '--scoring'?"),
     ],
