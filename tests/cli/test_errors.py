@@ -39,6 +39,11 @@ def test_a_file_or_a_column_that_there_is_not(bugs, arguments, words):
     refused("tune", *arguments, *FAST, words=words)
 
 
+def test_missing_answers_are_told_with_their_line(bugs):
+    write_table(bugs, kind=[*kinds(38), "", "NA"])
+    refused_tune(bugs, words=["kind has 2 missing values", "line 40", "leave those rows out"])
+
+
 def test_a_file_without_a_header(bugs):
     bugs.write_text("5.1,3.5,ant\n4.9,3.0,bee\n")
     refused_tune(bugs, words=["has '5.1', '3.5' in its first line", "write a line of names above it"])
