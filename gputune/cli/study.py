@@ -301,6 +301,6 @@ def repair(arguments: Namespace) -> str:
     """Write what is whole into a new file and return what that is."""
     from gputune.study.repair import repair
 
-    saved = repair(study_file(arguments.study), arguments.out)
+    saved = repair(study_file(arguments.study), arguments.out, argument="--out ")
     go_on = f"\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}" if saved.is_whole_search else ""
     return f"{saved}{go_on}"

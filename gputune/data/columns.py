@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gputune.data.arrays import refuse_kind
 from gputune.data.kinds import Kind, parse_text, read_amounts, read_as, value_texts
-from gputune.data.table import two_axes
+from gputune.data.table import nameless, two_axes
 from gputune.errors import InputError
 from gputune.text import is_number
 from gputune.types import Json
@@ -239,11 +239,6 @@ def _misfit(column: Column, got: str) -> InputError:
     return InputError(f"column {column.name!r} must be a {kind} as it was for training, got {got}; convert it.")
 
 
-def tensor_names(X: Tensor) -> tuple[str, ...]:
-    """Return the names of a tensor's columns, as for arrays: x0, x1, ..."""
-    return tuple(f"x{j}" for j in range(X.shape[1]))
-
-
 def checked_tensor(X: Tensor) -> Tensor:
     """Return a dense (n, D) tensor of floats, finite or NaN, at least of single precision; else InputError."""
     refuse_kind(X, "X")
@@ -270,7 +265,7 @@ def fit_tensor_columns(X: Tensor, *, keep: bool = False) -> list[tuple[Column, t
     columns = [np.array([low, high, np.nan] if lost else [low, high]) for low, high, lost in summary]
     return [
         fit_column(name, "number", np.where(np.isinf(values), np.nan, values), max_levels=0, min_count=0, keep=keep)
-        for name, values in zip(tensor_names(X), columns)
+        for name, values in zip(nameless(X.shape[1]), columns)
     ]
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.columns import Column, checked_tensor, fit_column, fit_tensor_columns, tensor_moments, tensor_names
+from gputune.data.columns import Column, checked_tensor, fit_column, fit_tensor_columns, tensor_moments
 from gputune.data.quantiles import N_BINS, OPEN, bins_of, fit_quantiles, median_and_spread, normal_scores, smooth_clip
-from gputune.data.table import Table, quoted
+from gputune.data.table import Table, nameless, quoted
 from gputune.errors import InputError, warn
 from gputune.text import count
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Json, Numbers
@@ -98,7 +98,7 @@ class Layout:
         """
         if isinstance(X, Tensor):
             X = checked_tensor(X)
-            return self._raw_tensor(X, self._positions(tensor_names(X)))
+            return self._raw_tensor(X, self._positions(nameless(X.shape[1])))
         position = self._positions(X.names)
         chosen = [position[column.name] for column in self.columns]
         parts = [column.features(X.kinds[j], X.columns[j]) for column, j in zip(self.columns, chosen)]
@@ -119,6 +119,8 @@ class Layout:
                 f"got {quoted(names)}."
             )
         if extra := sorted(present - set(self.inputs)):
+            if names == nameless(len(names)) and {*self.inputs} < {*names}:  # nobody has said which of them are meant
+                raise InputError(f"X must have {len(self.inputs)} columns as in training, or names, got {len(names)}.")
             warn(f"X has columns that the model does not read: {quoted(extra)}.")
         return {name: j for j, name in enumerate(names)}
 
@@ -158,7 +160,7 @@ def fit_layout(
     keep, reasons = columns == "keep", list[tuple[str, str]]()
     if isinstance(X, Tensor):
         X = checked_tensor(X)
-        names, fitted = tensor_names(X), fit_tensor_columns(X, keep=keep)
+        names, fitted = nameless(X.shape[1]), fit_tensor_columns(X, keep=keep)
     else:
         names, reasons = X.names, list(X.amounts.items())
         fitted = [

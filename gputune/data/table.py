@@ -114,8 +114,13 @@ def as_table(X: object) -> Table:
         raise InputError(f"X must be rows, a data frame, an array of two axes or a list of lists, got {X!r:.60}.")
     if array.ndim != 2:
         raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}.")
-    names = [f"x{j}" for j in range(array.shape[1])]
-    return checked_table(names, [from_column(column, name) for column, name in zip(array.T, names)])
+    made = nameless(array.shape[1])
+    return checked_table(made, [from_column(column, name) for column, name in zip(array.T, made)])
+
+
+def nameless(columns: int) -> tuple[str, ...]:
+    """Return the names of columns that have none: x0, x1, ..."""
+    return tuple(f"x{j}" for j in range(columns))
 
 
 def as_rows(X: object, names: Collection[str]) -> object:

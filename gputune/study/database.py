@@ -248,12 +248,13 @@ DRAFTS = ".study"
 """How the folders of unfinished files begin. What a killed process left is removed when one is made, or a search."""
 
 
-def create_file(path: Path, rows: Mapping[str, Iterable[Row]]) -> None:
+def create_file(path: Path, rows: Mapping[str, Iterable[Row]], argument: str = "study=") -> None:
     """Make a file with our tables and these rows of them; it appears whole or not at all.
 
-    Raises InputError where something lies at ``path`` already, or where its folder does not exist.
+    Raises InputError where something lies at ``path`` already, or where its folder does not exist: ``argument``, as its
+    door calls it.
     """
-    with _draft(path) as connection, transaction(connection, path):
+    with _draft(path, argument) as connection, transaction(connection, path):
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
         for table, statement in TABLES.items():
@@ -277,13 +278,13 @@ def copy_file(source: sqlite3.Connection, path: Path) -> None:
 
 
 @contextmanager
-def _draft(path: Path) -> Iterator[sqlite3.Connection]:
+def _draft(path: Path, argument: str = "study=") -> Iterator[sqlite3.Connection]:
     """Yield a new file in a folder of its own; it gets the name ``path`` when the block has ended well."""
-    exists_already = InputError(f"study={str(path)!r} exists already; open it, or give a path that is free.")
+    exists_already = InputError(f"{argument}{str(path)!r} exists already; open it, or give a path that is free.")
     if path.exists():
         raise exists_already
     if not path.parent.is_dir():
-        raise no_folder(f"study={str(path)!r}", path)
+        raise no_folder(f"{argument}{str(path)!r}", path)
     with scratch_folder(path.parent, prefix=DRAFTS) as folder:
         draft = folder / "draft.db"
         with closing(connect(draft, "rwc")) as connection:

@@ -120,6 +120,7 @@ class WholeModel(nn.Module):
         values += [member for value in values if isinstance(value, list) for member in value]
         graphs = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
         self.network = copy.deepcopy(model.module, {id(value): value.detach() for value in graphs}).cpu().eval()
+        self.network.requires_grad_(False)  # what it predicts is numbers, which numpy() reads
         self.dtype, self.task = model.dtype, model.task
         self.transform = model.transform
         self.several = not isinstance(model.center, float)

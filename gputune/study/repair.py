@@ -52,12 +52,12 @@ class RepairResult:
         return "\n".join(lines)
 
 
-def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> RepairResult:
+def repair(path: str | os.PathLike[str], out: str | os.PathLike[str], *, argument: str = "out=") -> RepairResult:
     """Save every whole row of the study at ``path`` into a new file ``out``; the old one is only read.
 
     Whole is a row that SQLite reaches and whose checksum fits, so no value is ever a guess. Raises FileNotFoundError;
-    StudyCorruptError where no option and no trial is whole; InputError where ``out`` exists already, or its folder
-    does not.
+    StudyCorruptError where no option and no trial is whole; InputError where ``out``, called
+    ``argument`` there, exists already, or its folder does not.
     """
     path = Path(path)
     check_file(path)
@@ -78,7 +78,7 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> RepairR
         "plan": [row for row, chunk in plan.values() if trials.keys() >= set(chunk.trials)],
         "results": [row for number, (row, _) in results.items() if number in trials],
     }
-    create_file(Path(out), rows)
+    create_file(Path(out), rows, argument)
     return RepairResult(
         options=(len(named), how_many or max(options, default=1) - 1),
         trials=(len(trials), 1 + max(numbers, default=-1)),

@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 
 _POINT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
 _MOST_THREADS, _FLOAT = 4096, np.dtype("<f8")
-_STATES = get_args(State)
+STATES = get_args(State)
 _NUMBERS: list[object] = []  # nested lists of numbers
 _NUMBERS.append((float, _NUMBERS))
 _DETAIL = {
@@ -123,8 +123,8 @@ class Result:
     detail: Json = field(default_factory=dict)  # what the search method keeps of it
 
     def __post_init__(self) -> None:
-        if self.state not in _STATES:
-            raise InputError(f"Result(state=...) must be one of {_STATES}, got {self.state!r}.")
+        if self.state not in STATES:
+            raise InputError(f"Result(state=...) must be one of {STATES}, got {self.state!r}.")
         folds = len(self.fold_scores)
         if folds < 1 or self.curve.ndim not in (2, 3) or self.curve.shape[1] != folds:
             raise InputError(

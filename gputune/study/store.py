@@ -25,6 +25,7 @@ from gputune.study.database import damage_error, sqlite_errors, transaction
 from gputune.study.record import lost_option
 from gputune.study.rows import (
     HOW_MANY,
+    STATES,
     Candidate,
     Chunk,
     Curve,
@@ -183,6 +184,8 @@ class Store:
         groups = self._read("SELECT state, detail, count(*) FROM results GROUP BY state, detail")
         try:
             known = [(state, read_detail(detail), number) for state, detail, number in groups]
+            if unknown := {state for state, *_ in known}.difference(STATES):
+                raise ValueError(f"state {min(unknown)!r}")
         except (ValueError, TypeError) as error:
             raise damage_error(self.path, f"a result cannot be read ({error})") from error
         ((trials,),) = self._read("SELECT count(*) FROM trials")

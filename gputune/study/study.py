@@ -293,7 +293,7 @@ class Study:
                 f"{states['failed']}{waiting}; look at what it returns."
             )
         return (
-            f"{no_score}: of {len(trials)} trials {states['failed']} diverged{waiting}; lower the learning rates of "
+            f"{no_score}: {states['failed']} of {all_of} diverged{waiting}; lower the learning rates of "
             "the space, and look for extreme values in the data."
         )
 
@@ -315,9 +315,8 @@ def best_trial(study: Study) -> Trial | None:
 def check_metric(study: Study, metric: object, method: str) -> str:
     """Return the name of a metric, of neg_log_loss also log_loss; InputError, in a ``method``'s words, for another."""
     if not study.metrics:
-        raise InputError(
-            f"{method}({metric!r}) needs a study of several metrics, and this one has {study.record.scoring!r} alone."
-        )
+        call = method if metric is None else f"{method}({metric!r})"
+        raise InputError(f"{call} needs a study of several metrics, and this one has {study.record.scoring!r} alone.")
     for name in (metric, f"neg_{metric}"):  # tables are headed by what they show, the loss itself
         if name in study.metrics:
             return str(name)

@@ -214,7 +214,10 @@ def plot_contour(study: Study, x: str | None = None, y: str | None = None, *, ax
     """
     if (x is None) != (y is None) or (x is not None and x == y):
         raise InputError(f"plot_contour needs two different hyperparameters or none, got x={x!r}, y={y!r}.")
-    names = importance(study).names if x is None else (x, str(y))
+    try:
+        names = importance(study).names if x is None else (x, str(y))
+    except InputError as error:
+        raise InputError(f"{error} Or name two: plot_contour(x, y).") from None
     if len(names) < 2:
         raise InputError(f"plot_contour needs two hyperparameters that vary, got {len(names)}.")
     columns, shown = [_parameter(study, name, "plot_contour") for name in names[:2]], score_view(study)

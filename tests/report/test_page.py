@@ -192,7 +192,7 @@ def test_no_text_ends_the_data():
         (lambda: made_study(30, waiting=20), "20 of 30 trials have not been trained yet"),
         (lambda: made_study(3, waiting=1), "1 of 3 trials has not been trained yet"),
         (lambda: made_study(1), "Not computed: importance needs 10 finished trials"),
-        (lambda: study_of([{"lr": 1.0 + c} for c in range(4)], [math.nan] * 4), "of 4 trials 4 diverged"),
+        (lambda: study_of([{"lr": 1.0 + c} for c in range(4)], [math.nan] * 4), "4 of 4 trials diverged"),
         (lambda: Study(meta={}, trials=(), curves=np.zeros((0, 0, 0))), "The study holds no options."),
     ],
 )

@@ -102,6 +102,15 @@ def test_a_flipped_bit_is_found_or_harmless(path, seed):
     assert any(isinstance(one, type) for one in got)
 
 
+def test_a_state_that_is_none_is_damage_also_where_states_are_only_counted(path):
+    with Store.create(path, META) as store:
+        fill(store, 1)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"complete", b"Complete"))
+    with Store.open(path) as store, pytest.raises(StudyCorruptError, match="state 'Complete'"):
+        store.states()
+
+
 def test_a_journal_beside_a_study_that_names_another_file_is_refused(path):
     Store.create(path, META).close()
     raw = sqlite3.connect(path)

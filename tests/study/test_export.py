@@ -42,7 +42,7 @@ def outputs(path, inputs):
         return session.run(None, inputs), json.loads(session.get_modelmeta().custom_metadata_map["gputune.json"])
     extra = {"gputune.json": ""}
     found = torch.export.load(path, extra_files=extra).module()(*map(torch.tensor, inputs.values()))
-    arrays = [f.detach().numpy() for f in (found if isinstance(found, tuple) else (found,))]
+    arrays = [f.numpy() for f in (found if isinstance(found, tuple) else (found,))]
     return arrays, json.loads(extra["gputune.json"])
 
 

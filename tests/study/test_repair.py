@@ -126,8 +126,10 @@ def test_what_holds_nothing_is_refused_and_an_existing_file_too(whole, tmp_path)
         with pytest.raises(error, match=said):
             repair(tmp_path / name, tmp_path / "new.db")
     assert not (tmp_path / "new.db").exists()
-    with refused("exists already"):
+    with refused("^out='.*text' exists already"):
         repair(whole, tmp_path / "text")
+    with refused("^--out '.*new.db': the folder '.*none' does not exist"):
+        repair(whole, tmp_path / "none" / "new.db", argument="--out ")
 
 
 @pytest.fixture(scope="module")

@@ -54,8 +54,8 @@ def test_the_best_trial_is_finite_and_highest_and_the_lower_number_on_a_tie():
     [
         ([], r"the study has no trials; search with n_trials >= 1"),
         ([(NAN, "waiting")] * 2, r"none of the 2 trials has been trained yet; run the search"),
-        ([(NAN, "failed")] * 3 + [(NAN, "waiting")], "4 trials 3 diverged, 1 have not been trained; lower"),
-        ([(NAN, "failed")] * 2, "2 trials 2 diverged; lower"),
+        ([(NAN, "failed")] * 3 + [(NAN, "waiting")], "3 of 4 trials diverged, 1 have not been trained; lower"),
+        ([(NAN, "failed")] * 2, "2 of 2 trials diverged; lower"),
     ],
 )  # fmt: skip
 def test_a_search_without_a_best_trial_says_why(trials, message):

@@ -86,6 +86,11 @@ def test_a_metric_that_a_study_has_not_is_refused(method):
         getattr(study_of([{"a": 1}], [0.5]), method)("f1")
 
 
+def test_a_chart_of_two_metrics_is_refused_by_its_name():
+    with pytest.raises(InputError, match="^plot_pareto needs a study of several metrics"):
+        study_of([{"a": 1}], [0.5]).plot_pareto()
+
+
 def test_tables_and_json_show_all_metrics():
     study = study_by([(0.9, -0.3), (0.8, -0.2), (0.7, -0.4)])
     assert re.search(r"trial +accuracy +log_loss", trials_table(study, width=100))

@@ -144,7 +144,7 @@ def of_numbers(**params):
         (made_study(4), "contour", {"x": "lr", "y": "lr"}, "got x='lr', y='lr'"),
         (made_study(4), "contour", {"x": "lr", "y": "x"}, "plot_contour: the trials have no hyperparameter 'x'"),
         (of_numbers(a=1, b=2), "contour", {"x": "a", "y": "b"}, "not on one line, got 12 places in 'a' and 'b'"),
-        (made_study(4), "contour", {}, "importance needs 10 finished trials"),
+        (made_study(4), "contour", {}, r"importance needs 10 finished .* Or name two: plot_contour\(x, y\)"),
         (of_numbers(a=1), "contour", {}, "needs two hyperparameters that vary, got 1"),
         (made_study(4), "path", {}, r"plot_path needs a study by hypergradients: tune\(..., method="),
         (made_descent(), "path", {"parameter": "width"}, r"must be one of lr, weight_decay, got 'width'"),
