@@ -150,7 +150,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(
             f"{name} could not be built from the saved arguments {members[0][0] | members[0][1]}: "
-            f"{type(error).__name__}: {error}; {remedy}"
+            f"{type(error).__name__}: {str(error).rstrip('.')}; {remedy}"
         ) from error
     weights, columns = [1 / len(modules)] * len(modules), spec.get("columns", ())
     network = Ensemble(modules, weights, known["task"], columns) if "ensemble" in spec else modules[0]
