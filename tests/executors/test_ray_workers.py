@@ -65,7 +65,8 @@ def rows(study):
         pytest.param(
             {"space": LR, "method": gputune.Hypergradient(outer_steps=1), "n_trials": 3}, marks=pytest.mark.long
         ),
-        {**MODULE, "model": Net, "scoring": ray_searches.share_right},
+        # By default a killed worker's module and a deadline's scorer travel.
+        pytest.param({**MODULE, "model": Net, "scoring": ray_searches.share_right}, marks=pytest.mark.long),
     ],
     ids=["random", "halving", "median", "sampler", "hypergradient", "a module and a scorer, which travel as code"],
 )
@@ -118,6 +119,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_pa
     assert done(tmp_path / "there.db") == 6
 
 
+@pytest.mark.long  # each loss is a process that imports torch; tests/executors/test_workers.py has one of this machine
 def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
     cluster, iris, tmp_path, orders, monkeypatch
 ):

@@ -21,6 +21,7 @@ def on_gpu():
     return module
 
 
+@pytest.mark.long
 def test_a_plain_python_imports_it(on_gpu, tmp_path, monkeypatch):
     """Where all that is missing in one with torch and scikit-learn alone is missing; joblib brings cloudpickle."""
     monkeypatch.setattr(on_gpu, "find_spec", lambda name: None if name != "cloudpickle" else name)
