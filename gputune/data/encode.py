@@ -10,7 +10,7 @@ Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, w
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, TypeVar, overload
+from typing import Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ LIMIT = 20.0
 _ROUNDING = 1e-6
 """How much farther than it that may be, so that no training row is clipped by rounding in single precision."""
 
-Raw = np.ndarray | Tensor
+Raw: TypeAlias = np.ndarray | Tensor
 """Features before any statistics, (n, D)."""
 Array = TypeVar("Array", np.ndarray, Tensor, Raw)
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from gputune.errors import InputError
 from gputune.memory import free_memory
 from gputune.types import Task
 
-Index = NDArray[np.int64]
+Index: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -287,8 +287,8 @@ class TunedModel(ModelContent):
         for start in range(0, len(table), rows):
             yield table.select(np.arange(start, min(start + rows, len(table))))
 
-    def _check_output(self, output: object, rows: int) -> Tensor:
-        output = first_output(output)
+    def _check_output(self, outputs: object, rows: int) -> Tensor:
+        output = first_output(outputs)
         K = self.spec["kwargs"].get("n_outputs", 1) if self.classes is None else len(self.classes)
         if isinstance(output, Tensor):
             if self.task == "custom" and len(output) == rows:
