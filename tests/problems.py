@@ -18,8 +18,7 @@ from gputune.data.dataset import Dataset, Fold
 from gputune.engine import train as engine
 from gputune.engine.mlp import StackedMLP
 from gputune.native.library import FOLDER
-from gputune.population.network import Shape
-from gputune.population.population import complete, populations
+from gputune.population.population import Shape, complete, populations
 from gputune.scoring.scoring import make_scoring
 
 BACKEND = "eager"  # that of train_together; a test of all of them sets it

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
-from gputune.population.network import first_output
+from gputune.population.population import first_output
 from gputune.seeding import stream, stream_seed
 from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
 from refused import refused

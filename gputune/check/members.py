@@ -17,8 +17,7 @@ from gputune.engine.job import Job, train_chunk
 from gputune.engine.train import Trained
 from gputune.models import MLP
 from gputune.modules.construction import build_module
-from gputune.population.network import Shape
-from gputune.population.population import Population, complete, padded_width, populations
+from gputune.population.population import Population, Shape, complete, padded_width, populations
 from gputune.scoring.scoring import Scoring, make_scoring
 from gputune.seeding import stream
 from gputune.types import Backend, Config, Task

@@ -20,8 +20,7 @@ from gputune.engine.mlp import StackedMLP
 from gputune.native.library import ACTIVATIONS, OPTIMIZERS, ROW_SCORES, Work, library, make_work
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
-from gputune.population.network import Network
-from gputune.population.population import hidden_widths
+from gputune.population.population import Network, hidden_widths
 from gputune.scoring.scores import ROW_MEANS, RowMean
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import Validation

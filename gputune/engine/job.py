@@ -21,8 +21,7 @@ from gputune.modules.construction import Builder
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule, Traits
-from gputune.population.network import Network, Shape
-from gputune.population.population import Population
+from gputune.population.population import Network, Population, Shape
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.outputs import Outputs
 from gputune.types import Precision, first_metric

@@ -17,8 +17,7 @@ from gputune.engine.dropout import Draws, dropout_draw
 from gputune.models import MLP, LogisticRegression
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
-from gputune.population.network import Shape, by_copy
-from gputune.population.population import ModelKind, hidden_widths, padded_width
+from gputune.population.population import ModelKind, Shape, by_copy, hidden_widths, padded_width
 from gputune.scoring.losses import cross_entropy_slope_, row_losses, squared_error_slope_
 from gputune.seeding import stream
 from gputune.types import Config, Params

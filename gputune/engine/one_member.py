@@ -22,7 +22,7 @@ from gputune.modules.trace import TraceError, tensors, trace
 from gputune.native.library import Kernels
 from gputune.optimizers.update import OnlineUpdate
 from gputune.population.batches import StepShape
-from gputune.population.network import Network
+from gputune.population.population import Network
 
 _Path = tuple[Any, ...]
 """Names of attributes and keys of dicts, from a chunk to what it holds."""

@@ -16,8 +16,7 @@ from torch import Tensor
 from gputune.data.dataset import Dataset
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.module import ModuleNetwork
-from gputune.population.network import Network
-from gputune.population.population import Population, arguments_text, shape_of
+from gputune.population.population import Network, Population, arguments_text, shape_of
 from gputune.types import Config
 
 # Of the parameters of a chunk that is kept; a larger one has long epochs, and memory to give back.

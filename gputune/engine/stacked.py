@@ -20,7 +20,7 @@ from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.optimizer import Optimizer
 from gputune.population.batches import Batches, StepShape
-from gputune.population.network import Network
+from gputune.population.population import Network
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import Validation
 from gputune.types import Config

@@ -25,8 +25,7 @@ from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
-from gputune.population.network import Network
-from gputune.population.population import Population
+from gputune.population.population import Network, Population
 from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.scoring.validation import BestOutputs

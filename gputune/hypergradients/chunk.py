@@ -26,8 +26,7 @@ from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.optimizers.rules import BETA1, BETA2, schedule_factor
 from gputune.population.batches import Batch, Batches, for_members
-from gputune.population.network import Network
-from gputune.population.population import Population
+from gputune.population.population import Network, Population
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.text import size_words
 from gputune.types import Config, Params

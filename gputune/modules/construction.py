@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from gputune.errors import InputError, InputWarning, warn
 from gputune.models import Dropout
 from gputune.modules.hints import hint
-from gputune.population.network import InputKind, Shape, call_module
+from gputune.population.population import InputKind, Shape, call_module
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Params
 

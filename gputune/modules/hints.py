@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.population.network import call_module
+from gputune.population.population import call_module
 
 
 def hint(error: str, inputs: Sequence[Tensor]) -> str:

@@ -23,8 +23,7 @@ from gputune.modules.hints import Trail, check_ids
 from gputune.modules.module import ModuleNetwork, StackedModule, Traits
 from gputune.modules.module_trial import ModuleTrial, are_probabilities, at_start
 from gputune.population.batches import Batch
-from gputune.population.network import Network
-from gputune.population.population import arguments_text, module_arguments
+from gputune.population.population import Network, arguments_text, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.text import count

@@ -28,8 +28,7 @@ from gputune.modules.substitutes import Substitutes, differentiate_statistics, m
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
-from gputune.population.network import Shape
-from gputune.population.population import ModelKind, module_arguments
+from gputune.population.population import ModelKind, Shape, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Params

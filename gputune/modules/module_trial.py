@@ -17,8 +17,7 @@ from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.hints import Trail, hint
 from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import DispatchMode
-from gputune.population.network import Shape
-from gputune.population.population import module_arguments
+from gputune.population.population import Shape, module_arguments
 from gputune.scoring.losses import refuse_one_number, wants_log_probabilities
 from gputune.scoring.objective import Objective, make_objective, pairs_all_rows, qualified_name
 from gputune.seeding import keyed_draws

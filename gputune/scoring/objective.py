@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.errors import InputError
-from gputune.population.network import call_module, first_output
+from gputune.population.population import call_module, first_output
 from gputune.scoring.losses import LOSS_OF_TASK, LOSSES, by_rows, loss_fitting
 from gputune.seeding import keyed_draws, stream_seed
 from gputune.text import did_you_mean

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.data.kinds import text_of
 from gputune.errors import InputError
-from gputune.population.network import call_module, class_logits, is_one_logit
+from gputune.population.population import call_module, class_logits, is_one_logit
 from gputune.scoring import scores
 from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
 from gputune.text import did_you_mean

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.memory import free_of_gpu
-from gputune.population.network import Network
+from gputune.population.population import Network
 from gputune.scoring.outputs import Outputs
 from gputune.scoring.scores import accuracy
 from gputune.scoring.scoring import Scoring, outputs_of

@@ -14,8 +14,7 @@ from gputune.data.scaling import Scaling
 from gputune.engine.job import Job, Outcome, Progress, train_chunk
 from gputune.engine.train import Trained
 from gputune.errors import DivergedError
-from gputune.population.network import Network
-from gputune.population.population import Population
+from gputune.population.population import Network, Population
 from gputune.scoring import scoring
 from gputune.scoring.losses import row_losses
 from gputune.sklearn.recipe import Patience

@@ -25,8 +25,7 @@ from gputune.engine.train import BegunChunk, State
 from gputune.errors import InputError
 from gputune.modules.construction import name_of
 from gputune.modules.inspection import returns_one_logit, traits_of
-from gputune.population.network import call_module, first_output, two_logits
-from gputune.population.population import Population
+from gputune.population.population import Population, call_module, first_output, two_logits
 from gputune.scoring.objective import Objective
 from gputune.sklearn.base import FLOATS, FusedEstimator
 from gputune.sklearn.dataset import FoldGroup, Rows, as_dense, as_tensor, make_dataset

@@ -22,7 +22,7 @@ from gputune.data.quantiles import normal_scores_of, smooth_clip
 from gputune.data.table import Table
 from gputune.errors import InputError, import_extra
 from gputune.modules.calls import Stateless
-from gputune.population.network import call_module, class_logits, first_output
+from gputune.population.population import call_module, class_logits, first_output
 from gputune.scratch import no_folder, scratch_folder
 from gputune.study.model_files import ModelContent
 from gputune.types import Json

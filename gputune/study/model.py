@@ -24,7 +24,7 @@ from gputune.data.table import Table, as_table, quoted
 from gputune.engine.stop import entry
 from gputune.errors import InputError, InputWarning, warn
 from gputune.modules.construction import Builder
-from gputune.population.network import call_module, first_output, two_logits
+from gputune.population.population import call_module, first_output, two_logits
 from gputune.study.export import encoded, export
 from gputune.study.labels import checked_codes, checked_numbers
 from gputune.study.model_files import ModelContent, read_content, save_model

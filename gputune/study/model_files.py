@@ -25,7 +25,7 @@ from gputune.errors import InputError, UntrustedCodeError, warn
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.calls import convert
 from gputune.modules.construction import Builder, call_arguments, construct, materialise, name_of
-from gputune.population.network import Ensemble, InputKind
+from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import write_files
 from gputune.seeding import keyed_draws
 from gputune.study import module_source

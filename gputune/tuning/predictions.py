@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
 from gputune.errors import InputError
-from gputune.population.network import call_module, class_logits, first_output
+from gputune.population.population import call_module, class_logits, first_output
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_metrics, scorers_of
 from gputune.scoring.outputs import Outputs

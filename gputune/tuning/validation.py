@@ -19,7 +19,7 @@ from gputune.data.folds import unpack_folds
 from gputune.data.scaling import side_by_side
 from gputune.engine.stop import entry
 from gputune.errors import InputError, check_count
-from gputune.population.network import Ensemble
+from gputune.population.population import Ensemble
 from gputune.scoring.scoring import Scoring
 from gputune.seeding import stream, stream_seed
 from gputune.study.curves import FoldReport

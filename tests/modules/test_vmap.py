@@ -19,8 +19,7 @@ from gputune.modules.construction import build_module
 from gputune.modules.inspection import inspect_module, traits_of
 from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
-from gputune.population.network import Shape
-from gputune.population.population import populations
+from gputune.population.population import Shape, populations
 from problems import Linear, data_of, fill, largest_difference, make_data, rows_of, shape_of, train
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)

@@ -19,7 +19,7 @@ import gputune
 from gputune.errors import UntrustedCodeError
 from gputune.models import MLP
 from gputune.modules.construction import build_module
-from gputune.population.network import Shape
+from gputune.population.population import Shape
 from gputune.study import code
 from gputune.study.module_source import (
     class_from_file,

@@ -18,7 +18,7 @@ import gputune
 from gputune.cli.evaluation import HeldOut
 from gputune.cli.main import main
 from gputune.cli.summary import ensemble_words
-from gputune.population.network import Ensemble
+from gputune.population.population import Ensemble
 from gputune.study.export import WholeModel
 from gputune.tuning.predictions import Predictions, predictions_of, search_for
 from gputune.tuning.progress import Progress
