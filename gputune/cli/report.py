@@ -15,9 +15,9 @@ from gputune.engine.backend import choose_device
 from gputune.errors import CheckFailedError
 from gputune.report.facts import is_its_model
 from gputune.report.page import check_place, write_page
-from gputune.study.curves import FoldReport
 from gputune.study.model_files import DESCRIPTION, file_errors, read_description
 from gputune.study.record import has_form
+from gputune.study.rows import FoldReport
 from gputune.study.study import Study
 from gputune.text import count
 from gputune.tuning.refit import Access

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from gputune.report.charts import FEW
 from gputune.report.svg import Chart, beside, cut, drawing, element, line_path, path, spread_over, text
-from gputune.study.curves import FoldReport
+from gputune.study.rows import FoldReport
 from gputune.study.study import Study
 from gputune.text import clean
 from gputune.views.axes import Axis, linear_scale, parallel_axes

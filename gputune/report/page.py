@@ -24,7 +24,7 @@ from gputune.report.facts import check_model, endings, facts, setting
 from gputune.report.importance import WEAK, brush_data, columns_chart, confusion_chart, importance_chart, parallel_chart
 from gputune.report.snippet import snippet
 from gputune.scratch import no_folder, write_text
-from gputune.study.curves import FoldReport
+from gputune.study.rows import FoldReport
 from gputune.study.study import Study, best_trial
 from gputune.text import Measure, clean, short
 from gputune.types import Config, Json

@@ -20,6 +20,7 @@ from gputune.errors import InputError
 from gputune.scoring.outputs import Outputs
 from gputune.study.record import OPTION_FORMS, has_form
 from gputune.study.values import from_json, to_json
+from gputune.text import size_words
 from gputune.types import Config, Json, first_metric
 
 EpochRule = Literal["best", "last"]
@@ -28,6 +29,9 @@ TrialState = State | Literal["waiting"]
 Curve: TypeAlias = NDArray[np.float64]
 Row = tuple[Any, ...]
 Value = TypeVar("Value")
+
+_LARGE, _PADDING = 2**30, 64
+"""Bytes that the curves of all trials may take side by side in any case, and for each byte of them."""
 
 _POINT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
 _MOST_THREADS, _FLOAT = 4096, np.dtype("<f8")
@@ -185,6 +189,23 @@ class Result:
         return list(map(cls, numbers, states, *of_training, map(read_detail, details)))
 
 
+@dataclass(frozen=True, eq=False)
+class FoldReport:
+    """Of one trial; what was not asked for is empty.
+
+    confusion   (K, K) rows of the true class (first axis) that are predicted as each class
+    columns     names of the columns of X, most important first
+    drops       (n,) how much worse the score is, on average, when one column is shuffled among the rows of a fold
+    errors      (n,) standard deviation of that over shuffles and folds
+    """
+
+    trial: int
+    confusion: NDArray[np.int64]
+    columns: tuple[str, ...]
+    drops: NDArray[np.float64]
+    errors: NDArray[np.float64]
+
+
 def _table(values: Sequence[bytes]) -> Curve:
     """Return floats as a row for each trial. Raises ValueError where trials have not the same number of them."""
     size, *others = {*map(len, values)}
@@ -208,6 +229,28 @@ def ranked(scores: NDArray[np.float64], pruned: NDArray[np.bool_]) -> NDArray[np
     """Return the rows of trials (C,), best first; pruned ones after the others, those without a finite score last."""
     finite = np.isfinite(scores)
     return np.lexsort((np.where(finite, -scores, 0.0), pruned, ~finite))  # ties keep their order
+
+
+def stack_curves(rows: Sequence[Curve | None]) -> Curve:
+    """Curves of unlike length as one array (C, epochs, F) or (C, epochs, F, M), NaN beyond their end.
+
+    Raises InputError where it is huge.
+    """
+    known = [row for row in rows if row is not None]
+    epochs, folds, *metrics = map(int, np.max([row.shape for row in known], axis=0)) if known else (0, 0)
+    size = sum(row.nbytes for row in known)
+    whole = 8 * len(rows) * epochs * folds * math.prod(metrics)
+    if whole > max(_LARGE, _PADDING * size):
+        raise InputError(
+            f"the learning curves of {len(rows)} trials, {epochs} epochs and {folds} folds take {size_words(whole)} "
+            f"side by side, and hold {size_words(size)}, since few are as long: a page or plot of them cannot be made."
+        )
+    curves = np.full((len(rows), epochs, folds, *metrics), np.nan)
+    for place, row in zip(curves, rows):
+        if row is not None:
+            place[: len(row), : row.shape[1]] = row
+    curves.flags.writeable = False
+    return curves
 
 
 def read_detail(text: str) -> Json:

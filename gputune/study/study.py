@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.garbage import without_collector
-from gputune.study.curves import Curves, Lazy, stack_curves
 from gputune.study.record import SearchRecord
-from gputune.study.rows import TrialState, ranked
+from gputune.study.rows import TrialState, ranked, stack_curves
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.text import count, did_you_mean, of_class
 from gputune.types import Config, Json
@@ -90,16 +89,13 @@ class Study:
     """
 
     meta: Mapping[str, Any]
-    trials: Lazy[tuple[Trial, ...]] = Lazy()  # noqa: RUF009
-    curves: Curves = Curves()  # noqa: RUF009
+    trials: tuple[Trial, ...]
+    curves: Curve
     data: Any = None
     file: Path | None = None
 
     def __post_init__(self) -> None:
-        if not callable(vars(self)["trials"]):
-            vars(self)["trials"] = tuple(self.trials)
-        if callable(vars(self)["curves"]):
-            return
+        vars(self)["trials"] = tuple(self.trials)
         curves = np.array(vars(self)["curves"], dtype=np.float64)
         if curves.ndim not in (3, 4) or len(curves) != len(self.trials):
             raise InputError(
@@ -108,6 +104,16 @@ class Study:
             )
         curves.flags.writeable = False
         vars(self)["curves"] = curves
+
+    if not TYPE_CHECKING:
+
+        def __getattribute__(self, name: str) -> object:
+            """Make the trials and curves of a study that was opened when they are first asked for."""
+            value = super().__getattribute__(name)
+            if name in ("trials", "curves") and callable(value):
+                value = vars(self)[name] = value()
+            # Of several metrics the study keeps all, and the field is the curves by the one that ranks.
+            return value[..., 0] if name == "curves" and value.ndim == 4 else value
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -128,10 +134,10 @@ class Study:
         file: Path | None = None,
     ) -> Self:
         """Return the study of these candidates, in this order, and of the results that there are so far."""
+        study = cls(meta=meta, trials=(), curves=np.empty((0, 0, 0)), data=data, file=file)
         trials = partial(_trials, rows, SearchRecord.from_json(meta))
         curves = partial(stack_curves, [None if result is None else result.curve for _, result in rows])
-        study = cls(meta=meta, trials=trials, curves=curves, data=data, file=file)
-        vars(study)["rows"] = rows
+        vars(study).update(rows=rows, trials=trials, curves=curves)
         return study
 
     @cached_property
@@ -165,9 +171,8 @@ class Study:
 
         Raises InputError for a name that is none of ``metrics``.
         """
-        of_all: Curve = Curves.of_all(self)
-        place = self.metrics.index(check_metric(self, metric, "curves_of"))
-        return of_all[..., place] if of_all.ndim == 4 else of_all
+        curves, place = curves_of_all(self), self.metrics.index(check_metric(self, metric, "curves_of"))
+        return curves[..., place] if curves.ndim == 4 else curves
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the study's file, as it is now, to a new one; safe while a search writes to it.
@@ -211,11 +216,9 @@ class Study:
 
         "chaotic": the slope was noise, and the start stepped down; "differences": taken by wide finite differences.
         """
-        modes = [(trial.detail.get("mode"), trial.detail.get("usable", True)) for trial in self.trials]
-        return {
-            "chaotic": sum(mode == "exact" and not usable for mode, usable in modes),
-            "differences": sum(mode == "differences" for mode, _ in modes),
-        }
+        modes = Counter((trial.detail.get("mode"), bool(trial.detail.get("usable", True))) for trial in self.trials)
+        differences = modes["differences", False] + modes["differences", True]
+        return {"chaotic": modes["exact", False], "differences": differences}
 
     def ranking(self) -> tuple[Trial, ...]:
         """The trials, best first; pruned ones after the others, those without a finite score last; ties by number."""
@@ -232,23 +235,22 @@ class Study:
             import pandas
         except ImportError as error:
             raise ImportError("to_pandas() needs pandas: pip install pandas, or use to_polars().") from error
-        columns = {}
-        for name, values in self.columns().items():
-            # pandas would turn integers with a gap into floats.
-            dtype = "Int64" if _kinds(values) == {int} and None in values else None
-            columns[name] = pandas.Series(values, dtype=dtype)
-        return pandas.DataFrame(columns)
+        columns = self.columns().items()
+        # pandas would turn integers with a gap into floats.
+        gaps = {name for name, values in columns if _kinds(values) == {int} and None in values}
+        series = {name: pandas.Series(values, dtype="Int64" if name in gaps else None) for name, values in columns}
+        return pandas.DataFrame(series)
 
     def to_polars(self) -> "polars.DataFrame":
         """As ``to_pandas``, as a polars frame. Parameters of unlike types are given as text."""
         import polars
 
-        columns = self.columns()
-        for name, values in columns.items():
-            kinds = _kinds(values)
-            if not (kinds <= {int, float} or kinds in ({bool}, {str})):
-                columns[name] = [None if value is None else str(value) for value in values]
-        return polars.DataFrame([polars.Series(name, v, strict=False) for name, v in columns.items()])
+        series = []
+        for name, values in self.columns().items():
+            plain = (kinds := _kinds(values)) <= {int, float} or kinds in ({bool}, {str})
+            column = values if plain else [None if value is None else str(value) for value in values]
+            series.append(polars.Series(name, column, strict=False))
+        return polars.DataFrame(series)
 
     def columns(self) -> dict[str, list[object]]:
         """Return the columns of ``to_pandas`` as lists; None where a trial does not have a parameter."""
@@ -275,27 +277,21 @@ class Study:
             return "the study has no trials; search with n_trials >= 1."
         if states["waiting"] == len(trials):
             return f"none of the {len(trials)} trials has been trained yet; run the search."
-        all_of, no_score = count(len(trials), "trial"), "no trial has a finite score"
+        all_of, none = count(len(trials), "trial"), "no trial has a finite score"
         if errors := [str(t.detail["error"]) for t in trials if "error" in t.detail]:
-            return f"{no_score}: {len(errors)} of {all_of} raised an error, the first {errors[0]}."
+            return f"{none}: {len(errors)} of {all_of} raised an error, the first {errors[0]}."
         reasons = {str(t.detail["reason"]) for t in trials if "reason" in t.detail}
         if lost := [reason for reason in reasons if not reason.startswith(TOO_BIG)]:
-            return f"{no_score}, and some of {len(trials)} were given up: {min(lost)}"
+            return f"{none}, and some of {len(trials)} were given up: {min(lost)}"
         if reasons:
-            return (
-                f"{no_score}, and some of {len(trials)} did not fit into memory even alone ({min(reasons)}); search "
-                "smaller widths and batch sizes."
-            )
-        waiting = f", {states['waiting']} have not been trained" * (states["waiting"] > 0)
+            small = "did not fit into memory even alone"
+            return f"{none}, and some of {len(trials)} {small} ({min(reasons)}); search smaller widths and batch sizes."
+        failed, waiting = states["failed"], f", {states['waiting']} have not been trained" * (states["waiting"] > 0)
         if self.record.face == "loop":
-            return (
-                f"{no_score}: of {all_of} the objective returned or reported NaN or an infinite number in "
-                f"{states['failed']}{waiting}; look at what it returns."
-            )
-        return (
-            f"{no_score}: {states['failed']} of {all_of} diverged{waiting}; lower the learning rates of "
-            "the space, and look for extreme values in the data."
-        )
+            odd = "the objective returned or reported NaN or an infinite number"
+            return f"{none}: of {all_of} {odd} in {failed}{waiting}; look at what it returns."
+        remedy = "lower the learning rates of the space, and look for extreme values in the data"
+        return f"{none}: {failed} of {all_of} diverged{waiting}; {remedy}."
 
     def __repr__(self) -> str:
         states = Counter("waiting" if result is None else result.state for _, result in self.rows)
@@ -310,6 +306,13 @@ class Study:
 def best_trial(study: Study) -> Trial | None:
     """Return the best trial of a study, None where none has a finite score."""
     return study.trials[study.order[0]] if np.isfinite(study.scores).any() else None
+
+
+def curves_of_all(study: Study) -> Curve:
+    """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) where there is one."""
+    study.curves  # noqa: B018 they are made now
+    curves: Curve = vars(study)["curves"]
+    return curves
 
 
 def check_metric(study: Study, metric: object, method: str) -> str:

@@ -22,8 +22,8 @@ from gputune.errors import InputError, check_count
 from gputune.population.population import Ensemble
 from gputune.scoring.scoring import Scoring
 from gputune.seeding import stream, stream_seed
-from gputune.study.curves import FoldReport
 from gputune.study.model import TunedModel
+from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial
 from gputune.tuning.predictions import (
     Predictions,

@@ -8,9 +8,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gputune.study.curves import Curves
 from gputune.study.rows import Curve
-from gputune.study.study import Study, Trial, check_metric
+from gputune.study.study import Study, Trial, check_metric, curves_of_all
 from gputune.text import Measure, count
 
 BEST = 5
@@ -218,11 +217,13 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
         else trial
         for trial in study.trials
     )
-    make = partial(_reorder, study, order)
-    return type(study)(meta=meta, trials=trials, curves=make, data=study.data, file=study.file)
+    none = np.empty((len(trials), 0, 0))
+    ranked = type(study)(meta=meta, trials=trials, curves=none, data=study.data, file=study.file)
+    vars(ranked)["curves"] = partial(_reorder, study, order)  # they are made when they are asked for
+    return ranked
 
 
 def _reorder(study: Study, order: list[int]) -> Curve:
     """Return the curves of all metrics in another order; without a result there are none of several."""
-    curves = Curves.of_all(study)
+    curves = curves_of_all(study)
     return curves[..., order] if curves.ndim == 4 else curves

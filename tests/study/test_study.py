@@ -14,7 +14,7 @@ import pytest
 import gputune
 from gputune.api.study import Study
 from gputune.errors import SearchFailedError
-from gputune.study import curves
+from gputune.study import rows
 from gputune.study import study as study_file
 from gputune.study.study import Trial
 from gputune.tuning.refit import Access
@@ -170,7 +170,7 @@ def test_opening_a_study_makes_no_curves_until_they_are_asked_for(tmp_path, monk
 def test_curves_that_few_trials_fill_are_bounded_by_what_they_hold(tmp_path, monkeypatch):
     long, wide = result(7, epochs=2000, folds=1), result(8, epochs=1, folds=2000)
     make_study(tmp_path / "study.db", 9, [*(result(n, epochs=1) for n in range(7)), long, wide])
-    monkeypatch.setattr(curves, "_LARGE", 2**20)
+    monkeypatch.setattr(rows, "_LARGE", 2**20)
     found = Study.open(tmp_path / "study.db")
     with refused(r"of 9 trials, 2000 epochs and 2000 folds take 274\.7 MiB side by side, and hold 31\.\d KiB"):
         found.curves  # noqa: B018

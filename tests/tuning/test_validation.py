@@ -17,7 +17,7 @@ from command_line import FAST, kinds, run, write_table
 from gputune.models import CNN, MLP
 from gputune.report.importance import columns_chart, confusion_chart
 from gputune.scoring.losses import best_temperature
-from gputune.study.curves import FoldReport
+from gputune.study.rows import FoldReport
 from gputune.tuning.refit import Access
 from gputune.tuning.validation import fold_report
 from refused import refused
