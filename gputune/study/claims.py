@@ -18,11 +18,10 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Self
 
 from filelock import lock_descriptor
 
@@ -67,7 +66,7 @@ class Owner:
 _NOBODY = Owner("", "", 0, "")
 
 
-class Claims:
+class Claims(AbstractContextManager["Claims"]):
     """The claims of this process on one study. A context manager; any thread may ask, one at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -110,7 +109,7 @@ class Claims:
         """Say to whoever looks at the study how far this process is, in a file beside its lock file."""
         with self._mutex, suppress(OSError):  # a full disk must not end the search
             if self._file is not None:
-                place = _beside(self._place(self._lock))
+                place = _beside(self._whole.with_name(self._lock))
                 draft = place.with_suffix(".tmp")
                 draft.write_text(json.dumps(progress))
                 os.replace(draft, place)  # whoever reads it has it whole
@@ -136,15 +135,12 @@ class Claims:
                         self._delete("lock = ?", self._lock)
             finally:  # an interrupt must not leave this process in possession of what it has given up
                 if file is not None:
-                    _remove(self._place(self._lock), file)
+                    _remove(self._whole.with_name(self._lock), file)
                 if self._connection is not None:
                     self._connection.close()
                     self._connection = None
             if file is not None:
                 self.shown()  # which removes the lock files of dead processes
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -174,7 +170,7 @@ class Claims:
         """
         if not self._pattern.fullmatch(lock):
             return None
-        place = self._place(lock)
+        place = self._whole.with_name(lock)
         try:
             # Some network file systems lock for those alone who may write.
             file = os.open(place, (os.O_RDWR if os.access(place, os.W_OK) else os.O_RDONLY) | _PLAIN)
@@ -198,7 +194,7 @@ class Claims:
         try:
             while self._file is None:
                 lock = f"{self._whole.name}-{secrets.token_hex(8)}.lock"
-                place = self._place(lock)
+                place = self._whole.with_name(lock)
                 file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
                 try:
                     if lock_descriptor(file, blocking=False):  # else another process is just about to sweep it
@@ -218,20 +214,14 @@ class Claims:
             ) from error
         return self._lock
 
-    def _place(self, lock: str) -> Path:
-        return self._whole.parent / lock
-
     def remedy(self, owner: Owner) -> str:
         """Return what can be done about another process that has a claim."""
-        if owner.is_near:
-            return "Wait for it, or end it."
-        return f"Wait for it, or end it; where it is gone for good, remove {str(self._place(owner.lock))!r}."
+        gone = f"; where it is gone for good, remove {str(self._whole.with_name(owner.lock))!r}"
+        return f"Wait for it, or end it{'' if owner.is_near else gone}."
 
     def _delete(self, where: str, *values: int | str) -> None:
-        with self._mutex:
-            connection = self._connect()
-            with transaction(connection, self.path):
-                connection.execute(f"DELETE FROM claims WHERE {where}", values)
+        with self._mutex, transaction(connection := self._connect(), self.path):
+            connection.execute(f"DELETE FROM claims WHERE {where}", values)
 
     def _connect(self) -> sqlite3.Connection:
         """A connection of our own: the threads that look after workers ask too."""
@@ -242,7 +232,7 @@ class Claims:
         return self._connection
 
 
-_OPEN: "weakref.WeakSet[Claims]" = weakref.WeakSet()
+_OPEN = weakref.WeakSet[Claims]()
 
 
 def _let_go_in_child() -> None:
@@ -263,8 +253,7 @@ def boot() -> str:
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with suppress(OSError):
-        done = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True)
-        return done.stdout.strip()
+        return subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True).stdout.strip()
     return ""
 
 

@@ -1,9 +1,8 @@
 """How a study file is opened, checked and written to: SQLite, with its errors put into words.
 
 A file is looked at through a read-only connection first, and only one that is whole, of a known version and with
-exactly our tables is opened for writing. What a transaction wrote is on the disk when it ends, or was never there.
-
-How a study file comes to be: made in a folder of its own beside its path, and given that when it is whole.
+exactly our tables is opened for writing. What a transaction wrote is on the disk when it ends, or was never there. A
+new file is made in a folder of its own beside its path, and given that when it is whole.
 """
 
 import errno
@@ -144,8 +143,7 @@ def option_errors(path: Path) -> Iterator[None]:
 
 
 def _in_words(error: sqlite3.Error, path: Path) -> Exception:
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
-    name = f"study {str(path)!r}"
+    code, name = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT), f"study {str(path)!r}"
     match code & 0xFF:  # the low byte is the kind, the others say more
         case sqlite3.SQLITE_FULL:
             return OSError(errno.ENOSPC, f"{name}: the disk is full; what was committed is safe, make room")

@@ -57,10 +57,9 @@ class Ledger:
         if self.store is None:
             return
         with without_collector():
-            self.candidates, self.plan = self.store.candidates(), self.store.plan()
-            results = self.store.results()
-        self.results = {number: result for number, result in results.items() if result.state != "stopped"}
+            self.candidates, self.plan, results = self.store.candidates(), self.store.plan(), self.store.results()
         self._stopped = {number: result for number, result in results.items() if result.state == "stopped"}
+        self.results = {number: result for number, result in results.items() if result.state != "stopped"}
 
     def add(self, new: Sequence[Candidate]) -> None:
         """Take in drawn candidates before anything trains."""
@@ -113,7 +112,7 @@ class Ledger:
                         self.store.add_chunks(new)
                     self.plan += new
         numbers = {trial.number for trial in trials}
-        return [c for c in self.plan if c.stage == stage and not numbers.isdisjoint(c.trials)]
+        return [chunk for chunk in self.plan if chunk.stage == stage and not numbers.isdisjoint(chunk.trials)]
 
     def _without_plan(self, trials: Sequence[Candidate], stage: int) -> list[Candidate]:
         planned = {number for chunk in self.plan if chunk.stage == stage for number in chunk.trials}
@@ -132,9 +131,8 @@ class Ledger:
         """Return the other processes that have chunks, in words, and what to do about one of them on another host."""
         assert self.claims is not None
         owners = [owner for owner in map(self.claims.holder, chunks) if owner is not None]
-        names = sorted({str(owner) for owner in owners})
-        far = next((owner for owner in owners if not owner.is_near), None)
-        return ", ".join(names) or "another process", "" if far is None else self.claims.remedy(far)
+        remedies = [self.claims.remedy(owner) for owner in owners if not owner.is_near]
+        return ", ".join(sorted(set(map(str, owners)))) or "another process", next(iter(remedies), "")
 
     def wait(self, chunks: Sequence[Chunk], is_over: Callable[[], bool]) -> None:
         """Wait until another process has finished something, one that has a chunk is gone, or ``is_over``."""
@@ -157,19 +155,18 @@ class Ledger:
 
         ``outputs`` by number are kept too where a trial is complete and they are those of its best epoch.
         """
-        new = [result for result in results if result.number not in self.results]
-        best = {r.number: r.best_epoch for r in new if r.state == "complete"}
+        new = {result.number: result for result in results if result.number not in self.results}
+        best = {r.number: r.best_epoch for r in new.values() if r.state == "complete"}
         outputs = {n: one for n, one in outputs.items() if best.get(n) == one.epoch}
         if self.store is not None:
-            self.store.finish(new, outputs)
-        by_number = {result.number: result for result in new}
-        self.results.update(by_number)
-        self.kept += by_number
+            self.store.finish(new.values(), outputs)
+        self.results |= new
+        self.kept += new
         if self.store is None:
             self.outputs |= outputs
             drop_beyond_limit(self.outputs, {number: self.results[number].score for number in self.outputs})
         if self.on_finish is not None and new:
-            self.on_finish([(c, by_number[c.number]) for c in self.candidates if c.number in by_number])
+            self.on_finish([(c, new[c.number]) for c in self.candidates if c.number in new])
 
     def rows(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate with its result."""
@@ -178,7 +175,7 @@ class Ledger:
             return [(candidate, known.get(candidate.number)) for candidate in self.candidates]
 
 
-def _differences(there: SearchRecord, here: SearchRecord) -> list[str]:
+def differences(there: SearchRecord, here: SearchRecord) -> list[str]:
     """Return what makes a call another search than the one that its file holds, in words."""
     values = {
         # Files that lack max_levels are of a version in which 32 was the only choice.
@@ -186,18 +183,15 @@ def _differences(there: SearchRecord, here: SearchRecord) -> list[str]:
         for name in IDENTITY
     }
     names = {name for name, pair in values.items() if _without_steps(pair[0]) != _without_steps(pair[1])}
-    code = [name for name, digest in here.code.items() if there.code.get(name) != digest]
-    if "code" in there.absent or "objective" in names:  # of an earlier version, or of another name
-        code = []
     said = names - {"code"} - ({"scoring"} if "metrics" in names else set())
-    others: list[str] = []
+    held_out = [(record.source or {}).get("held_out") for record in (there, here)]
+    others = ["the held-out rows"] if None not in held_out and held_out[0] != held_out[1] else []
     if "fingerprint" in names:
         # Other rows are cut into other folds, and others of them are held out: that is no news then.
         said -= {"splits", "fingerprint"}
         others = _other_rows(there, here, of_target="target" in names)
-    else:
-        parts = [(record.source or {}).get("held_out") for record in (there, here)]
-        others = ["the held-out rows"] if None not in parts and parts[0] != parts[1] else []
+    of_code = "code" not in there.absent and "objective" not in names  # else of an earlier version, or of another name
+    code = [name for name, digest in here.code.items() if of_code and there.code.get(name) != digest]
     words = [_word(name, *values[name]) for name in values if name in said]
     return [*words, *(f"{name} (its code or its values have changed)" for name in code), *others]
 
@@ -272,7 +266,7 @@ def open_ledger(path: str | Path | None, record: SearchRecord, store: Store | No
                 f"study={str(path)!r} has lost options of its search ({lost}) and cannot go on. Its trials "
                 "can be read with gputune.Study.open; give this search a path of its own."
             )
-        if words := _differences(there, record):
+        if words := differences(there, record):
             raise InputError(
                 f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(words)}. "
                 "Give this search a path of its own, or repeat the first call's arguments."

@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -70,7 +71,7 @@ class Meta(dict[str, Any]):
         raise lost_option(self.path, key)
 
 
-class Store:
+class Store(AbstractContextManager["Store"]):
     """An open study file. Made by ``Store.create`` or ``Store.open``; a context manager that closes it."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -188,8 +189,7 @@ class Store:
                 raise ValueError(f"state {min(unknown)!r}")
         except (ValueError, TypeError) as error:
             raise damage_error(self.path, f"a result cannot be read ({error})") from error
-        ((trials,),) = self._read("SELECT count(*) FROM trials")
-        waiting = trials - sum(number for *_, number in known)
+        waiting = self._count("trials") - sum(number for *_, number in known)
         return [*known, ("waiting", {}, waiting)] if waiting else known
 
     def best(self, most: int) -> list[int]:
@@ -205,12 +205,11 @@ class Store:
 
     def finished(self) -> int:
         """Return how many trials have a result that stays."""
-        return int(self._read("SELECT count(*) FROM results WHERE state != 'stopped'")[0][0])
+        return self._count("results WHERE state != 'stopped'")
 
     def waiting(self) -> int:
         """Return how many trials have no result that stays."""
-        (rows,) = self._read("SELECT count(*) FROM trials")
-        return int(rows[0]) - self.finished()
+        return self._count("trials") - self.finished()
 
     def plan(self) -> list[Chunk]:
         """Return the chunks that were frozen, in order of their numbers. Raises StudyCorruptError."""
@@ -232,9 +231,6 @@ class Store:
     def close(self) -> None:
         """Close the file. Everything was on the disk before; closing twice does nothing."""
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -262,11 +258,13 @@ class Store:
 
     def _all(self, table: str, make: Callable[..., Iterable[Kept]], known: dict[int, Kept]) -> list[Kept]:
         """Return what a table says whose rows are never changed; those that are ``known`` are not read again."""
-        ((rows,),) = self._read(f"SELECT count(*) FROM {table}")
-        if rows != len(known):
+        if self._count(table) != len(known):
             numbers = {n for (n,) in self._read(f"SELECT rowid FROM {table}")} - known.keys() if known else None
             known |= {value.number: value for value in self._rows(table, make, numbers)}
         return [known[number] for number in sorted(known)]
+
+    def _count(self, rows: str) -> int:
+        return int(self._read(f"SELECT count(*) FROM {rows}")[0][0])
 
     def _read(self, query: str) -> list[Row]:
         with sqlite_errors(self.path):
@@ -274,16 +272,14 @@ class Store:
 
     def _check_place(self) -> None:
         """Raise OSError where the file is not at its path any more: what is written to it then may be in none."""
-        try:
-            there = os.path.samestat(self._whole.stat(), self._file)
-        except OSError:
-            there = False
-        if not there:
-            raise OSError(
-                errno.ESTALE,
-                f"study {str(self.path)!r} was removed, moved or replaced while it was at work; where it was moved, "
-                "put it back, with the files beside it, and go on: what was finished before is in it",
-            )
+        with suppress(OSError):
+            if os.path.samestat(self._whole.stat(), self._file):
+                return
+        raise OSError(
+            errno.ESTALE,
+            f"study {str(self.path)!r} was removed, moved or replaced while it was at work; where it was moved, "
+            "put it back, with the files beside it, and go on: what was finished before is in it",
+        )
 
     def _insert(self, table: str, rows: Iterable[Row]) -> None:
         self._check_place()

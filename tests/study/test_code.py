@@ -17,7 +17,7 @@ from torch.nn import functional
 import gputune
 from gputune.study import code
 from gputune.study.code import digest_of_code, is_remembered, remember
-from gputune.study.ledger import _differences
+from gputune.study.ledger import differences
 from gputune.study.record import SearchRecord
 from refused import refused
 
@@ -110,14 +110,14 @@ def test_a_study_does_not_go_on_with_other_code(argument, tmp_path, monkeypatch)
 
 def test_a_study_of_an_earlier_version_goes_on_unchecked():
     here = SearchRecord(objective="the:loss", code={"loss": "a"})
-    assert not _differences(SearchRecord(objective="the:loss", absent=frozenset({"code"})), here)
-    assert _differences(SearchRecord(objective="the:loss", code={"loss": "b"}), here)
+    assert not differences(SearchRecord(objective="the:loss", absent=frozenset({"code"})), here)
+    assert differences(SearchRecord(objective="the:loss", code={"loss": "b"}), here)
 
 
 def test_a_module_whose_code_has_changed_is_another_search():
     """Of an imported class; the table of the study would mix two models."""
     there, here = (SearchRecord(spec={"kind": "module", "import": "net:Net", "sha256": digest}) for digest in "ab")
-    assert _differences(there, here) == ["model (its code has changed)"] and not _differences(there, there)
+    assert differences(there, here) == ["model (its code has changed)"] and not differences(there, there)
 
 
 @pytest.fixture
