@@ -14,7 +14,7 @@ from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, study_me
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
-from gputune.methods.distributions import edge_remarks
+from gputune.methods.random import edge_remarks
 from gputune.report.facts import params_text, seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.optimizers.classes import OPTIMIZER_PREFIX, optimizer_word
+from gputune.optimizers.classes import CLASSES, OPTIMIZER_PREFIX, has_weight_decay, optimizer_word
 from gputune.text import did_you_mean, nearest
 from gputune.types import (
     ACTIVATIONS,
@@ -68,6 +68,15 @@ WORDS: Mapping[str, tuple[str, ...]] = {
 
 KEYS = (*RANGES, *WORDS)
 """Every key of every kind of model, but for ``module__*``."""
+
+TAKERS: Mapping[str, tuple[str, ...]] = {
+    "weight_decay": (*OPTIMIZERS, *(name for name in CLASSES if has_weight_decay(name))),
+    "momentum": ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd"),
+    "beta2": ("adam", "adamw", "muon", "schedulefree"),
+    "hypergrad_lr": ONLINE,
+    "hypergrad_rule": ONLINE,
+}
+"""Keys that some optimizers take, and the others leave aside."""
 
 MODULE_PREFIX = "module__"
 PREFIXES = (MODULE_PREFIX, "loss__", OPTIMIZER_PREFIX, LR_FACTOR, DECAY_FACTOR)

@@ -1,13 +1,14 @@
 """What a value of a space is drawn from: a list, a distribution of scipy.stats, or one that scipy lacks.
 
-Beside the object itself a distribution has three notations: text (for a hash), plain values (for a study file), and
-Optuna's, ``Description``. Also which best values of a study lie at the edge of what they were drawn from.
+Beside the object itself a distribution, and so a space of them, has three notations: text (for a hash), plain values
+(for a study file), and Optuna's, ``Description``.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
+from inspect import isroutine
 from operator import index
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
 
@@ -16,9 +17,7 @@ from scipy import stats
 from sklearn.utils import check_random_state
 
 from gputune.errors import InputError, import_extra
-from gputune.methods.config import RANGES
-from gputune.study.study import Study
-from gputune.text import short
+from gputune.study.values import to_json
 from gputune.types import Config, Json
 
 Description = Json
@@ -33,6 +32,9 @@ class Distribution(Protocol):
 
 Choices = list[Any] | Distribution
 """What a space has for one key."""
+
+Space = list[dict[str, Choices]]
+"""A checked space. Several dicts are alternatives: a draw takes one, then a value for each key."""
 
 ScipyLaw: TypeAlias = stats.rv_continuous | stats.rv_discrete
 
@@ -261,64 +263,70 @@ def of_label(text: object, choices: Sequence[object]) -> object:
     return next(c for c in choices if type(label(c)) is type(text) and label(c) == text)
 
 
-_TRIED = 3  # values of a hyperparameter from which on the best one says something
-_NEAR = 0.05  # share of a range, on its own scale, that counts as its end
+def is_fixed(choices: Choices) -> bool:
+    return isinstance(choices, list) and len(choices) == 1
 
 
-def edge_remarks(study: Study) -> tuple[str, ...]:
-    """Return a sentence for each hyperparameter whose best value is the first or last one in the space.
+def is_inside(config: Config, space: Space) -> bool:
+    """Whether a configuration could have been drawn from the space."""
+    return any(config.keys() == part.keys() and all(holds(part[key], config[key]) for key in part) for part in space)
 
-    Nothing is said of words, of values that no law of one range was drawn from, of what a descent moves, and of the end
-    that no value may lie beyond, as dropout=0; nor where an included trial went further, or another scored the same.
+
+def holds(choices: Choices, value: object) -> bool:
+    if isinstance(choices, list):
+        return value in choices
+    if not hasattr(choices, "support") or not isinstance(value, int | float):
+        return True  # nobody knows
+    low, high = choices.support()
+    return bool(low <= value <= high)
+
+
+def space_text(space: Space) -> str:
+    """Return a checked space as text, keys sorted, the same in every process: for the study file and its hash.
+
+    Raises InputError for a value (of a ``module__*`` key) that only its address in memory tells apart.
     """
-    finite = np.flatnonzero(np.isfinite(study.scores)).tolist()
-    if not finite:
-        return ()
-    sentences, best = [], study.order[0]
-    scored = [study.rows[row][0].params for row in finite]
-    equal = [study.rows[row][0].params for row in np.flatnonzero(study.scores == study.scores[best]).tolist()]
-    for key, law in study.record.distributions.items():
-        value, ends = study.rows[best][0].params.get(key), _ends(law)
-        if ends is None or not _is_number(value) or key in study.record.descended:
-            continue
-        values = [params.get(key) for params in scored]
-        plain = {int, float}.issuperset(map(type, values))  # as those of 100,000 trials are, and have few values
-        tried = set(filter(_is_number, set(values) if plain else values))
-        if len(tried) < _TRIED:
-            continue
-        (low, high), rule = ends, RANGES.get(key)
-        places = [_place(params[key], low, high, law) for params in equal if _is_number(params.get(key))]
-        # Beyond a bound of the key no value may lie.
-        bounded = (low <= rule.low, high >= rule.high) if rule else (low == 0, False)
-        lower = max(places) <= _NEAR and low <= min(tried) and not bounded[0]
-        upper = min(places) >= 1 - _NEAR and max(tried) <= high and not bounded[1]
-        for at_end, end, beyond in ((lower, "lower", "smaller"), (upper, "upper", "larger")):
-            if at_end:
-                where = f"at the {end} end of the space, {short(low)} to {short(high)}"
-                sentences.append(f"The best {key}, {short(value)}, lies {where}: no {beyond} one was tried.")
-    return tuple(sentences)
+    return " | ".join(", ".join(f"{key}={_text(d[key], key)}" for key in sorted(d)) for d in space)
 
 
-def _ends(law: Mapping[str, object]) -> tuple[float, float] | None:
-    """Return the smallest and the largest value; None of words, and of less than three numbers."""
-    if law["kind"] != "choices":
-        low, high = law.get("low"), law.get("high")
-        return (low, high) if _is_number(low) and _is_number(high) else None
-    choices = law.get("choices")
-    if not isinstance(choices, list | tuple) or not all(map(_is_number, choices)) or len({*choices}) < _TRIED:
+def _text(value: Any, key: str) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_text(choice, key) for choice in value)}]"
+    if is_distribution(value):
+        return distribution_text(value)
+    if isinstance(value, type) or isroutine(value):
+        text = f"{value.__module__}.{value.__qualname__}"
+    elif getattr(value, "ndim", 0):  # an array, whose own text leaves out most of it
+        text = f"{type(value).__name__}({value.tolist()!r}, {value.dtype})"
+    else:
+        text = repr(value)
+    if "<lambda>" in text or " at 0x" in text:
+        raise InputError(
+            f"space[{key!r}] must have values with the same text in every process, got {value!r}. "
+            "Use a number, a word, a class or a named function, or give its class a __repr__."
+        )
+    return text
+
+
+def space_to_json(space: Space) -> Sequence[Json] | None:
+    """Return a checked space as values that a study file holds; None where it has an object of the user's own."""
+    try:
+        values = [{key: choices_to_json(choices) for key, choices in d.items()} for d in space]
+        to_json(values)
+    except InputError:
         return None
-    return min(choices), max(choices)
+    return values
 
 
-def _place(value: float, low: float, high: float, law: Mapping[str, object]) -> float:
-    """Return where a value lies from 0, the low end, to 1; of choices the ends alone are 0 and 1."""
-    if law["kind"] == "choices":
-        return 0.0 if value == low else 1.0 if value == high else 0.5
-    if law.get("log") and low > 0 and value > 0:
-        value, low, high = math.log(value), math.log(low), math.log(high)
-    return (value - low) / (high - low) if high > low else 0.5
+def space_from_json(values: Sequence[Json]) -> Space:
+    """Return the space that ``space_to_json`` described. Raises InputError for a name that scipy.stats lacks."""
+    return [{key: choices_from_json(value) for key, value in d.items()} for d in values]
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    # An integer may be too large for a float, but not to be compared with one.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+def to_scipy(space: object) -> object:
+    """Return a space, a dict or a list of dicts, with Optuna's distributions in scikit-learn's terms."""
+    if isinstance(space, list | tuple):
+        return type(space)(map(to_scipy, space))
+    if not isinstance(space, Mapping):
+        return space
+    return {name: from_optuna(value) for name, value in space.items()}

@@ -19,6 +19,7 @@ from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.distributions import (
     Choices,
     Description,
+    Space,
     as_optuna,
     describe,
     distribution_text,
@@ -26,7 +27,6 @@ from gputune.methods.distributions import (
     labels,
     of_label,
 )
-from gputune.methods.space import Space
 from gputune.methods.stopping import Halving
 from gputune.study.store import Result
 from gputune.study.study import Study, Trial

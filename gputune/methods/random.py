@@ -1,32 +1,26 @@
-"""Random search: the trials of a search, drawn once by scikit-learn's ParameterSampler."""
+"""Random search: the trials of a search, drawn once by scikit-learn's ParameterSampler, and what is said of them."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import TypeGuard
 
 import numpy as np
 from scipy import stats
 from sklearn.model_selection import ParameterSampler
 
 from gputune.errors import InputError, check_count
-from gputune.methods.config import KEYS, ConfigCheck, check_config
-from gputune.methods.distributions import Choices, OwnDistribution, Steps
-from gputune.methods.space import Space, check_include
-from gputune.optimizers.classes import CLASSES, has_weight_decay, optimizer_defaults
+from gputune.methods.config import KEYS, RANGES, TAKERS, ConfigCheck, check_config
+from gputune.methods.distributions import Choices, OwnDistribution, Space, Steps, holds, is_fixed
+from gputune.methods.space import check_include
+from gputune.optimizers.classes import optimizer_defaults
 from gputune.study.store import Candidate
-from gputune.text import count
-from gputune.types import ONLINE, OPTIMIZERS, Config
+from gputune.study.study import Study
+from gputune.text import count, short
+from gputune.types import Config
 
-Origin = Literal["default", "portfolio", "include", "random"]
-
-TAKERS: Mapping[str, tuple[str, ...]] = {
-    "weight_decay": (*OPTIMIZERS, *(name for name in CLASSES if has_weight_decay(name))),
-    "momentum": ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd"),
-    "beta2": ("adam", "adamw", "muon", "schedulefree"),
-    "hypergrad_lr": ONLINE,
-    "hypergrad_rule": ONLINE,
-}
-"""Keys that some optimizers take, and the others leave aside."""
+_TRIED = 3  # values of a hyperparameter from which on the best one says something
+_NEAR = 0.05  # share of a range, on its own scale, that counts as its end
 
 
 def draw(
@@ -96,7 +90,7 @@ def first_candidates(
     Raises InputError, also where nothing is left to run.
     """
     check_count(n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
-    configs: list[tuple[Config, Origin]] = []
+    configs: list[tuple[Config, str]] = []
     if include_default and n_trials and not _missing_keys({}, space, defaults):
         configs.append((_fill({}, space, defaults), "default"))
         configs += [(_fill(config, space, defaults), "portfolio") for config in portfolio[: n_trials - 1]]
@@ -112,12 +106,7 @@ def first_candidates(
             f"n_trials must be >= 1 where nothing else is to run, got n_trials={n_trials} and no included "
             "configuration. For example n_trials=64, or n_trials=1 for the default configuration alone."
         )
-    return _number(configs, ())
-
-
-def included_candidates(configs: Iterable[Config]) -> tuple[Candidate, ...]:
-    """Return the trials of a user's own loop that are run before any is drawn."""
-    return _number([(config, "include") for config in configs], ())
+    return numbered(configs)
 
 
 def top_up(
@@ -127,7 +116,6 @@ def top_up(
     seed: int,
     check: ConfigCheck = check_config,
     earlier: Sequence[Config] = (),
-    drawn: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
     """Return the drawn trials that ``old`` lacks of ``n_trials``, numbered on from it.
 
@@ -136,16 +124,14 @@ def top_up(
     without replacement, give another selection for a larger ``n_trials``.
 
     earlier: what other searches have tried is dropped too, and more is drawn in its place, as far as the space has it.
-    drawn: what such a call has returned before.
-    """
-    if (lacking := n_trials - n_counted(old)) <= 0:
-        return ()
+    """  # fmt: skip
+    new: tuple[Candidate, ...] = ()
+    lacking = n_trials - n_counted(old)
     known = [trial.params for trial in old if trial.origin == "random"]
-    new = _number([(config, "random") for config in drawn], old, earlier)[:lacking] if drawn else ()
     for times in (1, 2, 4, 8) if earlier else (1,):  # a space of few integers may have no more
         if len(new) < lacking:
             drawn = _draw_on(known, space, times * (n_trials + len(earlier)), seed, check)
-            new = _number([(config, "random") for config in drawn], old, earlier)[:lacking]
+            new = numbered([(config, "random") for config in drawn], old, earlier)[:lacking]
     return new
 
 
@@ -162,7 +148,7 @@ def notes(
     missing = _missing_keys({}, space, defaults)
     if include_default and missing:
         sentences.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
-    fixed = {key for part in space for key, choices in part.items() if _is_fixed(choices)}  # go without saying
+    fixed = {key for part in space for key, choices in part.items() if is_fixed(choices)}  # go without saying
     for trial in (trial for trial in trials if trial.origin == "default"):
         plain = _complete({k: v for k, v in trial.params.items() if k == "optimizer"}, defaults)
         others = {k: v for k, v in trial.params.items() if k not in fixed and k in plain and plain[k] != v}
@@ -207,10 +193,10 @@ def _n_draws(space: Space, n_trials: int) -> int:
         ) from None
 
 
-def _number(
-    wanted: Iterable[tuple[Config, Origin]], old: Sequence[Candidate], earlier: Sequence[Config] = ()
+def numbered(
+    wanted: Iterable[tuple[Config, str]], old: Sequence[Candidate] = (), earlier: Sequence[Config] = ()
 ) -> tuple[Candidate, ...]:
-    """Number the configurations on from ``old``, leaving out those that are there, or in ``earlier``, already."""
+    """Number configurations on from ``old``, leaving out those that are there, or in ``earlier``, already."""
     seen = {_identity(config) for config in (*earlier, *(trial.params for trial in old))}
     number = 1 + max((trial.number for trial in old), default=-1)
     new: list[Candidate] = []
@@ -242,35 +228,17 @@ def _with_defaults(config: Config, space: Space, defaults: Mapping[str, object])
     Of alternatives the first counts that lacks the fewest of these values. What has no default takes its fixed value.
     """
     plain = _complete(config, defaults)
-    part = min(space, key=lambda part: sum(not _holds(part[key], plain[key]) for key in part if key in plain))
+    part = min(space, key=lambda part: sum(not holds(part[key], plain[key]) for key in part if key in plain))
     values: Config = {}
     # lr, weight_decay and momentum follow the optimizer.
     for key in sorted(part, key=lambda key: key != "optimizer"):
         full = {"penalty": "l2", **_complete({**config, **values}, defaults)}
         known = key in config or (key == "penalty" and "l1_ratio" in config)
-        if not known and (key in full or _is_fixed(part[key])):
+        if not known and (key in full or is_fixed(part[key])):
             values[key] = _nearest(key, part[key], full.get(key))
     if isinstance({**values, **config}.get("width"), tuple):
         values.pop("depth", None)
     return _complete(check_config({**values, **config}, name="space"), defaults)
-
-
-def _is_fixed(choices: Choices) -> bool:
-    return isinstance(choices, list) and len(choices) == 1
-
-
-def is_inside(config: Config, space: Space) -> bool:
-    """Whether a configuration could have been drawn from the space."""
-    return any(config.keys() == part.keys() and all(_holds(part[key], config[key]) for key in part) for part in space)
-
-
-def _holds(choices: Choices, value: object) -> bool:
-    if isinstance(choices, list):
-        return value in choices
-    if not hasattr(choices, "support") or not isinstance(value, int | float):
-        return True  # nobody knows
-    low, high = choices.support()
-    return bool(low <= value <= high)
 
 
 def _nearest(key: str, choices: Choices, value: object) -> object:
@@ -314,3 +282,62 @@ def _hashable(value: object) -> Hashable:
     except TypeError:
         return repr(value)
     return value
+
+
+def edge_remarks(study: Study) -> tuple[str, ...]:
+    """Return a sentence for each hyperparameter whose best value is the first or last one in the space.
+
+    Nothing is said of words, of values that no law of one range was drawn from, of what a descent moves, and of the end
+    that no value may lie beyond, as dropout=0; nor where an included trial went further, or another scored the same.
+    """
+    finite = np.flatnonzero(np.isfinite(study.scores)).tolist()
+    if not finite:
+        return ()
+    sentences, best = [], study.order[0]
+    scored = [study.rows[row][0].params for row in finite]
+    equal = [study.rows[row][0].params for row in np.flatnonzero(study.scores == study.scores[best]).tolist()]
+    for key, law in study.record.distributions.items():
+        value, ends = study.rows[best][0].params.get(key), _ends(law)
+        if ends is None or not _is_number(value) or key in study.record.descended:
+            continue
+        values = [params.get(key) for params in scored]
+        plain = {int, float}.issuperset(map(type, values))  # as those of 100,000 trials are, and have few values
+        tried = set(filter(_is_number, set(values) if plain else values))
+        if len(tried) < _TRIED:
+            continue
+        (low, high), rule = ends, RANGES.get(key)
+        places = [_place(params[key], low, high, law) for params in equal if _is_number(params.get(key))]
+        # Beyond a bound of the key no value may lie.
+        bounded = (low <= rule.low, high >= rule.high) if rule else (low == 0, False)
+        lower = max(places) <= _NEAR and low <= min(tried) and not bounded[0]
+        upper = min(places) >= 1 - _NEAR and max(tried) <= high and not bounded[1]
+        for at_end, end, beyond in ((lower, "lower", "smaller"), (upper, "upper", "larger")):
+            if at_end:
+                where = f"at the {end} end of the space, {short(low)} to {short(high)}"
+                sentences.append(f"The best {key}, {short(value)}, lies {where}: no {beyond} one was tried.")
+    return tuple(sentences)
+
+
+def _ends(law: Mapping[str, object]) -> tuple[float, float] | None:
+    """Return the smallest and the largest value; None of words, and of less than three numbers."""
+    if law["kind"] != "choices":
+        low, high = law.get("low"), law.get("high")
+        return (low, high) if _is_number(low) and _is_number(high) else None
+    choices = law.get("choices")
+    if not isinstance(choices, list | tuple) or not all(map(_is_number, choices)) or len({*choices}) < _TRIED:
+        return None
+    return min(choices), max(choices)
+
+
+def _place(value: float, low: float, high: float, law: Mapping[str, object]) -> float:
+    """Return where a value lies from 0, the low end, to 1; of choices the ends alone are 0 and 1."""
+    if law["kind"] == "choices":
+        return 0.0 if value == low else 1.0 if value == high else 0.5
+    if law.get("log") and low > 0 and value > 0:
+        value, low, high = math.log(value), math.log(low), math.log(high)
+    return (value - low) / (high - low) if high > low else 0.5
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    # An integer may be too large for a float, but not to be compared with one.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from gputune.errors import InputError
-from gputune.methods.distributions import edge_remarks
+from gputune.methods.random import edge_remarks
 from gputune.report.charts import curves_chart, folds_note, history_chart, pareto_charts, path_charts, slice_charts
 from gputune.report.facts import check_model, endings, facts, setting
 from gputune.report.importance import WEAK, brush_data, columns_chart, confusion_chart, importance_chart, parallel_chart

@@ -21,7 +21,7 @@ from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval
 
 from gputune.errors import InputError, warn
-from gputune.methods.space import to_scipy
+from gputune.methods.distributions import to_scipy
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import HookedMemory, SearchRun, TrainedCandidates, with_hook

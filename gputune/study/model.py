@@ -27,7 +27,7 @@ from gputune.modules.construction import Builder
 from gputune.population.population import call_module, first_output, two_logits
 from gputune.study.export import encoded, export
 from gputune.study.labels import checked_codes, checked_numbers
-from gputune.study.model_files import ModelContent, read_content, save_model
+from gputune.study.model_files import ModelContent, read_fields, save_model
 from gputune.text import card, count, measure_of, short
 
 ROWS, NUMBERS = 8192, 2**23
@@ -339,4 +339,4 @@ def load_model(
     Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a
     newer gputune, and for a class that is gone, not trusted, or that the state does not fit.
     """
-    return TunedModel(**vars(read_content(Path(folder), module, trust_code=trust_code)))
+    return TunedModel(**read_fields(Path(folder), module, trust_code=trust_code))

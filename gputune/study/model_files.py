@@ -80,13 +80,17 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
         "spec": _full_spec(model),
     }
     state, place = model.module.state_dict(), Path(folder)
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
+    if odd := [(name, type(value).__name__) for name, value in state.items() if not isinstance(value, Tensor)]:
+        what = "{!r}, a {}, in its state; only tensors can be saved, make it a buffer.".format(*odd[0])
+        raise InputError(f"{type(model.module).__name__} keeps {what}")
+    if place.exists() and not place.is_dir():
+        raise InputError(f"save(folder={str(place)!r}): a file has that name; choose another.")
+    for name in sorted(os.listdir(place)) if place.exists() else ():
+        if name not in (TENSORS, DESCRIPTION) and not name.startswith(DRAFTS):
             raise InputError(
-                f"{type(model.module).__name__} keeps {name!r}, a {type(value).__name__}, in its state; "
-                "only tensors can be saved, make it a buffer."
+                f"save(folder={str(place)!r}): the folder holds {name!r}, which is no part of a model; "
+                "give a new or an empty folder."
             )
-    _check_free(place)
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
     tensors = safetensors.torch.save({key: value.cpu().clone().contiguous() for key, value in state.items()})
     text = to_json({**body, "tensors_sha256": sha256(tensors)}, name="the model's spec or info")
@@ -106,23 +110,12 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
             )
 
 
-def _check_free(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"save(folder={str(folder)!r}): a file has that name; choose another.")
-    for name in sorted(os.listdir(folder)) if folder.exists() else ():
-        if name not in (TENSORS, DESCRIPTION) and not name.startswith(DRAFTS):
-            raise InputError(
-                f"save(folder={str(folder)!r}): the folder holds {name!r}, which is no part of a model; "
-                "give a new or an empty folder."
-            )
-
-
 def _full_spec(model: ModelContent) -> Json:
     """Return how the module is built again; of a user's class with the file where it lies now."""
     if model.spec["kind"] != "module" or "made" in model.spec:  # by a function, of which the module knows nothing
         return model.spec
     source, file = module_source.class_source(_module_type(model)), module_source.source_file(_module_type(model))
-    kept: Config = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns") if key in model.spec}
+    kept = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns") if key in model.spec}
     return {**kept, **source, **({"file": file} if file is not None and "import" in source else {})}
 
 
@@ -131,8 +124,8 @@ def _module_type(model: ModelContent) -> type[nn.Module]:
     return type(model.module.members[0] if isinstance(model.module, Ensemble) else model.module)
 
 
-def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> ModelContent:
-    """Return what ``save_model`` wrote; see ``load_model``."""
+def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Json:
+    """Return the fields of the model that ``save_model`` wrote; see ``load_model``."""
     body = read_description(folder / DESCRIPTION)
     state = _read_tensors(folder / TENSORS, body)
     with file_errors(folder / DESCRIPTION):
@@ -161,26 +154,25 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         raise InputError(f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}") from error
     if changed:
         warn(f"{change}; its parameters still fit, but it may predict otherwise.")
-    return ModelContent(module=network.eval(), **known)
+    return {**known, "module": network.eval()}
 
 
 def _fields(body: Json) -> Json:
     """Return the fields of a ``ModelContent`` but its module. Raises ValueError where one cannot be what it says."""
-    layout, statistics, classes = body["layout"], body["statistics"], body["classes"]
-    later = {"target_transform": None, "residuals": None, "temperature": 1.0}  # which files of earlier versions lack
-    transform, residuals, temperature = ({**later, **body}[name] for name in later)
+    body = {"target_transform": None, "residuals": None, "temperature": 1.0, **body}  # which files of old versions lack
+    layout, classes, transform, residuals = (body[n] for n in ("layout", "classes", "target_transform", "residuals"))
     if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
         raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
     if not has_form(info := dict(body["info"]), _INFO):
         raise ValueError("its info is of another type")
     if not (residuals is None or (isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f")):
         raise ValueError("its residuals are no numbers")
-    if not 0 < float(temperature) < math.inf:
-        raise ValueError(f"its temperature is {temperature}")
+    if not 0 < (temperature := float(body["temperature"])) < math.inf:
+        raise ValueError(f"its temperature is {body['temperature']}")
     are_arrays = "shapes" in layout
     return {
         "layout": (ArrayLayout if are_arrays else Layout).from_json(layout),
-        "statistics": (ArrayStatistics if are_arrays else Statistics).from_json(statistics),
+        "statistics": (ArrayStatistics if are_arrays else Statistics).from_json(body["statistics"]),
         "task": body["task"],
         "classes": classes,
         "center": _of_target(body["center"]),
@@ -191,7 +183,7 @@ def _fields(body: Json) -> Json:
         "info": info,
         "transform": None if transform is None else FittedTransform.from_json(transform),
         "residuals": residuals,
-        "temperature": float(temperature),
+        "temperature": temperature,
     }
 
 
@@ -226,7 +218,7 @@ def _check_size(members: _Members, kind: str, state: dict[str, Tensor]) -> None:
         D, K, width = int(words["n_features"] or 0), int(words["n_outputs"] or 0), words["width"]
         if isinstance(width, tuple):  # of each layer
             numbers += sum((a + 1) * b for a, b in pairwise((D, *map(int, width), K)))
-        elif depth := int(words["depth"]):
+        elif depth := int(words["depth"]):  # which may be too many to be listed
             H = int(width)
             numbers += (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K
         else:
@@ -268,10 +260,9 @@ def _build(module_class: Builder, members: _Members, known: Json) -> list[nn.Mod
     # Its start is thrown away, the caller's stream is not.
     with keyed_draws(torch.device("cpu"), 0, "load"):
         for sizes, arguments in members:
-            module = construct(module_class, call_arguments(module_class, sizes, arguments))
+            modules.append(module := construct(module_class, call_arguments(module_class, sizes, arguments)))
             materialise(module, kinds or [(sizes["input_shape"], torch.float32)], names)
             convert(module, known["dtype"])
-            modules.append(module)
     return modules
 
 

@@ -11,7 +11,7 @@ from gputune.data.target import Target
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.recipes import recipe_of
+from gputune.methods.space import recipe_of
 from gputune.methods.stopping import STOPPING_RULES, StoppingRule
 from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.construction import Builder, name_of

@@ -15,8 +15,7 @@ from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.inner import check_classes
 from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
-from gputune.methods.distributions import range_of
-from gputune.methods.space import Space
+from gputune.methods.distributions import Space, range_of
 from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger

@@ -19,9 +19,10 @@ from gputune.executors.objective import Ending, Objective, PruningRule, Reports,
 from gputune.executors.processes import TrialProcesses, environments
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
+from gputune.methods.distributions import Space, space_text, space_to_json, to_scipy
 from gputune.methods.optuna import OptunaSampler, check_askable
-from gputune.methods.random import included_candidates, top_up
-from gputune.methods.space import Space, check_own_include, check_own_space, space_text, space_to_json, to_scipy
+from gputune.methods.random import numbered, top_up
+from gputune.methods.space import check_own_include, check_own_space
 from gputune.methods.stopping import StoppingRule, ends_on_arrival
 from gputune.scratch import scratch_folder
 from gputune.study.code import source_text
@@ -86,7 +87,7 @@ def search_loop(
 
 def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
     check_count(options.n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
-    first = included_candidates(check_own_include(options.include, space))
+    first = numbered([(config, "include") for config in check_own_include(options.include, space)])
     if not first and not options.n_trials:
         raise InputError("n_trials must be >= 1 where nothing is included, got n_trials=0. For example n_trials=64.")
     if isinstance(options.method, OptunaSampler):

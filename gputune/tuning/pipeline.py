@@ -17,10 +17,9 @@ from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.garbage import without_collector
 from gputune.methods.descent import Hypergradient
-from gputune.methods.distributions import edge_remarks
+from gputune.methods.distributions import Space
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.random import draw
-from gputune.methods.space import Space
+from gputune.methods.random import draw, edge_remarks
 from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
 from gputune.scoring.metrics import check_folds, has_function

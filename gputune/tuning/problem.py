@@ -21,7 +21,8 @@ from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
-from gputune.methods.space import Space, choices_of
+from gputune.methods.distributions import Space
+from gputune.methods.space import choices_of
 from gputune.modules.inspection import returns_one_logit
 from gputune.scoring.metrics import loss_scoring, make_metrics
 from gputune.scoring.objective import Objective, make_objective

@@ -19,9 +19,9 @@ from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
 from gputune.errors import InputError
 from gputune.methods.config import ConfigCheck, check_config
+from gputune.methods.distributions import Space
 from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable
 from gputune.methods.random import n_counted
-from gputune.methods.space import Space
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
 from gputune.study.ledger import Ledger

@@ -17,9 +17,8 @@ from gputune.data.target_transform import is_known, transform_from_json, transfo
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
-from gputune.methods.distributions import Description, describe
+from gputune.methods.distributions import Description, Space, describe, space_from_json, space_text, space_to_json
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.space import Space, space_from_json, space_text, space_to_json
 from gputune.scoring.metrics import has_function
 from gputune.scoring.outputs import Outputs
 from gputune.study.code import digest_of_code, is_remembered

@@ -17,7 +17,7 @@ from gputune.engine.backend import choose_backend, choose_device, matrix_product
 from gputune.engine.job import Progress
 from gputune.errors import DivergedError, InputError
 from gputune.methods.descent import Hypergradient
-from gputune.methods.space import space_from_json
+from gputune.methods.distributions import space_from_json
 from gputune.population.population import by_numbers, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.solver.solve import solve_all, solved_module

@@ -18,10 +18,10 @@ from gputune.errors import InputError, SearchFailedError, SearchInterrupted, Stu
 from gputune.garbage import without_collector
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.descent import Hypergradient
+from gputune.methods.distributions import Space, is_inside, space_text, to_scipy
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.random import first_candidates, is_inside, n_counted, notes, remarks, top_up
-from gputune.methods.recipes import PORTFOLIOS, SPACES, default_space, named_space
-from gputune.methods.space import Space, check_include, check_space, choices_of, space_text, to_scipy
+from gputune.methods.random import first_candidates, n_counted, notes, numbered, remarks, top_up
+from gputune.methods.space import PORTFOLIOS, SPACES, check_include, check_space, choices_of, default_space, named_space
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
@@ -193,10 +193,10 @@ class Session:
         candidates, options = self.ledger.candidates, self.options
         if not candidates:
             return trials
-        known = [candidate.params for candidate in candidates]
+        params = [candidate.params for candidate in candidates]
         # The default configuration was another one where it was not yet held to the space: it runs once.
         origins = {"random"} | {c.origin for c in candidates if c.origin == "default"}
-        new = [c for c in trials if c.origin not in origins and c.params not in known]
+        new = [c for c in trials if c.origin not in origins and c.params not in params]
         room = max(0, options.n_trials - n_counted(candidates))
         beyond = [c for c in new if c.origin == "portfolio"][room:]
         number = 1 + max(candidate.number for candidate in candidates)
@@ -204,9 +204,15 @@ class Session:
         if not draws_at_once(options):
             return added
         there = {candidate.number: candidate for candidate in candidates}
-        drawn = [c.params for c in trials if c.origin == "random" and there.get(c.number) != c]
-        known_now, seed = [*candidates, *added], options.random_state
-        return [*added, *top_up(known_now, space, options.n_trials, seed, check, earlier_configs(options), drawn)]
+        drawn = [(c.params, "random") for c in trials if c.origin == "random" and there.get(c.number) != c]
+        known, earlier = [*candidates, *added], earlier_configs(options)
+        lacking = max(0, options.n_trials - n_counted(known))
+        again = (
+            numbered(drawn, known, earlier)[:lacking] if drawn and lacking else ()
+        )  # what this call has drawn before
+        if len(again) < lacking:
+            again = top_up(known, space, options.n_trials, options.random_state, check, earlier)
+        return [*added, *again]
 
     def _wait(self, words: str) -> None:
         """Say why this process waits before it has a plan; end that where training would end."""

@@ -18,7 +18,8 @@ from forked import Fork
 from gputune.cli import tune
 from gputune.data.folds import pack_folds, unpack_folds
 from gputune.methods.config import legal_keys
-from gputune.methods.space import check_space, space_from_json, space_text, space_to_json, to_scipy
+from gputune.methods.distributions import space_from_json, space_text, space_to_json, to_scipy
+from gputune.methods.space import check_space
 from gputune.study.store import Store
 from gputune.tuning.choices import choose_model
 from gputune.tuning.options import Options

@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 import gputune
-from gputune.methods.distributions import describe, distribution_text, edge_remarks, is_distribution, log_int
+from gputune.methods.distributions import describe, distribution_text, is_distribution, log_int
+from gputune.methods.random import edge_remarks
 from gputune.study.store import Candidate, Result
 from refused import refused
 

@@ -17,9 +17,9 @@ import gputune
 from gputune.api.study import Study
 from gputune.errors import MissingExtraError
 from gputune.methods.config import legal_keys
-from gputune.methods.distributions import as_optuna, describe, label, of_label
+from gputune.methods.distributions import as_optuna, describe, label, of_label, space_text, to_scipy
 from gputune.methods.optuna import check_askable, widened_law
-from gputune.methods.space import check_space, space_text, to_scipy
+from gputune.methods.space import check_space
 from gputune.study.store import Candidate
 from refused import refused
 from study_rows import result

@@ -10,9 +10,8 @@ from sklearn.model_selection import RandomizedSearchCV
 
 from gputune.methods.config import check_config, legal_keys
 from gputune.methods.distributions import LogIntegers, Steps, log_int
-from gputune.methods.random import draw, first_candidates, notes, remarks, top_up
-from gputune.methods.recipes import default_space
-from gputune.methods.space import check_space
+from gputune.methods.random import draw, first_candidates, notes, numbered, remarks, top_up
+from gputune.methods.space import check_space, default_space
 from gputune.study.store import Candidate
 from gputune.types import DEFAULTS
 from refused import refused
@@ -319,7 +318,7 @@ def test_a_larger_number_continues_the_search_and_draws_the_new_trials_alone(spa
     assert top_up(old, space, 30, 0) == top_up(old, space, 2, 0) == ()
     assert old + top_up(old, space, 34, 0, check) == whole
     assert len(drawn) <= most
-    assert top_up(old, space, 34, 0, drawn=params(whole)) == whole[len(old) :]
+    assert numbered([(config, "random") for config in params(whole)], old) == whole[len(old) :]
 
 
 def test_trials_of_other_draws_are_none_of_the_first_ones():

@@ -7,8 +7,8 @@ from torch import nn
 
 from forked import Fork
 from gputune.methods.config import legal_keys
-from gputune.methods.distributions import log_int
-from gputune.methods.space import check_include, check_space, space_text
+from gputune.methods.distributions import log_int, space_text
+from gputune.methods.space import check_include, check_space
 from refused import refused
 
 MLP = legal_keys("mlp", "adamw")
@@ -205,7 +205,8 @@ def test_a_value_known_by_its_address_has_no_text(value):
 CODE = """
 from scipy import stats
 from gputune.methods.distributions import log_int
-from gputune.methods.space import check_space, space_text
+from gputune.methods.space import check_space
+from gputune.methods.distributions import space_text
 
 histogram = stats.rv_histogram(([1, 2], [0, 0.1, 0.2]), density=False)
 space = {"lr": stats.loguniform(1e-4, 0.1), "width": log_int(1, 9), "activation": ["relu"], "dropout": histogram}

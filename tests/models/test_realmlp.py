@@ -13,8 +13,7 @@ from gputune.data.encode import fit_layout
 from gputune.data.table import as_table
 from gputune.methods.config import legal_keys
 from gputune.methods.random import draw
-from gputune.methods.recipes import named_space
-from gputune.methods.space import check_space
+from gputune.methods.space import check_space, named_space
 from gputune.models import RealMLP
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule

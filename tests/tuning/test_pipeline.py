@@ -23,8 +23,8 @@ import gputune
 import reference
 from gputune.data.folds import hold_out
 from gputune.data.target import check_target
-from gputune.methods.distributions import edge_remarks
-from gputune.methods.recipes import PORTFOLIOS
+from gputune.methods.random import edge_remarks
+from gputune.methods.space import PORTFOLIOS
 from gputune.population.population import complete
 from gputune.report.snippet import snippet
 from gputune.study.store import Store
