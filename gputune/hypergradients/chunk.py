@@ -18,9 +18,8 @@ from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress
 from gputune.engine.plan import Plan, Planner
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import as_table
 from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, measure, twice_differentiable
-from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, Hypergradients, InnerProblem, Tables, Watch
+from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, InnerProblem, Tables, as_table
 from gputune.hypergradients.modes import differences, forward, reverse
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
@@ -49,13 +48,11 @@ class PopulationTraining:
         target = data.y if data.y.is_floating_point() else data.y[None]
         self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows)
         self.each = int(self.batches.steps.max())
-        self.steps = epochs * self.each
-        self.totals = (epochs * self.batches.steps).flatten()
+        self.steps, self.totals = epochs * self.each, (epochs * self.batches.steps).flatten()
         self.schedules = [config["schedule"] for config in configs]
-        self.first = network.blocks.by_member(network.start())
+        self.first, layers = network.blocks.by_member(network.start()), network.layers()
         self.shapes = {name: tuple(view.shape[2:]) for name, view in self.first.items()}
         self.sizes = [view[0, 0].numel() for view in self.first.values()]
-        layers = network.layers()
         self.remembered = [name for name in self.first if name not in layers]
         self.kept = sum(self.first[name][0, 0].numel() for name in self.remembered)
         numbers = torch.tensor([layers.get(name, 0) for name in self.first])
@@ -185,36 +182,34 @@ class HypergradientJob(Job):
                 raise _OverError(epoch)
 
         try:
-            result = self._differentiate(problem, watch)
+            if self.mode == "differences":
+                result = differences(problem, self.hyperparameters, width=WIDE, watch=watch)
+            elif (mode := self.mode_of(problem)[0]) == "forward":
+                result = forward(problem, self.hyperparameters, watch=watch)
+            else:
+                result = reverse(problem, self.hyperparameters, checkpoint=mode == "checkpointed", watch=watch)
         except _OverError as over:
             return Slopes(chunk.index, curves, over.epochs, time.monotonic() - begin)
-        losses, ratios = (_by_trial(table, data.n_folds) for table in (result.value, result.ratio))
-        slopes = {name: _by_trial(table, data.n_folds) for name, table in result.gradients.items()}
+        losses, ratios, *tables = (
+            table.detach().double().cpu().view(data.n_folds, -1, *table.shape[1:]).transpose(0, 1).numpy()  # fold-major
+            for table in (result.value, result.ratio, *result.gradients.values())
+        )
+        slopes = dict(zip(result.gradients, tables))
         return Slopes(chunk.index, curves, self.epochs, time.monotonic() - begin, losses, slopes, ratios)
-
-    def _differentiate(self, problem: InnerProblem[PopulationTraining], watch: Watch) -> Hypergradients:
-        if self.mode == "differences":
-            return differences(problem, self.hyperparameters, width=WIDE, watch=watch)
-        mode, _ = self.mode_of(problem)
-        if mode == "forward":
-            return forward(problem, self.hyperparameters, watch=watch)
-        return reverse(problem, self.hyperparameters, checkpoint=mode == "checkpointed", watch=watch)
 
     def mode_of(self, problem: InnerProblem[PopulationTraining]) -> tuple[ExactMode, dict[ExactMode, int]]:
         """Return the fastest mode whose memory the budget holds, and the bytes of each mode."""
-        number = problem.entries(self.hyperparameters)
+        number = len(problem.columns(self.hyperparameters))
         sizes = measure(problem).of_modes(problem.training.steps, number)
         return fastest_that_fits(sizes, self.budget, hyperparameters=number), sizes
 
     def tables(self, training: PopulationTraining, configs: Sequence[Config]) -> Tables:
         """Return the hyperparameters (P, S, L) of configurations; those that are searched have all their entries."""
-        layers = int(training.layer.max()) + 1 if self.per_layer else 1
-        whole = (self.segments, layers)
-        tables = {}
+        whole = (self.segments, int(training.layer.max()) + 1 if self.per_layer else 1)
+        defaults, tables = {"beta1": BETA1, "beta2": BETA2}, {}
         for name in HYPERPARAMETERS:
-            default = {"beta1": BETA1, "beta2": BETA2}.get(name, 0.0)
             shape = whole if name in self.hyperparameters else None
-            rows = np.stack([as_table(config.get(name, default), shape) for config in configs])
+            rows = np.stack([as_table(config.get(name, defaults.get(name, 0.0)), shape) for config in configs])
             members = np.tile(rows, (training.folds, 1, 1))
             tables[name] = torch.as_tensor(members, dtype=training.data.dtype, device=training.data.device)
         return tables
@@ -265,12 +260,6 @@ def train_scheduled(job: HypergradientJob, data: Dataset, chunk: Population) -> 
     return problem.training.member(problem.train(steps=job.epochs * problem.training.each), 0, 0)
 
 
-def _by_trial(table: Tensor, folds: int) -> np.ndarray:
-    """Turn the member axis (fold-major) into trials x folds."""
-    array: np.ndarray = table.detach().double().cpu().numpy()
-    return array.reshape(folds, -1, *array.shape[1:]).swapaxes(0, 1)
-
-
 def plan_chunks(
     groups: Sequence[Population], data: Dataset, job: HypergradientJob, *, workers: int | None, gpus: int = 1
 ) -> Plan:
@@ -290,7 +279,7 @@ def plan_chunks(
         with twice_differentiable(training):
             mode, sizes = job.mode_of(problem)
         if sizes[mode] > job.budget:
-            number = problem.entries(job.hyperparameters)
+            number = len(problem.columns(job.hyperparameters))
             raise InputError(
                 f"memory does not suffice to differentiate one trial in {data.n_folds} folds: {number} hyperparameters "
                 f"over {training.steps} steps need about {size_words(min(sizes.values()))}, and "

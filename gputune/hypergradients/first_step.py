@@ -1,10 +1,10 @@
-"""What the first minibatch tells before a training starts: whether it has second derivatives, and what it will need.
+"""What is asked before a training is differentiated: whether it has derivatives, and the memory that they need.
 
-Second derivatives are tried, since wrong ones often say nothing; memory is measured on one step.
+Second derivatives are tried on the first minibatch, since wrong ones often say nothing; memory is measured on one step.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -15,11 +15,80 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from gputune.errors import InputError
-from gputune.hypergradients.inner import InnerProblem, Training, hessian_times, leaves_of, rows_of, slope
+from gputune.hypergradients.inner import (
+    BETWEEN_0_AND_1,
+    InnerProblem,
+    Training,
+    hessian_times,
+    leaves_of,
+    rows_of,
+    slope,
+    to_coordinate,
+)
 from gputune.memory import free_memory, free_of_gpu
+from gputune.optimizers.classes import OPTIMIZER_PREFIX
+from gputune.population.population import beyond_adam
 from gputune.seeding import stream
+from gputune.types import Config
 
-_SHARE = 0.8  # of the memory that is free
+HYPERPARAMETERS_OF = {
+    **dict.fromkeys(("sgd", "nesterov"), ("lr", "momentum", "weight_decay")),
+    **dict.fromkeys(("adam", "adamw"), ("lr", "weight_decay", "beta1", "beta2")),
+}
+
+
+def check_start(config: Config, name: str, start: str, *, argument: str, remedy: str = "") -> None:
+    """Raise InputError where what a ``start`` of a descent trains with has no derivative in a hyperparameter.
+
+    ``argument`` is what has chosen it; ``remedy`` is another one than to change the configuration.
+    """
+    optimizer, taken = config["optimizer"], [key for key in config if key.startswith(OPTIMIZER_PREFIX)]
+    others = [key for key in beyond_adam(config) if key != "beta2"] + ["ema"] * bool(config["ema"])
+    if optimizer not in HYPERPARAMETERS_OF:
+        reason = f"optimizer={optimizer!r}; choose one of {', '.join(HYPERPARAMETERS_OF)}"
+    elif taken:
+        reason = f"{taken[0]}={config[taken[0]]!r}, which torch.optim's own class takes; leave it out"
+    elif config["clip_norm"] < math.inf:
+        reason = f"clip_norm={config['clip_norm']:g}; leave it out"
+    elif others:
+        reason = f"{others[0]}={config[others[0]]!r}; leave it out"
+    elif name in HYPERPARAMETERS_OF[optimizer]:
+        return
+    else:
+        raise InputError(
+            f"{argument}: {optimizer} has no {name!r}, and {start} uses it; choose from "
+            f"{', '.join(HYPERPARAMETERS_OF[optimizer])}, or an optimizer that has it."
+        )
+    raise InputError(f"a descent cannot differentiate what {start} has: {reason}{remedy}.")
+
+
+def check_coordinate(name: str, value: float, start: str, *, called: str, space: str) -> None:
+    """Raise InputError for a value that a ``start`` cannot move from, since it has no finite coordinate: 0, infinity.
+
+    In errors the hyperparameter is ``called`` so, and drawn from a ``space``.
+    """
+    if not math.isfinite(to_coordinate(name, torch.tensor(float(value), dtype=torch.float64, device="cpu"))):
+        raise InputError(
+            f"a descent cannot start from {called}={value:g}, as {start} does, because it moves in the "
+            f"{'logit' if name in BETWEEN_0_AND_1 else 'logarithm'}; put {called!r} in {space} with values above 0"
+            f"{' and finite' if name == 'C' else ''}, or leave it out of hyperparameters."
+        )
+
+
+def check_classes(
+    fold: int, valid: Iterable[str | float], train: Iterable[str | float], *, weighed: bool = False
+) -> None:
+    """Raise InputError where the validation rows of a fold have a class of which it trains on no row.
+
+    ``valid`` and ``train`` are labels; ``weighed``: the latter are those of training rows with a weight above 0.
+    """
+    if lacking := set(valid) - set(train):
+        weighing = " with sample_weight above 0" if weighed else ""
+        raise InputError(
+            f"cv: the validation rows of fold {fold} have class {sorted(lacking)[0]!r}, of which it has no "
+            f"training row{weighing}: its log loss is infinite at every point of a descent. Use stratified folds, "
+            "fewer of them, or leave the class out."
+        )
 
 
 @contextmanager
@@ -58,10 +127,12 @@ def nodes(tensor: Tensor) -> set[Node]:
 def _check_second_derivatives(training: Training) -> None:
     weights = training.start().requires_grad_()
     gradient = slope(training, weights, 0, graph=True)
+    drawn = torch.randn(weights.shape, generator=stream(0, "curvature"), dtype=torch.float64, device="cpu")
+    v = drawn.to(weights.device, weights.dtype)
     # autograd.grad walks only the paths to what it differentiates by, and the node that torch puts in the place of a
     # missing derivative is on none of them.
     missing = any(type(node).__name__ == "Error" for node in nodes(gradient))
-    if not missing and _symmetric(gradient, weights) and _agrees_with_difference(training, gradient, weights):
+    if not missing and _symmetric(gradient, weights, v) and _agrees_with_difference(training, gradient, weights, v):
         return
     # What is known to have no second derivative, and the functions of the user's own.
     kinds = {type(node) for node in nodes(training.losses(weights, 0))}
@@ -75,13 +146,12 @@ def _check_second_derivatives(training: Training) -> None:
     )
 
 
-def _symmetric(gradient: Tensor, weights: Tensor) -> bool:
+def _symmetric(gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
     """Tell whether the derivative H of a gradient is symmetric, as every true second derivative is.
 
     With p = H'v the products p'p and v'(H'p) are equal if it is. In single precision rounding makes them differ by
     far less than the tolerance, the cube root of the dtype's spacing.
     """
-    v = _direction(weights)
     p = hessian_times(gradient, weights, v)
     q = hessian_times(gradient, weights, p)
     once, twice = (p.double() ** 2).sum(), (v.double() * q.double()).sum()
@@ -89,8 +159,8 @@ def _symmetric(gradient: Tensor, weights: Tensor) -> bool:
     return not bool((once - twice).abs() > torch.finfo(weights.dtype).eps ** (1 / 3) * once)
 
 
-def _agrees_with_difference(training: Training, gradient: Tensor, weights: Tensor) -> bool:
-    """Tell whether the derivative of a gradient is how the gradient changes, over a tiny distance.
+def _agrees_with_difference(training: Training, gradient: Tensor, weights: Tensor, v: Tensor) -> bool:
+    """Tell whether the derivative of a gradient is how the gradient changes, over a tiny distance along ``v``.
 
     Two distances tell how far the measurement can be trusted: a kink (of a relu) between them, or operations of lower
     precision, make them differ. So do its two sides, where the kink is at the weights themselves, as that of a relu
@@ -98,14 +168,13 @@ def _agrees_with_difference(training: Training, gradient: Tensor, weights: Tenso
     """
     if weights.dtype != torch.float64:
         return True
+    here, start = gradient.detach(), weights.detach()
     # What fills narrower members up to one width is 0 and stays so; moved, its relu would be at a kink.
-    v = _direction(weights).where((weights != 0) | (gradient != 0), 0)
-    v *= (weights.detach().norm() / v.norm()).clamp_min(1e-3)
+    v = v.where((weights != 0) | (gradient != 0), 0)
+    v *= (start.norm() / v.norm()).clamp_min(1e-3)
 
     def changes(h: float) -> tuple[Tensor, Tensor]:
-        ends = [(weights.detach() + s * h * v).requires_grad_() for s in (1, -1)]
-        up, down = (slope(training, end, 0, graph=False) for end in ends)
-        here = gradient.detach()
+        up, down = (slope(training, (start + s * h * v).requires_grad_(), 0, graph=False) for s in (1, -1))
         return (up - here) / h, (here - down) / h
 
     (above, below), (above_further, below_further) = changes(1e-8), changes(2e-8)
@@ -113,11 +182,6 @@ def _agrees_with_difference(training: Training, gradient: Tensor, weights: Tenso
     product = hessian_times(gradient, weights, v)
     allowed = 10 * (measured - further).norm() + (above - below).norm() + 1e-3 * product.norm()
     return not bool((measured - product).norm() > allowed)
-
-
-def _direction(weights: Tensor) -> Tensor:
-    drawn = torch.randn(weights.shape, generator=stream(0, "curvature"), dtype=torch.float64, device="cpu")
-    return drawn.to(weights.device, weights.dtype)
 
 
 ExactMode = Literal["reverse", "checkpointed", "forward"]
@@ -165,7 +229,7 @@ def measure(problem: InnerProblem[Training]) -> Need:
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that may be used on a device: most of what is free."""
-    return int(_SHARE * (free_of_gpu(device) if device.type == "cuda" else free_memory()))
+    return int(0.8 * (free_of_gpu(device) if device.type == "cuda" else free_memory()))
 
 
 def fastest_that_fits(sizes: Mapping[ExactMode, int], budget: int, *, hyperparameters: int) -> ExactMode:
@@ -173,6 +237,6 @@ def fastest_that_fits(sizes: Mapping[ExactMode, int], budget: int, *, hyperparam
 
     With one hyperparameter forward mode is about as fast as reverse mode, with memory that does not grow.
     """
-    modes: list[ExactMode] = ["reverse", "checkpointed"]
-    modes = ["forward", *modes] if hyperparameters == 1 else modes
+    modes: tuple[ExactMode, ...] = ("forward", "reverse", "checkpointed")
+    modes = modes if hyperparameters == 1 else modes[1:]
     return next((mode for mode in modes if sizes[mode] <= budget), "forward")

@@ -2,25 +2,34 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gputune.engine.plan import parse_memory
 from gputune.engine.stop import waited_for
 from gputune.errors import InputError, warn
-from gputune.hypergradients.arguments import check_hyperparameters, check_optimizer, default_tables
-from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, free_bytes, measure, twice_differentiable
+from gputune.hypergradients.first_step import (
+    HYPERPARAMETERS_OF,
+    ExactMode,
+    fastest_that_fits,
+    free_bytes,
+    measure,
+    twice_differentiable,
+)
 from gputune.hypergradients.implicit import differentiate_minimum
-from gputune.hypergradients.inner import HypergradientResult, Hypergradients, InnerProblem
+from gputune.hypergradients.inner import BETWEEN_0_AND_1, HypergradientResult, Hypergradients, InnerProblem
 from gputune.hypergradients.modes import default_width, differences, forward, reverse
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
+from gputune.optimizers.rules import BETA1, BETA2
 from gputune.seeding import GLOBAL_DRAWS
 from gputune.text import count, size_words
+from gputune.types import DEFAULT_LR, default_momentum, default_weight_decay
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
+
+HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
 
 
 @waited_for()
@@ -70,26 +79,49 @@ def hypergradient(
     """
     check_module(module)
     batches = _check_data(loss, batches, valid)
-    request = _Request(mode, truncate, checkpoint, parse_memory(memory))
+    budget = parse_memory(memory)
+    _check_mode(mode, truncate, checkpoint)
     if optimizer == "exact":
-        return differentiate_minimum(module, loss, batches, valid, hyperparameters, memory=request.budget)
-    rule, momentum = check_optimizer(optimizer)
+        return differentiate_minimum(module, loss, batches, valid, hyperparameters, memory=budget)
+    rule, momentum = _check_optimizer(optimizer)
     if seed is None:
         with GLOBAL_DRAWS:
             seed = int(torch.randint(2**62, (), device="cpu"))
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
-    tables = check_hyperparameters(hyperparameters, rule, training)
-    others = default_tables(rule, momentum, training.start())
+    wanted = _check_hyperparameters(hyperparameters, rule, training, "hyperparameters")
+    tables = _default_tables(rule, momentum, training.start())
     if fixed:
-        others |= check_hyperparameters(fixed, rule, training, argument="fixed")
-        if twice := sorted(set(fixed) & set(tables)):
+        tables |= _check_hyperparameters(fixed, rule, training, "fixed")
+        if twice := sorted(set(fixed) & set(wanted)):
             raise InputError(
                 f"fixed must have other names than hyperparameters, got {', '.join(twice)} in both; leave it out of "
                 "one."
             )
-    problem = InnerProblem(training, rule, others | tables)
+    problem = InnerProblem(training, rule, tables | wanted)
+    training.check_graph()
+    if mode == "fd":
+        reason, slopes = _differences(problem, list(wanted))
+    else:
+        with twice_differentiable(training):
+            exact, reason = _choose(problem, len(problem.columns(list(wanted))), mode, truncate, checkpoint, budget)
+            if exact == "forward":
+                mode, slopes = "forward", forward(problem, list(wanted))
+            else:
+                blocks = exact == "checkpointed"
+                mode, slopes = "reverse", reverse(problem, list(wanted), truncate=truncate, checkpoint=blocks)
     shapes = {name: torch.as_tensor(value, device="cpu").shape for name, value in hyperparameters.items()}
-    return _result(problem, shapes, request)
+    gradient = {name: slopes.gradients[name].view(shape) for name, shape in shapes.items()}
+    result = HypergradientResult(
+        value=float(slopes.value),
+        gradient=gradient,
+        log_gradient={name: slope * wanted[name].view(shapes[name]) for name, slope in gradient.items()},
+        parameters={name: w.detach().clone() for name, w in training.parameters(slopes.weights).items()},
+        ratio=float(slopes.ratio),
+        mode=mode,
+        reason=reason,
+    )
+    _warn_of_noise(result)
+    return result
 
 
 def _check_data(loss: object, batches: Iterable[Pair], valid: Pair) -> list[Pair]:
@@ -107,86 +139,99 @@ def _check_data(loss: object, batches: Iterable[Pair], valid: Pair) -> list[Pair
     return pairs
 
 
-@dataclass(frozen=True)
-class _Request:
-    """How the derivative is to be taken, in how many bytes (None: most of what is free)."""
-
-    mode: Mode
-    truncate: int | None
-    checkpoint: bool
-    budget: int | None
-
-    def __post_init__(self) -> None:
-        mode, truncate, checkpoint = self.mode, self.truncate, self.checkpoint
-        if mode not in get_args(Mode):
-            raise InputError(f"mode must be 'auto', 'reverse', 'forward' or 'fd', got {mode!r}.")
-        if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
-            raise InputError(f"truncate must be a number of steps >= 1 or None, got {truncate!r}.")
-        if not isinstance(checkpoint, bool):
-            raise InputError(f"checkpoint must be True or False, got {checkpoint!r}.")
-        if mode in ("forward", "fd") and (truncate is not None or checkpoint):
-            raise InputError(
-                f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, or use "
-                "mode='reverse'."
-            )
-
-
-def _result(
-    problem: InnerProblem[ModuleTraining], shapes: Mapping[str, torch.Size], request: _Request
-) -> HypergradientResult:
-    """Return the derivatives by the hyperparameters of ``shapes``; warn where they say nothing."""
-    mode, reason, slopes = _differentiate(problem, list(shapes), request)
-    gradient = {name: slopes.gradients[name].view(shape) for name, shape in shapes.items()}
-    result = HypergradientResult(
-        value=float(slopes.value),
-        gradient=gradient,
-        log_gradient={name: slope * problem.tables[name].view(shapes[name]) for name, slope in gradient.items()},
-        parameters={name: w.detach().clone() for name, w in problem.training.parameters(slopes.weights).items()},
-        ratio=float(slopes.ratio),
-        mode=mode,
-        reason=reason,
-    )
-    if not math.isfinite(result.value):
-        warn(
-            f"the validation loss is {result.value}: look for NaN in the minibatches and in valid, or lower the "
-            "learning rate.",
-            RuntimeWarning,
+def _check_mode(mode: object, truncate: object, checkpoint: object) -> None:
+    if mode not in get_args(Mode):
+        raise InputError(f"mode must be 'auto', 'reverse', 'forward' or 'fd', got {mode!r}.")
+    if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
+        raise InputError(f"truncate must be a number of steps >= 1 or None, got {truncate!r}.")
+    if not isinstance(checkpoint, bool):
+        raise InputError(f"checkpoint must be True or False, got {checkpoint!r}.")
+    if mode in ("forward", "fd") and (truncate is not None or checkpoint):
+        raise InputError(
+            f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, or use mode='reverse'."
         )
-    elif result.chaotic:
-        warn(
-            f"training is chaotic: it amplifies a small change {result.ratio:.3g} times, and the gradient is noise; "
-            "lower the learning rate, train for fewer steps, or look at the trend with a wide finite difference.",
-            RuntimeWarning,
+
+
+def _check_optimizer(optimizer: object) -> tuple[str, float]:
+    """Return the update rule and its default momentum; "momentum" is sgd with a momentum of 0.9."""
+    if optimizer == "momentum":
+        return "sgd", HEAVY_BALL
+    if not isinstance(optimizer, str) or optimizer not in HYPERPARAMETERS_OF:
+        words = ", ".join(("sgd", "momentum", *(name for name in HYPERPARAMETERS_OF if name != "sgd"), "exact"))
+        raise InputError(f"optimizer must be one of {words}, got {optimizer!r}.")
+    return optimizer, default_momentum(optimizer)
+
+
+def _default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, Tensor]:
+    """Return a (1, 1, 1) table for each hyperparameter, with its default value."""
+    values = {"lr": DEFAULT_LR, "momentum": momentum, "weight_decay": default_weight_decay(optimizer)}
+    return {name: like.new_full((1, 1, 1), x) for name, x in (values | {"beta1": BETA1, "beta2": BETA2}).items()}
+
+
+def _check_hyperparameters(
+    values: object, optimizer: str, training: ModuleTraining, argument: str
+) -> dict[str, Tensor]:
+    """Return a table (1, S, L) for each value: a number, (S,) segments, or (S, L) segments and layers."""
+    if not isinstance(values, Mapping) or not values:
+        raise InputError(
+            f'{argument} must be a dict with at least one of them, for example {{"lr": 0.1}}, got {values!r}.'
         )
-    return result
-
-
-def _differentiate(
-    problem: InnerProblem[ModuleTraining], names: list[str], request: _Request
-) -> tuple[str, str, Hypergradients]:
-    training = problem.training
-    training.check_graph()
-    if request.mode == "fd":
-        if zero := [name for name in names if bool((problem.tables[name] == 0).any())]:
+    for name in values:
+        if name not in HYPERPARAMETERS_OF[optimizer]:
             raise InputError(
-                f"hyperparameters[{zero[0]!r}] must be above 0 for mode='fd', which moves it in its logarithm, got "
-                f"{problem.tables[zero[0]].tolist()}; use mode='reverse' or 'forward'."
+                f"{argument}: {optimizer} has {', '.join(HYPERPARAMETERS_OF[optimizer])}, got {name!r}; leave it out, "
+                "or choose an optimizer that has it."
             )
-        width = default_width(training.start().dtype)
-        reason = f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
-        return "fd", reason, differences(problem, names, width=width)
-    with twice_differentiable(training):
-        mode, reason = _choose(request, problem, problem.entries(names))
-        if mode == "forward":
-            return mode, reason, forward(problem, names)
-        blocks = mode == "checkpointed"
-        return "reverse", reason, reverse(problem, names, truncate=request.truncate, checkpoint=blocks)
+    return {name: _table(f"{argument}[{name!r}]", name, value, training) for name, value in values.items()}
 
 
-def _choose(request: _Request, problem: InnerProblem[ModuleTraining], number: int) -> tuple[ExactMode, str]:
-    """Return the mode, the one asked for where it fits or the fastest that fits, and why."""
-    need, budget = measure(problem), request.budget or free_bytes(problem.tables["lr"].device)
-    steps = min(request.truncate or problem.training.steps, problem.training.steps)
+def _table(place: str, name: str, value: object, training: ModuleTraining) -> Tensor:
+    layers = training.layers
+    try:
+        table = torch.as_tensor(value, dtype=training.dtype, device=training.device).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{place} must be a number or an array of numbers, got {value!r}.") from error
+    if table.dim() > 2 or 0 in table.shape or (table.dim() == 2 and table.shape[1] != len(layers)):
+        raise InputError(
+            f"{place} must be a number, (segments,) or (segments, layers) with {len(layers)} layers "
+            f"({', '.join(layer or 'the module itself' for layer in layers)}), got shape {tuple(table.shape)}."
+        )
+    if table.dim() and len(table) > training.steps:
+        raise InputError(
+            f"{place} must have at most one segment a step, got {len(table)} segments for {training.steps} minibatches."
+        )
+    high, rule = (1.0, "in [0, 1)") if name in BETWEEN_0_AND_1 else (math.inf, "finite and >= 0")
+    rule = "finite and > 0" if name == "lr" else rule
+    if not bool(((table > 0 if name == "lr" else table >= 0) & (table < high)).all()):  # NaN is no more than anything
+        raise InputError(f"{place} must be {rule}, got {table.tolist()}.")
+    return table.reshape(1, -1, table.shape[1] if table.dim() == 2 else 1)
+
+
+def _differences(problem: InnerProblem[ModuleTraining], names: list[str]) -> tuple[str, Hypergradients]:
+    if zero := [name for name in names if bool((problem.tables[name] == 0).any())]:
+        raise InputError(
+            f"hyperparameters[{zero[0]!r}] must be above 0 for mode='fd', which moves it in its logarithm, got "
+            f"{problem.tables[zero[0]].tolist()}; use mode='reverse' or 'forward'."
+        )
+    width = default_width(problem.training.dtype)
+    reason = f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
+    return reason, differences(problem, names, width=width)
+
+
+def _choose(
+    problem: InnerProblem[ModuleTraining],
+    number: int,
+    asked: Mode,
+    truncate: int | None,
+    checkpoint: bool,
+    budget: int | None,
+) -> tuple[ExactMode, str]:
+    """Return the mode for so many hyperparameters, the one asked for where it fits or the fastest that fits, and why.
+
+    ``budget`` is in bytes, None: most of what is free.
+    """
+    need, budget = measure(problem), budget or free_bytes(problem.training.device)
+    steps = min(truncate or problem.training.steps, problem.training.steps)
     sizes = need.of_modes(steps, number)
     words = (
         f"reverse needs about {size_words(sizes['reverse'])} for {steps} steps, checkpointed "
@@ -194,10 +239,10 @@ def _choose(request: _Request, problem: InnerProblem[ModuleTraining], number: in
         f"{count(number, 'hyperparameter')}; {size_words(budget)} may be used"
     )
     mode: ExactMode
-    if request.mode == "forward":
+    if asked == "forward":
         mode, reason = "forward", "asked for"
-    elif request.mode == "reverse" or request.truncate is not None or request.checkpoint:
-        mode, reason = "checkpointed" if request.checkpoint else "reverse", "asked for"
+    elif asked == "reverse" or truncate is not None or checkpoint:
+        mode, reason = "checkpointed" if checkpoint else "reverse", "asked for"
     else:
         mode = fastest_that_fits(sizes, budget, hyperparameters=number)
         single = "one hyperparameter, whose tangent is no slower than reverse"
@@ -211,9 +256,23 @@ def _choose(request: _Request, problem: InnerProblem[ModuleTraining], number: in
         fitting = [word for word, other in remedies.items() if sizes[other] <= budget]
         if longest := budget // need.step:
             fitting.append(f"truncate={longest}")
-        asked = "forward" if mode == "forward" else "reverse"
         raise InputError(
-            f"memory does not suffice for mode={asked!r}: {words}. Use "
+            f"memory does not suffice for mode={'forward' if mode == 'forward' else 'reverse'!r}: {words}. Use "
             f"{''.join(word + ' (fits), ' for word in fitting)}smaller minibatches or a larger memory=."
         )
     return mode, f"{reason}; {words}"
+
+
+def _warn_of_noise(result: HypergradientResult) -> None:
+    if not math.isfinite(result.value):
+        warn(
+            f"the validation loss is {result.value}: look for NaN in the minibatches and in valid, or lower the "
+            "learning rate.",
+            RuntimeWarning,
+        )
+    elif result.chaotic:
+        warn(
+            f"training is chaotic: it amplifies a small change {result.ratio:.3g} times, and the gradient is noise; "
+            "lower the learning rate, train for fewer steps, or look at the trend with a wide finite difference.",
+            RuntimeWarning,
+        )

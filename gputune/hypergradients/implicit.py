@@ -29,7 +29,6 @@ from gputune.solver.solve import Problem, Solution, problem_of, solve, solve_all
 from gputune.types import Config
 
 BLOCK = 512  # training rows whose curvature is held at once
-CPU_BYTES = 4 << 30  # memory on the CPU where there is no limit
 
 
 @dataclass(frozen=True)
@@ -77,50 +76,45 @@ def implicit_gradients(
     everyone = torch.arange(len(problem.C), device=problem.y.device)
     lots: list[tuple[Tensor, Tensor]] = []
     for f, rows in enumerate(valid):
-        fold = _fold(problem, f, rows, outputs=solution.coef.shape[1])
-        for lot in torch.split(everyone, _members_at_once(fold, memory)):
+        fold = _Fold(problem, f, rows, solution.coef.shape[1])
+        for lot in torch.split(everyone, fold.members_at_once(memory)):
             members = f * len(everyone) + lot
             lots.append(_differentiate(fold, solution, members, problem.C[lot], problem.l1_ratio[lot]))
     return ImplicitGradient(*map(torch.cat, zip(*lots)))
 
 
-@dataclass(frozen=True)
 class _Fold:
-    """Training and validation rows of one fold, both less the training rows' mean input."""
+    """Training and validation rows of one fold, both less the training rows' mean input.
 
-    train: Rows
-    valid: Rows
-    total: Tensor  # () sum of the training rows' weights
-    center: Tensor  # (D,) that mean; intercepts are not penalised, so it changes nothing but rounding
+    ``total`` is the sum of the training rows' weights, ``center`` (D,) that mean; intercepts are not penalised, so it
+    changes nothing but rounding.
+    """
 
-
-def _fold(problem: Problem, fold: int, valid: Tensor, *, outputs: int) -> _Fold:
-    weights = problem.weights[fold]
-    keep, total = weights > 0, weights.sum()
-    share = weights[keep] / total
-    center = share @ problem.x[fold, keep]
-
-    def centered(rows: Tensor, share: Tensor) -> Rows:
-        return rows_of(problem.x[fold, rows] - center, problem.y[rows], share, outputs, intercept=True)
-
-    return _Fold(centered(keep, share), centered(valid, share.new_full((len(valid),), 1 / len(valid))), total, center)
-
-
-def _members_at_once(fold: _Fold, memory: int | None) -> int:
-    """How many members of the fold fit in ``memory`` bytes; raises InputError for none."""
-    rows, outputs = len(fold.train.design) + len(fold.valid.design), fold.train.outputs
-    size = outputs * fold.train.design.shape[1]
-    # The matrix, its factor and a copy between them; logits, chances and their misfit; a block's curvature.
-    needed = 8 * (3 * size**2 + 4 * outputs * rows + BLOCK * outputs * (outputs + 1) // 2)
-    device = fold.center.device
-    limit = memory or (free_bytes(device) if device.type == "cuda" else CPU_BYTES)
-    if limit < needed:
-        raise InputError(
-            f"memory={limit} bytes is too little for implicit differentiation: one member with {outputs} outputs of "
-            f"{size // outputs} coefficients needs {needed} bytes; allow that much, use fewer inputs, "
-            "or search C with method='random'."
+    def __init__(self, problem: Problem, fold: int, valid: Tensor, outputs: int) -> None:
+        weights = problem.weights[fold]
+        keep, self.total = weights > 0, weights.sum()
+        share = weights[keep] / self.total
+        self.center = share @ problem.x[fold, keep]
+        self.train, self.valid = (
+            rows_of(problem.x[fold, rows] - self.center, problem.y[rows], shares, outputs, intercept=True)
+            for rows, shares in ((keep, share), (valid, share.new_full((len(valid),), 1 / len(valid))))
         )
-    return limit // needed
+
+    def members_at_once(self, memory: int | None) -> int:
+        """Return how many members fit in ``memory`` bytes; raises InputError for none."""
+        rows, outputs = len(self.train.design) + len(self.valid.design), self.train.outputs
+        size = outputs * self.train.design.shape[1]
+        # The matrix, its factor and a copy between them; logits, chances and their misfit; a block's curvature.
+        needed = 8 * (3 * size**2 + 4 * outputs * rows + BLOCK * outputs * (outputs + 1) // 2)
+        device = self.center.device
+        limit = memory or (free_bytes(device) if device.type == "cuda" else 4 << 30)
+        if limit < needed:
+            raise InputError(
+                f"memory={limit} bytes is too little for implicit differentiation: one member with {outputs} outputs "
+                f"of {size // outputs} coefficients needs {needed} bytes; allow that much, use fewer inputs, "
+                "or search C with method='random'."
+            )
+        return limit // needed
 
 
 def _differentiate(

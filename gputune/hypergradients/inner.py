@@ -5,6 +5,9 @@ of the pure rule. A hyperparameter is a table (P, S, L): member, segment of the 
 steps from floor(s*T/S) on; with L = 1 all layers share it. No operation mixes members, so the gradient of a sum over
 members holds each member's own.
 
+Hyperparameters move in the logarithm, or in the logit for what lies between 0 and 1: a step of one size then means the
+same change at a rate of 1e-5 as at 1, and never leaves the legal range.
+
 What a hypergradient is returned as, and when it is noise: training at too large a rate is chaotic, and its slope says
 nothing. There a change of the weights grows at every step, the hypergradient with it (to 1e30 and beyond), while the
 validation loss may still look harmless. Forward mode sees the growth in the tangent ratio, the largest
@@ -13,20 +16,20 @@ change of the weights weighs in the validation loss before some step than after 
 arXiv:2111.05803) describe the effect.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.errors import InputError
 from gputune.optimizers.rules import MOMENTS, RULES, Rates
 from gputune.types import Params
 
 HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
+BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 
 Tables = Mapping[str, Tensor]
 """Each of HYPERPARAMETERS -> (P, S, L), S and L of its own."""
@@ -123,9 +126,9 @@ class InnerProblem(Generic[AnyTraining]):
         """Return the weights (P, N) after all steps, or after the first ``steps``, no derivatives taken."""
         return self.advance(self.start(), range(steps or self.training.steps), watch)[0]
 
-    def entries(self, names: Sequence[str]) -> int:
-        """Return how many numbers a member has in the tables of these hyperparameters."""
-        return sum(self.tables[name][0].numel() for name in names)
+    def columns(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
+        """Return each entry of the tables of these hyperparameters: name, segment, layer."""
+        return [(name, s, layer) for name in names for s, layer in np.ndindex(self.tables[name].shape[1:])]
 
 
 def slope(training: Training, weights: Tensor, step: int, *, graph: bool) -> Tensor:
@@ -167,7 +170,6 @@ def leaves_of(state: State) -> State:
 
 
 def rows_of(tables: Tables, layer: Tensor) -> Rows:
-    """Return the rows of tables."""
     return {
         name: tuple(row if row.shape[1] == 1 else row.index_select(1, layer) for row in table.unbind(1))
         for name, table in tables.items()
@@ -176,17 +178,19 @@ def rows_of(tables: Tables, layer: Tensor) -> Rows:
 
 def rates_at(rows: Rows, clock: Clock, totals: np.ndarray) -> Rates:
     """Return the hyperparameters of one step: (P, 1) where the layers share a value, otherwise (P, N)."""
-    values = {name: _row(parts, segment_at(clock.done, totals, len(parts))) for name, parts in rows.items()}
+    values = {}
+    for name, parts in rows.items():
+        segment = segment_at(clock.done, totals, len(parts))
+        first, *others = np.unique(segment).tolist()
+        row = parts[first]
+        for s in others:
+            row = torch.where(torch.as_tensor(segment == s, device=row.device)[:, None], parts[s], row)
+        values[name] = row
     lr, momentum, decay, beta1, beta2 = (values[name] for name in HYPERPARAMETERS)
     if clock.factor is not None:
         lr = lr * torch.as_tensor(clock.factor, dtype=lr.dtype, device=lr.device)[:, None]
     count = torch.as_tensor(clock.done + 1.0, device=lr.device)
     return Rates(lr, decay, momentum, count, beta1=beta1, beta2=beta2)
-
-
-def columns_of(tables: Tables, names: Iterable[str]) -> list[tuple[str, int, int]]:
-    """Return each entry of the tables of these hyperparameters: name, segment, layer."""
-    return [(name, s, layer) for name in names for s, layer in np.ndindex(tables[name].shape[1:])]
 
 
 def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarray:
@@ -195,13 +199,26 @@ def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarra
     return segment.astype(np.int64)
 
 
-def _row(rows: Sequence[Tensor], segment: np.ndarray) -> Tensor:
-    """Return the row of each member's segment (P,)."""
-    first, *others = np.unique(segment).tolist()
-    row: Tensor = rows[first]
-    for s in others:
-        row = torch.where(torch.as_tensor(segment == s, device=row.device)[:, None], rows[s], row)
-    return row
+def as_table(value: object, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return a number, a list over segments, or one over segments and layers as a table (S, L), spread to a shape."""
+    table = np.asarray(value, dtype=float)
+    table = table.reshape(len(table) if table.ndim else 1, -1)
+    return table if shape is None else np.broadcast_to(table, shape).copy()
+
+
+def to_coordinate(name: str, value: Tensor) -> Tensor:
+    """Return log(value), or log(value / (1 - value)) for momentum and the betas; -inf at 0."""
+    return value.logit() if name in BETWEEN_0_AND_1 else value.log()
+
+
+def from_coordinate(name: str, coordinate: Tensor) -> Tensor:
+    """Return the value at a coordinate."""
+    return coordinate.sigmoid() if name in BETWEEN_0_AND_1 else coordinate.exp()
+
+
+def speed(name: str, value: Tensor) -> Tensor:
+    """Return d value / d coordinate, by which a derivative is turned into one in the coordinate."""
+    return value * (1 - value) if name in BETWEEN_0_AND_1 else value
 
 
 CHAOTIC = 100.0
@@ -259,17 +276,3 @@ class HypergradientResult:
     def chaotic(self) -> bool:
         """Whether training amplifies changes so much that the gradient is noise."""
         return not self.ratio <= CHAOTIC
-
-
-def check_classes(fold: int, valid: Iterable[Any], train: Iterable[Any], *, weighed: bool = False) -> None:
-    """Raise InputError where the validation rows of a fold have a class of which it trains on no row.
-
-    ``valid`` and ``train`` are labels; ``weighed``: the latter are those of training rows with a weight above 0.
-    """
-    if lacking := set(valid) - set(train):
-        weighing = " with sample_weight above 0" if weighed else ""
-        raise InputError(
-            f"cv: the validation rows of fold {fold} have class {sorted(lacking)[0]!r}, of which it has no "
-            f"training row{weighing}: its log loss is infinite at every point of a descent. Use stratified folds, "
-            "fewer of them, or leave the class out."
-        )

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
 from gputune.hypergradients.inner import (
     Clock,
     Hypergradients,
@@ -30,13 +29,15 @@ from gputune.hypergradients.inner import (
     State,
     Training,
     Watch,
-    columns_of,
+    from_coordinate,
     hessian_times,
     leaves_of,
     rates_at,
     rows_of,
     segment_at,
     slope,
+    speed,
+    to_coordinate,
     update,
     with_statistics,
 )
@@ -56,7 +57,7 @@ def reverse(
     hyperparameters. ``checkpoint`` keeps the state of every sqrt(T)-th step and trains the steps between again on
     the way back: the memory of 2 sqrt(T) steps for one more training.
     """
-    training, tables, steps = problem.training, problem.tables, problem.training.steps
+    training, steps = problem.training, problem.training.steps
     begin = 0 if truncate is None else max(0, steps - truncate)
     length = math.isqrt(steps - begin - 1) + 1 if checkpoint else steps - begin
     edges = [*range(begin, steps, length), steps]
@@ -64,7 +65,7 @@ def reverse(
     for here, there in zip([0, *edges[:-2]], edges[:-1]):  # up to where the last block begins
         state = problem.advance(state, range(here, there), watch)
         starts.append(state)
-    leaves = {name: tables[name].detach().requires_grad_() for name in names}
+    leaves = {name: problem.tables[name].detach().requires_grad_() for name in names}
     with torch.enable_grad():
         spread = rows_of(leaves, training.layer)
     # Differentiated by the rows, which many steps share, and only then by the tables.
@@ -117,17 +118,14 @@ class _Record:
 
         def look(adjoint: Tensor) -> None:
             growth = adjoint.detach().norm(dim=1) * size
-            if last:
-                self.final = growth
-            else:
-                self.largest = torch.maximum(self.largest, growth)
+            self.largest = torch.maximum(self.largest, growth)
+            self.final = growth if last else self.final
 
         weights.register_hook(look)  # type: ignore[no-untyped-call]
 
     def ratio(self) -> Tensor:
         """Return the largest ratio (P,), at least 1; 0 where the loss does not depend on the weights at all."""
-        ratio = torch.maximum(self.largest, self.final) / self.final
-        return ratio.masked_fill((self.final == 0) & (self.largest == 0), 0.0)
+        return (self.largest / self.final).masked_fill((self.final == 0) & (self.largest == 0), 0.0)
 
 
 Operand = Union["Dual", Tensor, float]
@@ -147,8 +145,8 @@ class Dual:
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        cls, function: Callable[..., Tensor], types: object, args: tuple[Tensor, "Dual", "Dual"], kwargs: object = None
+    ) -> object:
         """``torch.where(condition, a, b)`` of two duals; no other function of torch."""
         if function is not torch.where:
             return NotImplemented
@@ -215,7 +213,7 @@ def forward(problem: InnerProblem[Training], names: Sequence[str], *, watch: Wat
     """Return the hypergradients of ``names`` by carrying a tangent of the state along for each of their entries."""
     training, tables, state = problem.training, problem.tables, problem.start()
     # Those of the first segments first: at every step, the ones that have begun are a prefix.
-    columns = sorted(columns_of(tables, names), key=lambda column: column[1] / tables[column[0]].shape[1])
+    columns = sorted(problem.columns(names), key=lambda column: column[1] / tables[column[0]].shape[1])
     tangents = _Tangents(problem, columns, state)
     for step in range(training.steps):
         state = tangents.step(state, step)
@@ -241,46 +239,40 @@ class _Tangents:
         self.ratio = state[0].new_zeros(len(state[0]))
 
     def step(self, state: State, step: int) -> State:
-        training = self.problem.training
-        weights = state[0].detach().requires_grad_()
+        training, tables = self.problem.training, self.problem.tables
+        weights, clock = state[0].detach().requires_grad_(), training.clock(step)
         gradient = slope(training, weights, step, graph=True)
-        clock = training.clock(step)
-        self._begin(clock)
+        # A hyperparameter comes in where its segment has begun in some member; before that its tangent is zero.
+        reached = {n: int(segment_at(clock.done, training.totals, t.shape[1]).max()) for n, t in tables.items()}
+        if more := sum(s <= reached[name] for name, s, _ in self.columns) - len(self.of_state[0]):
+            self.of_state = tuple(torch.cat([t, t.new_zeros(more, *t.shape[1:])]) for t in self.of_state)
         before = self.of_state[0]
         products = [hessian_times(gradient, weights, tangent) for tangent in before]
         gradient = gradient.detach()  # lets go of the graph, whose memory the update needs
         # Without a copy of the one product there may be.
-        tangents = torch.stack(products) if len(products) > 1 else products[0][None]
-        new = self._through_the_rule(state, Dual(gradient, tangents), clock)
+        new = self._update(state, gradient, torch.stack(products) if len(products) > 1 else products[0][None], clock)
         if training.kept:
-            new = self._through_the_statistics(new, weights, before, step)
+            new = self._keep_statistics(new, weights, before, step)
         grown = self.of_state[0].norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
         # Of weights that are zero, no growth is none.
         relative = torch.where(grown == 0, grown, grown / new[0].norm(dim=1))
         self.ratio = torch.maximum(self.ratio, relative.amax(0))
         return new
 
-    def _begin(self, clock: Clock) -> None:
-        """Take in the hyperparameters whose segment has begun in some member; before that their tangent is zero."""
-        totals, tables = self.problem.training.totals, self.problem.tables
-        reached = {n: int(segment_at(clock.done, totals, table.shape[1]).max()) for n, table in tables.items()}
-        more = sum(s <= reached[name] for name, s, _ in self.columns) - len(self.of_state[0])
-        if more:
-            zeros = self.of_state[0].new_zeros(more, *self.of_state[0].shape[1:])
-            self.of_state = tuple(torch.cat([tangents, zeros]) for tangents in self.of_state)
-
     @torch.no_grad()
-    def _through_the_rule(self, state: State, gradient: Any, clock: Clock) -> State:
-        rates: Any = rates_at(self.problem.rows, clock, self.problem.training.totals)
+    def _update(self, state: State, gradient: Tensor, tangents: Tensor, clock: Clock) -> State:
+        """Return the state after the rule, which the tangents go through too."""
+        dual: Any = Dual  # to the rules it is a tensor
+        rates = rates_at(self.problem.rows, clock, self.problem.training.totals)
         searched = dict.fromkeys(name for name, _, _ in self.columns)
-        seeded = {name: Dual(getattr(rates, name), self._seed(name, clock)) for name in searched}
-        old: Any = tuple(map(Dual, state, self.of_state))
-        new: Any = update(self.problem.optimizer, old, gradient, replace(rates, **seeded), clock)
+        seeded = {name: dual(getattr(rates, name), self._seed(name, clock)) for name in searched}
+        old, slopes = tuple(map(dual, state, self.of_state)), dual(gradient, tangents)
+        new: Any = update(self.problem.optimizer, old, slopes, replace(rates, **seeded), clock)
         self.of_state = tuple(end.tangents for end in new)
         return tuple(end.value for end in new)
 
     @torch.enable_grad()
-    def _through_the_statistics(self, new: State, weights: Tensor, before: Tensor, step: int) -> State:
+    def _keep_statistics(self, new: State, weights: Tensor, before: Tensor, step: int) -> State:
         """Put what a step from these weights keeps, and its tangents, at the end of the state after it."""
         kept = self.problem.training.statistics(weights, step)
         # The derivative of a pullback v -> J'v, which is linear in v, is J.
@@ -322,7 +314,7 @@ def differences(
     weights = problem.train(watch)
     gradients = {name: torch.zeros_like(tables[name]) for name in names}
     ratio = weights.new_zeros(len(weights))
-    for name, s, layer in columns_of(tables, names):
+    for name, s, layer in problem.columns(names):
         table = tables[name]
         shift = torch.zeros_like(table)
         shift[:, s, layer] = width

@@ -19,8 +19,6 @@ from gputune.modules.substitutes import differentiate_statistics, running_norms
 from gputune.seeding import keyed_draws
 from gputune.types import Params
 
-_WHOLE_NUMBERS = re.compile("not implemented for '(Long|Int|Short|Char|Byte|Bool)'")  # as torch says it
-
 Loss = Callable[[Any, Any], Tensor]
 Pair = tuple[Any, Any]
 
@@ -31,8 +29,7 @@ class ModuleTraining:
     def __init__(self, module: nn.Module, loss: Loss, batches: Sequence[Pair], valid: Pair, *, seed: int) -> None:
         self.module, self.batches, self.valid, self.seed = module, batches, valid, seed
         self.objective = Stateless(_Objective(module, loss))
-        self.steps = len(batches)
-        self.totals = np.array([self.steps])
+        self.steps, self.totals = len(batches), np.array([len(batches)])
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         with self.objective.substitute({}):
             names = differentiate_statistics(module)
@@ -43,11 +40,11 @@ class ModuleTraining:
         self.sizes = [p.numel() for p in self.entries.values()]
         self.kept = sum(self.sizes[len(self.trained) :])
         self.layers = layers_of(module)
-        layers = [self.layers.index(name.rpartition(".")[0]) for name in self.trained]
-        numbers = torch.tensor(layers + [0] * len(self.running), device="cpu")
+        layers = [self.layers.index(name.rpartition(".")[0]) for name in self.trained] + [0] * len(self.running)
         like = next(iter(self.trained.values()))
         self.device, self.dtype = like.device, like.dtype
-        self.layer = numbers.repeat_interleave(torch.tensor(self.sizes, device="cpu")).to(self.device)
+        numbers, sizes = (torch.tensor(each, device="cpu") for each in (layers, self.sizes))
+        self.layer = numbers.repeat_interleave(sizes).to(self.device)
         # Clones, since a forward may write into them.
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self.fixed = {name: tensor.detach().clone() for name, tensor in {**frozen, **buffers}.items()}
@@ -131,7 +128,7 @@ def _module_errors(name: str, pair: Pair) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except NotImplementedError as error:
-        if not _WHOLE_NUMBERS.search(str(error)):
+        if not re.search("not implemented for '(Long|Int|Short|Char|Byte|Bool)'", str(error)):  # as torch says it
             raise
         raise InputError(
             f"{name}: the module or the loss computes with whole numbers ({error}). It is called as "

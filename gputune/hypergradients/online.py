@@ -18,7 +18,8 @@ first: lr does not fall below 0 unless ``lr_min`` is None.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
@@ -27,11 +28,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import Group, check_group
+from gputune.types import DEFAULTS, ONLINE_RULES
 
 __all__ = ["SGDHD", "AdamHD", "AdamWHD"]
 
 Rule = Literal["multiplicative", "additive", "normalized"]
+Group = dict[str, Any]
 Pair = tuple[Tensor, Tensor]
 
 
@@ -41,6 +43,8 @@ class _Online(Optimizer):
     The state of a parameter has its ``direction`` of the last step, if that step moved it. A group has
     ``grad_norm``, the norm of its gradient at the last step, for the rule that divides by it.
     """
+
+    _decoupled = False  # whether weight decay is part of the direction, not of the gradient
 
     def __init__(self, params: ParamsT, **defaults: object) -> None:
         groups = params if isinstance(params, list | tuple) else [params]
@@ -56,7 +60,14 @@ class _Online(Optimizer):
 
     def _gradients(self, group: Group, params: list[Tensor]) -> list[Tensor]:
         """Return the gradients that h is made of, L2 weight decay included; ``p.grad`` stays as it is."""
-        grads, decay = [_dense(p) for p in params], group["weight_decay"]
+        grads = [p.grad for p in params if p.grad is not None]
+        for grad in grads:
+            if grad.layout != torch.strided or grad.is_complex():
+                raise InputError(
+                    f"params must have dense, real gradients, got one of {grad.layout} and {grad.dtype}. Build an "
+                    "embedding with sparse=False, and a complex parameter from torch.view_as_real."
+                )
+        decay = 0 if self._decoupled else group["weight_decay"]
         return list(torch._foreach_add(grads, params, alpha=decay)) if decay and grads else grads
 
     def _moments(self, name: str, params: list[Tensor]) -> list[Tensor]:
@@ -68,9 +79,9 @@ class _Online(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with hyperparameters of their own where they are given. Raises InputError."""
-        super().add_param_group({**param_group, **check_group({**self.defaults, **param_group})})
+        super().add_param_group({**param_group, **_check_group({**self.defaults, **param_group})})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Group) -> None:
         """Go on, bit for bit, where an optimizer of the same class was. Raises InputError for another class."""
         keys = self.defaults.keys() - {"differentiable"}  # which torch adds of itself when it loads
         if lacking := sorted({key for group in state_dict["param_groups"] for key in keys - group.keys()}):
@@ -116,8 +127,9 @@ class _Online(Optimizer):
             change = _share(h, 1.0)
         else:
             grad_norm, norm = map(math.sqrt, both)
-            scaled = rule == "multiplicative"
-            change = _share(lr * h, grad_norm * norm) if scaled else _share(h, group["grad_norm"] * norm)
+            change = (
+                _share(lr * h, grad_norm * norm) if rule == "multiplicative" else _share(h, group["grad_norm"] * norm)
+            )
             group["grad_norm"] = grad_norm
         lr += group["hypergrad_lr"] * change
         lr = lr if group["lr_min"] is None else max(lr, group["lr_min"])
@@ -227,6 +239,8 @@ class AdamWHD(AdamHD):
     0.074 from lr = 1e-5, 1e-4, 1e-3, 1e-2; at constant rates 2.247, 0.557, 0.105, 0.068.
     """
 
+    _decoupled = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -243,53 +257,89 @@ class AdamWHD(AdamHD):
     ) -> None:
         super().__init__(**_arguments(locals()))
 
-    def _gradients(self, group: Group, params: list[Tensor]) -> list[Tensor]:
-        return [_dense(p) for p in params]
-
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         directions = super()._directions(group, params, grads)
         torch._foreach_add_(directions, params, alpha=group["weight_decay"])
         return directions
 
 
-def _arguments(names: Mapping[str, object]) -> dict[str, Any]:
+def _arguments(names: Mapping[str, object]) -> Group:
     """Return what a constructor was called with, of its local names."""
     return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
-def _dense(p: Tensor) -> Tensor:
-    grad = p.grad
-    assert grad is not None
-    if grad.layout != torch.strided or grad.is_complex():
+def _check_group(group: Group) -> Group:
+    """Return the hyperparameters of a group in Python's own numbers; raise InputError where one is out of range."""
+    rule = group["rule"]
+    if rule not in ONLINE_RULES:
         raise InputError(
-            f"params must have dense, real gradients, got one of {grad.layout} and {grad.dtype}. Build an embedding "
-            "with sparse=False, and a complex parameter from torch.view_as_real."
+            f"rule must be one of {', '.join(ONLINE_RULES)}, got {rule!r}. The scale-free one is {ONLINE_RULES[0]!r}."
         )
-    return grad
+    scaled = rule == "multiplicative"
+    if group["hypergrad_lr"] is None:
+        if not scaled:
+            raise InputError(
+                f"hypergrad_lr must be given with rule={rule!r}, whose unit depends on the model, got None. "
+                "Try powers of ten, or use rule='multiplicative'."
+            )
+        group = {**group, "hypergrad_lr": DEFAULTS["hypergrad_lr"]}
+    numbers: Group = {
+        "lr": _number(group, "lr", "0.001", low_counts=not scaled),
+        # A factor of 0 or below would end the training for good: a multiple of zero stays zero.
+        "hypergrad_lr": _number(group, "hypergrad_lr", "0.02", high=1.0 if scaled else math.inf),
+        "weight_decay": _number(group, "weight_decay", "0.01"),
+    }
+    for name in ("lr_min", "lr_max"):
+        numbers |= {} if group[name] is None else {name: _number(group, name, "0.1", low=-math.inf)}
+    if not numbers.get("lr_min", -math.inf) <= numbers["lr"] <= numbers.get("lr_max", math.inf):
+        raise InputError(
+            f"lr must be within lr_min and lr_max, got lr={numbers['lr']}, lr_min={group['lr_min']}, "
+            f"lr_max={group['lr_max']}. Begin with a rate between them; None is no bound."
+        )
+    if "momentum" in group:
+        momentum = _number(group, "momentum", "0.9", high=1.0)
+        if group["nesterov"] and not momentum:
+            raise InputError("momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9.")
+        return numbers | {"momentum": momentum}
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise InputError(f"betas must be two numbers in [0, 1), got {betas!r}. For example betas=(0.9, 0.999).")
+    named = {f"betas[{i}]": beta for i, beta in enumerate(betas)}
+    betas = tuple(_number(named, name, "0.9", high=1.0) for name in named)
+    return numbers | {"betas": betas, "eps": _number(group, "eps", "1e-8")}
 
 
-def _parts(pairs: list[Pair], foreach: bool | None) -> list[list[int]]:
+def _number(
+    group: Group, name: str, example: str, *, low: float = 0.0, high: float = math.inf, low_counts: bool = True
+) -> float:
+    value = group[name]
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and value < high and (value >= low if low_counts else value > low):
+        return float(value)
+    least = "" if low == -math.inf else f" >= {low:g}" if low_counts else f" > {low:g}"
+    most = "" if high == math.inf else f" and < {high:g}"
+    raise InputError(f"{name} must be a finite number{least}{most}, got {value!r}. For example {example}.")
+
+
+def _parts(pairs: Sequence[Pair], foreach: bool | None) -> list[list[int]]:
     """Return the positions of what is worked on at once: all of one device and dtype, or each tensor alone."""
-    if foreach is None:
-        foreach = all(x.is_cuda for x, _ in pairs)
-    if not foreach:
-        return [[i] for i in range(len(pairs))]
     alike = defaultdict(list)
+    together = all(x.is_cuda for x, _ in pairs) if foreach is None else foreach
     for i, (x, y) in enumerate(pairs):
-        alike[x.device, x.dtype, y.dtype].append(i)
+        alike[(x.device, x.dtype, y.dtype) if together else i].append(i)
     return list(alike.values())
 
 
 def _sums(products: list[list[Pair]], foreach: bool | None) -> list[float]:
     """Return, for each list of pairs of tensors, the sum of the products of all their entries."""
-    parts = [[[pairs[i] for i in part] for part in _parts(pairs, foreach)] for pairs in products]
-    dots = [[torch.dot(_flat([x for x, _ in part]), _flat([y for _, y in part])) for part in of] for of in parts]
+    parts = [[zip(*(pairs[i] for i in part)) for part in _parts(pairs, foreach)] for pairs in products]
+    dots = [[torch.dot(*map(_flat, part)) for part in group] for group in parts]
     every = [dot for group in dots for dot in group]
     values = iter(torch.stack([dot.to(every[0].device) for dot in every]).tolist() if every else [])  # one sync
     return [sum(next(values) for _ in group) for group in dots]
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
     flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
     # Squares soon leave the range of half precision.
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -297,5 +347,4 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 def _share(part: float, whole: float) -> float:
     """Return part / whole, or 0 where nothing can be said: a norm of zero, or one that is no longer finite."""
-    share = part / whole if whole > 0 else 0.0
-    return share if math.isfinite(share) else 0.0
+    return share if whole > 0 and math.isfinite(share := part / whole) else 0.0

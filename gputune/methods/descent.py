@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from gputune.errors import InputError, check_count
-from gputune.hypergradients.arguments import as_table, from_coordinate, speed, to_coordinate
-from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS
+from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS, as_table, from_coordinate, speed, to_coordinate
 from gputune.types import Config, Json
 
 _DIVIDED = 10  # what the length of a normalized step is divided by when the loss rises

@@ -13,10 +13,9 @@ from sklearn.base import clone
 from gputune.engine.memory import Failure
 from gputune.engine.stop import entry
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import check_coordinate, check_start
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
+from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.hypergradients.implicit import implicit_gradients
-from gputune.hypergradients.inner import check_classes
 from gputune.sklearn.base import last_step
 from gputune.sklearn.dataset import FoldGroup, Part, Rows, as_tensor
 from gputune.sklearn.logistic import LogisticRegression, Penalty, make_problem, solve_groups
@@ -136,7 +135,7 @@ def check_held_out(fits: Sequence[Fit]) -> None:
         check_classes(fit.fold, *labels, weighed=weights is not None)
 
 
-def _labels(rows: Rows, index: NDArray[np.int64]) -> list[object]:
+def _labels(rows: Rows, index: NDArray[np.int64]) -> list[str | float]:
     """Return the labels that some rows have; none for a regression."""
     return [] if rows.classes is None else rows.classes[np.unique(rows.y[index])].tolist()
 

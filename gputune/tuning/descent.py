@@ -10,10 +10,9 @@ import numpy as np
 from gputune.engine.memory import Failure
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import check_coordinate, check_start
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
+from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.hypergradients.implicit import implicit_chunk
-from gputune.hypergradients.inner import check_classes
 from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.methods.distributions import Space, range_of
 from gputune.population.population import by_numbers

@@ -11,9 +11,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-from gputune.hypergradients.arguments import default_tables
 from gputune.hypergradients.first_step import measure
-from gputune.hypergradients.hypergradient import hypergradient
+from gputune.hypergradients.hypergradient import _default_tables, hypergradient
 from gputune.hypergradients.inner import CHAOTIC, InnerProblem
 from gputune.hypergradients.module_training import ModuleTraining
 from gputune.models import LogisticRegression
@@ -468,7 +467,7 @@ def test_auto_takes_the_fastest_mode_that_fits():
     steps, values = 40, {"lr": [0.1, 0.1, 0.1]}
     given = data(steps)
     training = ModuleTraining(network(), cross_entropy, *given, seed=0)
-    tables = {**default_tables("sgd", 0.0, training.start()), "lr": torch.full((1, 3, 1), 0.1).double()}
+    tables = {**_default_tables("sgd", 0.0, training.start()), "lr": torch.full((1, 3, 1), 0.1).double()}
     sizes = measure(InnerProblem(training, "sgd", tables)).of_modes(steps, 3)
 
     def chosen(memory, values=values):

@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
 from gputune.hypergradients.first_step import Need, fastest_that_fits, free_bytes, measure
-from gputune.hypergradients.inner import HYPERPARAMETERS, InnerProblem, leaves_of, segment_at, slope
+from gputune.hypergradients.inner import (
+    HYPERPARAMETERS,
+    InnerProblem,
+    from_coordinate,
+    leaves_of,
+    segment_at,
+    slope,
+    speed,
+    to_coordinate,
+)
 from gputune.hypergradients.modes import default_width, differences, forward, reverse
 from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, chaotic, rule_of, tables_of, usable
 from problems import grid, peak_bytes
