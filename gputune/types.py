@@ -7,11 +7,14 @@ H width, K outputs, T steps, L layers. The member axis comes first; inside a chu
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # the command line reads this file, and must not wait for torch
     import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Config = dict[str, Any]
@@ -125,6 +128,33 @@ NUMBERS = get_args(Numbers)
 """How the numbers of a table are prepared."""
 TENSOR_NUMBERS = ("standard", "none")
 """Those of them that tensors, images and sequences can have."""
+
+
+KEPT_BYTES = 128 << 20
+"""Bytes of the outputs that a study keeps, and of those that a chunk keeps while it trains."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """Of one trial after ``epoch`` epochs: ``values`` (N, K), float32, on the validation rows of fold after fold.
+
+    At its best epoch: what ensembles are made of.
+    """
+
+    epoch: int
+    values: "NDArray[np.float32]"
+
+
+def beyond_limit(sizes: Mapping[int, int], scores: Mapping[int, float]) -> list[int]:
+    """Return the trials that go without where all take too many bytes: the worst, of equal ones the oldest."""
+    order = sorted(sizes, key=lambda number: (scores[number], number), reverse=True)
+    return [number for number, size in zip(order, accumulate(sizes[number] for number in order)) if size > KEPT_BYTES]
+
+
+def drop_beyond_limit(outputs: dict[int, Outputs], scores: Mapping[int, float]) -> None:
+    """Take out of the outputs of trials those of the worst, where all take too many bytes."""
+    for number in beyond_limit({number: one.values.nbytes for number, one in outputs.items()}, scores):
+        del outputs[number]
 
 
 def first_metric(scores: "np.ndarray", *, axes: int) -> "np.ndarray":

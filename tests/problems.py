@@ -19,7 +19,7 @@ from gputune.engine import train as engine
 from gputune.engine.mlp import StackedMLP
 from gputune.native.library import FOLDER
 from gputune.population.population import Shape, complete, populations
-from gputune.scoring.scoring import make_scoring
+from gputune.scoring.metrics import make_scoring
 
 BACKEND = "eager"  # that of train_together; a test of all of them sets it
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

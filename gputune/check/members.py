@@ -18,7 +18,8 @@ from gputune.engine.train import Trained
 from gputune.models import MLP
 from gputune.modules.construction import build_module
 from gputune.population.population import Population, Shape, complete, padded_width, populations
-from gputune.scoring.scoring import Scoring, make_scoring
+from gputune.scoring.metrics import make_scoring
+from gputune.scoring.scoring import Scoring
 from gputune.seeding import stream
 from gputune.types import Backend, Config, Task
 

@@ -16,8 +16,9 @@ from gputune.data.source import Source
 from gputune.errors import InputError
 from gputune.scoring.estimators import fitted
 from gputune.scoring.losses import LOSS_OF_TASK, LOSSES
+from gputune.scoring.metrics import has_positive_class, make_scoring
 from gputune.scoring.objective import Objective
-from gputune.scoring.scoring import Scoring, has_positive_class, make_scoring
+from gputune.scoring.scoring import Scoring
 from gputune.study.labels import class_codes, refuse_unknown
 from gputune.study.model import TunedModel
 from gputune.text import Measure, clean, count, measure_of, paragraph, table

@@ -22,8 +22,7 @@ from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.population import Network, hidden_widths
 from gputune.scoring.scores import ROW_MEANS, RowMean
-from gputune.scoring.scoring import Scoring
-from gputune.scoring.validation import Validation
+from gputune.scoring.scoring import Scoring, Validation
 from gputune.types import Config
 
 Array: TypeAlias = Tensor | None

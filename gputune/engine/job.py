@@ -23,8 +23,7 @@ from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule, Traits
 from gputune.population.population import Network, Population, Shape
 from gputune.scoring.objective import Objective, make_objective
-from gputune.scoring.outputs import Outputs
-from gputune.types import Precision, first_metric
+from gputune.types import Outputs, Precision, first_metric
 
 Progress = Callable[[int, np.ndarray], Any]
 """Called with the number of trial-epochs just done, and their scores (C, epochs, F)."""

@@ -21,8 +21,7 @@ from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.optimizer import Optimizer
 from gputune.population.batches import Batches, StepShape
 from gputune.population.population import Network
-from gputune.scoring.scoring import Scoring
-from gputune.scoring.validation import Validation
+from gputune.scoring.scoring import Scoring, Validation
 from gputune.types import Config
 
 _FULL = 0.75  # share of the trials in recorded tensors that must be alive: few numbers of trials are recorded

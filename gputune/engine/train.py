@@ -26,10 +26,8 @@ from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
 from gputune.population.population import Network, Population
-from gputune.scoring.outputs import Outputs
-from gputune.scoring.scoring import Scoring, shape_of_scores
-from gputune.scoring.validation import BestOutputs
-from gputune.types import Backend, Config, first_metric
+from gputune.scoring.scoring import BestOutputs, Scoring, shape_of_scores
+from gputune.types import Backend, Config, Outputs, first_metric
 
 Chunk = CompiledChunk | StackedChunk | LoopChunk
 """Members while they train, which no method mixes; the trials ``alive`` are counted as they were at the start."""

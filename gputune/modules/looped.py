@@ -24,8 +24,7 @@ from gputune.optimizers.optimizer import Optimizer
 from gputune.optimizers.rules import schedule_factor
 from gputune.population.batches import Batches, row_order, steps_of
 from gputune.population.population import beyond_adam
-from gputune.scoring.scoring import Scoring
-from gputune.scoring.validation import Validation
+from gputune.scoring.scoring import Scoring, Validation
 from gputune.seeding import keyed_draws, start_stream
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 

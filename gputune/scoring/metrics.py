@@ -1,24 +1,29 @@
-"""The scoring argument of a search: one score, or several, of which the first ranks; the loss of a descent."""
+"""The scoring argument of a search: one score, or several, of which the first ranks; what any search has to beat."""
 
-from collections.abc import Mapping
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 import numpy as np
+import torch
 
 from gputune.data.dataset import Dataset
+from gputune.data.kinds import text_of
 from gputune.errors import InputError
 from gputune.scoring import scores
-from gputune.scoring.objective import Objective
-from gputune.scoring.scoring import Scorer, Scoring, has_positive_class, make_scoring, positive_code
-from gputune.text import count
+from gputune.scoring.objective import Objective, qualified_name
+from gputune.scoring.scoring import Scorer, Scoring, outputs_of
+from gputune.text import count, did_you_mean
 from gputune.types import Task
 
 OneScoring = str | Scorer
 Scorings = OneScoring | list[OneScoring] | tuple[OneScoring, ...] | Mapping[str, OneScoring]
 
 
-def make_metrics(
+def make_scoring(
     scoring: Scorings | None,
     task: Task,
     classes: np.ndarray | None,
@@ -26,21 +31,47 @@ def make_metrics(
     objective: Objective | None = None,
     n_labels: int = 0,
 ) -> Scoring:
-    """Return the checked Scoring of a scorer, or of several the first one, with the ``others``.
+    """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)`` or ``(outputs, y)``, or None.
 
-    It is as ``make_scoring`` has it, and ``positive`` goes to those that are of a class. Raises InputError also for a
-    list without scorers, one that is twice in it, and what is no scorer.
+    None is accuracy, R2, or for a custom target "neg_loss": minus the loss of the ``objective`` on validation rows. Of
+    several scorers it is the first one, with the ``others``. ``positive`` is the class that f1 and its like are of, and
+    goes to those. Raises InputError where they need it and it is missing, where another score is given it, where it is
+    no class, and for a list without scorers, one that is twice in it, and what is no scorer.
     """
-    scorers = scorers_of(scoring)
-    if scorers is None:
-        return make_scoring(cast(OneScoring | None, scoring), task, classes, positive, objective, n_labels)
-    of_class = [_is_of_class(scorer, task) for scorer in scorers.values()]
-    metrics = []
-    for (label, scorer), own in zip(scorers.items(), of_class):
-        its_class = positive if own or not any(of_class) else None  # what none of them takes is refused with the first
-        metric = make_scoring(scorer, task, classes, its_class, objective, n_labels)
-        metrics.append(replace(metric, label=label))
-    return replace(metrics[0], others=tuple(metrics[1:]))
+    from sklearn.metrics import get_scorer
+
+    if (scorers := scorers_of(scoring)) is not None:
+        of_class = [_is_of_class(scorer, task) for scorer in scorers.values()]
+        metrics = []
+        for (label, scorer), own in zip(scorers.items(), of_class):
+            its_class = positive if own or not any(of_class) else None  # what none takes is refused with the first
+            metric = make_scoring(scorer, task, classes, its_class, objective, n_labels)
+            metrics.append(replace(metric, label=label))
+        return replace(metrics[0], others=tuple(metrics[1:]))
+    if scoring == "neg_loss" or (scoring is None and task == "custom"):
+        return _neg_loss(objective, asked=scoring is not None)
+    if scoring is None:
+        scoring = "r2" if task == "regression" else "accuracy"
+    if task == "multilabel":
+        classes = np.eye(n_labels, dtype=np.int64)
+    if not isinstance(scoring, str):
+        if not callable(scoring):
+            raise InputError(
+                "scoring is a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, y), or a list or dict "
+                f"of them, got {scoring!r}."
+            )
+        scores.refuse_metric(scoring)
+        name = qualified_name(scoring)
+        if _takes_outputs(scoring):
+            return Scoring(name, None, None, classes, of_outputs=scoring)
+        return Scoring(name, None, scoring, classes, positive_code(positive, name, None, task, classes))
+    if (score := scores.OF_TASK[task].get(scoring)) is not None:
+        positive_code(positive, scoring, None, task, classes)
+        return Scoring(scoring, score, None, classes)
+    _check_fits_task(scoring, task)
+    codes = classes if classes is None or task == "multilabel" else np.arange(len(classes))
+    scorer = get_scorer(scoring)
+    return Scoring(scoring, None, scorer, codes, positive_code(positive, scoring, scorer, task, classes))
 
 
 def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
@@ -89,6 +120,26 @@ def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None
     return Scoring("neg_log_loss", scores.neg_cross_entropy, None, classes)
 
 
+def check_folds(scoring: Scoring, data: Dataset) -> None:
+    """Raise InputError where the score is undefined on a fold, before anything trains."""
+    for other in scoring.others:
+        check_folds(other, data)
+    needed = 2 if data.task in ("multilabel", "binary") else data.n_outputs
+    for f, fold in enumerate(data.folds):
+        rows = data.target[fold.valid]
+        columns = rows.T if data.task == "multilabel" else rows[None]
+        if scoring.name.startswith("roc_auc") and any(len(column.unique()) < needed for column in columns):
+            raise InputError(
+                f"scoring={scoring.name!r} needs every class among the validation rows, and fold {f} lacks one; "
+                f"{_remedy(scoring, data)}."
+            )
+        if scoring.name == "r2" and len(rows) < 2:
+            raise InputError(
+                f"scoring='r2' needs two validation rows a fold, and fold {f} has {len(rows)}; choose fewer folds or "
+                "scoring='neg_root_mean_squared_error'."
+            )
+
+
 def _remedy(scoring: Scoring, data: Dataset) -> str:
     """Return what helps where a fold lacks a class: other folds do not where the class has one row."""
     counts = [] if data.task == "multilabel" else data.target.long().flatten().bincount().tolist()
@@ -100,21 +151,158 @@ def _remedy(scoring: Scoring, data: Dataset) -> str:
     return f"class {name!r} has {count(rows, 'row')} for {len(data.folds)} folds: choose {fewer}another scoring{out}"
 
 
-def check_folds(scoring: Scoring, data: Dataset) -> None:
-    """Raise InputError where the score is undefined on a fold, before anything trains."""
-    for other in scoring.others:
-        check_folds(other, data)
+def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
+    """Return minus the loss on validation rows, the same one for all trials."""
+    if objective is None or objective.step is not None:
+        of_step = "a custom target that training_step trains on has no score of its own"
+        what = "scoring='neg_loss' is of a module's loss of outputs and y" if asked else of_step
+        raise InputError(f"{what}; give scoring=callable(outputs, y).")
+    if lacking := [name for name, value in objective.varied.items() if value is inspect.Parameter.empty]:
+        raise InputError(
+            f"scoring='neg_loss' ranks all trials by one loss, and {lacking[0]} has several values in the space and no "
+            "default; give it one, or scoring=callable(outputs, y)."
+        )
+    return Scoring("neg_loss", None, None, None, of_outputs=objective.neg_loss, is_loss=True)
+
+
+def _takes_outputs(scorer: Callable[..., object]) -> bool:
+    """Whether a scorer is of (outputs, y) rather than of (estimator, X, y)."""
+    try:
+        parameters = inspect.signature(scorer).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def _check_fits_task(scoring: str, task: Task) -> None:
+    from sklearn.metrics import get_scorer, get_scorer_names
+
+    from gputune.scoring.estimators import takes_task
+
+    if scoring not in get_scorer_names():
+        raise InputError(
+            f"scoring must be one of scikit-learn's scorer names or a callable, got {scoring!r}."
+            f"{did_you_mean(scoring, get_scorer_names())}"
+        )
+    if task == "custom":
+        raise InputError(
+            f"scoring={scoring!r} does not fit a custom target; give scoring=callable(outputs, y), or 'neg_loss'."
+        )
+    if task == "multiclass" and scoring == "roc_auc":
+        raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
+    other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
+    if scoring in other or not takes_task(get_scorer(scoring), task):
+        fitting = ", ".join(scores.OF_TASK[task])
+        raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
+
+
+def positive_code(
+    positive: Any, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
+) -> int | None:
+    """Return the code of the class that a score is of, None where it is of none."""
+    labels = [] if classes is None else classes.tolist()
+    of_a_class = scorer is not None and task == "binary" and has_positive_class(scorer)
+    if positive is None:
+        if of_a_class and set(labels) not in ({0, 1}, {-1, 1}):  # {False, True} is {0, 1}
+            raise InputError(
+                f"scoring={scoring!r} is of one class, the positive one: say which of the two it is, "
+                f"positive={labels[0]!r} or positive={labels[1]!r}."
+            )
+        return 1 if of_a_class else None
+    if task != "binary":
+        raise InputError(f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out.")
+    if not of_a_class:
+        same = ": it is the same for both" if scoring == "roc_auc" else ""
+        raise InputError(
+            f"positive={positive!r} is for scores of one class, such as f1 or average_precision, and "
+            f"scoring={scoring!r} knows no positive class{same}; leave it out."
+        )
+    for code, label in enumerate(labels):
+        if isinstance(positive, str) and not isinstance(label, str):  # a command line has text alone
+            if positive.lower() in (str(label).lower(), text_of(label)):
+                return code
+        elif np.ndim(positive) == 0 and label == positive:
+            return code
+    raise InputError(
+        f"positive must be one of the classes {labels[0]!r} and {labels[1]!r}, got {positive!r}."
+        f"{did_you_mean(positive, labels)}"
+    )
+
+
+def has_positive_class(scorer: Scorer) -> bool:
+    """Whether a scorer of two classes gives another score where they change places, tried on a few rows."""
+    from sklearn.naive_bayes import GaussianNB
+
+    x, y = np.array([[0.0], [1.0], [3.0], [5.0], [8.0], [11.0], [15.0]]), np.array([0, 0, 1, 0, 0, 1, 1])
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            one, other = (scorer(GaussianNB().fit(x, labels), x, labels) for labels in (y, 1 - y))
+        except ValueError:  # it is for another kind of target, which it says better of the user's rows
+            return False
+    return not math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Mapping[str, str | float] | None:
+    """Return the ``answer`` in words and its mean ``score`` over the folds; None for a scorer of the user's own.
+
+    The answer is the share of each class, or the mean of the target, among the training rows of a fold; an accuracy
+    sees of it the most frequent class alone. For a score of one class it is one class for all rows where that scores
+    more. ``classes`` are the labels.
+    """
+    if ":" in scoring.name or scoring.of_outputs is not None:
+        return None
+    answer, score = "the share of each class in the training rows", _mean_score(data, scoring)
+    if data.task == "regression":
+        answer = "the mean of the training rows"
+    elif classes is not None and data.task != "multilabel" and scoring.score is scores.accuracy:
+        most = {int(torch.bincount(data.target[fold.train]).argmax()) for fold in data.folds}
+        # The folds may have other shares, and near balance.
+        answer = f"always {classes[most.pop()].item()!r}" if len(most) == 1 else _MOST_FREQUENT
+    if scoring.positive is not None and classes is not None:
+        # The best f1 without a model is that of the positive class for all rows.
+        labels = classes.tolist()
+        of_class = {f"always {label!r}": _mean_score(data, scoring, code) for code, label in enumerate(labels)}
+        best = max(of_class, key=of_class.__getitem__)
+        if of_class[best] >= score and len({*of_class.values()}) > 1:  # a score of ranks is the same for each
+            answer, score = best, of_class[best]
+    return {"answer": answer, "score": score} if math.isfinite(score) else None
+
+
+_MOST_FREQUENT = "the most frequent class of the training rows"
+_LOPSIDED = 0.8  # share of one class from which on an accuracy says little
+
+
+def _mean_score(data: Dataset, scoring: Scoring, always: int | None = None) -> float:
+    """Return the mean score over the folds of one answer for all rows; ``always`` is the code of a class."""
+    values = []
+    # The answer is in the target's own units.
+    data = replace(data, center=torch.zeros_like(data.center), scale=torch.ones_like(data.scale), transforms=())
     for f, fold in enumerate(data.folds):
-        rows = data.target[fold.valid]
-        columns = rows.T if data.task == "multilabel" else rows[None]
-        needed = 2 if data.task in ("multilabel", "binary") else data.n_outputs
-        if scoring.name.startswith("roc_auc") and any(len(column.unique()) < needed for column in columns):
-            raise InputError(
-                f"scoring={scoring.name!r} needs every class among the validation rows, and fold {f} lacks one; "
-                f"{_remedy(scoring, data)}."
-            )
-        if scoring.name == "r2" and len(rows) < 2:
-            raise InputError(
-                f"scoring='r2' needs two validation rows a fold, and fold {f} has {len(rows)}; choose fewer folds or "
-                "scoring='neg_root_mean_squared_error'."
-            )
+        target = data.target[fold.train]
+        if data.task == "regression":
+            answer = target.view(len(target), -1).mean(0)
+        elif data.task == "multilabel":
+            answer = outputs_of(target.double().mean(0), data.task)
+        else:
+            share = torch.bincount(target, minlength=max(2, data.n_outputs)).double() / len(target)
+            if always is not None:
+                share = torch.zeros_like(share).index_fill_(0, torch.tensor(always, device=share.device), 1.0)
+            answer = outputs_of(share, data.task)
+        with warnings.catch_warnings(action="ignore"):  # of scores that one answer for all rows leaves undefined
+            values.append(scoring(data, f, answer.expand(1, len(fold.valid), -1))[0])
+    return float(torch.stack(values).mean())
+
+
+def remark_on_accuracy(baseline: Mapping[str, str | float] | None, scoring: Scoring) -> tuple[str, ...]:
+    """Return what to know of an accuracy that one class makes high."""
+    if baseline is None or scoring.score is not scores.accuracy or float(baseline["score"]) < _LOPSIDED:
+        return ()
+    if not str(baseline["answer"]).startswith("always"):  # of labels each has its own
+        return ()
+    two = scoring.classes is not None and len(scoring.classes) == 2
+    others = "balanced_accuracy, roc_auc, average_precision" if two else "balanced_accuracy, f1_macro, roc_auc_ovr"
+    return (
+        f"{baseline['answer']} has an accuracy of {baseline['score']:.4f} already: {others} or neg_log_loss as scoring "
+        "tell more",
+    )

@@ -1,34 +1,35 @@
-"""A scoring argument, checked once: a score on the device, or any scikit-learn scorer on its predictions."""
+"""How members are scored on the validation rows of all folds: by scores on the device, or by scorers of scikit-learn's.
+
+All wait for the device once an epoch, and the outputs that the scores are of may be kept, of each trial those of its
+best epoch so far.
+"""
 
 import copy
-import inspect
-import math
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import SupportsFloat
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.data.kinds import text_of
 from gputune.errors import InputError
-from gputune.population.population import call_module, class_logits, is_one_logit
+from gputune.memory import free_of_gpu
+from gputune.population.population import Network, call_module, class_logits, is_one_logit
 from gputune.scoring import scores
-from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
-from gputune.text import did_you_mean
-from gputune.types import Task
+from gputune.scoring.objective import pairs_all_rows
+from gputune.types import Outputs, Params, Task
 
-Scorer = Callable[[Any, Any, Any], float]
+Scorer = Callable[..., SupportsFloat]
+"""Of (estimator, X, y), greater is better."""
+Member = Callable[[int], nn.Module]
+"""Returns the model of one trial, by its place among the outputs: a plain module on the CPU, in evaluation mode."""
 
 _SMALLEST = 1e-300
 """Probability in place of 0, whose logarithm would be taken for a divergence."""
-
-Member = Callable[[int], nn.Module]
-"""Returns the model of one trial, by its place among the outputs: a plain module on the CPU, in evaluation mode."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Scoring:
     scorer: Scorer | None
     classes: np.ndarray | None
     positive: int | None = None
-    of_outputs: Callable[[Tensor, Tensor], Any] | None = None
+    of_outputs: Callable[[Tensor, Tensor], SupportsFloat] | None = None
     is_loss: bool = False
     label: str = ""
     others: "tuple[Scoring, ...]" = ()
@@ -70,9 +71,10 @@ class Scoring:
         They are scored in double precision, in which a tuned model predicts. A scorer of the user's own may ask for
         predictions of other rows, which a ``member`` then makes.
         """
-        absent = None if data.present is None or is_one_logit(outputs, data.task, 2) else ~data.present[fold]
-        # A class that takes no part may have the logit -inf; that is no divergence.
-        known = outputs if absent is None else outputs.masked_fill(absent, 0)
+        known = outputs
+        if data.present is not None and not is_one_logit(outputs, data.task, 2):
+            # A class that takes no part may have the logit -inf; that is no divergence.
+            known = outputs.masked_fill(~data.present[fold], 0)
         finite = known.isfinite().flatten(1).all(-1)
         target = data.target[data.folds[fold].valid]
         if self.of_outputs is not None:
@@ -168,9 +170,7 @@ def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
 
 def outputs_of(probabilities: Tensor, task: Task) -> Tensor:
     """Return the outputs of which classes (..., K), or labels (..., K), have these probabilities."""
-    if task == "multilabel":
-        return probabilities.logit(_SMALLEST)
-    return probabilities.clamp_min(_SMALLEST).log()
+    return probabilities.logit(_SMALLEST) if task == "multilabel" else probabilities.clamp_min(_SMALLEST).log()
 
 
 def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) -> Tensor:
@@ -183,133 +183,101 @@ def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) ->
     return _as_answers(data, fold, outputs.to(data.device))[0].cpu()
 
 
-def make_scoring(
-    scoring: str | Scorer | None,
-    task: Task,
-    classes: np.ndarray | None,
-    positive: object = None,
-    objective: Objective | None = None,
-    n_labels: int = 0,
-) -> Scoring:
-    """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)`` or ``(outputs, y)``, or None.
+_BLOCK_BYTES = 4 << 20  # of one layer's validation outputs: what stays in a core's cache
+_GPU_BLOCK_BYTES = 256 << 20  # on a GPU, where a small block is launches and no work
+_GPU_SHARE = 32  # that part of its free memory at most: several layers' outputs are there at once
+_KEPT_NUMBERS = 1 << 25  # of all validation rows, from which they are gathered anew at every epoch
 
-    None is accuracy, R2, or for a custom target "neg_loss": minus the loss of the ``objective`` on validation rows.
-    ``positive`` is the class that f1 and its like are of. Raises InputError where they need it and it is missing, where
-    another score is given it, and where it is no class.
+
+class Validation:
+    """Scores members on the validation rows of their folds, which are kept as they are gathered where they are few."""
+
+    def __init__(self, data: Dataset, scoring: Scoring | None) -> None:
+        self.data, self.scoring = data, scoring
+        self.block_bytes = _BLOCK_BYTES
+        if data.device.type == "cuda":  # a power of two, so that bits do not follow free memory
+            share = max(_BLOCK_BYTES, free_of_gpu(data.device) // _GPU_SHARE)
+            self.block_bytes = min(_GPU_BLOCK_BYTES, 1 << (share.bit_length() - 1))
+        self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
+        self.outputs: Sequence[list[Tensor]] = []
+        """Of each epoch and fold (C, m, K), as they were last scored, where a scoring keeps them."""
+
+    def is_small(self, network: Network) -> bool:
+        """Whether one layer's outputs of one member on all validation rows of a fold stay within the block."""
+        return max(len(fold.valid) for fold in self.data.folds) <= self._block_rows(network, 1)
+
+    def scores(
+        self, network: Network, params: Params, trials: int, computed: Sequence[Tensor] | None = None
+    ) -> np.ndarray:
+        """Return the scores (C, F), or (C, F, M), of all members, by outputs (C, m, K) of folds if ``computed``."""
+        assert self.scoring is not None
+        columns, kept = [], []
+        block = self._block_rows(network, trials)
+        for fold in range(self.data.n_folds):
+            if computed is not None:
+                outputs = computed[fold]
+            else:
+                blocks = [network.outputs(params, fold, part) for part in self._parts(fold, block)]
+                outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+            columns.append(self.scoring.metrics(self.data, fold, outputs, partial(network.member, params, fold)))
+            if self.scoring.kept_bytes:
+                kept.append(outputs)
+        self.outputs = [kept]
+        return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
+
+    def _parts(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
+        """Return the validation rows of a fold, so many at a time."""
+        parts = (self.data.rows(fold, part) for part in torch.split(self.data.folds[fold].valid, rows))
+        if self.data.n_rows * self.data.row_numbers > _KEPT_NUMBERS:
+            return parts
+        if (fold, rows) not in self.kept:
+            self.kept[fold, rows] = tuple(parts)
+        return self.kept[fold, rows]
+
+    def _block_rows(self, network: Network, trials: int) -> int:
+        """Return the rows to evaluate at a time, so that one layer's outputs of all trials stay within the block."""
+        if not network.alone:
+            return self.data.n_rows
+        widest = max(self.data.row_numbers, network.widest)
+        return max(64, self.block_bytes // (trials * widest * self.data.dtype.itemsize))
+
+
+class BestOutputs:
+    """The outputs of each trial of a chunk at its best epoch, of at most ``limit`` bytes: those of the best trials.
+
+    ``means`` (C,) are the best fold means so far, of epochs whose outputs are not known; -inf where there are none.
     """
-    from sklearn.metrics import get_scorer
 
-    if scoring == "neg_loss" or (scoring is None and task == "custom"):
-        return _neg_loss(objective, asked=scoring is not None)
-    if scoring is None:
-        scoring = "r2" if task == "regression" else "accuracy"
-    if task == "multilabel":
-        classes = np.eye(n_labels, dtype=np.int64)
-    if not isinstance(scoring, str):
-        if not callable(scoring):
-            raise InputError(
-                "scoring is a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, y), or a list or dict "
-                f"of them, got {scoring!r}."
-            )
-        scores.refuse_metric(scoring)
-        name = qualified_name(scoring)
-        if _takes_outputs(scoring):
-            return Scoring(name, None, None, classes, of_outputs=cast(Any, scoring))
-        return Scoring(name, None, scoring, classes, positive_code(positive, name, None, task, classes))
-    if (score := scores.OF_TASK[task].get(scoring)) is not None:
-        positive_code(positive, scoring, None, task, classes)
-        return Scoring(scoring, score, None, classes)
-    _check_fits_task(scoring, task)
-    codes = classes if classes is None or task == "multilabel" else np.arange(len(classes))
-    scorer = get_scorer(scoring)
-    return Scoring(scoring, None, scorer, codes, positive_code(positive, scoring, scorer, task, classes))
+    def __init__(self, limit: int, means: NDArray[np.float64]) -> None:
+        self.limit, self.means = limit, means
+        self.epochs = np.zeros(len(means), dtype=np.int64)
+        self.places: dict[int, int] = {}
+        self.values: Tensor | None = None
 
+    def take(self, epoch: int, trials: Sequence[int], means: NDArray[np.float64], outputs: Sequence[Tensor]) -> None:
+        """Take the outputs (T, m, K) of each fold, of those ``trials`` whose fold means (T,) are better than before."""
+        rows = np.flatnonzero(means > self.means[list(trials)])
+        if not rows.size:
+            return
+        better = np.asarray(trials)[rows]
+        self.means[better], self.epochs[better] = means[rows], epoch
+        index = torch.from_numpy(rows).to(outputs[0].device)
+        parts = [one.index_select(0, index).reshape(len(rows), one.shape[1], -1) for one in outputs]
+        values = torch.cat(parts, 1).float()
+        if self.values is None:
+            most = min(len(self.means), self.limit // max(1, values[0].nbytes))
+            self.values = values.new_empty(most, *values.shape[1:])
+        most = len(self.values)
+        best = set(np.argsort(-self.means, kind="stable")[:most].tolist())
+        self.places = {trial: place for trial, place in self.places.items() if trial in best}
+        free = sorted(set(range(most)) - set(self.places.values()))
+        kept = [row for row, trial in enumerate(better.tolist()) if trial in best]
+        self.places |= zip([trial for trial in better[kept].tolist() if trial not in self.places], free)
+        self.values[[self.places[trial] for trial in better[kept].tolist()]] = values[kept]
 
-def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
-    """Return minus the loss on validation rows, the same one for all trials."""
-    if objective is None or objective.step is not None:
-        of_step = "a custom target that training_step trains on has no score of its own"
-        what = "scoring='neg_loss' is of a module's loss of outputs and y" if asked else of_step
-        raise InputError(f"{what}; give scoring=callable(outputs, y).")
-    if lacking := [name for name, value in objective.varied.items() if value is inspect.Parameter.empty]:
-        raise InputError(
-            f"scoring='neg_loss' ranks all trials by one loss, and {lacking[0]} has several values in the space and no "
-            "default; give it one, or scoring=callable(outputs, y)."
-        )
-    return Scoring("neg_loss", None, None, None, of_outputs=objective.neg_loss, is_loss=True)
-
-
-def _takes_outputs(scorer: Callable[..., object]) -> bool:
-    """Whether a scorer is of (outputs, y) rather than of (estimator, X, y)."""
-    try:
-        parameters = inspect.signature(scorer).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(needed) == 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
-
-
-def _check_fits_task(scoring: str, task: Task) -> None:
-    from sklearn.metrics import get_scorer, get_scorer_names
-
-    from gputune.scoring.estimators import takes_task
-
-    if scoring not in get_scorer_names():
-        raise InputError(
-            f"scoring must be one of scikit-learn's scorer names or a callable, got {scoring!r}."
-            f"{did_you_mean(scoring, get_scorer_names())}"
-        )
-    if task == "custom":
-        raise InputError(
-            f"scoring={scoring!r} does not fit a custom target; give scoring=callable(outputs, y), or 'neg_loss'."
-        )
-    if task == "multiclass" and scoring == "roc_auc":
-        raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
-    other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
-    if scoring in other or not takes_task(get_scorer(scoring), task):
-        fitting = ", ".join(scores.OF_TASK[task])
-        raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
-
-
-def positive_code(
-    positive: Any, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
-) -> int | None:
-    """Return the code of the class that a score is of, None where it is of none."""
-    labels = [] if classes is None else classes.tolist()
-    of_a_class = scorer is not None and task == "binary" and has_positive_class(scorer)
-    if positive is None:
-        if of_a_class and set(labels) not in ({0, 1}, {-1, 1}):  # {False, True} is {0, 1}
-            raise InputError(
-                f"scoring={scoring!r} is of one class, the positive one: say which of the two it is, "
-                f"positive={labels[0]!r} or positive={labels[1]!r}."
-            )
-        return 1 if of_a_class else None
-    if task != "binary":
-        raise InputError(f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out.")
-    if not of_a_class:
-        same = ": it is the same for both" if scoring == "roc_auc" else ""
-        raise InputError(
-            f"positive={positive!r} is for scores of one class, such as f1 or average_precision, and "
-            f"scoring={scoring!r} knows no positive class{same}; leave it out."
-        )
-    for code, label in enumerate(labels):
-        if isinstance(positive, str) and not isinstance(label, str):  # a command line has text alone
-            if positive.lower() in (str(label).lower(), text_of(label)):
-                return code
-        elif np.ndim(positive) == 0 and label == positive:
-            return code
-    near = did_you_mean(positive, labels)
-    raise InputError(f"positive must be one of the classes {labels[0]!r} and {labels[1]!r}, got {positive!r}.{near}")
-
-
-def has_positive_class(scorer: Scorer) -> bool:
-    """Whether a scorer of two classes gives another score where they change places, tried on a few rows."""
-    from sklearn.naive_bayes import GaussianNB
-
-    x, y = np.array([[0.0], [1.0], [3.0], [5.0], [8.0], [11.0], [15.0]]), np.array([0, 0, 1, 0, 0, 1, 1])
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            one, other = (scorer(GaussianNB().fit(x, labels), x, labels) for labels in (y, 1 - y))
-        except ValueError:  # it is for another kind of target, which it says better of the user's rows
-            return False
-    return not math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
+    def of_trials(self, index: Sequence[int]) -> dict[int, Outputs]:
+        """Return what is kept, each trial by its entry of ``index`` (C,)."""
+        if self.values is None:
+            return {}
+        values = self.values.cpu().numpy()
+        return {index[c]: Outputs(int(self.epochs[c]), values[place].copy()) for c, place in self.places.items()}

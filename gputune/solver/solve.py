@@ -15,8 +15,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.job import Outcome
 from gputune.errors import InputError, warn
 from gputune.models import LogisticRegression
-from gputune.scoring.scoring import Scoring
-from gputune.scoring.validation import BestOutputs
+from gputune.scoring.scoring import BestOutputs, Scoring
 from gputune.solver.newton import Step, descend, newton_step, proximal_newton_step
 from gputune.solver.objective import Rows, rows_of
 from gputune.types import Config, first_metric

@@ -10,14 +10,13 @@ from typing import Any
 from gputune.data.source import table_size
 from gputune.errors import InputError
 from gputune.garbage import without_collector
-from gputune.scoring.outputs import Outputs, drop_beyond_limit
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damage_error
 from gputune.study.record import DIRECTIONS, IDENTITY, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result, Store
 from gputune.text import count
-from gputune.types import Json
+from gputune.types import Json, Outputs, drop_beyond_limit
 
 _LOOK = 0.2
 """Seconds between two looks at what another process has finished."""

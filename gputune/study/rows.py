@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gputune.errors import InputError
-from gputune.scoring.outputs import Outputs
 from gputune.study.record import OPTION_FORMS, has_form
 from gputune.study.values import from_json, to_json
 from gputune.text import size_words
-from gputune.types import Config, Json, first_metric
+from gputune.types import Config, Json, Outputs, first_metric
 
 EpochRule = Literal["best", "last"]
 State = Literal["complete", "failed", "stopped", "pruned"]

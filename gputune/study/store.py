@@ -20,7 +20,6 @@ import numpy as np
 
 from gputune.errors import InputError
 from gputune.garbage import without_collector
-from gputune.scoring.outputs import Outputs, beyond_limit
 from gputune.study import database
 from gputune.study.database import damage_error, sqlite_errors, transaction
 from gputune.study.record import lost_option
@@ -43,7 +42,7 @@ from gputune.study.rows import (
     read_detail,
     read_rows,
 )
-from gputune.types import Json
+from gputune.types import Json, Outputs, beyond_limit
 
 _ROWS = {"meta": "option {!r}", "trials": "trial {}", "plan": "chunk {} of the plan",
          "results": "the result of trial {}", "outputs": "the row of outputs of trial {}"}  # fmt: skip

@@ -25,7 +25,6 @@ from gputune.modules.inspection import check_rates, known_traits, note_fastest, 
 from gputune.optimizers.classes import loop_reason
 from gputune.optimizers.rules import BETA1, BETA2
 from gputune.population.population import Population, arguments_text, shape_of
-from gputune.scoring.outputs import Outputs
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
@@ -34,7 +33,7 @@ from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Profile, Progress
 from gputune.tuning.trainer import Trainer
-from gputune.types import Config
+from gputune.types import Config, Outputs
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,9 @@ from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import draw, edge_remarks
 from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
-from gputune.scoring.metrics import check_folds, has_function
+from gputune.scoring.metrics import baseline, check_folds, has_function, remark_on_accuracy
 from gputune.scoring.objective import make_objective
-from gputune.scoring.outputs import KEPT_BYTES
 from gputune.scoring.scoring import Scoring
-from gputune.scoring.validation import baseline, remark_on_accuracy
 from gputune.study.code import remember
 from gputune.study.ledger import open_ledger
 from gputune.study.module_source import remember_code
@@ -54,7 +52,7 @@ from gputune.tuning.session import (
     with_earlier,
 )
 from gputune.tuning.trainer import Trainer
-from gputune.types import Config
+from gputune.types import KEPT_BYTES, Config
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 

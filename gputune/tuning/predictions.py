@@ -16,8 +16,7 @@ from gputune.data.folds import unpack_folds
 from gputune.errors import InputError
 from gputune.population.population import call_module, class_logits, first_output
 from gputune.scoring.losses import best_temperature
-from gputune.scoring.metrics import make_metrics, scorers_of
-from gputune.scoring.outputs import Outputs
+from gputune.scoring.metrics import make_scoring, scorers_of
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, outputs_of
 from gputune.study.model import TunedModel
@@ -26,6 +25,7 @@ from gputune.study.study import Study, Trial
 from gputune.text import count
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Access, Search, search_of
+from gputune.types import Outputs
 
 _BLOCK, _RESIDUALS = 2**13, 10_000
 """Rows of which a member's outputs are made at a time, and residuals at most that a model keeps."""
@@ -120,7 +120,7 @@ def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
         asked = {one["name"]: scorers[one["name"]] for one in record.metrics}
     scoring = record.scoring if asked is None else asked
     of_target = target.task, target.classes, positive, search.objective, target.n_outputs
-    return data, make_metrics(scoring, *of_target)
+    return data, make_scoring(scoring, *of_target)
 
 
 def members_of(

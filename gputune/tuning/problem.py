@@ -24,7 +24,7 @@ from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space
 from gputune.methods.space import choices_of
 from gputune.modules.inspection import returns_one_logit
-from gputune.scoring.metrics import loss_scoring, make_metrics
+from gputune.scoring.metrics import loss_scoring, make_scoring
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.scoring import Scoring
 from gputune.study.model_files import DTYPES
@@ -142,7 +142,7 @@ class Problem:
         if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
             return loss_scoring(target.task, target.classes, options.positive)
         of_target = target.task, target.classes, options.positive, self.objective
-        scoring = make_metrics(options.scoring, *of_target, n_labels=target.n_outputs)
+        scoring = make_scoring(options.scoring, *of_target, n_labels=target.n_outputs)
         scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
         for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
             if options.study is not None and any(part in name for part in ("<lambda>", "<locals>", "<function ")):

@@ -20,7 +20,6 @@ from gputune.executors.ray_connection import Ray
 from gputune.methods.distributions import Description, Space, describe, space_from_json, space_text, space_to_json
 from gputune.methods.optuna import OptunaSampler
 from gputune.scoring.metrics import has_function
-from gputune.scoring.outputs import Outputs
 from gputune.study.code import digest_of_code, is_remembered
 from gputune.study.record import PARTS, Arguments, SearchRecord
 from gputune.study.values import sha256, to_json
@@ -28,7 +27,7 @@ from gputune.tuning.choices import ModelChoice, method_from_json, method_to_json
 from gputune.tuning.context import Context
 from gputune.tuning.options import KEPT, RULES, Options
 from gputune.tuning.problem import Problem
-from gputune.types import Json
+from gputune.types import Json, Outputs
 from gputune.version import __version__
 
 

@@ -20,11 +20,10 @@ from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population
-from gputune.scoring.outputs import Outputs, drop_beyond_limit
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, failed_result
-from gputune.types import Config, first_metric
+from gputune.types import Config, Outputs, drop_beyond_limit, first_metric
 
 
 def check_rungs(rule: StoppingRule, context: Context) -> None:

@@ -15,7 +15,7 @@ from gputune.engine.job import Job
 from gputune.engine.memory import Need, measure_need
 from gputune.engine.plan import Planner
 from gputune.population.population import Population
-from gputune.scoring.scoring import make_scoring
+from gputune.scoring.metrics import make_scoring
 from problems import fill, make_data
 from problems import peak_bytes as peak
 

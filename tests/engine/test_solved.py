@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from gputune.data.dataset import Fold
-from gputune.scoring.scoring import make_scoring
+from gputune.scoring.metrics import make_scoring
 from gputune.solver import solve
 from gputune.solver.objective import rows_of
 from gputune.solver.solve import solve_all, solve_chunk, solved_module

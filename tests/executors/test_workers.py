@@ -26,7 +26,7 @@ from gputune.executors.sharing import to_arrays
 from gputune.modules.recorder import CpuRecorder
 from gputune.population.population import Population
 from gputune.report.facts import states_of, states_text
-from gputune.scoring.scoring import make_scoring
+from gputune.scoring.metrics import make_scoring
 from gputune.scratch import scratch_folder
 from problems import fill, make_data
 

@@ -20,7 +20,7 @@ from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
 from gputune.population.population import populations
-from gputune.scoring.scoring import make_scoring
+from gputune.scoring.metrics import make_scoring
 from problems import Linear, Net, data_of, fill, grid, largest_difference, make_data, rows_of, shape_of, train
 from refused import refused
 

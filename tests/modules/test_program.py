@@ -14,7 +14,7 @@ from gputune.modules.module import StackedModule
 from gputune.modules.program import compile_trace
 from gputune.modules.recorder import CpuRecorder, Replays
 from gputune.modules.trace import TraceError, arrange, trace
-from gputune.scoring.scoring import make_scoring
+from gputune.scoring.metrics import make_scoring
 from problems import fill, make_data, shape_of
 
 

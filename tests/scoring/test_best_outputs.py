@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gputune.scoring.validation import BestOutputs
+from gputune.scoring.scoring import BestOutputs
 
 TRIALS, EPOCHS, SIZES = 5, 6, (3, 2)
 BYTES = 4 * sum(SIZES) * 2

@@ -13,9 +13,8 @@ from sklearn.metrics import get_scorer
 from gputune.data.target_transform import FittedTransform
 from gputune.scoring import scores
 from gputune.scoring.estimators import fitted
-from gputune.scoring.metrics import loss_scoring
+from gputune.scoring.metrics import loss_scoring, make_scoring
 from gputune.scoring.objective import make_objective
-from gputune.scoring.scoring import make_scoring
 from problems import make_data, scoring_of
 from refused import refused
 

@@ -13,7 +13,7 @@ import problems
 from gputune.check.laws import LAWS
 from gputune.engine import kernel
 from gputune.native.library import NotBuiltError
-from gputune.scoring.validation import BestOutputs
+from gputune.scoring.scoring import BestOutputs
 from gputune.tuning.trainer import Trainer
 from problems import Linear, fill, largest_difference, make_data, train_together
 from refused import refused

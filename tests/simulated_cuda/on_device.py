@@ -31,7 +31,7 @@ from gputune.native.cuda import kernels
 from gputune.optimizers.rules import RULES
 from gputune.optimizers.update import Clock, Update
 from gputune.population.batches import Batches
-from gputune.scoring.validation import Validation
+from gputune.scoring.scoring import Validation
 from gputune.sklearn import LogisticRegression, MLPClassifier, RandomizedSearchCV
 from gputune.tuning.context import Context
 from problems import fill, make_data, scoring_of, shape_of, train
