@@ -1,4 +1,7 @@
-"""All laws on one device, and how fast it trains: a table, what is kept of it, and one line on what to choose."""
+"""All laws on one device, and how fast it trains: a table, what is kept of it, and one line on what to choose.
+
+``gputune check`` puts the laws to a user's device, the tests to the CPU and to a simulated GPU.
+"""
 
 import json
 import math
@@ -6,21 +9,141 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.nn import functional
 
-from gputune.check.laws import LAWS, Law
+from gputune.check.laws import (
+    Case,
+    by_kernel,
+    difference,
+    from_eager,
+    from_plain_loop,
+    leave,
+    on_other_gpus,
+    recording_fails,
+    run_out_of_memory,
+    scores,
+)
 from gputune.engine.choice import FEW, FOLDS, measure_speed
 from gputune.engine.findings import Findings, Speed, device_name, keep_findings
 from gputune.engine.kernel import obstacle
 from gputune.engine.plan import cores
+from gputune.hypergradients.hypergradient import Mode, hypergradient
 from gputune.native.library import NotBuiltError, library
+from gputune.solver.solve import solve_all, solved_module
 from gputune.text import count, size_words, table
 from gputune.types import Backend
 from gputune.version import __version__
 
 _CPU = torch.device("cpu")
 _MEMBERS = 1000  # of the speed that is shown beside that of few
+
+EXACT, ROUNDED = 1e-10, 1e-4
+"""Largest differences allowed in double and in single precision, after at most 50 steps."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """What must hold: ``measure`` returns at most ``allowed``, with every one of ``backends`` that a device has.
+
+    It returns the largest difference of what a device computes from what is right, as a share of the largest number.
+    ``backends`` () is of what no backend trains; its measure is asked once, as "eager".
+    """
+
+    name: str
+    measure: Callable[[torch.device, Backend], float]
+    allowed: float = EXACT
+    backends: tuple[Backend, ...] = ("eager", "graph", "compiled")
+    gpus: int = 0  # that it needs
+
+
+_SIZES = (
+    {"width": 16, "batch_size": 9, "lr": 0.01},
+    {"width": 12, "batch_size": 11, "lr": 0.003},
+    {"width": 9, "batch_size": 16, "lr": 0.01},
+)
+_RATES = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
+
+CASES: Mapping[str, Case] = {
+    "sgd": Case(_SIZES, {"optimizer": "sgd", "weight_decay": 0.01}),
+    "sgd with momentum": Case(_SIZES, {"optimizer": "sgd", "momentum": 0.9}),
+    "nesterov": Case(_SIZES, {"optimizer": "nesterov", "weight_decay": 0.01}),
+    "adam": Case(_SIZES, {"optimizer": "adam", "weight_decay": 0.01}),
+    "adamw": Case(_SIZES, {"weight_decay": 0.1}),
+    "one batch size": Case(_RATES),
+    "gelu": Case(_SIZES, {"activation": "gelu"}),
+    "silu": Case(_SIZES, {"activation": "silu", "depth": 3}),
+    "tanh": Case(_SIZES, {"activation": "tanh", "depth": 1}),
+    "dropout": Case(tuple({**config, "dropout": 0.2} for config in _SIZES)),
+    "cosine schedule": Case((*_RATES, {"lr": 0.01, "batch_size": 13}), {"schedule": "cosine"}),
+    "weights": Case(_SIZES, weights=True),
+    "a class that a fold lacks": Case(_SIZES, absent=True),
+    "regression": Case(_SIZES, task="regression", weights=True),
+}
+"""Members of the built-in MLP that a plain loop can train too."""
+
+_ROUNDED = Case(  # no kink that rounding could cross
+    tuple({**config, "lr": 0.001} for config in _SIZES), {"activation": "tanh"}, dtype=torch.float32
+)
+_MODULE = Case(_RATES, module=True)
+
+
+def solution(device: torch.device, _backend: Backend) -> float:
+    """Class chances of the solved logistic regression from scikit-learn's, which ends with a residual of 1e-12."""
+    case, worst = Case(({"C": 0.1}, {"C": 2.0})), []
+    data, configs = case.data(torch.device("cpu")), case.complete()
+    solution = solve_all(case.data(device), configs)
+    for (f, fold), (c, config) in product(enumerate(data.folds), enumerate(configs)):
+        x = data.x[f].numpy()
+        plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000)
+        plain.fit(x[fold.train], data.y[fold.train].numpy())
+        chances = solved_module(solution, f * len(configs) + c)(data.x[f]).softmax(-1).detach().numpy()
+        worst.append(np.abs(chances - plain.predict_proba(x)).max())
+    return float(np.max(worst))
+
+
+def gradients(mode: Mode, other: Mode, device: torch.device, _backend: Backend) -> float:
+    """The derivative in learning rate and weight decay by two modes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, generator=generator, dtype=torch.float64).to(device)
+    y = torch.randint(3, (40,), generator=generator).to(device)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        module = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double().to(device)
+    batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)]
+    run = partial(hypergradient, module, functional.cross_entropy, batches, (x[32:], y[32:]), optimizer="adamw", seed=0)
+    values = {"lr": 0.1, "weight_decay": 0.01}
+    found = [run(hyperparameters=values, mode=each).gradient for each in (mode, other)]
+    return difference(*(torch.stack([slopes[name] for name in values]) for slopes in found))
+
+
+LAWS: tuple[Law, ...] = (
+    *(Law(f"members equal the plain loop: {name}", partial(from_plain_loop, case)) for name, case in CASES.items()),
+    Law("float32 against the plain loop in float64", partial(from_plain_loop, _ROUNDED), ROUNDED),
+    Law("the kernel's members equal the loop's", partial(by_kernel, _ROUNDED), ROUNDED, ("kernel",)),
+    Law("a module equals the plain loop", partial(from_plain_loop, _MODULE), backends=("eager", "graph")),
+    *(
+        Law(f"recorded equals eager: {name}", partial(from_eager, CASES[name]), backends=("graph",))
+        for name in ("adamw", "one batch size", "dropout", "cosine schedule")
+    ),
+    Law("recorded equals eager: a module", partial(from_eager, _MODULE), backends=("graph",)),
+    Law("scores equal scikit-learn's", partial(scores, _SIZES)),
+    Law("the solved logistic regression equals scikit-learn's", solution, 1e-6, ()),
+    Law("hypergradient: reverse equals forward", partial(gradients, "reverse", "forward"), backends=()),
+    Law("hypergradient: reverse equals finite differences", partial(gradients, "reverse", "fd"), 1e-5, ()),
+    Law("members that leave change nothing", leave),
+    Law("memory that runs out halves the chunk", run_out_of_memory),
+    Law("the other GPUs give the same", partial(on_other_gpus, CASES["adamw"]), backends=("eager", "graph"), gpus=2),
+    # The last one: after a capture that failed PyTorch < 2.13 records nothing any more.
+    Law("a recording that fails falls back", recording_fails, 0.0, ("graph",)),
+)
+"""What holds on every device, in the order in which it is checked."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +178,15 @@ class Report:
         return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:
-        cells = [
-            [row.law, row.backend, _number(row.difference), _number(row.allowed), f"{row.seconds:.1f} s",
-             "ok" if row.ok else "FAILED"]
-            for row in self.rows
-        ]  # fmt: skip
-        laws = table(
-            ["law", "backend", "largest difference", "allowed", "time", ""], cells, left=("law", "backend", "")
-        )
-        failed = [row for row in self.rows if not row.ok]
-        failures = [f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}" for row in failed]
+        cells, failures = [], []
+        for row in self.rows:
+            found = "-" if math.isnan(row.difference) else f"{row.difference:.0e}"
+            word = "ok" if row.ok else "FAILED"
+            cells.append([row.law, row.backend, found, f"{row.allowed:.0e}", f"{row.seconds:.1f} s", word])
+            if not row.ok:
+                failures.append(f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}")
+        header = ["law", "backend", "largest difference", "allowed", "time", ""]
+        laws = table(header, cells, left=("law", "backend", ""))
         return "\n".join([f"{self.device}; {self.facts}", "", laws, "", *failures, *self._speeds()])
 
     def _speeds(self) -> list[str]:
@@ -89,28 +211,18 @@ class Report:
 
     def json(self) -> str:
         """Return the same as JSON; a difference is null where a law raised an error."""
-        rows = [
-            {**asdict(row), "difference": None if math.isnan(row.difference) else row.difference, "ok": row.ok}
-            for row in self.rows
-        ]
+        rows = [asdict(row) | {"ok": row.ok} for row in self.rows]
+        rows = [row | ({"difference": None} if math.isnan(row["difference"]) else {}) for row in rows]
         speeds = [{"device": d, "backend": b, **asdict(speed)} for (d, b), speed in self.speeds.items()]
         report = {"device": self.device, "facts": self.facts, "ok": self.ok, "laws": rows, "speeds": speeds}
         return json.dumps(report, indent=1)
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.0e}"
-
-
 def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
     """Return every law with each backend of a device that it is for."""
     known, gpus = backends_of(device), torch.cuda.device_count() if device.type == "cuda" else 0
-    return [
-        (law, backend)
-        for law in LAWS
-        for backend in law.backends or ("eager",)
-        if backend in known and law.gpus <= gpus
-    ]
+    laws = ((law, backend) for law in LAWS for backend in law.backends or ("eager",))
+    return [(law, backend) for law, backend in laws if backend in known and law.gpus <= gpus]
 
 
 def backends_of(device: torch.device) -> tuple[Backend, ...]:
@@ -137,24 +249,19 @@ def check(device: torch.device, tell: Callable[[str], object]) -> Report:
     rows, failed = [], dict[Backend, str]()
     for law, backend in checks_of(device):
         tell(f"{law.name}, {backend}")
-        rows.append(_row(law, backend, device))
+        begin, difference, error = time.monotonic(), math.nan, ""
+        try:
+            difference = law.measure(device, backend)
+        except Exception as raised:  # whatever it is, it is what was found
+            error = f"{type(raised).__name__}: {next(iter(str(raised).splitlines()), '')}"
+        name, seconds = backend if law.backends else "-", time.monotonic() - begin
+        rows.append(Row(law.name, name, difference, law.allowed, seconds, error))
         if not rows[-1].ok:
             failed[backend] = law.name
     for place in dict.fromkeys((device, _CPU)):
         own = {backend: speed for (name, backend), speed in speeds.items() if name == str(place)}
         keep_findings(place, Findings(failed if place == device else None, own))
     return Report(device_name(device), _facts(device), tuple(rows), speeds)
-
-
-def _row(law: Law, backend: Backend, device: torch.device) -> Row:
-    begin, difference, error = time.monotonic(), math.nan, ""
-    try:
-        difference = law.measure(device, backend)
-    except Exception as raised:  # whatever it is, it is what was found
-        lines = str(raised).splitlines()
-        error = f"{type(raised).__name__}: {lines[0] if lines else ''}"
-    name = backend if law.backends else "-"
-    return Row(law.name, name, difference, law.allowed, time.monotonic() - begin, error)
 
 
 def _facts(device: torch.device) -> str:

@@ -1,48 +1,256 @@
-"""What must hold on every device, as one list: ``gputune check`` runs it, and so do the tests.
+"""Members that train together, and what must hold of them on every device: how far each is from what is right.
 
-Part of it are drills: trials diverge, memory runs out, a step cannot be recorded.
+That is the network that a plain loop trains alone, scikit-learn, or the same device another way. Part of it are drills:
+trials diverge, memory runs out, a step cannot be recorded.
 """
 
+import dataclasses
+import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from itertools import product
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import get_scorer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.check.members import Case, difference, from_eager, from_plain_loop, scoring_of
-from gputune.data.dataset import Dataset
-from gputune.engine.job import Job, Outcome, Progress
+from gputune.data.dataset import Dataset, make_dataset
+from gputune.data.encode import fit_layout, fit_statistics
+from gputune.data.table import as_table
+from gputune.data.target import Target
+from gputune.data.weights import Weights
+from gputune.engine.job import Job, Outcome, Progress, train_chunk
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.memory import run_in_parts
-from gputune.hypergradients.hypergradient import Mode, hypergradient
+from gputune.engine.train import Trained
+from gputune.models import MLP
+from gputune.modules.construction import build_module
 from gputune.modules.recorder import RECORDERS, Replays
-from gputune.population.population import Population
+from gputune.population.population import Population, Shape, complete, padded_width, populations
 from gputune.scoring.estimators import fitted
+from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scores import OF_TASK
-from gputune.solver.solve import solve_all, solved_module
-from gputune.types import Backend
+from gputune.scoring.scoring import Scoring
+from gputune.seeding import stream
+from gputune.types import Backend, Config, Task
 
+_ROWS, _FEATURES, _CLASSES, _FOLDS = 61, 5, 3, 3  # folds of 40 and 41 rows: not all take equally many steps
 _LIMIT = 64 << 20  # bytes of a GPU beyond those that are taken
 _WILD = 1e300  # a learning rate
 _SINGLE = 2  # trials that fit where the limit is played
 
 
+def plain_mlp(config: Config, n_features: int, n_outputs: int) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """Return an MLP in double precision with its keyed start, and its outputs while it trains, dropout included.
+
+    Those are (B, K), of a minibatch (B, D), an epoch and a step.
+    """
+    module = MLP(n_features, n_outputs, **{name: config[name] for name in ("width", "depth", "activation")}).double()
+    for number, layer in enumerate(module.layers):
+        assert isinstance(layer, nn.Linear)
+        n_out, n_in = layer.weight.shape
+        key = (0, "start", number, n_out, n_in)
+        draw = torch.rand(n_out * n_in + n_out, generator=stream(*key), dtype=torch.float64)
+        draw = (2 * draw - 1) / math.sqrt(n_in)  # torch's default law for nn.Linear
+        with torch.no_grad():
+            layer.weight.copy_(draw[: n_out * n_in].view(n_out, n_in))
+            layer.bias.copy_(draw[n_out * n_in :])
+
+    def forward(x: Tensor, epoch: int, step: int) -> Tensor:
+        for number, layer in enumerate(module.layers[:-1]):
+            x = module.act(layer(x))
+            if rate := config["dropout"]:
+                draw = torch.rand(
+                    (len(x), padded_width(config["width"])), generator=stream(0, "dropout", epoch, step, number)
+                )
+                x = torch.where(draw[:, : config["width"]] >= rate, x / (1 - rate), torch.zeros_like(x))
+        outputs: Tensor = module.layers[-1](x)
+        return outputs
+
+    return module, forward
+
+
+class Net(nn.Module):
+    """A module as a user writes one."""
+
+    def __init__(self, n_features: int, n_outputs: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(n_features, 6), nn.LayerNorm(6)
+        self.last = nn.Linear(6, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return outputs (B, K)."""
+        outputs: Tensor = self.last(torch.tanh(self.norm(self.first(x))))
+        return outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Members that train together: what is special in their rows, and the configurations, filled with ``shared``."""
+
+    configs: tuple[Config, ...]
+    shared: Config = dataclasses.field(default_factory=dict)
+    task: Task = "multiclass"
+    weights: bool = False
+    absent: bool = False
+    module: bool = False
+    dtype: torch.dtype = torch.float64
+    epochs: int = 6
+    horizon: int = 9
+
+    def complete(self) -> tuple[Config, ...]:
+        """Return the configurations with every key that training reads."""
+        filled = ({"width": 8, "batch_size": 10, **self.shared, **config} for config in self.configs)
+        return tuple(complete(config, optimizer="adamw", schedule="constant") for config in filled)
+
+    def data(self, device: torch.device) -> Dataset:
+        """Return rows whose folds are of unequal length, each with its own copy of the inputs."""
+        rng, fold_of = np.random.default_rng(7), np.arange(_ROWS) % _FOLDS
+        raw, codes = rng.normal(size=(_ROWS, _FEATURES)), rng.integers(_CLASSES, size=_ROWS)
+        target = Target("multiclass", codes, np.arange(_CLASSES))
+        if self.task == "regression":
+            target = Target("regression", rng.normal(size=_ROWS), None)
+        folds = [(np.flatnonzero(fold_of != f), np.flatnonzero(fold_of == f)) for f in range(_FOLDS)]
+        if self.absent:  # the first fold learns nothing of the last class
+            folds[0] = (folds[0][0][codes[folds[0][0]] < _CLASSES - 1], folds[0][1])
+        layout = fit_layout(as_table(raw))
+        statistics = [fit_statistics(raw, layout, train) for train, _ in folds]
+        weights = Weights(rng.random(_ROWS), "balanced" if target.classes is not None else None)
+        return make_dataset(
+            raw,
+            statistics,
+            target,
+            folds,
+            weights=weights if self.weights else Weights(None, None),
+            like=torch.empty(0, dtype=self.dtype, device=device),
+        )
+
+    def scoring(self, name: str) -> Scoring:
+        return make_scoring(name, self.task, None if self.task == "regression" else np.arange(_CLASSES))
+
+    def chunks(self, data: Dataset) -> list[Population]:
+        """Return the configurations as they train together."""
+        rows = max(len(fold.train) for fold in data.folds)
+        return populations(self.complete(), "module" if self.module else "mlp", rows=rows)
+
+    def job(self, backend: Backend, scoring: Scoring | None = None, kind: type[Job] = Job) -> Job:
+        """Return what trains them."""
+        module, epochs, horizon = Net if self.module else None, self.epochs, self.horizon
+        return kind(seed=0, epochs=epochs, horizon=horizon, backend=backend, scoring=scoring, module_class=module)
+
+    def trained(
+        self, device: torch.device, backend: Backend, scoring: Scoring | None = None
+    ) -> list[tuple[Population, Trained]]:
+        """Train all members on a device."""
+        data, job = self.data(device), self.job(backend, scoring)
+        return [(chunk, train_chunk(job, data, chunk)) for chunk in self.chunks(data)]
+
+    @cached_property
+    def alone(self) -> dict[tuple[int, int], nn.Module]:
+        """The network of each (fold, configuration), trained alone in double precision on the CPU."""
+        data = self.data(torch.device("cpu"))
+        places = product(range(_FOLDS), enumerate(self.complete()))
+        return {(f, c): self._alone(data, f, config) for f, (c, config) in places}
+
+    def _alone(self, data: Dataset, fold: int, config: Config) -> nn.Module:
+        """Return the network that a plain loop trains on a fold."""
+        rows, present = data.folds[fold].train, None if data.present is None else data.present[fold]
+        x, y = data.x[fold, rows].double(), data.targets(fold)[rows]
+        weights = torch.ones(len(x)).double() if data.weights is None else data.weights[fold, rows]
+        if self.module:
+            module = build_module(Net, {}, Shape(data.n_features, data.n_outputs), seed=0).double()
+        else:
+            module, with_dropout = plain_mlp(config, data.n_features, data.n_outputs)
+        rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+        kinds: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        if (kind := kinds.get(config["optimizer"], torch.optim.SGD)) is torch.optim.SGD:
+            rates |= {"momentum": config["momentum"], "nesterov": config["optimizer"] == "nesterov"}
+        optimizer, size = kind(module.parameters(), **rates), min(config["batch_size"], len(x))
+        steps, step = self.horizon * math.ceil(len(x) / size), 0
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(x), generator=stream(0, "rows", len(x), epoch))
+            for number, batch in enumerate(torch.split(order, size)):
+                if config["schedule"] == "cosine":
+                    optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+                outputs = module(x[batch]) if self.module else with_dropout(x[batch], epoch, number)
+                if present is not None:
+                    outputs = outputs.masked_fill(~present, -math.inf)
+                if self.task == "regression":
+                    losses = (outputs.view(len(batch)) - y[batch].double()) ** 2
+                else:
+                    losses = functional.cross_entropy(outputs, y[batch], reduction="none")
+                optimizer.zero_grad()
+                torch.autograd.backward((weights[batch] * losses).sum() / weights[batch].sum())
+                optimizer.step()
+                step += 1
+        return module.eval()
+
+
+def difference(values: Tensor, expected: Tensor) -> float:
+    """Return max |difference| / max |expected|; NaN where either has one."""
+    values, expected = values.detach().cpu().double(), expected.detach().cpu().double()
+    return float((values - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float:
+    """Return the largest difference of any member from the network that a plain loop trains alone."""
+    worst = []
+    for chunk, trained in case.trained(device, backend):
+        for (c, place), fold in product(enumerate(chunk.index), range(_FOLDS)):
+            modules = trained.member(fold, c), case.alone[fold, place]
+            pairs = zip(*(module.state_dict().values() for module in modules), strict=True)
+            worst += [difference(a, b) for a, b in pairs]
+    return float(np.max(worst))
+
+
+def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
+    """Return the largest difference of members from those that the same device trains eagerly."""
+    pairs = zip(case.trained(device, backend), case.trained(device, "eager"), strict=True)
+    return float(np.max([difference(a.flat, b.flat) for (_, a), (_, b) in pairs]))
+
+
+def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
+    """Members from the plain loop. Raises NotBuiltError where the kernel cannot be compiled, and others would train."""
+    data, job = case.data(device), case.job(backend)
+    for chunk in case.chunks(data):
+        KernelChunk(job.network(data, chunk), data, chunk.configs, seed=0, horizon=1, scoring=None)
+    return from_plain_loop(case, device, backend)
+
+
+def on_other_gpus(case: Case, device: torch.device, backend: Backend) -> float:
+    """Members on each of the other GPUs from the plain loop."""
+    others = (torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != (device.index or 0))
+    return max((from_plain_loop(case, other, backend) for other in others), default=0.0)
+
+
+def scores(configs: tuple[Config, ...], device: torch.device, backend: Backend) -> float:
+    """Scores of the last epoch from those of scikit-learn's scorers on the members' own outputs."""
+    worst, tasks = [], tuple[Task, ...](("multiclass", "regression"))
+    for task, name in [(one, name) for one in tasks for name in OF_TASK[one]]:
+        case, scorer = Case(configs, task=task, epochs=2), get_scorer(name)
+        data = case.data(torch.device("cpu"))
+        classes = None if task == "regression" else np.arange(data.n_outputs)
+        for chunk, trained in case.trained(device, backend, case.scoring(name)):
+            for (f, fold), c in product(enumerate(data.folds), range(len(chunk.index))):
+                y, nothing = data.target[fold.valid].numpy(), np.zeros((len(fold.valid), 1))
+                answers = data.in_units(f, trained.member(f, c)(data.x[f, fold.valid]).detach())
+                expected = scorer(fitted(answers, classes, nothing, nothing), nothing, y)
+                worst.append(abs(trained.curves[c, -1, f] - expected) / max(1, abs(expected)))
+    return float(np.max(worst))
+
+
 def leave(device: torch.device, backend: Backend) -> float:
     """Members beside some that diverge, from the same members without them."""
-    calm = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
-    shared = {"optimizer": "sgd", "momentum": 0.9}
-    wild = ({"lr": _WILD}, *calm, {"lr": _WILD})
+    calm, shared = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001}), {"optimizer": "sgd", "momentum": 0.9}
     ((_, expected),) = Case(calm, shared).trained(device, backend)
-    case = Case(wild, shared)
-    ((_, trained),) = case.trained(device, backend, scoring_of(case, "neg_log_loss"))
+    case = Case(({"lr": _WILD}, *calm, {"lr": _WILD}), shared)
+    ((_, trained),) = case.trained(device, backend, case.scoring("neg_log_loss"))
     if trained.alive != (1, 2, 3):
         raise RuntimeError(f"trials (1, 2, 3) should stay, but {trained.alive} did")
     return difference(trained.flat, expected.flat)
@@ -63,15 +271,12 @@ def run_out_of_memory(device: torch.device, backend: Backend) -> float:
     """Scores of trials that memory does not hold at once, from those of the same trials with all of it."""
     # 48 of width 128 take 80 MB for parameters, gradients and moments, in double precision.
     trials, width = (6, 8) if device.type == "cpu" else (48, 128)
-    rates = tuple({"lr": 10**-power} for power in np.linspace(2, 4, trials).tolist())
-    case = Case(rates, {"width": width}, epochs=2)
+    case = Case(tuple({"lr": 10**-power} for power in np.linspace(2, 4, trials).tolist()), {"width": width}, epochs=2)
     data = case.data(device)
-    (chunk,) = case.chunks(data)
-    job = case.job(backend, scoring_of(case, "neg_log_loss"))
+    ((chunk,), scoring) = case.chunks(data), case.scoring("neg_log_loss")
     # What libraries take at their first call is not of this chunk.
-    expected = job.run(data, chunk).curves
-    small = _SmallMemory if device.type == "cpu" else Job
-    job = small(**{name: getattr(job, name) for name in ("seed", "epochs", "horizon", "backend", "scoring")})
+    expected = case.job(backend, scoring).run(data, chunk).curves
+    job = case.job(backend, scoring, _SmallMemory if device.type == "cpu" else Job)
     with ExitStack() as limits:
         if device.type == "cuda":  # so much, beyond what its tensors take
             torch.cuda.empty_cache()
@@ -97,151 +302,10 @@ def recording_fails(device: torch.device, _backend: Backend) -> float:
         total.add_(1)
         total.item()
 
-    expected = Counter[Hashable]({"step": 100})
-    steps = Replays(RECORDERS[device.type](device), expected, lambda: [total], 0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # it says so
+    steps = Replays(RECORDERS[device.type](device), Counter[Hashable]({"step": 100}), lambda: [total], 0.0)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # it says so
         for _ in range(12):
             steps.take("step", step)
     if steps.steps:
         raise RuntimeError("a step that reads a number was recorded")
     return abs(float(total) - 12)
-
-
-EXACT, ROUNDED = 1e-10, 1e-4
-"""Largest differences allowed in double and in single precision, after at most 50 steps."""
-
-Measure = Callable[[torch.device, Backend], float]
-"""Returns the largest difference of what a device computes from what is right, as a share of the largest number."""
-
-
-@dataclass(frozen=True)
-class Law:
-    """What must hold: ``measure`` returns at most ``allowed``, with every one of ``backends`` that a device has.
-
-    ``backends`` () is of what no backend trains; its measure is asked once, as "eager".
-    """
-
-    name: str
-    measure: Measure
-    allowed: float = EXACT
-    backends: tuple[Backend, ...] = ("eager", "graph", "compiled")
-    gpus: int = 0  # that it needs
-
-
-_SIZES = (
-    {"width": 16, "batch_size": 9, "lr": 0.01},
-    {"width": 12, "batch_size": 11, "lr": 0.003},
-    {"width": 9, "batch_size": 16, "lr": 0.01},
-)
-_RATES = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
-
-CASES: Mapping[str, Case] = {
-    "sgd": Case(_SIZES, {"optimizer": "sgd", "weight_decay": 0.01}),
-    "sgd with momentum": Case(_SIZES, {"optimizer": "sgd", "momentum": 0.9}),
-    "nesterov": Case(_SIZES, {"optimizer": "nesterov", "weight_decay": 0.01}),
-    "adam": Case(_SIZES, {"optimizer": "adam", "weight_decay": 0.01}),
-    "adamw": Case(_SIZES, {"weight_decay": 0.1}),
-    "one batch size": Case(_RATES),
-    "gelu": Case(_SIZES, {"activation": "gelu"}),
-    "silu": Case(_SIZES, {"activation": "silu", "depth": 3}),
-    "tanh": Case(_SIZES, {"activation": "tanh", "depth": 1}),
-    "dropout": Case(tuple({**config, "dropout": 0.2} for config in _SIZES)),
-    "cosine schedule": Case((*_RATES, {"lr": 0.01, "batch_size": 13}), {"schedule": "cosine"}),
-    "weights": Case(_SIZES, weights=True),
-    "a class that a fold lacks": Case(_SIZES, absent=True),
-    "regression": Case(_SIZES, task="regression", weights=True),
-}
-"""Members of the built-in MLP that a plain loop can train too."""
-
-_ROUNDED = Case(  # no kink that rounding could cross
-    tuple({**config, "lr": 0.001} for config in _SIZES), {"activation": "tanh"}, dtype=torch.float32
-)
-_MODULE = Case(_RATES, module=True)
-
-
-def _scores(device: torch.device, backend: Backend) -> float:
-    """Scores of the last epoch from those of scikit-learn's scorers on the members' own outputs."""
-    worst = []
-    for task in ("multiclass", "regression"):
-        case = Case(_SIZES, task=task, epochs=2)
-        data = case.data(torch.device("cpu"))
-        classes = None if task == "regression" else np.arange(data.n_outputs)
-        for name in OF_TASK[task]:
-            scorer = get_scorer(name)
-            for chunk, trained in case.trained(device, backend, scoring_of(case, name)):
-                for f, fold in enumerate(data.folds):
-                    y, nothing = data.target[fold.valid].numpy(), np.zeros((len(fold.valid), 1))
-                    for c in range(len(chunk.index)):
-                        outputs = trained.member(f, c)(data.x[f, fold.valid]).detach()
-                        answers = data.in_units(f, outputs)
-                        expected = scorer(fitted(answers, classes, nothing, nothing), nothing, y)
-                        worst.append(abs(trained.curves[c, -1, f] - expected) / max(1, abs(expected)))
-    return float(np.max(worst))
-
-
-def _solver_difference(device: torch.device, _backend: Backend) -> float:
-    """Class chances of the solved logistic regression from scikit-learn's, which ends with a residual of 1e-12."""
-    case, worst = Case(({"C": 0.1}, {"C": 2.0})), []
-    data, configs = case.data(torch.device("cpu")), case.complete()
-    solution = solve_all(case.data(device), configs)
-    for f, fold in enumerate(data.folds):
-        x = data.x[f].numpy()
-        for c, config in enumerate(configs):
-            plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000)
-            plain.fit(x[fold.train], data.y[fold.train].numpy())
-            chances = solved_module(solution, f * len(configs) + c)(data.x[f]).softmax(-1).detach().numpy()
-            worst.append(np.abs(chances - plain.predict_proba(x)).max())
-    return float(np.max(worst))
-
-
-def _hypergradient(mode: Mode, other: Mode, device: torch.device, _backend: Backend) -> float:
-    """The derivative in learning rate and weight decay by two modes."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 5, generator=generator, dtype=torch.float64).to(device)
-    y = torch.randint(3, (40,), generator=generator).to(device)
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(0)
-        module = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double().to(device)
-    batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)]
-    run = partial(hypergradient, module, functional.cross_entropy, batches, (x[32:], y[32:]), optimizer="adamw", seed=0)
-    values = {"lr": 0.1, "weight_decay": 0.01}
-    found = [run(hyperparameters=values, mode=each).gradient for each in (mode, other)]
-    return difference(*(torch.stack([slopes[name] for name in values]) for slopes in found))
-
-
-def _by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
-    """Members from the plain loop. Raises NotBuiltError where the kernel cannot be compiled, and others would train."""
-    data, job = case.data(device), case.job(backend)
-    for chunk in case.chunks(data):
-        KernelChunk(job.network(data, chunk), data, chunk.configs, seed=0, horizon=1, scoring=None)
-    return from_plain_loop(case, device, backend)
-
-
-def _second_gpu(device: torch.device, backend: Backend) -> float:
-    """Members on each of the other GPUs from the plain loop."""
-    others = (torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != (device.index or 0))
-    return max((from_plain_loop(CASES["adamw"], other, backend) for other in others), default=0.0)
-
-
-LAWS: tuple[Law, ...] = (
-    *(Law(f"members equal the plain loop: {name}", partial(from_plain_loop, case)) for name, case in CASES.items()),
-    Law("float32 against the plain loop in float64", partial(from_plain_loop, _ROUNDED), ROUNDED),
-    Law("the kernel's members equal the loop's", partial(_by_kernel, _ROUNDED), ROUNDED, ("kernel",)),
-    Law("a module equals the plain loop", partial(from_plain_loop, _MODULE), backends=("eager", "graph")),
-    *(
-        Law(f"recorded equals eager: {name}", partial(from_eager, CASES[name]), backends=("graph",))
-        for name in ("adamw", "one batch size", "dropout", "cosine schedule")
-    ),
-    Law("recorded equals eager: a module", partial(from_eager, _MODULE), backends=("graph",)),
-    Law("scores equal scikit-learn's", _scores),
-    Law("the solved logistic regression equals scikit-learn's", _solver_difference, 1e-6, ()),
-    Law("hypergradient: reverse equals forward", partial(_hypergradient, "reverse", "forward"), backends=()),
-    Law("hypergradient: reverse equals finite differences", partial(_hypergradient, "reverse", "fd"), 1e-5, ()),
-    Law("members that leave change nothing", leave),
-    Law("memory that runs out halves the chunk", run_out_of_memory),
-    Law("the other GPUs give the same", _second_gpu, backends=("eager", "graph"), gpus=2),
-    # The last one: after a capture that failed PyTorch < 2.13 records nothing any more.
-    Law("a recording that fails falls back", recording_fails, 0.0, ("graph",)),
-)
-"""What holds on every device, in the order in which it is checked."""

@@ -8,9 +8,8 @@ import torch
 
 import reference
 from command_line import run
-from gputune.check import check, members
-from gputune.check.check import checks_of
-from gputune.check.laws import CASES, LAWS, Law
+from gputune.check import check, laws
+from gputune.check.check import CASES, LAWS, Law, checks_of
 from gputune.engine import findings
 from gputune.engine.findings import Findings, Speed, keep_findings, read_findings
 from problems import rows_of
@@ -71,17 +70,16 @@ def test_the_loop_is_the_oracle(name):
 @pytest.mark.parametrize("law", [law for law in LAWS if "plain loop" in law.name or "members that" in law.name])
 def test_a_step_that_is_wrong_is_found(law, monkeypatch):
     """As if an update were off by a millionth: by a thousandth in single precision."""
-    train_chunk = members.train_chunk
+    train_chunk = laws.train_chunk
 
     def train(job, data, chunk):
         trained = train_chunk(job, data, chunk)
         trained.flat.mul_(1 + 10 * law.allowed)
         return trained
 
-    monkeypatch.setattr(members, "train_chunk", train)
+    monkeypatch.setattr(laws, "train_chunk", train)
     if "that leave" in law.name:  # which compares two trainings
-        monkeypatch.setattr(members, "difference", lambda found, expected: math.nan)
-        monkeypatch.setattr("gputune.check.laws.difference", lambda found, expected: math.nan)
+        monkeypatch.setattr(laws, "difference", lambda found, expected: math.nan)
     assert not law.measure(CPU, "eager") <= law.allowed
 
 

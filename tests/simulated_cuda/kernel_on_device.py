@@ -10,7 +10,7 @@ from torch.cuda import _utils
 
 import gputune
 import problems
-from gputune.check.laws import LAWS
+from gputune.check.check import LAWS
 from gputune.engine import kernel
 from gputune.native.library import NotBuiltError
 from gputune.scoring.scoring import BestOutputs

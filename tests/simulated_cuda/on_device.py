@@ -16,8 +16,7 @@ from torch.nn import functional
 import gputune
 from command_line import run
 from gputune.check import check
-from gputune.check.check import checks_of
-from gputune.check.laws import LAWS
+from gputune.check.check import LAWS, checks_of
 from gputune.data import dataset
 from gputune.engine import choice, dropout, findings, plan
 from gputune.engine.findings import Findings, Speed
