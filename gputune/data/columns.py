@@ -29,28 +29,23 @@ from gputune.errors import InputError
 from gputune.text import is_number
 from gputune.types import Json
 
-_DAY = 86400.0
+DATE_PARTS = ("days", "month", "day", "weekday", "hour")
 
 
-def _calendar(seconds: np.ndarray, unit: str) -> np.ndarray:
-    """Return whole calendar units since 1970, NaN for NaN."""
-    known = ~np.isnan(seconds)
-    whole = np.floor(np.where(known, seconds, 0.0)).astype(np.int64).astype("datetime64[s]")
-    return np.where(known, whole.astype(f"datetime64[{unit}]").astype(np.float64), np.nan)
-
-
-def _day_of_month(seconds: np.ndarray) -> np.ndarray:
-    months = np.nan_to_num(_calendar(seconds, "M")).astype(np.int64).astype("datetime64[M]")
-    return np.asarray(np.floor(seconds / _DAY) - months.astype("datetime64[D]").astype(np.float64) + 1)
-
-
-DATE_PARTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "days": lambda seconds: seconds / _DAY,
-    "month": lambda seconds: _calendar(seconds, "M") % 12 + 1,
-    "day": _day_of_month,
-    "weekday": lambda seconds: (np.floor(seconds / _DAY) + 3) % 7,  # 1970-01-01 was a Thursday
-    "hour": lambda seconds: np.floor(seconds % _DAY / 3600),
-}
+def _parts(kind: Kind, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the features that numbers, booleans or dates are made into, by the names of ``Column.parts``."""
+    if kind != "date":
+        return {"value": values}
+    known = ~np.isnan(values)
+    seconds = np.floor(np.where(known, values, 0.0)).astype(np.int64).astype("datetime64[s]")
+    days, months = seconds.astype("datetime64[D]"), seconds.astype("datetime64[M]")
+    numbers = [
+        months.astype(np.int64) % 12 + 1,
+        (days - months.astype(days.dtype)).astype(np.int64) + 1,
+        (days.astype(np.int64) + 3) % 7,  # 1970-01-01 was a Thursday
+        (seconds - days.astype(seconds.dtype)).astype(np.int64) // 3600,
+    ]
+    return dict(zip(DATE_PARTS, [values / 86400.0, *(np.where(known, part, np.nan) for part in numbers)]))
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Column:
 
     name: str
     kind: Kind
-    parts: tuple[str, ...] = ()  # "value" for numbers and booleans, keys of DATE_PARTS for dates
+    parts: tuple[str, ...] = ()  # "value" for numbers and booleans, of DATE_PARTS for dates
     levels: tuple[str, ...] = ()
     other: bool = False
     missing: bool = False
@@ -82,8 +77,9 @@ class Column:
         """Return (n, d) float64 for values of a kind; NaN where a number, boolean or date is missing."""
         values = convert(values, kind, self)
         if self.kind != "category":
-            parts = [values if part == "value" else DATE_PARTS[part](values) for part in self.parts]
-            return np.stack([*parts, *[np.isnan(values).astype(np.float64)] * self.missing], axis=1)
+            parts = _parts(self.kind, values)
+            lost = [np.isnan(values).astype(np.float64)] * self.missing
+            return np.stack([*(parts[part] for part in self.parts), *lost], axis=1)
         width = len(self.feature_names)
         unknown = len(self.levels) if self.other else width  # of no feature: all zeros
         position: dict[str | None, int] = {level: j for j, level in enumerate(self.levels)}
@@ -117,22 +113,20 @@ def fit_column(
         return _fit_category(name, values, max_levels=max_levels, min_count=min_count)
     known = values[~np.isnan(values)]
     missing = len(known) < len(values)
-    counts = kind == "number" and _counts_rows(values)
-    identifier = ["counts the rows; leave it out if it is only an identifier"] * counts
+    identifier = ["counts the rows; leave it out if it is only an identifier"] * (kind == "number" and _counts(values))
     if keep and kind != "date":
         mean = "are all 0" if len(known) == 0 else "take the mean of the training rows"
         return Column(name, kind, parts=("value",)), (*[f"missing values {mean}"] * missing, *identifier)
     if len(known) == 0:
         return Column(name, kind), ("left out, all values missing",)
-    parts = tuple(DATE_PARTS) if kind == "date" else ("value",)
-    varying = tuple(p for p in parts if np.ptp(known if p == "value" else DATE_PARTS[p](known)) > 0)
+    varying = tuple(name for name, part in _parts(kind, known).items() if np.ptp(part) > 0)
     column = Column(name, kind, parts=varying, missing=missing)
     if not varying and not missing:
         return column, ("left out, constant",)
-    notes = ["missing values take the mean of the training rows, and a feature says where"] * missing
+    of_missing = "missing values take the mean of the training rows, and a feature says where"
     if not varying:
-        notes = ["constant where it is known, so only a feature that says where it is missing"]
-    return column, (*notes, *identifier)
+        of_missing = "constant where it is known, so only a feature that says where it is missing"
+    return column, (*[of_missing] * missing, *identifier)
 
 
 def _fit_category(name: str, values: np.ndarray, *, max_levels: int, min_count: int) -> tuple[Column, tuple[str, ...]]:
@@ -153,13 +147,11 @@ def _fit_category(name: str, values: np.ndarray, *, max_levels: int, min_count: 
     if len(column.feature_names) == 1:
         why = "constant" if levels else f"text with {rare} levels of which none has {least} rows"
         return Column(name, "category"), (f"left out, {why}", *meant)
-    notes = [*meant, *["missing values are a level of their own"] * missing]
-    if rare:
-        rows = known - sum(counts[level] for level in levels)
-        bound = sum(number >= least for number in counts.values()) > max_levels
-        more = f"; max_levels bounds the others to the {max_levels} most frequent" * bound
-        notes.append(f"rare levels share one feature ({rare} of {len(counts)} levels, {rows} rows){more}")
-    return column, tuple(notes)
+    rows = known - sum(counts[level] for level in levels)
+    bound = sum(number >= least for number in counts.values()) > max_levels
+    more = f"; max_levels bounds the others to the {max_levels} most frequent" * bound
+    shared = f"rare levels share one feature ({rare} of {len(counts)} levels, {rows} rows){more}"
+    return column, (*meant, *["missing values are a level of their own"] * missing, *[shared] * (rare > 0))
 
 
 def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
@@ -179,12 +171,11 @@ def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
     return ()
 
 
-def _counts_rows(values: np.ndarray) -> bool:
-    """Whether the column is a row number: more than 20 rows, whole numbers that rise; some rows may be held out."""
-    if len(values) <= 20 or not np.isfinite(values).all():
-        return False
+def _counts(values: np.ndarray) -> bool:
+    """Whether numbers count the rows: more than 20, whole ones that rise; some rows may be held out."""
     steps = np.diff(values)
-    return bool((steps >= 1).all() and (steps == np.floor(steps)).all() and np.ptp(values) < 2 * len(values))
+    rise = len(values) > 20 and bool((steps >= 1).all() and (steps == np.floor(steps)).all())
+    return rise and bool(np.ptp(values) < 2 * len(values))
 
 
 def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
@@ -198,13 +189,18 @@ def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
     known = np.array([value is not None for value in values]) if kind == "category" else ~np.isnan(values)
     if not known.any():
         return np.full(len(values), None if column.kind == "category" else np.nan)
-    if column.kind == "category" and kind != "date":
-        return _to_levels(values, kind, column.levels)
+    if column.kind == "category" and kind != "date":  # "007" was the number 7, "true" a boolean
+        level_of = {level: level for level in column.levels}
+        for level in column.levels:
+            level_kind, value = _read(np.array([level], dtype=object))
+            if level_kind == kind and not np.isnan(value).any():  # a level "NA" reads as a missing number
+                level_of.setdefault(value_texts(value, kind)[0], level)
+        return np.array([level_of.get(text, text) for text in value_texts(values, kind)], dtype=object)
     if kind == "category":  # texts that read as something else
         kind, read = _read(values)
         if kind != "category":
             return convert(read, kind, column)
-        texts = [value for value in values if value is not None]
+        texts = values[known]
         odd = (text for text in texts if _read(np.array([text], dtype=object))[0] == "category")
         raise _misfit(column, f"text such as {next(odd, texts[0])!r}")
     if (column.kind, kind) == ("number", "boolean"):
@@ -217,21 +213,12 @@ def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
     raise _misfit(column, f"a {kind}")
 
 
-def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.ndarray:
-    """Return numbers or booleans as the levels that they were: "007" is the number 7, "true" a boolean."""
-    level_of = {level: level for level in levels}
-    for level in levels:
-        level_kind, value = _read(np.array([level], dtype=object))
-        if level_kind == kind and not np.isnan(value).any():  # a level "NA" reads as a missing number
-            level_of.setdefault(value_texts(value, kind)[0], level)
-    return np.array([level_of.get(text, text) for text in value_texts(values, kind)], dtype=object)
-
-
 def _read(texts: np.ndarray) -> tuple[Kind, np.ndarray]:
     """Return texts as ``parse_text`` does, amounts as numbers."""
     kind, values = parse_text(texts)
-    amounts = read_amounts(values) if kind == "category" else None
-    return (kind, values) if amounts is None else ("number", amounts[0])
+    if kind == "category" and (amounts := read_amounts(values)) is not None:
+        return "number", amounts[0]
+    return kind, values
 
 
 def _misfit(column: Column, got: str) -> InputError:

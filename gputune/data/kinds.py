@@ -120,10 +120,8 @@ def value_texts(values: np.ndarray, kind: Kind) -> np.ndarray:
 def from_series(series: "nw.Series[Any]") -> tuple[Kind, np.ndarray]:
     """Return kind and values of one column of a data frame, whose type gives the kind."""
     dtype = series.dtype
-    if dtype == nw.Boolean:
-        return "boolean", _floats(series)
-    if dtype.is_numeric():
-        return "number", _floats(series)
+    if dtype == nw.Boolean or dtype.is_numeric():
+        return "boolean" if dtype == nw.Boolean else "number", _floats(series)
     if dtype == nw.Date or isinstance(dtype, nw.Datetime):
         return "date", _floats(series.dt.timestamp("us")) / 1e6
     if isinstance(dtype, nw.Duration):
@@ -172,8 +170,8 @@ def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[
             try:
                 return kind, _each(values, convert)
             except OverflowError:
-                too_large = f"column {name!r} holds an integer that is larger than any float; pass it as text."
-                raise InputError(too_large) from None
+                words = f"column {name!r} holds an integer that is larger than any float; pass it as text."
+                raise InputError(words) from None
     if untyped and all(isinstance(value, str) for value in present):
         return parse_text(np.array(values, dtype=object))
     if odd := [value for value in present if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date)]:
@@ -196,21 +194,17 @@ def _epoch_seconds(value: datetime.date | np.datetime64) -> float:
     return (aware - _EPOCH).total_seconds()
 
 
-def _seconds(value: datetime.time) -> float:
-    return value.hour * 3600.0 + value.minute * 60 + value.second + value.microsecond / 1e6
-
-
 _OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
     (bool | np.bool_, "boolean", float),
     (numbers.Real | Decimal | np.bool_, "number", float),
     (datetime.date | np.datetime64, "date", _epoch_seconds),
-    (datetime.time, "number", _seconds),
+    (datetime.time, "number", lambda t: t.hour * 3600.0 + t.minute * 60 + t.second + t.microsecond / 1e6),
     (datetime.timedelta, "number", datetime.timedelta.total_seconds),
 )
 """What Python's objects are read as, where all values of a column are of one of these types."""
 
-
 _AMOUNT = re.compile(r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)")
+_MARKS = str.maketrans("", "", "$€£¥%, ")
 _PLAIN = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")  # 007 and 1_000 are codes
 _DASHES = ("-", "--", "–", "—")
 _THOUSANDS = 4  # digits from which on a number has a comma, where its column has any
@@ -226,37 +220,29 @@ def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
     texts = [None if text is None else text.strip() for text in texts]
     dash = next((text for text in texts if text in _DASHES), None)
     texts = [None if text in _DASHES else text for text in texts]
-    if (read := _amounts(texts)) is not None:
+    present = [text for text in texts if text is not None]
+    if (example := _example(present)) is not None:
         missing = "" if dash is None else f", {dash!r} as missing"
-        return read[0], f"text such as {read[1]!r} is read as numbers{missing}"
-    if dash is not None and any(texts) and all(text is None or _PLAIN.fullmatch(text) for text in texts):
+        numbers = _each(texts, lambda text: float(text.translate(_MARKS)))
+        return numbers, f"text such as {example!r} is read as numbers{missing}"
+    if dash is not None and present and all(map(_PLAIN.fullmatch, present)):
         return _each(texts, float), f"{dash!r} among numbers is read as missing"
     return None
 
 
-def _amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
-    """Return amounts as numbers, and one of them as it is written."""
-    numbers, signs, decimals, commas, example = [], set(), set(), set(), ""
+def _example(texts: Sequence[str]) -> str | None:
+    """Return one of texts that are all amounts of one form, with a comma where any has; None where they are not."""
+    signs, decimals, commas = set[str](), set[int](), set[bool]()
     for text in texts:
-        if text is None:
-            numbers.append(math.nan)
-            continue
         match = _AMOUNT.fullmatch(text)
         if match is None or (match[1] and match[3]) or (match[2] and match[6]):
             return None
-        minus, currency, other, whole, rest, unit = match.groups(default="")
-        signs.add(currency + unit)
-        decimals.add(len(rest))
-        if len(whole) >= _THOUSANDS:
-            commas.add("," in whole)
-        if len(signs) > 1 or len(commas) > 1:
-            return None
-        if not example or ("," in text and "," not in example):
-            example = text
-        numbers.append(float(f"{minus}{other}{whole.replace(',', '')}{rest}"))
-    sign = "".join(signs)
-    if not example or (not sign and commas != {True}):
+        signs.add(match[2] + match[6])
+        decimals.add(len(match[5] or ""))
+        if len(match[4]) >= _THOUSANDS:
+            commas.add("," in match[4])
+    if len(signs) != 1 or len(commas) > 1 or (signs == {""} and commas != {True}):
         return None
-    if sign not in ("", "%") and decimals - {0} == {4}:
+    if not signs <= {"", "%"} and decimals - {0} == {4}:
         return None
-    return np.array(numbers, dtype=np.float64), example
+    return next((text for text in texts if "," in text), texts[0])
