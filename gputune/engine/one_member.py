@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.stacked import StackedChunk
-from gputune.modules.draws import ModuleDraws
+from gputune.modules.calls import ModuleDraws
 from gputune.modules.member_code import MemberCode, Step
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError, tensors, trace

@@ -1,22 +1,31 @@
-"""A module called with other tensors in the place of its own, and left as it was; in bfloat16; its numbers as tensors.
+"""A module called with other tensors in the place of its own; in bfloat16; with draws that were made before.
 
 Where it trains in bfloat16, what torch.autocast rounds is rounded. Through vmap autocast reaches some operations and
 others not (in torch 2.13), so that stacked members have a mode of their own. Parameters, buffers and updates stay in
 single precision, and so does the loss of a module's outputs.
 Source: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
+
+A forward in training is tried once on rows of each number, to see what it draws; from then on every step finds these
+draws in a buffer, the numbers that its own draws would have been, and may be recorded.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from gputune.modules.trace import Arguments, DispatchMode, Function, Keywords, TraceError, tensors
+from gputune.native.library import fill_uniform
+from gputune.population.batches import Batch, Batches
+from gputune.seeding import keyed_draws, start_stream, stream_seed
 
 
 class Stateless:
@@ -31,15 +40,15 @@ class Stateless:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
-        held = (value for _, attributes in self._attributes for value in attributes.values())
-        self._containers = [(v, v.copy()) for v in held if isinstance(v, dict | list | set)]
+        values = (value for _, attributes in self._attributes for value in attributes.values())
+        self._containers = [(v, v.copy()) for v in values if isinstance(v, dict | list | set)]
         names = {id(t): name for name, t in chain(module.named_parameters(), module.named_buffers())}
-        self._places: list[tuple[Any, str, Tensor, str]] = [
-            (tensors, key, tensor, names[id(tensor)])
+        self._places: list[tuple[dict[str, Any], str, Tensor, str]] = [
+            (held, key, t, names[id(t)])
             for part in module.modules()
-            for tensors in (part._parameters, part._buffers)
-            for key, tensor in tensors.items()
-            if tensor is not None
+            for held in (part._parameters, part._buffers)
+            for key, t in held.items()
+            if t is not None
         ]
 
     @contextmanager
@@ -70,11 +79,10 @@ class Stateless:
 
 def not_trained(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers and the frozen parameters of a module."""
-    frozen = {name: w for name, w in module.named_parameters() if not w.requires_grad}
-    return frozen | dict(module.named_buffers())
+    return {k: w for k, w in module.named_parameters() if not w.requires_grad} | dict(module.named_buffers())
 
 
-def state_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+def state_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Return the buffers, frozen parameters and Python numbers of some names, the numbers as tensors."""
     found = {}
     for name in names:
@@ -105,12 +113,12 @@ def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-_PRODUCTS: set[Callable[..., Any]] = {
+_PRODUCTS: set[Callable[..., object]] = {
     F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm,
     torch.addmv, torch.einsum, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, Tensor.__rmatmul__,
 }  # fmt: skip
-_WIDE: set[Callable[..., Any]] = {
+_WIDE: set[Callable[..., object]] = {
     F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss,
     F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits, F.kl_div, F.normalize, F.cosine_similarity,
     torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax, torch.exp, Tensor.exp, torch.log, Tensor.log,
@@ -121,7 +129,9 @@ _WIDE: set[Callable[..., Any]] = {
 class Rounded(TorchFunctionMode):
     """Does as torch.autocast does: products take bfloat16, what sums or grows takes single precision."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is F.batch_norm and args[0].dtype == torch.bfloat16:  # statistics are of single precision
             return func(args[0].float(), *args[1:], **kwargs).bfloat16()
@@ -134,3 +144,150 @@ class Rounded(TorchFunctionMode):
 
             args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
         return func(*args, **kwargs)
+
+
+_DRAW_BYTES = 64 << 20  # of draws that are made ahead
+
+_PLAIN = set(
+    "rand randn randint randperm rand_like randn_like randint_like uniform uniform_ normal_ exponential_ geometric_ "
+    "cauchy_ log_normal_ random_".split()
+)
+"""Operations that read the shape of what they are given, and none of its numbers."""
+_PLAIN_OVERLOADS = {"bernoulli": "p", "bernoulli_": "float", "normal": "float_float", "normal_functional": "default"}
+_UNIFORM = {torch.ops.aten.rand.default, torch.ops.aten.rand_like.default}
+_DROPOUT = torch.ops.aten.native_dropout.default
+"""Dropout in training on a GPU: (input, p, True) -> (output, mask)."""
+
+
+class _Draw(NamedTuple):
+    """One draw of a forward, whose tensors among ``args`` are made again, empty, since only their layout matters."""
+
+    function: Function
+    args: tuple[object, ...]
+    kwargs: Keywords
+
+    def make(self) -> Tensor:
+        result: Tensor = self.function(*(x() if isinstance(x, partial) else x for x in self.args), **self.kwargs)
+        return result
+
+
+class ModuleDraws:
+    """The draws of some steps ahead, by one member's ``forward`` in training on minibatches of each number of rows.
+
+    Raises TraceError where it draws what depends on other numbers than the key of the step.
+    """
+
+    def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
+        self.seed, self.device = seed, batches.data.device
+        self.rows = [{part.rows for part in shape.parts} for shape in batches.shapes]
+        self.draws: dict[int, list[_Draw]] = {}
+        for step, shape in enumerate(batches.shapes):
+            for part, batch in zip(shape.parts, batches.at(0, step)):
+                if part.rows not in self.draws:
+                    with keyed_draws(self.device, seed, "try"):
+                        self.draws[part.rows] = _recorded(partial(forward, batch)).draws
+        with keyed_draws(self.device, seed, "try"):
+            samples = {rows: [draw.make() for draw in draws] for rows, draws in self.draws.items()}
+        size = sum(sample.nbytes for sample in tensors(samples))
+        self.ahead = max(1, min(len(self.rows), _DRAW_BYTES // max(1, size)))
+        self.buffers = {
+            rows: [sample.new_empty((self.ahead, *sample.shape), device=self.device) for sample in several]
+            for rows, several in samples.items()
+        }
+        self.uniform = {
+            rows
+            for rows, several in samples.items()
+            if {draw.function for draw in self.draws[rows]} <= _UNIFORM
+            and all(x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu" for x in several)
+        }
+        """Rows whose draws compiled code can make: the same numbers."""
+
+    def fill(self, epoch: int, step: int) -> None:
+        """Draw for this step and those ahead, where the buffer ends before it."""
+        if step % self.ahead or not any(self.draws.values()):
+            return
+        with keyed_draws(self.device, self.seed, "dropout", epoch, step):
+            for slot, several in enumerate(self.rows[step : step + self.ahead]):
+                for rows in several:
+                    parts = [buffer[slot] for buffer in self.buffers[rows]]
+                    key = "dropout", epoch, step + slot
+                    if rows not in self.uniform or not fill_uniform(stream_seed(self.seed, *key), parts):
+                        start_stream(self.device, self.seed, *key)
+                        for draw, part in zip(self.draws[rows], parts):
+                            part.copy_(draw.make())
+
+    def at(self, step: Tensor, rows: int) -> tuple[Tensor, ...]:
+        """Return the draws of a minibatch of so many rows in the step that a counter on the device says."""
+        slot = torch.remainder(step, self.ahead).view(1)
+        return tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
+
+
+def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
+    """Return what a forward draws, in the order of its draws. Raises TraceError as ``ModuleDraws`` does."""
+    return tuple(_recorded(forward).results)
+
+
+def _recorded(forward: Callable[[], object]) -> "_DrawRecorder":
+    with torch.no_grad(), (recorder := _DrawRecorder()):
+        forward()
+    return recorder
+
+
+class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what is drawn, and how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[_Draw] = []
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func is _DROPOUT:
+            with self:  # what a GPU draws and applies at once
+                return _dropout(args[0], torch.bernoulli(args[0], 1 - args[1]), args[1])
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
+        if not plain or kwargs.get("generator") is not None:  # and a generator of the user's own stays where it is
+            raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
+        self.draws.append(_Draw(func, tuple(_empty_like(x) if isinstance(x, Tensor) else x for x in args), kwargs))
+        result = func(*args, **kwargs)
+        self.results.append(result.clone())  # the module goes on in place
+        return result
+
+
+def _dropout(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    return x * kept * (1 / (1 - p)), kept.bool()
+
+
+def _empty_like(x: Tensor) -> partial[Tensor]:
+    return partial(torch.empty_strided, tuple(x.shape), x.stride(), dtype=x.dtype, device=x.device)
+
+
+def replay_draws(draws: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """Let these be what operations that draw give inside, one after the other."""
+    return _DrawReplayer(draws) if draws else nullcontext()  # a mode costs something in every call
+
+
+class _DrawReplayer(DispatchMode):  # type: ignore[no-untyped-call]
+    """Gives draws that were made before."""
+
+    def __init__(self, draws: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.draws = iter(draws)
+
+    def __torch_dispatch__(
+        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        drawn = next(self.draws)
+        if func is _DROPOUT:
+            return _dropout(args[0], drawn.reshape(args[0].shape), args[1])
+        if args and isinstance(args[0], Tensor):  # a substitute may have other axes for the same numbers
+            drawn = drawn.reshape(args[0].shape)
+        return args[0].copy_(drawn) if func._schema.is_mutable else drawn

@@ -12,7 +12,16 @@ from torch.func import vmap
 
 from gputune.errors import InputError
 from gputune.models import Dropout
-from gputune.modules.calls import Rounded, Stateless, convert, put_numbers, state_of
+from gputune.modules.calls import (
+    ModuleDraws,
+    Rounded,
+    Stateless,
+    convert,
+    draws_of,
+    put_numbers,
+    replay_draws,
+    state_of,
+)
 from gputune.modules.construction import (
     Builder,
     build_module,
@@ -22,7 +31,6 @@ from gputune.modules.construction import (
     name_of,
     start_from,
 )
-from gputune.modules.draws import ModuleDraws, draws_of, replay_draws
 from gputune.modules.mapped import Mapped
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError

@@ -6,16 +6,20 @@ other memory each time, so a trace says only how it came about.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 
 Leaf = TypeVar("Leaf")
+Function: TypeAlias = "OpOverload[..., Any]"
+Arguments: TypeAlias = tuple[Any, ...]
+Keywords: TypeAlias = dict[str, Any]
 
 ALIGNED = 64  # bytes: a line of the cache, and the widest vector
 
@@ -31,6 +35,9 @@ _RULES = (
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that torch.compile never sees: torch would import all of it, some seconds, to keep it from that."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -53,8 +60,8 @@ class Place:
 
     @staticmethod
     def of(tensor: Tensor) -> "Place":
-        offset = int(tensor.storage_offset())
-        return Place(memory_of(tensor), tensor.dtype, offset, tuple(tensor.shape), tuple(tensor.stride()))
+        at = memory_of(tensor), tensor.dtype, int(tensor.storage_offset())
+        return Place(*at, tuple(tensor.shape), tuple(tensor.stride()))
 
     def on(self, storage: torch.UntypedStorage, begin: int = 0) -> Tensor:
         """Return the tensor at this place of a memory that begins at a byte of a storage."""
@@ -82,7 +89,7 @@ class Operation:
 
     function: Callable[..., Any]
     args: list[Any]
-    kwargs: dict[str, Any]
+    kwargs: Keywords
     results: list[Place | None] = field(default_factory=list)
     writes: list[Place] = field(default_factory=list)
     out: str | None = None
@@ -125,18 +132,20 @@ def trace(step: Callable[[], None]) -> Trace:
     return Trace(mode.operations, mode.outside, mode.sizes)
 
 
-class _OperationRecorder(DispatchMode):
+class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
     """Runs operations and notes those that compute; a view only gives another place to memory that is known."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operations: list[Operation] = []
         self.outside: dict[int, torch.UntypedStorage] = {}
         self.sizes: dict[int, int] = {}
         self.made: list[Tensor] = []  # kept, so that no memory is given twice
         self.written: dict[int, tuple[Tensor, Tensor]] = {}  # bytes that were there before, and what they were
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         masked = any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
         for tag, reason in _RULES:
@@ -144,7 +153,12 @@ class _OperationRecorder(DispatchMode):
                 raise TraceError(f"{func} {reason}")
         if func is aten.lift_fresh.default:  # numbers of the host: the step has a copy of its own
             func = aten.clone.default
-        inputs, targets = tensors((args, kwargs)), _targets(func, args, kwargs)
+        into = [
+            args[i] if i < len(args) else kwargs.get(argument.name)
+            for i, argument in enumerate(func._schema.arguments)
+            if i in _HIDDEN.get(func, ()) or (argument.alias_info is not None and argument.alias_info.is_write)
+        ]
+        inputs, targets = tensors((args, kwargs)), tensors(into)
         _check_plain(inputs)
         for tensor in inputs:
             if not self._knows(tensor):
@@ -162,12 +176,11 @@ class _OperationRecorder(DispatchMode):
         _check_plain(found := tensors(parts))
         if (made := [tensor for tensor in found if not self._knows(tensor)]) or targets:
             self.made += made
-            fresh = {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in made}
-            self.sizes |= fresh
+            self.sizes |= (fresh := {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in made})
             results = [Place.of(x) if isinstance(x, Tensor) and memory_of(x) in fresh else None for x in parts]
-            args, kwargs = tree_map_only(Tensor, Place.of, (list(args), kwargs))
+            places, words = tree_map_only(Tensor, Place.of, (list(args), kwargs))
             writes = list(map(Place.of, targets))
-            self.operations.append(Operation(func, args, kwargs, results if made else [], writes))
+            self.operations.append(Operation(func, places, words, results if made else [], writes))
         return result
 
     def _knows(self, tensor: Tensor) -> bool:
@@ -179,16 +192,6 @@ def _check_plain(tensors: Sequence[Tensor]) -> None:
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or tensor.is_conj() or tensor.is_neg():
             raise TraceError(f"a tensor of {tensor.layout} on {tensor.device} is not a plain one in main memory")
-
-
-def _targets(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return what an operation writes in place."""
-    given = [
-        args[i] if i < len(args) else kwargs.get(argument.name)
-        for i, argument in enumerate(func._schema.arguments)
-        if i in _HIDDEN.get(func, ()) or (argument.alias_info is not None and argument.alias_info.is_write)
-    ]
-    return tensors(given)
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -218,16 +221,10 @@ def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     begins: list[int] = []
     size = 0
     for i, (made, _, wanted) in enumerate(uses):
-        held = sorted((begins[j], uses[j][2]) for j in range(i) if uses[j][1] >= made)
         gaps, end = [], 0
-        for begin, length in held:
+        for begin, length in sorted((begins[j], uses[j][2]) for j in range(i) if uses[j][1] >= made):
             gaps.append((begin - end, end))
-            end = max(end, _round_up(begin + length))
-        fitting = [gap for gap in gaps if gap[0] >= wanted]
-        begins.append(min(fitting)[1] if fitting else end)
-        size = max(size, _round_up(begins[-1] + wanted))
-    return begins, size
-
-
-def _round_up(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
+            end = max(end, -(-(begin + length) // ALIGNED) * ALIGNED)
+        begins.append(min((gap for gap in gaps if gap[0] >= wanted), default=(0, end))[1])
+        size = max(size, begins[-1] + wanted)
+    return begins, -(-size // ALIGNED) * ALIGNED

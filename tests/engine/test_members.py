@@ -12,7 +12,7 @@ from gputune.engine.backend import on_threads
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.models import RealMLP
-from gputune.modules import draws
+from gputune.modules import calls
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule, Traits
 from gputune.native import library as built
@@ -101,7 +101,7 @@ def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal, rates):
 
 
 def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
-    monkeypatch.setattr(draws, "_DRAW_BYTES", 2 * 2 * 9 * 7 * 8)
+    monkeypatch.setattr(calls, "_DRAW_BYTES", 2 * 2 * 9 * 7 * 8)
     data = make_data()
     decays = ({"beta2": 0.9, "weight_decay": 0.1}, {}, {"weight_decay_schedule": "linear", "weight_decay": 0.1}, {})
     chunk, other = both(data, fill(*({"lr": 0.01, "batch_size": 9, **decay} for decay in decays)))

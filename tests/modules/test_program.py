@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gputune.engine.stacked import StackedChunk
-from gputune.modules import draws
+from gputune.modules import calls
 from gputune.modules.module import StackedModule
 from gputune.modules.program import compile_trace
 from gputune.modules.recorder import CpuRecorder, Replays
@@ -192,7 +192,7 @@ def test_a_module_trains_to_the_same_bits(task, optimizer, monkeypatch):
 @pytest.mark.parametrize("draw_bytes", [1 << 20, 3000])
 def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes):
     monkeypatch.setattr(CpuRecorder, "repays", 1)
-    monkeypatch.setattr(draws, "_DRAW_BYTES", draw_bytes)
+    monkeypatch.setattr(calls, "_DRAW_BYTES", draw_bytes)
     data = make_data(folds=3)  # folds of 40 and 41 rows
     found = recorded_as_eager(data, fill({"batch_size": 9}, {"batch_size": 9, "lr": 0.1}), Drawing)
     assert len(found.steps.steps) == 2 and (found.draws.ahead < 5) == (draw_bytes < 1 << 20)
@@ -208,7 +208,7 @@ def test_a_generator_of_a_modules_own_is_refused_before_it_draws():
     own = torch.Generator().manual_seed(1)
     before = own.get_state()
     with pytest.raises(TraceError, match="aten.rand.generator draws what depends on other numbers"):
-        draws.draws_of(lambda: torch.rand(3, generator=own))
+        calls.draws_of(lambda: torch.rand(3, generator=own))
     assert torch.equal(own.get_state(), before)
 
 
