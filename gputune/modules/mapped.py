@@ -7,7 +7,7 @@ that nothing copies them between.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,13 +16,18 @@ from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_funct
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from gputune.modules.trace import Arguments, Keywords
+
+Table: TypeAlias = Tensor | None
 _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 class Mapped(TorchFunctionMode):
     """Maps the layers of this file by its own rules, here and in this thread alone."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is functional.embedding:
             return _embedding(*args, **kwargs)
@@ -73,7 +78,7 @@ def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *arg
     return torch.where((ids == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int]:
+def _linear(input: Tensor, weight: Tensor, bias: Table = None) -> tuple[Tensor, int]:
     rows = input.flatten(1, -2) if input.dim() > 2 else input[:, None]
     result: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     return result.view(*input.shape[:-1], -1), 0
@@ -83,32 +88,26 @@ class _Linear(torch.autograd.Function):
     """Rows (P, N, I), weights (P, O, I), biases (P, O) or None -> (P, N, O), with gradients that lie as the weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Table) -> Tensor:
         ctx.save_for_backward(x, weight)
         return x.bmm(weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        return (
-            slope.bmm(weight) if wanted[0] else None,
-            slope.mT.bmm(x) if wanted[1] else None,
-            slope.sum(1) if wanted[2] else None,
-        )
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        of_rows = slope.bmm(weight) if of_x else None
+        return of_rows, slope.mT.bmm(x) if of_weight else None, slope.sum(1) if of_bias else None
 
 
 def _layer_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+    input: Tensor, normalized_shape: Sequence[int], weight: Table = None, bias: Table = None, eps: float = 1e-5
 ) -> tuple[Tensor, int]:
     shape = list(normalized_shape)
     outputs: Tensor = _LayerNorm.apply(input, shape, eps)  # type: ignore[no-untyped-call]
-    between = [1] * (input.dim() - 1 - len(shape))
+    own = len(input), *[1] * (input.dim() - 1 - len(shape)), *shape
     if weight is not None:
-        outputs = outputs * weight.view(len(input), *between, *shape)
-    if bias is not None:
-        outputs = outputs + bias.view(len(input), *between, *shape)
-    return outputs, 0
+        outputs = outputs * weight.view(own)
+    return outputs if bias is None else outputs + bias.view(own), 0
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -125,28 +124,33 @@ class _LayerNorm(torch.autograd.Function):
         return centred.mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         x, mean, scale = ctx.saved_tensors
         return _norm_backward(slope, x, ctx.shape, mean, scale, None, None, [True, False, False])[0], None, None
 
 
 def _batch_norm(
-    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, *args: Any, **kwargs: Any
+    input: Tensor,
+    running_mean: Table,
+    running_var: Table,
+    weight: Table = None,
+    bias: Table = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, int]:
-    tables: list[Any] = [t if t is None else t.reshape(-1) for t in (running_mean, running_var, weight, bias)]
-    outputs = functional.batch_norm(_by_channels(input), *tables, *args, **kwargs)
-    for before, after in zip((running_mean, running_var), tables):
+    mean, var, factor, shift = (_flat(table) for table in (running_mean, running_var, weight, bias))
+    outputs = functional.batch_norm(_by_channels(input), mean, var, factor, shift, *args, **kwargs)
+    for before, after in ((running_mean, mean), (running_var, var)):
         # A stride of 0: all members have the same, which training leaves as it is.
-        if before is not None and before.stride(0) and before.data_ptr() != after.data_ptr():
+        if before is not None and after is not None and before.stride(0) and before.data_ptr() != after.data_ptr():
             before.copy_(after.view(before.shape))
     return _by_members(outputs, len(input)), 1
 
 
 def _group_norm(
-    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    input: Tensor, num_groups: int, weight: Table = None, bias: Table = None, eps: float = 1e-5
 ) -> tuple[Tensor, int]:
-    tables: list[Any] = [t if t is None else t.reshape(-1) for t in (weight, bias)]
-    outputs = functional.group_norm(_by_channels(input), num_groups * len(input), tables[0], tables[1], eps)
+    outputs = functional.group_norm(_by_channels(input), num_groups * len(input), _flat(weight), _flat(bias), eps)
     return _by_members(outputs, len(input)), 1
 
 
@@ -154,10 +158,10 @@ def _convolution(
     function: Callable[..., Tensor],
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    bias: Table = None,
+    stride: object = 1,
+    padding: object = 0,
+    dilation: object = 1,
     groups: int = 1,
 ) -> tuple[Tensor, int] | None:
     if input.dim() < weight.dim():  # one image, without an axis of rows
@@ -183,6 +187,10 @@ def _pool(function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: 
     return _by_members(outputs, len(input)), 1
 
 
+def _flat(table: Table) -> Table:
+    return None if table is None else table.reshape(-1)
+
+
 def _by_channels(x: Tensor) -> Tensor:
     """Return rows (P, B, C, ...) of members as (B, P*C, ...)."""
     return x.movedim(0, 1).flatten(1, 2)
@@ -193,15 +201,13 @@ def _by_members(rows: Tensor, members: int) -> Tensor:
     return rows.view(len(rows), members, -1, *rows.shape[2:])
 
 
-_RULES: dict[Any, tuple[Rule, int]] = {
+_POOLS = functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d
+_RULES: dict[Callable[..., object], tuple[Rule, int]] = {
     functional.linear: (_linear, 1),
     functional.batch_norm: (_batch_norm, 0),
     functional.layer_norm: (_layer_norm, 0),
     functional.group_norm: (_group_norm, 0),
     **{f: (partial(_convolution, f), 1) for f in (torch.conv1d, torch.conv2d, torch.conv3d)},
-    **{
-        f: (partial(_pool, f), 0)
-        for f in (functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d)
-    },
+    **{f: (partial(_pool, f), 0) for f in _POOLS},
 }
 """Rules, and the place of the argument that must have members: 0 its input, 1 its weight."""

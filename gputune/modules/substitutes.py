@@ -1,7 +1,7 @@
 """Operations in place of those that torch cannot map over members: the same numbers and derivatives."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -13,6 +13,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
+
+from gputune.modules.trace import Arguments, Keywords
 
 _fused = functional.scaled_dot_product_attention
 _ATTENDS = signature(functional.multi_head_attention_forward)
@@ -26,7 +28,9 @@ class Substitutes(TorchFunctionMode):
     this. The fused kernel of a CPU has no batching rule either, and would be called member by member.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True):
             given = _ATTENDS.bind(*args, **kwargs).arguments
@@ -39,7 +43,7 @@ class Substitutes(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_plain(given: dict[str, Any]) -> bool:
+def _is_plain(given: Keywords) -> bool:
     """Whether rows (T, B, E) attend to themselves, unmasked, by one matrix of weights."""
     unusual = ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask", "is_causal")
     x = given["query"]
@@ -48,7 +52,7 @@ def _is_plain(given: dict[str, Any]) -> bool:
     return itself and shared and all(given.get(name) is None or given[name] is False for name in unusual)
 
 
-def _self_attention(given: dict[str, Any]) -> Tensor:
+def _self_attention(given: Keywords) -> Tensor:
     """Return what each row (T, B, E) gets. Rows are read as ``batch_first`` gives them, so that none is copied."""
     rows, dropout = given["query"].transpose(0, 1), given["dropout_p"] if given.get("training", True) else 0.0
     parts = functional.linear(rows, given["in_proj_weight"], given["in_proj_bias"]).chunk(3, -1)
@@ -87,7 +91,7 @@ def make_mappable(module: nn.Module) -> None:
     for part in module.modules():
         if _averages(part):
             part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
-        if isinstance(part, nn.RNNBase) and type(part) in KINDS:
+        if isinstance(part, nn.RNNBase) and type(part) in (nn.RNN, nn.GRU, nn.LSTM):
             part.forward = partial(run_recurrent, part)
 
 
@@ -158,8 +162,6 @@ def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     return outputs
 
 
-KINDS = (nn.RNN, nn.GRU, nn.LSTM)
-
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """(layers x directions, B, H), of an LSTM two of them: hidden state and cell."""
 
@@ -174,58 +176,48 @@ def run_recurrent(rnn: nn.RNNBase, x: Tensor, hx: State | None = None) -> tuple[
     states = [state[:, None] if alone else state for state in states]
     last: list[list[Tensor]] = []
     for layer in range(rnn.num_layers):
-        sides = []
-        for side in range(1 + rnn.bidirectional):
-            place = layer * (1 + rnn.bidirectional) + side
-            outputs, *ends = _run_direction(rnn, x, [state[place] for state in states], layer, side)
-            sides.append(outputs)
-            last.append(ends)
-        x = torch.cat(sides, -1) if len(sides) > 1 else sides[0]
+        sides = range(1 + rnn.bidirectional)
+        found = [_run_direction(rnn, x, [s[len(last) + side] for s in states], layer, side) for side in sides]
+        last += [ends for _, *ends in found]
+        x = torch.cat([outputs for outputs, *_ in found], -1) if rnn.bidirectional else found[0][0]
         if rnn.dropout and layer < rnn.num_layers - 1:
             x = functional.dropout(x, rnn.dropout, rnn.training)
-    ends = [torch.stack(parts) for parts in zip(*last)]
-    ends = [end[:, 0] for end in ends] if alone else ends
+    ends = [torch.stack(parts)[:, 0] if alone else torch.stack(parts) for parts in zip(*last)]
     outputs = x[:, 0] if alone else x.transpose(0, 1) if rnn.batch_first else x
     return outputs, ends[0] if len(ends) == 1 else (ends[0], ends[1])
 
 
-def _run_direction(rnn: nn.RNNBase, x: Tensor, start: list[Tensor], layer: int, side: int) -> list[Tensor]:
+def _run_direction(rnn: nn.RNNBase, x: Tensor, state: list[Tensor], layer: int, side: int) -> list[Tensor]:
     """Return the outputs (T, B, H) of one layer in one direction, and its state after the last time."""
     suffix = f"l{layer}" + "_reverse" * side
     w_ih, w_hh = getattr(rnn, f"weight_ih_{suffix}"), getattr(rnn, f"weight_hh_{suffix}")
     b_ih, b_hh = (getattr(rnn, f"bias_{part}_{suffix}") if rnn.bias else None for part in ("ih", "hh"))
     project = getattr(rnn, f"weight_hr_{suffix}") if rnn.proj_size else None
-    if not start:
+    if not state:
         size = rnn.proj_size or rnn.hidden_size
-        start = [x.new_zeros(x.shape[1], size)] + [x.new_zeros(x.shape[1], rnn.hidden_size)] * (rnn.mode == "LSTM")
+        state = [x.new_zeros(x.shape[1], size)] + [x.new_zeros(x.shape[1], rnn.hidden_size)] * (rnn.mode == "LSTM")
     gates = functional.linear(x, w_ih, b_ih if rnn.mode == "GRU" or b_ih is None else b_ih + b_hh)
-    steps: Sequence[Any] = gates.unbind(0)
-    cell: Callable[..., list[Tensor]]
-    if rnn.mode == "GRU":
-        parts = torch.split(gates, [2 * rnn.hidden_size, rnn.hidden_size], -1)
-        steps, cell = [*zip(*(part.unbind(0) for part in parts))], partial(_gru, w_hh, b_hh)
-    elif rnn.mode == "LSTM":
-        cell = partial(_lstm, w_hh, project)
-    else:
-        cell = partial(_rnn, w_hh, torch.tanh if rnn.mode == "RNN_TANH" else torch.relu)
-    outputs, state = [], start
+    parts = torch.split(gates, [2 * rnn.hidden_size, rnn.hidden_size], -1) if rnn.mode == "GRU" else (gates,)
+    steps = [*zip(*(part.unbind(0) for part in parts))]
+    outputs = []
     for step in reversed(steps) if side else steps:
-        state = cell(step, *state)
+        if rnn.mode == "GRU":
+            state = _gru(w_hh, b_hh, *step, *state)
+        elif rnn.mode == "LSTM":
+            state = _lstm(w_hh, project, *step, *state)
+        else:
+            activation = torch.tanh if rnn.mode == "RNN_TANH" else torch.relu
+            state = [activation(step[0] + functional.linear(state[0], w_hh))]
         outputs.append(state[0])
     return [torch.stack(outputs[::-1] if side else outputs), *state]
 
 
-def _rnn(w_hh: Tensor, activation: Callable[[Tensor], Tensor], x: Tensor, h: Tensor) -> list[Tensor]:
-    """h = activation(x's part + W h)."""
-    return [activation(x + functional.linear(h, w_hh))]
-
-
-def _gru(w_hh: Tensor, b_hh: Tensor | None, x: tuple[Tensor, Tensor], h: Tensor) -> list[Tensor]:
+def _gru(w_hh: Tensor, b_hh: Tensor | None, gates: Tensor, x: Tensor, h: Tensor) -> list[Tensor]:
     """r, z = sigmoid(x's part + W h + b); n = tanh(x's part + r (W h + b)); h = (1 - z) n + z h."""
     size = w_hh.shape[-1]
     both, new = torch.split(functional.linear(h, w_hh, b_hh), [2 * size, size], -1)
-    r, z = torch.sigmoid(x[0] + both).chunk(2, -1)
-    n = torch.tanh(x[1] + r * new)
+    r, z = torch.sigmoid(gates + both).chunk(2, -1)
+    n = torch.tanh(x + r * new)
     return [n + z * (h - n)]
 
 
