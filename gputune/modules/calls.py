@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from gputune.modules.trace import Arguments, DispatchMode, Function, Keywords, TraceError, tensors
+from gputune.modules.trace import Args, DispatchMode, Function, Operator, TraceError, Words, tensors
 from gputune.native.library import fill_uniform
 from gputune.population.batches import Batch, Batches
 from gputune.seeding import keyed_draws, start_stream, stream_seed
@@ -129,9 +129,7 @@ _WIDE: set[Callable[..., object]] = {
 class Rounded(TorchFunctionMode):
     """Does as torch.autocast does: products take bfloat16, what sums or grows takes single precision."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> object:
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Words | None = None) -> object:
         kwargs = kwargs or {}
         if func is F.batch_norm and args[0].dtype == torch.bfloat16:  # statistics are of single precision
             return func(args[0].float(), *args[1:], **kwargs).bfloat16()
@@ -162,9 +160,9 @@ _DROPOUT = torch.ops.aten.native_dropout.default
 class _Draw(NamedTuple):
     """One draw of a forward, whose tensors among ``args`` are made again, empty, since only their layout matters."""
 
-    function: Function
+    function: Operator
     args: tuple[object, ...]
-    kwargs: Keywords
+    kwargs: Words
 
     def make(self) -> Tensor:
         result: Tensor = self.function(*(x() if isinstance(x, partial) else x for x in self.args), **self.kwargs)
@@ -241,9 +239,7 @@ class _DrawRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         self.draws: list[_Draw] = []
         self.results: list[Tensor] = []
 
-    def __torch_dispatch__(
-        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> object:
+    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
         kwargs = kwargs or {}
         if func is _DROPOUT:
             with self:  # what a GPU draws and applies at once
@@ -280,9 +276,7 @@ class _DrawReplayer(DispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()
         self.draws = iter(draws)
 
-    def __torch_dispatch__(
-        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> object:
+    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
         drawn = next(self.draws)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +15,6 @@ from torch.nn.parameter import is_lazy
 
 from gputune.errors import InputError, InputWarning, warn
 from gputune.models import Dropout
-from gputune.modules.hints import hint
 from gputune.population.population import InputKind, Shape, call_module
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Params
@@ -33,8 +33,7 @@ def build_module(builder: Builder, arguments: Config, shape: Shape, *, seed: int
     """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails."""
     row = (shape.n_features,) if shape.input_shape is None else shape.input_shape
     sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
-    sizes["input_shape"] = row
-    words = call_arguments(builder, sizes, arguments)
+    words = call_arguments(builder, sizes | {"input_shape": row}, arguments)
     # A constructor may draw on the current GPU, where this process has used one; saving the state of any other's
     # generator would make a context there, some hundred megabytes.
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
@@ -63,22 +62,21 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
     So members begin with a pretrained part as it is, and the user's own never trains. Of ``torch.compile`` it is what
     that compiles. Raises InputError where the builder fails, or a tensor that it shares cannot be copied.
     """
-    compiled, known, key = _call_builder(builder, words, columns), _shared.setdefault(builder, {}), repr(words)
-    module = _inner(compiled)
+    module, is_compiled = _call_builder(builder, words, columns)
+    known, key = _shared.setdefault(builder, {}), repr(words)
     if key not in known:
-        if module is not compiled:
+        if is_compiled:
             warn(
                 f"{name_of(builder)} returns torch.compile(module): the module itself trains, and gputune chooses how "
                 "its steps are computed. Leave torch.compile out.",
                 InputWarning,
             )
-        known[key] = _first_shared(module, _inner(_call_builder(builder, words, columns)))
+        known[key] = _first_shared(module, _call_builder(builder, words, columns)[0])
     if not (name := known[key]):
         return module
     try:
-        for parameter in module.parameters():
-            if has_gradient_hook(parameter):
-                raise ValueError("a copy of a parameter loses the hook on its gradient")
+        if any(map(has_gradient_hook, module.parameters())):
+            raise ValueError("a copy of a parameter loses the hook on its gradient")
         return copy.deepcopy(module)
     except Exception as error:
         raise InputError(
@@ -88,8 +86,11 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
         ) from error
 
 
-def _call_builder(builder: Builder, words: Config, columns: str) -> nn.Module:
-    """Return what a builder returns. Raises InputError where that fails, or is no module that torch has begun."""
+def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Module, bool]:
+    """Return what a builder returns, or what torch.compile was given there, and whether it was.
+
+    Raises InputError where it fails, or returns no module that torch has begun.
+    """
     name, cause = name_of(builder), None
     try:
         module = builder(**words)
@@ -105,15 +106,11 @@ def _call_builder(builder: Builder, words: Config, columns: str) -> nn.Module:
             kind = type(module).__name__
             raise InputError(f"model: {name} must return a torch.nn.Module, got {kind}; return the module.")
         if "_parameters" in vars(module):
-            return module
+            is_compiled = type(module).__name__ == "OptimizedModule"
+            inner = module._orig_mod if is_compiled else module
+            assert isinstance(inner, nn.Module)
+            return inner, is_compiled
     raise InputError(f"model: an __init__ of {name} does not call super().__init__(); let it do so first.") from cause
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    """Return what ``torch.compile`` was given, or else the module."""
-    inner = module._orig_mod if type(module).__name__ == "OptimizedModule" else module
-    assert isinstance(inner, nn.Module)
-    return inner
 
 
 def _first_shared(one: nn.Module, other: nn.Module) -> str:
@@ -124,9 +121,8 @@ def _first_shared(one: nn.Module, other: nn.Module) -> str:
             return id(tensor)
         return tensor.untyped_storage().data_ptr() or id(tensor)
 
-    held = set(map(memory, (*other.parameters(), *other.buffers())))
-    tensors = chain(one.named_parameters(), one.named_buffers())
-    return next((name for name, tensor in tensors if memory(tensor) in held), "")
+    held = set(map(memory, chain(other.parameters(), other.buffers())))
+    return next((k for k, w in chain(one.named_parameters(), one.named_buffers()) if memory(w) in held), "")
 
 
 def has_gradient_hook(parameter: Tensor) -> bool:
@@ -167,8 +163,7 @@ def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
     The matrix of a convolution has all axes but the first as its columns.
     """
     matrices = [name for name, w in trained.items() if w.dim() > 1 and not w.is_complex()]
-    owners = dict(module.named_modules())
-    embedding = (nn.Embedding, nn.EmbeddingBag)
+    owners, embedding = dict(module.named_modules()), (nn.Embedding, nn.EmbeddingBag)
     embeddings = [name for name in matrices if isinstance(owners[name.rpartition(".")[0]], embedding)]
     left_out = {*(embeddings or matrices[:1]), *matrices[-1:]}
     return {name: max(trained[name].flatten(1).shape) for name in matrices if name not in left_out}
@@ -211,23 +206,19 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
 
 def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
     """Return the parameters of a builder by name; of a class that takes any keyword those of its base classes too."""
-    found = dict(inspect.signature(builder).parameters)
-    bases = builder.__mro__[1:] if isinstance(builder, type) else ()
-    last = found
-    for base in bases:
+    last = found = dict(inspect.signature(builder).parameters)
+    for base in builder.__mro__[1:] if isinstance(builder, type) else ():
         if base is nn.Module or all(p.kind is not p.VAR_KEYWORD for p in last.values()):
             break
         if "__init__" in vars(base):
-            _, *own = inspect.signature(vars(base)["__init__"]).parameters.items()
-            last = dict(own)
+            last = dict(list(inspect.signature(vars(base)["__init__"]).parameters.items())[1:])
             found = {**last, **found}
     return found
 
 
 def materialise(module: nn.Module, inputs: Sequence[InputKind], names: Sequence[str] | None) -> None:
     """Give lazy submodules, such as ``nn.LazyLinear``, the parameters that a first batch would give them."""
-    tensors: tuple[Tensor, ...] = (*module.parameters(), *module.buffers())
-    if any(is_lazy(tensor) for tensor in tensors):
+    if any(map(is_lazy, chain(module.parameters(), module.buffers()))):
         with torch.no_grad():
             call_module(module.eval(), _zeros(inputs), names)
         module.train()
@@ -235,6 +226,43 @@ def materialise(module: nn.Module, inputs: Sequence[InputKind], names: Sequence[
 
 def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
     """Return two rows of zeros of each input, floats in single precision, in which modules are constructed."""
-    return [
-        torch.zeros(2, *shape, dtype=torch.float32 if dtype.is_floating_point else dtype) for shape, dtype in inputs
-    ]
+    kinds = ((shape, torch.float32 if dtype.is_floating_point else dtype) for shape, dtype in inputs)
+    return [torch.zeros(2, *shape, dtype=dtype) for shape, dtype in kinds]
+
+
+def hint(error: str, inputs: Sequence[Tensor]) -> str:
+    """Return the remedy for an error of torch's as a sentence with a blank before it, "" where none is known."""
+    if "scalar types: Long, Int" in error:
+        if any(x.is_floating_point() and x.dim() == 2 for x in inputs):
+            return (
+                " For token ids pass a tensor of integers, torch.as_tensor(X): an array or a frame of two axes is a "
+                "table of numbers."
+            )
+        return " An embedding takes ids as int64 or int32: pass X.long(), or begin the forward with x.long()."
+    if "positional argument" in error or "unexpected keyword argument" in error:
+        return (
+            " Several inputs are passed in order, those of a dict under their keys; where the items of a Dataset are "
+            "(inputs, target), leave y out."
+        )
+    whole = any(not x.is_floating_point() for x in inputs)
+    if whole and any(word in error for word in ("Input type", "dtype", "Byte", "Bool", "Long", "Int")):
+        scaled = ", or numbers='standard' makes floats of bytes" * any(x.dtype == torch.uint8 for x in inputs)
+        return f" Integers, bytes and booleans come as they are: begin the forward with x.float(){scaled}."
+    # Channels that are not the axis after the rows.
+    lacking = any(f"expected {axes}D input (got {axes - 1}D" in error for axes in (4, 5))
+    if lacking or f"expected input[1, {len(inputs[0])}, " in error:
+        return " X lacks the axis of the channels, which torch's layers want after the rows: pass X[:, None]."
+    if re.search(r"Expected \dD \(unbatched\) or \dD \(batched\) input to conv[23]d", error) and inputs[0].dim() == 2:
+        return (
+            f" A convolution takes images, and a row of X is {inputs[0].shape[1]} numbers: pass "
+            "X.reshape(-1, channels, height, width)."
+        )
+    wanted = re.search(r"to have (\d+) channels, but got", error)
+    last = next((x for x in inputs if wanted and x.dim() > 2 and x.shape[-1] in {1, 3, 4, int(wanted[1])}), None)
+    if last is None:
+        return ""
+    order = (0, last.dim() - 1, *range(1, last.dim() - 1))
+    return (
+        f" The channels of X seem to come last, and torch's layers want them first: pass X.transpose{order} of an "
+        f"array, X.permute{order} of a tensor."
+    )

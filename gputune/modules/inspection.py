@@ -8,6 +8,7 @@ are tried again: on which row?
 import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.memory import is_out_of_memory
-from gputune.modules.calls import state_of
+from gputune.modules.calls import not_trained, state_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook, name_of
-from gputune.modules.hints import Trail, check_ids
 from gputune.modules.module import ModuleNetwork, StackedModule, Traits
-from gputune.modules.module_trial import ModuleTrial, are_probabilities, at_start
+from gputune.modules.module_trial import ModuleTrial, Trail, are_probabilities, at_start
 from gputune.population.batches import Batch
 from gputune.population.population import Network, arguments_text, module_arguments
 from gputune.scoring.objective import Objective
@@ -58,7 +58,7 @@ def traits_of(
     if key not in known:
         own = data.of(config)
         trial = ModuleTrial(builder, config, own, columns, objective)
-        check_ids(trial.module, own, trial.name)
+        trial.check_ids(own)
         known[key] = inspect_module(trial)
     traits = known[key]
     if not traits.row_losses and data.weights is not None:
@@ -123,17 +123,20 @@ def note_fastest(builder: Builder, data: Dataset, arguments: str, *, slow: str, 
 
 def inspect_module(trial: ModuleTrial) -> Traits:
     """Try a module in training twice, and in evaluation, then stacked; return what it did."""
-    module, x = trial.module, trial.inputs
-    before, start = trial.tensors(), trial.numbers()
-    draws, decides = trial.draws()
-    trained = trial.forward(x, training=True)
-    first = trial.numbers()
-    with trial.moved():
-        trial.forward(x, training=True)
+    module, x, start = trial.module, trial.inputs, trial.numbers()
+    before = {name: tensor.detach().clone() for name, tensor in not_trained(module).items()}
+    trial.forward(x, training=True, watched=True)
+    trained, first = trial.forward(x, training=True), trial.numbers()
+    places = [(w, w.detach().clone()) for w in module.parameters() if w.requires_grad]
+    for w, value in places:  # moved a little, so that what follows them moves too
+        w.data = value + 0.01
+    trial.forward(x, training=True)
     second = trial.numbers()
+    for w, value in places:
+        w.data = value
     trial.check_outputs(trained)
     trial.check_trainable(trained)
-    changing = [name for name, tensor in trial.tensors().items() if not torch.equal(tensor, before[name])]
+    changing = [name for name, tensor in not_trained(module).items() if not torch.equal(tensor.detach(), before[name])]
     changing += [name for name in dropout_rates(module) if name not in changing]
     counted = [k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])]
     alone = trial.forward(x, training=False)
@@ -147,17 +150,17 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         alone=_close(few, alone[:2]),
         widest=trial.widest,
         parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
-        draws=draws or trial.loss_draws,
+        draws=trial.draws,
         row_losses=losses.dim() > 0,
         at_start=at_start(trial, alone, losses),
         named=tuple(name for name, w in module.named_parameters() if w.requires_grad),
         scheduled=dropout_rates(module),
         probabilities=are_probabilities(trained),
     )
-    unused: tuple[str, ...] = ()
-    if not (reason := _of_itself(module, counted, changing)):
+    reason, unused = _of_itself(module, counted, changing), tuple[str, ...]()
+    if not reason:
         reason, unused = _stacking_traits(trial, traits)
-    if (decides or trial.loss_decides) and not reason:
+    if trial.decides and not reason:
         reason = "it draws random numbers and decides by a number of a tensor"
     return replace(traits, unstackable=reason, unused=() if reason else unused)
 
@@ -169,10 +172,8 @@ def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_complex() and (tensor.requires_grad or name in changing):
             return f"its {name!r} holds complex numbers that change"
-    for name, parameter in module.named_parameters():
-        if has_gradient_hook(parameter):
-            return f"its parameter {name!r} has a hook on its gradient"
-    return ""
+    hooked = (name for name, parameter in module.named_parameters() if has_gradient_hook(parameter))
+    return next((f"its parameter {name!r} has a hook on its gradient" for name in hooked), "")
 
 
 _DIFFERS = "when its members are stacked than alone"
@@ -183,12 +184,10 @@ def _stacking_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str
     reason, unused = _rounded_traits(trial, traits)
     if _DIFFERS in reason and trial.shape.dtype == torch.float32:
         # By rounding alone a ReLU beside 0 may be on in one and off in the other.
-        try:
+        with suppress(Exception):  # of a module or a loss that takes single precision alone
             exactly, not_used = _rounded_traits(trial.in_double(), traits)
-        except Exception:  # of a module or a loss that takes single precision alone
-            exactly = reason
-        if not exactly:
-            return "", not_used
+            if not exactly:
+                return "", not_used
     if _DIFFERS in reason and traits.draws:
         reason = f"it draws random numbers, and {reason.removeprefix('it ')}"
     return reason, unused
@@ -291,40 +290,37 @@ def explain(error: Exception, network: Network, flat: Tensor, data: Dataset, epo
         return error
     if is_out_of_memory(cause) or _DEVICE.search(str(cause)):
         return error
+    name, raised = name_of(network.builder), f"raised {type(cause).__name__}"
+    says, epochs = str(cause) or "without a message", count(epoch, "epoch")
     params = network.blocks.views(flat)
     for f, fold in enumerate(data.folds):
         fails = _attempt(network, network.member(params, f, 0), data, f, type(cause))
         kinds = ("training", fold.train), ("validation", fold.valid)
-        for kind, rows in ((kind, rows) for kind, whole in kinds for rows in torch.split(whole, _ROWS)):
-            if not fails(rows):
-                continue
-            while len(rows) > 1 and (half := next((part for part in rows.chunk(2) if fails(part)), None)) is not None:
-                rows = half
-            place = f"some of rows {int(rows.min())} to {int(rows.max())}"
-            if len(rows) == 1:
-                place, others = f"row {int(rows[0])}", fold.train[fold.train != rows.to(fold.train.device)]
-                few = torch.split(others[:: max(1, len(others) // 8)], 1)  # enough to tell
-                if len(others) and all(map(fails, few)):
-                    return _of_no_row(cause, network, epoch, "No single row of X is at fault, others fail too")
-            return InputError(
-                f"model: {name_of(network.builder)} raised {type(cause).__name__} in fold {f}, after "
-                f"{count(epoch, 'epoch')}: {str(cause) or 'without a message'}. It fails on {place} of X, of the "
-                f"{kind} rows of that fold; mend the forward or the loss for such rows, or leave them out."
-            )
-    inside = (frame for frame, _ in traceback.walk_tb(cause.__traceback__) if frame.f_code.co_name == "forward")
-    if any(isinstance(frame.f_locals.get("self"), nn.Module) for frame in inside):
-        return _of_no_row(cause, network, epoch, "In evaluation mode it fails on no row of X")
-    return error
-
-
-def _of_no_row(cause: Exception, network: ModuleNetwork, epoch: int, finding: str) -> InputError:
-    """Return the error of a forward that no row of X makes fail."""
+        parts = ((kind, rows) for kind, whole in kinds for rows in torch.split(whole, _ROWS))
+        if (found := next((part for part in parts if fails(part[1])), None)) is None:
+            continue
+        kind, rows = found
+        while len(rows) > 1 and (half := next((part for part in rows.chunk(2) if fails(part)), None)) is not None:
+            rows = half
+        place = f"some of rows {int(rows.min())} to {int(rows.max())}"
+        if len(rows) == 1:
+            place, others = f"row {int(rows[0])}", fold.train[fold.train != rows.to(fold.train.device)]
+            few = torch.split(others[:: max(1, len(others) // 8)], 1)  # enough to tell
+            if len(others) and all(map(fails, few)):
+                finding = "No single row of X is at fault, others fail too"
+                break
+        return InputError(
+            f"model: {name} {raised} in fold {f}, after {epochs}: {says}. It fails on {place} of X, of the {kind} rows "
+            "of that fold; mend the forward or the loss for such rows, or leave them out."
+        )
+    else:
+        inside = (frame for frame, _ in traceback.walk_tb(cause.__traceback__) if frame.f_code.co_name == "forward")
+        if not any(isinstance(frame.f_locals.get("self"), nn.Module) for frame in inside):
+            return error
+        finding = "In evaluation mode it fails on no row of X"
     words = ", ".join(f"module__{key}={value!r}" for key, value in module_arguments(network.configs[0]).items())
-    return InputError(
-        f"model: {name_of(network.builder)}({words}) raised {type(cause).__name__} after {count(epoch, 'epoch')}: "
-        f"{str(cause) or 'without a message'}. {finding}; mend its forward"
-        f"{', or leave these values out of the space' if words else ''}."
-    )
+    remedy = "mend its forward" + ", or leave these values out of the space" * bool(words)
+    return InputError(f"model: {name}({words}) {raised} after {epochs}: {says}. {finding}; {remedy}.")
 
 
 def _attempt(
@@ -332,14 +328,12 @@ def _attempt(
 ) -> Callable[[Tensor], bool]:
     """Return what says whether a member raises that kind of error on some rows of a fold."""
     targets = network.targets(data.y)
-    y = targets[fold % len(targets)]
 
     def fails(rows: Tensor) -> bool:
-        inputs = [x.cpu() for x in data.rows(fold, rows)]
-        config, names = network.configs[0], network.shape.names
+        inputs, y = [x.cpu() for x in data.rows(fold, rows)], targets[fold % len(targets)][rows].cpu()
         try:
             with torch.no_grad():
-                network.objective.losses(module, inputs, y[rows].cpu(), config, names=names)
+                network.objective.losses(module, inputs, y, network.configs[0], names=network.shape.names)
         except Exception as found:
             return type(found) is kind
         return False

@@ -16,7 +16,7 @@ from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_funct
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from gputune.modules.trace import Arguments, Keywords
+from gputune.modules.trace import Args, Function, Words
 
 Table: TypeAlias = Tensor | None
 _norm_backward = torch.ops.aten.native_layer_norm_backward.default
@@ -25,9 +25,7 @@ _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 class Mapped(TorchFunctionMode):
     """Maps the layers of this file by its own rules, here and in this thread alone."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> object:
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Words | None = None) -> object:
         kwargs = kwargs or {}
         if func is functional.embedding:
             return _embedding(*args, **kwargs)

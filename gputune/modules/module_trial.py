@@ -3,21 +3,21 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError, InputWarning, warn
-from gputune.modules.calls import convert, not_trained
-from gputune.modules.construction import Builder, build_module, name_of
-from gputune.modules.hints import Trail, hint
+from gputune.modules.calls import convert
+from gputune.modules.construction import Builder, build_module, hint, name_of
 from gputune.modules.substitutes import counting_on_device
-from gputune.modules.trace import DispatchMode
-from gputune.population.population import Shape, module_arguments
+from gputune.modules.trace import Args, DispatchMode, Operator, Words
+from gputune.population.population import Shape, call_module, module_arguments
 from gputune.scoring.losses import refuse_one_number, wants_log_probabilities
 from gputune.scoring.objective import Objective, make_objective, pairs_all_rows, qualified_name
 from gputune.seeding import keyed_draws
@@ -38,7 +38,8 @@ class ModuleTrial:
         inputs, y = data.example(_EXAMPLES)
         self.inputs, self.y = [x.cpu() for x in inputs], y.cpu()
         self.shape = replace(Shape.of(data), folds=1, device=_CPU, present=None, rows=None)
-        self.widest, self.loss_draws, self.loss_decides = 1, False, False
+        self.widest = 1  # most numbers that a submodule has returned for a row
+        self.draws = self.decides = False  # whether it has taken random numbers, and has read numbers of tensors then
         module = build_module(builder, module_arguments(config), self.shape, seed=0, columns=columns)
         self.module = convert(module, data.dtype)
         self.trail = Trail(self.module)
@@ -46,28 +47,51 @@ class ModuleTrial:
     def in_double(self) -> Self:
         """Return this trial with floats of double precision; its module stays as it is."""
 
-        def widen(x: Tensor) -> Tensor:
-            return x.double() if x.is_floating_point() else x
-
         double = copy.copy(self)
-        double.inputs, double.y = [widen(x) for x in self.inputs], widen(self.y)
+        *double.inputs, double.y = (x.double() if x.is_floating_point() else x for x in (*self.inputs, self.y))
         kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in double.inputs)
         double.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
         return double
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return copies of the buffers and frozen parameters as they are."""
-        return {name: tensor.detach().clone() for name, tensor in not_trained(self.module).items()}
+    def check_ids(self, data: Dataset) -> None:
+        """Raise InputError where an embedding of the module has no place for an id that a row of the data holds.
 
-    @contextmanager
-    def moved(self) -> Iterator[None]:
-        """Move the trained parameters a little inside, so that what follows them moves too."""
-        trained = [(w, w.detach().clone()) for w in self.module.parameters() if w.requires_grad]
-        for w, before in trained:
-            w.data = before + 0.01
-        yield
-        for w, before in trained:
-            w.data = before
+        The module runs on the rows with the largest and the smallest number of each column. Whatever else it raises
+        there is for others to say.
+        """
+        embeddings = [(path, part) for path, part in self.module.named_modules() if isinstance(part, nn.Embedding)]
+        if not embeddings:
+            return
+        rows = torch.tensor(sorted({row for x in data.inputs for row in _outermost(x[0])}), dtype=torch.int64)
+        inputs, wrong = [x.cpu() for x in data.rows(0, rows.to(data.device))], list[str]()
+
+        def check(path: str, part: nn.Embedding, arguments: tuple[object, ...]) -> None:
+            ids, size = arguments[0], part.num_embeddings
+            if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() == 0 or ids.numel() == 0:
+                return  # which the embedding says itself
+            number = most if (most := int(ids.max())) >= size else int(ids.min())
+            if 0 <= number < size:
+                return
+            row, own = "", inputs
+            if len(ids) == len(rows):  # otherwise the forward has made rows of its own
+                place = int((ids == number).nonzero()[0, 0])
+                row, own = f" in row {int(rows[place])}", [x[place] for x in inputs]
+            holder = next((label for label, x in zip(data.labels, own) if bool((x == number).any())), None)
+            where = f"the forward of {self.name} makes the id" if holder is None else f"{holder} has the id"
+            remedy = "give such ids other numbers" if number < 0 else f"give it num_embeddings={number + 1} or more"
+            scaled = holder is None and any(x.is_floating_point() for x in own)
+            wrong.append(
+                f"model: {where} {number}{row}, and the embedding {path!r} of {self.name} has {size} places, for ids 0 "
+                f"to {size - 1}; {remedy}.{_SCALED * scaled}"
+            )
+
+        hooks = [part.register_forward_pre_hook(partial(check, path)) for path, part in embeddings]
+        with torch.no_grad(), suppress(Exception):
+            call_module(self.module.eval(), inputs, data.names)
+        for hook in hooks:
+            hook.remove()
+        if wrong:
+            raise InputError(wrong[0])
 
     def numbers(self) -> dict[str, float]:
         """Return the Python numbers that the submodules hold."""
@@ -79,34 +103,25 @@ class ModuleTrial:
         }
 
     @contextmanager
-    def _watch(self) -> Iterator["_ReadRecorder"]:
-        """Yield what notes whether a number of a tensor is read inside, and whether torch's generator is drawn from."""
+    def _watched(self) -> Iterator[None]:
+        """Note whether torch's generator is drawn from inside, and whether a number of a tensor is read then."""
         with keyed_draws(_CPU, 0, "check"):
             state = torch.get_rng_state()
-            with counting_on_device(self.module), (seen := _ReadRecorder()):
-                yield seen
-            seen.draws = not torch.equal(state, torch.get_rng_state())
+            with counting_on_device(self.module), (recorder := _ReadRecorder()):
+                yield
+            drew = not torch.equal(state, torch.get_rng_state())
+        self.draws, self.decides = self.draws or drew, self.decides or (drew and recorder.reads)
 
-    def draws(self) -> tuple[bool, bool]:
-        """Whether a forward in training takes numbers from torch's generator, and whether it then reads numbers."""
-        with self._watch() as seen:
-            self._call(self.inputs, training=True)
-        return seen.draws, seen.draws and seen.reads
-
-    def forward(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
-        """Return the outputs on some rows, always with the same draws."""
-        with keyed_draws(_CPU, 0, "check"):
-            return self._call(inputs, training=training)
-
-    def _call(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
+    def forward(self, inputs: Sequence[Tensor], *, training: bool, watched: bool = False) -> Tensor:
+        """Return the outputs on some rows, always with the same draws, which are noted where it is ``watched``."""
         self.trail.largest = 0  # of other numbers of rows
         try:
-            with torch.set_grad_enabled(training):
+            with self._watched() if watched else keyed_draws(_CPU, 0, "check"), torch.set_grad_enabled(training):
                 outputs = self.objective.outputs(self.module.train(training), inputs, self.shape.names)
         except Exception as error:
-            takes = " and ".join(map(in_words, inputs))
+            takes, place = " and ".join(map(in_words, inputs)), self.trail.submodule and f" ({self.trail.submodule})"
             raise InputError(
-                f"model: the forward of {self.name}{self.trail} raised {type(error).__name__}: {error}. It must take "
+                f"model: the forward of {self.name}{place} raised {type(error).__name__}: {error}. It must take "
                 f"{takes} and return (rows, {self.shape.n_outputs}).{hint(str(error), inputs)}{self.columns}"
             ) from error
         self.widest = max(self.widest, self.trail.largest // len(inputs[0]))
@@ -117,30 +132,27 @@ class ModuleTrial:
         name = self.objective.in_words
         refuse_one_number(self.objective.loss, self.y)
         try:
-            with torch.enable_grad(), warnings.catch_warnings(), self._watch() as seen:
+            with torch.enable_grad(), warnings.catch_warnings(), self._watched():
                 warnings.filterwarnings("ignore", "Using a target size .* that is different to the input size")
-                module, names = self.module.train(), self.shape.names
-                losses = self.objective.losses(module, self.inputs, self.y, self.config, names=names)
-            self.loss_draws, self.loss_decides = seen.draws, seen.draws and seen.reads
+                step = self.module.train(), self.inputs, self.y, self.config
+                losses = self.objective.losses(*step, names=self.shape.names)
         except Exception as error:
-            raise InputError(
-                f"{name} raised {type(error).__name__}: {str(error).rstrip('.')}. {self._what_a_loss_gets()}"
-            ) from error
-        rows = len(self.inputs[0])
-        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            says = str(error).rstrip(".")
+            raise InputError(f"{name} raised {type(error).__name__}: {says}. {self._what_a_loss_gets()}") from error
+        rows, found = len(self.inputs[0]), _found(losses)
         if found not in ((), (rows,)):
-            raise InputError(
-                f"{name} must return row losses of shape (rows,) or their mean, a tensor (), got {found} for "
-                f"{rows} rows."
-            )
+            what = f"row losses of shape (rows,) or their mean, a tensor (), got {found} for {rows} rows"
+            raise InputError(f"{name} must return {what}.")
         if not losses.requires_grad:
             raise InputError(
                 f"{name} gives no gradient: what it returns does not depend on the parameters of {self.name}. Compute "
                 "it of the module's outputs by operations of torch, without detach(), item() or torch.no_grad()."
             )
-        if not self.objective.is_named and not bool(losses.isfinite().all()):
+        if self.objective.is_named:
+            return losses.detach()
+        if not bool(losses.isfinite().all()):
             raise InputError(f"{name} is not finite on the first rows; check its inputs and its formula.")
-        if not self.objective.is_named and self.objective.step is None:
+        if self.objective.step is None:
             outputs = self.forward(self.inputs, training=False)
             if pairs_all_rows(self.objective.member_loss(self.config), outputs, self.y):
                 raise InputError(
@@ -160,8 +172,8 @@ class ModuleTrial:
         if self.objective.binary and outputs.numel() == len(self.y):
             remedy = " One logit a row of two classes takes loss='bce'."
         elif not self.objective.any_outputs:
-            other = ("numbers", "classification") if self.y.is_floating_point() else ("classes", "regression")
-            remedy = " y is {} here; task='{}' takes it the other way.".format(*other)
+            kind, other = ("numbers", "classification") if self.y.is_floating_point() else ("classes", "regression")
+            remedy = f" y is {kind} here; task='{other}' takes it the other way."
         return (
             f"The outputs of {self.name} have shape {tuple(outputs.shape)} and type {outputs.dtype}, y {y}; make them "
             f"fit.{remedy}"
@@ -172,8 +184,7 @@ class ModuleTrial:
         if self.objective.augment is None:
             return list(self.inputs)
         try:
-            of_a_fold = [x[None] for x in self.inputs]
-            return [x[0] for x in self.objective.augmented(of_a_fold, self.shape.names, 0, (0, 0))]
+            return [x[0] for x in self.objective.augmented([x[None] for x in self.inputs], self.shape.names, 0, (0, 0))]
         except InputError:
             raise
         except Exception as error:
@@ -185,45 +196,37 @@ class ModuleTrial:
     def warn_of_probabilities(self, outputs: Tensor) -> None:
         """Warn where outputs, computed in training, end in a softmax or a sigmoid that the loss has, or lack one."""
         if wants_log_probabilities(self.objective.loss, outputs):
-            warn(
-                f"{self.name} returns no log-probabilities, which {self.objective.in_words} wants: end it in "
-                "log_softmax(1), or leave loss out.",
-                InputWarning,
-            )
+            wants = f"no log-probabilities, which {self.objective.in_words} wants"
+            warn(f"{self.name} returns {wants}: end it in log_softmax(1), or leave loss out.", InputWarning)
         loss, end = self.objective.loss if self.objective.is_named else None, ""
         if loss == "cross_entropy" and outputs.shape[1:] != (1,):
             end = "softmax" * are_probabilities(outputs)
         elif loss == "bce":
             end = "sigmoid" * _ends_in_sigmoid(outputs)
         if end:
-            warn(
-                f"{self.name} returns probabilities, and the cross-entropy wants logits: leave out the {end} at its "
-                "end.",
-                InputWarning,
-            )
+            wrong = "returns probabilities, and the cross-entropy wants logits"
+            warn(f"{self.name} {wrong}: leave out the {end} at its end.", InputWarning)
 
     def check_outputs(self, outputs: object) -> None:
         """Raise InputError for outputs of another shape than the loss takes."""
         rows, n_outputs = len(self.inputs[0]), self.shape.n_outputs
         if self.fits(outputs, rows):
             return
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        usual = _of_shape(found, n_outputs, binary=self.objective.binary)
+        usual = _of_shape(found := _found(outputs), n_outputs, binary=self.objective.binary)
         if self.objective.step is not None:
             usual += " With task='custom' and scoring=callable(outputs, y) a training_step may have any outputs."
         raise InputError(
             f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} for {rows} "
-            f"rows; its last layer must have n_outputs outputs (logits for classes).{usual}"
-            f"{self.columns}"
+            f"rows; its last layer must have n_outputs outputs (logits for classes).{usual}{self.columns}"
         )
 
     def fits(self, outputs: object, rows: int) -> bool:
         """Whether outputs of so many rows have a shape that the loss takes."""
-        shape, n_outputs = tuple(outputs.shape) if isinstance(outputs, Tensor) else None, self.shape.n_outputs
+        found, n_outputs = _found(outputs), self.shape.n_outputs
         if self.objective.any_outputs:
-            return shape is not None and shape[:1] == (rows,)
+            return found[:1] == (rows,)
         one = n_outputs == 1 or self.objective.may_be_one_logit
-        return shape == (rows, n_outputs) or (one and shape in ((rows,), (rows, 1)))
+        return found == (rows, n_outputs) or (one and found in ((rows,), (rows, 1)))
 
     def check_trainable(self, outputs: Tensor) -> None:
         """Raise InputError where the outputs, computed in training, depend on no parameter."""
@@ -235,10 +238,28 @@ class ModuleTrial:
 
     def takes_one_row(self) -> bool:
         """Whether a minibatch of one row can be trained on."""
-        try:
+        with suppress(InputError):
             return self.fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
-        except InputError:
-            return False
+        return False
+
+
+_SCALED = (
+    " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or numbers='none', which "
+    "leaves codes as they are."
+)
+_MOST_COLUMNS = 64  # of which each may go to an embedding of its own; of longer rows only the outermost ids are tried
+
+
+def _outermost(x: Tensor) -> list[int]:
+    """Return the rows of an input (n, ...) with the largest and the smallest numbers; none of images and the like."""
+    if x.dtype == torch.bool or (x.dim() > 2 and x.is_floating_point()):
+        return []
+    columns = x.flatten(1) if x.dim() > 1 else x[:, None]
+    if columns.shape[1] > _MOST_COLUMNS:
+        if x.is_floating_point():
+            return []
+        columns = torch.stack([columns.amax(1), columns.amin(1)], 1)
+    return [*columns.argmax(0).tolist(), *columns.argmin(0).tolist()]
 
 
 def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
@@ -254,18 +275,21 @@ def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
     )
 
 
-def _of_shape(found: object, n_outputs: int, *, binary: bool) -> str:
+def _of_shape(found: tuple[int, ...] | str, n_outputs: int, *, binary: bool) -> str:
     """Return what such outputs usually come from, a sentence."""
-    if not isinstance(found, tuple):
+    if isinstance(found, str):
         several = found in ("tuple", "list", "dict")
         return " Of several outputs return the first, or train them by training_step." * several
     if binary and n_outputs == 2 and (len(found) == 1 or found[1:] == (1,)):
         return " A target of two classes takes two logits a row, or one with loss='bce'."
     if binary and n_outputs == 1 and found[1:] == (2,):
         return " Two logits a row of two classes take loss='cross_entropy'."
-    if len(found) > 2:
-        return " Axes beside the rows are to be pooled or flattened away."
-    return ""
+    return " Axes beside the rows are to be pooled or flattened away." * (len(found) > 2)
+
+
+def _found(value: object) -> tuple[int, ...] | str:
+    """Return the shape of a tensor, of anything else the name of its type."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def are_probabilities(outputs: Tensor) -> bool:
@@ -287,17 +311,38 @@ def in_words(x: Tensor) -> str:
     name, shape = str(x.dtype).removeprefix("torch."), ", ".join(["rows", *map(str, x.shape[1:])])
     if x.is_floating_point():
         return f"a float tensor of shape ({shape})"
-    article = "an" if name.startswith("i") else "a"
-    return f"{article} {name} tensor of shape ({shape}) of values from {int(x.min())} to {int(x.max())}"
+    kind = f"{'an' if name.startswith('i') else 'a'} {name} tensor of shape ({shape})"
+    return f"{kind} of values from {int(x.min())} to {int(x.max())}"
 
 
-class _ReadRecorder(DispatchMode):
+class _ReadRecorder(DispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether a number of a tensor is read into Python, which may decide by it."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.reads = self.draws = False
+    reads = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
         self.reads |= torch.Tag.data_dependent_output in func.tags
         return func(*args, **(kwargs or {}))
+
+
+class Trail:
+    """Remembers which submodule was running, so that an error can name it, and how much one has returned."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.open: list[str] = []
+        self.largest = 0
+        for name, part in module.named_modules():
+            if not isinstance(part, torch.jit.ScriptModule):  # which takes no hooks
+                part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
+                part.register_forward_hook(self._leave)
+
+    def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
+        self.open.pop()
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+
+    @property
+    def submodule(self) -> str:
+        """The submodule that was running, in words; "" for the module itself."""
+        name = next((name for name in reversed(self.open) if name), "")
+        return f"submodule {name!r}" if name else ""

@@ -1,11 +1,11 @@
 """Operations in place of those that torch cannot map over members: the same numbers and derivatives."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from gputune.modules.trace import Arguments, Keywords
+from gputune.modules.trace import Args, Function, Words
 
 _fused = functional.scaled_dot_product_attention
 _ATTENDS = signature(functional.multi_head_attention_forward)
@@ -28,9 +28,7 @@ class Substitutes(TorchFunctionMode):
     this. The fused kernel of a CPU has no batching rule either, and would be called member by member.
     """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> object:
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Words | None = None) -> object:
         kwargs = kwargs or {}
         if func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True):
             given = _ATTENDS.bind(*args, **kwargs).arguments
@@ -43,7 +41,7 @@ class Substitutes(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_plain(given: Keywords) -> bool:
+def _is_plain(given: Words) -> bool:
     """Whether rows (T, B, E) attend to themselves, unmasked, by one matrix of weights."""
     unusual = ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask", "is_causal")
     x = given["query"]
@@ -52,7 +50,7 @@ def _is_plain(given: Keywords) -> bool:
     return itself and shared and all(given.get(name) is None or given[name] is False for name in unusual)
 
 
-def _self_attention(given: Keywords) -> Tensor:
+def _self_attention(given: Words) -> Tensor:
     """Return what each row (T, B, E) gets. Rows are read as ``batch_first`` gives them, so that none is copied."""
     rows, dropout = given["query"].transpose(0, 1), given["dropout_p"] if given.get("training", True) else 0.0
     parts = functional.linear(rows, given["in_proj_weight"], given["in_proj_bias"]).chunk(3, -1)

@@ -17,14 +17,15 @@ from torch.utils._pytree import tree_map_only
 aten = torch.ops.aten
 
 Leaf = TypeVar("Leaf")
-Function: TypeAlias = "OpOverload[..., Any]"
-Arguments: TypeAlias = tuple[Any, ...]
-Keywords: TypeAlias = dict[str, Any]
+Function: TypeAlias = Callable[..., Any]
+Operator: TypeAlias = "OpOverload[..., Any]"
+Args: TypeAlias = tuple[Any, ...]
+Words: TypeAlias = dict[str, Any]
 
 ALIGNED = 64  # bytes: a line of the cache, and the widest vector
 
 _HIDDEN = {aten.native_batch_norm.default: (3, 4)}
-"""Arguments that an operation writes without its schema saying so: running statistics."""
+"""Args that an operation writes without its schema saying so: running statistics."""
 
 _RULES = (
     (torch.Tag.data_dependent_output, "reads a number"),
@@ -89,7 +90,7 @@ class Operation:
 
     function: Callable[..., Any]
     args: list[Any]
-    kwargs: Keywords
+    kwargs: Words
     results: list[Place | None] = field(default_factory=list)
     writes: list[Place] = field(default_factory=list)
     out: str | None = None
@@ -143,9 +144,7 @@ class _OperationRecorder(DispatchMode):  # type: ignore[no-untyped-call]
         self.made: list[Tensor] = []  # kept, so that no memory is given twice
         self.written: dict[int, tuple[Tensor, Tensor]] = {}  # bytes that were there before, and what they were
 
-    def __torch_dispatch__(
-        self, func: Function, types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> object:
+    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
         kwargs = kwargs or {}
         masked = any(tensor.dtype == torch.bool for tensor in tensors(args[1:]))
         for tag, reason in _RULES:
