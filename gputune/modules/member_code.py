@@ -8,16 +8,14 @@ An operation that is not known here raises TraceError.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from gputune.modules.member_kernels import FORMULAS, Line, Loops, Span, Writer, arguments, c_type, named, over
 from gputune.modules.program import simplify_trace
-from gputune.modules.trace import Operation, Place, Trace, TraceError
+from gputune.modules.trace import Operation, Place, Trace, TraceError, Words
 
-Given = dict[str, Any]
 _TILE = 96  # columns of the widest tile of a product, and rows beside the inner ones that it works in
 
 
@@ -32,8 +30,8 @@ def _loops(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[Loop
     return over(shape, strides).named(sizes), sizes
 
 
-def _product(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
-    names = ("batch1", "batch2") if "batch1" in given else ("mat1", "mat2") if "mat1" in given else ("self", "mat2")
+def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
+    names = next((pair for pair in (("batch1", "batch2"), ("mat1", "mat2")) if pair[0] in given), ("self", "mat2"))
     a, b, added = given[names[0]], given[names[1]], None if names[0] == "self" else given["self"]
     plain = given.get("beta", 1) == given.get("alpha", 1) == 1 and out.stride[-1] == 1
     _require(plain and a.dtype == b.dtype == out.dtype, op, "other factors")
@@ -59,7 +57,7 @@ def _product(writer: Writer, given: Given, op: Operation, out: Place) -> Iterato
         yield writer.pointwise("add", {"self": out, "other": added, "alpha": 1}, out)
 
 
-def _reduce(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _reduce(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     x: Place = given["self"]
     _require(given.get("dtype") in (None, out.dtype), op, "another type")
     axes = given.get("dim")
@@ -93,7 +91,7 @@ _ALONG = {
 """What is made along one axis, for all others."""
 
 
-def _along(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _along(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     body, names = _ALONG[op.name], ["grad_output", "output"] if "output" in given else ["self"]
     places = [out, *(given[name] for name in names)]
     _require(all(place.dtype == writer.dtype for place in places), op, str(out.dtype))
@@ -107,7 +105,7 @@ def _along(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[
     yield writer.call(places, loops.nest(body.replace("T ", f"{c_type(out.dtype)} "), ""), sizes=sizes)
 
 
-def _chosen(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _chosen(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     """Rows, or numbers, whose places an index says."""
     if op.name == "embedding":
         x, axis, index = given["weight"], 0, given["indices"]
@@ -129,7 +127,7 @@ def _chosen(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator
     yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), sizes=sizes)
 
 
-def _embedding_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _embedding_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     slope, index = given["grad_output"], given["indices"]
     _require(given["padding_idx"] < 0 and not given["scale_grad_by_freq"], op)
     yield writer.filled(out, 0.0)
@@ -140,14 +138,15 @@ def _embedding_slope(writer: Writer, given: Given, op: Operation, out: Place) ->
     yield writer.call([out, slope, index], loops.nest(f"{to} += p1[{loops.index(0)}];", ""), sizes=sizes)
 
 
-def _concatenate(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _concatenate(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     axis, begin = given["dim"] % len(out.shape), 0
     for part in given["tensors"]:
-        if part.shape != (0,):
-            stacked = op.name == "stack"
-            size = 1 if stacked else part.shape[axis]
-            yield writer.copied(_without(out, axis, begin) if stacked else _part(out, axis, begin, size), part)
-            begin += size
+        if op.name == "stack":
+            yield writer.copied(_without(out, axis, begin), part)
+            begin += 1
+        elif part.shape != (0,):
+            yield writer.copied(_part(out, axis, begin, part.shape[axis]), part)
+            begin += part.shape[axis]
 
 
 def _part(place: Place, axis: int, begin: int, size: int, step: int = 1) -> Place:
@@ -160,12 +159,13 @@ def _part(place: Place, axis: int, begin: int, size: int, step: int = 1) -> Plac
 
 def _without(place: Place, axis: int, index: int) -> Place:
     """Return the part of a place at an index of an axis, without the axis."""
-    at = _part(place, axis, index, 1)
-    keep = [i for i in range(len(at.shape)) if i != axis]
-    return replace(at, shape=tuple(at.shape[i] for i in keep), stride=tuple(at.stride[i] for i in keep))
+    shape, stride = [*place.shape], [*place.stride]
+    del shape[axis], stride[axis]
+    offset = place.offset + index * place.stride[axis]
+    return replace(place, offset=offset, shape=tuple(shape), stride=tuple(stride))
 
 
-def _part_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _part_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     axis, slope = given["dim"] % len(out.shape), given["grad_output"]
     n = out.shape[axis]
     if op.name == "select_backward":
@@ -183,29 +183,31 @@ def _is_whole(place: Place) -> bool:
     return all(n == 1 or own == step for n, own, step in zip(place.shape, place.stride, steps))
 
 
-def _layer_norm_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _layer_norm_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     places = [out, *(given[name] for name in ("grad_out", "input", "mean", "rstd"))]
     _require(given["weight"] is None and list(op.makes) == [out] and all(map(_is_whole, places)), op)
     n = math.prod(given["normalized_shape"])
-    sizes = [math.prod(given["input"].shape) // n, n]
-    yield writer.call(places, "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);", sizes=sizes)
+    body, sizes = "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);", [math.prod(given["input"].shape) // n, n]
+    yield writer.call(places, body, sizes=sizes)
 
 
-def _batch_norm(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
-    names, numbers = ["input", "weight", "bias", "running_mean", "running_var"], ["momentum", "eps"]
-    kernel, training = "batch_norm(n0, n1, s0, s1, ", "training"
+def _batch_norm(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     if "grad_out" in given:
-        names, numbers = ["grad_out", "input", "weight", "save_mean", "save_invstd"], []
-        kernel, training = "batch_norm_slope(n0, n1, ", "train"
-    places = [*(given[name] for name in names), *op.makes]
-    rows = given["input"].shape
+        kernel, names, numbers = "batch_norm_slope(n0, n1", "grad_out input weight save_mean save_invstd", ""
+    else:
+        kernel, names, numbers = (
+            "batch_norm(n0, n1, s0, s1",
+            "input weight bias running_mean running_var",
+            "momentum eps",
+        )
+    places, rows = [*(given[name] for name in names.split()), *op.makes], given["input"].shape
     whole = len(rows) == 2 and len(op.makes) == 3 and all(_is_whole(place) for place in places if place)
-    _require(given[training] and whole, op)
-    body = f"{kernel}{', '.join(f'p{i}' for i in range(len(places)))});"
-    yield writer.call(places, body, [given[name] for name in numbers], sizes=rows)
+    _require(given["training" if numbers else "train"] and whole, op)
+    body = f"{', '.join([kernel, *(f'p{i}' for i in range(len(places)))])});"
+    yield writer.call(places, body, [given[name] for name in numbers.split()], sizes=rows)
 
 
-def _class_loss(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
+def _class_loss(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     is_slope, y = "grad_output" in given, given["target"]
     x = given["grad_output"] if is_slope else given["self"]
     rows = out.shape if is_slope else x.shape
@@ -261,7 +263,7 @@ class MemberCode:
         trace.operations = _small_first(trace.operations)
         writer = Writer(self.dtype, self.kernels, trace, memories)
         lines = [line for op in trace.operations for line in _lines(writer, op)]
-        calls = [number for run in _in_blocks(lines) for number in run]
+        calls = [*_in_blocks(lines)]
         numbers = np.array([*writer.numbers, 0.0])  # one at least, whose place can be said
         return Step(np.array([len(calls), *calls], dtype=np.int64), numbers, writer.size + writer.room)
 
@@ -283,9 +285,6 @@ def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
 def _small_first(operations: Sequence[Operation]) -> list[Operation]:
     """Take what makes one number before passes over many that do not depend on it, so that these follow each other."""
 
-    def count(place: Place) -> int:
-        return torch.Size(place.shape).numel()
-
     def depend(a: Operation, b: Operation) -> bool:  # whether one writes what the other reads or writes
         into = [{place.memory for place in (*op.makes, *op.writes)} for op in (a, b)]
         used = [{place.memory for place in op.reads} | own for op, own in zip((a, b), into)]
@@ -294,28 +293,30 @@ def _small_first(operations: Sequence[Operation]) -> list[Operation]:
     found: list[Operation] = []
     for op in operations:
         at = len(found)
-        if all(count(place) == 1 for place in (*op.makes, *op.reads, *op.writes)):
+        if all(math.prod(place.shape) == 1 for place in (*op.makes, *op.reads, *op.writes)):
             while at and not depend(op, before := found[at - 1]):
-                if all(count(place) < _LARGE for place in (*before.makes, *before.writes)):
+                if all(math.prod(place.shape) < _LARGE for place in (*before.makes, *before.writes)):
                     break
                 at -= 1
         found.insert(at, op)
     return found
 
 
-def _in_blocks(lines: Sequence[Line]) -> Iterator[list[int]]:
-    """Yield runs of calls, those over as many numbers a block at a time, which stays in the cache between them."""
-    run: list[Line] = []
+def _in_blocks(lines: Sequence[Line]) -> Iterator[int]:
+    """Yield the numbers of the calls, those over as many numbers a block at a time, which stays in the cache."""
+    runs: list[list[Line]] = []
     for line in lines:
-        alone = not _go_together([line])
-        if run and (alone or not _go_together([*run, line])):
-            yield from _take_lines(run)
-            run = []
-        run.append(line)
-        if alone:
-            yield from _take_lines(run)
-            run = []
-    yield from _take_lines(run)
+        if runs and _go_together([*runs[-1], line]):
+            runs[-1].append(line)
+        else:
+            runs.append([line])
+    for run in runs:
+        if len(run) == 1:
+            yield from (1, 1, 1, *run[0].call())
+        else:
+            unit = max(line.unit for line in run)
+            yield from (len(run), run[0].total // unit, max(1, _BLOCK // unit))
+            yield from (number for line in run for number in line.call(unit))
 
 
 def _go_together(lines: Sequence[Line]) -> bool:
@@ -336,12 +337,3 @@ def _go_together(lines: Sequence[Line]) -> bool:
         for j, y in enumerate(last.spans)
         if i == 0 or j == 0
     )
-
-
-def _take_lines(run: Sequence[Line]) -> Iterator[list[int]]:
-    if len(run) == 1:
-        yield [1, 1, 1, *run[0].call()]
-    elif run:
-        unit = max(line.unit for line in run)
-        calls = [number for line in run for number in line.call(unit)]
-        yield [len(run), run[0].total // unit, max(1, _BLOCK // unit), *calls]

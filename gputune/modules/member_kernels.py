@@ -9,20 +9,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
-from gputune.modules.trace import Operation, Place, Trace, TraceError, arrange
+from gputune.modules.trace import Operation, Place, Trace, TraceError, Words, arrange
 
 C_TYPES = {
     torch.float32: "float", torch.float64: "double", torch.int64: "int64_t", torch.int32: "int32_t",
     torch.bool: "uint8_t", torch.uint8: "uint8_t",
 }  # fmt: skip
 
-_COMPARED = {
-    "gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!=", "logical_and": "&&", "logical_or": "||",
-}  # fmt: skip
+_COMPARED = dict(zip("gt lt ge le eq ne logical_and logical_or".split(), "> < >= <= == != && ||".split()))
 
 _E = "EXP({self} < 20 ? {self} : 20)"
 _W = f"({_E} * ({_E} + 2))"
@@ -101,15 +98,14 @@ def c_type(dtype: torch.dtype) -> str:
     return C_TYPES[dtype]
 
 
-def arguments(op: Operation) -> dict[str, Any]:
+def arguments(op: Operation) -> Words:
     """Return all arguments of an operation by their names in its schema."""
-    function: Any = op.function
-    schema = function._schema.arguments
+    schema = op.function._schema.arguments
     defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
     return {**defaults, **{a.name: value for a, value in zip(schema, op.args)}, **op.kwargs}
 
 
-def formula_of(name: str, given: dict[str, Any]) -> str:
+def formula_of(name: str, given: Words) -> str:
     """Return the formula of an operation with these arguments. Raises TraceError where its options are in no code."""
     if any(given.get(key, value) != value for key, value in _DEFAULTS.items()):
         raise TraceError(f"{name} of another kind is in no code")
@@ -278,7 +274,7 @@ class Writer:
         self.numbers += map(float, numbers)
         return Line(kernel, begins, len(self.numbers) - len(numbers), [*sizes])
 
-    def pointwise(self, name: str, given: dict[str, Any], out: Place) -> Line:
+    def pointwise(self, name: str, given: Words, out: Place) -> Line:
         """Return the call that makes each number of ``out`` by a formula."""
         formula = formula_of(name, given)
         names = list(dict.fromkeys(re.findall(r"{(\w+)}", formula)))

@@ -88,7 +88,7 @@ class Operation:
     With ``out`` it is given the memory of its only result, or of what it writes, by that keyword.
     """
 
-    function: Callable[..., Any]
+    function: Any
     args: list[Any]
     kwargs: Words
     results: list[Place | None] = field(default_factory=list)
