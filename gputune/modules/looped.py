@@ -181,10 +181,9 @@ class _Member:
 
     def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
         """Go on from the tensors of a member and the rows of its moments."""
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        for name, value in values.items():
-            if name in own:
-                own[name].data.copy_(value)
+        for name, own in (*self.module.named_parameters(), *self.module.named_buffers()):
+            if name in values:
+                own.data.copy_(values[name])
         put_numbers(self.module, {k: values[k] for k in self.network.kept})
         self.update.resume(moments)
 
@@ -221,18 +220,16 @@ class LoopChunk:
     @property
     def flat(self) -> Tensor:
         """The members' rows, as the blocks of the network lie."""
-        return self._rows(scored=False)
+        return self._with_kept([member.row for member in self.members.values()])
 
     @property
     def scored(self) -> Tensor:
         """What is scored and saved: the rows, or their averages, and what else training changes."""
-        return self._rows(scored=True)
+        return self._with_kept([member.update.scored(member.row) for member in self.members.values()])
 
-    def _rows(self, *, scored: bool) -> Tensor:
-        members, names = self.members.values(), tuple(self.network.kept)
-        trained = [member.update.scored(member.row) if scored else member.row for member in members]
-        kept = [self.network.as_row(state_of(member.module, names)) for member in members] if names else []
-        return torch.cat(trained + kept)
+    def _with_kept(self, trained: list[Tensor]) -> Tensor:
+        states = (state_of(member.module, self.network.kept) for member in self.members.values())
+        return torch.cat(trained + ([self.network.as_row(state) for state in states] if self.network.kept else []))
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -254,8 +251,8 @@ class LoopChunk:
         self.alive = [self.alive[c] for c in places]
         if places:
             self.network = self.network.subset(places)
-            pairs = ((f, i, c) for f in range(len(self.lengths)) for i, c in enumerate(places))
-            self.members = {(f, i): self.members[f, c] for f, i, c in pairs}
+            folds = range(len(self.lengths))
+            self.members = {(f, i): self.members[f, c] for f in folds for i, c in enumerate(places)}
             self.sizes, self.steps = self.sizes[:, places], self.steps[:, places]
 
     def scores(self) -> np.ndarray:
@@ -269,27 +266,26 @@ class LoopChunk:
         order = row_order(self.data, self.seed, epoch)
         for (f, c), member in self.members.items():
             minibatches = torch.split(order[f, : self.lengths[f]], int(self.sizes[f, c]))[: self.steps[f, c]]
-            draws = keyed_draws(self.data.device, self.seed, "dropout") if self.network.traits.draws else nullcontext()
-            with draws, torch.enable_grad():
+            draws = self.network.traits.draws
+            with keyed_draws(self.data.device, self.seed, "dropout") if draws else nullcontext(), torch.enable_grad():
                 self._train(member, f, epoch, minibatches)
 
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
         """Take the steps of an epoch: this is the loop."""
-        module = member.module.train()
-        names, draws, objective = self.network.shape.names, self.network.traits.draws, self.network.objective
-        rounded = self.network.shape.precision == "bf16"
+        module, network, objective = member.module.train(), self.network, self.network.objective
+        names, rounded = network.shape.names, network.shape.precision == "bf16"
         absent = None if self.data.present is None else ~self.data.present[fold]
         member.update.begin(epoch)
         dropouts = member.dropouts(epoch, len(minibatches)) if member.rates else []
         for step, (inputs, y, weights) in enumerate(self._gather(fold, minibatches)):
             for rate in member.rates:
                 rate.fill_(dropouts[step])
-            if draws:
+            if network.traits.draws:
                 start_stream(self.data.device, self.seed, "dropout", epoch, step)
             if objective.augment is not None:
                 found = objective.augmented([x[None] for x in inputs], names, self.seed, (epoch, step))
                 inputs = tuple(x[0] for x in found)
-            with torch.autocast(self.network.shape.device.type, torch.bfloat16) if rounded else nullcontext():
+            with torch.autocast(network.shape.device.type, torch.bfloat16) if rounded else nullcontext():
                 losses = objective.losses(module, inputs, y, member.config, names=names, absent=absent)
             member.grad.zero_()
             if weights is None or losses.dim() == 0:

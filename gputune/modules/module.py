@@ -109,6 +109,10 @@ class ModuleNetwork:
         """Say how the members' tensors lie in the flat buffers: ``trained``, and all that is kept, ``blocks``."""
         raise NotImplementedError
 
+    def values(self, params: Params, fold: int, trial: int) -> Params:
+        """Return the tensors of one member."""
+        raise NotImplementedError
+
     def plain(self, device: torch.device) -> nn.Module:
         """Return the user's module at its start, with the trials' common arguments."""
         module = build_module(self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed)
@@ -123,8 +127,8 @@ class ModuleNetwork:
         for fold in range(self.shape.folds):
             module = self.plain(self.shape.device)
             start_from(module, *self.shape.rows(fold), seed=self.seed)
-            fitted = dict(module.named_parameters()) | dict(module.named_buffers())
-            found.append(common | {k: w.detach() for k, w in fitted.items() if k in common})
+            fitted = (*module.named_parameters(), *module.named_buffers())
+            found.append(common | {k: w.detach() for k, w in fitted if k in common})
         return found
 
     def targets(self, y: Tensor) -> Tensor:
@@ -138,10 +142,6 @@ class ModuleNetwork:
     def layers(self) -> dict[str, int]:
         owners = layers_of(self.template)
         return {name: owners.index(name.rpartition(".")[0]) for name in self.first}
-
-    def values(self, params: Params, fold: int, trial: int) -> Params:
-        """Return the tensors of one member."""
-        raise NotImplementedError
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module in evaluation mode, on the CPU."""
@@ -216,11 +216,8 @@ class StackedModule(ModuleNetwork):
             loss = (members_losses * share).sum() if members_losses.dim() == 3 else members_losses.sum()
             slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name, slope in zip(leaves, slopes):
-            part = grads[name][batch.folds]
-            if slope is None:  # a parameter that the output does not depend on
-                part.zero_()
-            else:
-                part.copy_(slope.view(part.shape))
+            part = grads[name][batch.folds]  # of a parameter that the output does not depend on, 0
+            part.zero_() if slope is None else part.copy_(slope.view(part.shape))
         for name, buffer in after.items():
             members[name].copy_(buffer.detach())
 
@@ -246,7 +243,7 @@ class StackedModule(ModuleNetwork):
                 *rows, y = parts
                 return self.objective.losses(module, rows, y, self.configs[0], names=self.shape.names)
 
-            losses, after = self._map_members(own, members, [*inputs, for_members(batch.y, trials)], training=True)
+            losses, after = self._mapped(own, members, [*inputs, for_members(batch.y, trials)], True)
             return losses.view(-1, trials, *losses.shape[1:]), after
         outputs, after = self._forward(members, inputs, training=True)
         outputs = _with_columns(outputs).to(self.shape.dtype)
@@ -280,16 +277,10 @@ class StackedModule(ModuleNetwork):
 
     def _forward(self, members: Params, inputs: Sequence[Tensor], *, training: bool) -> tuple[Tensor, Params]:
         """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...) of each input, and the buffers after."""
-        forward = partial(self.objective.outputs, names=self.shape.names)
-        return self._map_members(forward, members, inputs, training=training)
+        return self._mapped(partial(self.objective.outputs, names=self.shape.names), members, inputs, training)
 
-    def _map_members(
-        self,
-        function: Callable[[nn.Module, Sequence[Tensor]], Tensor],
-        members: Params,
-        tensors: Sequence[Tensor],
-        *,
-        training: bool,
+    def _mapped(
+        self, function: Callable[..., Tensor], members: Params, tensors: Sequence[Tensor], training: bool
     ) -> tuple[Tensor, Params]:
         """Return what a function gives for each member and its part of tensors (P, ...), and the buffers after it."""
 
@@ -298,11 +289,11 @@ class StackedModule(ModuleNetwork):
                 return function(module.train(training), parts), self.stateless.held(self.kept)
 
         members = members | {k: members[k].to(start.dtype) for k, start in self.kept.items()}
+        rounded = training and self.shape.precision == "bf16"
         # Said of the user's operations, and for PyTorch's developers; the remark that members train slower is ours.
         warns = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled")  # noqa: B009
         warns(False)
         try:
-            rounded = training and self.shape.precision == "bf16"
             with Mapped(), Rounded() if rounded else nullcontext(), Substitutes():
                 result: tuple[Tensor, Params] = vmap(of_member, randomness="same")(members, *tensors)
                 return result

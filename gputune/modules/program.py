@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gputune.modules.trace import ALIGNED, Operation, Place, Trace, TraceError, arrange
+from gputune.modules.trace import ALIGNED, Operation, Operator, Place, Trace, TraceError, Words, arrange
 
 aten = torch.ops.aten
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -38,29 +37,25 @@ _PLAIN = set(
 
 def compile_trace(trace: Trace) -> Callable[[], None]:
     """Return a function that takes the step again, on what its memory holds then. Raises TraceError."""
-    return _Source(_simplify(trace, _with_out)).function()
+    return _Source(simplify_trace(trace, _with_out)).function()
 
 
-def simplify_trace(trace: Trace) -> Trace:
-    """Return a trace without what is the same in every step, what nothing reads, and copies of single results."""
-
-    def with_place(op: Operation) -> Operation:
-        return op if op.writes or len(op.results) != 1 else replace(op, out="out")
-
-    return _simplify(trace, with_place)
+def _with_place(op: Operation) -> Operation:
+    return op if op.writes or len(op.results) != 1 else replace(op, out="out")
 
 
-def _simplify(trace: Trace, with_out: Callable[[Operation], Operation]) -> Trace:
-    """Compute what is the same in every step now, whose memory is then outside; see what results are written into."""
+def simplify_trace(trace: Trace, with_out: Callable[[Operation], Operation] = _with_place) -> Trace:
+    """Return a trace without what is the same in every step, what nothing reads, and copies of single results.
+
+    What is the same is computed now, and its memory is then outside. ``with_out`` says what a result is written into.
+    """
     changed = {place.memory for op in trace.operations for place in op.writes}
     constants: dict[int, Tensor] = {}
     rest = []
 
     def tensor(place: Place) -> Tensor:
-        held = constants.get(place.memory)
-        return place.on(held.untyped_storage()) if held is not None else empty(place)
-
-    def empty(place: Place) -> Tensor:
+        if (held := constants.get(place.memory)) is not None:
+            return place.on(held.untyped_storage())
         return torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
 
     for op in trace.operations:
@@ -69,17 +64,16 @@ def _simplify(trace: Trace, with_out: Callable[[Operation], Operation]) -> Trace
         if constant and (made := op.makes[0]).memory not in changed:
             args, kwargs = tree_map_only(Place, tensor, (op.args, op.kwargs))
             result = op.function(*args, **kwargs)
-            constants[made.memory] = result if result.stride() == made.stride else empty(made).copy_(result)
+            constants[made.memory] = result if result.stride() == made.stride else tensor(made).copy_(result)
         else:
             rest.append(op)
-    wanted: set[int] = set()
-    used = []
-    for op in reversed(list(map(with_out, rest))):
+    wanted, used = set[int](), []
+    for op in reversed([*map(with_out, rest)]):
         into = {place.memory for place in (*op.makes, *op.writes)}
         if into & wanted or not into <= trace.sizes.keys():  # else nothing reads it
             wanted.update(place.memory for place in op.reads)
             used.append(op)
-    outside = trace.outside | {memory: tensor.untyped_storage() for memory, tensor in constants.items()}
+    outside = trace.outside | {memory: held.untyped_storage() for memory, held in constants.items()}
     return Trace(_written_at_once(used[::-1]), outside, trace.sizes)
 
 
@@ -90,15 +84,15 @@ def _with_out(op: Operation) -> Operation:
         return replace(op, function=_max_pool) if x.shape[-3] >= _CHANNELS and x.stride[-3] > 1 else op
     if len(op.results) != 1 or op.writes:
         return op
-    if (name := op.name) in _FACTORIES:  # of memory that is written into later
-        fill = next((function for word, function in _FILLS.items() if word in name), None)
+    if op.name in _FACTORIES:  # of memory that is written into later
+        fill = _zero if "zeros" in op.name else _do_nothing if "empty" in op.name else None
         return replace(op, function=fill, args=[], kwargs={}, out="out") if fill else op
     if (writer := _WRITERS.get(op.function)) is not None:
         return replace(op, function=writer, out="out")
-    if (found := _out_variant(op.function)) is None:
-        return op
-    function = getattr(torch, name) if name in _PLAIN and found[1] == "out" else found[0]
-    return replace(op, function=function, out=found[1])
+    function, out = _out_variant(op.function)
+    if op.name in _PLAIN and out == "out":
+        function = getattr(torch, op.name)
+    return replace(op, function=function, out=out) if out else op
 
 
 def _zero(*, out: Tensor) -> None:
@@ -124,9 +118,7 @@ def _select_backward(slope: Tensor, shape: Sequence[int], axis: int, index: int,
     out.zero_().select(axis, index).copy_(slope)
 
 
-_FILLS: dict[str, Callable[..., None]] = {"zeros": _zero, "empty": _do_nothing}
-"""Functions for factories, by a word in their names."""
-_WRITERS: dict[Any, Callable[..., object]] = {
+_WRITERS: dict[Operator, Callable[..., object]] = {
     aten.clone.default: _copy,
     aten._to_copy.default: _copy,
     aten.relu.default: partial(torch.clamp_min, min=0),
@@ -140,27 +132,24 @@ _WRITERS: dict[Any, Callable[..., object]] = {
 
 
 @cache
-def _out_variant(function: Any) -> tuple[Any, str] | None:
-    """Return an operation's variant that writes into a given tensor by a kernel of its own, and the keyword for it."""
-    if len(function._schema.returns) != 1:
-        return None
+def _out_variant(function: Operator) -> tuple[Operator, str]:
+    """Return an operation's variant that writes into a given tensor by a kernel of its own, and its keyword; or ""."""
     wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
-    for name in function.overloadpacket.overloads():
-        variant = getattr(function.overloadpacket, name)
+    variants = function.overloadpacket.overloads() if len(function._schema.returns) == 1 else ()
+    for variant in (getattr(function.overloadpacket, name) for name in variants):
         given = [(a.name, str(a.type)) for a in variant._schema.arguments if not a.is_out]
         outs = [a.name for a in variant._schema.arguments if a.is_out]
         # One without a kernel of its own computes its result elsewhere and copies it.
         if len(outs) == 1 and given == wanted and _has_kernel(variant.name(), "CPU"):
             return variant, outs[0]
-    return None
+    return function, ""
 
 
 def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
     """Write a result where it is only made to be copied to, rather than copy it."""
-    found = list(operations)
+    found, copies = list(operations), set()
     makers = {place.memory: i for i, op in enumerate(found) for place in op.makes}
     uses = Counter(place.memory for op in found for place in (*op.reads, *op.writes))
-    copies = set()
     for i, op in enumerate(found):
         if op.function is not aten.copy_.default or not isinstance(op.args[1], Place):
             continue
@@ -182,8 +171,7 @@ def _goal(maker: Operation, source: Place, target: Place) -> Place | None:
     alike = (source.dtype, _layout(source)) == (target.dtype, _layout(target))
     if not alike or result.extent != source.extent or result.dtype != source.dtype:
         return None
-    offset = target.offset + result.offset - source.offset
-    return Place(target.memory, target.dtype, offset, result.shape, result.stride)
+    return replace(result, memory=target.memory, offset=target.offset + result.offset - source.offset)
 
 
 def _layout(place: Place) -> list[tuple[int, int]]:
@@ -204,23 +192,18 @@ class _Source:
 
     def __init__(self, trace: Trace) -> None:
         self.operations, self.storages = trace.operations, trace.outside
-        self.last = {
-            place.memory: i
-            for i, op in enumerate(self.operations)
-            for place in (*op.reads, *op.writes, *op.makes)
-            if place.memory not in self.storages
-        }
+        places = [[*op.reads, *op.writes, *op.makes] for op in self.operations]
+        self.last = {p.memory: i for i, own in enumerate(places) for p in own if p.memory not in self.storages}
         ours = {p.memory: i for i, op in enumerate(self.operations) if op.out for p in op.makes}
         begins, size = arrange([(ours[m], self.last[m], trace.sizes[m]) for m in ours])
         self.begin = dict(zip(ours, begins))
         self.arena = torch.empty(size + ALIGNED, dtype=torch.uint8)
         self.shift = -self.arena.data_ptr() % ALIGNED
-        self.names: dict[Any, str] = {}
-        self.values: dict[str, Any] = {"as_strided": torch.as_strided}
+        self.names: dict[object, str] = {}
+        self.values: Words = {"as_strided": torch.as_strided}
         self.results: dict[int, tuple[Place, str]] = {}
 
     def function(self) -> Callable[[], None]:
-        """Return the function."""
         gone = defaultdict(list)
         for memory, i in self.last.items():
             if memory not in self.begin:
@@ -229,8 +212,7 @@ class _Source:
         for i, op in enumerate(self.operations):
             if op.function is not _do_nothing:
                 lines.append(self._line(op))
-            if gone[i]:
-                lines.append(f"del {', '.join(self.results[memory][1] for memory in gone[i])}")
+            lines += [f"del {self.results[memory][1]}" for memory in gone[i]]
         exec(compile("\n    ".join(lines), "<recorded step>", "exec"), self.values)
         step: Callable[[], None] = self.values["step"]
         return step

@@ -101,6 +101,10 @@ class Part:
     rows: int
     full: bool
 
+    @property
+    def folds(self) -> slice:
+        return slice(self.begin, self.end)
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -129,11 +133,10 @@ class Batches:
         longest = int(self.lengths.max())
         capped = np.array([min(size, longest) for size in sizes])  # first: a size may be larger than an int64
         self.shared = bool((capped == capped[0]).all())
-        n, device = data.n_rows, data.device
-        x_start = [copy * n for copy in data.copies]
-        y_start = [(f % len(target)) * n for f in range(data.n_folds)]
         # Where a fold's rows begin in data rows, in x and in the target: (3, F, 1)
-        self.start = torch.tensor([[0] * data.n_folds, x_start, y_start], device=device)[..., None]
+        copies = [0] * data.n_folds, data.copies, [f % len(target) for f in range(data.n_folds)]
+        device = data.device
+        self.start = torch.tensor([[copy * data.n_rows for copy in own] for own in copies], device=device)[..., None]
         self.order = torch.empty((3, data.n_folds, longest), dtype=torch.int64, device=device)
         self.counted = torch.as_tensor(self.lengths).to(device, torch.float64)
         self.weights = None if data.weights is None else data.weights.double().contiguous()
@@ -200,32 +203,38 @@ class Batches:
         return tuple(self._batch(part, key) for part in shape.parts)
 
     def _batch(self, part: Part, key: tuple[int, int]) -> Batch:
-        folds = slice(part.begin, part.end)
         # Only where it is recorded: a step as it is then checks the kernel, before the first replay.
         if self.kernel is not None and torch.cuda.is_current_stream_capturing():
-            rows, share = self._by_kernel(self.kernel, part)
+            (_, of_x, of_y), share = self._by_kernel(self.kernel, part)
         else:
-            rows, share = self._rows(part)
-        _, of_x, of_y = rows
-        members = of_x.shape[0] * of_x.shape[1]
+            (_, of_x, of_y), share = self._rows(part)
         if self.host is not None:
             last = key[1] + 1 == len(self.shapes)
-            gathered = self.host.take(folds, key[1], part.rows, self.host_taken, last=last)
+            gathered = self.host.take(part.folds, key[1], part.rows, self.host_taken, last=last)
         else:
             gathered = [x.index_select(0, of_x.flatten()) for x in self.inputs]
         inputs = (x.view(*of_x.shape, *x.shape[1:]) for x in gathered)  # as their folds read them
-        read = tuple(self.data.read(i, x, folds).flatten(0, 1) for i, x in enumerate(inputs))
+        read = tuple(self.data.read(i, x, part.folds).flatten(0, 1) for i, x in enumerate(inputs))
         y = self.target.index_select(0, of_y.flatten())
-        return Batch(read, y.view(members, part.rows, *y.shape[1:]), share, folds, key)
+        return Batch(read, y.view(of_x.shape[:2].numel(), part.rows, *y.shape[1:]), share, part.folds, key)
 
     def _rows(self, part: Part) -> tuple[Tensor, Tensor | float]:
         """Return where the rows of a minibatch are in weights, inputs and target, (3, F, 1 or C, B), and shares."""
-        folds = slice(part.begin, part.end)
-        begin = self.step * self.taken[folds]  # (F, 1 or C)
+        begin = self.step * self.taken[part.folds]  # (F, 1 or C)
         last = self.order.shape[-1] - 1
         asked = (begin[..., None] + self.positions[: part.rows]).clamp_max(last)  # (F, 1 or C, B)
-        rows = self.order[:, folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
-        return rows, self._share(rows[0], begin, part)
+        rows = self.order[:, part.folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
+        if self.weights is None and part.full:
+            return rows, 1 / part.rows
+        # In double precision: sums of weights may leave the range of single precision, their shares do not.
+        counts = (self.counted[part.folds] - begin).clamp_min(0).minimum(self.taken[part.folds])[..., None]
+        weights, total = self.positions[: part.rows] < counts, counts
+        if self.weights is not None:
+            weights = weights * self.weights[part.folds, None].expand(-1, rows.shape[2], -1).gather(2, rows[0])
+            total = weights.sum(2, keepdim=True)
+        # A minibatch whose weights are all zero has no slope rather than 0/0.
+        total = total.clamp_min(torch.finfo(total.dtype).tiny)
+        return rows, (weights / total).to(self.data.dtype)[..., None]
 
     def _by_kernel(self, kernel: Kernel, part: Part) -> tuple[Tensor, Tensor | float]:
         """Return what ``_rows`` does, in one launch."""
@@ -239,21 +248,6 @@ class Batches:
         tensors = [self.step, self.order, self.taken, self.counted, weights, rows, share]
         launch(kernel, rows[0].numel(), [*numbers, *tensors])
         return rows, share if shares else 1 / part.rows
-
-    def _share(self, places: Tensor, begin: Tensor, part: Part) -> Tensor | float:
-        """Each row's weight over the minibatch's sum of weights."""
-        if self.weights is None and part.full:
-            return 1 / part.rows
-        folds = slice(part.begin, part.end)
-        # In double precision: sums of weights may leave the range of single precision, their shares do not.
-        counts = (self.counted[folds] - begin).clamp_min(0).minimum(self.taken[folds])[..., None]
-        weights, total = self.positions[: part.rows] < counts, counts
-        if self.weights is not None:
-            weights = weights * self.weights[folds, None].expand(-1, places.shape[1], -1).gather(2, places)
-            total = weights.sum(2, keepdim=True)
-        # A minibatch whose weights are all zero has no slope rather than 0/0.
-        total = total.clamp_min(torch.finfo(total.dtype).tiny)
-        return (weights / total).to(self.data.dtype)[..., None]
 
 
 def for_members(x: Tensor, trials: int) -> Tensor:
