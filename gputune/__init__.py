@@ -30,7 +30,7 @@ if find_spec("gputune.models") is None:  # installation puts the folder models/ 
 if TYPE_CHECKING:
     from gputune.api.study import Study
     from gputune.api.tuning import search, tune
-    from gputune.executors.ray_connection import Ray
+    from gputune.executors.ray_cluster import Ray
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.methods.descent import Hypergradient
     from gputune.methods.distributions import log_int
@@ -70,7 +70,7 @@ _HOMES = {
     "Hypergradient": "gputune.methods.descent",
     "Median": "gputune.methods.stopping",
     "OptunaSampler": "gputune.methods.optuna",
-    "Ray": "gputune.executors.ray_connection",
+    "Ray": "gputune.executors.ray_cluster",
     "Study": "gputune.api.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",

@@ -98,12 +98,12 @@ def trial_numbers(trial: Trial) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
 
-def best_score(study: Study) -> float:
+def _best_score(study: Study) -> float:
     """Return the best finite score of trials that no rung pruned, -inf where there is none."""
     return max((t.score for t in study.trials if math.isfinite(t.score) and t.state != "pruned"), default=-math.inf)
 
 
-def study_options(study: Study) -> Json:
+def _study_options(study: Study) -> Json:
     """Return the options of a search that a person compares searches by."""
     record = study.record
     values = {name: getattr(record, name) for name, part in PARTS.items() if part.logged and name not in record.absent}
@@ -140,16 +140,14 @@ class MLflow(Callback):
         experiment = client.get_experiment_by_name(self.experiment)
         number = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
         self.run_id = client.create_run(number, run_name=self.run_name).info.run_id
-        self.best, self.done = best_score(study), sum(t.state != "waiting" for t in study.trials)
-        client.log_batch(self.run_id, params=self._params(study_options(study)))
+        self.best, self.done = _best_score(study), sum(t.state != "waiting" for t in study.trials)
+        client.log_batch(self.run_id, params=self._params(_study_options(study)))
 
     def on_trials_end(self, trials: Study) -> None:
-        now = int(time.time() * 1000)
+        now, metric = int(time.time() * 1000), self.mlflow.entities.Metric
         values = [(key, v, trial.number) for trial in trials.trials for key, v in trial_numbers(trial).items()]
-        self.best, self.done = max(self.best, best_score(trials)), self.done + len(trials.trials)
-        if math.isfinite(self.best):
-            values.append(("best_score", self.best, self.done))
-        metric = self.mlflow.entities.Metric
+        self.best, self.done = max(self.best, _best_score(trials)), self.done + len(trials.trials)
+        values += [("best_score", self.best, self.done)] * math.isfinite(self.best)
         metrics = [metric(_REFUSED.sub("_", key), value, now, step) for key, value, step in values]
         for begin in range(0, len(metrics), _MOST):
             self._client().log_batch(self.run_id, metrics=metrics[begin : begin + _MOST])
@@ -157,8 +155,7 @@ class MLflow(Callback):
     def on_study_end(self, study: Study) -> None:
         client = self._client()
         if math.isfinite(self.best):
-            best = study.best_trial
-            known = {"trial": best.number, **plain_params(best.params)}
+            known = {"trial": study.best_trial.number, **plain_params(study.best_params)}
             client.log_batch(self.run_id, params=self._params({f"best/{key}": value for key, value in known.items()}))
         unfinished = any(trial.state in ("waiting", "stopped") for trial in study.trials)
         client.set_terminated(self.run_id, "KILLED" if unfinished else "FINISHED")
@@ -187,8 +184,7 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         self.trial_epochs, self.best = 0, -math.inf
-        self.search = SummaryWriter(self.folder / "search")
-        known = study_options(study)
+        self.search, known = SummaryWriter(self.folder / "search"), _study_options(study)
         described = [f"{key}: {known[key]}" for key in ("model", "scoring", "positive", "space") if key in known]
         self.search.add_text("study", "  \n".join(described))
 
@@ -203,8 +199,7 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        folds = trials.curves.shape[2]
-        by_epoch = {"score": trials.curves.mean(2)}
+        by_epoch, folds = {"score": trials.curves.mean(2)}, trials.curves.shape[2]
         if folds > 1:
             by_epoch["std_error"] = trials.curves.std(2, ddof=1) / math.sqrt(folds)
         by_epoch |= {f"metrics/{name}": trials.curves_of(name).mean(2) for name in trials.metrics}
@@ -252,26 +247,21 @@ class WandB(Callback):
         self.best = -math.inf
 
     def on_study_start(self, study: Study) -> None:
-        self.best = best_score(study)
+        self.best, folder = _best_score(study), None if self.folder is None else os.fspath(self.folder)
         self.run = self.wandb.init(
-            project=self.project,
-            name=self.name,
-            mode=self.mode,
-            dir=None if self.folder is None else os.fspath(self.folder),
-            config=study_options(study),
+            project=self.project, name=self.name, mode=self.mode, dir=folder, config=_study_options(study),
             settings=self.wandb.Settings(silent=True, console="off"),
-        )
+        )  # fmt: skip
 
     def on_trials_end(self, trials: Study) -> None:
-        self.best = max(self.best, best_score(trials))
+        self.best = max(self.best, _best_score(trials))
+        best = {"best_score": self.best} if math.isfinite(self.best) else {}
         for trial in trials.trials:
-            numbers = trial_numbers(trial)
             words = {f"params/{key}": value for key, value in plain_params(trial.params).items()}
-            row = {"trial": trial.number, "state": trial.state, **words, **numbers}
-            self.run.log(row | ({"best_score": self.best} if math.isfinite(self.best) else {}))
+            self.run.log({"trial": trial.number, "state": trial.state, **words, **trial_numbers(trial), **best})
 
     def on_study_end(self, study: Study) -> None:
         if math.isfinite(self.best):
-            best = study.best_trial
-            self.run.summary.update({"best_trial": best.number, "best_params": plain_params(best.params)})
+            best = {"best_trial": study.best_trial.number, "best_params": plain_params(study.best_params)}
+            self.run.summary.update(best)
         self.run.finish()

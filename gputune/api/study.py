@@ -56,8 +56,8 @@ class Study(data.Study):
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import refit_with_folds
 
-        access = Access(X, y, check, trust_code)
-        return refit_with_folds(self, access, trial=trial, intervals=intervals, calibrate=calibrate)
+        access = Access(self, X, y, check, trust_code)
+        return refit_with_folds(access, trial=trial, intervals=intervals, calibrate=calibrate)
 
     def ensemble(
         self,
@@ -92,7 +92,7 @@ class Study(data.Study):
         from gputune.tuning.validation import ensemble
 
         return ensemble(
-            self, Access(X, y, trust_code=trust_code), size=size, candidates=candidates, refit=refit,
+            Access(self, X, y, trust_code=trust_code), size=size, candidates=candidates, refit=refit,
             calibrate=calibrate, verbose=verbose,
         )  # fmt: skip
 
@@ -112,7 +112,7 @@ class Study(data.Study):
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import oof_predictions
 
-        return oof_predictions(self, Access(X, y, trust_code=trust_code), trial)
+        return oof_predictions(Access(self, X, y, trust_code=trust_code), trial)
 
     def to_optuna(self, storage: object = None, *, name: str | None = None) -> "optuna.Study":
         """Write every trial into a new study of Optuna's and return it: for its dashboard, plots and importances.
@@ -162,8 +162,8 @@ class Study(data.Study):
             from gputune.tuning.validation import fold_report
 
             check_place(f"report({str(path)!r})", Path(path), self.file)
-            access = Access(X, y, trust_code=trust_code)
-            folds = fold_report(self, access, confusion=confusion, importance=importance)
+            access = Access(self, X, y, trust_code=trust_code)
+            folds = fold_report(access, confusion=confusion, importance=importance)
         write_page(self, path, model=None if model is None else model.info, folds=folds)
 
     @property

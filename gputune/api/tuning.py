@@ -19,7 +19,7 @@ from gputune.data.target_transform import TargetTransform
 from gputune.data.weights import ClassWeight
 from gputune.errors import SearchInterrupted
 from gputune.executors.objective import Objective
-from gputune.executors.ray_connection import Ray
+from gputune.executors.ray_cluster import Ray
 from gputune.methods.config import key_of
 from gputune.scoring.metrics import Scorings
 from gputune.text import did_you_mean

@@ -12,7 +12,7 @@ from scipy import stats
 from gputune.cli.flags import METHOD_RULES
 from gputune.data.folds import parse_cv
 from gputune.errors import InputError, import_extra
-from gputune.executors.ray_connection import Ray
+from gputune.executors.ray_cluster import Ray
 from gputune.methods.config import RANGES, WORDS
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import log_int

@@ -38,8 +38,8 @@ def report(arguments: Namespace) -> str:
         check_fold_report(study, confusion=parts["confusion"])
 
     def folds() -> FoldReport | None:
-        access = Access(trust_code=bool(arguments.trust_code))
-        return fold_report(study, access, **parts) if any(parts.values()) else None
+        access = Access(study, trust_code=bool(arguments.trust_code))
+        return fold_report(access, **parts) if any(parts.values()) else None
 
     def write(**more: Any) -> None:
         write_page(study, out, model=_model(study, model_folder(file)), **more)

@@ -13,11 +13,11 @@ from gputune.text import count
 
 
 class Unit(Protocol):
-    """What trains as one: a chunk of trials, or a trial."""
+    """What trains as one, a chunk of trials or a trial, known by the places of its trials."""
 
     @property
     def index(self) -> tuple[int, ...]:
-        """The places of its trials, by which it is known."""
+        """The places."""
 
 
 Chunk = TypeVar("Chunk", bound=Unit)
@@ -67,35 +67,11 @@ class Executor(Generic[Chunk, Result]):
         """End the workers, whatever they are doing."""
 
 
-def hand_out(
-    chunks: Sequence[Chunk],
-    executor: Executor[Chunk, Result],
-    task: Task[Chunk, Result] | None,
-    stop: Stop,
-    *,
-    progress: Progress,
-    claim: Claim[Chunk],
-) -> Iterator[Result]:
-    """Yield what came of the chunks, in the order in which they end.
+class Queue(Generic[Chunk, Result]):
+    """The chunks that wait; one that ``claim`` refuses is passed over.
 
-    This process trains by its ``task`` what no worker has taken, or nothing (None). A chunk that ``claim`` refuses is
-    passed over. Whatever ends the iteration early ends the workers too.
-    """
-    queue = _Queue(chunks, executor, stop, claim)
-    try:
-        yield from queue.run(task, progress)
-    except BaseException:  # GeneratorExit among them: whoever iterates has failed
-        with queue.lock:
-            queue.waiting.clear()
-            queue.lost.clear()
-            executor.stop()
-        raise
-
-
-class _Queue(Generic[Chunk, Result]):
-    """The chunks that wait. A worker that ends one is given the next at once, from whatever thread says so.
-
-    A chunk whose worker is lost goes to another worker, never to this process, which it might end as well.
+    A worker that ends one is given the next at once, from whatever thread says so. A chunk whose worker is lost goes to
+    another worker, never to this process, which it might end as well.
     """
 
     def __init__(
@@ -112,18 +88,29 @@ class _Queue(Generic[Chunk, Result]):
         self.lock = threading.RLock()
 
     def run(self, task: Task[Chunk, Result] | None, progress: Progress) -> Iterator[Result]:
-        """Yield what came of all chunks, until nothing is left to do or time is over."""
-        self._fill()
-        while task is not None and (chunk := self._take()) is not None:
-            yield from task(chunk)
-            yield from self._collect_results(progress)
-            if self.stopping.is_over():
-                break
-        while self.running or self.done:
-            self.executor.wait()
-            yield from self._collect_results(progress)
-        if self.error is not None and not self.stopping.asked:
-            raise self.error
+        """Yield what came of all chunks, in the order in which they end, until nothing is left to do or time is over.
+
+        This process trains by its ``task`` what no worker has taken, or nothing (None). Whatever ends the iteration
+        early ends the workers too.
+        """
+        try:
+            self._fill()
+            while task is not None and (chunk := self._take()) is not None:
+                yield from task(chunk)
+                yield from self._collect_results(progress)
+                if self.stopping.is_over():
+                    break
+            while self.running or self.done:
+                self.executor.wait()
+                yield from self._collect_results(progress)
+            if self.error is not None and not self.stopping.asked:
+                raise self.error
+        except BaseException:  # GeneratorExit among them: whoever iterates has failed
+            with self.lock:
+                self.waiting.clear()
+                self.lost.clear()
+                self.executor.stop()
+            raise
 
     def _take(self) -> Chunk | None:
         with self.lock:

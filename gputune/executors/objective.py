@@ -84,15 +84,15 @@ class Report:
 
     def __call__(self, value: float) -> None:
         """Take the score after one more step of the training; higher or lower is better, as the search was told."""
-        score = self._task.sign * _number(value, "report(value)")
+        task, score = self._task, self._task.sign * _number(value, "report(value)")
         if math.isnan(score):
             self._state = "failed"
             raise TrialEnd
         self._values.append(score)
-        self._task.reports.add(self.number, score)
-        if self._task.stop.is_over():
+        task.reports.add(self.number, score)
+        if task.stop.is_over():
             self._state = "stopped"
-        elif self._task.rule is not None and self._task.rule(self.number, len(self._values), self._task.reports):
+        elif task.rule is not None and task.rule(self.number, len(self._values), task.reports):
             self._state = "pruned"
         if self._state is not None:
             raise TrialEnd
@@ -178,9 +178,8 @@ def _seed_generators(seed: int) -> Iterator[None]:
         np.random.set_state(before[1])
 
 
-def call_in_worker(path: str, trial: Trial, place: object) -> Sequence[Ending]:
+def call_in_worker(path: str, trial: Trial, _place: object) -> Sequence[Ending]:
     """Train one trial in a worker, whose environment has all that is its own."""
-    del place
     return _task(path)(trial)
 
 

@@ -1,6 +1,7 @@
 """Worker processes on this machine: how a job and its data come to one, how it starts, trains, ends and is lost.
 
-Also those that call the objective of a user's own loop, with a GPU or some cores each.
+A dataset travels as arrays for tensors, which processes map into their memory. An input whose memory is a file's
+already, such as one of ``np.load(mmap_mode="r")``, is not copied: a process of this machine maps that file again.
 """
 
 import functools
@@ -11,17 +12,21 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import cloudpickle
 import joblib
+import numpy as np
 import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor, TerminatedWorkerError
+from torch import Tensor
 
-from gputune.data.dataset import Dataset
+from gputune.data.dataset import Dataset, Fold, Inputs
+from gputune.data.scaling import Scaling
 from gputune.engine.backend import torch_threads
 from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import Failure, run_in_parts
@@ -30,13 +35,118 @@ from gputune.errors import InputError
 from gputune.executors.executor import Chunk, Ended, Executor, LostWorkerError, Outcomes, Result
 from gputune.executors.objective import Ending, Task, Trial, call_in_worker
 from gputune.executors.pools import idle, one_worker, pickled_with_code, submit, training, why_lost
-from gputune.executors.sharing import to_arrays, to_device, to_tensors
 from gputune.population.population import Population
 from gputune.scratch import scratch_folder
 from gputune.text import count
 
-Place = tuple[Mapping[str, str] | None, object]
-"""Of a worker: its environment variables where it has some of its own, and what its work is given beside a chunk."""
+_LARGE = 1 << 20  # bytes from which a tensor's file is looked for
+_BFLOAT16 = np.dtype([("bits", "<i2")])  # NumPy has no such numbers
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """Where the values of a tensor lie in a file: from the byte ``begin`` on, with ``strides`` in bytes."""
+
+    path: str
+    file: tuple[int, int]  # device and inode, by which the file is known again
+    begin: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def array(self) -> np.ndarray:
+        """Return the values, mapped. Raises InputError where the file is another one by now."""
+        if _identity(self.path) != self.file:
+            raise InputError(
+                f"the file {self.path!r}, which X is mapped from, was moved or replaced while it was being used; leave "
+                "it in its place until the search has ended."
+            )
+        # Copy-on-write: torch wants memory that could be written, and nobody writes to it.
+        size = _extent(self.shape, self.strides, np.dtype(self.dtype).itemsize)
+        memory = np.memmap(self.path, np.uint8, "c", self.begin, (size,))
+        return np.ndarray(self.shape, self.dtype, memory, 0, self.strides)
+
+
+def _map_tensors(value: object, change: Any) -> Any:
+    """Return a dataset with ``change`` of every tensor, or of everything that stands for one."""
+    if isinstance(value, Tensor | np.ndarray | MappedFile):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(item, change) for item in value)
+    if isinstance(value, dict):  # of what is made when it is asked for, what is there
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, Dataset | Fold | Inputs | Scaling):
+        return replace(value, **{f.name: _map_tensors(getattr(value, f.name), change) for f in fields(value)})
+    return value
+
+
+def to_arrays(data: Dataset, *, here: bool = False) -> Dataset:
+    """Return a dataset on the CPU with arrays for tensors, which joblib and Ray map into a process's memory.
+
+    For a process ``here``, on this machine, a tensor whose memory is a file's is where it lies in that file.
+    """
+
+    def change(tensor: Tensor) -> np.ndarray | MappedFile:
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(_BFLOAT16)
+        return (mapped_file(tensor) if here else None) or tensor.numpy()
+
+    return cast(Dataset, _map_tensors(data, change))
+
+
+def to_tensors(data: Dataset) -> Dataset:
+    """Return the dataset of ``to_arrays``."""
+
+    def change(value: np.ndarray | MappedFile) -> Tensor:
+        array = value.array() if isinstance(value, MappedFile) else value
+        if array.dtype == _BFLOAT16:
+            return torch.from_numpy(array["bits"]).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    return cast(Dataset, _map_tensors(data, change))
+
+
+def to_device(data: Dataset, device: torch.device) -> Dataset:
+    """Return a dataset with its tensors on a device, but for inputs that stay in main memory."""
+    on_device = cast(Dataset, _map_tensors(data, lambda tensor: tensor.to(device)))
+    return replace(on_device, inputs=data.inputs) if data.on_host else on_device
+
+
+def mapped_file(tensor: Tensor) -> MappedFile | None:
+    """Return where a tensor lies in a file that this process has mapped, None where it does not, or may be written to.
+
+    Linux alone says so, in /proc/self/maps; elsewhere the answer is None.
+    """
+    array, start = tensor.numpy(), tensor.data_ptr()
+    size = _extent(array.shape, array.strides, array.itemsize)
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines() if size >= _LARGE else []
+    except OSError:
+        return None
+    for line in lines:
+        ends, access, offset, _, inode, *path = line.split(maxsplit=5)
+        low, high = (int(end, 16) for end in ends.split("-"))
+        if low <= start < high:
+            private = access[1] == "w" and access[3] == "p"  # what was written is not in the file
+            if inode == "0" or not path or private or start + size > high or (file := _identity(path[0])) is None:
+                return None
+            begin = start - low + int(offset, 16)
+            return MappedFile(path[0], file, begin, array.dtype.str, array.shape, array.strides)
+    return None
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
+    """Return the bytes from the first value to the end of the last one."""
+    return sum((n - 1) * step for n, step in zip(shape, strides)) + itemsize
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return device and inode of a file, None where it is gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def pickle_job(job: Job, *, here: bool = True) -> bytes:
@@ -58,8 +168,13 @@ class Processes(Executor[Chunk, Result]):
 
     worker = "a worker process"
 
-    def __init__(self, work: Callable[..., Sequence[Result]], places: Sequence[Place]) -> None:
-        self.work = work
+    def __init__(
+        self,
+        work: Callable[..., Sequence[Result]],
+        places: Sequence[tuple[Mapping[str, str] | None, object]],
+        give_up: Callable[[Chunk, int, str], Sequence[Result]],
+    ) -> None:
+        self.work, self._give_up = work, give_up
         # A start of its own, as it would let the signals through that are held off from a worker's.
         resource_tracker.ensure_running()
         self.places = {one_worker(place[0]): place for place in places}
@@ -112,6 +227,10 @@ class Processes(Executor[Chunk, Result]):
         self.news.wait(timeout=1.0)
         self.news.clear()
 
+    def give_up(self, chunk: Chunk, losses: int, reason: str) -> Sequence[Result]:
+        """Return what becomes of a chunk that has lost so many workers."""
+        return self._give_up(chunk, losses, reason)
+
     def stop(self) -> None:
         """End the workers, whatever they are doing."""
         for pool in [*self.idle, *self.busy.values()]:
@@ -119,39 +238,36 @@ class Processes(Executor[Chunk, Result]):
         self.idle.clear()
 
 
-class ChunkProcesses(Processes[Population, Outcome | Failure]):
-    """Worker processes of one thread each, each for a device, beside this process, which trains too.
-
-    The data is written once and mapped into every worker, so that it is held in memory once.
-    """
-
-    def __init__(self, job: Job, path: Path, devices: Sequence[torch.device]) -> None:
-        super().__init__(partial(_run_in_worker, pickle_job(job), str(path)), [(None, d) for d in devices])
-
-    def give_up(self, chunk: Population, losses: int, reason: str) -> Outcomes:
-        """Return the trials of a chunk that has ended so many workers as those that cannot be trained."""
-        n = len(chunk.index)
-        smaller = "a smaller memory= makes chunks of fewer trials" if n > 1 else "a smaller one takes less"
-        words = (
-            f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the other, the last "
-            f"because {reason} Where memory has run out, fewer workers= leave more to each, and {smaller}."
-        )
-        return [Failure((place,), words) for place in chunk.index]
-
-
 @contextmanager
-def worker_processes(job: Job, data: Dataset, devices: Sequence[torch.device]) -> Iterator[ChunkProcesses]:
-    """Have a worker for each device inside, with the data at hand; those idle at the end wait for the next search."""
+def chunk_processes(
+    job: Job, data: Dataset, devices: Sequence[torch.device]
+) -> Iterator[Processes[Population, Outcome | Failure]]:
+    """Have a worker of one thread for each device inside, beside this process, which trains too.
+
+    The data is written once and mapped into every worker, so that it is held in memory once. Workers that are idle at
+    the end wait for the next search.
+    """
     with scratch_folder() as folder:
         path = folder / "data.joblib"
         joblib.dump(to_arrays(to_device(data, torch.device("cpu")), here=True), path)
         with job.stop.heard_by_workers(folder / "stop"):
-            processes = ChunkProcesses(job, path, devices)
+            work = partial(_run_in_worker, pickle_job(job), str(path))
+            processes = Processes[Population, Outcome | Failure](work, [(None, d) for d in devices], _failures)
             yield processes
             if job.is_over():
                 processes.stop()  # idle workers, for whose end this process would wait when it ends
             else:
                 idle.extend(processes.idle)
+
+
+def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
+    n = len(chunk.index)
+    smaller = "a smaller memory= makes chunks of fewer trials" if n > 1 else "a smaller one takes less"
+    words = (
+        f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the other, the last "
+        f"because {reason} Where memory has run out, fewer workers= leave more to each, and {smaller}."
+    )
+    return [Failure((place,), words) for place in chunk.index]
 
 
 def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.device) -> Outcomes:
@@ -177,8 +293,7 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
 @functools.lru_cache(maxsize=1)
 def _unpack_job(packed: bytes) -> Job:
     """Return a job: one object for all chunks of a search, so that steps that were recorded for one serve the next."""
-    job: Job = pickle.loads(packed)
-    return job
+    return cast(Job, pickle.loads(packed))
 
 
 @functools.lru_cache(maxsize=1)
@@ -187,24 +302,29 @@ def _load(path: str, device: torch.device) -> Dataset:
     return to_device(to_tensors(joblib.load(path, mmap_mode="c")), device)
 
 
-class TrialProcesses(Processes[Trial, Ending]):
-    """Worker processes that call the objective of a user's own loop, a trial at a time each."""
-
-    def __init__(self, task: Task, environments: Sequence[Mapping[str, str]], folder: Path) -> None:
-        path = folder / "task.pkl"
+@contextmanager
+def trial_processes(task: Task, workers: int | None, n_trials: int, folder: Path) -> Iterator[Executor[Trial, Ending]]:
+    """Have worker processes inside that call the objective of a user's own loop; none where this process is enough."""
+    with task.stop.heard_by_workers(folder / "stop"):
+        executor, path = Executor[Trial, Ending](), folder / "task.pkl"
+        if len(places := environments(workers, n_trials)) > 1:
+            try:
+                path.write_bytes(pickled_with_code(task, [task.objective]))
+            except Exception as error:  # whatever pickling it raises
+                raise InputError(
+                    f"objective cannot be sent to worker processes ({type(error).__name__}: {error}). Make what it "
+                    "uses inside of it, or choose workers=1, which calls it in this process."
+                ) from error
+            executor = Processes(partial(call_in_worker, str(path)), [(each, None) for each in places], _failed_trial)
         try:
-            path.write_bytes(pickled_with_code(task, [task.objective]))
-        except Exception as error:  # whatever pickling it raises
-            raise InputError(
-                f"objective cannot be sent to worker processes ({type(error).__name__}: {error}). Make what it uses "
-                "inside of it, or choose workers=1, which calls it in this process."
-            ) from error
-        super().__init__(partial(call_in_worker, str(path)), [(each, None) for each in environments])
+            yield executor
+        finally:
+            executor.stop()
 
-    def give_up(self, chunk: Trial, losses: int, reason: str) -> Sequence[Ending]:
-        """Return a trial that has ended so many workers as a failed one."""
-        words = f"it has lost {losses} worker processes, the last because {reason.removesuffix('.')}"
-        return [Ending(chunk.number, "failed", math.nan, (), math.nan, words)]
+
+def _failed_trial(trial: Trial, losses: int, reason: str) -> Sequence[Ending]:
+    words = f"it has lost {losses} worker processes, the last because {reason.removesuffix('.')}"
+    return [Ending(trial.number, "failed", math.nan, (), math.nan, words)]
 
 
 def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:

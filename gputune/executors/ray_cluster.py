@@ -1,4 +1,4 @@
-"""Whole chunks of a plan as tasks of a Ray cluster, each with a GPU or with some CPUs of its own.
+"""Which Ray cluster, the connection to it, and whole chunks of a plan as its tasks, with a GPU or some CPUs each.
 
 The data goes to Ray's object store once. This process trains nothing itself. Ray is imported where it is asked for.
 """
@@ -6,11 +6,17 @@ The data goes to Ray's object store once. This process trains nothing itself. Ra
 import functools
 import os
 import pickle
+import signal
+import socket
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -20,16 +26,118 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads
 from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import Failure, run_in_parts
-from gputune.engine.plan import Plan
+from gputune.engine.plan import Plan, cores
 from gputune.engine.stop import Stop
-from gputune.errors import ClusterError, InputError
+from gputune.errors import ClusterError, InputError, MissingExtraError, check_count
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
-from gputune.executors.processes import pickle_job
-from gputune.executors.sharing import to_arrays, to_device, to_tensors
+from gputune.executors.processes import pickle_job, to_arrays, to_device, to_tensors
 from gputune.population.population import Population
 from gputune.version import __version__
 
-_Ended = Ended[Population, Outcome | Failure]
+_COUNT_SECONDS = 5.0  # between two looks at the nodes
+_WAIT_SECONDS = 0.25  # between two looks at whether someone asks for the end
+_SUBMISSION_SECONDS = 0.5  # in which a task that is handed out is not ended: see RayTasks.stop
+_KNOCK_SECONDS = 10.0  # to answer a knock; Ray itself waits for minutes
+_GO_ON = "What was finished is kept, and the same call goes on from there where study= names a file."
+_TOKEN = (
+    " A cluster that asks for a token (Ray 2.52 and newer can) lets this process in with RAY_AUTH_MODE=token in its "
+    "environment and the token in RAY_AUTH_TOKEN, in the file of RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token."
+)
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Where the chunks of a search train: ``tune(..., workers=gputune.Ray("auto"))``; ``workers="ray"`` is ``Ray()``.
+
+    address  "local": a cluster of this machine's cores and GPUs, started for the search and ended with it; "auto": the
+             cluster that this machine belongs to; "HOST:PORT" or "ray://HOST:PORT" of another. A connection that the
+             process already has (``ray.init``) is used by "local" and "auto".
+    cpus     CPUs that a task reserves on its node, and threads that it computes with
+
+    Raises InputError for anything else.
+    """
+
+    address: str = "local"
+    cpus: int = 1
+
+    def __post_init__(self) -> None:
+        check_count(self.cpus, "Ray(cpus=...)")
+        if self.is_elsewhere and _host_and_port(self.address) is None:
+            raise InputError(
+                "Ray(address=...), --ray: must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT', got "
+                f"{self.address!r}."
+            )
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the address itself says which cluster, and not this machine."""
+        return self.address not in ("local", "auto")
+
+
+def check_ray(device: str) -> None:
+    """Raise MissingExtraError where Ray is missing, InputError for a device that its tasks cannot have."""
+    if find_spec("ray") is None:
+        raise MissingExtraError('workers="ray" needs Ray, which is missing: pip install "gputune[ray]".')
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(
+            "device with workers='ray' must be 'auto', 'cpu' or 'cuda' (each task has one GPU, whichever it is), got "
+            f"{device!r}."
+        )
+
+
+@contextmanager
+def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
+    """Connect to the cluster for what happens inside; a connection that was there before stays. Raises InputError."""
+    ray = import_module("ray")
+    is_ours = not ray.is_initialized()
+    if workers.is_elsewhere and not is_ours:
+        raise InputError(
+            f"Ray(address={workers.address!r}): this process is connected to a Ray cluster already; call "
+            "ray.shutdown() first, or leave the address out to use that one."
+        )
+    try:
+        if is_ours:
+            before = signal.getsignal(signal.SIGTERM)  # which Ray changes when it connects
+            try:
+                _connect(ray, workers.address)
+            finally:
+                if threading.current_thread() is threading.main_thread():
+                    with suppress(TypeError):  # a handler that was not set from Python
+                        signal.signal(signal.SIGTERM, before)
+        yield RayCluster(ray, device=device, cpus=workers.cpus)
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _connect(ray: ModuleType, address: str) -> None:
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        # Ray would report usage to its makers; a cluster that is ours stays with us.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", num_cpus=cores(), include_dashboard=False, **quiet)
+        return
+    hint, noted = "", address
+    try:
+        if address == "auto":  # the address that Ray has noted, whose head may be long gone
+            find = getattr(import_module("ray._private.services"), "canonicalize_bootstrap_address", None)
+            # Where Ray has this function no longer it finds out by itself, in minutes.
+            noted = os.environ.get("RAY_ADDRESS", "") or (str(find(address, None)) if find else address)
+        if (place := _host_and_port(noted)) is not None:
+            socket.create_connection(place, timeout=_KNOCK_SECONDS).close()
+        hint = _TOKEN  # someone is there; Ray does not say when it was the token that was missing
+        ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"the Ray cluster at {address!r} cannot be used: {reason}. Start it with 'ray start --head', check the "
+            f"address and the versions of Ray and Python, or use 'local'.{hint} Nothing was changed."
+        ) from error
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    return (host, int(port)) if host and port.isdecimal() and "/" not in host else None
 
 
 def make_task(ray: ModuleType) -> Any:
@@ -58,15 +166,11 @@ def make_task(ray: ModuleType) -> Any:
 
 
 def run_in_task(common: list[Any], population: bytes, left: float | None, threads: int, device: str) -> Outcomes:
-    """Train one chunk in a worker of the cluster, in as many parts as its memory makes necessary.
-
-    ``common`` holds references to the data and to the packed job; ``left`` are seconds until the deadline.
-    """
+    """Train one chunk in a worker: ``common`` refers to the data and the packed job, ``left`` are seconds of time."""
     import ray
 
     begin = time.monotonic()
-    job: Job = pickle.loads(ray.get(common[1]))
-    job = replace(job, stop=Stop(None if left is None else begin + left))
+    job = replace(pickle.loads(ray.get(common[1])), stop=Stop(None if left is None else begin + left))
     with torch_threads(threads):
         return run_in_parts(job, _dataset(common[0], device), pickle.loads(population))
 
@@ -78,19 +182,12 @@ def _dataset(reference: Any, device: str) -> Dataset:
     with warnings.catch_warnings():
         # The arrays lie in shared memory that cannot be written to; nobody writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        data = to_tensors(ray.get(reference))
-        return to_device(data, torch.device(device))
+        return to_device(to_tensors(ray.get(reference)), torch.device(device))
 
 
 def free_bytes() -> int:
     """Return the bytes that are free on the GPU of a task."""
     return int(torch.cuda.mem_get_info()[0])
-
-
-_COUNT_SECONDS = 5.0  # seconds between two looks at the nodes
-_WAIT_SECONDS = 0.25  # seconds between two looks at whether someone asks for the end
-_SUBMISSION_SECONDS = 0.5  # seconds in which a task that is handed out is not ended: see RayTasks.stop
-_GO_ON = "What was finished is kept, and the same call goes on from there where study= names a file."
 
 
 class RayCluster:
@@ -142,23 +239,24 @@ class RayCluster:
         return self._stored[2]
 
 
-class RayTasks(Executor[Population, Outcome | Failure]):
-    """The chunks of one plan on their way. Their workers write no checkpoints.
+def _tasks_on(node: dict[str, float], cpus: int, device: str) -> int:
+    tasks = int(node.get("CPU", 0) // cpus)
+    return min(tasks, int(node.get("GPU", 0))) if device == "cuda" else tasks
 
-    Raises InputError where a worker has other versions, and ClusterError where a chunk has lost too many workers or no
-    node is left. Whatever else was trained has been yielded by then.
-    """
+
+class RayTasks(Executor[Population, Outcome | Failure]):
+    """The chunks of one plan on their way. Their workers write no checkpoints. Raises InputError and ClusterError."""
 
     worker = "a Ray worker"
 
     def __init__(self, cluster: RayCluster, job: Job, data: Dataset, plan: Plan) -> None:
         self.ray, self.cluster, self.stopping = cluster.ray, cluster, job.stop
         self.cpus, self.threads = max(cluster.threads, plan.threads), plan.threads
-        gpus = 1 if cluster.device == "cuda" else 0
-        self.task = cluster.task.options(num_cpus=self.cpus, num_gpus=gpus, max_retries=0, name="gputune chunk")
+        options = {"num_cpus": self.cpus, "num_gpus": int(cluster.device == "cuda"), "max_retries": 0}
+        self.task = cluster.task.options(name="gputune chunk", **options)
         sent = pickle_job(replace(job, stop=Stop(), checkpointing=None), here=False)
         self.common = [cluster.put(data), self.ray.put(sent)]
-        self.running: dict[object, tuple[Population, _Ended]] = {}
+        self.running: dict[object, tuple[Population, Ended[Population, Outcome | Failure]]] = {}
         self.has_given_up = self.has_trained = False
         self.submitted = 0.0
         self.counted, self.room = time.monotonic(), cluster.room(self.cpus)
@@ -168,33 +266,35 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         """Tasks that run at once; none where a chunk was given up before any was trained."""
         return 0 if self.has_given_up and not self.has_trained else self.room
 
-    def submit(self, chunk: Population, ended: _Ended) -> bool:
+    def submit(self, chunk: Population, ended: Ended[Population, Outcome | Failure]) -> bool:
         """Send a chunk on its way."""
         # Clocks of machines differ; what is left of the time does not.
         deadline, self.submitted = self.stopping.deadline, time.monotonic()
         left = None if deadline is None else deadline - self.submitted
         # Without what a build adds: machines with and without a GPU have the same torch in two builds.
-        versions = {"gputune": __version__, "torch": str(torch.__version__)}
-        expected = {name: version.partition("+")[0] for name, version in versions.items()}
+        versions = ("gputune", __version__), ("torch", str(torch.__version__))
+        expected = {name: version.partition("+")[0] for name, version in versions}
+        # Ray adds the current folder to what workers search: a checkout there would hide the package that is installed.
+        foreign = "" if "" in sys.path or os.getcwd() in sys.path else os.getcwd()
         limits = left, self.threads, self.cluster.device
-        ref = self.task.remote(_foreign_folder(), expected, self.common, pickle.dumps(chunk), *limits)
-        self.running[ref] = chunk, ended
+        self.running[self.task.remote(foreign, expected, self.common, pickle.dumps(chunk), *limits)] = chunk, ended
         return True
 
     def wait(self) -> None:
-        """Take in what has come back, if anything does in a moment.
-
-        Tasks do not hear that someone asks for the end: they are ended, and their chunks are trained again by a later
-        call.
-        """
-        if self.stopping.asked:
+        """Take in what has come back, if anything does in a moment."""
+        if self.stopping.asked:  # which tasks do not hear: they are ended, and a later call trains their chunks again
             self.stop()
             for chunk, ended in self.running.values():
                 ended(chunk, [])
             self.running.clear()
             return
         refs, _ = self.ray.wait(list(self.running), num_returns=1, timeout=_WAIT_SECONDS)
-        self._count_nodes()
+        if time.monotonic() - self.counted > _COUNT_SECONDS:  # a cluster grows and shrinks
+            self.counted = time.monotonic()
+            try:
+                self.room = self.cluster.room(self.cpus)
+            except InputError as error:
+                raise ClusterError(f"the cluster has lost its nodes: {error} {_GO_ON}") from error
         for ref in refs:
             chunk, ended = self.running.pop(ref)
             ended(chunk, self._result(ref))
@@ -234,15 +334,6 @@ class RayTasks(Executor[Population, Outcome | Failure]):
             f"because: {reason} A smaller memory= makes chunks of fewer trials. {_GO_ON}"
         )
 
-    def _count_nodes(self) -> None:
-        """Count the nodes again, now and then: a cluster grows and shrinks."""
-        if time.monotonic() - self.counted > _COUNT_SECONDS:
-            self.counted = time.monotonic()
-            try:
-                self.room = self.cluster.room(self.cpus)
-            except InputError as error:
-                raise ClusterError(f"the cluster has lost its nodes: {error} {_GO_ON}") from error
-
     def stop(self) -> None:
         """End the tasks, whatever they are doing.
 
@@ -256,17 +347,3 @@ class RayTasks(Executor[Population, Outcome | Failure]):
                 self.ray.cancel(ref, force=True)
             except Exception:  # the cluster may be what has failed
                 return
-
-
-def _foreign_folder() -> str:
-    """Return the folder that workers search for modules and this process does not: Ray adds the current one.
-
-    A checkout of gputune there would hide the package that is installed.
-    """
-    here = os.getcwd()
-    return "" if here in sys.path or "" in sys.path else here
-
-
-def _tasks_on(node: dict[str, float], cpus: int, device: str) -> int:
-    tasks = int(node.get("CPU", 0) // cpus)
-    return min(tasks, int(node.get("GPU", 0))) if device == "cuda" else tasks

@@ -95,7 +95,7 @@ def memory(name: str, value: object) -> object:
 
 def workers(name: str, value: object) -> object:
     """Return a number, "auto" or a cluster."""
-    from gputune.executors.ray_connection import Ray
+    from gputune.executors.ray_cluster import Ray
 
     if value == "ray":
         return Ray()

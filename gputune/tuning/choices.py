@@ -29,8 +29,6 @@ NAMED: dict[str, Builder] = {"cnn": CNN, "gru": GRU, "realmlp": RealMLP}
 
 BUILT_IN = ("mlp", "logistic")
 
-_KINDS: dict[SearchedModel, ModelKind] = {"mlp": "mlp", "logistic": "linear", "module": "module"}
-
 
 @dataclass(frozen=True)
 class ModelChoice:
@@ -69,7 +67,7 @@ class ModelChoice:
     @property
     def kind(self) -> ModelKind:
         """The engine's word for its stacked form."""
-        return _KINDS[self.searched]
+        return "linear" if self.searched == "logistic" else self.searched
 
     @property
     def takes_arrays(self) -> bool:
@@ -94,9 +92,8 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
     searched, module_class = _resolve(model)
     if optimizer is None:
         return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
-    more = ("exact",) if searched == "logistic" else ()
     name = f"optimizer for model={model!r}" if isinstance(model, str) else "optimizer"
-    word = optimizer_word(optimizer, name, more=more)
+    word = optimizer_word(optimizer, name, more=("exact",) if searched == "logistic" else ())
     check_optimizer(complete({}, optimizer=word, schedule="constant"), searched)
     return ModelChoice(searched, word, module_class)
 
@@ -115,21 +112,21 @@ def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoi
 def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
     if model == "mlp" or model == "logistic":
         return model, None
-    if isinstance(model, str) and model in NAMED:
-        return "module", NAMED[model]
-    if isinstance(model, str) and ":" in model:
-        path, _, name = model.rpartition(":")
-        return "module", class_from_file(path, name)
     if is_builder(model):
         return "module", model
     if isinstance(model, nn.Module):
         raise InputError(
             f"model must be the class, not an instance, since every trial builds its own: pass {type(model).__name__}."
         )
+    words, meant = (*BUILT_IN, *NAMED), ""
+    if isinstance(model, str):
+        path, colon, name = model.rpartition(":")
+        if model in NAMED or colon:
+            return "module", NAMED.get(model) or class_from_file(path, name)
+        meant = did_you_mean(model, words)
     raise InputError(
-        f"model must be {', '.join(map(repr, (*BUILT_IN, *NAMED)))}, a torch.nn.Module class, a function that makes "
-        f"modules, or 'FILE.py:NAME', got {model!r}."
-        f"{did_you_mean(model, (*BUILT_IN, *NAMED)) if isinstance(model, str) else ''}"
+        f"model must be {', '.join(map(repr, words))}, a torch.nn.Module class, a function that makes modules, or "
+        f"'FILE.py:NAME', got {model!r}.{meant}"
     )
 
 

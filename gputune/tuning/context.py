@@ -1,4 +1,4 @@
-"""What every search method works with: the data, the model, the options, the clock, the screen, the recorded plan.
+"""What every search of rows works with: a session, the data, the model, and the recorded plan.
 
 The bits of a result depend on the company in which a trial trains and on the threads that compute it. A search that is
 resumed, and every process that works on it, therefore run whole chunks of one plan, that of the study file.
@@ -26,12 +26,12 @@ from gputune.optimizers.classes import loop_reason
 from gputune.optimizers.rules import BETA1, BETA2
 from gputune.population.population import Population, arguments_text, shape_of
 from gputune.scoring.scoring import Scoring, shape_of_scores
-from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count, size_words
 from gputune.tuning.choices import ModelChoice
-from gputune.tuning.options import Options
-from gputune.tuning.progress import Profile, Progress
+from gputune.tuning.problem import Problem
+from gputune.tuning.progress import Profile
+from gputune.tuning.session import Session
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config, Outputs
 
@@ -53,26 +53,25 @@ def failed_result(trial: int, curve: np.ndarray, reason: str) -> Result:
 
 
 @dataclass(frozen=True)
-class Context:
-    """A search that is about to train: everything but its trials."""
+class Context(Session):
+    """A session that trains configurations on rows.
+
+    needs   what shapes were measured to take of the device's memory
+    timed   how members train fastest, by those module__* values, as text, on which their sizes may depend
+    faults  what went wrong while chunks trained and did no harm, a sentence each
+    """
 
     trainer: Trainer
-    choice: ModelChoice
-    options: Options
-    progress: Progress
+    problem: Problem
+    profile: Profile
     checkpoints: CheckpointFolder | None = None
-    profile: Profile = field(default_factory=Profile)
-    columns: str = ""
-    """What became of the columns of X where they are not one feature each, for messages about shapes."""
     needs: dict[object, Need | None] = field(default_factory=dict)
-    """What shapes were measured to take of the device's memory."""
     timed: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """How members train fastest, by those module__* values, as text, on which their sizes may depend."""
     faults: dict[str, None] = field(default_factory=dict)
-    """What went wrong while chunks trained and did no harm, a sentence each."""
 
-    def is_over(self) -> bool:
-        return self.trainer.stop.is_over()
+    @property
+    def choice(self) -> ModelChoice:
+        return self.problem.choice
 
     @property
     def data(self) -> Dataset:
@@ -102,11 +101,10 @@ class Context:
         """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
         with self.profile.clock("planning"):
             self.trainer.compile(configs, self.progress.say)
-        groups = self.trainer.groups(configs)
-        parameters = 0
+        groups, parameters = self.trainer.groups(configs), 0
         if self.choice.module_class is not None:
-            for config in {group.arguments: group.configs[0] for group in groups}.values():
-                parameters = max(parameters, self.check_module(config))
+            first = {group.arguments: group.configs[0] for group in groups}
+            parameters = max([0, *map(self.check_module, first.values())])
             self._check_rows(groups)
         for remark in self.remarks_on(configs):
             self.progress.say(f"note: {remark}", once=True)
@@ -151,7 +149,7 @@ class Context:
         return has_news
 
     def recorded_plans(
-        self, ledger: Ledger, waiting: Sequence[Candidate], stage: int, make: Callable[[Sequence[Config]], Plan]
+        self, waiting: Sequence[Candidate], stage: int, make: Callable[[Sequence[Config]], Plan]
     ) -> list[RecordedPlan]:
         """Return plans of whole recorded chunks, one for each number of threads; ``make`` plans what is in none yet."""
         plan_of: dict[int, Plan] = {}  # a number of trials: where all are new, they are planned once
@@ -160,9 +158,9 @@ class Context:
             plan = plan_of[len(new)] = make([self.complete(trial.params) for trial in new])
             return [(chunk.index, plan.threads) for chunk in plan.chunks]
 
-        chunks = ledger.chunks(waiting, stage, cut)
+        chunks = self.ledger.chunks(waiting, stage, cut)
         numbers = {number for chunk in chunks for number in chunk.trials}
-        trials = tuple(trial for trial in ledger.candidates if trial.number in numbers)
+        trials = tuple(trial for trial in self.ledger.candidates if trial.number in numbers)
         configs = tuple(self.complete(trial.params) for trial in trials)
         plan = plan_of.get(len(trials)) or make(configs)  # how many processes pay
         place = {trial.number: position for position, trial in enumerate(trials)}
@@ -197,46 +195,40 @@ class Context:
 
     def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
         """Return how the trials with these numbers keep their state while they train; None without a study file."""
-        if self.checkpoints is None:
-            return None
-        return Checkpointing(self.checkpoints, tuple(numbers), self.options.checkpoint_seconds)
+        folder, seconds = self.checkpoints, self.options.checkpoint_seconds
+        return None if folder is None else Checkpointing(folder, tuple(numbers), seconds)
 
     def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
-        if self.checkpoints is None:
-            return []
-        checkpoints = self.checkpoints.read(dict(zip(numbers, configs)))
+        checkpoints = [] if self.checkpoints is None else self.checkpoints.read(dict(zip(numbers, configs)))
         if begun := {number for checkpoint in checkpoints for number in checkpoint.trials}:
             self.progress.say(f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True)
         return checkpoints
 
-    def ended(self, results: Iterable[Result]) -> None:
+    def finish(self, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})) -> None:
+        """Keep results of trials that have ended, and outputs by number; show how many are new, drop checkpoints."""
+        new = [result for result in results if result.number not in self.ledger.results]
+        with self.profile.clock("storing"):
+            self.ledger.finish(results, outputs)
+        self.progress.finished(len(new), pruned=sum(result.state == "pruned" for result in new))
+        self._drop(results)
+
+    def _drop(self, results: Iterable[Result]) -> None:
         """Remove the checkpoints of trials with a final result."""
         if self.checkpoints is not None:
             self.checkpoints.drop(result.number for result in results if result.state != "stopped")
 
-    def tidy(self, ledger: Ledger) -> None:
+    def tidy(self) -> None:
         """Remove what earlier calls left of trials that have ended, and all checkpoints where no trial waits."""
-        self.ended(ledger.results.values())
-        if self.checkpoints is not None and not ledger.has_waiting():
+        self._drop(self.ledger.results.values())
+        if self.checkpoints is not None and not self.ledger.has_waiting():
             self.checkpoints.clear()
-
-    def finish(
-        self, ledger: Ledger, results: Sequence[Result], outputs: Mapping[int, Outputs] = MappingProxyType({})
-    ) -> None:
-        """Keep results of trials that have ended, and outputs by number; show how many are new, drop checkpoints."""
-        new = [result for result in results if result.number not in ledger.results]
-        with self.profile.clock("storing"):
-            ledger.finish(results, outputs)
-        self.progress.finished(len(new), pruned=sum(result.state == "pruned" for result in new))
-        self.ended(results)
 
     def check_module(self, config: Config, *, first: bool = False) -> int:
         """Try a module, the ``first`` also for finite numbers; return its number of parameters."""
-        if self.choice.module_class is None:
+        builder, objective = self.choice.module_class, self.trainer.objective
+        if builder is None:
             return 0
-        traits = traits_of(
-            self.choice.module_class, config, self.data, columns=self.columns, objective=self.trainer.objective
-        )
+        traits = traits_of(builder, config, self.data, columns=self.problem.columns_in_words(), objective=objective)
         if traits.unstackable and self.options.backend == "stacked":
             raise InputError(
                 f"backend='stacked': the members of {self.choice.name} cannot be stacked: {traits.unstackable}. Change "
@@ -266,10 +258,7 @@ class Context:
         if self.options.backend == "loop":
             return ()
         traits = known_traits(self.choice.module_class, self.data).values()
-        of_modules = dict.fromkeys(one.unstackable for one in traits if one.unstackable)
-        of_configs = dict.fromkeys(filter(None, map(loop_reason, configs)))
         stacked = f"{self.choice.name} trains one by one, since its members cannot be stacked"
-        return (
-            *(f"{stacked}: {reason}" for reason in of_modules),
-            *(f"trials train one by one, since {reason}" for reason in of_configs),
-        )
+        of_modules = [f"{stacked}: {one.unstackable}" for one in traits if one.unstackable]
+        of_configs = [f"trials train one by one, since {reason}" for reason in filter(None, map(loop_reason, configs))]
+        return tuple(dict.fromkeys([*of_modules, *of_configs]))

@@ -17,7 +17,6 @@ from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.methods.distributions import Space, range_of
 from gputune.population.population import by_numbers
 from gputune.solver.solve import score_solution
-from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
 from gputune.text import count
 from gputune.tuning.choices import ModelChoice
@@ -25,6 +24,7 @@ from gputune.tuning.context import Context, failed_result
 from gputune.types import Config, Json
 
 SlopeMode = Literal["exact", "differences"]
+MODES: tuple[SlopeMode, ...] = "exact", "differences"
 
 
 def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
@@ -46,16 +46,15 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
     return ("C",)
 
 
-def check_descent(
-    method: Hypergradient, trials: Sequence[Candidate], context: Context, labels: np.ndarray | None
-) -> None:
-    """Raise InputError where starts cannot descend; ``labels`` are the target's classes, None for a regression."""
+def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
+    """Raise InputError where starts cannot descend."""
     if context.options.target_transform is not None:
         raise InputError(
             f"method='hypergradient' descends on the squared error of the target as it is, got target_transform="
             f"{context.options.target_transform!r}: choose another method, or transform y before."
         )
     names, data, solved = searched_names(method, context.choice), context.data, context.choice.solved
+    labels = context.problem.target.classes
     if labels is not None and data.present is not None:  # a fold must train on the classes that it holds out
         words = labels.tolist()
         for number, fold in enumerate(data.folds):
@@ -107,28 +106,26 @@ def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_step
             return
 
 
-def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Context) -> None:
+def descend(context: Context, space: Space, method: Hypergradient) -> None:
     """Let every start of the ledger descend; points that it has already are not trained again."""
-    names = searched_names(method, context.choice)
-    starts = {c.number: c for c in ledger.candidates if isinstance(c.origin, str)}
+    names, outer = searched_names(method, context.choice), method.outer_steps
+    starts = {c.number: c for c in context.ledger.candidates if isinstance(c.origin, str)}
     ranges = {name: range_of(space, (name,)) for name in names}
     bounds = {name: ends for name, ends in ranges.items() if ends is not None}
     paths = {number: Descent(method, names, context.complete(c.params), bounds) for number, c in starts.items()}
-    outer = method.outer_steps
     most = len(starts) * (outer + 1)
     context.progress.say(
         f"descent: {count(len(starts), 'start')} x at most {outer + 1} points = {most} trainings "
         "at most, each in all folds and with derivatives; fewer with a smaller n_trials"
     )
-    with context.progress.bar_over(most - len(ledger.results), context.epochs):
-        run_descent(paths, _Trials(ledger, context, outer, starts), outer)
+    with context.progress.bar_over(most - len(context.ledger.results), context.epochs):
+        run_descent(paths, _Trials(context, outer, starts), outer)
 
 
 @dataclass(eq=False)
 class _Trials:
     """The points of a descent as trials: ``points`` has the one where each start stands that still descends."""
 
-    ledger: Ledger
     context: Context
     outer_steps: int
     points: dict[int, Candidate]
@@ -136,27 +133,26 @@ class _Trials:
 
     def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
         """Evaluate the points that have no result yet; one that was cut short, or given up, has no slope."""
-        ledger, context = self.ledger, self.context
+        context = self.context
         if step > 0 and context.is_over():
             return {}
-        modes: tuple[SlopeMode, ...] = "exact", "differences"
-        for mode in modes:
+        for mode in MODES:
             of_mode = [point for start, point in self.points.items() if starts[start].mode == mode]
-            waiting = [point for point in of_mode if point.number not in ledger.results]
+            waiting = [point for point in of_mode if point.number not in context.ledger.results]
             if waiting and context.choice.solved:
                 for places in by_numbers([point.params for point in waiting]):
-                    _solve(ledger, [waiting[place] for place in places], context)
+                    _solve([waiting[place] for place in places], context)
             elif waiting:
-                _train(ledger, waiting, mode, step, context)
-        results = {n: ledger.results[p.number] for n in starts if (p := self.points[n]).number in ledger.results}
+                _train(waiting, mode, step, context)
+        done = context.ledger.results
+        results = {n: done[p.number] for n in starts if (p := self.points[n]).number in done}
         return {n: Slope.from_detail(result.detail) for n, result in results.items() if "slope" in result.detail}
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
         """Make each point a trial of the ledger, unless it is one."""
-        known = {candidate.origin: candidate for candidate in self.ledger.candidates}
-        number = 1 + max(candidate.number for candidate in self.ledger.candidates)
-        points: dict[int, Candidate] = {}
-        new: list[Candidate] = []
+        ledger, points = self.context.ledger, dict[int, Candidate]()
+        known = {candidate.origin: candidate for candidate in ledger.candidates}
+        number, new = 1 + max(candidate.number for candidate in ledger.candidates), list[Candidate]()
         for start, path in starts.items():
             candidate = known.get((start, step))
             if candidate is None:
@@ -165,13 +161,13 @@ class _Trials:
                 new.append(candidate)
             path.config |= candidate.params
             points[start] = candidate
-        self.ledger.add(new)
+        ledger.add(new)
         ended = (len(self.points) - len(points)) * (self.outer_steps + 1 - step)
         self.context.progress.spare(ended * self.context.epochs, trials=ended)
         self.points = points
 
 
-def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, context: Context) -> None:
+def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context) -> None:
     jobs = []
 
     def make(configs: Sequence[Config]) -> Plan:
@@ -179,7 +175,7 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
         jobs.append(job)
         return plan
 
-    for recorded in context.recorded_plans(ledger, points, step, make):
+    for recorded in context.recorded_plans(points, step, make):
         trials, configs = recorded.trials, recorded.configs
         context.progress.plan(recorded.plan, aloud=step == 0)
         for outcome in context.train(jobs[-1], recorded.plan):
@@ -188,7 +184,7 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
             else:
                 assert isinstance(outcome, Slopes)
                 results = [_result(trials[i], configs[i], c, outcome, mode) for c, i in enumerate(outcome.index)]
-            context.finish(ledger, results)
+            context.finish(results)
 
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
@@ -212,17 +208,11 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
     if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
         slopes = {name: table[c] for name, table in outcome.slopes.items()}
         detail = slope_at(config, outcome.losses[c], slopes, outcome.ratios[c], mode).to_detail()
-    return Result.of_curve(
-        point.number,
-        outcome.curves[c],
-        epochs=outcome.epochs,
-        rule="last",
-        seconds=outcome.seconds / len(outcome.index),
-        detail=detail,
-    )
+    curve, epochs, seconds = outcome.curves[c], outcome.epochs, outcome.seconds / len(outcome.index)
+    return Result.of_curve(point.number, curve, epochs=epochs, rule="last", seconds=seconds, detail=detail)
 
 
-def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
+def _solve(points: list[Candidate], context: Context) -> None:
     """Solve points that read the same data in all folds at once, and differentiate the solutions."""
     begin, configs = time.monotonic(), [context.complete(point.params) for point in points]
     data = context.data.of(configs[0])
@@ -233,4 +223,4 @@ def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
     index, seconds = tuple(range(len(points))), time.monotonic() - begin
     outcome = Slopes(index, curves, 1, seconds, losses, of_C, np.zeros(losses.shape))
     context.progress.advance(len(points), curves)
-    context.finish(ledger, [_result(points[i], configs[i], i, outcome, "exact") for i in index])
+    context.finish([_result(points[i], configs[i], i, outcome, "exact") for i in index])

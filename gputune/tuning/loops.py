@@ -3,25 +3,23 @@
 import functools
 import inspect
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
 from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop, entry
 from gputune.errors import InputError, check_count
-from gputune.executors.executor import Executor, hand_out
+from gputune.executors.executor import Executor, Queue
 from gputune.executors.objective import Ending, Objective, PruningRule, Reports, Task, Trial
-from gputune.executors.processes import TrialProcesses, environments
+from gputune.executors.processes import trial_processes
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space, space_text, space_to_json, to_scipy
 from gputune.methods.optuna import OptunaSampler, check_askable
-from gputune.methods.random import numbered, top_up
+from gputune.methods.random import numbered
 from gputune.methods.space import check_own_include, check_own_space
 from gputune.methods.stopping import StoppingRule, ends_on_arrival
 from gputune.scratch import scratch_folder
@@ -29,7 +27,6 @@ from gputune.study.code import source_text
 from gputune.study.ledger import open_ledger
 from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result
-from gputune.study.study import Study
 from gputune.study.values import sha256
 from gputune.tuning.choices import method_name, method_to_json
 from gputune.tuning.interrupt import CTRL_C
@@ -37,10 +34,9 @@ from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import sample, train_waiting
 from gputune.tuning.record import distributions, versions
-from gputune.tuning.session import Session, check_ending, draws_at_once, earlier_configs, with_earlier
+from gputune.tuning.session import AnyStudy, Session, check_ending, draw_trials, draws_at_once, with_earlier
 from gputune.tuning.trainer import unseen
 
-AnyStudy = TypeVar("AnyStudy", bound=Study)
 Direction = Literal["maximize", "minimize"]
 
 
@@ -77,7 +73,9 @@ def search_loop(
         task = Task(objective, sign, options.random_state, Reports(folder / "reports"), rule, stop)
         for result in ledger.results.values():
             task.reports.write(result.number, result.curve[:, 0], ended=True)
-        with _workers(task, options, folder) as workers:
+        n_workers = options.workers if isinstance(options.workers, int) else None
+        n_calls = max(1, options.n_trials + len(options.include))
+        with trial_processes(task, n_workers, n_calls, folder) as workers:
             train = partial(train_waiting, session, partial(_train, session, task, workers), epochs=1)
             asks = isinstance(options.method, OptunaSampler)
             run = partial(sample, session, space, train, epochs=1, check=plain_config) if asks else train
@@ -92,10 +90,7 @@ def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
         raise InputError("n_trials must be >= 1 where nothing is included, got n_trials=0. For example n_trials=64.")
     if isinstance(options.method, OptunaSampler):
         check_askable(space)
-    if not draws_at_once(options):
-        return first
-    seed = options.random_state
-    return (*first, *top_up(first, space, options.n_trials, seed, plain_config, earlier_configs(options)))
+    return first + draw_trials(first, space, options, plain_config) if draws_at_once(options) else first
 
 
 def _check_objective(objective: object, direction: object) -> None:
@@ -106,7 +101,7 @@ def _check_objective(objective: object, direction: object) -> None:
         inspect.signature(objective).bind({}, None)
     except TypeError as error:
         raise InputError(
-            f"objective must take two arguments, (params, report), and {_name(objective)} does not: {error}."
+            f"objective must take two arguments, (params, report), and {_function(objective)[1]} does not: {error}."
         ) from None
     except ValueError:  # a function in C says nothing of its arguments
         pass
@@ -114,13 +109,11 @@ def _check_objective(objective: object, direction: object) -> None:
         raise InputError(f"direction must be 'maximize' or 'minimize', got {direction!r}.")
 
 
-def _name(objective: object) -> str:
-    function = _function(objective)
-    return str(getattr(function, "__qualname__", type(function).__name__))
-
-
-def _function(objective: object) -> object:
-    return _function(objective.func) if isinstance(objective, functools.partial) else objective
+def _function(objective: object) -> tuple[object, str]:
+    """Return what a partial calls in the end, or an objective itself, and its name."""
+    while isinstance(objective, functools.partial):
+        objective = objective.func
+    return objective, str(getattr(objective, "__qualname__", type(objective).__name__))
 
 
 def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | None:
@@ -153,7 +146,7 @@ cv splits objective code positive baseline dtype device
 def _record(
     objective: object, options: Options, space: Space, direction: Direction, max_epochs: int | None
 ) -> SearchRecord:
-    name, function = _name(objective), _function(objective)
+    function, name = _function(objective)
     # Its source, its bytecode where there is none, "" where there is neither.
     text = source_text(function if inspect.isroutine(function) else type(function))
     return SearchRecord(
@@ -179,37 +172,19 @@ def _record(
     )
 
 
-@contextmanager
-def _workers(task: Task, options: Options, folder: Path) -> Iterator[Executor[Trial, Ending]]:
-    """Have the worker processes that call the objective inside; none where this process is enough."""
-    workers = options.workers if isinstance(options.workers, int) else None
-    places = environments(workers, max(1, options.n_trials + len(options.include)))
-    with task.stop.heard_by_workers(folder / "stop"):
-        executor = TrialProcesses(task, places, folder) if len(places) > 1 else Executor[Trial, Ending]()
-        try:
-            yield executor
-        finally:
-            executor.stop()
-
-
 def _train(
     session: Session, task: Task, workers: Executor[Trial, Ending], waiting: Sequence[Candidate]
 ) -> Sequence[Chunk]:
     """Train the trials that can be claimed; return those that other processes have where none can."""
-    ledger, progress = session.ledger, session.progress
+    ledger, progress, begun = session.ledger, session.progress, False
     chunks = ledger.chunks(waiting, 0, lambda trials: [((place,), 1) for place in range(len(trials))])
     chunk_of = {chunk.trials[0]: chunk for chunk in chunks}
-    trials, begun = [Trial(trial.number, trial.params) for trial in waiting], False
-    here = None if workers.capacity else task
-
-    def claim(trial: Trial) -> bool:
-        return ledger.claim(chunk_of[trial.number])
-
-    for ending in hand_out(trials, workers, here, task.stop, progress=unseen, claim=claim):
-        begun, detail = True, {}
+    trials = [Trial(trial.number, trial.params) for trial in waiting]
+    queue = Queue(trials, workers, task.stop, lambda trial: ledger.claim(chunk_of[trial.number]))
+    for ending in queue.run(None if workers.capacity else task, unseen):
+        begun, detail = True, {"error": ending.error} if ending.error else {}
         if ending.error:
             progress.say(f"note: trial {ending.number} failed: {ending.error}")
-            detail = {"error": ending.error}
         curve = np.array(ending.values or [ending.score], dtype=np.float64)[:, None]
         progress.advance(1, curve[None])
         progress.finished(1, pruned=int(ending.state == "pruned"))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gputune.data.target import TaskWord
     from gputune.data.target_transform import TargetTransform
     from gputune.data.weights import ClassWeight
-    from gputune.executors.ray_connection import Ray
+    from gputune.executors.ray_cluster import Ray
     from gputune.scoring.metrics import Scorings
     from gputune.study.study import Study
     from gputune.tuning.choices import Method
@@ -229,7 +229,7 @@ class Options:
             if rule.check is not None:
                 object.__setattr__(self, name, rule.check(name, getattr(self, name)))
         if self.is_on_cluster:
-            from gputune.executors.ray_connection import check_ray
+            from gputune.executors.ray_cluster import check_ray
 
             check_ray(self.device)
         device = self.device_here()
@@ -243,7 +243,7 @@ class Options:
     @property
     def is_on_cluster(self) -> bool:
         """Whether a Ray cluster trains."""
-        from gputune.executors.ray_connection import Ray
+        from gputune.executors.ray_cluster import Ray
 
         return isinstance(self.workers, Ray)
 

@@ -2,70 +2,55 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+
+import torch
 
 from gputune.callbacks import Callbacks
 from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.engine.backend import matrix_products, other_gpus
+from gputune.engine.choice import DeviceChoice
 from gputune.engine.plan import parse_memory
 from gputune.engine.stop import Stop, entry
-from gputune.errors import InputError
-from gputune.executors.ray_cluster import RayCluster
-from gputune.executors.ray_connection import Ray, ray_cluster
+from gputune.errors import InputError, StudyCorruptError, StudyVersionError
+from gputune.executors.ray_cluster import Ray, RayCluster, ray_cluster
 from gputune.garbage import without_collector
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.random import draw, edge_remarks
+from gputune.methods.random import draw, edge_remarks, notes
 from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
 from gputune.scoring.metrics import baseline, check_folds, has_function, remark_on_accuracy
 from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring
 from gputune.study.code import remember
-from gputune.study.ledger import open_ledger
+from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.module_source import remember_code
 from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate, Store
-from gputune.study.study import Study
 from gputune.text import size_words
 from gputune.tuning.choices import ModelChoice, check_patience
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.options import Options
-from gputune.tuning.problem import Problem, default_loss, make_problem, remarks_on_loss
+from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.random import check_sampling, sample, train_batches, train_fully
 from gputune.tuning.record import RecordedSearch, checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, train_in_rungs
-from gputune.tuning.session import (
-    Session,
-    check_ending,
-    checked_space,
-    first_trials,
-    notes_on,
-    open_store,
-    with_earlier,
-)
+from gputune.tuning.session import AnyStudy, check_ending, checked_space, default_params, first_trials, with_earlier
 from gputune.tuning.trainer import Trainer
 from gputune.types import KEPT_BYTES, Config
-
-AnyStudy = TypeVar("AnyStudy", bound=Study)
-
-Training = Callable[[Session, Context], object]
-"""Trains the trials of a session as a method has it."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
     """What is searched, on which rows and by which score, before anything trains."""
 
-    choice: ModelChoice
-    options: Options
     problem: Problem
     space: Space
     folds: Sequence[Rows]
@@ -92,41 +77,53 @@ def search(
     ``say_notes=False`` is for a caller that shows the notes of the record, on the columns and the trials, itself;
     ``profile`` is told where time goes, ``words`` is as in ``Progress``. Raises SearchInterrupted after ``signals``.
     """
-    stop = Stop(None if recorded.options.timeout is None else time.monotonic() + recorded.options.timeout)
-    callbacks = Callbacks(recorded.options.callbacks, stop)
+    options = recorded.options
+    stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
+    callbacks = Callbacks(options.callbacks, stop)
     # A copy of the curves, since the search goes on with its own.
-    progress = Progress(recorded.options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
+    progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
     profile = Profile() if profile is None else profile
-    with open_store(recorded.options) as store:
+    with _open_store(options) as store:
         with profile.clock(PREPARING):
             setup = _prepare(recorded, progress, store)
-        options, profile.device, progress.scoring = setup.options, setup.data.device, setup.scoring.name
-        with _cluster(setup) as cluster:
-            columns, trainer = setup.problem.columns_in_words(), _trainer(setup, stop, cluster, progress)
-            context = Context(trainer, setup.choice, options, progress, None, profile, columns)
+        problem, options = setup.problem, setup.problem.options
+        profile.device, progress.scoring = setup.data.device, setup.scoring.name
+        with _cluster(problem) as cluster:
+            trainer = _trainer(setup, stop, cluster, progress)
+            context = Context(Ledger(None), options, progress, stop, trainer, problem, profile)
             context.check_module(setup.first, first=True)
-            _remember_what_runs(setup.choice, options)
+            remember_what_runs(problem.choice, options)
             training = _training(setup, context)
             record = _record(setup, context)
-            _say_what_was_understood(setup, progress, record.notes if say_notes else ())
-            context = replace(context, checkpoints=checkpoint_folder(options.study, record))
+            progress.say(problem.in_words())
+            for note in (*problem.remarks(), *(record.notes if say_notes else ())):
+                progress.say(f"note: {note}")
             make_study = partial(study_type.from_rows, record.to_json())
             with open_ledger(options.study, record, store) as ledger:
-                session = Session(ledger, options, progress, stop)
-                session.add(setup.trials, setup.space)
+                context = replace(context, ledger=ledger, checkpoints=checkpoint_folder(options.study, record))
+                context.add(setup.trials, setup.space)
                 with profile.clock("training"), matrix_products(tf32=options.tf32):
-                    numbers = session.run(partial(training, session, context), callbacks, make_study, signals)
+                    numbers = context.run(partial(training, context), callbacks, make_study, signals)
                 profile.ended = stop.reason
-                context.tidy(ledger)
+                context.tidy()
                 if context.faults:
                     ledger.note(list(context.faults))
                     record = replace(record, notes=[*record.notes, *context.faults])
     refitted = replace(options, callbacks=(), warm_start=())  # a refit calls none
-    data = RecordedSearch(setup.choice, replace(recorded.source, original=None), refitted, outputs=ledger.outputs)
+    source = replace(recorded.source, original=None)
+    data = RecordedSearch(problem.choice, source, refitted, outputs=ledger.outputs)
     study = study_type.from_rows(record.to_json(), ledger.rows(), data=data, file=options.study)
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
     return check_ending(study, numbers)
+
+
+def _open_store(options: Options) -> AbstractContextManager[Store | None]:
+    """Open the study of the search that goes on; None of a new one, and of a file with a fault, which is said later."""
+    if options.study is not None:
+        with suppress(OSError, StudyCorruptError, StudyVersionError):
+            return Store.open(options.study)
+    return nullcontext()
 
 
 def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) -> _Setup:
@@ -136,63 +133,63 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
     if options.patience is not None:
         check_patience(options.method, options.epoch, solved=choice.solved)
     problem = make_problem(recorded.source, options.task, choice, options)
-    choice = choice.of(problem.target, problem.objective)
+    choice = problem.choice
     space = checked_space(choice, options)  # again: what is predicted decides some
-    options = with_earlier(options, space)
-    problem = problem.with_space(space, options.include)
-    options = replace(options, numbers=problem.numbers)
-    folds = problem.folds(options)
+    problem = problem.with_space(space, with_earlier(options, space))
+    options, folds = problem.options, problem.folds()
     with without_collector():
-        trials = first_trials(space, choice, options, store, problem)
+        trials = first_trials(space, choice, options, store, problem.portfolio)
         configs = [choice.complete(trial.params, options.schedule) for trial in trials]
-    # On its way to a cluster the data lies in main memory.
-    local = replace(options, workers=1, device="cpu") if isinstance(options.workers, Ray) else options
-    repeats = max(1.0, options.n_trials / max(1, len(configs)))  # of what a sampler draws later
-    place = problem.device_choice(folds, local, choice, configs, repeats=repeats)
+    place = DeviceChoice(torch.device("cpu"))  # on its way to a cluster the data lies in main memory
+    if not options.is_on_cluster:
+        repeats = max(1.0, options.n_trials / max(1, len(configs)))  # of what a sampler draws later
+        place = problem.device_choice(folds, configs, repeats=repeats)
     if place.why:
         progress.say(f"note: trials train on the CPU and not on the GPU, which device='cuda' takes: {place.why}")
-    data = problem.dataset(folds, local, choice, place.device)
+    data = problem.dataset(folds, place.device)
     if has_function(options.scoring):  # which sees the rows as the user gave them
         data = replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout))
     first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
-    if loss := default_loss(data, choice, options, first):
-        options, data = replace(options, loss=loss), data.with_one_logit()
-        problem = replace(problem, objective=make_objective(loss, None, options.augment, data.task))
+    if loss := problem.default_loss(data, first):
+        objective = make_objective(loss, None, options.augment, data.task)
+        data = data.with_one_logit()
+        problem = replace(problem, options=replace(options, loss=loss), objective=objective)
     if problem.objective is not None:
         problem = replace(problem, objective=problem.objective.of_space(space))
     # A descent has no epoch that is the best, a custom target no mean of outputs.
     has_best = options.epoch == "best" and not isinstance(options.method, Hypergradient) and data.task != "custom"
     kept_bytes = KEPT_BYTES if options.keep_predictions and has_best else 0
-    scoring = replace(problem.scoring(options), kept_bytes=kept_bytes)
+    scoring = replace(problem.scoring(), kept_bytes=kept_bytes)
     check_folds(scoring, data)
     for trial, config in zip(trials, configs):
         if problem.objective is not None:
             problem.objective.check(trial.params)
         check_optimizer(config, choice.searched, stacked=options.backend == "stacked")
-    return _Setup(choice, options, problem, space, folds, trials, configs, data, scoring, first)
+    return _Setup(problem, space, folds, trials, configs, data, scoring, first)
 
 
 def _record(setup: _Setup, context: Context) -> SearchRecord:
     """Return what the study's file keeps of the search, with its notes, a sentence each."""
-    problem, data, limit = setup.problem, setup.data, setup.scoring.kept_bytes
+    problem, data, options, limit = setup.problem, setup.data, setup.problem.options, setup.scoring.kept_bytes
     without_model = baseline(data, setup.scoring, problem.target.classes)
-    notes = [
-        *notes_on(setup.trials, setup.space, setup.choice, setup.options),
+    defaults = default_params(problem.choice, options)
+    remarks = [
+        *notes(setup.trials, setup.space, include_default=options.include_default, defaults=defaults),
         *context.remarks_on(setup.configs),
-        *remarks_on_loss(problem, setup.choice, setup.scoring),
+        *problem.remarks_on_loss(setup.scoring),
         *remark_on_accuracy(without_model, setup.scoring),
     ]
     most = limit // (4 * data.n_outputs * sum(len(fold.valid) for fold in data.folds))
-    if limit and most < max(setup.options.n_trials, len(setup.trials)):
-        notes.append(
+    if limit and most < max(options.n_trials, len(setup.trials)):
+        remarks.append(
             f"predictions of validation rows are kept of about {most} trials, the best, since those of all take more "
             f"than {size_words(limit)}: an ensemble of others trains them again"
         )
-    notes += problem.remarks_on_limits(data)
-    return search_record(context, problem, setup.space, setup.folds, notes, without_model)
+    remarks += problem.remarks_on_limits(data)
+    return search_record(context, setup.space, setup.folds, remarks, without_model)
 
 
-def _remember_what_runs(choice: ModelChoice, options: Options) -> None:
+def remember_what_runs(choice: ModelChoice, options: Options) -> None:
     """Let later processes of this user find the class again, and the cluster, without being told to trust them."""
     if choice.module_class is not None:
         remember_code(choice.module_class)
@@ -200,72 +197,46 @@ def _remember_what_runs(choice: ModelChoice, options: Options) -> None:
         remember(options.workers.address)
 
 
-def _cluster(setup: _Setup) -> AbstractContextManager[RayCluster | None]:
-    workers = setup.options.workers
+def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
+    workers = problem.options.workers
     if not isinstance(workers, Ray):
         return nullcontext()
-    if setup.choice.solved:
+    if problem.choice.solved:
         raise InputError(
             "workers='ray': the logistic regression solved with optimizer='exact' is a batched solve of seconds on "
             "this machine; leave workers out, or train it with optimizer='adamw'."
         )
-    return ray_cluster(workers, device=setup.options.device)
+    return ray_cluster(workers, device=problem.options.device)
 
 
 def _trainer(setup: _Setup, stop: Stop, cluster: RayCluster | None, progress: Progress) -> Trainer:
     """Return what trains, with the backend that is asked for or chosen; say where that is slow."""
-    choice, options, data = setup.choice, setup.options, setup.data
+    choice, options, data = setup.problem.choice, setup.problem.options, setup.data
     workers = None if isinstance(options.workers, str | Ray) else int(options.workers)
     trainer = Trainer(
-        data=data,
-        kind=choice.kind,
-        module_class=choice.module_class,
-        objective=setup.problem.objective,
-        seed=options.random_state,
-        horizon=1 if choice.solved else options.max_epochs,
-        scoring=setup.scoring,
-        memory=parse_memory(options.memory),
-        precision=options.precision,
-        workers=workers if cluster is None else cluster.tasks,
+        data=data, kind=choice.kind, module_class=choice.module_class, objective=setup.problem.objective,
+        seed=options.random_state, horizon=1 if choice.solved else options.max_epochs, scoring=setup.scoring,
+        memory=parse_memory(options.memory), precision=options.precision, each_epoch=bool(options.callbacks), stop=stop,
+        cluster=cluster, workers=workers if cluster is None else cluster.tasks,
         # TF32 is set in this process alone.
         others=() if options.tf32 or cluster is not None else other_gpus(options.device, data.device),
-        cluster=cluster,
-        each_epoch=bool(options.callbacks),
-        stop=stop,
-    )
+    )  # fmt: skip
     return trainer if choice.solved else trainer.with_backend(options.backend, setup.configs, progress.say)
 
 
-def _training(setup: _Setup, context: Context) -> Training:
+def _training(setup: _Setup, context: Context) -> Callable[[Context], object]:
     """Return what trains trials by the method. Raises InputError for a search that it cannot make."""
     space = setup.space
-    match setup.options.method:
+    match context.options.method:
         case Hypergradient() as descent:
-            check_descent(descent, setup.trials, context, setup.problem.target.classes)
-            return lambda session, context: descend(session.ledger, space, descent, context)
+            check_descent(descent, setup.trials, context)
+            return lambda context: descend(context, space, descent)
         case StoppingRule() as rule:
             check_rungs(rule, context)
-            return lambda session, context: train_in_rungs(session.ledger, session.ledger.candidates, rule, context)
+            return lambda context: train_in_rungs(context, rule, context.ledger.candidates)
         case OptunaSampler() as sampler:
             check_sampling(sampler, space, context)
-
-            def ask(session: Session, context: Context) -> None:
-                sample(session, space, partial(train_batches, session, sampler, context), epochs=context.epochs)
-
-            return ask
+            return lambda context: sample(
+                context, space, partial(train_batches, context, sampler), epochs=context.epochs
+            )
     return train_fully
-
-
-def _say_what_was_understood(setup: _Setup, progress: Progress, notes: Sequence[str]) -> None:
-    problem, target = setup.problem, setup.problem.target
-    override = f"; {target.override}" if target.override else ""
-    progress.say(f"{setup.choice.name} on {problem.in_words()}; target {target.name!r}: {target.in_words}{override}")
-    objective = problem.objective
-    if objective is not None and not objective.is_named and target.task == "regression":
-        values = f"it is (mean {target.values.mean():.4g}, standard deviation {target.values.std():.4g})"
-        seen = values if target.transform is None else "target_transform makes it"
-        progress.say(
-            f"note: {objective.name} sees {target.name} as {seen}; a loss that has a name sees it standardised"
-        )
-    for note in (*problem.remarks_on_scaling(), *notes):
-        progress.say(f"note: {note}")

@@ -21,7 +21,7 @@ from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, outputs_of
 from gputune.study.model import TunedModel
 from gputune.study.store import Store
-from gputune.study.study import Study, Trial
+from gputune.study.study import Trial
 from gputune.text import count
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Access, Search, search_of
@@ -32,40 +32,10 @@ _BLOCK, _RESIDUALS = 2**13, 10_000
 _LEAST = torch.finfo(torch.float64).tiny  # probability that has a logarithm
 
 
-def check_folds_train(study: Study, called: str) -> None:
-    if why := why_no_folds(study):
-        raise InputError(f"{called} trains a trial again on its folds, and this study is {why}.")
-
-
-def why_no_folds(study: Study) -> str:
-    """Return of what a study is whose trials do not train again on its folds; "" where they do."""
-    if study.record.face == "loop":
-        return "of search(), whose training loop is your own: keep what your objective predicts in a file"
-    if isinstance(study.record.method, dict) and study.record.descends:
-        return "of descents, whose points have schedules of their own; use a study of another method"
-    if study.record.task == "custom":
-        return "of a custom target, of which there is no probability and no mean; train the module on your own folds"
-    return ""
-
-
-def is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
-    """Return whether probabilities are calibrated; None: where trials are ranked by the log loss."""
-    if calibrate not in (None, True, False):
-        raise InputError(f"{caller}(calibrate=...) must be True, False or None, got {calibrate!r}.")
-    is_of_classes = study.record.task in ("binary", "multiclass")
-    if calibrate and not is_of_classes:
-        what = {"multilabel": "several labels", "custom": "a custom target"}.get(study.record.task, "numbers")
-        raise InputError(
-            f"{caller}(calibrate=True) is for one class a row to be predicted, and the study is of {what}; leave it "
-            "out."
-        )
-    return is_of_classes and study.record.scoring == "neg_log_loss" if calibrate is None else calibrate
-
-
-def search_for(name: str, study: Study, access: Access) -> Search:
+def search_for(name: str, access: Access) -> Search:
     """Return the search of a study; what a refit refuses is refused in the words of ``name``, which has no check."""
     try:
-        return search_of(study, access)
+        return search_of(access)
     except InputError as error:
         if type(error) is not InputError:
             raise
@@ -119,8 +89,7 @@ def _folds(search: Search, trials: Sequence[Trial]) -> tuple[Dataset, Scoring]:
     if (scorers := scorers_of(asked)) is not None and record.metrics:
         asked = {one["name"]: scorers[one["name"]] for one in record.metrics}
     scoring = record.scoring if asked is None else asked
-    of_target = target.task, target.classes, positive, search.objective, target.n_outputs
-    return data, make_scoring(scoring, *of_target)
+    return data, make_scoring(scoring, target.task, target.classes, positive, search.objective, target.n_outputs)
 
 
 def members_of(
@@ -131,8 +100,7 @@ def members_of(
     progress.scoring = scoring.name
     epochs = max(trial.best_epoch for trial in trials)
     with nullcontext() if search.choice.solved else progress.bar_over(len(trials), epochs):
-        members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)
-    return members, data, scoring
+        return search.train(data, trials, progress=progress.advance), data, scoring
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +116,12 @@ class Predictions:
 
     def complete(self, model: TunedModel, weights: Tensor, *, calibrated: bool) -> TunedModel:
         """Return a model, the mean of the candidates by ``weights`` (M,), with its residuals and its temperature."""
-        temperature = self._temperature(weights) if calibrated else 1.0
-        return replace(model, residuals=self._residuals(weights), temperature=temperature)
+        means = [(weights[:, None, None].to(value) * value).sum(0) for value in self.values]  # of each fold (m, K)
+        temperature = self._temperature(means) if calibrated else 1.0
+        return replace(model, residuals=self._residuals(means), temperature=temperature)
 
-    def _residuals(self, weights: Tensor) -> NDArray[np.float64] | None:
-        """Return how far off the mean of the candidates by ``weights`` (M,) is on validation rows, ascending.
+    def _residuals(self, means: Sequence[Tensor]) -> NDArray[np.float64] | None:
+        """Return how far off the means are on validation rows, ascending.
 
         They are on the scale of a transformed target, of a row of several folds the mean, and at most ``_RESIDUALS``,
         evenly by rank. None for classes and for several numbers a row.
@@ -161,34 +130,28 @@ class Predictions:
         if data.task != "regression" or self.values[0].shape[-1] > 1:
             return None
         errors, target = [], data.target.view(data.n_rows, -1).cpu()
-        for f in range(data.n_folds):
-            mean = self._mean(f, weights) * data.scale[f] + data.center[f]
+        for f, mean in enumerate(means):
             rows = target[data.folds[f].valid.cpu()]
             there = data.transforms[f].forward(rows.numpy()) if data.transforms else rows
-            errors.append((mean.cpu() - torch.as_tensor(there)).abs())
+            errors.append(((mean * data.scale[f] + data.center[f]).cpu() - torch.as_tensor(there)).abs())
         of_rows = means_of_rows(data, errors)[:, 0]
         ascending: NDArray[np.float64] = np.sort(of_rows[np.isfinite(of_rows)])
         many = min(len(ascending), _RESIDUALS)
         kept: NDArray[np.float64] = ascending[np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1]
         return kept
 
-    def _temperature(self, weights: Tensor) -> float:
-        """Return the temperature that calibrates the mean of the candidates by ``weights`` (M,) on validation rows.
+    def _temperature(self, means: Sequence[Tensor]) -> float:
+        """Return the temperature that calibrates the means on validation rows.
 
         Rows of a class that their fold's training rows lack tell nothing of it; where there are no others it is 1.
         """
         logits, targets = [], []
-        for f, fold in enumerate(self.data.folds):
-            mean, target = self._mean(f, weights), self.data.target[fold.valid]
+        for f, (fold, mean) in enumerate(zip(self.data.folds, means)):
+            target = self.data.target[fold.valid]
             known = slice(None) if self.data.present is None else self.data.present[f][target].to(mean.device)
             logits.append(mean[known].clamp(min=_LEAST).log())
             targets.append(target[known])
         return best_temperature(torch.cat(logits), torch.cat(targets))
-
-    def _mean(self, fold: int, weights: Tensor) -> Tensor:
-        """Return the mean of the candidates by ``weights`` (M,) on one fold, (m, K)."""
-        value = self.values[fold]
-        return (weights[:, None, None].to(value) * value).sum(0)
 
     def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
         """Return how often each candidate is chosen in at most ``size`` greedy steps; of those the best number.

@@ -1,6 +1,6 @@
 """A source made ready to train on: target, column layout, encoded rows, folds, and the data on one device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -22,7 +22,7 @@ from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space
-from gputune.methods.space import choices_of
+from gputune.methods.space import PORTFOLIOS, choices_of
 from gputune.modules.inspection import returns_one_logit
 from gputune.scoring.metrics import loss_scoring, make_scoring
 from gputune.scoring.objective import Objective, make_objective
@@ -30,70 +30,55 @@ from gputune.scoring.scoring import Scoring
 from gputune.study.model_files import DTYPES
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
-from gputune.types import Config, Numbers
+from gputune.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Rows and target of a source, encoded; statistics are not fitted yet, since they belong to folds."""
+    """What is searched, and for which rows and target, encoded; statistics are not fitted yet: they belong to folds."""
 
+    choice: ModelChoice
+    options: Options
     source: Source
     target: Target
     layout: Layout | ArrayLayout
     raw: np.ndarray | Tensor | Arrays
-    columns: Columns = "drop-constant"
-    numbers: Numbers = "standard"
-    objective: Objective | None = None
+    columns: Columns
+    numbers: Numbers
+    objective: Objective | None
 
-    def device_choice(
-        self,
-        folds: Sequence[Rows],
-        options: Options,
-        choice: ModelChoice,
-        configs: Sequence[Config],
-        *,
-        repeats: float = 1.0,
-    ) -> DeviceChoice:
+    def device_choice(self, folds: Sequence[Rows], configs: Sequence[Config], *, repeats: float = 1.0) -> DeviceChoice:
         """Return the device on which configurations train, with X in hand."""
+        options, choice = self.options, self.choice
         if options.tf32 and options.device == "auto":
             return DeviceChoice(options.device_here())  # TF32 is a GPU's
         parts = self.raw.parts if isinstance(self.raw, Arrays) else (self.raw,)
-        place = next((part.device for part in parts if isinstance(part, Tensor)), None)
         work = Work(
-            kind=choice.kind,
-            configs=configs or [choice.complete({}, options.schedule)],
-            rows=[len(train) for train, _ in folds],
-            n_features=self.n_features if isinstance(self.layout, Layout) else 1,
-            n_outputs=self.target.n_outputs,
-            epochs=options.max_epochs,
-            repeats=repeats,
-            solved=choice.solved,
-            differentiated=isinstance(options.method, Hypergradient),
-            backend=options.backend,
+            kind=choice.kind, configs=configs or [choice.complete({}, options.schedule)], epochs=options.max_epochs,
+            rows=[len(train) for train, _ in folds], repeats=repeats, n_outputs=self.target.n_outputs,
+            n_features=self.n_features if isinstance(self.layout, Layout) else 1, solved=choice.solved,
+            differentiated=isinstance(options.method, Hypergradient), backend=options.backend,
             dtype=DTYPES[options.dtype],
-            held_by=place,
-        )
+            held_by=next((part.device for part in parts if isinstance(part, Tensor)), None),
+        )  # fmt: skip
         return device_for(options.device, work)
 
-    def dataset(self, folds: Sequence[Rows], options: Options, choice: ModelChoice, device: torch.device) -> Dataset:
+    def dataset(self, folds: Sequence[Rows], device: torch.device) -> Dataset:
         """Return the data of some folds on a device, and what prepares numbers in other ways."""
+        options, objective, trains = self.options, self.objective, [train for train, _ in folds]
         # The solver's tolerance lies beyond single precision.
-        dtype = torch.float64 if choice.solved else DTYPES[options.dtype]
-        trains, like = [train for train, _ in folds], torch.empty(0, dtype=dtype, device=device)
+        dtype = torch.float64 if self.choice.solved else DTYPES[options.dtype]
+        like = torch.empty(0, dtype=dtype, device=device)
+        weights = check_weights(options.sample_weight, options.class_weight, self.target)
         data = make_dataset(
-            self.raw,
-            self._statistics(trains, self.numbers),
-            self.target,
-            folds,
-            weights=check_weights(options.sample_weight, options.class_weight, self.target),
-            like=like,
-            standardise=self.objective is None or self.objective.is_named,
-        )
+            self.raw, self._statistics(trains, self.numbers), self.target, folds, weights=weights, like=like,
+            standardise=objective is None or objective.is_named,
+        )  # fmt: skip
         data = replace(data, numbers=self.numbers)
         if isinstance(self.layout, Layout):
             groups = self.layout.groups(self.layout.places(self.numbers))
             data = replace(data, feature_groups=groups, preparations=Preparations(partial(self._inputs, trains, like)))
-        return data.with_one_logit() if self.objective is not None and self.objective.one_logit else data
+        return data.with_one_logit() if objective is not None and objective.one_logit else data
 
     def _statistics(
         self, trains: Sequence[np.ndarray], numbers: Numbers
@@ -111,34 +96,43 @@ class Problem:
         groups = self.layout.groups(self.layout.places(numbers))
         return Inputs(*table_inputs(self.raw, statistics, like), statistics, groups)
 
-    def with_space(self, space: Space, configs: Sequence[Mapping[str, object]]) -> "Problem":
-        """Return the problem of a search in which trials may prepare numbers in ways of their own.
+    def with_space(self, space: Space, options: Options) -> "Problem":
+        """Return the problem of a search with these options, whose trials may prepare numbers in ways of their own.
 
         Where all do, and none in its own, that is the first of the space, so that no copy is made for nobody. Raises
         InputError for a way that the rows cannot have.
         """
         ways = choices_of(space, "numbers", default=self.numbers)
-        asked = {*ways, *(str(config["numbers"]) for config in configs if "numbers" in config)} - {self.numbers}
-        for way in sorted(asked):
+        included = {str(config["numbers"]) for config in options.include if "numbers" in config}
+        for way in sorted({*ways, *included} - {self.numbers}):
             if isinstance(self.raw, Arrays):
                 raise InputError(
                     f"space: 'numbers' is searched for tables, and X is {self.layout}; leave the key out, and give "
                     f"numbers={way!r} to the whole search."
                 )
             check_numbers(way, self.raw)
-        return self if self.numbers in ways else replace(self, numbers=ways[0])
+        numbers = self.numbers if self.numbers in ways else ways[0]
+        return replace(self, numbers=numbers, options=replace(options, numbers=numbers))
 
-    def folds(self, options: Options) -> list[Rows]:
+    @property
+    def portfolio(self) -> list[Config]:
+        """The configurations of a named space that the rows and the method can have: descents average no weights."""
+        if not isinstance(self.options.space, str) or isinstance(self.options.method, Hypergradient):
+            return []
+        ways = TENSOR_NUMBERS if isinstance(self.raw, Tensor) else NUMBERS
+        return [one for one in PORTFOLIOS.get(self.options.space, ()) if one.get("numbers", "standard") in ways]
+
+    def folds(self) -> list[Rows]:
         """Return the folds; a splitter sees the rows as the user gave them."""
-        X = self.source.original_rows() if isinstance(options.cv, Splitter) else None
+        cv, groups, seed = self.options.cv, self.source.groups, self.options.random_state
+        X = self.source.original_rows() if isinstance(cv, Splitter) else None
         if isinstance(X, Arrays):  # of several inputs no splitter knows the number of rows
             X = None if len(X.parts) > 1 else X.as_given()
-        n_rows, groups, seed = len(self.source.X), self.source.groups, options.random_state
-        return make_folds(options.cv, self.target, n_rows=n_rows, X=X, groups=groups, seed=seed)
+        return make_folds(cv, self.target, n_rows=len(self.source.X), X=X, groups=groups, seed=seed)
 
-    def scoring(self, options: Options) -> Scoring:
+    def scoring(self) -> Scoring:
         """Return the scoring of a search. Raises InputError for what a study could not know again later."""
-        target = self.target
+        target, options = self.target, self.options
         if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
             return loss_scoring(target.task, target.classes, options.positive)
         of_target = target.task, target.classes, options.positive, self.objective
@@ -158,21 +152,54 @@ class Problem:
         layout = self.layout
         return sum(layout.widths(self.numbers)) if isinstance(layout, Layout) else len(layout.shapes)
 
-    def in_words(self) -> str:
-        layout = self.layout
-        what = f" of {layout}" if isinstance(layout, ArrayLayout) else f", {self.n_features} features"
-        return f"{len(self.source.X)} rows{what}"
+    def default_loss(self, data: Dataset, params: Config) -> str:
+        """Return "bce" where no loss is given and the module returns one logit a row of two classes, else ""."""
+        module, options = self.choice.module_class, self.options
+        is_given = options.loss is not None or options.training_step is not None
+        return "bce" if module is not None and not is_given and returns_one_logit(module, params, data) else ""
 
-    def remarks_on_scaling(self) -> tuple[str, ...]:
-        """Return which inputs that are no table are scaled, and which are taken as they are, a sentence."""
+    def in_words(self) -> str:
+        """Return how many rows of which size there are, and what they are searched for."""
+        layout, target = self.layout, self.target
+        what = f" of {layout}" if isinstance(layout, ArrayLayout) else f", {self.n_features} features"
+        override = f"; {target.override}" if target.override else ""
+        rows = f"{self.choice.name} on {len(self.source.X)} rows{what}"
+        return f"{rows}; target {target.name!r}: {target.in_words}{override}"
+
+    def remarks(self) -> list[str]:
+        """Return how a loss sees the target, and which inputs that are no table are scaled, a sentence each."""
+        target, objective, remarks = self.target, self.objective, []
+        if objective is not None and not objective.is_named and target.task == "regression":
+            values = f"it is (mean {target.values.mean():.4g}, standard deviation {target.values.std():.4g})"
+            seen = values if target.transform is None else "target_transform makes it"
+            sees = f"{objective.name} sees {target.name} as {seen}"
+            remarks.append(f"{sees}; a loss that has a name sees it standardised")
         if not isinstance(self.raw, Arrays):
-            return ()
+            return remarks
         parts = dict(zip(self.raw.labels, self.raw.parts, strict=True))
         can = [label for label, x in parts.items() if x.is_floating_point() or x.dtype == torch.uint8]
-        if can and self.numbers == "none":
-            return (f"not scaled: {', '.join(can)}; numbers='standard' scales by channel",)
         rest = ", ".join(label for label in parts if label not in can)
-        return (f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}",) if can else ()
+        if can and self.numbers == "none":
+            remarks.append(f"not scaled: {', '.join(can)}; numbers='standard' scales by channel")
+        elif can:
+            remarks.append(f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}")
+        return remarks
+
+    def remarks_on_loss(self, scoring: Scoring) -> tuple[str, ...]:
+        """Return what the user should know of the loss, a sentence each: of which class one logit is, what ranks."""
+        classes, objective = self.target.classes, self.objective
+        if objective is None:
+            return ()
+        ranks = any(one.is_loss for one in (scoring, *scoring.others))
+        of_values = objective.remarks_on_neg_loss() if ranks else ()
+        if not objective.one_logit or classes is None:
+            return of_values
+        other, positive = classes.tolist()
+        return (
+            f"{self.choice.name} is trained on the loss {objective.name}: its one logit a row is of "
+            f"{self.target.name} = {positive!r} against {other!r}",
+            *of_values,
+        )
 
     def remarks_on_limits(self, data: Dataset) -> tuple[str, ...]:
         """Return which columns have numbers so far from those of training rows that they are clipped, a sentence."""
@@ -221,16 +248,21 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     target = with_transform(target, options.target_transform)
     check_spread(target)
-    objective, word = _objective(target, choice, options), options.numbers
+    objective, X = _objective(target, choice, options), source.X
     is_own = choice.kind == "module" and not choice.recipe
-    how: Columns = "keep" if options.columns == "keep" or (options.columns == "auto" and is_own) else "drop-constant"
-    if isinstance(source.X, Arrays):
-        numbers: Numbers = "none" if word == "auto" else word
-        return Problem(source, target, ArrayLayout.of(source.X), source.X, how, numbers, objective)
-    layout = fit_layout(source.X, columns=how, max_levels=options.max_levels)
-    default: Numbers = "robust" if choice.recipe and not isinstance(source.X, Tensor) else "standard"
-    numbers = default if word == "auto" else word
-    return Problem(source, target, layout, layout.raw(source.X), how, numbers, objective)
+    keeps = options.columns == "keep" or (options.columns == "auto" and is_own)
+    columns: Columns = "keep" if keeps else "drop-constant"
+    default: Numbers = "robust" if choice.recipe and not isinstance(X, Tensor) else "standard"
+    layout: Layout | ArrayLayout
+    raw: np.ndarray | Tensor | Arrays
+    if isinstance(X, Arrays):
+        layout, raw, default = ArrayLayout.of(X), X, "none"
+    else:
+        layout = fit_layout(X, columns=columns, max_levels=options.max_levels)
+        raw = layout.raw(X)
+    numbers = default if options.numbers == "auto" else options.numbers
+    choice = choice.of(target, objective)
+    return Problem(choice, options, source, target, layout, raw, columns, numbers, objective)
 
 
 def _objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
@@ -254,26 +286,3 @@ def _objective(target: Target, choice: ModelChoice, options: Options) -> Objecti
                 "module, for example model=gputune.models.MLP, or leave it out."
             )
     return None
-
-
-def default_loss(data: Dataset, choice: ModelChoice, options: Options, params: Config) -> str:
-    """Return "bce" where no loss is given and the module returns one logit a row of two classes, else ""."""
-    module, is_given = choice.module_class, options.loss is not None or options.training_step is not None
-    return "bce" if module is not None and not is_given and returns_one_logit(module, params, data) else ""
-
-
-def remarks_on_loss(problem: Problem, choice: ModelChoice, scoring: Scoring) -> tuple[str, ...]:
-    """Return what the user should know of the loss, a sentence each: of which class one logit is, what ranks."""
-    classes, objective = problem.target.classes, problem.objective
-    if objective is None:
-        return ()
-    ranks = any(one.is_loss for one in (scoring, *scoring.others))
-    of_values = objective.remarks_on_neg_loss() if ranks else ()
-    if not objective.one_logit or classes is None:
-        return of_values
-    other, positive = classes.tolist()
-    return (
-        f"{choice.name} is trained on the loss {objective.name}: its one logit a row is of "
-        f"{problem.target.name} = {positive!r} against {other!r}",
-        *of_values,
-    )

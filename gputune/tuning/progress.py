@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ _LOOK_SECONDS = 1.0  # between two words to other processes
 _SHARE = 0.01  # of the work: before it is done the pace says nothing
 
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}, {remaining} left{postfix}]"
+
+
+# What standard error raises where there is none, where it is full or has no reader, where it is closed.
+_NO_SCREEN = AttributeError, OSError, ValueError
 
 
 class _Screen:
@@ -47,14 +51,9 @@ class _Screen:
         return False
 
 
-_NO_SCREEN = AttributeError, OSError, ValueError
-"""What standard error raises where there is none, where it is full or has no reader, where it is closed."""
-
-
 def reading_bar(numbers: Sequence[int], *, verbose: int) -> Iterable[int]:
     """Go through numbers of items that are read, behind a bar where somebody watches."""
-    bar: Iterable[int] = Progress(verbose).new_bar(iterable=numbers, desc="reading X", unit="row")
-    return bar
+    return cast(Iterable[int], Progress(verbose).new_bar(iterable=numbers, desc="reading X", unit="row"))
 
 
 class Progress:
@@ -71,18 +70,17 @@ class Progress:
         self.verbose, self.on_epoch, self.words_of = verbose, on_epoch, words
         self.scoring = "score"
         self.bar: Any = None
-        self.screen = _Screen()
-        notebook = "ipykernel" in sys.modules
+        self.screen, notebook = _Screen(), "ipykernel" in sys.modules
         self.plain = not self.screen.isatty() and not notebook
         self.bar_file = None if notebook else self.screen  # tqdm knows itself where a notebook's goes
-        self.next_line, self.next_look = time.monotonic() + _LINE_SECONDS, 0.0
-        self.on_look: Callable[[Json], object] | None = None
-        """Called now and then with what the bar shows, for those who look from another process."""
         self.begin = time.monotonic()
-        self.best, self.trials_done, self.trials = float("-inf"), 0, 0
+        self.next_line, self.next_look = self.begin + _LINE_SECONDS, 0.0
+        # Called now and then with what the bar shows, for those who look from another process.
+        self.on_look: Callable[[Json], object] | None = None
+        self.best, self.trials_done, self.trials, self.pruned = -math.inf, 0, 0, 0
         self.said: set[str] = set()
         self.epochs_done, self.epochs, self.unit = 0, 0, "trial-epochs"
-        self.members, self.processes, self.pruned, self.batches = 0, 1, 0, 0
+        self.members, self.processes, self.batches = 0, 1, 0
 
     def say(self, text: str, *, once: bool = False) -> None:
         """Print a line unless ``verbose`` is 0; with ``once`` not again in this search."""
@@ -150,15 +148,11 @@ class Progress:
     @property
     def words(self) -> str:
         """What the bar says beside its counts."""
-        best = "-"
-        if self.best > -math.inf:
-            measure = measure_of(self.scoring, self.best)
-            best = f"{measure.name} {measure.text(self.best)}"
-        words = f"trials {self.trials_done}/{self.trials}, best {best}"
-        if self.members > 1:
-            words += f", {self.members} members"
-            words += "" if self.processes == 1 else f" in each of {self.processes} processes"
-        return f"{words}, {self.pruned} pruned" if self.pruned else words
+        measure, n = measure_of(self.scoring, self.best), self.processes
+        best = f"{measure.name} {measure.text(self.best)}" if self.best > -math.inf else "-"
+        members = f", {self.members} members{'' if n == 1 else f' in each of {n} processes'}"
+        pruned = f", {self.pruned} pruned" if self.pruned else ""
+        return f"trials {self.trials_done}/{self.trials}, best {best}{members if self.members > 1 else ''}{pruned}"
 
     @property
     def seconds_left(self) -> float | None:
@@ -177,8 +171,7 @@ class Progress:
             self.on_look({**counts, "best": best, "left": self.seconds_left})
         if self.plain and time.monotonic() > self.next_line:
             self.next_line = time.monotonic() + _LINE_SECONDS
-            left = self.seconds_left
-            ending = "" if left is None else f", {left:.0f} s left"
+            ending = "" if (left := self.seconds_left) is None else f", {left:.0f} s left"
             self.say(f"{self.words}, {self.epochs_done}/{self.epochs} {self.unit}{ending}")
 
 
@@ -229,10 +222,9 @@ class Profile:
             # Seconds of steps are added up over processes, of which each one has its threads.
             reached = self.spent.operations / (steps / workers)
             lines += [
-                "",
-                f"Steps reached {reached / 1e9:.1f} GFLOP/s, {reached / peak:.0%} of the {peak / 1e9:.1f} that the "
+                f"\nSteps reached {reached / 1e9:.1f} GFLOP/s, {reached / peak:.0%} of the {peak / 1e9:.1f} that the "
                 f"product of two {_SIZE} x {_SIZE} matrices reaches here on {place} "
-                f"({str(dtype).removeprefix('torch.')}).",
+                f"({str(dtype).removeprefix('torch.')})."
             ]
         return "\n".join(lines)
 

@@ -1,7 +1,4 @@
-"""Trials trained to the end (or solved), in the order that suits the machine: all drawn at once, or asked of Optuna.
-
-One of Optuna's samplers is asked for a batch, the batch trains together, and the sampler is told what came of it.
-"""
+"""Trials trained to the end (or solved): all drawn at once, or batch by batch as one of Optuna's samplers proposes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,11 +21,9 @@ from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable
 from gputune.methods.random import n_counted
 from gputune.population.population import Population, by_numbers
 from gputune.solver.solve import solve_chunk
-from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, failed_result
-from gputune.tuning.progress import Progress
 from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.tuning.session import Session
 from gputune.types import Config, first_metric
@@ -36,80 +31,79 @@ from gputune.types import Config, first_metric
 _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
 
-def train_fully(session: Session, context: Context) -> bool:
+def train_fully(context: Context) -> bool:
     """Train what waits in the ledger, chunk by chunk; say whether there is time for more."""
-    train = partial(_solve if context.choice.solved else _train, session.ledger, context)
-    return train_waiting(session, train, epochs=context.epochs)
+    return train_waiting(context, partial(_solve if context.choice.solved else _train, context), epochs=context.epochs)
 
 
 def train_waiting(session: Session, train: Callable[[Sequence[Candidate]], Sequence[Chunk]], *, epochs: int) -> bool:
     """Train what waits in the ledger; say whether time is left. ``train`` returns chunks of other processes."""
-    ledger, is_over = session.ledger, session.stop.is_over
+    ledger = session.ledger
     with session.progress.bar_over(len(ledger.waiting()), epochs):
         while waiting := ledger.waiting():
             left = train(waiting)
             ledger.refresh()
-            if is_over():
+            if session.is_over():
                 break
             if left:  # of other processes; trained here where these end without them
-                wait_for_others(ledger, left, session.progress, is_over)
-    return not is_over()
+                wait_for_others(session, left)
+    return not session.is_over()
 
 
-def _train(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
+def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
     """Train the chunks that can be claimed; return those that other processes have where none can."""
+    ledger, epochs = context.ledger, context.epochs
 
     def make(configs: Sequence[Config]) -> Plan:
-        return context.plan(configs, epochs=context.epochs).answering_early(context.data.n_folds)
+        return context.plan(configs, epochs=epochs).answering_early(context.data.n_folds)
 
-    plans = context.recorded_plans(ledger, waiting, 0, make)
+    plans = context.recorded_plans(waiting, 0, make)
     chunks = [chunk for recorded in plans for chunk in recorded.chunks.values()]
     if not any(map(ledger.claim, chunks)):  # the first will do
         return chunks
     for recorded in plans:
+
+        def claim(part: Population, recorded: RecordedPlan = recorded) -> bool:
+            """Claim the recorded chunk that a chunk of the plan is, or is a part of."""
+            return ledger.claim(next(chunk for index, chunk in recorded.chunks.items() if part.index[0] in index))
+
         numbers = [trial.number for trial in recorded.trials]
-        plan = _with_begun(recorded.plan, context.checkpoints_of(numbers, recorded.configs), numbers, recorded.configs)
+        plan = _with_begun(recorded, context.checkpoints_of(numbers, recorded.configs))
         context.progress.plan(plan)
         checkpointing, patience = context.checkpointing(numbers), context.options.patience
-        job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing, patience=patience)
-        for outcome in context.train(job, plan, claim=partial(_claim, ledger, recorded)):
+        job = context.trainer.job(Job, epochs=epochs, checkpointing=checkpointing, patience=patience)
+        for outcome in context.train(job, plan, claim=claim):
             if isinstance(outcome, Failure):
-                number = numbers[outcome.index[0]]
-                context.finish(ledger, [failed_result(number, context.no_curve, outcome.reason)])
+                context.finish([failed_result(numbers[outcome.index[0]], context.no_curve, outcome.reason)])
             else:
-                _keep(ledger, recorded.trials, outcome, context)
+                _keep(context, recorded.trials, outcome)
     return []
 
 
-def _claim(ledger: Ledger, recorded: RecordedPlan, population: Population) -> bool:
-    """Claim the recorded chunk that a chunk of the plan is, or is a part of."""
-    return ledger.claim(next(chunk for index, chunk in recorded.chunks.items() if population.index[0] in index))
-
-
-def _solve(ledger: Ledger, context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
+def _solve(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
     def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int]]:
         threads, alike = torch.get_num_threads(), by_numbers([trial.params for trial in new])
         together = [(part, range(0, len(part), _SOLVED_TOGETHER)) for part in alike]
         return [(part[n : n + _SOLVED_TOGETHER], threads) for part, begins in together for n in begins]
 
-    chunks = ledger.chunks(waiting, 0, cut)
-    by_number = {trial.number: trial for trial in ledger.candidates}
+    chunks = context.ledger.chunks(waiting, 0, cut)
+    by_number = {trial.number: trial for trial in context.ledger.candidates}
     solved = 0
     for chunk in chunks:
         if solved and context.is_over():
             break
-        if ledger.claim(chunk):
+        if context.ledger.claim(chunk):
             trials = [by_number[number] for number in chunk.trials]
             configs = [context.complete(trial.params) for trial in trials]
             with on_threads(chunk.threads):
                 outcome = solve_chunk(context.data, configs, range(len(configs)), context.scoring)
             context.progress.advance(len(trials), outcome.curves)
-            _keep(ledger, trials, outcome, context)
+            _keep(context, trials, outcome)
             solved += 1
     return [] if solved else chunks
 
 
-def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
+def _keep(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> None:
     patience, results = context.options.patience, []
     context.profile.spent += outcome.spent
     if not context.is_over():
@@ -122,35 +116,31 @@ def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context
             if (ends := np.flatnonzero(stalled >= patience)).size:
                 epochs = int(ends[0]) + 1
                 curve = curve[:epochs]
-        share = outcome.seconds / len(outcome.index)
-        results.append(
-            Result.of_curve(trials[i].number, curve, epochs=epochs, rule=context.options.epoch, seconds=share)
-        )
-    context.finish(ledger, results, {trials[i].number: one for i, one in outcome.outputs.items()})
+        number, rule, share = trials[i].number, context.options.epoch, outcome.seconds / len(outcome.index)
+        results.append(Result.of_curve(number, curve, epochs=epochs, rule=rule, seconds=share))
+    context.finish(results, {trials[i].number: one for i, one in outcome.outputs.items()})
 
 
-def wait_for_others(ledger: Ledger, chunks: Sequence[Chunk], progress: Progress, is_over: Callable[[], bool]) -> None:
-    who, remedy = ledger.owners_of(chunks)
+def wait_for_others(session: Session, chunks: Sequence[Chunk]) -> None:
+    who, remedy = session.ledger.owners_of(chunks)
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
-    progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
-    ledger.wait(chunks, is_over)
+    session.progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
+    session.ledger.wait(chunks, session.is_over)
 
 
-def _with_begun(
-    plan: Plan, checkpoints: Sequence[Checkpoint], numbers: Sequence[int], configs: Sequence[Config]
-) -> Plan:
+def _with_begun(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Plan:
     """Return a plan whose chunks go on from checkpoints: these come first, in their old company, for the same bits."""
-    place = {number: i for i, number in enumerate(numbers)}
+    place, plan = {trial.number: i for i, trial in enumerate(recorded.trials)}, recorded.plan
     begun: list[Population] = []
     taken: set[int] = set()
-    kind = plan.chunks[0].kind
     for checkpoint in checkpoints:
         index = tuple(place.get(number, -1) for number in checkpoint.trials)
         if min(index) < 0 or taken & set(index):
             continue
         taken |= set(index)
+        configs = tuple(recorded.configs[i] for i in index)
         so_far = checkpoint.state, checkpoint.alive, checkpoint.curves, checkpoint.seconds
-        begun.append(BegunChunk(kind, index, tuple(configs[i] for i in index), *so_far))
+        begun.append(BegunChunk(plan.chunks[0].kind, index, configs, *so_far))
     rest = [chunk.select([c for c, i in enumerate(chunk.index) if i not in taken]) for chunk in plan.chunks]
     return replace(plan, chunks=(*begun, *(chunk for chunk in rest if chunk.index)))
 
@@ -163,10 +153,8 @@ def check_sampling(method: OptunaSampler, space: Space, context: Context) -> Non
     """Raise InputError where the sampler cannot be asked for this space, before anything is kept or trained."""
     check_askable(space)
     if "penalty" in space[0]:
-        raise InputError(
-            "space must have 'l1_ratio' in the place of its older word 'penalty' for an Optuna sampler: 0 is l2, 1 is "
-            "l1, C=inf is none."
-        )
+        words = "space must have 'l1_ratio' in the place of its older word 'penalty' for an Optuna sampler"
+        raise InputError(f"{words}: 0 is l2, 1 is l1, C=inf is none.")
     if method.halving is not None:
         check_rungs(method.halving, context)
 
@@ -176,8 +164,7 @@ def sample(
 ) -> None:
     """Train what waits, tell the sampler all results in order, then ask, train and tell batch by batch.
 
-    This process alone asks and trains: the next batch depends on every result of the last one. ``train`` trains what
-    waits in the ledger, and says whether the search goes on.
+    This process alone does so: a batch depends on every result of the last. ``train`` says whether the search goes on.
     """
     ledger, method = session.ledger, session.options.method
     assert isinstance(method, OptunaSampler)
@@ -185,8 +172,8 @@ def sample(
         return
     study = _study_so_far(session, partial(OptunaStudy, method.sampler, space, check=check))
     with session.progress.bar_over(_n_missing(session), epochs):
-        while count := min(method.batch, _n_missing(session)):
-            proposals = [study.ask() for _ in range(count)]
+        while missing := min(method.batch, _n_missing(session)):
+            proposals = [study.ask() for _ in range(missing)]
             number = 1 + max((c.number for c in ledger.candidates), default=-1)
             batch = f"{_BATCH}{1 + max(map(_batch_of, ledger.candidates), default=0)}"
             ledger.add([Candidate(number + i, params, batch) for i, (_, params) in enumerate(proposals)])
@@ -209,14 +196,14 @@ def _batch_of(candidate: Candidate) -> int:
     return int(origin.removeprefix(_BATCH)) if isinstance(origin, str) and origin.startswith(_BATCH) else 0
 
 
-def train_batches(session: Session, method: OptunaSampler, context: Context) -> bool:
+def train_batches(context: Context, method: OptunaSampler) -> bool:
     """Train what waits in the ledger together, with halving each batch by itself; False where time is over."""
-    ledger = session.ledger
+    ledger = context.ledger
     if method.halving is None:
-        return train_fully(session, context) if ledger.waiting() else not context.is_over()
+        return train_fully(context) if ledger.waiting() else not context.is_over()
     for batch in sorted({_batch_of(candidate) for candidate in ledger.waiting()}):
         trials = [candidate for candidate in ledger.candidates if _batch_of(candidate) == batch]
-        train_in_rungs(ledger, trials, method.halving, context)
+        train_in_rungs(context, method.halving, trials)
     return not context.is_over()
 
 
@@ -231,12 +218,9 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
     for reseed in (False, True):
         study = make(reseed=reseed)
         for earlier in session.options.warm_start:
-            if earlier.record.scoring != progress.scoring:
-                progress.say(
-                    f"note: warm_start: a study of {earlier.record.scoring} says nothing of {progress.scoring}, so the "
-                    "sampler is not told its scores.",
-                    once=True,
-                )
+            if (other := earlier.record.scoring) != progress.scoring:
+                words = f"a study of {other} says nothing of {progress.scoring}, so the sampler is not told its scores."
+                progress.say(f"note: warm_start: {words}", once=True)
                 continue
             for t in earlier.trials:
                 if t.state == "complete":
@@ -244,11 +228,8 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
                     study.add(t.params, Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve))
         if _repeat(study, session, enqueue=reseed):
             break
-        progress.say(
-            "note: the sampler does not propose the finished trials again (it has no seed, or is another one); a "
-            "reseeded copy of it is told their results.",
-            once=True,
-        )
+        words = "the sampler does not propose the finished trials again (it has no seed, or is another one)"
+        progress.say(f"note: {words}; a reseeded copy of it is told their results.", once=True)
     return study
 
 
@@ -258,10 +239,9 @@ def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
     for batch, group in groupby(session.ledger.candidates, _batch_of):
         candidates = list(group)
         if batch == 0:
-            for c in candidates:
-                if not study.add(c.params, results[c.number]):
-                    words = f"trial {c.number} ({c.origin}) is not in the space, so the sampler is not told."
-                    session.progress.say(f"note: {words}")
+            for c in (c for c in candidates if not study.add(c.params, results[c.number])):
+                words = f"trial {c.number} ({c.origin}) is not in the space, so the sampler is not told."
+                session.progress.say(f"note: {words}")
             continue
         proposals = [study.ask(c.params if enqueue else None) for c in candidates]
         if any(params != c.params for (_, params), c in zip(proposals, candidates)):

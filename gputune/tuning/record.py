@@ -16,7 +16,7 @@ from gputune.data.target import TaskWord, check_target
 from gputune.data.target_transform import is_known, transform_from_json, transform_to_json
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
-from gputune.executors.ray_connection import Ray
+from gputune.executors.ray_cluster import Ray
 from gputune.methods.distributions import Description, Space, describe, space_from_json, space_text, space_to_json
 from gputune.methods.optuna import OptunaSampler
 from gputune.scoring.metrics import has_function
@@ -26,40 +26,30 @@ from gputune.study.values import sha256, to_json
 from gputune.tuning.choices import ModelChoice, method_from_json, method_to_json, recorded_model
 from gputune.tuning.context import Context
 from gputune.tuning.options import KEPT, RULES, Options
-from gputune.tuning.problem import Problem
 from gputune.types import Json, Outputs
 from gputune.version import __version__
 
 
 def search_record(
-    context: Context, problem: Problem, space: Space, folds: Sequence[Rows], notes: Sequence[str], baseline: Json | None
+    context: Context, space: Space, folds: Sequence[Rows], notes: Sequence[str], baseline: Json | None
 ) -> SearchRecord:
     """Return what a study holds beside its trials; ``notes`` are those on the trials."""
-    choice, options, data, scoring = context.choice, context.options, context.data, context.scoring
-    cluster, target, objective = context.trainer.cluster, problem.target, problem.objective
+    problem, cluster, data, scoring = context.problem, context.trainer.cluster, context.data, context.scoring
+    choice, options, target, objective = problem.choice, problem.options, problem.target, problem.objective
     classes = None if target.classes is None else target.classes.tolist()
     metrics: list[Json] = []
     for metric in (scoring, *scoring.others):
         positive = None if classes is None or metric.positive is None else classes[metric.positive]
         metrics.append({"name": metric.label, "scorer": metric.name, "positive": positive})
     parts = objective and {"loss": objective.loss, "training_step": objective.step, "augment": objective.augment}
+    positives = (one["positive"] for one in metrics if one["positive"] is not None)
     return SearchRecord(
-        model=choice.name,
-        spec=choice.spec,
-        optimizer=choice.optimizer,
-        space=space_text(space),
-        distributions=distributions(space),
-        method=method_to_json(options.method),
-        task=target.task,
-        target_transform=transform_to_json(options.target_transform),
-        target=target.name,
-        classes=classes,
-        source=problem.source.origin,
-        fingerprint=fingerprint(problem.source.X, target),
-        features=problem.n_features,
+        model=choice.name, spec=choice.spec, optimizer=choice.optimizer, schedule=options.schedule,
+        space=space_text(space), distributions=distributions(space), method=method_to_json(options.method),
+        task=target.task, target=target.name, target_transform=transform_to_json(options.target_transform),
+        classes=classes, source=problem.source.origin, fingerprint=fingerprint(problem.source.X, target),
+        features=problem.n_features, columns=problem.columns, numbers=problem.numbers, max_levels=options.max_levels,
         notes=[*problem.layout.notes, *notes],
-        columns=problem.columns,
-        numbers=problem.numbers,
         class_weight=None if options.class_weight is None else repr(options.class_weight),
         sample_weight=None if options.sample_weight is None else digest_of(np.asarray(options.sample_weight)),
         cv=repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
@@ -67,18 +57,12 @@ def search_record(
         splits=digest_of(*(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))),
         objective="" if objective is None else objective.name_unless_default(target.task),
         code={name: digest_of_code(part) for name, part in (parts or {}).items() if callable(part)},
-        scoring=scoring.name,
-        metrics=metrics if scoring.others else [],
-        positive=next((one["positive"] for one in metrics if one["positive"] is not None), None),
-        baseline=baseline,
-        max_epochs=1 if choice.solved else options.max_epochs,
-        seed=options.random_state,
-        dtype=str(data.dtype).removeprefix("torch."),
-        device=str(data.device) if cluster is None else cluster.device,
-        versions=versions(),
-        arguments=_arguments(options, problem.source, space, folds),
-        **{name: getattr(options, name) for name in ("schedule", "max_levels", "epoch", "patience")},
-    )
+        scoring=scoring.name, metrics=metrics if scoring.others else [], positive=next(positives, None),
+        baseline=baseline, epoch=options.epoch, patience=options.patience,
+        max_epochs=1 if choice.solved else options.max_epochs, seed=options.random_state,
+        dtype=str(data.dtype).removeprefix("torch."), device=str(data.device) if cluster is None else cluster.device,
+        versions=versions(), arguments=_arguments(options, problem.source, space, folds),
+    )  # fmt: skip
 
 
 def _arguments(options: Options, source: Source, space: Space, folds: Sequence[Rows]) -> Arguments:
@@ -192,20 +176,16 @@ def recorded_search(
     source, test = _reread(record, choice)
     workers = kept.get("workers", "auto")
     if isinstance(workers, dict):
-        workers = _cluster(Ray(**workers), trust_code)
+        workers = Ray(**workers)
+        # A cluster elsewhere gets the rows, and answers in pickles, which are code.
+        if not trust_code and workers.is_elsewhere and not is_remembered(workers.address):
+            raise UntrustedCodeError(
+                f"the study names the Ray cluster {workers.address!r}, which would get its rows and could run code "
+                "here, and which you have not trained on from this machine."
+            )
     space, folds = space_from_json(arguments.space or ()), unpack_folds(arguments.folds)
     options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
     return RecordedSearch(choice, source, options, test)
-
-
-def _cluster(named: Ray, trust_code: bool) -> Ray:
-    """Return the cluster that a file names: one elsewhere gets the rows, and answers in pickles, which are code."""
-    if not trust_code and named.is_elsewhere and not is_remembered(named.address):
-        raise UntrustedCodeError(
-            f"the study names the Ray cluster {named.address!r}, which would get its rows and could run code here, and "
-            "which you have not trained on from this machine."
-        )
-    return named
 
 
 def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:
@@ -219,10 +199,9 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
             f"the search cannot go on: its data {file} is gone; put it back, or repeat the first call with its new "
             "place."
         ) from error
-    task = cast(TaskWord, record.task)
-    now = fingerprint(source.X, check_target(source.y, task=task, n_rows=len(source.X), name=source.target))
+    target = check_target(source.y, task=cast(TaskWord, record.task), n_rows=len(source.X), name=source.target)
     change, held_out = "", origin.get("held_out")
-    if now != record.fingerprint:
+    if (now := fingerprint(source.X, target)) != record.fingerprint:
         sizes = table_size(record.fingerprint, origin), table_size(now, source.origin)
         change = f"have changed since it was begun ({rows_difference(*sizes)})"
     elif held_out is not None and held_out != (source.origin or {}).get("held_out"):

@@ -1,13 +1,12 @@
 """From a study to its tuned model: the best configuration trained again on all rows of the study."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from gputune.data.arrays import ArrayStatistics
 from gputune.data.dataset import Dataset, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import all_rows
@@ -31,7 +30,7 @@ from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
 from gputune.tuning.record import RecordedSearch, recorded_options
 from gputune.tuning.trainer import Trainer, unseen
-from gputune.types import Config
+from gputune.types import Backend, Config
 from gputune.version import __version__
 
 
@@ -43,10 +42,16 @@ class Search:
     """
 
     study: Study
-    choice: ModelChoice
-    options: Options
     problem: Problem
     rows: Config
+
+    @property
+    def options(self) -> Options:
+        return self.problem.options
+
+    @property
+    def choice(self) -> ModelChoice:
+        return self.problem.choice
 
     @property
     def objective(self) -> Objective | None:
@@ -63,10 +68,10 @@ class Search:
         return self.choice.complete({"numbers": self.problem.numbers, **trial.params}, self.options.schedule)
 
     def train(
-        self, data: Dataset, trials: Sequence[Trial], *, seed: int, progress: Progress = unseen
+        self, data: Dataset, trials: Sequence[Trial], *, seed: int | None = None, progress: Progress = unseen
     ) -> list[list[nn.Module]]:
         """Train trials each to its best epoch; return the member of every fold of the data. Raises DivergedError."""
-        configs, epochs = [self.config(trial) for trial in trials], [trial.best_epoch for trial in trials]
+        configs = [self.config(trial) for trial in trials]
         if self.choice.solved:
             members: list[list[nn.Module]] = [[] for _ in configs]
             for places in by_numbers(configs):
@@ -76,7 +81,15 @@ class Search:
                     numbers = range(c, data.n_folds * len(alike), len(alike))
                     members[place] = [solved_module(solution, number) for number in numbers]
         else:
-            members = self._train(data, configs, epochs, seed, progress)
+            trainer = self._trainer(data, self.options.random_state if seed is None else seed)
+            epochs, descent = [trial.best_epoch for trial in trials], self.options.method
+            with matrix_products(tf32=self.options.tf32):
+                if isinstance(descent, Hypergradient):
+                    members = [[trainer.train_scheduled(configs[0], descent, epochs=epochs[0])]]
+                else:
+                    if self.options.backend == "auto":
+                        trainer.take_code(configs, epochs)
+                    members = trainer.train_members(configs, epochs, progress)
         for trial, modules in zip(trials, members):
             if not all(bool(w.isfinite().all()) for module in modules for w in module.parameters()):
                 raise DivergedError(
@@ -85,46 +98,25 @@ class Search:
                 )
         return members
 
-    def _train(
-        self, data: Dataset, configs: Sequence[Config], epochs: Sequence[int], seed: int, progress: Progress
-    ) -> list[list[nn.Module]]:
-        options, choice, descent = self.options, self.choice, self.options.method
-        descends = isinstance(descent, Hypergradient)
-        trainer = Trainer(
-            data=data,
-            kind=choice.kind,
-            module_class=choice.module_class,
-            objective=self.problem.objective,
-            seed=seed,
-            horizon=options.max_epochs,
-            backend="eager" if descends else choose_backend(options.backend, data.device, data.dtype, choice.kind)[0],
-            precision=options.precision,
-        )
-        with matrix_products(tf32=options.tf32):
-            if isinstance(descent, Hypergradient):
-                return [[trainer.train_scheduled(configs[0], descent, epochs=epochs[0])]]
-            if options.backend == "auto":
-                trainer.take_code(configs, epochs)
-            return trainer.train_members(configs, epochs, progress)
+    def _trainer(self, data: Dataset, seed: int) -> Trainer:
+        options, choice = self.options, self.choice
+        backend: Backend = "eager"
+        if not isinstance(options.method, Hypergradient):
+            backend, _ = choose_backend(options.backend, data.device, data.dtype, choice.kind)
+        return Trainer(
+            data=data, kind=choice.kind, module_class=choice.module_class, objective=self.problem.objective, seed=seed,
+            horizon=options.max_epochs, backend=backend, precision=options.precision,
+        )  # fmt: skip
 
-    def dataset(self, folds: Sequence[Rows], trials: Sequence[Trial]) -> Dataset:
-        """Return the data of some folds as the first trial reads them, on the device on which trials train there."""
+    def dataset(self, folds: Sequence[Rows] | None, trials: Sequence[Trial]) -> Dataset:
+        """Return the data of some folds (None: of all rows) as the first trial reads them, where trials train there."""
+        folds = [all_rows(len(self.problem.source.X))] if folds is None else folds
         configs = [self.config(trial) for trial in trials]
-        device = self.problem.device_choice(folds, self.options, self.choice, configs).device
-        problem = replace(self.problem, numbers=configs[0]["numbers"])
-        return problem.dataset(folds, self.options, self.choice, device)
-
-    def all_rows(self, trials: Sequence[Trial]) -> Dataset:
-        return self.dataset([all_rows(len(self.problem.source.X))], trials)
+        device = self.problem.device_choice(folds, configs).device
+        return replace(self.problem, numbers=configs[0]["numbers"]).dataset(folds, device)
 
     def model(
-        self,
-        module: nn.Module,
-        data: Dataset,
-        *,
-        statistics: Statistics | ArrayStatistics | None = None,
-        spec: Config,
-        info: Config,
+        self, module: nn.Module, data: Dataset, spec: Config, info: Config, statistics: Statistics | None = None
     ) -> TunedModel:
         """Return the tuned model of a module trained on all rows; ``statistics``: of the data where none are given."""
         target, record, loss = self.problem.target, self.study.record, self.objective
@@ -133,36 +125,24 @@ class Search:
         names = groups, getattr(self.problem.source.y, "name", None)
         unread = [*self.options.drop, *(name for name in names if isinstance(name, str))]
         info = info | {
-            "scoring": record.scoring,
-            "positive": record.ranked_class,
-            "loss": record.objective,
+            "scoring": record.scoring, "positive": record.ranked_class, "loss": record.objective,
             **({"loss_arguments": loss.fixed} if loss is not None and loss.is_named and loss.fixed else {}),
-            "trials": len(self.study.trials),
-            "rows": self.rows["rows"],
-            "fingerprint": self.rows,
+            "trials": len(self.study.trials), "rows": self.rows["rows"], "fingerprint": self.rows,
             "versions": {"gputune": __version__, "torch": torch.__version__},
             **({"drop": unread} if unread else {}),
-        }
-        center, scale = (
-            float(one[0]) if one[0].dim() == 0 else one[0].cpu().numpy() for one in (data.center, data.scale)
-        )
+        }  # fmt: skip
+        units = [one[0].cpu() for one in (data.center, data.scale)]
+        center, scale = (float(one) if one.dim() == 0 else one.numpy() for one in units)
         return TunedModel(
-            module=module,
-            layout=self.problem.layout,
-            statistics=data.statistics[0] if statistics is None else statistics,
-            task=target.task,
-            classes=target.classes,
-            center=center,
-            scale=scale,
-            dtype=data.dtype,
-            transform=data.transforms[0] if data.transforms else None,
-            target=target.name,
-            spec={**self.choice.spec, **spec},
-            info=info,
-        )
+            module=module, layout=self.problem.layout, task=target.task, classes=target.classes, target=target.name,
+            statistics=data.statistics[0] if statistics is None else statistics, center=center, scale=scale,
+            dtype=data.dtype, transform=data.transforms[0] if data.transforms else None,
+            spec={**self.choice.spec, **spec}, info=info,
+        )  # fmt: skip
 
-    def arguments(self, config: Config, data: Dataset) -> Config:
-        """Return with what the module of a configuration is built."""
+    def arguments(self, trial: Trial, data: Dataset) -> Config:
+        """Return with what the module of a trial is built."""
+        config = self.config(trial)
         size = {"n_features": data.of(config).n_features, "n_outputs": data.n_outputs}
         if self.choice.searched == "mlp":
             return size | {k: config[k] for k in ("width", "depth", "activation", "dropout")}
@@ -178,44 +158,41 @@ class Search:
 class Access:
     """How a call reaches the rows and the code of a study: X and y, or its own; no others where ``check``."""
 
+    study: Study
     X: object = None
     y: object = None
     check: bool = True
     trust_code: bool = False
 
 
-def search_of(study: Study, access: Access) -> Search:
+def search_of(access: Access) -> Search:
     """Return the search of a study on the rows of a call. Raises InputError where there are none, or others."""
-    own = access.X is None
+    study, own = access.study, access.X is None
     from_file = study.file if own and study.data is None else None
     with nullcontext() if from_file is None else option_errors(from_file):
-        known = _read_search(study, access)
-    choice, source, options = known.choice, known.source, known.options
+        known = _read_search(access)
     # How many classes there are is for the rows to say: others may have two where the study's have three.
     task = "classification" if study.record.classes is not None else study.record.task
-    problem = make_problem(source, task, choice, options)
+    problem = make_problem(known.source, task, known.choice, known.options)
     # Rows that the process has kept are the study's own.
     is_kept = study.data is not None and own
-    rows = dict(study.record.fingerprint) if is_kept else fingerprint(source.X, problem.target)
+    rows = dict(study.record.fingerprint) if is_kept else fingerprint(known.source.X, problem.target)
+    search = Search(study, problem, rows)
     if access.check and rows != study.record.fingerprint:
-        raise InputError(_other_rows(study, problem, rows, are_given=not own))
-    return Search(study, choice.of(problem.target, problem.objective), options, problem, rows)
+        raise InputError(_other_rows(search, are_given=not own))
+    return search
 
 
 def refit_trial(search: Search, one: Trial) -> TunedModel:
-    data = search.all_rows([one])
-    ((module,),) = search.train(data, [one], seed=search.options.random_state)
-    return search.model(
-        module,
-        data,
-        spec={"kwargs": search.arguments(search.config(one), data)},
-        info={"params": one.params, "epochs": one.best_epoch, **search.score(one.score, one.std_error)},
-    )
+    data = search.dataset(None, [one])
+    ((module,),) = search.train(data, [one])
+    info = {"params": one.params, "epochs": one.best_epoch, **search.score(one.score, one.std_error)}
+    return search.model(module, data, {"kwargs": search.arguments(one, data)}, info)
 
 
-def _read_search(study: Study, access: Access) -> RecordedSearch:
+def _read_search(access: Access) -> RecordedSearch:
     """Return the model, the rows and the options of the search, from memory or from the study's file."""
-    record = study.record
+    study, record = access.study, access.study.record
     if study.data is not None:
         kept: RecordedSearch = study.data
         if access.X is None:
@@ -252,19 +229,29 @@ def _read_search(study: Study, access: Access) -> RecordedSearch:
         )
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)
-    rows = _reread(study, module=choice.takes_arrays) if access.X is None else _source_of(access, choice, options)
-    return RecordedSearch(choice, rows, options)
+    return RecordedSearch(choice, _source_of(access, choice, options), options)
 
 
 def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
-    return read_source(access.X, access.y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+    """Return the rows of a call, or those of the study, read again."""
+    if access.X is not None:
+        return read_source(access.X, access.y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+    origin = access.study.record.source
+    if origin is None:
+        raise InputError(
+            "best_model() needs X and y: the study was searched on data in memory, which its file does not hold."
+        )
+    try:
+        return read_again(origin, module=choice.takes_arrays)
+    except FileNotFoundError as error:
+        raise InputError(f"best_model() cannot read {origin['path']!r} again: it is gone. Pass X and y.") from error
 
 
 def _machine(record: SearchRecord) -> Config:
     """Return what a study's file says of the machine, as far as this one has it; a refit is for one process."""
     kept = record.arguments.kept
     device = "auto" if isinstance(kept.get("workers"), dict) else kept.get("device", "auto")  # of a cluster's tasks
-    backend = kept.get("backend", "auto")
+    backend, tf32 = kept.get("backend", "auto"), kept.get("tf32", False)
     try:
         place = choose_device(device)
     except InputError:
@@ -274,31 +261,14 @@ def _machine(record: SearchRecord) -> Config:
             choose_backend(backend, place, DTYPES[record.dtype])
     except InputError:
         backend = "auto"
-    return {
-        "device": device,
-        "backend": backend,
-        "tf32": kept.get("tf32", False) and place.type == "cuda",
-        "workers": 1,
-    }
+    return {"device": device, "backend": backend, "tf32": tf32 and place.type == "cuda", "workers": 1}
 
 
-def _reread(study: Study, *, module: bool) -> Source:
-    origin = study.record.source
-    if origin is None:
-        raise InputError(
-            "best_model() needs X and y: the study was searched on data in memory, which its file does not hold."
-        )
-    try:
-        return read_again(origin, module=module)
-    except FileNotFoundError as error:
-        raise InputError(f"best_model() cannot read {origin['path']!r} again: it is gone. Pass X and y.") from error
-
-
-def _other_rows(study: Study, problem: Problem, rows: Mapping[str, object], *, are_given: bool) -> str:
+def _other_rows(search: Search, *, are_given: bool) -> str:
     """Return in which way the rows are not those of the search, and what to do."""
-    origin, then, classes = study.record.source, study.record.classes, problem.target.classes
-    now = None if classes is None else classes.tolist()
-    difference = rows_difference(study.record.fingerprint, rows)
+    record, classes = search.study.record, search.problem.target.classes
+    origin, then, now = record.source, record.classes, None if classes is None else classes.tolist()
+    difference = rows_difference(record.fingerprint, search.rows)
     if then != now:
         counts = [len(labels or ()) for labels in (then, now)]
         difference += "; other classes" if counts[0] == counts[1] else f"; {counts[0]} classes then, {counts[1]} now"

@@ -20,7 +20,6 @@ from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population
-from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, failed_result
 from gputune.types import Config, Outputs, drop_beyond_limit, first_metric
@@ -35,11 +34,19 @@ def check_rungs(rule: StoppingRule, context: Context) -> None:
     rule.stops(context.epochs)
 
 
-def train_in_rungs(ledger: Ledger, trials: Sequence[Candidate], rule: StoppingRule, context: Context) -> None:
+def train_in_rungs(context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
     """Train trials of the ledger to each stop of a rule and to the end; those that ended are judged by their curves."""
-    search = _RungSearch(ledger, trials, rule, context)
+    search, begin = _RungSearch(context, rule, trials), 0
     try:
-        search.run()
+        with context.progress.bar_over(len(search.running), context.epochs):
+            for stop in sorted({*search.stops, context.epochs}):
+                if search.running and not context.is_over():
+                    search.train(begin, stop)
+                    if context.is_over():
+                        search.save()
+                    search.leave(stop)
+                begin = stop
+            search.finish([trial for trial in search.running if len(trial.curve)])
     finally:
         search.states.close()
 
@@ -54,18 +61,17 @@ class _RunningTrial:
     seconds: float = 0.0
 
     def has_diverged(self, epoch: int) -> bool:
-        """Whether it has no score up to an epoch."""
         return bool(np.isnan(first_metric(self.curve, axes=2)[:epoch]).any())
 
 
 class _RungSearch:
     """The trials that run, and their states between two stops."""
 
-    def __init__(self, ledger: Ledger, trials: Sequence[Candidate], rule: StoppingRule, context: Context) -> None:
-        self.ledger, self.rule, self.context = ledger, rule, context
+    def __init__(self, context: Context, rule: StoppingRule, trials: Sequence[Candidate]) -> None:
+        self.context, self.rule = context, rule
         self.stops = rule.stops(context.epochs)
         configs = {trial.number: context.complete(trial.params) for trial in trials}
-        ended = ledger.results
+        ended = context.ledger.results
         self.curves = {n: ended[n].curve for n in configs if n in ended}  # of the trials that have ended
         self.outputs: dict[int, Outputs] = {}  # at the best epochs so far
         self.running = [_RunningTrial(n, config, context.no_curve) for n, config in configs.items() if n not in ended]
@@ -86,20 +92,8 @@ class _RungSearch:
                 if position in checkpoint.alive:
                     self.states.park(number, checkpoint.state.select([checkpoint.alive.index(position)]))
 
-    def run(self) -> None:
-        """Train to every epoch at which the rule decides, and to the end."""
-        progress, begin = self.context.progress, 0
-        with progress.bar_over(len(self.running), self.context.epochs):
-            for stop in sorted({*self.stops, self.context.epochs}):
-                if self.running and not self.context.is_over():
-                    self._train(begin, stop)
-                    if self.context.is_over():
-                        self._save()
-                    self._leave(stop)
-                begin = stop
-            self._finish([trial for trial in self.running if len(trial.curve)])
-
-    def _train(self, begin: int, stop: int) -> None:
+    def train(self, begin: int, stop: int) -> None:
+        """Train what runs from one stop to the next."""
         context, trials = self.context, self.running
         plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
         context.progress.plan(replace(plan, cache_bytes=self.states.limit), aloud=begin == 0)
@@ -107,22 +101,20 @@ class _RungSearch:
         checkpointing = context.checkpointing([trial.number for trial in trials])
         job = context.trainer.job(RungJob, epochs=stop, checkpointing=checkpointing, keep_stopped=False)
         trained: set[int] = set()
-        if chunks:
-            plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
-            for outcome in context.train(job, plan):
-                trained.update(outcome.index)
-                if isinstance(outcome, Failure):
-                    trial = trials[outcome.index[0]]
-                    self.running = [other for other in self.running if other is not trial]
-                    self._store([failed_result(trial.number, trial.curve, outcome.reason)], [trial])
-                else:
-                    assert isinstance(outcome, RungOutcome)
-                    self._keep(trials, outcome)
+        plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
+        for outcome in context.train(job, plan) if chunks else ():
+            trained.update(outcome.index)
+            if isinstance(outcome, Failure):
+                trial = trials[outcome.index[0]]
+                self.running = [other for other in self.running if other is not trial]
+                self._store([failed_result(trial.number, trial.curve, outcome.reason)], [trial])
+            else:
+                assert isinstance(outcome, RungOutcome)
+                self._keep(trials, outcome)
         for chunk in chunks:
-            if chunk.state is not None and chunk.alive is not None:
-                for row, position in enumerate(chunk.alive):
-                    if chunk.index[position] not in trained:  # time was over before it went on
-                        self.states.park(trials[chunk.index[position]].number, chunk.state.select([row]))
+            for row, position in enumerate(chunk.alive or ()):
+                if chunk.state is not None and chunk.index[position] not in trained:  # time was over before it went on
+                    self.states.park(trials[chunk.index[position]].number, chunk.state.select([row]))
 
     def _begun_chunks(self, chunk: Population, trials: Sequence[_RunningTrial], stop: int) -> Iterator[BegunChunk]:
         """Yield the trials of a planned chunk that have not come to the stop yet, those of one length together.
@@ -158,9 +150,9 @@ class _RungSearch:
         # The next chunk takes at most about as long as this one: they are sorted.
         due = self.saved_at + self.context.options.checkpoint_seconds - outcome.seconds
         if time.monotonic() > max(due, self.earliest):
-            self._save()
+            self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Keep the states of the chunks that no file has, where there is a study file."""
         begin, by_number = time.monotonic(), {trial.number: trial for trial in self.running}
         checkpointing = self.context.checkpointing(list(by_number))
@@ -180,39 +172,36 @@ class _RungSearch:
         self.saved_at = time.monotonic()
         self.earliest = self.saved_at + pause_after(self.saved_at - begin)
 
-    def _leave(self, epoch: int) -> None:
+    def leave(self, epoch: int) -> None:
         """Finish the trials that have diverged, that were cut short, or that the rule prunes."""
-        ended = {t for t in self.running if len(t.curve) < epoch or t.has_diverged(epoch)}
-        if epoch == self.context.epochs:
-            ended = set(self.running)
-        self._finish([trial for trial in self.running if trial in ended and len(trial.curve)])
+        is_last = epoch == self.context.epochs
+        ended = {t for t in self.running if is_last or len(t.curve) < epoch or t.has_diverged(epoch)}
+        self.finish([trial for trial in self.running if trial in ended and len(trial.curve)])
         self.running = [trial for trial in self.running if trial not in ended]
         if epoch in self.stops and not self.context.is_over():
             curves = self.curves | {trial.number: trial.curve for trial in self.running}
             ranked = {number: first_metric(curve, axes=2) for number, curve in curves.items()}
             pruned = self.rule.trials_to_stop(epoch, ranked, self.context.epochs)
-            self._finish([trial for trial in self.running if trial.number in pruned], rung=epoch)
+            self.finish([trial for trial in self.running if trial.number in pruned], rung=epoch)
             self.running = [trial for trial in self.running if trial.number not in pruned]
 
-    def _finish(self, trials: Sequence[_RunningTrial], *, rung: int | None = None) -> None:
+    def finish(self, trials: Sequence[_RunningTrial], *, rung: int | None = None) -> None:
         """Keep the results of trials that train no more; ``rung`` is the epoch at which the rule pruned them."""
+        epochs, how, results = self.context.epochs, self.context.options.epoch, []
         for trial in trials:
             self.states.drop(trial.number)
-        if trials:
-            self._store([self._result(trial, rung) for trial in trials], trials)
+            curve, detail = (trial.curve[:epochs], {}) if rung is None else (trial.curve[:rung], {"rung": rung})
+            done, seconds = len(curve), trial.seconds
+            result = Result.of_curve(trial.number, curve, epochs=done, rule=how, seconds=seconds, detail=detail)
+            if result.state == "complete" and (rung is not None or done < epochs):
+                result = replace(result, state="stopped" if rung is None else "pruned")
+            results.append(result)
+        if results:
+            self._store(results, trials)
 
     def _store(self, results: Sequence[Result], trials: Sequence[_RunningTrial]) -> None:
         """Keep results, and count what is not trained of their trials."""
         numbers = {result.number for result in results} & self.outputs.keys()
-        self.context.finish(self.ledger, results, {number: self.outputs.pop(number) for number in numbers})
+        self.context.finish(results, {number: self.outputs.pop(number) for number in numbers})
         self.curves |= {result.number: result.curve for result in results}
         self.context.progress.spare(sum(self.context.epochs - len(trial.curve) for trial in trials))
-
-    def _result(self, trial: _RunningTrial, rung: int | None) -> Result:
-        curve, epochs, rule = trial.curve, self.context.epochs, self.context.options.epoch
-        curve, detail = (curve[:epochs], {}) if rung is None else (curve[:rung], {"rung": rung})
-        done = len(curve)
-        result = Result.of_curve(trial.number, curve, epochs=done, rule=rule, seconds=trial.seconds, detail=detail)
-        if result.state == "complete" and (rung is not None or done < epochs):
-            return replace(result, state="stopped" if rung is None else "pruned")
-        return result

@@ -6,21 +6,18 @@ The trials are the default one, those of a portfolio, included and drawn ones, a
 import errno
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from torch import Tensor
-
 from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop
-from gputune.errors import InputError, SearchFailedError, SearchInterrupted, StudyCorruptError, StudyVersionError
+from gputune.errors import InputError, SearchFailedError, SearchInterrupted, StudyCorruptError
 from gputune.garbage import without_collector
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
-from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space, is_inside, space_text, to_scipy
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.random import first_candidates, n_counted, notes, numbered, remarks, top_up
+from gputune.methods.random import first_candidates, n_counted, numbered, remarks, top_up
 from gputune.methods.space import PORTFOLIOS, SPACES, check_include, check_space, choices_of, default_space, named_space
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
@@ -32,9 +29,8 @@ from gputune.text import count
 from gputune.tuning.choices import ModelChoice, method_name
 from gputune.tuning.interrupt import interrupted_words, run_until_signal
 from gputune.tuning.options import Options
-from gputune.tuning.problem import Problem
 from gputune.tuning.progress import Progress
-from gputune.types import DEFAULTS, NUMBERS, TENSOR_NUMBERS, Config
+from gputune.types import DEFAULTS, Config
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
@@ -45,12 +41,10 @@ def checked_space(choice: ModelChoice, options: Options) -> Space:
     """Return the checked space of a call, by default that of the model. Raises InputError."""
     keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
-    space = options.space
+    space = "realmlp" if options.space is None and choice.recipe else options.space
     if isinstance(space, str):
         _check_named(space, choice)
         space = named_space(space, choice.goal)
-    elif space is None and choice.recipe:
-        space = named_space("realmlp", choice.goal)
     elif space is None:
         space = default_space(choice.searched, choice.optimizer, choice.module_class)
     checked = check_space(to_scipy(space), keys=keys, module=module)
@@ -80,30 +74,14 @@ def _check_named(space: str, choice: ModelChoice) -> None:
         )
 
 
-def open_store(options: Options) -> AbstractContextManager[Store | None]:
-    """Open the study of the search that goes on; None of a new one, and of a file with a fault, which is said later."""
-    if options.study is not None:
-        with suppress(OSError, StudyCorruptError, StudyVersionError):
-            return Store.open(options.study)
-    return nullcontext()
-
-
 def first_trials(
-    space: Space, choice: ModelChoice, options: Options, store: Store | None = None, problem: Problem | None = None
+    space: Space, choice: ModelChoice, options: Options, store: Store | None = None, portfolio: Sequence[Config] = ()
 ) -> tuple[Candidate, ...]:
     """Draw the trials of this call: default, portfolio, included, random, of which those in the study come first."""
-    portfolio: list[Config] = []  # those that the rows and the method can have: a descent knows no averages of weights
-    if problem is not None and isinstance(options.space, str) and not isinstance(options.method, Hypergradient):
-        ways = TENSOR_NUMBERS if isinstance(problem.raw, Tensor) else NUMBERS
-        portfolio = [one for one in PORTFOLIOS.get(options.space, ()) if one.get("numbers", "standard") in ways]
     first = first_candidates(
-        space,
-        n_trials=options.n_trials,
-        include=options.include,
-        include_default=options.include_default,
-        defaults=_defaults(choice, options),
-        portfolio=portfolio,
-    )
+        space, n_trials=options.n_trials, include=options.include, include_default=options.include_default,
+        defaults=default_params(choice, options), portfolio=portfolio,
+    )  # fmt: skip
     if not draws_at_once(options):
         return first
     stored: tuple[Candidate, ...] = ()  # to draw many takes long
@@ -112,12 +90,34 @@ def first_trials(
         if store is not None and (store.meta.get("seed"), store.meta.get("space")) == asked:
             stored = tuple(trial for trial in store.candidates() if trial.origin == "random")
     known = first + stored[: max(0, options.n_trials - n_counted(first))]
-    return known + top_up(known, space, options.n_trials, options.random_state, earlier=earlier_configs(options))
+    return known + draw_trials(known, space, options, check_config)
 
 
-def earlier_configs(options: Options) -> list[Config]:
-    """Return the configurations that earlier studies have trained, which are not drawn again."""
-    return [t.params for study in options.warm_start for t in study.trials if t.state != "waiting"]
+def draws_at_once(options: Options) -> bool:
+    """Whether trials are drawn at once; a sampler of Optuna's proposes its own later."""
+    return not isinstance(options.method, OptunaSampler)
+
+
+def draw_trials(
+    known: Sequence[Candidate], space: Space, options: Options, check: ConfigCheck, drawn: Sequence[Config] = ()
+) -> tuple[Candidate, ...]:
+    """Draw the trials that the known ones lack, none that an earlier study has trained; ``drawn`` before."""
+    earlier = [t.params for study in options.warm_start for t in study.trials if t.state != "waiting"]
+    lacking = max(0, options.n_trials - n_counted(known))
+    again = numbered([(config, "random") for config in drawn], known, earlier)[:lacking]
+    if drawn and len(again) == lacking:
+        return again
+    return top_up(known, space, options.n_trials, options.random_state, check, earlier)
+
+
+def default_params(choice: ModelChoice, options: Options) -> Config:
+    """Return the values that keys take where a configuration has none."""
+    defaults: Config = {**DEFAULTS, "numbers": options.numbers}
+    if choice.module_class is not None:  # what signatures say
+        parameters = parameters_of(choice.module_class).items()
+        defaults |= argument_defaults(choice.optimizer) | loss_defaults(options.loss)
+        defaults |= {f"module__{name}": one.default for name, one in parameters if one.default is not one.empty}
+    return defaults | choice.defaults(options.schedule)
 
 
 def with_earlier(options: Options, space: Space) -> Options:
@@ -140,32 +140,18 @@ def with_earlier(options: Options, space: Space) -> Options:
     return replace(options, include=[*options.include, *configs])
 
 
-def notes_on(trials: Sequence[Candidate], space: Space, choice: ModelChoice, options: Options) -> tuple[str, ...]:
-    return notes(trials, space, include_default=options.include_default, defaults=_defaults(choice, options))
-
-
-def draws_at_once(options: Options) -> bool:
-    """Whether trials are drawn at once; a sampler of Optuna's proposes its own later."""
-    return not isinstance(options.method, OptunaSampler)
-
-
-def _defaults(choice: ModelChoice, options: Options) -> Config:
-    defaults: Config = {**DEFAULTS, "numbers": options.numbers}
-    if choice.module_class is not None:  # what signatures say
-        parameters = parameters_of(choice.module_class).items()
-        defaults |= argument_defaults(choice.optimizer) | loss_defaults(options.loss)
-        defaults |= {f"module__{name}": one.default for name, one in parameters if one.default is not one.empty}
-    return defaults | choice.defaults(options.schedule)
-
-
 @dataclass(frozen=True)
 class Session:
-    """The ledger of a search while this process works on it."""
+    """A search while this process works on it."""
 
     ledger: Ledger
     options: Options
     progress: Progress
     stop: Stop
+
+    def is_over(self) -> bool:
+        """Whether training ends now."""
+        return self.stop.is_over()
 
     def add(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck = check_config) -> None:
         """Add the trials that the ledger lacks: all of a new study, or what a call adds to an old one."""
@@ -181,12 +167,11 @@ class Session:
                 if len(ledger.candidates) > known:  # another process has added some meanwhile
                     new = self._missing(trials, space, check)
                 ledger.add(new)
-        candidates = ledger.candidates
         if finished := len(ledger.results):
-            self.progress.say(f"going on: {finished} of {count(len(candidates), 'trial')} are finished")
+            self.progress.say(f"going on: {finished} of {count(len(ledger.candidates), 'trial')} are finished")
         if draws_at_once(options):
             n_trials, include_default = options.n_trials, options.include_default
-            for sentence in remarks(candidates, space, n_trials=n_trials, include_default=include_default):
+            for sentence in remarks(ledger.candidates, space, n_trials=n_trials, include_default=include_default):
                 self.progress.say(f"note: {sentence}")
 
     def _missing(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck) -> Sequence[Candidate]:
@@ -204,15 +189,8 @@ class Session:
         if not draws_at_once(options):
             return added
         there = {candidate.number: candidate for candidate in candidates}
-        drawn = [(c.params, "random") for c in trials if c.origin == "random" and there.get(c.number) != c]
-        known, earlier = [*candidates, *added], earlier_configs(options)
-        lacking = max(0, options.n_trials - n_counted(known))
-        again = (
-            numbered(drawn, known, earlier)[:lacking] if drawn and lacking else ()
-        )  # what this call has drawn before
-        if len(again) < lacking:
-            again = top_up(known, space, options.n_trials, options.random_state, check, earlier)
-        return [*added, *again]
+        drawn = [c.params for c in trials if c.origin == "random" and there.get(c.number) != c]
+        return [*added, *draw_trials([*candidates, *added], space, options, check, drawn)]
 
     def _wait(self, words: str) -> None:
         """Say why this process waits before it has a plan; end that where training would end."""
@@ -223,35 +201,31 @@ class Session:
             raise TimeoutError(errno.ETIMEDOUT, f"the time is over; {words}")
 
     def run(
-        self,
-        train: Callable[[], object],
-        callbacks: Callbacks,
-        make_study: Callable[..., Study],
-        signals: Sequence[int],
+        self, train: Callable[[], object], callbacks: Callbacks, study: Callable[..., Study], signals: Sequence[int]
     ) -> list[int]:
         """Train what waits, and tell the callbacks; return the numbers of the signals that ended it early."""
         ledger, file = self.ledger, self.options.study
 
         def finished(rows: Sequence[tuple[Candidate, Result | None]]) -> None:
-            callbacks.tell("on_trials_end", make_study(rows))
+            callbacks.tell("on_trials_end", study(rows))
             self._stop_where_enough()
 
         ledger.on_finish = finished
         if callbacks.active:  # a study of many trials takes its time
-            callbacks.tell("on_study_start", make_study(ledger.rows(), file=file))
+            callbacks.tell("on_study_start", study(ledger.rows(), file=file))
         self._stop_where_enough()
         try:
             return [] if self.stop.asked else run_until_signal(train, self.stop, signals, self.progress.say)
         finally:
             if callbacks.active:
-                callbacks.tell("on_study_end", make_study(ledger.rows(), file=file))
+                callbacks.tell("on_study_end", study(ledger.rows(), file=file))
 
     def _stop_where_enough(self) -> None:
         """Let training end where a trial is good enough, or none has been better for long."""
         target, patience = self.options.target_score, self.options.patience_trials
         if self.stop.asked or (target is None and patience is None):
             return
-        best, since, number = -math.inf, 0, None
+        best, since, number, why = -math.inf, 0, None, ""
         for result in self.ledger.results.values():
             since += 1
             if result.state == "complete" and result.score > best:
@@ -260,11 +234,10 @@ class Session:
             why = f"trial {number} has reached the target score (target_score={target:g})"
         elif patience is not None and since >= patience:
             why = f"{count(since, 'trial')} in a row were no better than the best before (patience_trials={patience})"
-        else:
-            return
-        self.stop.ask()
-        self.stop.reason = why
-        self.progress.say(f"note: the search ends: {why}")
+        if why:
+            self.stop.ask()
+            self.stop.reason = why
+            self.progress.say(f"note: the search ends: {why}")
 
 
 def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,8 +21,8 @@ from gputune.engine.reuse import Fits
 from gputune.engine.stop import Stop
 from gputune.engine.train import Trained
 from gputune.errors import InputError
-from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
-from gputune.executors.processes import worker_processes
+from gputune.executors.executor import Claim, Executor, Outcomes, Queue
+from gputune.executors.processes import chunk_processes
 from gputune.executors.ray_cluster import RayCluster, RayTasks
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
 from gputune.hypergradients.first_step import free_bytes
@@ -74,12 +74,11 @@ class Trainer:
     fits: Fits = field(default_factory=Fits)
 
     def __post_init__(self) -> None:
-        device, gpus = self.data.device, 1 + len(self.others)
-        if device.type == "cuda" and self.cluster is None and (self.workers or 1) > gpus:
-            has = f"{count(gpus, 'GPU')}, {', '.join(map(str, (device, *self.others)))}"
+        gpus = self.data.device, *self.others
+        if self.data.device.type == "cuda" and self.cluster is None and (self.workers or 1) > len(gpus):
             raise InputError(
-                f"workers={self.workers}: one process drives each GPU, and this search has {has}; leave workers out, "
-                "or choose device='cpu'."
+                f"workers={self.workers}: one process drives each GPU, and this search has {count(len(gpus), 'GPU')}, "
+                f"{', '.join(map(str, gpus))}; leave workers out, or choose device='cpu'."
             )
 
     def with_backend(self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]) -> "Trainer":
@@ -93,9 +92,8 @@ class Trainer:
         ways = {trains_as(fast, self.kind, config) for config in configs}
         some_fast = not ways or fast in ways
         if why and some_fast:
-            eager = backend == "eager"
-            how, than = ("eagerly", "in recorded steps") if eager else ("in recorded steps", "compiled ones")
-            say(f"note: trials train {how}, slower than {than}: {why}")
+            slow, slower = "eagerly, slower than in recorded steps", "in recorded steps, slower than compiled ones"
+            say(f"note: trials train {slow if backend == 'eager' else slower}: {why}")
         if word in ("compiled", "graph") and not some_fast and ways != {"loop"}:
             how = "in recorded steps" if module and word == "compiled" else "eagerly"
             models = "MLPs and linear models with " if word == "compiled" else ""
@@ -151,16 +149,10 @@ class Trainer:
         """Return the chunks in which populations train; ``measure`` finds what one takes of a GPU that is here."""
         is_gpu_here = self.cluster is None and self.data.device.type == "cuda"
         planner = Planner(
-            self.data,
-            self.memory,
-            self.workers,
-            gpus=1 + len(self.others),
-            free=None if self.cluster is None else self.cluster.free,
-            backend=self.backend,
-            traits=known_traits(self.module_class, self.data),
-            parameters=parameters,
-            measure=measure if is_gpu_here else None,
-        )
+            self.data, self.memory, self.workers, gpus=1 + len(self.others), backend=self.backend,
+            free=None if self.cluster is None else self.cluster.free, parameters=parameters,
+            traits=known_traits(self.module_class, self.data), measure=measure if is_gpu_here else None,
+        )  # fmt: skip
         return self._place(planner.plan(groups, epochs))
 
     def plan_differentiated(self, configs: Sequence[Config], job: HypergradientJob) -> tuple[Plan, HypergradientJob]:
@@ -181,8 +173,11 @@ class Trainer:
 
     def job(self, kind: type[AnyJob], *, epochs: int, **more: Any) -> AnyJob:
         """Return what all chunks that train up to so many epochs have in common; ``more`` are fields of its kind."""
-        common = {name: getattr(self, name) for name in _OF_BOTH}
-        return kind(**common, epochs=epochs, traits=known_traits(self.module_class, self.data), **more)
+        return kind(
+            seed=self.seed, epochs=epochs, horizon=self.horizon, scoring=self.scoring, backend=self.backend,
+            precision=self.precision, module_class=self.module_class, objective=self.objective, stop=self.stop,
+            fits=self.fits, each_epoch=self.each_epoch, traits=known_traits(self.module_class, self.data), **more,
+        )  # fmt: skip
 
     def train(
         self, job: Job, plan: Plan, *, progress: Progress = unseen, claim: Claim[Population] = lambda chunk: True
@@ -196,7 +191,7 @@ class Trainer:
         data = self.data
         if self.cluster is not None:
             tasks = RayTasks(self.cluster, job, data, plan)
-            yield from hand_out(plan.chunks, tasks, None, job.stop, progress=progress, claim=claim)
+            yield from Queue(plan.chunks, tasks, job.stop, claim).run(None, progress)
             return
         if job.checkpointing is not None:
             for chunk in plan.chunks:
@@ -207,10 +202,10 @@ class Trainer:
 
         devices = (self.others or (data.device,) * plan.workers)[: plan.workers - 1]
         executor: AbstractContextManager[Executor[Population, Outcome | Failure]] = (
-            worker_processes(job, data, devices) if devices else nullcontext(Executor())
+            chunk_processes(job, data, devices) if devices else nullcontext(Executor())
         )
         with torch_threads(plan.threads), executor as place:
-            for outcome in hand_out(plan.chunks, place, train, job.stop, progress=progress, claim=claim):
+            for outcome in Queue(plan.chunks, place, job.stop, claim).run(train, progress):
                 if isinstance(outcome, Outcome) and job.checkpointing is not None:
                     job.checkpointing.expect(outcome.index)
                 yield outcome
@@ -249,10 +244,6 @@ class Trainer:
     def train_scheduled(self, config: Config, descent: Hypergradient, *, epochs: int) -> nn.Module:
         """Train a point of a descent as it was there, on the only fold; return the module."""
         (chunk,) = self.groups([config])
-        names = tuple(descent.hyperparameters)
-        more = {"hyperparameters": names, "segments": descent.segments, "per_layer": descent.per_layer}
+        names, segments = tuple(descent.hyperparameters), descent.segments
+        more = {"hyperparameters": names, "segments": segments, "per_layer": descent.per_layer}
         return train_scheduled(self.job(HypergradientJob, epochs=epochs, **more), self.data, chunk)
-
-
-_OF_BOTH = {one.name for one in fields(Trainer)} & {one.name for one in fields(Job)}
-"""Names of what a trainer and its jobs have in common."""

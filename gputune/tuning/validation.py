@@ -25,17 +25,7 @@ from gputune.seeding import stream, stream_seed
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial
-from gputune.tuning.predictions import (
-    Predictions,
-    check_folds_train,
-    is_calibrated,
-    means_of_rows,
-    members_of,
-    predictions_of,
-    search_for,
-    values_of,
-    why_no_folds,
-)
+from gputune.tuning.predictions import Predictions, means_of_rows, members_of, predictions_of, search_for, values_of
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Access, Search, refit_trial, search_of
 from gputune.types import Config
@@ -44,33 +34,61 @@ _SHUFFLES, _ROWS = 5, 10_000
 """Shuffles of a column, and rows of a fold at most that are shuffled."""
 
 
+def _check_folds_train(study: Study, called: str) -> None:
+    if why := _why_no_folds(study):
+        raise InputError(f"{called} trains a trial again on its folds, and this study is {why}.")
+
+
+def _why_no_folds(study: Study) -> str:
+    """Return of what a study is whose trials do not train again on its folds; "" where they do."""
+    if study.record.face == "loop":
+        return "of search(), whose training loop is your own: keep what your objective predicts in a file"
+    if isinstance(study.record.method, dict) and study.record.descends:
+        return "of descents, whose points have schedules of their own; use a study of another method"
+    if study.record.task == "custom":
+        return "of a custom target, of which there is no probability and no mean; train the module on your own folds"
+    return ""
+
+
+def _is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
+    """Return whether probabilities are calibrated; None: where trials are ranked by the log loss."""
+    if calibrate not in (None, True, False):
+        raise InputError(f"{caller}(calibrate=...) must be True, False or None, got {calibrate!r}.")
+    is_of_classes = study.record.task in ("binary", "multiclass")
+    if calibrate and not is_of_classes:
+        what = {"multilabel": "several labels", "custom": "a custom target"}.get(study.record.task, "numbers")
+        raise InputError(
+            f"{caller}(calibrate=True) is for one class a row to be predicted, and the study is of {what}; leave it "
+            "out."
+        )
+    return is_of_classes and study.record.scoring == "neg_log_loss" if calibrate is None else calibrate
+
+
 @entry
-def oof_predictions(study: Study, access: Access, trial: int | None) -> NDArray[np.float64]:
+def oof_predictions(access: Access, trial: int | None) -> NDArray[np.float64]:
     """Return what a trial predicts of rows that it was not trained on; see ``Study.oof_predictions``."""
-    check_folds_train(study, "oof_predictions()")
-    one = _trial_of_number(study, trial, "oof_predictions")
-    search = search_for("oof_predictions", study, access)
-    predictions = predictions_of(search, [one], Progress(0))
+    _check_folds_train(access.study, "oof_predictions()")
+    one = _trial_of_number(access.study, trial, "oof_predictions")
+    predictions = predictions_of(search_for("oof_predictions", access), [one], Progress(0))
     data = predictions.data
     means = means_of_rows(data, [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)])
     return means[:, 0] if data.task == "regression" and means.shape[1] == 1 else means
 
 
 @entry
-def refit_with_folds(
-    study: Study, access: Access, *, trial: int | None, intervals: bool, calibrate: bool | None
-) -> TunedModel:
+def refit_with_folds(access: Access, *, trial: int | None, intervals: bool, calibrate: bool | None) -> TunedModel:
     """Return the best trial of a study, or one of a number, trained on all rows; see ``Study.best_model``."""
-    if calibrate is None and (not access.check or why_no_folds(study)):
+    study = access.study
+    if calibrate is None and (not access.check or _why_no_folds(study)):
         calibrate = False
-    calibrated = is_calibrated(study, calibrate, "best_model")
+    calibrated = _is_calibrated(study, calibrate, "best_model")
     called, on_folds = f"best_model({'intervals' if intervals else 'calibrate'}=True)", intervals or calibrated
     if on_folds:
-        check_folds_train(study, called)
+        _check_folds_train(study, called)
     if intervals and study.record.task != "regression":
         raise InputError(f"{called} is for a number to be predicted, and the study is of classes; leave it out.")
     one = _trial_of_number(study, trial, "best_model")
-    search = search_of(study, access)
+    search = search_of(access)
     if not on_folds:
         return refit_trial(search, one)
     if search.rows != study.record.fingerprint:
@@ -96,7 +114,6 @@ def _trial_of_number(study: Study, number: object, caller: str) -> Trial:
 
 @entry
 def ensemble(
-    study: Study,
     access: Access,
     *,
     size: int,
@@ -109,37 +126,36 @@ def ensemble(
 
     Source: Caruana et al. (2004), Ensemble selection from libraries of models: with repetition, from the best one on.
     """
+    study = access.study
     check_count(size, "ensemble(size=...)")
     check_count(candidates, "ensemble(candidates=...)", least=2)
     starts = 1 if isinstance(refit, str) and refit in ("all", "folds") else refit
     check_count(starts, "ensemble(refit=...), unless it is 'all' or 'folds',")
-    check_folds_train(study, "ensemble()")
+    _check_folds_train(study, "ensemble()")
     trials = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)][:candidates]
     if len(trials) < 2:
         raise InputError(
             f"ensemble() needs two finished trials, and the study has {len(trials)}; search on, or use best_model()."
         )
-    calibrated = is_calibrated(study, calibrate, "ensemble")
-    search = search_for("ensemble", study, access)
+    calibrated = _is_calibrated(study, calibrate, "ensemble")
+    search = search_for("ensemble", access)
     predictions = predictions_of(search, trials, Progress(verbose))
     chosen, scores = predictions.choose(size), predictions.nested_scores(size)
-    places = sorted(chosen)
-    chosen_trials, weights = [trials[place] for place in places], [chosen[place] / chosen.total() for place in places]
+    weights = [chosen[place] / chosen.total() for place in range(len(trials))]
+    shares = [(trial, weight) for trial, weight in zip(trials, weights) if weight]
     info = {
-        "ensemble": {str(trial.number): weight for trial, weight in zip(chosen_trials, weights)},
+        "ensemble": {str(trial.number): weight for trial, weight in shares},
         "refit": refit,
         **search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))),
     }
-    model = _mean_model(search, chosen_trials, weights, None if refit == "folds" else int(starts), info)
-    shares = torch.tensor([chosen[place] / chosen.total() for place in range(len(trials))])
-    return predictions.complete(model, shares, calibrated=calibrated)
+    model = _mean_model(search, shares, None if refit == "folds" else int(starts), info)
+    return predictions.complete(model, torch.tensor(weights), calibrated=calibrated)
 
 
-def _mean_model(
-    search: Search, trials: Sequence[Trial], weights: Sequence[float], starts: int | None, info: Config
-) -> TunedModel:
+def _mean_model(search: Search, shares: Sequence[tuple[Trial, float]], starts: int | None, info: Config) -> TunedModel:
     """Return the weighted mean of trials, each trained on all rows from so many starts; None: on those of each fold."""
-    seed, whole = search.options.random_state, search.all_rows(trials)
+    trials, seed = [trial for trial, _ in shares], search.options.random_state
+    whole = search.dataset(None, trials)
     if starts is None:  # prepared as all rows are: members then read the same
         (every,) = whole.folds
         folds = unpack_folds(search.study.record.arguments.folds)
@@ -149,18 +165,17 @@ def _mean_model(
         seeds = [seed, *(stream_seed(seed, "ensemble", number) for number in range(1, starts))]
         parts = [(whole, one) for one in seeds]
     modules = [module for data, one in parts for (module,) in search.train(data, trials, seed=one)]
-    columns, statistics = _columns(search, whole, trials)
+    columns, statistics = _columns([whole.of(search.config(trial)) for trial in trials])
     columns *= len(parts)
-    shares = [weight / len(parts) for weight in weights] * len(parts)
-    network = Ensemble(modules, shares, search.problem.target.task, columns)
-    arguments = [search.arguments(search.config(trial), whole) for trial in trials] * len(parts)
+    weights = [weight / len(parts) for _, weight in shares] * len(parts)
+    network = Ensemble(modules, weights, search.problem.target.task, columns)
+    arguments = [search.arguments(trial, whole) for trial in trials] * len(parts)
     spec = {"kwargs": arguments[0], "ensemble": arguments, **({"columns": columns} if columns else {})}
-    return search.model(network.eval(), whole, statistics=statistics, spec=spec, info=info)
+    return search.model(network.eval(), whole, spec, info, statistics)
 
 
-def _columns(search: Search, data: Dataset, trials: Sequence[Trial]) -> tuple[list[list[int]], Statistics | None]:
+def _columns(own: Sequence[Dataset]) -> tuple[list[list[int]], Statistics | None]:
     """Return the first column and the end of what each trial reads of an ensemble's inputs, and what makes these."""
-    own = [data.of(search.config(trial)) for trial in trials]
     distinct = {one.numbers: one for one in own}
     if len(distinct) == 1:
         return [], None  # all columns of the data itself
@@ -171,10 +186,11 @@ def _columns(search: Search, data: Dataset, trials: Sequence[Trial]) -> tuple[li
 
 
 @entry
-def fold_report(study: Study, access: Access, *, confusion: bool = False, importance: bool = False) -> FoldReport:
+def fold_report(access: Access, *, confusion: bool = False, importance: bool = False) -> FoldReport:
     """Return the confusion matrix and the importance of the columns that were asked for; see ``Study.report``."""
+    study = access.study
     check_fold_report(study, confusion=confusion)
-    search, one = search_for("report", study, access), study.best_trial
+    search, one = search_for("report", access), study.best_trial
     layout, matrix = search.problem.layout, np.zeros((0, 0), np.int64)
     if importance and not isinstance(layout, Layout):
         raise InputError(
@@ -199,7 +215,7 @@ def fold_report(study: Study, access: Access, *, confusion: bool = False, import
 
 def check_fold_report(study: Study, *, confusion: bool) -> None:
     """Raise InputError for a study without folds to train on, and for a ``confusion`` where there are no classes."""
-    check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
+    _check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
     if confusion and (study.record.classes is None or study.record.task == "multilabel"):
         what = "several labels" if study.record.task == "multilabel" else "numbers"
         raise InputError(f"report(confusion=True) is of classes, and the study predicts {what}; leave confusion out.")

@@ -23,7 +23,7 @@ from gputune.methods.space import check_space
 from gputune.study.store import Store
 from gputune.tuning.choices import choose_model
 from gputune.tuning.options import Options
-from gputune.tuning.pipeline import _remember_what_runs
+from gputune.tuning.pipeline import remember_what_runs
 from gputune.tuning.record import recorded_search
 from moments import at_finish
 from study_processes import done, table
@@ -210,7 +210,7 @@ def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
                 recorded_search(Path("my.db"), record, {})
             assert recorded_search(Path("my.db"), record, {}, trust_code=True).options.workers == wanted
             assert recorded_search(Path("my.db"), record, {"workers": 1}).options.workers == 1
-            _remember_what_runs(choose_model("mlp", None), Options(workers=wanted))
+            remember_what_runs(choose_model("mlp", None), Options(workers=wanted))
         assert recorded_search(Path("my.db"), record, {}).options.workers == wanted
 
 

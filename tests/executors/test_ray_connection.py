@@ -11,7 +11,7 @@ import pytest
 import gputune
 from command_line import FAST, run
 from gputune.errors import MissingExtraError
-from gputune.executors import ray_connection
+from gputune.executors import ray_cluster
 from gputune.tuning.record import recorded_search
 from moments import at_finish, environment
 from refused import refused
@@ -22,7 +22,7 @@ SMALL = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0}
 
 
 def test_a_missing_ray_says_what_to_install(iris, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_connection, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
     path = tmp_path / "study.db"
     with pytest.raises(
         MissingExtraError, match=r'workers="ray" needs Ray, which is missing: pip install "gputune\[ray\]"'
@@ -116,7 +116,7 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
     assert (code, out) == (2, "") and "--workers 2 and --ray exclude each other: leave one out." in err
     code, out, err = run("tune", "sklearn:iris", *quick, "--ray", "somewhere")
     assert (code, out) == (2, "") and "--ray: must be 'local', 'auto', 'HOST:PORT'" in err
-    monkeypatch.setattr(ray_connection, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
     code, out, err = run("tune", "sklearn:iris", *quick, "--ray")
     assert (code, out) == (2, "") and 'pip install "gputune[ray]"' in err
     assert not list(tmp_path.iterdir())

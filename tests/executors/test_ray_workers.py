@@ -178,8 +178,8 @@ def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path
 
 
 def test_memory_that_runs_out_in_a_worker_halves_the_chunk(cluster, iris, orders, monkeypatch):
-    parts, end = [], executor._Queue._end_chunk
-    monkeypatch.setattr(executor._Queue, "_end_chunk", lambda queue, c, o: parts.append(len(o)) or end(queue, c, o))
+    parts, end = [], executor.Queue._end_chunk
+    monkeypatch.setattr(executor.Queue, "_end_chunk", lambda queue, c, o: parts.append(len(o)) or end(queue, c, o))
     # One task at a time, so that the plan keeps the trials together.
     given = {**MODULE, "memory": None, "workers": gputune.Ray(cpus=2), "max_epochs": 3, "cv": 2}
     given["space"] = {**LR, "module__hidden": [6], "batch_size": [10]}

@@ -14,7 +14,7 @@ import gputune
 from forked import Fork
 from gputune.data.arrays import as_arrays
 from gputune.errors import InputError
-from gputune.executors.sharing import MappedFile, mapped_file, to_arrays, to_tensors
+from gputune.executors.processes import MappedFile, mapped_file, to_arrays, to_tensors
 from problems import make_data
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

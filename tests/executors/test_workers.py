@@ -22,7 +22,7 @@ from forked import Fork
 from gputune.engine.job import Job
 from gputune.engine.memory import Failure
 from gputune.executors import executor, processes
-from gputune.executors.sharing import to_arrays
+from gputune.executors.processes import to_arrays
 from gputune.modules.recorder import CpuRecorder
 from gputune.population.population import Population
 from gputune.report.facts import states_of, states_text

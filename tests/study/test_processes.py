@@ -226,11 +226,12 @@ def test_who_trains_what_is_waited_for_is_said(path, mine, other):
         other.close()
         said = []
         progress = SimpleNamespace(say=lambda text, once: said.append(text))
-        wait_for_others(ledger, CHUNKS, progress, lambda: True)
+        session = SimpleNamespace(ledger=ledger, progress=progress, is_over=lambda: True)
+        wait_for_others(session, CHUNKS)
         assert said == [f"waiting for 3 trials of process 7 on 'far'. {remedy}"]
         lock.unlink()
         assert ledger.owners_of(CHUNKS) == ("another process", "")
-        wait_for_others(ledger, CHUNKS[1:], progress, lambda: True)
+        wait_for_others(session, CHUNKS[1:])
         assert said[1:] == ["waiting for 1 trial of another process."]
 
 

@@ -182,10 +182,10 @@ def test_best_model_is_a_refit_of_this_study_on_the_given_rows(monkeypatch):
     monkeypatch.setitem(sys.modules, "gputune.tuning.validation", module)
     found = study(trial(0, 1.0))
     plain = {"trial": None, "intervals": False, "calibrate": None}
-    assert found.best_model() == (found, Access(None, None, True, False), plain)
+    assert found.best_model() == (Access(found, None, None, True, False), plain)
     how = {"trial": 3, "intervals": True, "calibrate": False}
     assert found.best_model("X", y="y", check=False, trust_code=True, **how) == (
-        found, Access("X", "y", False, True), how,
+        Access(found, "X", "y", False, True), how,
     )  # fmt: skip
 
 

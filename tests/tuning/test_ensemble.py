@@ -37,7 +37,7 @@ def study(tmp_path_factory):
 
 def predicted(study, trials=None):
     """What trials of a study predict, by default all in the order of their scores."""
-    search = search_for("ensemble", study, Access())
+    search = search_for("ensemble", Access(study))
     return predictions_of(search, study.ranking() if trials is None else trials, Progress(0))
 
 

@@ -151,7 +151,7 @@ def insects():
 
 
 def test_the_matrix_is_that_of_the_predictions_out_of_fold(insects):
-    report = fold_report(insects, Access(), confusion=True)
+    report = fold_report(Access(insects), confusion=True)
     expected = confusion_matrix(IRIS[1], insects.oof_predictions().argmax(1))
     np.testing.assert_array_equal(report.confusion, expected)
     assert report.trial == insects.best_trial.number and report.columns == ()
@@ -163,7 +163,7 @@ def test_columns_as_scikit_learn_shuffles_them(scoring, transform):
     """Of another shuffle, and of the model that all rows have trained: near, not equal."""
     y = Y - Y.min()
     study = longer("mlp", FRAME, y, scoring=scoring, target_transform=transform, max_epochs=20)
-    report = fold_report(study, Access(), importance=True)
+    report = fold_report(Access(study), importance=True)
     assert report.columns[0] == "big" and report.confusion.size == 0
     theirs = permutation_importance(study.best_model(), FRAME, y, scoring=scoring, random_state=0)
     drops = dict(zip(report.columns, report.drops))
@@ -175,17 +175,17 @@ def test_columns_by_another_metric(tmp_path):
     error, file = "neg_mean_absolute_error", tmp_path / "study.db"
     search = partial(longer, "mlp", FRAME, Y, n_trials=1, epoch="last")
     several = search(scoring=["r2", error], study=file)
-    alone = fold_report(search(scoring=error), Access(), importance=True)
+    alone = fold_report(Access(search(scoring=error)), importance=True)
     for study in (several, gputune.Study.open(file)):
-        report = fold_report(study.ranked_by(error), Access(FRAME, Y), importance=True)
+        report = fold_report(Access(study.ranked_by(error), FRAME, Y), importance=True)
         np.testing.assert_allclose(report.drops, alone.drops)
-    assert not np.allclose(fold_report(several, Access(), importance=True).drops, alone.drops)
+    assert not np.allclose(fold_report(Access(several), importance=True).drops, alone.drops)
 
 
 def test_many_rows_are_thinned(insects, monkeypatch):
-    whole = fold_report(insects, Access(), importance=True)
+    whole = fold_report(Access(insects), importance=True)
     monkeypatch.setattr("gputune.tuning.validation._ROWS", 20)
-    thin = fold_report(insects, Access(), importance=True)
+    thin = fold_report(Access(insects), importance=True)
     assert {*thin.columns} == {*whole.columns} and not np.array_equal(np.sort(thin.drops), np.sort(whole.drops))
 
 
@@ -195,7 +195,7 @@ def test_the_page_draws_them(insects, tmp_path):
     assert "Confusion matrix" not in path.read_text()
     insects.report(path, confusion=True, importance=True)
     text = path.read_text()
-    matrix = fold_report(insects, Access(), confusion=True).confusion
+    matrix = fold_report(Access(insects), confusion=True).confusion
     assert f"<title>bee predicted as cat: {matrix[1, 2]}</title>" in text and "Importance of the columns" in text
     longer("mlp", FRAME, Y, scoring="neg_mean_absolute_error").report(path, importance=True)
     assert "rise of mean_absolute_error" in path.read_text() and "Confusion matrix" not in path.read_text()

@@ -139,7 +139,7 @@ def dataset(choice: ModelChoice) -> Dataset:
     options = Options(device="cpu", dtype="float32")
     problem = make_problem(read_source(X, y, None), None, choice, options)
     folds = make_folds(FOLDS, problem.target, n_rows=rows, groups=None, seed=0)
-    return problem.dataset(folds, options, choice, torch.device("cpu"))
+    return problem.dataset(folds, torch.device("cpu"))
 
 
 def disagreement(results: Mapping[str, Any]) -> float:
