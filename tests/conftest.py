@@ -56,7 +56,7 @@ def own_state(tmp_path_factory, pytestconfig):
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         found = tmp_path_factory.mktemp("found")
         patch.setattr("gputune.engine.findings.cache_folder", lambda: found)  # not what the user's check found
-        patch.setattr("gputune.executors.pools.IDLE_SECONDS", 900)  # a worker that a test starts serves others
+        patch.setattr("gputune.executors.worker.IDLE_SECONDS", 900)  # a worker that a test starts serves others
         # Waiting for the disk costs 50 ms a study, and no test cuts the power; intervals take most of a score's time.
         patch.setattr(database, "PRAGMAS", ("synchronous = OFF", *PRAGMAS[1:]))
         patch.setattr("gputune.cli.evaluation._SAMPLES", 10)
@@ -67,7 +67,7 @@ def own_state(tmp_path_factory, pytestconfig):
             patch.setattr("gputune.engine.choice._choice_by_speed", lambda gpu, work: DeviceChoice(gpu))
             patch.setattr("gputune.engine.choice._SOLVED", gpu)
             if simulated := sys.modules.get("simulated_cuda.torch_cuda"):
-                patch.setattr("gputune.executors.pools.begin_worker", simulated.begin_worker)
+                patch.setattr("gputune.executors.worker.begin_worker", simulated.begin_worker)
         yield
 
 

@@ -92,7 +92,7 @@ class Study(data.Study):
         from gputune.tuning.validation import ensemble
 
         return ensemble(
-            Access(self, X, y, trust_code=trust_code), size=size, candidates=candidates, refit=refit,
+            Access(self, X, y, True, trust_code, "ensemble"), size=size, candidates=candidates, refit=refit,
             calibrate=calibrate, verbose=verbose,
         )  # fmt: skip
 
@@ -112,7 +112,7 @@ class Study(data.Study):
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import oof_predictions
 
-        return oof_predictions(Access(self, X, y, trust_code=trust_code), trial)
+        return oof_predictions(Access(self, X, y, True, trust_code, "oof_predictions"), trial)
 
     def to_optuna(self, storage: object = None, *, name: str | None = None) -> "optuna.Study":
         """Write every trial into a new study of Optuna's and return it: for its dashboard, plots and importances.
@@ -162,7 +162,7 @@ class Study(data.Study):
             from gputune.tuning.validation import fold_report
 
             check_place(f"report({str(path)!r})", Path(path), self.file)
-            access = Access(self, X, y, trust_code=trust_code)
+            access = Access(self, X, y, True, trust_code, "report")
             folds = fold_report(access, confusion=confusion, importance=importance)
         write_page(self, path, model=None if model is None else model.info, folds=folds)
 

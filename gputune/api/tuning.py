@@ -18,8 +18,8 @@ from gputune.data.target import TaskWord
 from gputune.data.target_transform import TargetTransform
 from gputune.data.weights import ClassWeight
 from gputune.errors import SearchInterrupted
-from gputune.executors.objective import Objective
 from gputune.executors.ray_cluster import Ray
+from gputune.executors.worker import Objective
 from gputune.methods.config import key_of
 from gputune.scoring.metrics import Scorings
 from gputune.text import did_you_mean

@@ -38,7 +38,7 @@ def report(arguments: Namespace) -> str:
         check_fold_report(study, confusion=parts["confusion"])
 
     def folds() -> FoldReport | None:
-        access = Access(study, trust_code=bool(arguments.trust_code))
+        access = Access(study, trust_code=bool(arguments.trust_code), called="report")
         return fold_report(access, **parts) if any(parts.values()) else None
 
     def write(**more: Any) -> None:

@@ -33,8 +33,18 @@ from gputune.engine.memory import Failure, run_in_parts
 from gputune.engine.plan import cores
 from gputune.errors import InputError
 from gputune.executors.executor import Chunk, Ended, Executor, LostWorkerError, Outcomes, Result
-from gputune.executors.objective import Ending, Task, Trial, call_in_worker
-from gputune.executors.pools import idle, one_worker, pickled_with_code, submit, training, why_lost
+from gputune.executors.worker import (
+    Ending,
+    Task,
+    Trial,
+    call_in_worker,
+    idle,
+    one_worker,
+    pickled_with_code,
+    submit,
+    training,
+    why_lost,
+)
 from gputune.population.population import Population
 from gputune.scratch import scratch_folder
 from gputune.text import count

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gputune.errors import InputError, check_count
-from gputune.executors.objective import Reports
+from gputune.executors.worker import Reports
 
 Curves = Mapping[int, np.ndarray]
 """The scores (epochs, F) so far of trials by their number, of those that have ended too."""

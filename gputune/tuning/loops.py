@@ -13,8 +13,8 @@ from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop, entry
 from gputune.errors import InputError, check_count
 from gputune.executors.executor import Executor, Queue
-from gputune.executors.objective import Ending, Objective, PruningRule, Reports, Task, Trial
 from gputune.executors.processes import trial_processes
+from gputune.executors.worker import Ending, Objective, PruningRule, Reports, Task, Trial
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space, space_text, space_to_json, to_scipy

@@ -1,6 +1,5 @@
 """What trials predict of the rows that the folds of their study validate on, kept by it or by members trained again."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
-from gputune.errors import InputError
 from gputune.population.population import call_module, class_logits, first_output
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_scoring, scorers_of
@@ -24,23 +22,12 @@ from gputune.study.store import Store
 from gputune.study.study import Trial
 from gputune.text import count
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Access, Search, search_of
+from gputune.tuning.refit import Search
 from gputune.types import Outputs
 
 _BLOCK, _RESIDUALS = 2**13, 10_000
 """Rows of which a member's outputs are made at a time, and residuals at most that a model keeps."""
 _LEAST = torch.finfo(torch.float64).tiny  # probability that has a logarithm
-
-
-def search_for(name: str, access: Access) -> Search:
-    """Return the search of a study; what a refit refuses is refused in the words of ``name``, which has no check."""
-    try:
-        return search_of(access)
-    except InputError as error:
-        if type(error) is not InputError:
-            raise
-        words = re.sub(r"(; check=False|, or add check=False).*$", ".", str(error))
-        raise InputError(words.replace("best_model(", f"{name}(")) from error
 
 
 def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":

@@ -163,6 +163,10 @@ class Access:
     y: object = None
     check: bool = True
     trust_code: bool = False
+    called: str = "best_model"
+
+    def __str__(self) -> str:
+        return f"{self.called}({'' if self.X is None else 'X, y'})"
 
 
 def search_of(access: Access) -> Search:
@@ -179,7 +183,7 @@ def search_of(access: Access) -> Search:
     rows = dict(study.record.fingerprint) if is_kept else fingerprint(known.source.X, problem.target)
     search = Search(study, problem, rows)
     if access.check and rows != study.record.fingerprint:
-        raise InputError(_other_rows(search, are_given=not own))
+        raise InputError(_other_rows(search, access))
     return search
 
 
@@ -198,19 +202,17 @@ def _read_search(access: Access) -> RecordedSearch:
         if access.X is None:
             return kept
         if kept.options.sample_weight is not None:
-            raise InputError(
-                "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
-            )
+            raise InputError(f"{access} cannot weight other rows: the study used sample_weight; leave X and y out.")
         return replace(kept, source=_source_of(access, kept.choice, kept.options))
     if record.face == "sklearn":
         raise InputError(
-            f"best_model() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
+            f"{access.called}() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
             "best_estimator_ is the model."
         )
     if record.face == "loop":
         raise InputError(
-            "best_model() cannot refit a study of search(), whose training loop is your own: call your objective with "
-            "study.best_params."
+            f"{access.called}() cannot refit a study of search(), whose training loop is your own: call your objective "
+            "with study.best_params."
         )
     if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
         raise lost_option(study.file, lost[0])
@@ -225,7 +227,7 @@ def _read_search(access: Access) -> RecordedSearch:
         lacking = f"class_weight={record.class_weight} again"
     if lacking:
         raise InputError(
-            f"best_model() cannot read {lacking}; call it on the study that tune() returned, in the same process."
+            f"{access.called}() cannot read {lacking}; call it on the study that tune() returned, in the same process."
         )
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)
@@ -239,12 +241,12 @@ def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
     origin = access.study.record.source
     if origin is None:
         raise InputError(
-            "best_model() needs X and y: the study was searched on data in memory, which its file does not hold."
+            f"{access} needs X and y: the study was searched on data in memory, which its file does not hold."
         )
     try:
         return read_again(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:
-        raise InputError(f"best_model() cannot read {origin['path']!r} again: it is gone. Pass X and y.") from error
+        raise InputError(f"{access} cannot read {origin['path']!r} again: it is gone. Pass X and y.") from error
 
 
 def _machine(record: SearchRecord) -> Config:
@@ -264,21 +266,20 @@ def _machine(record: SearchRecord) -> Config:
     return {"device": device, "backend": backend, "tf32": tf32 and place.type == "cuda", "workers": 1}
 
 
-def _other_rows(search: Search, *, are_given: bool) -> str:
-    """Return in which way the rows are not those of the search, and what to do."""
+def _other_rows(search: Search, access: Access) -> str:
+    """Return in which way the rows are not those of the search, and what to do; best_model alone may do without."""
     record, classes = search.study.record, search.problem.target.classes
     origin, then, now = record.source, record.classes, None if classes is None else classes.tolist()
     difference = rows_difference(record.fingerprint, search.rows)
     if then != now:
         counts = [len(labels or ()) for labels in (then, now)]
         difference += "; other classes" if counts[0] == counts[1] else f"; {counts[0]} classes then, {counts[1]} now"
-    if origin is not None and not are_given:
-        return (
-            f"the rows of {origin['path']!r} have changed since the study was searched on them ({difference}); restore "
-            "the file, or add check=False to train on them as they are: the model then has no score."
-        )
+    of_refit, others = access.called == "best_model", "the model then has no score"
+    if origin is not None and access.X is None:
+        or_as_they_are = f", or add check=False to train on them as they are: {others}" if of_refit else ""
+        changed = f"the rows of {origin['path']!r} have changed since the study was searched on them ({difference})"
+        return f"{changed}; restore the file{or_as_they_are}."
     again = "" if origin is None else f", or leave X and y out to read {origin['path']!r} again"
-    return (
-        f"best_model(X, y): these are not the rows that the study was searched on ({difference}). Pass those{again}; "
-        "check=False trains on others, and the model then has no score."
-    )
+    or_others = f"; check=False trains on others, and {others}" if of_refit else ""
+    these = f"these are not the rows that the study was searched on ({difference})"
+    return f"{access}: {these}. Pass those{again}{or_others}."

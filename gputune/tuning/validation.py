@@ -25,7 +25,7 @@ from gputune.seeding import stream, stream_seed
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, Trial
-from gputune.tuning.predictions import Predictions, means_of_rows, members_of, predictions_of, search_for, values_of
+from gputune.tuning.predictions import Predictions, means_of_rows, members_of, predictions_of, values_of
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Access, Search, refit_trial, search_of
 from gputune.types import Config
@@ -50,26 +50,25 @@ def _why_no_folds(study: Study) -> str:
     return ""
 
 
-def _is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
+def _is_calibrated(access: Access, calibrate: bool | None) -> bool:
     """Return whether probabilities are calibrated; None: where trials are ranked by the log loss."""
+    record = access.study.record
     if calibrate not in (None, True, False):
-        raise InputError(f"{caller}(calibrate=...) must be True, False or None, got {calibrate!r}.")
-    is_of_classes = study.record.task in ("binary", "multiclass")
+        raise InputError(f"{access.called}(calibrate=...) must be True, False or None, got {calibrate!r}.")
+    is_of_classes = record.task in ("binary", "multiclass")
     if calibrate and not is_of_classes:
-        what = {"multilabel": "several labels", "custom": "a custom target"}.get(study.record.task, "numbers")
-        raise InputError(
-            f"{caller}(calibrate=True) is for one class a row to be predicted, and the study is of {what}; leave it "
-            "out."
-        )
-    return is_of_classes and study.record.scoring == "neg_log_loss" if calibrate is None else calibrate
+        what = {"multilabel": "several labels", "custom": "a custom target"}.get(record.task, "numbers")
+        is_for = f"{access.called}(calibrate=True) is for one class a row to be predicted"
+        raise InputError(f"{is_for}, and the study is of {what}; leave it out.")
+    return is_of_classes and record.scoring == "neg_log_loss" if calibrate is None else calibrate
 
 
 @entry
 def oof_predictions(access: Access, trial: int | None) -> NDArray[np.float64]:
     """Return what a trial predicts of rows that it was not trained on; see ``Study.oof_predictions``."""
     _check_folds_train(access.study, "oof_predictions()")
-    one = _trial_of_number(access.study, trial, "oof_predictions")
-    predictions = predictions_of(search_for("oof_predictions", access), [one], Progress(0))
+    one = _trial_of_number(access, trial)
+    predictions = predictions_of(search_of(access), [one], Progress(0))
     data = predictions.data
     means = means_of_rows(data, [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)])
     return means[:, 0] if data.task == "regression" and means.shape[1] == 1 else means
@@ -81,13 +80,13 @@ def refit_with_folds(access: Access, *, trial: int | None, intervals: bool, cali
     study = access.study
     if calibrate is None and (not access.check or _why_no_folds(study)):
         calibrate = False
-    calibrated = _is_calibrated(study, calibrate, "best_model")
+    calibrated = _is_calibrated(access, calibrate)
     called, on_folds = f"best_model({'intervals' if intervals else 'calibrate'}=True)", intervals or calibrated
     if on_folds:
         _check_folds_train(study, called)
     if intervals and study.record.task != "regression":
         raise InputError(f"{called} is for a number to be predicted, and the study is of classes; leave it out.")
-    one = _trial_of_number(study, trial, "best_model")
+    one = _trial_of_number(access, trial)
     search = search_of(access)
     if not on_folds:
         return refit_trial(search, one)
@@ -99,14 +98,15 @@ def refit_with_folds(access: Access, *, trial: int | None, intervals: bool, cali
     return predictions.complete(refit_trial(search, one), torch.ones(1), calibrated=calibrated)
 
 
-def _trial_of_number(study: Study, number: object, caller: str) -> Trial:
-    """Return the trial of a number, None: the best; InputError, in a caller's words, where none of it has a score."""
+def _trial_of_number(access: Access, number: object) -> Trial:
+    """Return the trial of a number, None: the best; InputError where none of it has a score."""
+    study = access.study
     if number is None:
         return study.best_trial
     scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
     if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
         raise InputError(
-            f"{caller}(trial={number!r}) must be the number of a trial that has a score, for example "
+            f"{access.called}(trial={number!r}) must be the number of a trial that has a score, for example "
             f"{study.best_trial.number}; study.trials lists them."
         )
     return scored[int(number)]
@@ -137,8 +137,8 @@ def ensemble(
         raise InputError(
             f"ensemble() needs two finished trials, and the study has {len(trials)}; search on, or use best_model()."
         )
-    calibrated = _is_calibrated(study, calibrate, "ensemble")
-    search = search_for("ensemble", access)
+    calibrated = _is_calibrated(access, calibrate)
+    search = search_of(access)
     predictions = predictions_of(search, trials, Progress(verbose))
     chosen, scores = predictions.choose(size), predictions.nested_scores(size)
     weights = [chosen[place] / chosen.total() for place in range(len(trials))]
@@ -190,7 +190,7 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
     """Return the confusion matrix and the importance of the columns that were asked for; see ``Study.report``."""
     study = access.study
     check_fold_report(study, confusion=confusion)
-    search, one = search_for("report", access), study.best_trial
+    search, one = search_of(access), study.best_trial
     layout, matrix = search.problem.layout, np.zeros((0, 0), np.int64)
     if importance and not isinstance(layout, Layout):
         raise InputError(

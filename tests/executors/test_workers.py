@@ -181,12 +181,12 @@ def test_an_error_that_cannot_be_pickled_is_named(orders):
 KILLED = """
 import os, signal, tempfile
 import gputune
-from gputune.executors import pools
+from gputune.executors import worker
 from gputune.study.ledger import Ledger
 from sklearn.datasets import load_iris
 
 tempfile.tempdir = None  # read TMPDIR
-pools.IDLE_SECONDS = 10**6
+worker.IDLE_SECONDS = 10**6
 Ledger.finish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 X, y = load_iris(return_X_y=True)
 gputune.tune("mlp", X, y, space={"lr": [1e-3, 1e-2]}, n_trials=2, cv=2, max_epochs=2, memory=1024, workers=2)

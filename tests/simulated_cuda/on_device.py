@@ -22,7 +22,7 @@ from gputune.engine import choice, dropout, findings, plan
 from gputune.engine.findings import Findings, Speed
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
-from gputune.executors import pools
+from gputune.executors import worker
 from gputune.memory import free_of_gpu
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
@@ -544,7 +544,7 @@ class Seen(Net):
 )  # fmt: skip
 def test_all_gpus_of_a_machine_train(model, method, iris, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SEEN", str(tmp_path))
-    monkeypatch.setattr(pools, "begin_worker", cuda.begin_worker)
+    monkeypatch.setattr(worker, "begin_worker", cuda.begin_worker)
     monkeypatch.setattr(plan, "_GPUS_PAY", 0)
     options = {
         **FAST, "workers": "auto", "verbose": 1, "method": method, "space": {"lr": [1e-3, 2e-3, 4e-3, 8e-3]},

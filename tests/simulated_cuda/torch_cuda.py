@@ -50,7 +50,7 @@ def counts(kind: str) -> dict[str, int]:
 
 def begin_worker(parent: int) -> None:
     """What a worker process begins with, who has loaded the simulated device by then."""
-    from gputune.executors.pools import begin_worker
+    from gputune.executors.worker import begin_worker
 
     begin_worker(parent)
 

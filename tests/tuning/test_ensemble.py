@@ -20,9 +20,9 @@ from gputune.cli.main import main
 from gputune.cli.summary import ensemble_words
 from gputune.population.population import Ensemble
 from gputune.study.export import WholeModel
-from gputune.tuning.predictions import Predictions, predictions_of, search_for
+from gputune.tuning.predictions import Predictions, predictions_of
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import Access
+from gputune.tuning.refit import Access, search_of
 from refused import refused
 
 tune = partial(gputune.tune, n_trials=6, max_epochs=4, cv=3, verbose=0, workers=1)
@@ -37,8 +37,7 @@ def study(tmp_path_factory):
 
 def predicted(study, trials=None):
     """What trials of a study predict, by default all in the order of their scores."""
-    search = search_for("ensemble", Access(study))
-    return predictions_of(search, study.ranking() if trials is None else trials, Progress(0))
+    return predictions_of(search_of(Access(study)), study.ranking() if trials is None else trials, Progress(0))
 
 
 @pytest.fixture
