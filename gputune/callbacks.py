@@ -66,19 +66,16 @@ class Callbacks:
                 self.stop.ask()
             except Exception as error:  # whatever a user's callback raises
                 self.active.remove(callback)
-                warn(
-                    f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}. It is not called "
-                    "again; the search goes on, and nothing of it is lost."
-                )
+                raised = f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}"
+                warn(f"{raised}. It is not called again; the search goes on, and nothing of it is lost.")
 
 
 def check_callbacks(callbacks: object) -> tuple[Callback, ...]:
     """Return the callbacks; InputError for anything that is no ``Callback``."""
     if not isinstance(callbacks, list | tuple) or not all(isinstance(one, Callback) for one in callbacks):
-        raise InputError(
-            "callbacks must be a list of objects of a gputune.callbacks.Callback class, for example "
-            f"[gputune.callbacks.TensorBoard('runs')], got {callbacks!r}."
-        )
+        kind = "a list of objects of a gputune.callbacks.Callback class"
+        example = "for example [gputune.callbacks.TensorBoard('runs')]"
+        raise InputError(f"callbacks must be {kind}, {example}, got {callbacks!r}.")
     return tuple(callbacks)
 
 

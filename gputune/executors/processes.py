@@ -67,10 +67,8 @@ class MappedFile:
     def array(self) -> np.ndarray:
         """Return the values, mapped. Raises InputError where the file is another one by now."""
         if _identity(self.path) != self.file:
-            raise InputError(
-                f"the file {self.path!r}, which X is mapped from, was moved or replaced while it was being used; leave "
-                "it in its place until the search has ended."
-            )
+            why = f"the file {self.path!r}, which X is mapped from, was moved or replaced while it was being used"
+            raise InputError(f"{why}; leave it in its place until the search has ended.")
         # Copy-on-write: torch wants memory that could be written, and nobody writes to it.
         size = _extent(self.shape, self.strides, np.dtype(self.dtype).itemsize)
         memory = np.memmap(self.path, np.uint8, "c", self.begin, (size,))
@@ -273,10 +271,8 @@ def chunk_processes(
 def _failures(chunk: Population, losses: int, reason: str) -> Outcomes:
     n = len(chunk.index)
     smaller = "a smaller memory= makes chunks of fewer trials" if n > 1 else "a smaller one takes less"
-    words = (
-        f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the other, the last "
-        f"because {reason} Where memory has run out, fewer workers= leave more to each, and {smaller}."
-    )
+    why = f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the other, the last because"
+    words = f"{why} {reason} Where memory has run out, fewer workers= leave more to each, and {smaller}."
     return [Failure((place,), words) for place in chunk.index]
 
 
@@ -295,8 +291,8 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
             try:
                 pickle.loads(cloudpickle.dumps(error))
             except Exception:
-                name = type(error).__qualname__
-                raise RuntimeError(f"{name} (which cannot be pickled) in a worker process: {error}") from error
+                why = f"{type(error).__qualname__} (which cannot be pickled) in a worker process: {error}"
+                raise RuntimeError(why) from error
             raise
 
 
@@ -321,10 +317,9 @@ def trial_processes(task: Task, workers: int | None, n_trials: int, folder: Path
             try:
                 path.write_bytes(pickled_with_code(task, [task.objective]))
             except Exception as error:  # whatever pickling it raises
-                raise InputError(
-                    f"objective cannot be sent to worker processes ({type(error).__name__}: {error}). Make what it "
-                    "uses inside of it, or choose workers=1, which calls it in this process."
-                ) from error
+                why = f"objective cannot be sent to worker processes ({type(error).__name__}: {error})"
+                remedy = "Make what it uses inside of it, or choose workers=1, which calls it in this process."
+                raise InputError(f"{why}. {remedy}") from error
             executor = Processes(partial(call_in_worker, str(path)), [(each, None) for each in places], _failed_trial)
         try:
             yield executor

@@ -63,10 +63,8 @@ class Ray:
     def __post_init__(self) -> None:
         check_count(self.cpus, "Ray(cpus=...)")
         if self.is_elsewhere and _host_and_port(self.address) is None:
-            raise InputError(
-                "Ray(address=...), --ray: must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT', got "
-                f"{self.address!r}."
-            )
+            words = "'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT'"
+            raise InputError(f"Ray(address=...), --ray: must be {words}, got {self.address!r}.")
 
     @property
     def is_elsewhere(self) -> bool:
@@ -79,10 +77,8 @@ def check_ray(device: str) -> None:
     if find_spec("ray") is None:
         raise MissingExtraError('workers="ray" needs Ray, which is missing: pip install "gputune[ray]".')
     if device not in ("auto", "cpu", "cuda"):
-        raise InputError(
-            "device with workers='ray' must be 'auto', 'cpu' or 'cuda' (each task has one GPU, whichever it is), got "
-            f"{device!r}."
-        )
+        words = "'auto', 'cpu' or 'cuda' (each task has one GPU, whichever it is)"
+        raise InputError(f"device with workers='ray' must be {words}, got {device!r}.")
 
 
 @contextmanager
@@ -91,10 +87,9 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator["RayCluster"]:
     ray = import_module("ray")
     is_ours = not ray.is_initialized()
     if workers.is_elsewhere and not is_ours:
-        raise InputError(
-            f"Ray(address={workers.address!r}): this process is connected to a Ray cluster already; call "
-            "ray.shutdown() first, or leave the address out to use that one."
-        )
+        remedy = "call ray.shutdown() first, or leave the address out to use that one"
+        why = "this process is connected to a Ray cluster already"
+        raise InputError(f"Ray(address={workers.address!r}): {why}; {remedy}.")
     try:
         if is_ours:
             before = signal.getsignal(signal.SIGTERM)  # which Ray changes when it connects
@@ -128,11 +123,10 @@ def _connect(ray: ModuleType, address: str) -> None:
         hint = _TOKEN  # someone is there; Ray does not say when it was the token that was missing
         ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise InputError(
-            f"the Ray cluster at {address!r} cannot be used: {reason}. Start it with 'ray start --head', check the "
-            f"address and the versions of Ray and Python, or use 'local'.{hint} Nothing was changed."
-        ) from error
+        why = f"the Ray cluster at {address!r} cannot be used: {' '.join(str(error).split()).rstrip('.')}"
+        checks = "check the address and the versions of Ray and Python, or use 'local'"
+        remedy = f"Start it with 'ray start --head', {checks}.{hint}"
+        raise InputError(f"{why}. {remedy} Nothing was changed.") from error
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:
@@ -214,11 +208,10 @@ class RayCluster:
         if tasks == 0:
             sizes = [f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes]
             need = f"{cpus} CPU{'s' * (cpus > 1)}" + " and a GPU" * (self.device == "cuda")
-            raise InputError(
-                f"device={self.device!r} with workers='ray': a task needs {need} on one node, and no node of the "
-                f"cluster has them (nodes: {'; '.join(sizes) or 'none'}). Start nodes that do, or change device= or "
-                "the cpus of gputune.Ray."
-            )
+            why = f"a task needs {need} on one node, and no node of the cluster has them"
+            remedy = "Start nodes that do, or change device= or the cpus of gputune.Ray."
+            place = f"device={self.device!r} with workers='ray'"
+            raise InputError(f"{place}: {why} (nodes: {'; '.join(sizes) or 'none'}). {remedy}")
         return tasks
 
     def _nodes(self) -> list[dict[str, float]]:
@@ -306,10 +299,9 @@ class RayTasks(Executor[Population, Outcome | Failure]):
             end, *content = self.ray.get(ref)
         except errors.RayTaskError as error:
             if isinstance(error.cause, ModuleNotFoundError):
-                raise InputError(
-                    f"a Ray worker has no module {error.cause.name!r}, which your module or scorer imports: install "
-                    f"it there, or put what they need into their own file. {_GO_ON}"
-                ) from error
+                why = f"a Ray worker has no module {error.cause.name!r}, which your module or scorer imports"
+                remedy = "install it there, or put what they need into their own file"
+                raise InputError(f"{why}: {remedy}. {_GO_ON}") from error
             raise error.cause from error
         except errors.RayError as error:
             text = " ".join(str(error).split()) or type(error).__name__
@@ -317,11 +309,9 @@ class RayTasks(Executor[Population, Outcome | Failure]):
         if end == "other versions":
             host, expected, there = content
             name = next(name for name in expected if there[name] != expected[name])
-            version = f"{name} {there[name]}" if there[name] else f"no {name}"
-            raise InputError(
-                f"the Ray worker on {host} has {version}, and this process {name} {expected[name]}: install "
-                f"{name}=={expected[name]} there. {_GO_ON}"
-            )
+            version, here = f"{name} {there[name]}" if there[name] else f"no {name}", expected[name]
+            why = f"the Ray worker on {host} has {version}, and this process {name} {here}"
+            raise InputError(f"{why}: install {name}=={here} there. {_GO_ON}")
         self.has_trained = True
         outcomes: Outcomes = content[0]
         return outcomes
@@ -329,10 +319,9 @@ class RayTasks(Executor[Population, Outcome | Failure]):
     def give_up(self, chunk: Population, losses: int, reason: str) -> Exception:
         """Return the error of a chunk that has lost so many workers; its trials wait for a later call."""
         self.has_given_up = True
-        return ClusterError(
-            f"{len(chunk.index)} trials that train together have lost {losses} workers one after the other, the last "
-            f"because: {reason} A smaller memory= makes chunks of fewer trials. {_GO_ON}"
-        )
+        why = f"have lost {losses} workers one after the other, the last because: {reason}"
+        remedy = "A smaller memory= makes chunks of fewer trials."
+        return ClusterError(f"{len(chunk.index)} trials that train together {why} {remedy} {_GO_ON}")
 
     def stop(self) -> None:
         """End the tasks, whatever they are doing.

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 def one_of(*allowed: str | bool) -> Callable[[str, object], object]:
     def check(name: str, value: object) -> object:
         if value not in allowed:
-            raise InputError(
-                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{did_you_mean(value, allowed)}"
-            )
+            words = f"{', '.join(map(repr, allowed))}, got {value!r}.{did_you_mean(value, allowed)}"
+            raise InputError(f"{name} must be one of {words}")
         return value
 
     return check
@@ -57,9 +56,8 @@ def seconds(name: str, value: object, *, none: bool = False) -> object:
 
 def path(name: str, value: object) -> Path | None:
     if not (value is None or isinstance(value, str | os.PathLike)):
-        raise InputError(
-            f"{name} is the path of a file, or None, got {value!r}; of a study that is open give its file."
-        )
+        got = f"got {value!r}; of a study that is open give its file."
+        raise InputError(f"{name} is the path of a file, or None, {got}")
     if value is not None and Path(value).is_dir():
         file = str(Path(value) / "study.db")
         raise InputError(f"{name} must be a file, got the folder {str(value)!r}; give a file in it, such as {file!r}.")
@@ -126,10 +124,8 @@ def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
         raise InputError(f"{name} must be a dict such as {{'zip': 'category'}}, got {value!r}.")
     for column, kind in value.items():
         if kind not in KINDS:
-            raise InputError(
-                f"{name} must be one of {', '.join(KINDS)} for each column, got {kind!r} for {column!r}."
-                f"{did_you_mean(kind, KINDS)}"
-            )
+            got = f"got {kind!r} for {column!r}.{did_you_mean(kind, KINDS)}"
+            raise InputError(f"{name} must be one of {', '.join(KINDS)} for each column, {got}")
     return dict(value)
 
 

@@ -101,10 +101,8 @@ def choose_model(model: object, optimizer: object) -> ModelChoice:
 def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
     """Return the choice that a study stored. Raises InputError where a class has gone, UntrustedCodeError."""
     if optimizer not in (*OPTIMIZERS, *CLASSES, "exact"):
-        raise InputError(
-            f"the study was searched with optimizer={optimizer!r}, which this gputune does not have; open it with the "
-            "version that wrote it."
-        )
+        why = f"the study was searched with optimizer={optimizer!r}, which this gputune does not have"
+        raise InputError(f"{why}; open it with the version that wrote it.")
     module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
     return ModelChoice(spec["kind"], optimizer, module_class)
 
@@ -115,19 +113,16 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
     if is_builder(model):
         return "module", model
     if isinstance(model, nn.Module):
-        raise InputError(
-            f"model must be the class, not an instance, since every trial builds its own: pass {type(model).__name__}."
-        )
+        why = "model must be the class, not an instance, since every trial builds its own"
+        raise InputError(f"{why}: pass {type(model).__name__}.")
     words, meant = (*BUILT_IN, *NAMED), ""
     if isinstance(model, str):
         path, colon, name = model.rpartition(":")
         if model in NAMED or colon:
             return "module", NAMED.get(model) or class_from_file(path, name)
         meant = did_you_mean(model, words)
-    raise InputError(
-        f"model must be {', '.join(map(repr, words))}, a torch.nn.Module class, a function that makes modules, or "
-        f"'FILE.py:NAME', got {model!r}.{meant}"
-    )
+    kinds = f"{', '.join(map(repr, words))}, a torch.nn.Module class, a function that makes modules, or 'FILE.py:NAME'"
+    raise InputError(f"model must be {kinds}, got {model!r}.{meant}")
 
 
 Method = Literal["random"] | StoppingRule | Hypergradient | OptunaSampler
@@ -143,12 +138,10 @@ def check_method(method: object) -> Method:
         return method
     if method == "random":
         return "random"
-    words = ", ".join(map(repr, ("random", *METHODS)))
-    values = ", ".join(f"gputune.{kind.__name__}(...)" for kind in METHODS.values())
-    raise InputError(
-        f"method must be {words}, {values} or gputune.OptunaSampler(...), got {method!r}."
-        f"{did_you_mean(method, ('random', *METHODS)) if isinstance(method, str) else ''}"
-    )
+    words = "random", *METHODS
+    values = *map(repr, words), *(f"gputune.{kind.__name__}(...)" for kind in METHODS.values())
+    meant = did_you_mean(method, words) if isinstance(method, str) else ""
+    raise InputError(f"method must be {', '.join(values)} or gputune.OptunaSampler(...), got {method!r}.{meant}")
 
 
 def check_patience(method: Method, epoch: str, *, solved: bool) -> None:

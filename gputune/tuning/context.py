@@ -115,11 +115,9 @@ class Context(Session):
                 plan = make()
         self.profile.plan = plan
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
-            self.progress.say(
-                f"note: memory={self.options.memory!r} does not hold one trial of the largest, which takes about "
-                f"{size_words(plan.chunk_bytes)}; such a trial trains alone, and takes it",
-                once=True,
-            )
+            takes = f"which takes about {size_words(plan.chunk_bytes)}; such a trial trains alone, and takes it"
+            lacks = f"memory={self.options.memory!r} does not hold one trial of the largest"
+            self.progress.say(f"note: {lacks}, {takes}", once=True)
         return plan
 
     def _time(self, plan: Plan, groups: Sequence[Population], epochs: int) -> bool:
@@ -230,10 +228,8 @@ class Context(Session):
             return 0
         traits = traits_of(builder, config, self.data, columns=self.problem.columns_in_words(), objective=objective)
         if traits.unstackable and self.options.backend == "stacked":
-            raise InputError(
-                f"backend='stacked': the members of {self.choice.name} cannot be stacked: {traits.unstackable}. Change "
-                "that, or let backend='auto' train them one by one."
-            )
+            why = f"the members of {self.choice.name} cannot be stacked: {traits.unstackable}"
+            raise InputError(f"backend='stacked': {why}. Change that, or let backend='auto' train them one by one.")
         if first and traits.at_start:
             raise InputError(f"model: {traits.at_start}")
         return traits.parameters
@@ -248,10 +244,9 @@ class Context(Session):
                 check_rates(self.choice.name, config, traits, usual=self.choice.recipe)
             rows = min(smallest, *(config["batch_size"] for config in group.configs))
             if rows < traits.least_rows:
-                raise InputError(
-                    f"model: {self.choice.name} cannot train on a minibatch of one row, as BatchNorm cannot, and "
-                    f"batch_size={rows} gives no other; use minibatches of {traits.least_rows} rows or more."
-                )
+                why = "cannot train on a minibatch of one row, as BatchNorm cannot"
+                remedy = f"batch_size={rows} gives no other; use minibatches of {traits.least_rows} rows or more"
+                raise InputError(f"model: {self.choice.name} {why}, and {remedy}.")
 
     def remarks_on(self, configs: Sequence[Config]) -> tuple[str, ...]:
         """Return why trials train one by one, a sentence each: by the modules tried so far, and by configurations."""

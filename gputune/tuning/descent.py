@@ -32,27 +32,21 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
     names = tuple(method.hyperparameters)
     if not choice.solved:
         if "C" in names:
-            raise InputError(
-                "Hypergradient(hyperparameters=...): only the logistic regression solved with optimizer='exact' has "
-                f"'C', got {names!r}; descend on 'weight_decay'."
-            )
+            why = "only the logistic regression solved with optimizer='exact' has 'C'"
+            raise InputError(f"Hypergradient(hyperparameters=...): {why}, got {names!r}; descend on 'weight_decay'.")
         return names
     if names not in (("lr",), ("C",)) or method.segments > 1 or method.per_layer:
-        raise InputError(
-            "Hypergradient: the solved logistic regression has C alone, without segments or layers, got "
-            f"hyperparameters={names!r}, segments={method.segments}, per_layer={method.per_layer}; leave them out, or "
-            "train it with optimizer='adamw'."
-        )
+        got = f"got hyperparameters={names!r}, segments={method.segments}, per_layer={method.per_layer}"
+        why = f"the solved logistic regression has C alone, without segments or layers, {got}"
+        raise InputError(f"Hypergradient: {why}; leave them out, or train it with optimizer='adamw'.")
     return ("C",)
 
 
 def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
     """Raise InputError where starts cannot descend."""
-    if context.options.target_transform is not None:
-        raise InputError(
-            f"method='hypergradient' descends on the squared error of the target as it is, got target_transform="
-            f"{context.options.target_transform!r}: choose another method, or transform y before."
-        )
+    if (transform := context.options.target_transform) is not None:
+        why = "descends on the squared error of the target as it is, got target_transform="
+        raise InputError(f"method='hypergradient' {why}{transform!r}: choose another method, or transform y before.")
     names, data, solved = searched_names(method, context.choice), context.data, context.choice.solved
     labels = context.problem.target.classes
     if labels is not None and data.present is not None:  # a fold must train on the classes that it holds out
@@ -114,10 +108,9 @@ def descend(context: Context, space: Space, method: Hypergradient) -> None:
     bounds = {name: ends for name, ends in ranges.items() if ends is not None}
     paths = {number: Descent(method, names, context.complete(c.params), bounds) for number, c in starts.items()}
     most = len(starts) * (outer + 1)
-    context.progress.say(
-        f"descent: {count(len(starts), 'start')} x at most {outer + 1} points = {most} trainings "
-        "at most, each in all folds and with derivatives; fewer with a smaller n_trials"
-    )
+    each = "each in all folds and with derivatives; fewer with a smaller n_trials"
+    points = f"{count(len(starts), 'start')} x at most {outer + 1} points = {most} trainings at most"
+    context.progress.say(f"descent: {points}, {each}")
     with context.progress.bar_over(most - len(context.ledger.results), context.epochs):
         run_descent(paths, _Trials(context, outer, starts), outer)
 
@@ -189,17 +182,11 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
     """Return the chunks of these points and their job; raises InputError where they cannot be differentiated."""
-    method = context.options.method
+    method, trainer = context.options.method, context.trainer
     assert isinstance(method, Hypergradient)
-    job = context.trainer.job(
-        HypergradientJob,
-        epochs=context.epochs,
-        hyperparameters=searched_names(method, context.choice),
-        segments=method.segments,
-        per_layer=method.per_layer,
-        mode=mode,
-    )
-    return context.trainer.plan_differentiated(configs, job)
+    more = {"hyperparameters": searched_names(method, context.choice), "segments": method.segments, "mode": mode}
+    job = trainer.job(HypergradientJob, epochs=context.epochs, per_layer=method.per_layer, **more)
+    return trainer.plan_differentiated(configs, job)
 
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:

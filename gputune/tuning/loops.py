@@ -48,16 +48,13 @@ def search_loop(
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     _check_objective(objective, direction)
     if options.is_on_cluster:
-        raise InputError(
-            "workers='ray' is for gputune.tune: search() trains on this machine; give a number of processes, or 'auto'."
-        )
+        why = "workers='ray' is for gputune.tune: search() trains on this machine"
+        raise InputError(f"{why}; give a number of processes, or 'auto'.")
     space = check_own_space(to_scipy(options.space))
     for study in options.warm_start:
         if (other := DIRECTIONS.get(study.record.scoring, direction)) != direction:
-            raise InputError(
-                f"warm_start must be of studies of direction={direction!r}, got one of {other!r}, whose best trials "
-                "would be the worst here; leave it out."
-            )
+            got = f"got one of {other!r}, whose best trials would be the worst here; leave it out."
+            raise InputError(f"warm_start must be of studies of direction={direction!r}, {got}")
     options = with_earlier(options, space)
     first = _first_trials(options, space)
     rule = _pruning_rule(options, max_epochs)
@@ -100,9 +97,8 @@ def _check_objective(objective: object, direction: object) -> None:
     try:
         inspect.signature(objective).bind({}, None)
     except TypeError as error:
-        raise InputError(
-            f"objective must take two arguments, (params, report), and {_function(objective)[1]} does not: {error}."
-        ) from None
+        lacks = f"{_function(objective)[1]} does not: {error}"
+        raise InputError(f"objective must take two arguments, (params, report), and {lacks}.") from None
     except ValueError:  # a function in C says nothing of its arguments
         pass
     if direction not in ("maximize", "minimize"):
@@ -120,18 +116,15 @@ def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | Non
     """Return what ends trials early, if anything does."""
     method = options.method
     if isinstance(method, Hypergradient):
-        raise InputError(
-            "method='hypergradient' differentiates the training of gputune.tune, and search() knows nothing of the "
-            "inside of yours; choose 'random', 'halving', 'median' or gputune.OptunaSampler(...)."
-        )
+        why = "differentiates the training of gputune.tune, and search() knows nothing of the inside of yours"
+        others = "choose 'random', 'halving', 'median' or gputune.OptunaSampler(...)"
+        raise InputError(f"method='hypergradient' {why}; {others}.")
     rule = method.halving if isinstance(method, OptunaSampler) else method
     if not isinstance(rule, StoppingRule):
         return None
     if max_epochs is None:
-        raise InputError(
-            f"method={method_name(rule)!r} decides at steps of a training: max_epochs must say how often a whole "
-            "training calls report(value), got None."
-        )
+        rest = "max_epochs must say how often a whole training calls report(value), got None"
+        raise InputError(f"method={method_name(rule)!r} decides at steps of a training: {rest}.")
     rule.stops(max_epochs)  # which refuses options that leave no room for a decision
     return partial(ends_on_arrival, rule, max_epochs)
 
@@ -149,27 +142,17 @@ def _record(
     function, name = _function(objective)
     # Its source, its bytecode where there is none, "" where there is neither.
     text = source_text(function if inspect.isroutine(function) else type(function))
+    callbacks = [type(callback).__name__ for callback in options.callbacks]
+    arguments = Arguments(
+        kept={"n_trials": options.n_trials}, space=space_to_json(space), lacking=["objective, a function"],
+        callbacks=callbacks,
+    )  # fmt: skip
     return SearchRecord(
-        face="loop",
-        model=name,
-        spec={"kind": "objective", "name": name, "sha256": sha256(text) if text else ""},
-        space=space_text(space),
-        distributions=distributions(space),
-        method=method_to_json(options.method),
-        folds=0,
-        scoring="objective" if direction == "maximize" else "neg_objective",
-        epoch="last",
-        max_epochs=max_epochs or 0,
-        seed=options.random_state,
-        versions=versions(),
-        arguments=Arguments(
-            kept={"n_trials": options.n_trials},
-            space=space_to_json(space),
-            lacking=["objective, a function"],
-            callbacks=[type(callback).__name__ for callback in options.callbacks],
-        ),
-        absent=frozenset(_ABSENT),
-    )
+        face="loop", model=name, spec={"kind": "objective", "name": name, "sha256": sha256(text) if text else ""},
+        space=space_text(space), distributions=distributions(space), method=method_to_json(options.method), folds=0,
+        scoring="objective" if direction == "maximize" else "neg_objective", epoch="last", max_epochs=max_epochs or 0,
+        seed=options.random_state, versions=versions(), arguments=arguments, absent=frozenset(_ABSENT),
+    )  # fmt: skip
 
 
 def _train(

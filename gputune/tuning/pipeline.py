@@ -181,10 +181,9 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
     ]
     most = limit // (4 * data.n_outputs * sum(len(fold.valid) for fold in data.folds))
     if limit and most < max(options.n_trials, len(setup.trials)):
-        remarks.append(
-            f"predictions of validation rows are kept of about {most} trials, the best, since those of all take more "
-            f"than {size_words(limit)}: an ensemble of others trains them again"
-        )
+        kept = f"predictions of validation rows are kept of about {most} trials, the best"
+        more = f"since those of all take more than {size_words(limit)}"
+        remarks.append(f"{kept}, {more}: an ensemble of others trains them again")
     remarks += problem.remarks_on_limits(data)
     return search_record(context, setup.space, setup.folds, remarks, without_model)
 
@@ -202,10 +201,8 @@ def _cluster(problem: Problem) -> AbstractContextManager[RayCluster | None]:
     if not isinstance(workers, Ray):
         return nullcontext()
     if problem.choice.solved:
-        raise InputError(
-            "workers='ray': the logistic regression solved with optimizer='exact' is a batched solve of seconds on "
-            "this machine; leave workers out, or train it with optimizer='adamw'."
-        )
+        why = "the logistic regression solved with optimizer='exact' is a batched solve of seconds on this machine"
+        raise InputError(f"workers='ray': {why}; leave workers out, or train it with optimizer='adamw'.")
     return ray_cluster(workers, device=problem.options.device)
 
 

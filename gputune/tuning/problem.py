@@ -32,6 +32,8 @@ from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers
 
+_PASS = "pass a module, for example model=gputune.models.MLP"
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -106,10 +108,8 @@ class Problem:
         included = {str(config["numbers"]) for config in options.include if "numbers" in config}
         for way in sorted({*ways, *included} - {self.numbers}):
             if isinstance(self.raw, Arrays):
-                raise InputError(
-                    f"space: 'numbers' is searched for tables, and X is {self.layout}; leave the key out, and give "
-                    f"numbers={way!r} to the whole search."
-                )
+                remedy = f"leave the key out, and give numbers={way!r} to the whole search"
+                raise InputError(f"space: 'numbers' is searched for tables, and X is {self.layout}; {remedy}.")
             check_numbers(way, self.raw)
         numbers = self.numbers if self.numbers in ways else ways[0]
         return replace(self, numbers=numbers, options=replace(options, numbers=numbers))
@@ -140,10 +140,9 @@ class Problem:
         scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
         for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
             if options.study is not None and any(part in name for part in ("<lambda>", "<locals>", "<function ")):
-                raise InputError(
-                    f"{argument}={name!r} has no name by which study={str(options.study)!r} could know it again; "
-                    "define it with def at the top of a module, or leave study out."
-                )
+                why = f"has no name by which study={str(options.study)!r} could know it again"
+                remedy = "define it with def at the top of a module, or leave study out"
+                raise InputError(f"{argument}={name!r} {why}; {remedy}.")
         return scoring
 
     @property
@@ -195,11 +194,8 @@ class Problem:
         if not objective.one_logit or classes is None:
             return of_values
         other, positive = classes.tolist()
-        return (
-            f"{self.choice.name} is trained on the loss {objective.name}: its one logit a row is of "
-            f"{self.target.name} = {positive!r} against {other!r}",
-            *of_values,
-        )
+        trained = f"{self.choice.name} is trained on the loss {objective.name}"
+        return (f"{trained}: its one logit a row is of {self.target.name} = {positive!r} against {other!r}", *of_values)
 
     def remarks_on_limits(self, data: Dataset) -> tuple[str, ...]:
         """Return which columns have numbers so far from those of training rows that they are clipped, a sentence."""
@@ -231,20 +227,14 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
     "standard" for a table, "none" for arrays.
     """
     if options.precision == "bf16" and choice.kind != "module":
-        raise InputError(
-            f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in full precision: pass a "
-            "module, for example model=gputune.models.MLP, or leave it out."
-        )
+        why = f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in full precision"
+        raise InputError(f"{why}: {_PASS}, or leave it out.")
     if options.tf32 and choice.solved:
-        raise InputError(
-            "tf32=True is for matrix products of single precision, and the logistic regression solved with "
-            "optimizer='exact' has double precision, where it would do nothing; leave tf32 out."
-        )
+        exact = "the logistic regression solved with optimizer='exact' has double precision, where it would do nothing"
+        raise InputError(f"tf32=True is for matrix products of single precision, and {exact}; leave tf32 out.")
     if options.backend == "loop" and choice.kind != "module":
-        raise InputError(
-            f"backend='loop' trains the members of a user's module one by one, and the model is {choice.name!r}; "
-            "choose backend='auto', or 'eager'."
-        )
+        why = f"trains the members of a user's module one by one, and the model is {choice.name!r}"
+        raise InputError(f"backend='loop' {why}; choose backend='auto', or 'eager'.")
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     target = with_transform(target, options.target_transform)
     check_spread(target)
@@ -270,19 +260,13 @@ def _objective(target: Target, choice: ModelChoice, options: Options) -> Objecti
     if choice.kind == "module":
         return make_objective(options.loss, options.training_step, options.augment, target.task)
     if target.values.ndim > 1 or target.task == "custom":
-        raise InputError(
-            f"model={choice.name!r} predicts one class or one number a row, and {target.name} has shape "
-            f"{target.values.shape}: pass a module, for example model=gputune.models.MLP, which takes n_outputs."
-        )
+        why = f"predicts one class or one number a row, and {target.name} has shape {target.values.shape}"
+        raise InputError(f"model={choice.name!r} {why}: {_PASS}, which takes n_outputs.")
     if choice.solved and target.task == "regression":
-        raise InputError(
-            "model='logistic' solved with optimizer='exact' predicts classes, and the target is a number: choose "
-            "model='mlp', or optimizer='adamw' for a linear regression."
-        )
+        why = "model='logistic' solved with optimizer='exact' predicts classes, and the target is a number"
+        raise InputError(f"{why}: choose model='mlp', or optimizer='adamw' for a linear regression.")
     for name in ("loss", "training_step", "augment"):
         if getattr(options, name) is not None:
-            raise InputError(
-                f"{name} is for a module of your own, and model={choice.name!r} trains on its task's loss: pass a "
-                "module, for example model=gputune.models.MLP, or leave it out."
-            )
+            why = f"{name} is for a module of your own, and model={choice.name!r} trains on its task's loss"
+            raise InputError(f"{why}: {_PASS}, or leave it out.")
     return None

@@ -151,24 +151,18 @@ def recorded_search(
     if record.face == "sklearn":
         why = f"is of {record.method}, which searched scikit-learn's estimators: a search of that face is not resumed."
     elif record.face == "loop":
-        why = (
-            "is of gputune.search, whose training loop is in no file: repeat the call with "
-            f"study={file}, which goes on where it stopped."
-        )
+        repeat = f"repeat the call with study={file}, which goes on where it stopped"
+        why = f"is of gputune.search, whose training loop is in no file: {repeat}."
     elif record.lost or {"arguments", "source"} & record.absent:
-        why = (
-            "has lost options of its search and cannot go on; search again, into another folder. `gputune trials` "
-            "shows what it holds."
-        )
+        remedy = "search again, into another folder. `gputune trials` shows what it holds"
+        why = f"has lost options of its search and cannot go on; {remedy}."
     elif arguments.lacking:
         of_command = "test_size" in (record.source or {})  # which alone keeps rows apart
         call = "command that began it" if of_command else f"call of gputune.tune(..., study={file})"
         why = f"does not hold: {'; '.join(arguments.lacking)}. Repeat the {call}, which goes on where it stopped."
     elif kept.get("n_trials") == 0:
-        why = (
-            "holds configurations that were trained one by one, and no search that could go on; repeat the command or "
-            "call that trained one of them, or search from here with n_trials=8 or more."
-        )
+        remedy = "repeat the command or call that trained one of them, or search from here with n_trials=8 or more"
+        why = f"holds configurations that were trained one by one, and no search that could go on; {remedy}."
     if why:
         raise InputError(f"study {file} {why}")
     study = path.absolute()  # wherever a module of the user's goes meanwhile
@@ -179,10 +173,8 @@ def recorded_search(
         workers = Ray(**workers)
         # A cluster elsewhere gets the rows, and answers in pickles, which are code.
         if not trust_code and workers.is_elsewhere and not is_remembered(workers.address):
-            raise UntrustedCodeError(
-                f"the study names the Ray cluster {workers.address!r}, which would get its rows and could run code "
-                "here, and which you have not trained on from this machine."
-            )
+            why = "which would get its rows and could run code here, and which you have not trained on"
+            raise UntrustedCodeError(f"the study names the Ray cluster {workers.address!r}, {why} from this machine.")
     space, folds = space_from_json(arguments.space or ()), unpack_folds(arguments.folds)
     options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
     return RecordedSearch(choice, source, options, test)
@@ -195,10 +187,8 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
     try:
         source, test = read_apart(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:
-        raise InputError(
-            f"the search cannot go on: its data {file} is gone; put it back, or repeat the first call with its new "
-            "place."
-        ) from error
+        remedy = "put it back, or repeat the first call with its new place"
+        raise InputError(f"the search cannot go on: its data {file} is gone; {remedy}.") from error
     target = check_target(source.y, task=cast(TaskWord, record.task), n_rows=len(source.X), name=source.target)
     change, held_out = "", origin.get("held_out")
     if (now := fingerprint(source.X, target)) != record.fingerprint:

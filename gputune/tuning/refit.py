@@ -92,10 +92,8 @@ class Search:
                     members = trainer.train_members(configs, epochs, progress)
         for trial, modules in zip(trials, members):
             if not all(bool(w.isfinite().all()) for module in modules for w in module.parameters()):
-                raise DivergedError(
-                    f"trial {trial.number} diverged when it was trained on all rows; give the next best configuration, "
-                    "or a smaller lr, a search of its own."
-                )
+                other = "give the next best configuration, or a smaller lr, a search of its own"
+                raise DivergedError(f"trial {trial.number} diverged when it was trained on all rows; {other}.")
         return members
 
     def _trainer(self, data: Dataset, seed: int) -> Trainer:
@@ -204,16 +202,13 @@ def _read_search(access: Access) -> RecordedSearch:
         if kept.options.sample_weight is not None:
             raise InputError(f"{access} cannot weight other rows: the study used sample_weight; leave X and y out.")
         return replace(kept, source=_source_of(access, kept.choice, kept.options))
+    cannot = f"{access.called}() cannot"
     if record.face == "sklearn":
-        raise InputError(
-            f"{access.called}() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
-            "best_estimator_ is the model."
-        )
+        of = f"{record.method}, which searched scikit-learn's estimators"
+        raise InputError(f"{cannot} refit a study of {of}; its best_estimator_ is the model.")
     if record.face == "loop":
-        raise InputError(
-            f"{access.called}() cannot refit a study of search(), whose training loop is your own: call your objective "
-            "with study.best_params."
-        )
+        of = "search(), whose training loop is your own"
+        raise InputError(f"{cannot} refit a study of {of}: call your objective with study.best_params.")
     if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
         raise lost_option(study.file, lost[0])
     # The record has class weights as text, its arguments as they were given.
@@ -226,9 +221,7 @@ def _read_search(access: Access) -> RecordedSearch:
     elif record.class_weight is not None and class_weight is None:
         lacking = f"class_weight={record.class_weight} again"
     if lacking:
-        raise InputError(
-            f"{access.called}() cannot read {lacking}; call it on the study that tune() returned, in the same process."
-        )
+        raise InputError(f"{cannot} read {lacking}; call it on the study that tune() returned, in the same process.")
     options = recorded_options(record, **_machine(record), class_weight=class_weight)
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=access.trust_code)
     return RecordedSearch(choice, _source_of(access, choice, options), options)
@@ -240,9 +233,8 @@ def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
         return read_source(access.X, access.y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
     origin = access.study.record.source
     if origin is None:
-        raise InputError(
-            f"{access} needs X and y: the study was searched on data in memory, which its file does not hold."
-        )
+        why = "the study was searched on data in memory, which its file does not hold"
+        raise InputError(f"{access} needs X and y: {why}.")
     try:
         return read_again(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:

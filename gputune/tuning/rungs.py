@@ -27,10 +27,9 @@ from gputune.types import Config, Outputs, drop_beyond_limit, first_metric
 
 def check_rungs(rule: StoppingRule, context: Context) -> None:
     if context.choice.solved:
-        raise InputError(
-            f"method={type(rule).__name__.lower()!r} judges trials while they train, and the solved logistic "
-            "regression does not train: choose optimizer='adamw', or method='random'."
-        )
+        why = "judges trials while they train, and the solved logistic regression does not train"
+        remedy = "choose optimizer='adamw', or method='random'"
+        raise InputError(f"method={type(rule).__name__.lower()!r} {why}: {remedy}.")
     rule.stops(context.epochs)
 
 

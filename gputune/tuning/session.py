@@ -50,10 +50,8 @@ def checked_space(choice: ModelChoice, options: Options) -> Space:
     checked = check_space(to_scipy(space), keys=keys, module=module)
     ways = choices_of(checked, "numbers", default=options.numbers)
     if options.numbers not in ("auto", *ways):
-        raise InputError(
-            f"numbers={options.numbers!r} is none of those that the space has, {', '.join(ways)}, so no trial would "
-            "have it; leave it out, or add it to the space."
-        )
+        why = f"is none of those that the space has, {', '.join(ways)}, so no trial would have it"
+        raise InputError(f"numbers={options.numbers!r} {why}; leave it out, or add it to the space.")
     return checked
 
 
@@ -64,14 +62,11 @@ def _check_named(space: str, choice: ModelChoice) -> None:
     if choice.searched != "mlp" if space in PORTFOLIOS else not choice.recipe:
         model, words = ("mlp", "the MLP") if space in PORTFOLIOS else ("realmlp", "RealMLP")
         given = "realmlp" if choice.recipe else choice.name
-        raise InputError(
-            f"space={space!r} is of {words}, got model={given!r}; choose model={model!r}, or a space of keys."
-        )
+        why = f"is of {words}, got model={given!r}"
+        raise InputError(f"space={space!r} {why}; choose model={model!r}, or a space of keys.")
     if space in PORTFOLIOS and choice.optimizer != "adamw":
-        raise InputError(
-            f"space={space!r} begins with configurations that were measured with adamw, got optimizer="
-            f"{choice.optimizer!r}; leave one of them out."
-        )
+        measured = f"space={space!r} begins with configurations that were measured with adamw"
+        raise InputError(f"{measured}, got optimizer={choice.optimizer!r}; leave one of them out.")
 
 
 def first_trials(
@@ -132,10 +127,8 @@ def with_earlier(options: Options, space: Space) -> Options:
         if not inside:
             keys = sorted(trials[0].keys() ^ {key for part in space for key in part})
             differs = f"the keys {', '.join(keys)}" if keys else f"values, such as {trials[0]!r}"
-            raise InputError(
-                f"{name} was searched in another space, which differs in {differs}; leave warm_start out, or search "
-                "that space."
-            )
+            other = f"{name} was searched in another space, which differs in {differs}"
+            raise InputError(f"{other}; leave warm_start out, or search that space.")
         configs += inside[:_BEST]
     return replace(options, include=[*options.include, *configs])
 

@@ -105,10 +105,8 @@ def _trial_of_number(access: Access, number: object) -> Trial:
         return study.best_trial
     scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
     if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
-        raise InputError(
-            f"{access.called}(trial={number!r}) must be the number of a trial that has a score, for example "
-            f"{study.best_trial.number}; study.trials lists them."
-        )
+        must = f"must be the number of a trial that has a score, for example {study.best_trial.number}"
+        raise InputError(f"{access.called}(trial={number!r}) {must}; study.trials lists them.")
     return scored[int(number)]
 
 
@@ -134,9 +132,8 @@ def ensemble(
     _check_folds_train(study, "ensemble()")
     trials = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)][:candidates]
     if len(trials) < 2:
-        raise InputError(
-            f"ensemble() needs two finished trials, and the study has {len(trials)}; search on, or use best_model()."
-        )
+        has = f"ensemble() needs two finished trials, and the study has {len(trials)}"
+        raise InputError(f"{has}; search on, or use best_model().")
     calibrated = _is_calibrated(access, calibrate)
     search = search_of(access)
     predictions = predictions_of(search, trials, Progress(verbose))
@@ -193,9 +190,8 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
     search, one = search_of(access), study.best_trial
     layout, matrix = search.problem.layout, np.zeros((0, 0), np.int64)
     if importance and not isinstance(layout, Layout):
-        raise InputError(
-            f"report(importance=True) is of the columns of a table, and X is {layout}; leave importance out."
-        )
+        why = f"report(importance=True) is of the columns of a table, and X is {layout}"
+        raise InputError(f"{why}; leave importance out.")
     if confusion:
         predictions = predictions_of(search, [one], Progress(0))
         data = predictions.data
