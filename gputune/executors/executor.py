@@ -23,17 +23,11 @@ class Unit(Protocol):
 Chunk = TypeVar("Chunk", bound=Unit)
 Result = TypeVar("Result")
 
-Outcomes = Sequence[Outcome | Failure]
-"""What came of a chunk of a population, part by part."""
-
-Task = Callable[[Chunk], Sequence[Result]]
-"""Trains a chunk in this process."""
-
+Outcomes = Sequence[Outcome | Failure]  # what came of a chunk of a population, part by part
+Task = Callable[[Chunk], Sequence[Result]]  # trains a chunk in this process
+# From any thread: told what came of a chunk that a worker has trained, or its error; asked whether one may begin here.
 Ended = Callable[[Chunk, Sequence[Result] | Exception], None]
-"""Called, from any thread, with what came of a chunk that a worker has trained, or with its error."""
-
 Claim = Callable[[Chunk], bool]
-"""Asked, from any thread, before a chunk begins: whether this process may train it."""
 
 LOSSES = 3  # workers that one chunk may lose before it is given up
 
@@ -118,7 +112,7 @@ class Queue(Generic[Chunk, Result]):
                 if self.claim(chunk := self.waiting.popleft()):
                     self.begun = True
                     return chunk
-        return None
+            return None
 
     def _fill(self) -> None:
         """Give chunks to the workers that are free; one chunk at least begins, however little time there is."""
@@ -164,7 +158,7 @@ class Queue(Generic[Chunk, Result]):
             if isinstance(result, str):
                 warn(result)
                 continue
-            for outcome in result:
-                if isinstance(outcome, Outcome):
-                    progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
+            for one in result:
+                if isinstance(one, Outcome):
+                    progress(len(one.index) * one.epochs, one.curves[:, : one.epochs])
             yield from result

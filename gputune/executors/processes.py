@@ -52,6 +52,9 @@ from gputune.text import count
 _LARGE = 1 << 20  # bytes from which a tensor's file is looked for
 _BFLOAT16 = np.dtype([("bits", "<i2")])  # NumPy has no such numbers
 
+_Place = tuple[Mapping[str, str] | None, object]  # the environment variables of a worker, and what its work is given
+_GiveUp = Callable[[Chunk, int, str], Sequence[Result]]
+
 
 @dataclass(frozen=True)
 class MappedFile:
@@ -177,10 +180,7 @@ class Processes(Executor[Chunk, Result]):
     worker = "a worker process"
 
     def __init__(
-        self,
-        work: Callable[..., Sequence[Result]],
-        places: Sequence[tuple[Mapping[str, str] | None, object]],
-        give_up: Callable[[Chunk, int, str], Sequence[Result]],
+        self, work: Callable[..., Sequence[Result]], places: Sequence[_Place], give_up: _GiveUp[Chunk, Result]
     ) -> None:
         self.work, self._give_up = work, give_up
         # A start of its own, as it would let the signals through that are held off from a worker's.
@@ -252,8 +252,7 @@ def chunk_processes(
 ) -> Iterator[Processes[Population, Outcome | Failure]]:
     """Have a worker of one thread for each device inside, beside this process, which trains too.
 
-    The data is written once and mapped into every worker, so that it is held in memory once. Workers that are idle at
-    the end wait for the next search.
+    The data is written once and mapped into all of them. Workers that are idle at the end wait for the next search.
     """
     with scratch_folder() as folder:
         path = folder / "data.joblib"
@@ -304,7 +303,7 @@ def _unpack_job(packed: bytes) -> Job:
 
 @functools.lru_cache(maxsize=1)
 def _load(path: str, device: torch.device) -> Dataset:
-    # copy-on-write: torch wants arrays that could be written, and nobody writes to them
+    # Copy-on-write: torch wants arrays that could be written, and nobody writes to them.
     return to_device(to_tensors(joblib.load(path, mmap_mode="c")), device)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import cloudpickle
 import numpy as np
@@ -95,8 +95,7 @@ def one_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecu
 def submit(executor: ProcessPoolExecutor, work: Callable[..., Value], *arguments: object) -> "Future[Value]":
     """Give a worker something to do; where it is not there any more, a new one is started."""
     with _starting, _signals_held_off(), _streams_that_flush():
-        future: Future[Value] = executor.submit(work, *arguments)
-        return future
+        return cast("Future[Value]", executor.submit(work, *arguments))
 
 
 @contextmanager
@@ -192,8 +191,8 @@ class Reports:
         return reported
 
 
+# A trial, the number of values that it has reported, and what all have reported -> whether it ends there.
 PruningRule = Callable[[int, int, Reports], bool]
-"""A trial, the number of values that it has reported, and what all have reported -> whether it ends there."""
 
 
 class TrialEnd(BaseException):
@@ -208,8 +207,7 @@ class Report:
     """
 
     def __init__(self, task: "Task", number: int) -> None:
-        self.number = number
-        self._task = task
+        self.number, self._task = number, task
         self._values: list[float] = []
         self._state: State | None = None
 
@@ -317,5 +315,4 @@ def call_in_worker(path: str, trial: Trial, _place: object) -> Sequence[Ending]:
 @lru_cache(maxsize=1)
 def _task(path: str) -> Task:
     """Return the task of a search: one object for all its trials, so that data in it is read once."""
-    task: Task = cloudpickle.loads(Path(path).read_bytes())
-    return task
+    return cast(Task, cloudpickle.loads(Path(path).read_bytes()))
