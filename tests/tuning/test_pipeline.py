@@ -76,8 +76,7 @@ def test_a_study_has_trials_scores_curves_and_a_best_one(iris, capsys):
 def test_the_same_call_gives_the_same_study(iris):
     first, second = (tune("mlp", *iris, n_trials=4, random_state=3) for _ in range(2))
     np.testing.assert_array_equal(first.curves, second.curves)
-    state = np.random.RandomState(0)  # which is used once
-    other = tune("mlp", *iris, n_trials=4, random_state=state)
+    other = tune("mlp", *iris, n_trials=4, random_state=np.random.RandomState(0))  # which is used once
     assert [t.params for t in other.trials[1:]] != [t.params for t in first.trials[1:]]
     assert other.meta["seed"] == np.random.RandomState(0).randint(2**31)
     assert tune("mlp", *iris, n_trials=1, random_state=None).meta["seed"] >= 0
@@ -677,18 +676,15 @@ def test_values_beyond_single_precision_diverge_and_harm_nobody(iris, space):
     assert [trial.state for trial in study.trials] == ["complete", "failed"]
 
 
-def test_a_batch_size_beyond_all_rows_means_all_rows(iris):
-    study = tune("mlp", *iris, space={"batch_size": [10**20, 10**6]}, n_trials=2)
-    np.testing.assert_allclose(study.curves[0], study.curves[1], atol=1e-6)
-
-
-@pytest.mark.parametrize("weight", [1e38, 1e-42])
-def test_the_size_of_equal_weights_changes_nothing(iris, weight):
-    plain, weighted = (tune_one("mlp", *iris, sample_weight=w) for w in (None, np.full(150, weight)))
-    np.testing.assert_allclose(weighted.curves, plain.curves, atol=1e-6)
-
-
-def test_a_row_that_no_fold_uses_harms_nobody(iris):
+def test_sizes_without_effect_and_a_row_of_no_fold_change_nothing(iris):
+    """How far a batch size lies beyond all rows, the size of equal weights, a row that no fold uses."""
+    large = tune("mlp", *iris, space={"batch_size": [10**20, 10**6]}, n_trials=2).curves
+    np.testing.assert_allclose(large[0], large[1], atol=1e-6)
+    plain, *weighted = (
+        tune_one("mlp", *iris, sample_weight=None if weight is None else np.full(150, weight)).curves
+        for weight in (None, 1e38, 1e-42)
+    )
+    np.testing.assert_allclose(weighted, [plain] * 2, atol=1e-6)
     X, order = iris[0].copy(), np.random.RandomState(0).permutation(np.arange(1, 150))
     X[0] = 1e300
     study = tune("mlp", X, iris[1], n_trials=1, cv=[(order[:90], order[90:]), (order[:80], order[80:])])

@@ -157,14 +157,12 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys, epochs, unit):
     assert f"{unit} [" in last and " left, trials 0/2, best accuracy 1.0000, 2 members]" in last
 
 
-@pytest.mark.parametrize(("verbose", "shown"), [(1, True), (0, False)])
-def test_reading_a_dataset_shows_a_bar(monkeypatch, capsys, verbose, shown):
+def test_reading_a_dataset_shows_a_bar_and_a_notebook_gets_one(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert list(reading_bar(range(3), verbose=verbose)) == [0, 1, 2]
-    assert ("reading X" in capsys.readouterr().err) == shown
-
-
-def test_a_notebook_gets_a_bar(monkeypatch):
+    for verbose in (1, 0):
+        assert list(reading_bar(range(3), verbose=verbose)) == [0, 1, 2]
+        assert ("reading X" in capsys.readouterr().err) == bool(verbose)
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "ipykernel", object())
     assert not Progress(1).plain
 

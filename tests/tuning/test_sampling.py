@@ -170,28 +170,25 @@ def interrupted(monkeypatch, at, **options):
         tune(**options)
 
 
-@pytest.mark.parametrize("name", ["TPESampler", "CmaEsSampler", "RandomSampler"])
-def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(name, path, monkeypatch):
+HALVED = {"halving": gputune.Halving(min_epochs=1), "batch": 6, "n_trials": 18, "include_default": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("TPESampler", {}), ("CmaEsSampler", {}), ("RandomSampler", {}), ("TPESampler", HALVED)]
+)
+def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(name, options, path, monkeypatch):
     made = tpe() if name == "TPESampler" else getattr(optuna.samplers, name)(seed=0)
-    whole = tune(made)
-    interrupted(monkeypatch, 3, sampler=made, study=path)
-    assert [t.state for t in gputune.Study.open(path).trials] == ["complete"] * 5 + ["waiting"] * 4
-    resumed = tune(made, study=path)
+    whole = tune(made, **options)
+    interrupted(monkeypatch, 2 if options else 3, sampler=made, study=path, **options)
+    if options:  # as if it had died within a batch
+        with Store.open(path) as store:
+            store._connection.execute("DELETE FROM results WHERE number = 1")
+    else:
+        assert [t.state for t in gputune.Study.open(path).trials] == ["complete"] * 5 + ["waiting"] * 4
+    resumed = tune(made, study=path, **options)
     assert params(resumed) == params(whole)
     np.testing.assert_array_equal(resumed.curves, whole.curves)
-    assert [t.origin for t in resumed.trials] == [t.origin for t in whole.trials]
-
-
-def test_a_stopped_search_that_halves_its_batches_goes_on_as_well(path, monkeypatch):
-    options = {"halving": gputune.Halving(min_epochs=1), "batch": 6, "n_trials": 18, "include_default": False}
-    whole = tune(tpe(), **options)
-    interrupted(monkeypatch, 2, sampler=tpe(), study=path, **options)
-    with Store.open(path) as store:
-        store._connection.execute("DELETE FROM results WHERE number = 1")  # as if it had died within a batch
-    resumed = tune(tpe(), study=path, **options)
-    assert params(resumed) == params(whole)
-    np.testing.assert_array_equal(resumed.curves, whole.curves)
-    assert [t.state for t in resumed.trials] == [t.state for t in whole.trials]
+    assert [(t.origin, t.state) for t in resumed.trials] == [(t.origin, t.state) for t in whole.trials]
 
 
 def test_each_batch_freezes_chunks_of_its_own(path):
