@@ -16,44 +16,26 @@ def free_memory() -> int:
 
     Half of all memory where the system does not say what is available; no limit where it says nothing.
     """
-    return max(0, min(_available(), _within_limit(), _of_group()))
-
-
-def _available() -> int:
+    limits = [sys.maxsize]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+        limits.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
     except (OSError, StopIteration):
-        pass
-    if sys.platform == "win32":
-        return sys.maxsize
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except ValueError:
-        return sys.maxsize
+        if sys.platform != "win32":
+            with suppress(ValueError):
+                limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    if sys.platform != "win32":
+        import resource  # which Windows has not
 
-
-def _within_limit() -> int:
-    """Bytes of addresses left under the process's own limit (``ulimit -v``)."""
-    if sys.platform == "win32":
-        return sys.maxsize
-    import resource  # which Windows has not
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit == resource.RLIM_INFINITY:
-        return sys.maxsize
-    try:
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        taken = 0
-    return limit - taken
-
-
-def _of_group() -> int:
-    try:
-        return int(_GROUP.read_text())
-    except (OSError, ValueError):  # "max": no limit
-        return sys.maxsize
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # of addresses: ``ulimit -v``
+        if limit != resource.RLIM_INFINITY:
+            taken = 0
+            with suppress(OSError):
+                taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            limits.append(limit - taken)
+    with suppress(OSError, ValueError):  # "max": no limit
+        limits.append(int(_GROUP.read_text()))
+    return max(0, min(limits))
 
 
 # What is said in a plain RuntimeError: by torch's allocator on the CPU; by CUDA where it loads code or makes a graph;

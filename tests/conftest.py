@@ -55,13 +55,13 @@ def own_state(tmp_path_factory, pytestconfig):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         found = tmp_path_factory.mktemp("found")
-        patch.setattr("gputune.engine.findings.cache_folder", lambda: found)  # not what the user's check found
+        patch.setattr("gputune.engine.backend.cache_folder", lambda: found)  # not what the user's check found
         patch.setattr("gputune.executors.worker.IDLE_SECONDS", 900)  # a worker that a test starts serves others
         # Waiting for the disk costs 50 ms a study, and no test cuts the power; intervals take most of a score's time.
         patch.setattr(database, "PRAGMAS", ("synchronous = OFF", *PRAGMAS[1:]))
         patch.setattr("gputune.cli.evaluation._SAMPLES", 10)
         if "simulated_cuda.torch_cuda" in sys.modules:  # whose binaries are none of a card
-            patch.setattr("gputune.native.member_kernel.kept_binary", lambda name, source, make: make())
+            patch.setattr("gputune.native.cuda.kept_binary", lambda name, source, make: make())
         if pytestconfig.getoption("--auto-gpu"):  # whatever is faster
             gpu = DeviceChoice(torch.device("cuda"))
             patch.setattr("gputune.engine.choice._choice_by_speed", lambda gpu, work: DeviceChoice(gpu))

@@ -30,8 +30,8 @@ from gputune.check.laws import (
     run_out_of_memory,
     scores,
 )
+from gputune.engine.backend import Findings, Speed, device_name, keep_findings
 from gputune.engine.choice import FEW, FOLDS, measure_speed
-from gputune.engine.findings import Findings, Speed, device_name, keep_findings
 from gputune.engine.kernel import obstacle
 from gputune.engine.plan import cores
 from gputune.hypergradients.hypergradient import Mode, hypergradient

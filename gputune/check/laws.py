@@ -25,9 +25,8 @@ from gputune.data.encode import fit_layout, fit_statistics
 from gputune.data.table import as_table
 from gputune.data.target import Target
 from gputune.data.weights import Weights
-from gputune.engine.job import Job, Outcome, Progress, train_chunk
+from gputune.engine.job import Job, Outcome, Progress, run_in_parts, train_chunk
 from gputune.engine.kernel import KernelChunk
-from gputune.engine.memory import run_in_parts
 from gputune.engine.train import Trained
 from gputune.models import MLP
 from gputune.modules.construction import build_module
@@ -36,7 +35,7 @@ from gputune.population.population import Population, Shape, complete, padded_wi
 from gputune.scoring.estimators import fitted
 from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scores import OF_TASK
-from gputune.scoring.scoring import Scoring
+from gputune.scoring.scoring import Scoring, Validation
 from gputune.seeding import stream
 from gputune.types import Backend, Config, Task
 
@@ -219,7 +218,7 @@ def by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
     """Members from the plain loop. Raises NotBuiltError where the kernel cannot be compiled, and others would train."""
     data, job = case.data(device), case.job(backend)
     for chunk in case.chunks(data):
-        KernelChunk(job.network(data, chunk), data, chunk.configs, seed=0, horizon=1, scoring=None)
+        KernelChunk(job.network(data, chunk), Validation(data, None), seed=0, horizon=1)
     return from_plain_loop(case, device, backend)
 
 

@@ -2,28 +2,96 @@
 
 How exactly a GPU multiplies matrices of single precision: as written, or with TF32 where that is asked for. On how
 many threads a CPU computes.
+
+What was found of a device, which backends fail their laws there, and how fast they are, is kept in the user's cache,
+for one device, one version of torch and one of gputune: ``gputune check`` finds it, and "auto" is chosen by it.
 """
 
+import json
 import math
 import os
-from collections.abc import Iterator
+import platform
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.findings import read_findings
 from gputune.engine.kernel import KernelChunk, lacks, obstacle
 from gputune.errors import InputError
+from gputune.modules.module import Traits
 from gputune.modules.recorder import RECORDERS, CudaRecorder
-from gputune.native.library import OPTIMIZERS, NotBuiltError, library
+from gputune.native.library import OPTIMIZERS, NotBuiltError, library, processor_name
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import RULES
 from gputune.population.population import ModelKind, beyond_adam
+from gputune.scratch import cache_folder, write_text
 from gputune.types import BY_MEMBER, Backend, BackendWord, Config, Precision
+from gputune.version import __version__
 
 _FEW = 20  # members, of which a step is all launches
 _DEEPEST = 63  # hidden layers that the compiled code has room for
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a step: ``step`` whatever trains, and ``member`` for each member more."""
+
+    step: float
+    member: float
+
+    def of(self, members: float) -> float:
+        """Return the seconds of a step of so many members."""
+        return self.step + members * self.member
+
+
+@dataclass(frozen=True)
+class Findings:
+    """``failed`` says of a backend which law it fails, None where none was checked; ``speeds`` how fast it is."""
+
+    failed: Mapping[Backend, str] | None = None
+    speeds: Mapping[Backend, Speed] = field(default_factory=dict)
+
+    def why_not(self, backend: Backend) -> str:
+        """Return why a backend is not to be used, in words; "" where nothing is against it."""
+        law = (self.failed or {}).get(backend)
+        return "" if law is None else f"gputune check found that {law!r} does not hold for it here"
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls a device: the name of the card, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name() or platform.machine()
+
+
+def read_findings(device: torch.device) -> Findings:
+    """Return what is known of a device; nothing where nothing is, or where it cannot be read."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        if (path := _path(device)) is not None:
+            kept = json.loads(path.read_text())
+            return Findings(kept["failed"], {name: Speed(**speed) for name, speed in kept["speeds"].items()})
+    return Findings()
+
+
+def keep_findings(device: torch.device, found: Findings) -> Path | None:
+    """Keep what was found, with the speeds that were known before; return where, None where there is no place."""
+    known, path = read_findings(device), _path(device)
+    failed = known.failed if found.failed is None else found.failed
+    with suppress(OSError):  # a full disk, or a home that cannot be written
+        if path is not None:
+            write_text(path, json.dumps(asdict(Findings(failed, {**known.speeds, **found.speeds})), indent=1))
+            return path
+    return None
+
+
+def _path(device: torch.device) -> Path | None:
+    if device.type == "cuda" and not torch.cuda.is_available():  # a GPU of a cluster's
+        return None
+    folder = cache_folder()
+    words = f"{device_name(device)} torch {torch.__version__} gputune {__version__}"
+    return folder and folder / f"check-{re.sub(r'[^a-z0-9.+]+', '-', words.lower())}.json"
 
 
 def choose_backend(
@@ -49,7 +117,15 @@ def choose_backend(
     if word == "stacked" and kind != "module":
         return "eager", ""
     if word == "auto" and device.type == "cuda":
-        return _on_gpu(device, own=kind != "module" and dtype == torch.float32)
+        found = read_findings(device)
+        seconds = {way: speed.of(_FEW) for way, speed in found.speeds.items()}
+        fastest = min(seconds, key=seconds.__getitem__, default="graph")
+        ours = kind != "module" and dtype == torch.float32  # which the kernel may train, where its law was checked
+        if ours and fastest == "kernel" and found.failed is not None and not found.why_not("kernel"):
+            return "kernel", ""
+        if why := found.why_not("graph"):
+            return "eager", why
+        return ("eager" if seconds.get("eager", math.inf) < seconds.get("graph", 0.0) else "graph"), ""
     if word == "stacked" or (word == "auto" and (device.type != "cpu" or kind == "module")):
         return ("graph" if device.type in RECORDERS else "eager"), ""
     if device.type != "cpu":
@@ -71,32 +147,17 @@ def choose_backend(
     return "compiled", ""
 
 
-def _on_gpu(device: torch.device, *, own: bool) -> tuple[Backend, str]:
-    """Return how members train on a GPU, by what was found of it, and why not in recorded steps.
-
-    ``own`` are those of gputune's models, which its kernel may train: where its law was checked and holds.
-    """
-    found = read_findings(device)
-    seconds = {way: speed.of(_FEW) for way, speed in found.speeds.items()}
-    fastest = min(seconds, key=seconds.__getitem__, default="graph")
-    if own and fastest == "kernel" and found.failed is not None and not found.why_not("kernel"):
-        return "kernel", ""
-    if why := found.why_not("graph"):
-        return "eager", why
-    return ("eager" if seconds.get("eager", math.inf) < seconds.get("graph", 0.0) else "graph"), ""
-
-
 def choose_device(device: str) -> torch.device:
     """Return the device of "auto", "cpu", "cuda" or "cuda:1"; InputError where there is none."""
+    on_gpu = torch.cuda.is_available()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if on_gpu else "cpu")
     why, count = "", torch.cuda.device_count()
     with suppress(RuntimeError, TypeError):
         chosen = torch.device(device)
-        on_gpu, is_there = chosen.type == "cuda", torch.cuda.is_available()
-        if chosen.type == "cpu" or (on_gpu and is_there and (chosen.index or 0) < count):
+        if chosen.type == "cpu" or (chosen.type == "cuda" and on_gpu and (chosen.index or 0) < count):
             return chosen
-        why = f" {_why_no_gpu()}" if on_gpu and not is_there else ""
+        why = f" {_why_no_gpu()}" if chosen.type == "cuda" and not on_gpu else ""
     there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count) if not why)])
     raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.{why}")
 
@@ -126,28 +187,23 @@ def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:
 
 
 def trains_as(
-    backend: Backend,
-    kind: ModelKind,
-    config: Config,
-    unstackable: str = "",
-    *,
-    coded: bool = False,
-    data: Dataset | None = None,
+    backend: Backend, kind: ModelKind, config: Config, traits: Traits | None = None, *, data: Dataset | None = None
 ) -> Backend:
     """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot.
 
-    ``unstackable`` says why members of a user's module cannot be stacked; a class of torch.optim trains each alone. Of
-    a module that can be stacked, whose inside is unknown, no code is compiled, unless it is ``coded``; its steps are
+    ``traits`` say whether members of a user's module can be stacked; a class of torch.optim trains each alone. Of a
+    module that can be stacked, whose inside is unknown, no code is compiled, unless it is ``coded``; its steps are
     recorded in place of that, as are those of optimizers and clipping that the compiled code does not know.
     What a kernel knows depends on the ``data`` and on their device too; where a kernel, or a recording, has failed on a
     GPU, this process makes none any more.
     """
-    if kind == "module" and (unstackable or backend == "loop" or class_of(config)):
-        return "loop"
-    if kind == "module" and backend in BY_MEMBER:
-        backend = "graph"
-    if kind == "module" and coded and backend == "graph" and config["optimizer"] in RULES:
-        return "compiled"
+    if kind == "module":
+        if (traits and traits.loop_reason) or backend == "loop" or class_of(config):
+            return "loop"
+        if backend in BY_MEMBER:
+            backend = "graph"
+        if traits and traits.coded and backend == "graph" and config["optimizer"] in RULES:
+            return "compiled"
     if backend == "kernel":
         assert data is not None
         if not KernelChunk.failure and not lacks(config, kind, data):

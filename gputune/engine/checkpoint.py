@@ -1,9 +1,7 @@
 """A chunk in the middle of its training, in a file beside the study: what a stopped search goes on from.
 
 A file says which search, trials and configurations it belongs to, and carries a checksum of its content. It appears
-whole or not at all, and is gone when its trials have ended.
-
-Also where the states of trials wait for their next rung.
+whole or not at all, and is gone when its trials have ended. Also where the states of trials wait for their next rung.
 """
 
 import errno
@@ -69,15 +67,7 @@ class CheckpointFolder:
         facts |= {"format": _FORMAT, "search": self.identity, "configs": _digest_of_configs(configs)}
         text = json.dumps({**facts, "epoch": checkpoint.state.epoch})
         path = self.path(checkpoint.trials)
-        draft = path.with_suffix(".tmp")
-        self._make_draft(draft, sum(tensor.nbytes for tensor in tensors.values()))
-        _save(tensors, draft, {"facts": text, "checksum": _checksum(text, tensors)})
-        flush(draft)
-        os.replace(draft, path)
-        flush(self.folder)
-
-    def _make_draft(self, draft: Path, size: int) -> None:
-        """Make an empty file for so many bytes, where these leave room for results. Raises OSError."""
+        draft, size = path.with_suffix(".tmp"), sum(tensor.nbytes for tensor in tensors.values())
         for _ in range(_TRIES):
             self.folder.mkdir(mode=0o700, exist_ok=True)
             # Another process may remove the folder as long as nothing is in it.
@@ -86,8 +76,13 @@ class CheckpointFolder:
                     raise OSError(errno.ENOSPC, f"it would leave less than {_RESERVE >> 20} MB for results")
                 draft.unlink(missing_ok=True)  # of a write that was killed; a link is not followed
                 draft.touch(mode=0o600, exist_ok=False)
-                return
-        raise OSError(errno.ENOENT, "its folder goes again and again")
+                break
+        else:
+            raise OSError(errno.ENOENT, "its folder goes again and again")
+        _save(tensors, draft, {"facts": text, "checksum": _checksum(text, tensors)})
+        flush(draft)
+        os.replace(draft, path)
+        flush(self.folder)
 
     def read(self, configs: Mapping[int, Config]) -> list[Checkpoint]:
         """Return the checkpoints of trials that all still wait, by the number of each its configuration.
@@ -145,7 +140,6 @@ class CheckpointFolder:
             self._remove(*(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)))
 
     def _remove(self, *files: Path) -> None:
-        """Remove files, and the folder with the last of them."""
         for remove in (*(file.unlink for file in files), self.folder.rmdir):
             with suppress(OSError):  # what cannot be removed does no harm
                 remove()
@@ -182,8 +176,7 @@ def pause_after(writing: float) -> float:
 
 
 def _digest_of_configs(configs: Sequence[Config]) -> str:
-    text = repr([sorted(config.items()) for config in configs])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(repr([sorted(config.items()) for config in configs]).encode()).hexdigest()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -13,15 +13,23 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.backend import choose_backend, choose_device, torch_threads, trains_as
-from gputune.engine.findings import Findings, Speed, device_name, keep_findings, read_findings
+from gputune.engine.backend import (
+    Findings,
+    Speed,
+    choose_backend,
+    choose_device,
+    device_name,
+    keep_findings,
+    read_findings,
+    torch_threads,
+    trains_as,
+)
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.plan import cores
@@ -31,6 +39,7 @@ from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
 from gputune.population.population import ModelKind, Population, complete, hidden_widths, populations
+from gputune.scoring.scoring import Validation
 from gputune.types import BY_MEMBER, Backend, BackendWord, Config
 
 CPU = torch.device("cpu")
@@ -136,37 +145,10 @@ _LONG = 10**6  # epochs of a horizon over which a recording pays, as it will in 
 
 def measure_speed(device: torch.device, backend: Backend) -> Speed:
     """Train few and many trials for some epochs, in seconds, and return the seconds of a step."""
-    data, many = _data(device), MANY[device.type]
-    few, most = (_seconds_of_a_step(data, trials, backend) for trials in (FEW, many))
-    member = max(0.0, most - few) / (FOLDS * (many - FEW))
-    return Speed(max(0.0, few - FOLDS * FEW * member), member)
-
-
-def work_of_a_step(config: Config, n_features: int, n_outputs: int, rows: int, kind: ModelKind) -> float:
-    """Return what one step of a member costs, as a multiple of those that are timed here.
-
-    Both of its parts go with the number of parameters: the update, once, and the products, for each row. One row costs
-    a tenth of the update, in compiled code on an EPYC core.
-    """
-    hidden = hidden_widths(config) if kind == "mlp" else ()
-    parameters: float = _parameters(n_features, *hidden, n_outputs)
-    batch = min(int(config["batch_size"]), rows)
-    return parameters * (10 + batch) / (_TIMED * (10 + BATCH))
-
-
-def _parameters(*sizes: int) -> int:
-    return sum((a + 1) * b for a, b in pairwise(sizes))
-
-
-_TIMED = _parameters(FEATURES, WIDTH, WIDTH, CLASSES)
-
-
-def _data(device: torch.device) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(CLASSES, (_ROWS,), generator=generator).to(device)
-    positions = torch.arange(_ROWS, device=device)
-    nothing = torch.zeros(FOLDS, dtype=torch.float64, device=device)
-    return Dataset(
+    positions, nothing = torch.arange(_ROWS, device=device), torch.zeros(FOLDS, dtype=torch.float64, device=device)
+    data = Dataset(
         inputs=(torch.randn(1, _ROWS, FEATURES, generator=generator).to(device),),
         copies=(0,) * FOLDS,
         y=y,
@@ -179,16 +161,34 @@ def _data(device: torch.device) -> Dataset:
         task="multiclass",
         target=y,
     )
+    job, config = Job(seed=0, epochs=_EPOCHS, horizon=_LONG, backend=backend), {"width": WIDTH, "batch_size": BATCH}
+
+    def seconds_of_a_step(trials: int) -> float:
+        rates = np.geomspace(1e-4, 1e-2, trials).tolist()
+        configs = tuple(complete({"lr": lr, **config}, optimizer="adamw", schedule="constant") for lr in rates)
+        with torch_threads(cores() if backend == "compiled" else 1):
+            seconds = _fastest_epoch(job, data, Population("mlp", tuple(range(trials)), configs), time.perf_counter)
+        return seconds / math.ceil(max(len(fold.train) for fold in data.folds) / BATCH)
+
+    few, most = seconds_of_a_step(FEW), seconds_of_a_step(many := MANY[device.type])
+    member = max(0.0, most - few) / (FOLDS * (many - FEW))
+    return Speed(max(0.0, few - FOLDS * FEW * member), member)
 
 
-def _seconds_of_a_step(data: Dataset, trials: int, backend: Backend) -> float:
-    config = {"width": WIDTH, "batch_size": BATCH}
-    make = partial(complete, optimizer="adamw", schedule="constant")
-    configs = tuple(make({"lr": lr, **config}) for lr in np.geomspace(1e-4, 1e-2, trials).tolist())
-    job = Job(seed=0, epochs=_EPOCHS, horizon=_LONG, backend=backend)
-    with torch_threads(cores() if backend == "compiled" else 1):
-        seconds = _fastest_epoch(job, data, Population("mlp", tuple(range(trials)), configs), time.perf_counter)
-    return seconds / math.ceil(max(len(fold.train) for fold in data.folds) / BATCH)
+def work_of_a_step(config: Config, n_features: int, n_outputs: int, rows: int, kind: ModelKind) -> float:
+    """Return what one step of a member costs, as a multiple of those that are timed here.
+
+    Both of its parts go with the number of parameters: the update, once, and the products, for each row. One row costs
+    a tenth of the update, in compiled code on an EPYC core.
+    """
+
+    def parameters(*sizes: int) -> int:
+        return sum((a + 1) * b for a, b in pairwise(sizes))
+
+    hidden = hidden_widths(config) if kind == "mlp" else ()
+    batch = min(int(config["batch_size"]), rows)
+    timed = parameters(FEATURES, WIDTH, WIDTH, CLASSES) * (10 + BATCH)
+    return float(parameters(n_features, *hidden, n_outputs)) * (10 + batch) / timed
 
 
 _STEPS, _TRIED_EPOCHS = 3, 4  # of one shape, which is recorded in the first of the epochs
@@ -222,7 +222,7 @@ def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: flo
         coded = _compiled_seconds(job, data, group)
         if _MARGIN * coded < known:
             return "", known - coded
-        job.fits.reuse.drop_timed(group.configs)
+        job.fits.drop_timed(group.configs)
     if stacked < _MARGIN * alone:
         return "", 0.0
     slow = f"a step of a member takes {1e3 * alone:.3g} ms so, and {1e3 * stacked:.3g} ms with its members stacked"
@@ -242,8 +242,8 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
         return math.inf
     try:
         with torch_threads(1), torch.no_grad():
-            timed = MemberChunk(network, data, chunk.configs, seed=job.seed, horizon=job.horizon, scoring=job.scoring)
-            job.fits.reuse.keep_timed(timed)
+            timed = MemberChunk(network, Validation(data, job.scoring), seed=job.seed, horizon=job.horizon)
+            job.fits.keep_timed(timed)
             return timed.seconds_of_a_step()
     except (TraceError, NotBuiltError):
         return math.inf
@@ -251,9 +251,8 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
 
 def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> float:
     """Return the seconds of one step of one member, once what is made in the first steps is there."""
-    short = replace(
-        job, epochs=_TRIED_EPOCHS, horizon=_LONG, scoring=None, checkpointing=None, backend=backend, fits=Fits()
-    )
+    short = replace(job, epochs=_TRIED_EPOCHS, horizon=_LONG, scoring=None, backend=backend, fits=Fits())
+    short = replace(short, checkpointing=None)
     with torch_threads(1):  # whose time is counted, whatever else the machine does
         seconds = _fastest_epoch(short, data, chunk, time.process_time, patience=_PATIENCE_SECONDS)
     size = int(chunk.configs[0]["batch_size"])

@@ -14,16 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.dataset import Dataset
-from gputune.engine.dropout import dropout_draw
-from gputune.engine.mlp import StackedMLP
+from gputune.engine.mlp import StackedMLP, dropout_draw
 from gputune.native.library import ACTIVATIONS, OPTIMIZERS, ROW_SCORES, Work, library, make_work
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.population import Network, hidden_widths
-from gputune.scoring.scores import ROW_MEANS, RowMean
-from gputune.scoring.scoring import Scoring, Validation
-from gputune.types import Config
+from gputune.scoring.scores import ROW_MEANS
+from gputune.scoring.scoring import Validation
 
 Array: TypeAlias = Tensor | None
 
@@ -31,22 +28,16 @@ Array: TypeAlias = Tensor | None
 class CompiledChunk:
     """Parameters and moments of a chunk in the flat buffers of its network, and what the compiled code is told."""
 
-    def __init__(
-        self,
-        network: Network,
-        data: Dataset,
-        configs: Sequence[Config],
-        *,
-        seed: int,
-        horizon: int,
-        scoring: Scoring | None,
-    ) -> None:
+    def __init__(self, network: Network, validation: Validation, *, seed: int, horizon: int) -> None:
         assert isinstance(network, StackedMLP)
         self.network: StackedMLP = network
-        self.data, self.seed, self.horizon, self.scoring = data, seed, horizon, scoring
-        self.validation = Validation(data, scoring)
-        self.row_mean = _row_mean(data, scoring)
-        self.configs, self.alive = list(configs), list(range(len(configs)))
+        self.validation, self.seed, self.horizon = validation, seed, horizon
+        data, scoring = self.data, self.scoring = validation.data, validation.scoring
+        # How a score follows from what compiled code computes of each row; None where it is of outputs.
+        score = None if scoring is None or scoring.others or data.transforms else scoring.score
+        self.row_mean = None if score is None else ROW_MEANS.get(score)
+        configs = self.configs = list(network.configs)
+        self.alive = list(range(len(configs)))
         self.nanoseconds = torch.zeros(2, dtype=torch.int64)
         self.flat = network.start()
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
@@ -56,7 +47,24 @@ class CompiledChunk:
         self.targets = [data.target[fold.valid] for fold in data.folds]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
         self.starts = np.cumsum([0, *(len(fold.valid) for fold in data.folds)], dtype=np.int64)
-        self.fixed = {**_of_data(data), "lengths": self.place(self.lengths), "valid_start": self.place(self.starts)}
+        shape = (data.n_folds, data.n_outputs)
+        present = torch.ones(shape, dtype=torch.bool) if data.present is None else data.present
+        (scaling,), numbers = data.scaling, data.task == "regression"
+        self.fixed: dict[str, Array] = {
+            "x": data.x.contiguous(),
+            "center": None if scaling is None else scaling.center,
+            "scale": None if scaling is None else scaling.scale,
+            "copies": torch.tensor(data.copies).to(data.device),
+            "y": data.y.contiguous(),
+            "target": data.target.double().contiguous() if numbers else None,
+            "target_center": data.center.to(data.device).contiguous() if numbers else None,
+            "target_scale": data.scale.to(data.device).contiguous() if numbers else None,
+            "weights": None if data.weights is None else data.weights.double().contiguous(),
+            "present": present.to(data.dtype).contiguous(),
+            "valid": torch.cat([fold.valid for fold in data.folds]),
+            "lengths": self.place(self.lengths),
+            "valid_start": self.place(self.starts),
+        }
         self._rebuild()
 
     def place(self, values: np.ndarray | Sequence[float] | Sequence[tuple[int, ...]]) -> Tensor:
@@ -132,23 +140,15 @@ class CompiledChunk:
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch, and compute the outputs on the validation rows where there is a scoring."""
-        order = row_order(self.data, self.seed, epoch).contiguous()
-        arrays = {**self.arrays, "order": order, **self._draws(epoch)}
+        arrays = {**self.arrays, "order": row_order(self.data, self.seed, epoch).contiguous()}
+        if self.network.rates is not None:
+            # The uniform draws of dropout: of each step, layer by layer, for the longest minibatch that it has.
+            depth, width, rows = self.network.depth, self.network.hidden, self.draw_rows()
+            keys = [((epoch, step), layer, int(n)) for step, n in enumerate(rows) for layer in range(depth)]
+            arrays["draws"] = torch.cat([dropout_draw(self.seed, *key, width).flatten() for key in keys])
+            arrays["draw_start"] = self.place(np.cumsum([0, *(rows * depth * width)[:-1]], dtype=np.int64))
+            arrays["draw_rows"] = self.place(rows)
         _run(library(self.data.dtype), {**self.numbers, "epoch": epoch}, arrays)
-
-    def _draws(self, epoch: int) -> dict[str, Array]:
-        """The uniform draws of dropout: of each step, layer by layer, for the longest minibatch that it has."""
-        if self.network.rates is None:
-            return {}
-        depth, width = self.network.depth, self.network.hidden
-        rows = self.draw_rows()
-        draws = [
-            dropout_draw(self.seed, (epoch, step), layer, int(n), width).flatten()
-            for step, n in enumerate(rows)
-            for layer in range(depth)
-        ]
-        start = np.cumsum([0, *(rows * depth * width)[:-1]], dtype=np.int64)
-        return {"draws": torch.cat(draws), "draw_start": self.place(start), "draw_rows": self.place(rows)}
 
     def draw_rows(self) -> np.ndarray:
         """Return the longest minibatch that each step has, (steps,), for which dropout draws."""
@@ -180,42 +180,13 @@ class CompiledChunk:
             return
         places = np.flatnonzero(stays).tolist()
         self.alive = [self.alive[i] for i in places]
-        if not self.alive:
-            return
-        blocks, keep = self.network.blocks, torch.tensor(places).to(self.flat.device)
-        self.flat = blocks.select(self.flat, keep)
-        self.moments = tuple(blocks.select(moment, keep) for moment in self.moments)
-        self.network = self.network.subset(places)
-        self.configs = [self.configs[i] for i in places]
-        self._rebuild()
-
-
-def _row_mean(data: Dataset, scoring: Scoring | None) -> RowMean | None:
-    """Return how a score follows from what compiled code computes of each row; None where it is of outputs."""
-    if scoring is None or scoring.score is None or scoring.others or data.transforms:
-        return None
-    return ROW_MEANS.get(scoring.score)
-
-
-def _of_data(data: Dataset) -> dict[str, Array]:
-    """What is read of the data, in the form in which the compiled code reads it."""
-    shape = (data.n_folds, data.n_outputs)
-    present = torch.ones(shape, dtype=torch.bool) if data.present is None else data.present
-    (scaling,) = data.scaling
-    numbers = data.task == "regression"
-    return {
-        "x": data.x.contiguous(),
-        "center": None if scaling is None else scaling.center,
-        "scale": None if scaling is None else scaling.scale,
-        "copies": torch.tensor(data.copies).to(data.device),
-        "y": data.y.contiguous(),
-        "target": data.target.double().contiguous() if numbers else None,
-        "target_center": data.center.to(data.device).contiguous() if numbers else None,
-        "target_scale": data.scale.to(data.device).contiguous() if numbers else None,
-        "weights": None if data.weights is None else data.weights.double().contiguous(),
-        "present": present.to(data.dtype).contiguous(),
-        "valid": torch.cat([fold.valid for fold in data.folds]),
-    }
+        if places:
+            blocks, keep = self.network.blocks, torch.tensor(places).to(self.flat.device)
+            self.flat = blocks.select(self.flat, keep)
+            self.moments = tuple(blocks.select(moment, keep) for moment in self.moments)
+            self.network = self.network.subset(places)
+            self.configs = [self.configs[i] for i in places]
+            self._rebuild()
 
 
 def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, Array]) -> None:

@@ -1,31 +1,40 @@
 """One chunk, from its configurations to its results: the unit of work of a process, of a store, of a cluster.
 
-It trains to its end, or to a rung, from which it goes on later.
+It trains to its end, or to a rung, from which it goes on later. One that does not fit into memory is halved and run
+again; a trial that does not fit alone is given up. What a chunk takes on its device is measured at two sizes, where an
+estimate would decide too much: training is the same tensor program at every size, so its peak is a straight line over
+the number of trials, of what is there once and what each trial adds.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
-from gputune.data.dataset import Dataset
+from gputune.data.dataset import Dataset, Fold
 from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
+from gputune.engine.kernel import KernelChunk
 from gputune.engine.mlp import StackedMLP
+from gputune.engine.reuse import Fits
 from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, BegunChunk, Spent, State, Trained, Training, train
+from gputune.errors import TOO_BIG
+from gputune.memory import empty_cache, is_out_of_memory, synchronize
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule, Traits
+from gputune.modules.recorder import CudaRecorder
 from gputune.population.population import Network, Population, Shape
 from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Outputs, Precision, first_metric
 
-Progress = Callable[[int, np.ndarray], Any]
+Progress = Callable[[int, np.ndarray], object]
 """Called with the number of trial-epochs just done, and their scores (C, epochs, F)."""
 
 
@@ -44,7 +53,6 @@ class Job(Training):
     precision: Precision = "full"
 
     def is_over(self) -> bool:
-        """Whether training ends now."""
         return self.stop.is_over()
 
     def network(self, data: Dataset, chunk: Population) -> Network:
@@ -53,11 +61,10 @@ class Job(Training):
         if chunk.kind != "module":
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed)
         assert self.module_class is not None
-        first, known = chunk.configs[0], self.traits.get(chunk.arguments)  # a worker need not try the module again
-        traits = known or traits_of(self.module_class, first, data, objective=self.objective)
+        first, traits = chunk.configs[0], self.traits.get(chunk.arguments)  # a worker need not try the module again
+        traits = traits or traits_of(self.module_class, first, data, objective=self.objective)
         objective = self.objective or make_objective(None, None, None, data.task)
-        way = trains_as(self.backend, chunk.kind, first, traits.loop_reason)
-        kind = LoopedModule if way == "loop" else StackedModule
+        kind = LoopedModule if trains_as(self.backend, "module", first, traits) == "loop" else StackedModule
         return kind(self.module_class, chunk.configs, shape, seed=self.seed, traits=traits, objective=objective)
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
@@ -89,10 +96,7 @@ class Outcome:
 def train_chunk(
     job: Job, data: Dataset, chunk: Population, progress: Progress | None = None, after_epoch: AfterEpoch | None = None
 ) -> Trained:
-    """Train one chunk, from where it was begun, and return it with its members.
-
-    With ``after_epoch`` that alone decides when it ends, and no checkpoint is written.
-    """
+    """Train one chunk on from where it is. ``after_epoch`` alone says when it ends, and no checkpoint is written."""
     begun, data = BegunChunk.of(chunk), data.of(chunk.configs[0])
     at_once = after_epoch is None and job.patience is None and not job.each_epoch
     watch = after_epoch or _Watch(job, begun, progress)
@@ -162,3 +166,133 @@ def stalled_epochs(means: np.ndarray) -> np.ndarray:
     is_better = np.pad(best[:, 1:] > best[:, :-1], ((0, 0), (1, 0)))
     stalled: np.ndarray = epochs - np.maximum.accumulate(np.where(is_better, epochs, 0), axis=1)
     return stalled
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A trial (its place in the search) that cannot be trained, and why; ``fits``: into memory, alone."""
+
+    index: tuple[int]
+    reason: str
+    fits: bool = True
+
+    def error(self) -> Exception:
+        """Return the error of a training in which no trial may fail."""
+        if self.fits:
+            return RuntimeError(self.reason)
+        return MemoryError(f"{self.reason}. One training alone does not fit; make it smaller.")
+
+
+def run_in_parts(
+    job: Job, data: Dataset, chunk: Population, progress: Progress | None = None
+) -> list[Outcome | Failure]:
+    """Train one chunk in as many parts as memory makes necessary; none begins when training is over."""
+    waiting, done = [chunk], list[Outcome | Failure]()
+    while waiting and not (done and job.is_over()):
+        part = waiting.pop()
+        if (most := job.fits.most(part)) < len(part.index):
+            waiting += [part.part(most, len(part.index)), part.part(0, most)]
+            continue
+        outcome = _attempt(job, data, part, progress)
+        if not isinstance(outcome, str):
+            # A GPU trains in another way than was chosen where a kernel or a recording has failed.
+            kernel = KernelChunk.failure if job.backend == "kernel" else ""
+            graph = CudaRecorder.failure if job.backend in ("kernel", "graph") else ""
+            fault = " ".join(filter(None, (kernel, graph))) if data.device.type == "cuda" else ""
+            done.append(replace(outcome, fault=fault))
+            continue
+        # Only here, where the error and the frames that it holds are gone, is there anything to free.
+        gc.collect()
+        empty_cache(data.device)
+        job.fits.refused(part)
+        if len(part.index) == 1:
+            done.append(Failure((part.index[0],), outcome, fits=False))
+        else:
+            waiting.append(part)
+    return done
+
+
+def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | None) -> Outcome | str:
+    """Train a chunk; where memory runs out, take back what was told of it and return the reason."""
+    told = 0
+
+    def tell(trial_epochs: int, curves: np.ndarray) -> None:
+        nonlocal told
+        told += trial_epochs
+        if progress is not None:
+            progress(trial_epochs, curves)
+
+    try:
+        return job.run(data, chunk, tell)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"{TOO_BIG}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    if progress is not None and told:
+        progress(-told, np.full((1, 1, 1), np.nan))
+    return reason
+
+
+_TRIALS = 16  # of the larger of both sizes
+# Where steps are recorded, the fourth of each shape is: of whole minibatches and of the last.
+_BATCHES, _EPOCHS = 2, 4
+
+Peak = Callable[[Callable[[], object]], int]
+"""Runs some work and returns the most bytes that it had at any time beyond those that were there before."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a chunk while it trains: ``once``, and what each of its trials adds."""
+
+    once: int
+    trial: int
+
+
+def measure_need(job: Job, data: Dataset, population: Population, peak: Peak, *, most: int = _TRIALS) -> Need | None:
+    """Train two small chunks for a few steps, score them on all validation rows, and return what that took.
+
+    The chunks have at most ``most`` trials, those with the largest and the smallest batches among them. Returns None
+    where there is nothing to measure: a single trial, or chunks that memory does not hold.
+    """
+    small = min(most, len(population.index)) // 2
+    large = 2 * small
+    if small == 0:
+        return None
+    order = sorted(range(len(population.index)), key=lambda i: -population.configs[i]["batch_size"])
+    size = population.configs[order[0]]["batch_size"]
+    # All but two of the whole minibatches are left out of each fold: the last one stays as it is.
+    left_out = [max(0, len(fold.train) // size - _BATCHES) * size for fold in data.folds]
+    folds = tuple(Fold(fold.train[rows:], fold.valid) for fold, rows in zip(data.folds, left_out))
+    few = replace(data, folds=folds)
+    short = replace(job, epochs=_EPOCHS, checkpointing=None, fits=Fits())
+
+    def train(trials: int) -> Callable[[], object]:
+        chosen = [order[place] for place in np.linspace(0, len(order) - 1, trials).astype(int)]
+        configs = tuple(population.configs[i] for i in chosen)
+        return lambda: train_chunk(short, few, Population(population.kind, tuple(chosen), configs))
+
+    try:
+        train(small)()  # libraries take their own memory at the first call
+        least, greatest = peak(train(small)), peak(train(large))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    trial = max(1, -(-(greatest - least) // (large - small)))
+    return Need(once=max(0, least - small * trial), trial=trial)
+
+
+def cuda_peak(device: torch.device) -> Peak:
+    """Return the measure of a GPU: what PyTorch's allocator gave out."""
+
+    def peak(work: Callable[[], object]) -> int:
+        synchronize(device)
+        empty_cache(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    return peak

@@ -15,11 +15,10 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.compiled import Array, CompiledChunk
-from gputune.engine.dropout import Draws
+from gputune.engine.mlp import Draws
 from gputune.memory import synchronize
-from gputune.native.cuda import Kernel, attempt, launch, without_nvrtc
+from gputune.native.cuda import Kernel, MemberKernel, attempt, compile_kernel, launch, tile_of, without_nvrtc
 from gputune.native.library import ACTIVATIONS, OPTIMIZERS, NotBuiltError, make_work
-from gputune.native.member_kernel import MemberKernel, compile_kernel, tile_of
 from gputune.optimizers.rules import n_moments
 from gputune.population.batches import row_order
 from gputune.population.population import ModelKind, hidden_widths, is_plain, padded_width
@@ -58,11 +57,11 @@ class KernelChunk(CompiledChunk):
 
     def room(self, epochs: int) -> dict[str, Array]:
         """Return where scores are computed from, after each of some epochs, and the draws of their dropout."""
-        room, device = super().room(epochs), self.data.device
+        room = super().room(epochs)
         if self.network.rates is None:
             return room
-        rows, layers, width = self.draw_rows(), self.network.depth, self.network.hidden
-        self.draws = Draws(rows.tolist(), layers=layers, width=width, seed=self.seed, device=device, epochs=epochs)
+        rows, shape = self.draw_rows(), {"layers": self.network.depth, "width": self.network.hidden}
+        self.draws = Draws(rows.tolist(), **shape, seed=self.seed, device=self.data.device, epochs=epochs)
         start = np.zeros((epochs, self.numbers["longest"]), dtype=np.int64)
         slots = np.arange(epochs * len(rows)) % self.draws.ahead
         start[:, : len(rows)] = slots.reshape(epochs, -1) * self.draws.buffer[0].numel()
@@ -86,10 +85,9 @@ class KernelChunk(CompiledChunk):
 
     def advance(self, epoch: int) -> None:
         """Train for the epochs that were taken, and compute the scores of each where there is a scoring."""
-        device = self.data.device
         order = torch.stack([row_order(self.data, self.seed, epoch + e) for e in range(self.epochs)])
         told = make_work({**self.numbers, "epoch": epoch}, {**self.arrays, "order": order})
-        work = torch.frombuffer(bytearray(told), dtype=torch.int64).to(device)
+        work = torch.frombuffer(bytearray(told), dtype=torch.int64).to(self.data.device)
         begin, last = 0, len(self.turns) * self.epochs
         while begin < last:
             end = self._end(begin) if self.epochs == 1 else last
@@ -100,7 +98,7 @@ class KernelChunk(CompiledChunk):
             args: list[torch.Tensor | int] = [work, self.next, self.scratch, begin, end, self.epochs]
             threads = self.kernel.threads
             launch(self.compiled, self.blocks * threads, args, block=threads, shared=self.kernel.shared)
-            synchronize(device)
+            synchronize(self.data.device)
             if begin == 0:  # later ones are quicker: the smallest minibatches make the most steps
                 turns = self.turns[end - 1] if self.epochs == 1 else self.turns[-1] * self.epochs
                 self.pace = turns / (time.perf_counter() - began)
@@ -171,14 +169,12 @@ def obstacle(device: torch.device) -> str:
     if device.type != "cuda":
         where = f"the device is {str(device)!r}; choose device='cuda', or backend='auto'."
         return f"backend='kernel' trains on a GPU, and {where}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST:
+    if (capability := torch.cuda.get_device_capability(device)) < _OLDEST:
         has = f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
         needs = "backend='kernel' needs a GPU of compute capability 8.0 (Ampere) or newer"
         return f"{needs}, and {has}; choose backend='graph', or 'auto'."
-    if why := without_nvrtc():
-        return f"backend='kernel' compiles its code when it is first used: {why} Or choose backend='graph'."
-    return ""
+    why = without_nvrtc()
+    return why and f"backend='kernel' compiles its code when it is first used: {why} Or choose backend='graph'."
 
 
 def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:

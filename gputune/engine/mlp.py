@@ -8,30 +8,109 @@ gradient zero and stay zero. Axes: F folds, C trials, P = F*C members (fold-majo
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.engine.dropout import Draws, dropout_draw
+from gputune.errors import warn
 from gputune.models import MLP, LogisticRegression
+from gputune.native.cuda import Kernel, kernels, launch
+from gputune.native.library import fill_uniform
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
 from gputune.population.population import ModelKind, Shape, by_copy, hidden_widths, padded_width
 from gputune.scoring.losses import cross_entropy_slope_, row_losses, squared_error_slope_
-from gputune.seeding import stream
+from gputune.seeding import stream, stream_seed
 from gputune.types import Config, Params
 
 aten = torch.ops.aten
 
+SOURCE = Path(__file__).with_name("dropout.cu")
+
+_DRAW_BYTES = 64 << 20  # of draws that are made ahead; a buffer of them waits for the device once
+_SEED_BITS = (1 << 32) - 1  # those that PyTorch's generator of a CPU keeps
+
 _DIFFERENTIABLE = {"relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}
+_SLOPES = {"tanh": (aten.tanh_backward, True), "gelu": (aten.gelu_backward, False), "silu": (aten.silu_backward, False)}
+"""PyTorch's own backward kernels; of the value, or of its argument."""
+
+
+class Draws:
+    """The draws of some steps ahead, (steps, layers, B, H) on the device; B are the steps' ``rows``, of some epochs."""
+
+    def __init__(
+        self, rows: Sequence[int], *, layers: int, width: int, seed: int, device: torch.device, epochs: int = 1
+    ) -> None:
+        self.steps, self.rows, self.seed = len(rows), [*rows] * epochs, seed
+        shape = (layers, max(rows), width)
+        self.room = max(1, _DRAW_BYTES // (4 * math.prod(shape)))
+        self.ahead = min(len(self.rows), self.room)
+        self.buffer = torch.zeros((self.ahead, *shape), dtype=torch.float32, device=device)
+        self.kernel = uniform_kernel(device) if device.type == "cuda" else None
+
+    def fill(self, epoch: int, step: int) -> None:
+        """Draw for this step, counted from an epoch's first, and those ahead, where the buffer ends before it."""
+        if step % self.ahead:
+            return
+        _, layers, most, width = self.buffer.shape
+        ahead = self.rows[step : step + self.ahead]
+        places = [divmod(step + slot, self.steps) for slot in range(len(ahead))]
+        if self.kernel is not None:
+            keys = [(epoch + more, within, layer) for more, within in places for layer in range(layers)]
+            seeds = [stream_seed(self.seed, "dropout", *key) & _SEED_BITS for key in keys]
+            counts = [rows * width for rows in ahead for _ in range(layers)]
+            draw_uniform(self.kernel, seeds, counts, self.buffer.view(-1, most * width))
+            return
+        drawn = torch.zeros(self.buffer.shape)
+        for slot, (rows, (more, within)) in enumerate(zip(ahead, places)):
+            for layer in range(layers):
+                drawn[slot, layer, :rows] = dropout_draw(self.seed, (epoch + more, within), layer, rows, width)
+        self.buffer.copy_(drawn)
+
+    def at(self, step: Tensor, rows: int) -> Tensor:
+        """Return the draws (layers, B, H) of the step that a counter on the device says."""
+        slot = torch.remainder(step, self.ahead).view(1)
+        return self.buffer.index_select(0, slot)[0, :, :rows]
+
+
+def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
+    """Return the uniform draw (B, H) of one step and hidden layer, keyed by (epoch, step), on the CPU."""
+    drawn = torch.empty((rows, width), dtype=torch.float32, device="cpu")
+    if fill_uniform(stream_seed(seed, "dropout", *key, layer), [drawn]):
+        return drawn
+    return torch.rand(drawn.shape, generator=stream(seed, "dropout", *key, layer), dtype=torch.float32, device="cpu")
+
+
+def draw_uniform(kernel: Kernel, seeds: Sequence[int], counts: Sequence[int], out: Tensor) -> None:
+    """Write into each row of ``out`` (streams, n) the first numbers of a stream, on its GPU."""
+    streams = torch.tensor([seeds, counts], dtype=torch.int64).to(out.device)
+    sizes = torch.tensor([len(seeds), out.shape[1]], dtype=torch.int64).to(out.device)
+    launch(kernel, len(seeds), [sizes, streams, out], block=32)
+
+
+@cache
+def uniform_kernel(device: torch.device) -> Kernel | None:
+    """Return the kernel that draws on a GPU; None, with a warning, where its numbers are not PyTorch's on a CPU."""
+    if (compiled := kernels(SOURCE, ("uniform",), device, torch.float32)) is None:
+        return None
+    seeds, out = [0, 12345, _SEED_BITS], torch.zeros((3, 1500), device=device)
+    draw_uniform(compiled[0], seeds, [1500] * 3, out)
+    expected = [torch.rand(1500, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
+    if torch.equal(out.cpu(), torch.stack(expected)):
+        return compiled[0]
+    what = f"what {device} draws for dropout is not what PyTorch draws on a CPU"
+    warn(f"{what}: the CPU draws, which is slower.", RuntimeWarning)
+    return None
 
 
 class StackedMLP:
     """F x C members of an MLP (``kind="mlp"``) or of the linear model (``kind="linear"``)."""
 
     exact, alone, least_rows = False, True, 1
-
     scheduled: tuple[str, ...] = ()  # its rates are in the draws
 
     def __init__(self, kind: ModelKind, configs: Sequence[Config], shape: Shape, *, seed: int) -> None:
@@ -46,7 +125,16 @@ class StackedMLP:
             self.rates = torch.tensor(rates, dtype=shape.dtype, device=shape.device)[:, None, None]
             self.stays = 1 - self.rates
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
-        self.blocks = self.trained = Blocks(self._blocks())
+        folds, trials, widths = shape.folds, len(configs), [hidden_widths(config) for config in configs]
+        blocks = [
+            Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),
+            Block("bias0", (folds, trials, self.sizes[1]), 1),
+        ]
+        for layer, (a, b) in enumerate(zip(self.sizes[1:-1], self.sizes[2:]), start=1):
+            sides = tuple(max(own[layer - 1 : layer + 1]) for own in widths) if layer < self.depth else None
+            blocks.append(Block(f"weight{layer}", (folds, trials, a, b), 1, sides))
+            blocks.append(Block(f"bias{layer}", (folds, trials, 1, b), 1))
+        self.blocks = self.trained = Blocks(blocks)
         self.widest = max(self.sizes)
         self.mask = None
         if shape.present is not None:  # (F, 1, 1, K): -inf for classes that take no part
@@ -54,36 +142,22 @@ class StackedMLP:
             self.mask = self.mask.masked_fill(~shape.present, -torch.inf)[:, None, None]
         self._workspaces: dict[int, _Workspace] = {}
 
-    def _blocks(self) -> list[Block]:
-        folds, trials = self.shape.folds, len(self.configs)
-        widths = [hidden_widths(config) for config in self.configs]
-        blocks = [
-            Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),
-            Block("bias0", (folds, trials, self.sizes[1]), 1),
-        ]
-        for layer, (a, b) in enumerate(zip(self.sizes[1:-1], self.sizes[2:]), start=1):
-            sides = tuple(max(own[layer - 1 : layer + 1]) for own in widths) if layer < self.depth else None
-            blocks += [
-                Block(f"weight{layer}", (folds, trials, a, b), 1, sides),
-                Block(f"bias{layer}", (folds, trials, 1, b), 1),
-            ]
-        return blocks
-
     def start(self) -> Tensor:
         """Every fold and trial of one exact shape starts alike: the law of nn.Linear with the true fan-in."""
         flat = torch.zeros(self.blocks.size, dtype=self.shape.dtype)
         views = self.blocks.by_member(flat)
         for c, config in enumerate(self.configs):
             for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
-                weight, bias = linear_start(self.seed, layer, n_in, n_out)
-                views[f"weight{layer}"][:, c, :n_in, :n_out] = weight.T.to(flat.dtype)
-                views[f"bias{layer}"][:, c, ..., :n_out] = bias.to(flat.dtype)
+                generator = stream(self.seed, "start", layer, n_out, n_in)
+                draw = torch.rand(n_out * (n_in + 1), generator=generator, dtype=torch.float64, device="cpu")
+                draw = ((2 * draw - 1) / math.sqrt(n_in)).to(flat.dtype)
+                views[f"weight{layer}"][:, c, :n_in, :n_out] = draw[: n_out * n_in].view(n_out, n_in).T
+                views[f"bias{layer}"][:, c, ..., :n_out] = draw[n_out * n_in :]
         return flat.to(self.shape.device)
 
     def _true_sizes(self, config: Config) -> list[tuple[int, int]]:
         hidden = hidden_widths(config) if self.depth else ()
-        sizes = [self.shape.n_features, *hidden, self.shape.n_outputs]
-        return list(zip(sizes[:-1], sizes[1:]))
+        return list(pairwise([self.shape.n_features, *hidden, self.shape.n_outputs]))
 
     def targets(self, y: Tensor) -> Tensor:
         return by_copy(y, self.shape.n_outputs, self.shape.dtype)
@@ -180,9 +254,7 @@ class StackedMLP:
                 x = batch.x.view(self.shape.folds, len(self.configs), *batch.x.shape[1:])
                 for f in range(self.shape.folds):
                     torch.baddbmm(bias[f][:, None], x[f], weight[f].movedim(1, 0), out=z[f])
-        if self.depth == 0:
-            return space.out.copy_(z)
-        return z
+        return z if self.depth else space.out.copy_(z)
 
     def _keep_units(self, draw: Tensor, keep: Tensor) -> None:
         """Fill keep (C, B, H) with 1/(1-p) where a unit stays."""
@@ -201,9 +273,13 @@ class StackedMLP:
             if self.rates is not None:
                 below.mul_(space.keep[layer - 1])
             wide = layer == 1 and len(batch.x) == self.shape.folds
-            z = space.by_trial if wide else space.linear[layer - 1]
-            into = space.by_trial if wide else below
-            slope = _slope(self.activation, below, z, space.active[layer - 1], out=into)
+            z, h = space.by_trial if wide else space.linear[layer - 1], space.active[layer - 1]
+            slope = space.by_trial if wide else below
+            if self.activation == "relu":
+                aten.threshold_backward.grad_input(below, h, 0, grad_input=slope)
+            else:
+                rule, of_value = _SLOPES[self.activation]
+                rule.grad_input(below, h if of_value else z, grad_input=slope)
             below, spare = spare, below  # the next slope is written beside the one it is computed from
         if self.depth == 0:
             slope = space.by_trial.copy_(space.out)
@@ -228,8 +304,7 @@ class _Workspace:
     """The intermediate tensors of one step with B rows a member, made once: a step allocates nothing."""
 
     def __init__(self, net: StackedMLP, rows: int) -> None:
-        folds, trials = net.shape.folds, len(net.configs)
-        first = net.sizes[1]
+        folds, trials, first = net.shape.folds, len(net.configs), net.sizes[1]
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=net.shape.dtype, device=net.shape.device)
@@ -250,31 +325,10 @@ class _Workspace:
         self.slopes = members(net.hidden), members(net.hidden)
 
 
-def linear_start(seed: int, layer: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
-    """Return weight (n_out, n_in) and bias (n_out,), float64: uniform in +-1/sqrt(n_in), keyed by the shape."""
-    draw = torch.rand(
-        n_out * n_in + n_out, generator=stream(seed, "start", layer, n_out, n_in), dtype=torch.float64, device="cpu"
-    )
-    draw = (2 * draw - 1) / math.sqrt(n_in)
-    return draw[: n_out * n_in].view(n_out, n_in), draw[n_out * n_in :]
-
-
 def _activate(name: str, z: Tensor, out: Tensor | None = None) -> Tensor:
     """The activation of z, into ``out`` (dense, whatever the layout of z)."""
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device) if out is None else out
     if name == "relu":
         return torch.clamp_min(z, 0, out=out)
     {"tanh": aten.tanh.out, "gelu": aten.gelu.out, "silu": aten.silu.out}[name](z, out=out)
-    return out
-
-
-def _slope(name: str, above: Tensor, z: Tensor, h: Tensor, *, out: Tensor) -> Tensor:
-    """The slope in z from the slope in h = activation(z), by PyTorch's own backward kernels."""
-    if name == "relu":
-        aten.threshold_backward.grad_input(above, h, 0, grad_input=out)
-    elif name == "tanh":
-        aten.tanh_backward.grad_input(above, h, grad_input=out)
-    else:
-        rule = aten.gelu_backward if name == "gelu" else aten.silu_backward
-        rule.grad_input(above, z, grad_input=out)
     return out

@@ -2,7 +2,8 @@
 
 On a GPU a chunk may fill the memory that is free; on the CPU it should stay in the cache, because the update
 passes over the whole state at every step. Compiled members come into the cache one by one: their chunks are larger,
-and threads of one process share their members. Results do not depend on the cut beyond rounding.
+and threads of one process share their members. What a trial costs is an estimate, to cut chunks, to order them and to
+count workers: results do not depend on it, nor on the cut, beyond rounding.
 """
 
 import math
@@ -15,14 +16,31 @@ import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
-from gputune.engine.cost import Cost, trial_cost
-from gputune.engine.memory import Need
+from gputune.engine.job import Need
 from gputune.errors import InputError
 from gputune.memory import free_of_gpu
 from gputune.modules.module import Traits
-from gputune.population.population import Population
+from gputune.optimizers.classes import class_of
+from gputune.optimizers.rules import n_moments
+from gputune.population.population import Population, hidden_widths, padded_width
 from gputune.text import count, size_words
-from gputune.types import Backend
+from gputune.types import BY_MEMBER, ONLINE, Backend
+
+# Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
+_BUFFERS = 11
+_CLASS_MOMENTS = 3  # of a class of torch.optim, whose state only a step tells: most keep two, and a count
+_WIDE_LAYERS = 4  # of a user's module that are as wide as its widest
+
+# One core's speed, to order chunks and to count workers; no result depends on them. Measured on a Xeon core.
+_STEP_SECONDS = 60e-6  # operator overhead of one layer in one step
+_PARAMETER_SECONDS = 2.2e-9  # update of one parameter
+_PRODUCT_SECONDS = 8e-12  # one multiply-add pair
+_ACTIVATION_SECONDS = 1.5e-9
+# The same of compiled training, measured on an EPYC core.
+_COMPILED_STEP_SECONDS = 0.4e-6  # of one member
+_COMPILED_PARAMETER_SECONDS = 0.6e-9
+_COMPILED_PRODUCT_SECONDS = 2e-11
+_COMPILED_ACTIVATION_SECONDS = 0.5e-9
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
 _COMPILED_BYTES = 64 << 20  # of compiled members: an epoch is then long beside what is done between two
@@ -36,6 +54,64 @@ _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, wher
 _WORDS: Mapping[Backend, str] = {
     "compiled": "compiled", "kernel": "by the kernel", "graph": "recorded", "eager": "eager", "loop": "one by one"
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one trial of a population costs: bytes while it trains and while it waits, seconds an epoch, of overhead."""
+
+    trial_bytes: int
+    state_bytes: int
+    trial_seconds: float
+    step_seconds: float
+
+
+def trial_cost(
+    population: Population, data: Dataset, parameters: int = 0, backend: Backend = "eager", widest: int = 0
+) -> Cost:
+    """Estimate what one trial costs in all folds; ``widest`` numbers has a row in a layer of a user's module."""
+    config, folds, item = population.configs[0], data.n_folds, data.dtype.itemsize
+    longest = max(len(fold.train) for fold in data.folds)
+    batch_sizes = np.array([min(c["batch_size"], longest) for c in population.configs])
+    layers, size, units = _shape(population, data, parameters)
+    momenta = (c["momentum"] for c in population.configs)
+    moments = _CLASS_MOMENTS if class_of(config) else n_moments(config["optimizer"], momenta)
+    # A parameter that waits: itself, its moments, what adapts its rate, its average.
+    state_bytes = folds * item * size * (1 + moments + 3 * (config["optimizer"] in ONLINE) + bool(config["ema"]))
+    longest_scored = max(len(fold.valid) for fold in data.folds) * data.n_outputs
+    if backend in BY_MEMBER and population.kind != "module":
+        # Every member takes its own steps, and what it works in belongs to the thread.
+        row_seconds = 3 * _COMPILED_PRODUCT_SECONDS * size + _COMPILED_ACTIVATION_SECONDS * units
+        of_step = _COMPILED_STEP_SECONDS + _COMPILED_PARAMETER_SECONDS * size + batch_sizes * row_seconds
+        scored = sum(len(fold.valid) for fold in data.folds) * data.n_outputs + 4 * longest_scored  # terms of one fold
+        trial_bytes = item * ((3 + bool(config["ema"])) * folds * size + scored)
+        return Cost(trial_bytes, state_bytes, folds * float((-(-longest // batch_sizes) * of_step).mean()), 0.0)
+    steps, rows = int(-(-longest // batch_sizes.min())), int(batch_sizes.max())
+    units = max(units, _WIDE_LAYERS * widest)
+    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.row_numbers) // len(batch_sizes)
+    dropout = 2 * rows * units if config["dropout"] else 0
+    buffers = _BUFFERS + (config["optimizer"] in ONLINE) + bool(config["ema"])  # one more: the last direction
+    member_seconds = _PARAMETER_SECONDS * size + 3 * _PRODUCT_SECONDS * rows * size + _ACTIVATION_SECONDS * rows * units
+    looped = backend == "loop"
+    return Cost(
+        # Outputs on the validation rows are there in the scores' working precision and once more for their terms.
+        trial_bytes=folds * item * (buffers * size + activations + dropout) + item * 5 * longest_scored,
+        state_bytes=state_bytes,
+        trial_seconds=folds * steps * (member_seconds + looped * layers * _STEP_SECONDS),
+        step_seconds=0.0 if looped else steps * layers * _STEP_SECONDS,
+    )
+
+
+def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
+    """Layers, parameters and hidden units of one member, padding included."""
+    config, d, k = population.configs[0], data.n_features, data.n_outputs
+    if population.kind == "linear":
+        return 1, (d + 1) * k, k
+    if population.kind == "module":  # its inside is unknown: a square root of the size is a fair width
+        return 8, parameters, 4 * int(parameters**0.5)
+    depth, width = config["depth"], padded_width(max(hidden_widths(config), default=1))
+    size = (d + 1) * width + (depth - 1) * (width + 1) * width + (width + 1) * k
+    return depth + 1, size, depth * width
 
 
 @dataclass(frozen=True)
@@ -102,6 +178,31 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """A chunk with what it costs."""
+
+    chunk: Population
+    cost: Cost
+    epochs: int
+    way: Backend
+
+    @property
+    def seconds(self) -> float:
+        return self.epochs * (self.cost.step_seconds + len(self.chunk.index) * self.cost.trial_seconds)
+
+    def cut(self, number: int) -> list["_Piece"]:
+        """Cut into so many pieces of equal size, or one a trial."""
+        parts = np.array_split(np.arange(len(self.chunk.index)), min(number, len(self.chunk.index)))
+        return [replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts]
+
+    def halves(self, seconds: float) -> list["_Piece"]:
+        """Return it halved until no piece takes longer than that: one would keep a worker long after the others."""
+        if self.seconds <= seconds or len(self.chunk.index) == 1:
+            return [self]
+        return [part for half in reversed(self.cut(2)) for part in half.halves(seconds)]
+
+
+@dataclass(frozen=True)
 class Planner:
     """Cuts populations into chunks.
 
@@ -131,23 +232,34 @@ class Planner:
         """Return the chunks in which populations train for so many epochs."""
         pieces = [piece for population in populations for piece in self._pieces(population, epochs)]
         if self.cost_of is None and self.workers in (None, 1) and all(piece.way == "compiled" for piece in pieces):
-            # Threads share the members of a chunk, and need no start.
-            return _plan(pieces, self.data, workers=1, threads=cores())
-        return self._among_workers(pieces)
+            workers, threads = 1, cores()  # threads share the members of a chunk, and need no start
+        else:
+            pieces, workers, threads = self._among_workers(pieces)
+        pieces = sorted(pieces, key=lambda piece: -piece.seconds)
+        return Plan(
+            chunks=tuple(piece.chunk for piece in pieces),
+            workers=workers,
+            threads=threads,
+            chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
+            data_bytes=self.data.input_bytes,
+            ways=tuple(piece.way for piece in pieces),
+            gpus=self.data.device.type == "cuda",
+            state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
+        )
 
-    def _pieces(self, population: Population, epochs: int) -> "list[_Piece]":
+    def _pieces(self, population: Population, epochs: int) -> list[_Piece]:
         """Return the chunks of a population, each of which fits into memory."""
         config, traits = population.configs[0], self.traits.get(population.arguments)
-        reason, coded, widest = (traits.loop_reason, traits.coded, traits.widest) if traits else ("", False, 0)
-        way = trains_as(self.backend, population.kind, config, reason, coded=coded, data=self.data)
-        cost = trial_cost(population, self.data.of(config), self.parameters, way, widest)
+        way = trains_as(self.backend, population.kind, config, traits, data=self.data)
+        cost = trial_cost(population, self.data.of(config), self.parameters, way, traits.widest if traits else 0)
+        if self.cost_of is not None:
+            cost = self.cost_of(population, cost)
         if way == "compiled":
             most = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
-            limit = min(most, self.memory or most)
         else:
-            limit = memory_limit(self.data, self.memory, self.free)
-        if self.cost_of is not None:
-            cost, limit = self.cost_of(population, cost), self.memory or limit
+            free = free_of_gpu(self.data.device) if self.data.device.type == "cuda" else self.free
+            most = _CACHE_BYTES if free is None else int(_FREE_SHARE * free)
+        limit = min(most, self.memory or most) if self.cost_of is None else self.memory or most
         near = len(population.index) * cost.trial_bytes > _MEASURED_SHARE * limit
         if self.measure is not None and (near or population.kind == "module"):
             need = self.measure(population, limit // cost.trial_bytes)
@@ -160,8 +272,8 @@ class Planner:
         # step, which each piece would pay anew.
         return whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
 
-    def _among_workers(self, pieces: "list[_Piece]") -> Plan:
-        """Return the plan of pieces for the workers, or for as many as the work repays."""
+    def _among_workers(self, pieces: list[_Piece]) -> tuple[list[_Piece], int, int]:
+        """Return pieces for the workers, or for as many as the work repays, these, and the threads of each."""
         total, workers = sum(piece.seconds for piece in pieces), self.workers
         on_gpu = self.data.device.type == "cuda"
         if workers is None:
@@ -174,56 +286,7 @@ class Planner:
             pieces = [part for piece in reversed(pieces) for part in piece.halves(share)]
         workers = min(workers, len(pieces))
         # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
-        threads = cores() if workers == 1 and total > _THREADS_PAY else 1
-        return _plan(pieces, self.data, workers=workers, threads=threads)
-
-
-def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: int) -> Plan:
-    pieces = sorted(pieces, key=lambda piece: -piece.seconds)
-    return Plan(
-        chunks=tuple(piece.chunk for piece in pieces),
-        workers=workers,
-        threads=threads,
-        chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
-        data_bytes=data.input_bytes,
-        ways=tuple(piece.way for piece in pieces),
-        gpus=data.device.type == "cuda",
-        state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
-    )
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A chunk with what it costs."""
-
-    chunk: Population
-    cost: Cost
-    epochs: int
-    way: Backend
-
-    @property
-    def seconds(self) -> float:
-        return self.epochs * (self.cost.step_seconds + len(self.chunk.index) * self.cost.trial_seconds)
-
-    def cut(self, number: int) -> list["_Piece"]:
-        """Cut into so many pieces of equal size, or one a trial."""
-        parts = np.array_split(np.arange(len(self.chunk.index)), min(number, len(self.chunk.index)))
-        return [replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts]
-
-    def halves(self, seconds: float) -> list["_Piece"]:
-        """Return it halved until no piece takes longer than that: one would keep a worker long after the others."""
-        if self.seconds <= seconds or len(self.chunk.index) == 1:
-            return [self]
-        return [part for half in reversed(self.cut(2)) for part in half.halves(seconds)]
-
-
-def memory_limit(data: Dataset, memory: int | None, free: int | None = None) -> int:
-    """Bytes that a chunk may take; ``free`` are those of a GPU elsewhere."""
-    if data.device.type == "cuda":
-        free = free_of_gpu(data.device)
-    if free is not None:
-        return int(min(_FREE_SHARE * free, memory or free))
-    return min(_CACHE_BYTES, memory or _CACHE_BYTES)
+        return pieces, workers, cores() if workers == 1 and total > _THREADS_PAY else 1
 
 
 def parse_memory(memory: object) -> int | None:
@@ -232,11 +295,10 @@ def parse_memory(memory: object) -> int | None:
         return None
     text = str(memory).strip().upper().replace("IB", "B")
     units = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40, "B": 1}
-    unit = next((u for u in units if text.endswith(u)), None)
-    number = text.removesuffix(unit or "").strip()
+    unit = next((u for u in units if text.endswith(u)), "")
     value = -1.0
     with suppress(ValueError):
-        value = float(number) * units.get(unit or "B", 1)
+        value = float(text.removesuffix(unit).strip()) * units.get(unit, 1)
     if isinstance(memory, bool) or not 0 < value < float("inf"):
         raise InputError(f"memory is a number of bytes or text such as '8GB', above 0, got {memory!r}.")
     return max(1, int(value))

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gputune.data.dataset import Dataset
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.module import ModuleNetwork
 from gputune.population.population import Network, Population, arguments_text, shape_of
+from gputune.scoring.scoring import Validation
 from gputune.types import Config
 
 # Of the parameters of a chunk that is kept; a larger one has long epochs, and memory to give back.
@@ -39,10 +39,17 @@ class _Unlike(Exception):
     """A recorded step of one chunk is no step of the other."""
 
 
-class Reuse:
-    """Chunks of this process that take recorded steps, the last of each shape, while they are of use."""
+class Fits:
+    """What the chunks of one search leave to the next, where a process has trained some.
+
+    How many trials of each tensor shape memory has held: what failed once is not tried again. And the chunks that take
+    recorded steps, the last of each shape, in whose memory the next of their shape train. Within a process all copies
+    are one object, however often it is sent there with a job.
+    """
 
     def __init__(self) -> None:
+        self.token = secrets.token_hex(8)
+        self.trials: dict[object, int] = {}
         self.chunks: dict[Hashable, StackedChunk] = {}
         self.timed: list[StackedChunk] = []  # those in compiled code that are at their start, being only timed
 
@@ -55,24 +62,24 @@ class Reuse:
         """Keep the chunk of these trials no longer."""
         self.timed = [chunk for chunk in self.timed if chunk.configs != list(configs)]
 
-    def take_timed(self, data: Dataset, configs: Sequence[Config], **options: object) -> StackedChunk | None:
+    def take_timed(self, network: Network, validation: Validation, **options: int) -> StackedChunk | None:
         """Return the chunk of these trials that was timed, which is kept no longer; None where there is none."""
-        found = [chunk for chunk in self.timed if chunk.configs == list(configs)]
-        self.drop_timed(configs)
-        return found[0] if found and found[0].is_made_with(data, recorded=False, **options) else None
+        found = [chunk for chunk in self.timed if chunk.configs == list(network.configs)]
+        self.drop_timed(network.configs)
+        return found[0] if found and found[0].is_made_with(validation, recorded=False, **options) else None
 
-    def take(self, network: Network, data: Dataset, configs: Sequence[Config], **options: Any) -> StackedChunk:
+    def take(self, network: Network, validation: Validation, *, recorded: bool, **options: int) -> StackedChunk:
         """Return a chunk of these trials at their start: one that was kept where it can be, or a new one."""
-        kept = self.chunks.pop(_key(network), None)
-        if kept is not None and kept.is_made_with(data, **options) and kept.holds(len(configs)):
-            places = [min(slot, len(configs) - 1) for slot in range(len(kept.slots))]
-            like = StackedChunk(network.subset(places), data, [configs[c] for c in places], **options)
+        kept, trials = self.chunks.pop(_key(network), None), len(network.configs)
+        if kept is not None and kept.is_made_with(validation, recorded=recorded, **options) and kept.holds(trials):
+            places = [min(slot, trials - 1) for slot in range(len(kept.slots))]
+            like = StackedChunk(network.subset(places), validation, recorded=recorded, **options)
             if take_over(kept, like):
-                kept.keep(np.arange(len(places)) < len(configs))
+                kept.keep(np.arange(len(places)) < trials)
                 return kept
             del like
         del kept  # its memory is free before more is taken
-        return StackedChunk(network, data, configs, **options)
+        return StackedChunk(network, validation, recorded=recorded, **options)
 
     def give(self, chunk: object) -> None:
         """Keep a chunk that has trained, where it takes recorded steps; the oldest go where all are large."""
@@ -81,26 +88,13 @@ class Reuse:
             while sum(kept.nbytes for kept in self.chunks.values()) > _KEPT_BYTES:
                 del self.chunks[next(iter(self.chunks))]
 
-
-class Fits:
-    """How many trials of each tensor shape memory has held in one search: what failed once is not tried again.
-
-    Also the search's chunks that take recorded steps, in whose memory the next of their shape train. Within a process
-    all copies of it are one object, however often it is sent there with a job.
-    """
-
-    def __init__(self) -> None:
-        self.token = secrets.token_hex(8)
-        self.trials: dict[object, int] = {}
-        self.reuse = Reuse()
-
     def most(self, chunk: Population) -> int:
         """Return how many trials of a chunk to train at once."""
         return min(len(chunk.index), self.trials.get(shape_of(chunk), len(chunk.index)))
 
     def refused(self, chunk: Population) -> None:
         """Remember that a chunk did not fit: the next of its shape begins with half of it."""
-        self.reuse = Reuse()
+        self.chunks, self.timed = {}, []
         self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -131,19 +125,19 @@ def _key(network: Network) -> Hashable:
 
 def take_over(chunk: StackedChunk, like: StackedChunk) -> bool:
     """Make a chunk what another one is, in its own memory; return False, and change nothing, where they are unlike."""
-    owners = (chunk._network, like._network), (chunk.batches, like.batches), (chunk.update, like.update)
+    mine, theirs = ([one._network, one.batches, one.update, one.draws] for one in (chunk, like))
+    if _constants(chunk._network) != _constants(like._network):
+        return False
     try:
-        if _constants(chunk._network) != _constants(like._network):
-            raise _Unlike
-        pairs = list(_pairs((*(a for a, _ in owners), chunk.draws), (*(b for _, b in owners), like.draws)))
+        pairs = list(_pairs(mine, theirs))
     except _Unlike:
         return False
-    for mine, theirs in [*pairs, (chunk._flat, like._flat)]:
-        if isinstance(mine, Tensor):
-            mine.copy_(theirs)
+    for own, value in [*pairs, (chunk._flat, like._flat)]:
+        if isinstance(own, Tensor):
+            own.copy_(value)
         else:
-            owner, name = mine
-            setattr(owner, name, theirs)
+            owner, name = own
+            setattr(owner, name, value)
     chunk.restart(like.configs)
     return True
 
@@ -152,9 +146,8 @@ def _constants(network: Network) -> object:
     """Return the values of a user's module and loss that all members share, which are numbers of the host."""
     if not isinstance(network, ModuleNetwork):
         return None
-    config = network.configs[0]
-    takes_numbers = not network.objective.is_named
-    return arguments_text(config), [(k, repr(v)) for k, v in config.items() if takes_numbers and k.startswith("loss__")]
+    config, named = network.configs[0], network.objective.is_named
+    return arguments_text(config), [(k, repr(v)) for k, v in config.items() if not named and k.startswith("loss__")]
 
 
 def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:
@@ -167,11 +160,14 @@ def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:
         if (mine.shape, mine.dtype, mine.stride()) != (theirs.shape, theirs.dtype, theirs.stride()):
             raise _Unlike
         yield mine, theirs
-    elif isinstance(mine, list | tuple | dict):
-        if len(mine) != len(theirs) or (isinstance(mine, dict) and list(mine) != list(theirs)):
+    elif isinstance(mine, dict):
+        if list(mine) != list(theirs):
             raise _Unlike
-        parts = zip(mine.values(), theirs.values()) if isinstance(mine, dict) else zip(mine, theirs)
-        for a, b in parts:
+        yield from _pairs([*mine.values()], [*theirs.values()])
+    elif isinstance(mine, list | tuple):
+        if len(mine) != len(theirs):
+            raise _Unlike
+        for a, b in zip(mine, theirs):
             yield from _pairs(a, b)
     elif type(mine).__module__.startswith("gputune."):
         for name, value in vars(mine).items():

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.dataset import Dataset
 from gputune.modules.recorder import RECORDERS, Direct, Replays, Steps
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Blocks
-from gputune.optimizers.optimizer import Optimizer
+from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, StepShape
 from gputune.population.population import Network
-from gputune.scoring.scoring import Scoring, Validation
+from gputune.scoring.scoring import Validation
 from gputune.types import Config
 
 _FULL = 0.75  # share of the trials in recorded tensors that must be alive: few numbers of trials are recorded
@@ -36,40 +35,32 @@ class StackedChunk:
     scoring_share = 0.0
 
     def __init__(
-        self,
-        network: Network,
-        data: Dataset,
-        configs: Sequence[Config],
-        *,
-        seed: int,
-        horizon: int,
-        scoring: Scoring | None,
-        recorded: bool = False,
+        self, network: Network, validation: Validation, *, seed: int, horizon: int, recorded: bool = False
     ) -> None:
         # A recorded step reads the memory of its device alone, and rows of main memory come from outside.
+        data, configs = validation.data, network.configs
         self._network, self.recorded, self.horizon = network, recorded and not data.on_host, horizon
-        self._options = {"data": data, "seed": seed, "horizon": horizon, "scoring": scoring, "recorded": recorded}
-        self.validation = Validation(data, scoring)
+        self._options = {"seed": seed, "horizon": horizon, "recorded": recorded}
+        self.validation, target = validation, network.targets(data.y)
         self.alive, self.slots, self.configs = list(range(len(configs))), list(range(len(configs))), list(configs)
-        sizes, target = [config["batch_size"] for config in configs], network.targets(data.y)
+        sizes = [config["batch_size"] for config in configs]
         self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows)
         self._flat = network.start()
         steps = self.batches.active_until
-        self.update = Optimizer(configs, network.trained, self._trained, steps=steps, horizon=horizon)
+        self.update = optimizer_of(configs, network.trained, self._trained, steps=steps, horizon=horizon)
         self._rebuild()
 
     def _rebuild(self) -> None:
         """Make what lies over the buffers as they are now."""
         self.grad = torch.zeros_like(self._trained)
         self.params = self._network.blocks.views(self._flat)
-        self.dropout = self.update.update.clock.table(self.configs, "dropout")
+        self.dropout = self.update.clock.table(self.configs, "dropout")
         self.grads = self._network.trained.views(self.grad)
-        device = self._flat.device
         self.steps: Steps = Direct()
         if self.recorded:
             self.update.prepare()
             self.batches.prepare()
-            recorder = RECORDERS[device.type](device)
+            recorder = RECORDERS[self._flat.device.type](self._flat.device)
             tolerance = _TOLERANCES[self._network.shape.precision, self._flat.dtype]
             self.steps = Replays(recorder, self._expected_steps(), self._state, tolerance)
         try:
@@ -85,20 +76,17 @@ class StackedChunk:
 
     def _state(self) -> list[Tensor]:
         """What a step changes."""
-        return [self._flat, *self.update.state(), self.update.update.clock.done, self.batches.step]
+        return [self._flat, *self.update.state(), self.update.clock.done, self.batches.step]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the parameters and buffers of the members."""
         return self._flat.nbytes
 
-    def is_made_with(self, data: Dataset, **options: object) -> bool:
-        """Whether it was made with these arguments, the trials and their network apart."""
-        given, own = {"data": data, **options}, self._options
-        # Objects are the same one, since some hold arrays, which know no equality.
-        return given.keys() == own.keys() and all(
-            own[key] is value or (isinstance(value, int) and own[key] == value) for key, value in given.items()
-        )
+    def is_made_with(self, validation: Validation, **options: int) -> bool:
+        """Whether it was made with these arguments, the network apart; objects are the same, as some hold arrays."""
+        own = self.validation
+        return own.data is validation.data and own.scoring is validation.scoring and self._options == options
 
     def holds(self, trials: int) -> bool:
         """Whether so many trials are enough for its tensors: what is empty in them costs little."""
@@ -136,7 +124,7 @@ class StackedChunk:
     @property
     def moments(self) -> tuple[Tensor, ...]:
         """The optimizer's flat buffers, of those members."""
-        return tuple(self._of_alive(self._network.trained, moment) for moment in self.update.state())
+        return tuple(self._of_alive(block, moment) for block, moment in self._buffers()[1:])
 
     def _buffers(self) -> list[tuple[Blocks, Tensor]]:
         """What a step changes in the members, and how it lies."""
@@ -167,7 +155,7 @@ class StackedChunk:
     def _step(self, shape: StepShape, key: tuple[int, int]) -> None:
         """One step of all members, on what lies on the device alone; the counters there go on by one."""
         for name in self._network.scheduled:
-            self.params[name].copy_(self.dropout * self.update.update.clock.factor("dropout_schedule"))
+            self.params[name].copy_(self.dropout * self.update.clock.factor("dropout_schedule"))
         if sum(part.end - part.begin for part in shape.parts) < len(self.batches.lengths):
             self.grad.zero_()  # folds without a part would keep the last step's gradient, or what became of it
         for run, part in zip(shape.parts, self.batches.parts(shape, key)):
@@ -193,17 +181,16 @@ class StackedChunk:
         self.alive = [self.alive[i] for i in np.flatnonzero(stays)]
         if not self.alive:
             return
-        places = np.flatnonzero(np.isin(self.slots, self.alive))
-        on_device = torch.as_tensor(places).to(self._flat.device)
+        places = np.flatnonzero(np.isin(self.slots, self.alive)).tolist()
+        on_device = torch.tensor(places).to(self._flat.device)
         if self.steps.begun and self.holds(len(places)):
-            self._places, self.network = on_device, self._network.subset(places.tolist())
+            self._places, self.network = on_device, self._network.subset(places)
             return
         self.steps = Direct()  # what was recorded is over the old tensors
         self._flat = self._network.blocks.select(self._flat, on_device)
-        self._network = self._network.subset(places.tolist())
-        self.batches.select(places)
-        self.configs = [self.configs[i] for i in places]
+        self._network = self._network.subset(places)
+        self.batches.select(np.asarray(places))
+        self.configs, self.slots = [self.configs[i] for i in places], [self.slots[i] for i in places]
         steps = self.batches.active_until
         self.update.select(self.configs, self._network.trained, on_device, self._trained, steps=steps)
-        self.slots = [self.slots[i] for i in places]
         self._rebuild()

@@ -21,27 +21,22 @@ class Stop:
     def __init__(self, deadline: float | None = None) -> None:
         """``deadline`` is a ``time.monotonic()``, a clock that the processes of a machine share."""
         self.deadline = deadline
-        self._asked = False
+        self.asked = False  # whether someone has asked for the end; a deadline is not asked for
         self.reason = ""  # why the search was good enough to end; "" where it was not
-        self._sign: Path | None = None  # a file that says to the workers what ``_asked`` says here
+        self._sign: Path | None = None  # a file that says to the workers what ``asked`` says here
         self._parent: int | None = None
         _stops.add(self)
 
     def ask(self) -> None:
         """End all training after the running epoch. May be called by a signal handler, and more than once."""
-        self._asked = True
+        self.asked = True
         if self._sign is not None:
             with suppress(OSError):  # the folder has just gone, and with it those who would look
                 self._sign.touch()
 
-    @property
-    def asked(self) -> bool:
-        """Whether someone has asked for the end; a deadline is not asked for."""
-        return self._asked
-
     def is_over(self) -> bool:
         """Whether training ends now: it was asked to, the deadline has passed, or a worker has lost its parent."""
-        if self._asked or (self.deadline is not None and time.monotonic() > self.deadline):
+        if self.asked or (self.deadline is not None and time.monotonic() > self.deadline):
             return True
         if self._parent is None:
             return False
@@ -51,7 +46,7 @@ class Stop:
     def heard_by_workers(self, sign: Path) -> Iterator[None]:
         """Let copies that are pickled inside hear what is asked here, by a file that does not exist yet."""
         self._sign = sign
-        if self._asked:  # before there was a file to make
+        if self.asked:  # before there was a file to make
             self.ask()
         try:
             yield
@@ -120,6 +115,7 @@ def _wait_for_the_end() -> None:
         threading.Event().wait()
 
 
+@atexit.register
 def _end() -> None:
     global _ending
     with _changed:
@@ -129,6 +125,5 @@ def _end() -> None:
         _changed.wait_for(lambda: not _working)
 
 
-atexit.register(_end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_working.clear)  # a child has none of these threads

@@ -1,11 +1,11 @@
 """The only loop over epochs and batches: a chunk of members trains in lock step and is scored at every epoch."""
 
+import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads, trains_as
 from gputune.engine.compiled import CompiledChunk
-from gputune.engine.cost import operations
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Fits
@@ -25,8 +24,8 @@ from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
-from gputune.population.population import Network, Population
-from gputune.scoring.scoring import BestOutputs, Scoring, shape_of_scores
+from gputune.population.population import ModelKind, Network, Population, hidden_widths
+from gputune.scoring.scoring import BestOutputs, Scoring, Validation, shape_of_scores
 from gputune.types import Backend, Config, Outputs, first_metric
 
 Chunk = CompiledChunk | StackedChunk | LoopChunk
@@ -182,8 +181,12 @@ def train(
     on, up to the same ``epochs``; its curves are what they were before, NaN where that is not known. With ``at_once``
     nothing is decided after each epoch, so that a launch of a kernel may take several.
     """
-    members = _make_chunk(network, data, chunk.configs, training)
-    _resume(members, chunk)
+    members = _make_chunk(network, data, training)
+    if chunk.alive is not None:
+        members.keep(np.isin(members.alive, chunk.alive))
+    if chunk.state is not None and members.alive:
+        flat, *moments = (rows.to(members.flat.device) for rows in chunk.state.buffers)
+        members.resume([members.network.blocks.from_rows(flat), *map(members.network.trained.from_rows, moments)])
     epoch, scoring, over = chunk.epoch, training.scoring, False
     curves = np.full((len(chunk.configs), training.epochs, *shape_of_scores(scoring, data.n_folds)), np.nan)
     each_epoch = np.array([operations(config, network.kind, data) for config in chunk.configs])
@@ -211,34 +214,43 @@ def train(
             members.keep(stays)
         else:
             over = stays
-    training.fits.reuse.give(members)
+    training.fits.give(members)
     return so_far()
 
 
-def _keep_scores(
-    chunk: Chunk, curves: np.ndarray, epoch: int, many: int, scores: np.ndarray, best: BestOutputs | None
-) -> int:
-    """Write the scores of ``many`` epochs into the curves, and let go who diverged; return how many epochs count."""
-    scores = scores.reshape(len(chunk.alive), many, *curves.shape[2:])
-    goes_on = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)  # (C, epochs)
-    scores[:, 1:][~goes_on[:, :-1]] = np.nan
-    curves[chunk.alive, epoch : epoch + many] = scores
-    if best is not None:
-        means = first_metric(scores, axes=3).mean(2)
-        with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
-            for e, outputs in enumerate(chunk.validation.outputs):
-                best.take(epoch + e + 1, chunk.alive, means[:, e], outputs)
-    chunk.keep(goes_on[:, -1])
-    return min(many, 1 + int(goes_on.any(0).sum()))  # nothing is left after the last divergence
+def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
+    """Return the floating-point operations of an epoch of one trial's steps, in all folds: its matrix products alone.
+
+    A product (rows, in) x (in, out) is 2 rows in out; each layer has one forward and two backward, the first layer one
+    backward. NaN for a user's module, whose inside is unknown.
+    """
+    if kind == "module":
+        return math.nan
+    sizes = [data.n_features, *(hidden_widths(config) if kind == "mlp" else ()), data.n_outputs]
+    pairs = sum(3 * a * b for a, b in zip(sizes[:-1], sizes[1:])) - sizes[0] * sizes[1]
+    return float(2 * pairs * sum(len(fold.train) for fold in data.folds))
 
 
-def _resume(members: Chunk, begun: BegunChunk) -> None:
-    """Put members where training was left, with the trials that are still alive."""
-    if begun.alive is not None:
-        members.keep(np.isin(members.alive, begun.alive))
-    if begun.state is not None and members.alive:
-        flat, *moments = (rows.to(members.flat.device) for rows in begun.state.buffers)
-        members.resume([members.network.blocks.from_rows(flat), *map(members.network.trained.from_rows, moments)])
+def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
+    words, fits = {"seed": training.seed, "horizon": training.horizon}, training.fits
+    if isinstance(network, LoopedModule):
+        return LoopChunk(network, data, network.configs, scoring=training.scoring, **words)
+    validation = Validation(data, training.scoring)
+    word = trains_as(training.backend, network.kind, network.configs[0], data=data)
+    if word == "compiled":
+        return CompiledChunk(network, validation, **words)
+    if word == "kernel":
+        try:
+            return KernelChunk(network, validation, **words)
+        except NotBuiltError:  # which a warning has told
+            word = "graph"
+    if isinstance(network, StackedModule) and network.traits.coded and word == "graph":
+        try:
+            return fits.take_timed(network, validation, **words) or MemberChunk(network, validation, **words)
+        except (TraceError, NotBuiltError) as error:  # of another optimizer than was tried
+            what = f"trials with optimizer {network.configs[0]['optimizer']!r} train in recorded steps"
+            warn(f"{what}, slower than compiled ones: {error}", RuntimeWarning)
+    return fits.take(network, validation, recorded=word == "graph", **words)
 
 
 def _train_epochs(chunk: Chunk, data: Dataset, epoch: int, *, scored: bool) -> tuple[np.ndarray | None, Spent]:
@@ -284,24 +296,18 @@ def _row_errors(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
         raise better from error
 
 
-def _make_chunk(network: Network, data: Dataset, configs: Sequence[Config], training: Training) -> Chunk:
-    options: dict[str, Any] = {key: getattr(training, key) for key in ("seed", "horizon", "scoring")}
-    reuse = training.fits.reuse
-    if isinstance(network, LoopedModule):
-        return LoopChunk(network, data, configs, **options)
-    word = trains_as(training.backend, network.kind, configs[0], data=data)
-    if word == "compiled":
-        return CompiledChunk(network, data, configs, **options)
-    if word == "kernel":
-        try:
-            return KernelChunk(network, data, configs, **options)
-        except NotBuiltError:  # which a warning has told
-            word = "graph"
-    if isinstance(network, StackedModule) and network.traits.coded and word == "graph":
-        try:
-            timed = reuse.take_timed(data, configs, **options)
-            return timed or MemberChunk(network, data, configs, **options)
-        except (TraceError, NotBuiltError) as error:  # of another optimizer than was tried
-            what = f"trials with optimizer {configs[0]['optimizer']!r} train in recorded steps"
-            warn(f"{what}, slower than compiled ones: {error}", RuntimeWarning)
-    return reuse.take(network, data, configs, recorded=word == "graph", **options)
+def _keep_scores(
+    chunk: Chunk, curves: np.ndarray, epoch: int, many: int, scores: np.ndarray, best: BestOutputs | None
+) -> int:
+    """Write the scores of ``many`` epochs into the curves, and let go who diverged; return how many epochs count."""
+    scores = scores.reshape(len(chunk.alive), many, *curves.shape[2:])
+    goes_on = np.logical_and.accumulate(np.isfinite(first_metric(scores, axes=3)).all(2), axis=1)  # (C, epochs)
+    scores[:, 1:][~goes_on[:, :-1]] = np.nan
+    curves[chunk.alive, epoch : epoch + many] = scores
+    if best is not None:
+        means = first_metric(scores, axes=3).mean(2)
+        with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
+            for e, outputs in enumerate(chunk.validation.outputs):
+                best.take(epoch + e + 1, chunk.alive, means[:, e], outputs)
+    chunk.keep(goes_on[:, -1])
+    return min(many, 1 + int(goes_on.any(0).sum()))  # nothing is left after the last divergence

@@ -5,8 +5,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from gputune.engine.job import Outcome, Progress
-from gputune.engine.memory import Failure
+from gputune.engine.job import Failure, Outcome, Progress
 from gputune.engine.stop import Stop
 from gputune.errors import warn
 from gputune.text import count

@@ -28,8 +28,7 @@ from torch import Tensor
 from gputune.data.dataset import Dataset, Fold, Inputs
 from gputune.data.scaling import Scaling
 from gputune.engine.backend import torch_threads
-from gputune.engine.job import Job, Outcome
-from gputune.engine.memory import Failure, run_in_parts
+from gputune.engine.job import Failure, Job, Outcome, run_in_parts
 from gputune.engine.plan import cores
 from gputune.errors import InputError
 from gputune.executors.executor import Chunk, Ended, Executor, LostWorkerError, Outcomes, Result

@@ -24,8 +24,7 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import torch_threads
-from gputune.engine.job import Job, Outcome
-from gputune.engine.memory import Failure, run_in_parts
+from gputune.engine.job import Failure, Job, Outcome, run_in_parts
 from gputune.engine.plan import Plan, cores
 from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError, MissingExtraError, check_count

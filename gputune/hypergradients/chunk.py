@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress
-from gputune.engine.plan import Plan, Planner
+from gputune.engine.plan import Cost, Plan, Planner
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, measure, twice_differentiable
 from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, InnerProblem, Tables, as_table

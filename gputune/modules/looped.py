@@ -22,6 +22,7 @@ from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import RowUpdate, class_of, class_of_rule, loop_reason
 from gputune.optimizers.optimizer import Optimizer
 from gputune.optimizers.rules import schedule_factor
+from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, row_order, steps_of
 from gputune.population.population import beyond_adam
 from gputune.scoring.scoring import Scoring, Validation
@@ -120,7 +121,7 @@ def _stacked_optimizer(network: LoopedModule, config: Config, theta: Tensor, *, 
     whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
     parts = {"trained": theta.shape} if whole else {k: w.shape for k, w in network.leaves(theta).items()}
     blocks = [Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None) for k, shape in parts.items()]
-    return Optimizer(
+    return optimizer_of(
         [config], Blocks(blocks), theta, steps=torch.tensor([[steps]], device=theta.device), horizon=horizon
     )
 

@@ -243,7 +243,7 @@ _LARGE, _BLOCK = 4096, 2048  # numbers from which passes over the same memory ar
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step: its calls of kernels (``native/calls.h``), numbers of the host that they read, and bytes of room."""
+    """A step: its calls of kernels (``native/steps.h``), numbers of the host that they read, and bytes of room."""
 
     calls: np.ndarray
     numbers: np.ndarray

@@ -213,7 +213,7 @@ class Line:
         return self.sizes[-1] * self.unit if self.unit else 0
 
     def call(self, unit: int = 0) -> list[int]:
-        """Return the call as ``native/calls.h`` has it, with rows of ``unit`` numbers each; 0: once for all."""
+        """Return the call as ``native/steps.h`` has it, with rows of ``unit`` numbers each; 0: once for all."""
         each = unit // self.unit if unit else 0
         moves = [each * span.step for span in self.spans] if unit else [0] * len(self.places)
         places = [number for place, move in zip(self.places, moves) for number in (*place, move)]

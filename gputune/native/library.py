@@ -50,10 +50,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
-    """Fill contiguous tensors of float32 with what ``torch.rand`` draws for them, one after another, from a seed.
-
-    Return False, and write nothing, where there is no compiled library.
-    """
+    """Fill float32 tensors with what ``torch.rand`` draws from a seed, in turn; return False where no library is."""
     assert all(part.is_contiguous() and part.dtype == torch.float32 for part in parts)
     try:
         loaded = library(torch.float32)
@@ -85,7 +82,7 @@ ROW_SCORES = ("hit", "log likelihood", "squared error", "absolute error")
 
 
 class Work(ctypes.Structure):
-    """What the library is asked to do, sizes and where the arrays lie; ``member.h`` says what each field is."""
+    """What the library is asked to do, sizes and where the arrays lie; ``work.h`` says what each field is."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _NUMBERS),
@@ -113,14 +110,15 @@ COMPILERS = ("cc", "gcc", "clang")
 
 @functools.lru_cache(maxsize=64)
 def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the library of C code for float32 or float64, built where no earlier run has left it.
-
-    The code may include the headers of this folder. Raises NotBuiltError.
-    """
+    """Return the library of C code, which may include the headers of this folder. Raises NotBuiltError."""
     compiler = find_compiler()
     if compiler is None:
         raise NotBuiltError("there is no C compiler (cc, gcc or clang) on this machine's PATH")
-    name = f"steps-{'double' if dtype == torch.float64 else 'float'}-{_key(compiler, source)}"
+    # Named by all that a build depends on; a home folder may be shared by machines of other kinds.
+    headers = (header.read_bytes() for header in sorted(FOLDER.glob("*.h")))
+    parts = [source.encode(), *headers, *(part.encode() for part in (" ".join(FLAGS), compiler, _processor()))]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    name = f"steps-{'double' if dtype == torch.float64 else 'float'}-{key}"
     try:
         folder = code_folder()
         for path in _cached(folder, name, ".so"):
@@ -151,15 +149,15 @@ _kernels: dict[tuple[str, torch.dtype], tuple[int | None, ctypes.CDLL]] = {}
 def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
     """Return the kernels of these bodies in C; those that this process has not are built. Raises NotBuiltError.
 
-    A body knows its places as P, numbers of the host as S, and sizes as N (``native/calls.h``).
+    A body knows its places as P, numbers of the host as S, and sizes as N (``native/steps.h``).
     """
     if new := sorted(body for body in {*bodies} if (body, dtype) not in _kernels):
         head = "void k{}(char *const *P, const double *S, const int64_t *N)"
         texts = [f"{head.format(i)} {{\n{body}\n}}" for i, body in enumerate(new)]
         double = ["#define DOUBLE"] * (dtype == torch.float64)
-        library = build("\n".join([*double, '#include "steps.h"', *texts, ""]), dtype)
+        made = build("\n".join([*double, '#include "steps.h"', *texts, ""]), dtype)
         for i, body in enumerate(new):
-            _kernels[body, dtype] = ctypes.cast(library[f"k{i}"], ctypes.c_void_p).value, library
+            _kernels[body, dtype] = ctypes.cast(made[f"k{i}"], ctypes.c_void_p).value, made
     built = [_kernels[body, dtype] for body in bodies]
     addresses = (ctypes.c_void_p * len(built))(*(address for address, _ in built))
     take_steps = built[0][1].take_steps
@@ -169,10 +167,8 @@ def build_kernels(bodies: Sequence[str], dtype: torch.dtype) -> Kernels:
 
 def find_compiler() -> str | None:
     """Return the path of a C compiler: that of the environment's ``CC``, or one of the usual names."""
-    for name in (os.environ.get("CC", ""), *COMPILERS):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
+    names = (os.environ.get("CC", ""), *COMPILERS)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def code_folder() -> Path | None:
@@ -186,16 +182,16 @@ def code_folder() -> Path | None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         # In a folder that anyone may write to, without the sticky bit, ours could be exchanged for another.
-        safe = _is_own(folder) and _is_own(base) and base.parent.stat().st_mode & 0o1002 != 0o0002
+        if _is_own(folder) and _is_own(base) and base.parent.stat().st_mode & 0o1002 != 0o0002:
+            return folder
     except OSError:
         return None
-    if not safe:
-        warn(
-            f"{folder} is not used for compiled code, which each process now builds for itself: it and the folder that "
-            "it is in must belong to you and be writable by nobody else. Mend that (chmod 700), or set XDG_CACHE_HOME "
-            "to another folder."
-        )
-    return folder if safe else None
+    warn(
+        f"{folder} is not used for compiled code, which each process now builds for itself: it and the folder that "
+        "it is in must belong to you and be writable by nobody else. Mend that (chmod 700), or set XDG_CACHE_HOME "
+        "to another folder."
+    )
+    return None
 
 
 def _is_own(path: Path) -> bool:
@@ -238,13 +234,6 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _key(compiler: str, source: str) -> str:
-    """Name a build by all that it depends on; a home folder may be shared by machines of other kinds."""
-    headers = (header.read_bytes() for header in sorted(FOLDER.glob("*.h")))
-    parts = [source.encode(), *headers, *(part.encode() for part in (" ".join(FLAGS), compiler, _processor()))]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
 def _processor() -> str:
     """The processor and what it can do, as far as the system says it."""
     facts, said = ("model name", "flags", "Features", "CPU part"), set[str]()
@@ -256,15 +245,12 @@ def _processor() -> str:
 def processor_name() -> str:
     """Return the name of the processor, "" where the system does not say it."""
     lines = (line for line in _processor().splitlines() if line.startswith("model name"))
-    name = next((line.partition(":")[2].strip() for line in lines), "")
-    return name or platform.processor()  # for which some systems start a process
+    # platform.processor() starts a process on some systems.
+    return next((line.partition(":")[2].strip() for line in lines), "") or platform.processor()
 
 
 def _build(compiler: str, source: str, path: Path) -> Path:
-    """Return ``path`` with the SHA-256 of what was built added to its name.
-
-    Built into a file of its own and put in its place at once: another process may be doing the same.
-    """
+    """Return ``path`` with the SHA-256 of what was built in its name, put there at once: others may build it too."""
     with scratch_folder(path.parent, prefix="build") as folder:
         built, text = folder / path.name, folder / "source.c"
         text.write_text(source)

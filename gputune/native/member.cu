@@ -1,5 +1,5 @@
-// One thread block trains one member, whose memory is that of member_memory.h. The definition is members.c, with which it
-// shares its formulas; what is to be done, Work says (work.h).
+// One thread block trains one member, whose memory is that of block.h. The definition is members.c, with which it shares
+// its formulas; what is to be done, Work says (work.h).
 
 #ifndef BARRIER
 #define BARRIER(name) __syncthreads()

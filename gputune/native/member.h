@@ -1,6 +1,7 @@
-/* What one member is: its tensors, where they lie in a block of memory of their own, and how they come in and out.
+/* One member: its tensors, where they lie in a block of memory of their own, how they come in and out, and its step:
+   forward, the loss's slope, backward, and each layer's update as soon as its gradient is there.
 
-   Axes: F folds, C trials, D inputs, H width, K outputs, n rows of the data. */
+   Axes: F folds, C trials, D inputs, H width, K outputs, n rows of the data or of the minibatch. */
 
 #define MOST_LAYERS 64
 #define PAD 16            /* columns come in whole vectors of any width */
@@ -112,5 +113,123 @@ static void gather(const Work *w, long f, const int64_t *which, long rows, real 
         else
             for (long j = 0; j < w->inputs; j++)
                 x[j] = scaled(from[j], w->center[f * w->inputs + j], w->scale[f * w->inputs + j]);
+    }
+}
+
+/* Fill what dropout multiplies by: 1 / (1 - rate) where a unit stays, which is where its draw reaches the rate. */
+static void drop(const Work *w, Space *s, long c, long step, long rows) {
+    real rate = (real)w->dropout[c], kept = 1 / (1 - rate);
+    for (int l = 1; l < s->layers; l++) {
+        const float *draws = w->draws + w->draw_start[step] + (l - 1) * w->draw_rows[step] * w->width;
+        long row = s->layer[l - 1].row, hidden = s->layer[l - 1].out;
+        for (long i = 0; i < rows; i++)
+            for (long j = 0; j < row; j++)
+                s->kept[l][i * row + j] = j < hidden && (real)draws[i * w->width + j] >= rate ? kept : 0;
+    }
+}
+
+/* h[0] (rows, D) -> outputs in h[layers]. */
+static void forward(const Work *w, Space *s, long rows, int dropping) {
+    for (int l = 0; l < s->layers; l++) {
+        Layer *layer = &s->layer[l];
+        int last = l + 1 == s->layers;
+        long across = l ? s->layer[l - 1].row : w->inputs, n = rows * layer->row;
+        real *z = s->z[l + 1], *h = s->h[l + 1];
+        product(rows, layer->row, layer->in, s->h[l], across, 1, layer->weight[0], padded(layer->in), layer->bias[0], z,
+                layer->row);
+        if (!last) activate(w->activation, n, z, h);
+        if (!last && dropping)
+            for (long i = 0; i < n; i++) h[i] *= s->kept[l + 1][i];
+    }
+}
+
+/* The slope in the outputs, which it replaces. */
+static void loss_slope(const Work *w, Space *s, long f, const int64_t *which, long rows) {
+    const Layer *last = &s->layer[s->layers - 1];
+    double total = 0;
+    for (long i = 0; i < rows; i++) total += w->weights ? w->weights[f * w->rows + which[i]] : 1;
+    total = total > 2.2250738585072014e-308 ? total : 2.2250738585072014e-308;
+    for (long i = 0; i < rows; i++)
+        s->share[i] = (real)((w->weights ? w->weights[f * w->rows + which[i]] : 1) / total);
+    real *z = s->h[s->layers];
+    if (!w->classes) {
+        const real *y = (const real *)w->y + f * w->rows;
+        for (long i = 0; i < rows; i++) z[i * last->row] = 2 * (z[i * last->row] - y[which[i]]) * s->share[i];
+        return;
+    }
+    for (long i = 0; i < rows; i++) s->codes[i] = ((const int64_t *)w->y)[which[i]];
+    cross_entropy_slope(rows, w->outputs, z, last->row, w->present + f * w->outputs, s->codes, s->share, s->work);
+}
+
+/* Columns j and after of the slopes (rows, row), as a panel. */
+static const real *pack(const Space *s, const real *slope, long rows, long row, long j, long width) {
+    if (width == row) return slope;
+    for (long i = 0; i < rows; i++) memcpy(s->packed + i * width, slope + i * row + j, width * sizeof(real));
+    return s->packed;
+}
+
+/* One step of the optimizer over n parameters. */
+static void update(Rates by, long n, real *restrict w, real *restrict first, real *restrict second,
+                   const real *restrict slope) {
+    if (by.optimizer >= ADAM)
+        for (long i = 0; i < n; i++) adam_step(by, w + i, first + i, second + i, slope[i]);
+    else if (!first)
+        for (long i = 0; i < n; i++) plain_step(by, w + i, slope[i]);
+    else
+        for (long i = 0; i < n; i++) momentum_step(by, w + i, first + i, slope[i]);
+}
+
+/* Take a layer's step from the slope (rows, row) in what it gives, a part of the weight at a time. */
+static void descend(Layer *layer, Space *s, Rates by, const real *h, long across, const real *slope, long rows) {
+    for (long j = 0; j < layer->row; j += panel(layer->row - j)) {
+        long width = panel(layer->row - j), count = GRADIENT / width / TILE_ROWS * TILE_ROWS;
+        const real *own = pack(s, slope, rows, layer->row, j, width);
+        for (long i = 0; i < layer->in; i += count) {
+            long some = layer->in - i < count ? layer->in - i : count, at = j * padded(layer->in) + i * width;
+            product(some, width, rows, h + i, 1, across, own, rows, 0, s->gradient, width);
+            real *first = layer->weight[1], *second = layer->weight[2];
+            update(by, some * width, layer->weight[0] + at, first ? first + at : 0,
+                   second ? second + at : 0, s->gradient);
+        }
+    }
+    memset(s->gradient, 0, layer->row * sizeof(real));
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < layer->row; j++) s->gradient[j] += slope[i * layer->row + j];
+    update(by, layer->row, layer->bias[0], layer->bias[1], layer->bias[2], s->gradient);
+}
+
+/* b (columns, rows) = a (rows, columns) transposed, block by block. */
+static void transpose(long rows, long columns, const real *restrict a, real *restrict b) {
+    for (long j = 0; j < columns; j += LANES)
+        for (long i = 0; i < rows; i += LANES) transpose_block(a + i * columns + j, columns, b + j * rows + i, rows);
+}
+
+/* The slope in what a layer is given, (rows, row), from that in what it gives; a part of the columns at a time. */
+static void slope_back(const Layer *layer, const Space *s, const real *slope, long rows, real *below, long row) {
+    for (long j = 0; j < row; j += panel(row - j)) {
+        long width = panel(row - j);
+        for (long k = 0; k < layer->row; k += panel(layer->row - k)) {
+            long across = panel(layer->row - k);
+            transpose(width, across, layer->weight[0] + k * row + j * across, s->turned + k * width);
+        }
+        product(rows, width, layer->out, slope, layer->row, 1, s->turned, layer->row, 0, below + j, row);
+    }
+}
+
+static void backward(const Work *w, Space *s, Rates by, long rows, int dropping) {
+    real *slope = s->h[s->layers], *below = s->slope;
+    for (int l = s->layers - 1; l >= 0; l--) {
+        Layer *layer = &s->layer[l];
+        if (l > 0) /* with the weights as they were before the step */
+            slope_back(layer, s, slope, rows, below, s->layer[l - 1].row);
+        descend(layer, s, by, s->h[l], l ? s->layer[l - 1].row : w->inputs, slope, rows);
+        if (l > 0) {
+            long n = rows * s->layer[l - 1].row;
+            if (dropping)
+                for (long i = 0; i < n; i++) below[i] *= s->kept[l][i];
+            slope_below(w->activation, n, below, s->z[l], s->h[l]);
+            slope = below;
+            below = slope == s->slope ? s->below : s->slope;
+        }
     }
 }

@@ -113,6 +113,15 @@ TILES(tiles_of_2, 2)
 TILES(tiles_of_3, 3)
 #endif
 
+ALWAYS_INLINE void tiles(long width, int rows, long inner, const real *a, long a_row, long a_column, const real *b,
+                         long b_row, const real *bias, real *c, long c_row) {
+    if (width == LANES) tiles_of_1(rows, inner, a, a_row, a_column, b, b_row, bias, c, c_row);
+    if (width == 2 * LANES) tiles_of_2(rows, inner, a, a_row, a_column, b, b_row, bias, c, c_row);
+#if TILE_VECTORS == 3
+    if (width == 3 * LANES) tiles_of_3(rows, inner, a, a_row, a_column, b, b_row, bias, c, c_row);
+#endif
+}
+
 /* How many of ``left`` columns the next tile has; four vectors are two and two, as three and one would leave the
    registers half empty. */
 static long panel(long left) {
@@ -135,12 +144,7 @@ static void product(long rows, long columns, long inner, const real *a, long a_r
         for (long i = 0; i < rows; i += TILE_ROWS) {
             int count = rows - i < TILE_ROWS ? (int)(rows - i) : TILE_ROWS;
             const real *from = a + i * a_row;
-            real *to = c + i * c_row + j;
-            if (width == LANES) tiles_of_1(count, inner, from, a_row, a_column, lines, width, shift, to, c_row);
-            if (width == 2 * LANES) tiles_of_2(count, inner, from, a_row, a_column, lines, width, shift, to, c_row);
-#if TILE_VECTORS == 3
-            if (width == 3 * LANES) tiles_of_3(count, inner, from, a_row, a_column, lines, width, shift, to, c_row);
-#endif
+            tiles(width, count, inner, from, a_row, a_column, lines, width, shift, c + i * c_row + j, c_row);
         }
     }
 }

@@ -1,13 +1,30 @@
-/* What the training of members is asked to do, by the C library and by the kernel of a GPU.
+/* What the training of members is asked to do, what a validation row scores, and the numbers of an optimizer's step: of
+   the C library and of the kernel of a GPU. ``real`` is there. Axes: F folds, C trials, D inputs, H width, K outputs, n
+   rows of the data. */
 
-   Axes: F folds, C trials, D inputs, H width, K outputs, n rows of the data. */
+#ifndef ALWAYS_INLINE /* on a GPU, whose kernel begins with this */
+#ifdef __CUDACC_RTC__ /* NVRTC has no headers */
+typedef int int32_t;
+typedef long long int64_t;
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+#else
+#include <math.h>
+#include <stdint.h>
+#endif
+
+#define ALWAYS_INLINE static __device__ __forceinline__
+#define exponential exp
+#define root sqrt
+typedef real wide;
+#endif
 
 /* For all members; laid out as gputune.native.library.Work. */
 typedef struct {
     int64_t folds, trials, inputs, width, outputs, layers, activation, optimizer, classes;
     int64_t rows;                 /* n of the data */
     int64_t epoch, horizon;       /* epochs done, and epochs of a schedule */
-    int64_t row_score;            /* what a validation row adds to ``means`` (scores.h) */
+    int64_t row_score;            /* what a validation row adds to ``means`` */
     const real *x;                /* (V, n, D) */
     const real *center, *scale;   /* (F, D): (x - center) / scale is read, 0 where x is missing; NULL: x as it is */
     const int64_t *copies;        /* (F): V of a fold */
@@ -34,3 +51,101 @@ typedef struct {
     int64_t *nanoseconds;         /* (2): of training and of scoring, added up over members */
     const int64_t *queue;         /* (F C): members p = f C + c in the order in which they are taken */
 } Work;
+
+/* What a validation row adds to a score. All in double precision, as a tuned model predicts; NaN where an output is not
+   finite: the mean over rows then is NaN too. */
+enum { HIT, LOG_LIKELIHOOD, SQUARED_ERROR, ABSOLUTE_ERROR };
+
+ALWAYS_INLINE double row_score(const Work *w, const int classes, int64_t f, const real *z, int64_t row) {
+    if (!classes) {
+        double gap = z[0] * w->target_scale[f] + w->target_center[f] - w->target[row];
+        return w->row_score == ABSOLUTE_ERROR ? fabs(gap) : gap * gap;
+    }
+    const real *present = w->present + f * w->outputs;
+    int64_t label = ((const int64_t *)w->y)[row], best = -1; /* the largest, of several the first */
+    for (int64_t k = 0; k < w->outputs; k++) {
+        if (present[k] == 0) continue;
+        if (z[k] - z[k] != 0) return NAN;
+        if (best < 0 || z[k] > z[best]) best = k;
+    }
+    if (w->row_score == HIT) return best == label;
+    double sum = 0, top = z[best], least = -36.043653389117154, most = -2.2204460492503136e-16;
+    for (int64_t k = 0; k < w->outputs; k++)
+        if (present[k] != 0) sum += exp(z[k] - top);
+    double log_p = present[label] != 0 ? z[label] - top - log(sum) : least;
+    return log_p < least ? least : log_p > most ? most : log_p; /* p as scikit-learn holds it: 2^-52 from 0 and 1 */
+}
+
+/* One step of an optimizer over one parameter, as gputune.optimizers.rules defines it, and the rates of a member's step. */
+enum { SGD, NESTEROV, ADAM, ADAMW };
+
+/* What the step of one member is: numbers for all its parameters. ``rate`` has the schedule in it, and for adam the
+   bias corrections, which are moved out of the loop: lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps). */
+typedef struct {
+    int64_t optimizer;
+    real rate, shrink, l2, momentum, epsilon;
+} Rates;
+
+ALWAYS_INLINE void adam_step(Rates by, real *w, real *first, real *second, real slope) {
+    real g = slope + by.l2 * *w;
+    real m = *first + (real)(1 - 0.9) * (g - *first);
+    real v = (real)0.999 * *second + (real)(1 - 0.999) * g * g;
+    *first = m, *second = v;
+    *w = *w - by.shrink * *w - by.rate * (m / (root(v) + by.epsilon));
+}
+
+ALWAYS_INLINE void momentum_step(Rates by, real *w, real *first, real slope) {
+    real g = slope + by.l2 * *w;
+    real b = by.momentum * *first + g;
+    *first = b;
+    *w -= by.rate * (by.optimizer == NESTEROV ? g + by.momentum * b : b);
+}
+
+ALWAYS_INLINE void plain_step(Rates by, real *w, real slope) {
+    *w -= by.rate * (slope + by.l2 * *w);
+}
+
+ALWAYS_INLINE real held(double value) {
+#ifdef DOUBLE
+    const double largest = 1.7976931348623157e308;
+#else
+    const double largest = 3.4028234663852886e38;
+#endif
+    return (real)(value > largest ? largest : value < -largest ? -largest : value);
+}
+
+enum { CONSTANT, COSINE, LINEAR, WARMUP_COSINE, ONE_CYCLE, COSLOG4, FLAT_COS };
+
+ALWAYS_INLINE double half_cosine(double done, double total) {
+    return 0.5 * (1 + cos(3.14159265358979323846 * done / total));
+}
+
+/* The factor on the rate after ``done`` of ``total`` steps, as gputune.optimizers.rules defines it. */
+ALWAYS_INLINE double factor(int64_t schedule, double done, double total) {
+    double warmup = floor(total / 10), top = 0.3 * total - 1;
+    switch (schedule) {
+    case COSINE: return half_cosine(done, total);
+    case LINEAR: return 1 - done / total;
+    case WARMUP_COSINE:
+        return done < warmup ? (done + 1) / (warmup + 1) : half_cosine(done - warmup, total - warmup);
+    case ONE_CYCLE:
+        if (done <= top) return 1 - 24.0 / 25 * half_cosine(done, top);
+        return 1e-4 / 25 + (1 - 1e-4 / 25) * half_cosine(done - top, total - 1 - top);
+    case COSLOG4: return 0.5 - cos(log2(1 + 15 * done / total) * (2 * 3.14159265358979323846)) / 2;
+    case FLAT_COS: return 2 * done < total ? 1 : half_cosine(2 * done - total, total);
+    default: return 1;
+    }
+}
+
+/* The numbers of step ``count``, from 1, of ``total`` steps of the schedule. */
+ALWAYS_INLINE Rates rates(const Work *w, long c, double count, double total) {
+    double lr = w->lr[c] * factor(w->schedule[c], count - 1, total), decay = w->decay[c];
+    Rates by = {w->optimizer, held(lr), 0, held(decay), held(w->momentum[c]), 0};
+    if (w->optimizer == ADAMW) by.shrink = held(lr * decay), by.l2 = 0;
+    if (w->optimizer >= ADAM) {
+        double corrected = sqrt(1 - pow(0.999, count));
+        by.rate = held(lr * corrected / (1 - pow(0.9, count)));
+        by.epsilon = (real)(1e-8 * corrected);
+    }
+    return by;
+}

@@ -49,8 +49,7 @@ class Blocks:
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Return the flat buffer of rows (C, F, N)."""
-        flat = rows.new_empty(self.size)
-        self.put_rows(flat, rows)
+        self.put_rows(flat := rows.new_empty(self.size), rows)
         return flat
 
     def put_rows(self, flat: Tensor, rows: Tensor) -> None:
@@ -66,8 +65,8 @@ class Blocks:
     def expand(self, values: Tensor) -> Tensor:
         """Return a flat buffer that holds each member's value, of values (F, C), at all its entries."""
         flat = values.new_empty(self.size)
-        for block, view in zip(self.blocks, self.views(flat).values()):
-            view.copy_(with_axes_of(block, values))
+        for value, part in self.by_block(values, flat):
+            part.copy_(value)
         return flat
 
     def first(self, flat: Tensor) -> Tensor:
@@ -85,10 +84,7 @@ class Blocks:
     def add_product_(
         self, total: Tensor, flat: Tensor, values: Tensor, factors: Mapping[str, Tensor] | None = None
     ) -> None:
-        """total += value * flat in place, with each member's own value, of values (F, C).
-
-        ``factors`` (F, C) are on the values, in the blocks that have some.
-        """
+        """total += value * flat in place, of values (F, C) times ``factors`` (F, C) in the blocks that have some."""
         factors = factors or {}
         if values.numel() == 1 and not factors:
             total.addcmul_(flat, values.view(1))
@@ -103,10 +99,7 @@ class Blocks:
             part.lerp_(toward, value)
 
     def by_block(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield for each block the values (F, C), with axes that meet it, and its part of each flat buffer.
-
-        The blocks of one member are one.
-        """
+        """Yield for each block the values (F, C), with axes that meet it, and its parts; of one member all at once."""
         if values.numel() == 1:
             yield (values.view(1), *flats)
             return
@@ -126,8 +119,8 @@ class Blocks:
 
     def subset(self, trials: int) -> "Blocks":
         """Return the blocks of a chunk with another number of trials."""
-        shapes = [(*b.shape[: b.trial_axis], trials, *b.shape[b.trial_axis + 1 :]) for b in self.blocks]
-        return Blocks([replace(b, shape=shape) for b, shape in zip(self.blocks, shapes)])
+        axes = ((b, b.trial_axis) for b in self.blocks)
+        return Blocks([replace(b, shape=(*b.shape[:axis], trials, *b.shape[axis + 1 :])) for b, axis in axes])
 
 
 def with_axes_of(block: Block, values: Tensor) -> Tensor:

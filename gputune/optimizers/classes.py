@@ -1,9 +1,9 @@
 """The classes of torch.optim: which rule here is one of them, and what a configuration makes of one."""
 
-import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
+from inspect import signature
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ _MACHINERY = ("params", "maximize", "foreach", "capturable", "differentiable", "
 """Arguments that say how torch computes a step, or what a user would not tune."""
 
 Class = type[torch.optim.Optimizer]
-
 
 _CLASSES: Mapping[str, Class] = {
     name: kind
@@ -71,8 +70,7 @@ def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> s
             f"{type(value).__name__}; what it takes is searched, lr and optimizer__*."
         )
     shown = text if isinstance(value, type) else repr(value)
-    hint = did_you_mean(value, (*OPTIMIZERS, *more, *CLASSES)) if isinstance(value, str) else ""
-    hint = hint or " For example 'adamw'."
+    hint = (isinstance(value, str) and did_you_mean(value, (*OPTIMIZERS, *more, *CLASSES))) or " For example 'adamw'."
     raise InputError(
         f"{name} must be one of {', '.join((*OPTIMIZERS, *more))}, or a class of torch.optim, such as RAdam, got "
         f"{shown}.{hint}"
@@ -127,35 +125,37 @@ def optimizer_defaults(word: str) -> Config:
     """Return ``lr``, ``weight_decay`` and ``momentum`` of an optimizer: of a class of torch.optim, its own."""
     if word not in CLASSES:
         return {"lr": DEFAULT_LR, "weight_decay": default_weight_decay(word), "momentum": default_momentum(word)}
-    given = {name: parameter.default for name, parameter in _arguments(CLASSES[word]).items()}
+    given = {name: parameter.default for name, parameter in signature(CLASSES[word]).parameters.items()}
     return {name: float(given.get(name, 0.0)) for name in _OWN_KEYS}
 
 
 def has_weight_decay(word: str) -> bool:
     """Whether an optimizer has a weight decay: all but a few classes of torch.optim."""
-    return word not in CLASSES or "weight_decay" in _arguments(CLASSES[word])
+    return word not in CLASSES or "weight_decay" in signature(CLASSES[word]).parameters
 
 
 def argument_defaults(word: str) -> Config:
     """Return the defaults of what ``optimizer__*`` keys set of an optimizer, under these keys."""
     kind = CLASSES.get(word, _CLASS_OF_RULE.get(word))
-    return {
-        f"{OPTIMIZER_PREFIX}{name}": parameter.default
-        for name, parameter in ({} if kind is None else _arguments(kind)).items()
-        if name not in (*_MACHINERY, *_OWN_KEYS)
-    }
+    known = {} if kind is None else signature(kind).parameters
+    names = [name for name in known if name not in (*_MACHINERY, *_OWN_KEYS)]
+    return {f"{OPTIMIZER_PREFIX}{name}": known[name].default for name in names}
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Return the optimizer of a complete configuration for the parameters of one member.
-
-    Raises InputError for arguments that its class has not, or refuses.
-    """
+    """Return the optimizer of one member. Raises InputError for arguments that its class has not, or refuses."""
     kind = class_of(config) or class_of_rule(config)
     assert kind is not None
-    known, given = _arguments(kind), optimizer_arguments(config)
+    known, given = signature(kind).parameters, optimizer_arguments(config)
     for name in given:
-        _check_argument(kind, name, known)
+        if name in _OWN_KEYS:
+            raise InputError(f"{OPTIMIZER_PREFIX}{name} is written {name!r}; leave the prefix out.")
+        if name in _MACHINERY or name not in known:
+            own = [f"{OPTIMIZER_PREFIX}{key}" for key in known if key not in (*_MACHINERY, *_OWN_KEYS)]
+            raise InputError(
+                f"{OPTIMIZER_PREFIX}{name} is no hyperparameter of torch.optim.{kind.__name__}, which has "
+                f"{', '.join(own)}.{did_you_mean(OPTIMIZER_PREFIX + name, own)}"
+            )
     words = {key: config[key] for key in _OWN_KEYS if key in known}
     words |= {"nesterov": config["momentum"] > 0} if config["optimizer"] == "nesterov" else {}
     if not class_of(config):  # the steps of a rule, computed in the fewest calls
@@ -175,21 +175,6 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
             f"optimizer: torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: {error}. Mend the "
             f"values.{remedy}"
         ) from error
-
-
-def _check_argument(kind: Class, name: str, known: Mapping[str, inspect.Parameter]) -> None:
-    if name in _OWN_KEYS:
-        raise InputError(f"{OPTIMIZER_PREFIX}{name} is written {name!r}; leave the prefix out.")
-    if name in _MACHINERY or name not in known:
-        own = [f"{OPTIMIZER_PREFIX}{key}" for key in known if key not in (*_MACHINERY, *_OWN_KEYS)]
-        raise InputError(
-            f"{OPTIMIZER_PREFIX}{name} is no hyperparameter of torch.optim.{kind.__name__}, which has "
-            f"{', '.join(own)}.{did_you_mean(OPTIMIZER_PREFIX + name, own)}"
-        )
-
-
-def _arguments(kind: Class) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(kind).parameters
 
 
 def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> None:
@@ -235,10 +220,9 @@ class RowUpdate:
         self.done = 0
 
     def state(self) -> list[Tensor]:
-        """Return the rows (N,) that a later step depends on.
+        """Return the rows (N,) that a later step depends on: each tensor of a parameter's state at its place.
 
-        Each tensor of a parameter's state lies at the parameter's place; a shorter one, such as the number of steps,
-        has zeros behind it.
+        One that is shorter than the parameter, such as the number of steps, has zeros behind it.
         """
         states = [self._tensors(self.optimizer, w) for w in self.parameters]
         rows = [

@@ -49,8 +49,7 @@ Rule = Callable[[Params, Params, Moments, Rates], tuple[Params, Moments]]
 
 def sgd(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
     """Gradient descent with heavy-ball momentum: b = mu b + g; w -= lr b. Source: Polyak (1964)."""
-    grads = _with_l2(params, grads, rates)
-    buffer = _heavy_ball(grads, moments, rates)
+    buffer = _heavy_ball(_with_l2(params, grads, rates), moments, rates)
     return _descend(params, buffer, rates.lr), {"buffer": buffer}
 
 
@@ -171,13 +170,13 @@ def orthogonal(x: Tensor) -> Tensor:
 
     Rows and columns of zeros stay zero, so padding changes nothing.
     """
-    a, b, c = _NEWTON_SCHULZ
-    wide: Tensor = x if x.shape[-2] <= x.shape[-1] else x.mT
+    (a, b, c), is_wide = _NEWTON_SCHULZ, x.shape[-2] <= x.shape[-1]
+    wide: Tensor = x if is_wide else x.mT
     wide = wide / wide.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(_LEAST_NORM)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = wide @ wide.mT
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide if x.shape[-2] <= x.shape[-1] else wide.mT
+    return wide if is_wide else wide.mT
 
 
 def _with_l2(params: Params, grads: Params, rates: Rates) -> Params:

@@ -141,7 +141,7 @@ RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})
 
 
 class RowMean(NamedTuple):
-    """A score that compiled code computes: of y and the mean over rows of what ``native/scores.h`` knows by a name."""
+    """A score that compiled code computes: of y and the mean over rows of what ``native/work.h`` knows by a name."""
 
     of_row: str
     score: Callable[[Tensor, Tensor], Tensor]

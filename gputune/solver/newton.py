@@ -22,11 +22,8 @@ from gputune.solver.objective import (
     change_of_logits,
     curvature_diagonal,
     curvature_times,
-    objective,
     origin,
     point_at,
-    steepest,
-    violation,
 )
 
 LOOSEST = 0.25  # share of the slopes that conjugate gradients may leave far from the optimum
@@ -66,7 +63,7 @@ def descend(rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: flo
     left = torch.arange(len(ridge), device=ridge.device)
     idle, calm = torch.zeros_like(steps), torch.ones_like(end.converged)
     for taken in range(max_steps + 1):
-        gap = violation(rows, point)
+        gap = point.violation(rows)
         converged = (gap <= tolerance) & calm
         end.weight[left], end.steps[left] = point.weight, taken
         end.residual[left], end.converged[left] = gap, converged
@@ -76,8 +73,8 @@ def descend(rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: flo
         left, idle = left[going], idle[going]
         old = point if going.all() else point[going]
         point = step(rows, old, tolerance)
-        fall = objective(old) - objective(point)
-        idle = torch.where(fall > STILL * objective(point).abs(), 0, idle + 1)
+        fall = old.objective - point.objective
+        idle = torch.where(fall > STILL * point.objective.abs(), 0, idle + 1)
         # Where classes can be separated and no penalty holds the weights, the gradient vanishes too, but they grow for
         # ever: such a member has converged when its logits stay.
         calm = ((point.ridge + point.lasso) > 0).flatten(1).any(1)
@@ -112,12 +109,12 @@ class Model:
 
 def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     """Move each member to the minimiser of its quadratic model, or as far towards it as the objective falls."""
-    closeness = violation(rows, point)
+    closeness = point.violation(rows)
     # The residual shrinks like its power 1.5, but not far beyond what was asked for.
     forcing = closeness.sqrt().maximum(0.1 * tolerance / closeness).clamp_max(LOOSEST)
     signed = point.lasso > 0
     free = (point.weight != 0) | ~signed
-    slopes = steepest(point) * free
+    slopes = point.steepest * free
     diagonal = curvature_diagonal(rows, point.chance)
     # Without a ridge the curvature on the nonzero weights may vanish in a direction: hold steps back there.
     hold = point.ridge + DAMPING * closeness.clamp_max(1)[:, None, None] * signed * diagonal
@@ -127,7 +124,7 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     largest = model.diagonal.amax((1, 2))
     coarse &= (largest > SINGLE[0]) & (largest < SINGLE[1])
     new = _move(rows, point, model, coarse)
-    stuck = coarse & (objective(new) >= objective(point)) & (closeness > tolerance) & signed.flatten(1).any(1)
+    stuck = coarse & (new.objective >= point.objective) & (closeness > tolerance) & signed.flatten(1).any(1)
     if stuck.any():
         left = stuck.nonzero()[:, 0]
         new = _replace(new, left, _move(rows, point[left], model[left], torch.zeros_like(stuck)[left]))
@@ -136,12 +133,12 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
 
 def _move(rows: Rows, point: Point, model: Model, coarse: Tensor) -> Point:
     """Go to the minimiser of the model, found in single precision for the members ``coarse`` (m,)."""
+    step = torch.zeros_like(model.slopes)
     if coarse.all():
         step = _coarse_step(rows, model)
     elif not coarse.any():
         step = minimise(rows, model)
     else:
-        step = torch.zeros_like(model.slopes)
         step[coarse], step[~coarse] = _coarse_step(rows, model[coarse]), minimise(rows, model[~coarse])
     return line_search(rows, point, step, dot(model.slopes, step))
 
@@ -166,18 +163,18 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
     ``slope`` (m,) is the objective's slope along the step. The logits are linear in the length, so trying one
     costs no product.
     """
-    before, turn = objective(point), change_of_logits(rows, step)
+    before, turn = point.objective, change_of_logits(rows, step)
     new, left, length = point, torch.arange(len(step), device=step.device), 1.0
     for _ in range(HALVINGS):
         here = point[left] if len(left) < len(step) else point
         weight, logits = here.weight + length * step[left], here.logits + length * turn[left]
         trial = point_at(rows, weight, logits, here.ridge, here.lasso)
         enough = before[left] + SUFFICIENT * length * slope[left] + ROUNDING * before[left].abs()
-        good = objective(trial) <= enough
+        good = trial.objective <= enough
         # Where the decrease that a slope promises is lost in the rounding of the objective, slopes must judge. Source:
         # the approximate conditions of Hager and Zhang (2005), doi:10.1137/030601880.
         unseen = slope[left].abs() < UNSEEN * before[left].abs()
-        good |= unseen & (violation(rows, trial) < violation(rows, here))
+        good |= unseen & (trial.violation(rows) < here.violation(rows))
         if len(left) == len(step) and good.all():
             return trial
         new = _replace(new, left[good], trial[good])

@@ -61,6 +61,22 @@ class Point:
     def __getitem__(self, members: Tensor) -> "Point":
         return Point(*(getattr(self, name)[members] for name in self.__dataclass_fields__))
 
+    @property
+    def objective(self) -> Tensor:
+        """What is minimised, (m,)."""
+        return self.loss + (self.ridge / 2 * self.weight**2 + self.lasso * self.weight.abs()).sum((1, 2))
+
+    @property
+    def steepest(self) -> Tensor:
+        """The smallest element of the subdifferential, (m, K, E), which is zero exactly at the optimum."""
+        at_zero = self.slope.sign() * (self.slope.abs() - self.lasso).clamp_min(0)
+        return torch.where(self.weight == 0, at_zero, self.slope + self.lasso * self.weight.sign())
+
+    def violation(self, rows: Rows) -> Tensor:
+        """How far each member is from optimal, (m,): see ``Solution.residual``."""
+        slopes = self.steepest if rows.basis is None else self.steepest @ rows.basis
+        return (slopes.abs() / rows.unit).amax((1, 2)) / self.error.clamp_min(torch.finfo(slopes.dtype).tiny)
+
 
 def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool = False) -> Rows:
     """The rows of inputs (n, D), centred where there is an intercept, with shares (n,) > 0 that sum to one.
@@ -69,10 +85,13 @@ def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept:
     curvature is nearly diagonal; a ridge does not see the rotation, a lasso does. ``classes`` is 1 for sigmoid.
     """
     classes_of_outputs = torch.arange(classes, device=x.device) if classes > 1 else codes.new_ones(1)
-    unit = (share @ x**2).sqrt()
-    basis = None
-    if rotate:
-        basis = _principal_axes(x * share.sqrt()[:, None])
+    unit, basis = (share @ x**2).sqrt(), None
+    if rotate:  # orthonormal directions (E, D) that span the rows, along which their second moment is diagonal
+        seen = x * share.sqrt()[:, None]
+        many = x.shape[1] > len(x)
+        span = torch.linalg.qr(seen.T)[0].T if many else torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        seen = seen @ span.T
+        basis = torch.linalg.eigh(seen.T @ seen).eigenvectors.T @ span
         x = x @ basis.T
     penalised = x.new_ones(x.shape[1])
     if intercept:
@@ -95,15 +114,6 @@ def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept:
         bound=_curvature_bound(x, classes),
         coarse=x.float(),
     )
-
-
-def _principal_axes(x: Tensor) -> Tensor:
-    """Orthonormal directions (E, D) that span the rows (n, D), along which their second moment is diagonal."""
-    rows, inputs = x.shape
-    span = torch.linalg.qr(x.T)[0].T if inputs > rows else torch.eye(inputs, dtype=x.dtype, device=x.device)
-    seen = x @ span.T
-    axes: Tensor = torch.linalg.eigh(seen.T @ seen).eigenvectors
-    return axes.T @ span
 
 
 def _curvature_bound(design: Tensor, classes: int) -> Tensor:
@@ -147,24 +157,6 @@ def misfit(rows: Rows, chance: Tensor) -> Tensor:
         return (1 - 2 * rows.truth) * chance
     wrong = chance * (1 - rows.truth)
     return wrong.addcmul_(wrong.sum(1, keepdim=True), rows.truth, value=-1)
-
-
-def objective(point: Point) -> Tensor:
-    """What is minimised, (m,)."""
-    return point.loss + (point.ridge / 2 * point.weight**2 + point.lasso * point.weight.abs()).sum((1, 2))
-
-
-def steepest(point: Point) -> Tensor:
-    """The smallest element of the subdifferential, (m, K, E), which is zero exactly at the optimum."""
-    at_zero = point.slope.sign() * (point.slope.abs() - point.lasso).clamp_min(0)
-    return torch.where(point.weight == 0, at_zero, point.slope + point.lasso * point.weight.sign())
-
-
-def violation(rows: Rows, point: Point) -> Tensor:
-    """How far each member is from optimal, (m,): see ``Solution.residual``."""
-    slopes = steepest(point)
-    slopes = slopes if rows.basis is None else slopes @ rows.basis
-    return (slopes.abs() / rows.unit).amax((1, 2)) / point.error.clamp_min(torch.finfo(slopes.dtype).tiny)
 
 
 def change_of_logits(rows: Rows, step: Tensor) -> Tensor:

@@ -107,10 +107,7 @@ def solve(problem: Problem) -> Solution:
 
 
 def _run(jobs: Jobs, device: torch.device) -> None:
-    """Do all jobs: on a CPU as many at a time as torch has threads, each with one of them.
-
-    The products of a chunk are too small to be shared by threads; whole chunks are not.
-    """
+    """Do all jobs, on a CPU as many at once as torch has threads: the products of a chunk are too small to share."""
     threads = min(torch.get_num_threads(), len(jobs)) if device.type == "cpu" else 1
     if threads <= 1:
         for job in jobs:
@@ -157,12 +154,15 @@ def _groups(
     kept = torch.arange(1, device=x.device) if len(classes) == 2 else classes.nonzero()[:, 0]
     total = weights.sum()
     share = weights / total
-    huge = bool(x.abs().amax() > HUGE)
-    scale = torch.ones_like(x[0])
+    huge, scale = bool(x.abs().amax() > HUGE), torch.ones_like(x[0])
     if huge:  # the power of two at or below each input's largest value
         scale = (x.abs().amax(0).frexp().exponent - 1).to(x.dtype).exp2()
         x = x / scale
-    x, center = _center(x, share) if problem.fit_intercept else (x, torch.zeros_like(x[0]))
+    center = torch.zeros_like(x[0])
+    if problem.fit_intercept:
+        center = share @ x
+        x -= center
+        x *= (share @ x**2).sqrt() > CONSTANT * center.abs()  # a constant input becomes zeros, not rounding errors
     most = torch.finfo(x.dtype).max  # infinity times the intercept's 0 would be NaN
     lasso, ridge = ((part / (C * total)).clamp_max(most) for part in (problem.l1_ratio, 1 - problem.l1_ratio))
 
@@ -172,7 +172,12 @@ def _groups(
         if rows.basis is not None and len(kept) > 1:
             # Exactly so at the optimum; without a penalty softmax leaves it open.
             weight = weight - weight.mean(1, keepdim=True)
-        _write(solution, members, kept, weight, center, scale)
+        coef = weight[..., : len(center)]  # of the rows of the classes kept, the centring and the scale undone
+        intercept = weight[..., len(center) :].sum(-1) - coef @ center
+        if solution.coef.shape[1] > 1 and problem.fit_intercept:
+            intercept = intercept - intercept.mean(1, keepdim=True)  # softmax does not see a common shift
+        solution.coef[members[:, None], kept] = coef / scale
+        solution.intercept[members[:, None], kept] = intercept
         solution.steps[members], solution.residual[members] = descent.steps, descent.residual
         solution.converged[members] = descent.converged
 
@@ -180,39 +185,14 @@ def _groups(
         rotate = step is newton_step and not huge  # a ridge is not the same in all units
         rows = rows_of(x, codes, share, len(kept), intercept=problem.fit_intercept, rotate=rotate)
         rows = rows.scaled(scale) if huge else rows
-        return [partial(solve_chunk, rows, step, members) for members in _chunks(which, C, rows)]
+        members = which.nonzero()[:, 0]
+        members = members[C[members].argsort(stable=True)]  # alike C take about as many steps, so they go together
+        size = (CPU_NUMBERS if C.device.type == "cpu" else GPU_NUMBERS) // (rows.outputs * len(rows.design))
+        return [partial(solve_chunk, rows, step, part) for part in torch.split(members, max(1, size))]
 
     for step, which in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
         if which.any():
             yield chunks(step, which), x.numel()
-
-
-def _center(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs less their weighted means, in place, and these; a constant input becomes zeros, not rounding errors."""
-    center = share @ x
-    x -= center
-    spread = (share @ x**2).sqrt()
-    x *= spread > CONSTANT * center.abs()
-    return x, center
-
-
-def _chunks(which: Tensor, C: Tensor, rows: Rows) -> tuple[Tensor, ...]:
-    """The chosen members in chunks of a bounded size; alike C take about as many steps, so they go together."""
-    members = which.nonzero()[:, 0]
-    members = members[C[members].argsort(stable=True)]
-    numbers = CPU_NUMBERS if C.device.type == "cpu" else GPU_NUMBERS
-    return torch.split(members, max(1, numbers // (rows.outputs * len(rows.design))))
-
-
-def _write(solution: Solution, members: Tensor, kept: Tensor, weight: Tensor, center: Tensor, scale: Tensor) -> None:
-    """Put weights (m, K', D or D + 1) into the rows of the classes kept, the inputs' centring and scale undone."""
-    inputs = len(center)
-    coef = weight[..., :inputs]
-    intercept = (weight[..., inputs:].sum(-1)) - coef @ center
-    if solution.coef.shape[1] > 1 and weight.shape[-1] > inputs:
-        intercept = intercept - intercept.mean(1, keepdim=True)  # softmax does not see a common shift
-    solution.coef[members[:, None], kept] = coef / scale
-    solution.intercept[members[:, None], kept] = intercept
 
 
 def solve_chunk(data: Dataset, configs: Sequence[Config], index: Sequence[int], scoring: Scoring) -> Outcome:

@@ -15,8 +15,7 @@ import numpy as np
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.choice import fastest_way
-from gputune.engine.job import Job, Outcome
-from gputune.engine.memory import Failure, Need, cuda_peak, measure_need
+from gputune.engine.job import Failure, Job, Need, Outcome, cuda_peak, measure_need
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.executors.executor import Claim

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from gputune.engine.memory import Failure
+from gputune.engine.job import Failure
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob, Slopes

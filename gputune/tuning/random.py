@@ -10,8 +10,7 @@ import torch
 
 from gputune.engine.backend import on_threads
 from gputune.engine.checkpoint import Checkpoint
-from gputune.engine.job import Job, Outcome, stalled_epochs
-from gputune.engine.memory import Failure
+from gputune.engine.job import Failure, Job, Outcome, stalled_epochs
 from gputune.engine.plan import Plan
 from gputune.engine.train import BegunChunk
 from gputune.errors import InputError

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from gputune.engine.checkpoint import Checkpoint, StateCache, pause_after
-from gputune.engine.job import RungJob, RungOutcome
-from gputune.engine.memory import Failure
+from gputune.engine.job import Failure, RungJob, RungOutcome
 from gputune.engine.train import BegunChunk, State
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes

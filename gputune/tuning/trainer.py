@@ -13,9 +13,8 @@ from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend, torch_threads, trains_as
-from gputune.engine.job import Job, Outcome, Progress, train_chunk
+from gputune.engine.job import Failure, Job, Need, Outcome, Progress, run_in_parts, train_chunk
 from gputune.engine.kernel import compiled, kernel_of, lacks
-from gputune.engine.memory import Failure, Need, run_in_parts
 from gputune.engine.plan import Plan, Planner, cores
 from gputune.engine.reuse import Fits
 from gputune.engine.stop import Stop

@@ -10,8 +10,8 @@ import reference
 from command_line import run
 from gputune.check import check, laws
 from gputune.check.check import CASES, LAWS, Law, checks_of
-from gputune.engine import findings
-from gputune.engine.findings import Findings, Speed, keep_findings, read_findings
+from gputune.engine import backend
+from gputune.engine.backend import Findings, Speed, keep_findings, read_findings
 from problems import rows_of
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where what is found is kept."""
-    monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(backend, "cache_folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -143,7 +143,7 @@ def test_a_file_that_says_nothing_is_no_finding(text, folder):
 
 
 def test_where_there_is_no_place_nothing_is_kept(folder, monkeypatch):
-    monkeypatch.setattr(findings, "cache_folder", lambda: None)
+    monkeypatch.setattr(backend, "cache_folder", lambda: None)
     assert keep_findings(CPU, Findings({}, {})) is None
     assert read_findings(CPU) == Findings()
 

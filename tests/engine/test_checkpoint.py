@@ -32,6 +32,10 @@ def written(folder, one=None):
     return one, folder.path(one.trials)
 
 
+def keep(folder, *, epoch=2, seconds=60.0):
+    return Checkpointing(folder, (3, 5), seconds).keep(checkpoint(epoch=epoch), list(CONFIGS.values()))
+
+
 def test_it_comes_back_bit_for_bit(folder):
     one, path = written(folder)
     (found,) = folder.read(CONFIGS)
@@ -78,11 +82,10 @@ def test_they_go_when_all_their_trials_have_ended(folder):
     folder.drop([5])  # nothing is left to remove
 
 
-def test_a_disk_that_takes_nothing_is_a_warning(folder, monkeypatch):
+def test_a_disk_that_takes_nothing_is_a_warning(folder):
     folder.folder.write_text("a file in the place of the folder")
-    keeping = Checkpointing(folder, (3, 5), 60.0)
     with pytest.warns(UserWarning, match="no checkpoint could be written in .* Make room on the disk"):
-        assert keeping.keep(checkpoint(), list(CONFIGS.values())) == 60.0
+        assert keep(folder) == 60.0
 
 
 def test_what_results_need_is_left_on_the_disk(folder, monkeypatch):
@@ -91,7 +94,7 @@ def test_what_results_need_is_left_on_the_disk(folder, monkeypatch):
     free = SimpleNamespace(free=2**24)
     monkeypatch.setattr("gputune.engine.checkpoint.shutil.disk_usage", lambda folder: free)
     with pytest.warns(UserWarning, match="no checkpoint .* less than 16 MB for results.* Make room on the"):
-        Checkpointing(folder, (3, 5), 60.0).keep(checkpoint(epoch=3), list(CONFIGS.values()))
+        keep(folder, epoch=3)
     assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == whole
     free.free += 10_000
     written(folder, checkpoint(epoch=3))
@@ -128,8 +131,6 @@ def test_files_of_others_are_not_touched_and_links_are_not_followed(folder, tmp_
 def test_the_next_is_due_in_twenty_times_what_writing_took(folder, monkeypatch):
     times = iter([10.0, 10.25, 20.0, 24.0])
     monkeypatch.setattr("gputune.engine.checkpoint.time.monotonic", lambda: next(times))
-    keeping = Checkpointing(folder, (3, 5), 6.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert keeping.keep(checkpoint(), list(CONFIGS.values())) == 6.0
-        assert keeping.keep(checkpoint(), list(CONFIGS.values())) == 80.0
+        assert [keep(folder, seconds=6.0) for _ in range(2)] == [6.0, 80.0]

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import gputune
-from gputune.engine import choice, findings
-from gputune.engine.backend import choose_backend, choose_device
+from gputune.engine import backend, choice
+from gputune.engine.backend import Findings, Speed, choose_backend, choose_device, keep_findings, read_findings
 from gputune.engine.choice import DeviceChoice, Work, device_for, device_for_solver, work_of_a_step
-from gputune.engine.findings import Findings, Speed, keep_findings, read_findings
 from problems import fill, needs_compiled_code
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -22,9 +21,9 @@ pytestmark = [pytest.mark.cpu, needs_compiled_code]
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
     """A machine with a GPU, of which nothing is known; returns the places whose speed was measured."""
-    monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(backend, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(findings, "device_name", lambda device: f"a {device.type}")
+    monkeypatch.setattr(backend, "device_name", lambda device: f"a {device.type}")
     monkeypatch.setattr(choice, "device_name", lambda device: f"a {device.type}")
     monkeypatch.setattr(choice, "choose_device", lambda word: GPU if word == "auto" else torch.device(word))
     measured = []
@@ -66,32 +65,28 @@ def test_a_speed_that_is_known_is_not_measured_and_trials_that_a_sampler_will_as
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("word", "given", "device"),
     [
-        {"kind": "module"},
-        {"backend": "graph"},
-        {"differentiated": True},
-        {"configs": fill({"optimizer": "adamhd"})},
-        {"held_by": GPU},
+        ("auto", {"kind": "module"}, GPU),  # which no compiled code trains
+        ("auto", {"backend": "graph"}, GPU),
+        ("auto", {"differentiated": True}, GPU),
+        ("auto", {"configs": fill({"optimizer": "adamhd"})}, GPU),
+        ("auto", {"held_by": GPU}, GPU),
+        ("auto", {"backend": "compiled"}, CPU),
+        ("cuda", {}, GPU),
+        ("cpu", {}, CPU),
     ],
     ids=str,
 )
-def test_what_no_compiled_code_trains_takes_the_gpu(given, machine):
-    assert device_for("auto", Work(**WORK | given)) == DeviceChoice(GPU)
+def test_what_is_asked_for_or_never_compiled_needs_no_speed(word, given, device, machine):
+    assert device_for(word, Work(**WORK | given)) == DeviceChoice(device)
     assert machine == []
 
 
-def test_what_is_asked_for_is_taken(machine):
-    assert device_for("auto", Work(**WORK, backend="compiled")) == DeviceChoice(CPU)
-    assert device_for("cuda", Work(**WORK)) == DeviceChoice(GPU)
-    assert device_for("cpu", Work(**WORK)) == DeviceChoice(CPU)
-    assert device_for_solver("cuda") == DeviceChoice(GPU)
-    assert machine == []
-
-
-def test_what_is_solved_stays_on_the_cpu():
+def test_what_is_solved_stays_on_the_cpu(machine):
     found = device_for("auto", Work(**WORK, solved=True))
     assert found == device_for_solver("auto") and found.device == CPU and "wait for each other" in found.why
+    assert device_for_solver("cuda") == DeviceChoice(GPU) and machine == []
 
 
 def test_a_gpu_that_failed_its_laws_is_not_taken():
@@ -123,11 +118,7 @@ def test_what_the_check_found_says_how_a_gpu_trains(found, expected):
 @pytest.mark.parametrize(
     ("failed", "options", "said"),
     [
-        (
-            {"compiled": "a law"},
-            {"device": "cpu"},
-            "recorded steps, slower than compiled ones: gputune check found tha",
-        ),
+        ({"compiled": "a law"}, {"device": "cpu"}, "recorded steps, slower than compiled ones: gputune check found"),
         (None, {}, "the CPU and not on the GPU, which device='cuda' takes: compiled code"),
     ],
 )

@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from gputune.engine import memory
-from gputune.engine.cost import trial_cost
-from gputune.engine.job import Job
-from gputune.engine.memory import Need, measure_need
-from gputune.engine.plan import Planner
+from gputune.engine.job import Job, Need, measure_need, train_chunk
+from gputune.engine.plan import Planner, trial_cost
 from gputune.population.population import Population
 from gputune.scoring.metrics import make_scoring
 from problems import fill, make_data
@@ -33,7 +30,7 @@ def population(*configs, kind="mlp"):
 
 def whole_peak(group, module_class=None):
     """The peak of all trials of a population in one chunk, trained for a whole epoch."""
-    return peak(lambda: memory.train_chunk(job(module_class, epochs=1), DATA, group))
+    return peak(lambda: train_chunk(job(module_class, epochs=1), DATA, group))
 
 
 class Wide(nn.Module):
@@ -82,13 +79,8 @@ def test_the_plan_goes_by_what_was_measured():
 
 
 def test_a_search_that_is_far_from_the_limit_is_not_measured():
-    asked = []
-    group = population(*({"width": 16} for _ in range(10)))
-    one = trial_cost(group, DATA).trial_bytes
-
-    def measure(found, most):
-        asked.append(most)
-
+    asked, group = [], population(*({"width": 16} for _ in range(10)))
+    one, measure = trial_cost(group, DATA).trial_bytes, lambda found, most: asked.append(most)
     for free in (25 * one * 2, 5 * one * 2):
         plan = Planner(DATA, None, 1, free=free, measure=measure).plan([group], 1)
     assert asked == [8]  # of 0.8 x 10
@@ -98,12 +90,8 @@ def test_a_search_that_is_far_from_the_limit_is_not_measured():
 def test_what_cannot_be_measured_is_left_to_the_estimate():
     alone, two = population({"width": 16}), population({"width": 16}, {"width": 16})
     assert measure_need(job(), DATA, alone, peak) is measure_need(job(), DATA, two, peak, most=1) is None
-    no_room, broken = (
-        Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")),
-        Mock(side_effect=RuntimeError("x")),
-    )
-    assert measure_need(job(), DATA, two, no_room) is None
+    assert measure_need(job(), DATA, two, Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))) is None
     with pytest.raises(RuntimeError, match="x"):
-        measure_need(job(), DATA, two, broken)
+        measure_need(job(), DATA, two, Mock(side_effect=RuntimeError("x")))
     # A trial that leaves nothing over needs a byte at least.
     assert measure_need(job(), DATA, two, lambda work: 100) == Need(once=99, trial=1)

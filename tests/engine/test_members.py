@@ -17,6 +17,7 @@ from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule, Traits
 from gputune.native import library as built
 from gputune.scoring.objective import Objective
+from gputune.scoring.scoring import Validation
 from problems import Linear, fill, make_data, scoring_of, shape_of, train
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
@@ -44,8 +45,8 @@ def no_grad(monkeypatch):
 def both(data, configs, objective=None, module=Net, traits=TRAITS):
     """The chunk in compiled code, and the same on stacked tensors."""
     network = StackedModule(module, configs, shape_of(data), seed=0, traits=traits, objective=objective)
-    options = {"seed": 0, "horizon": 6, "scoring": scoring_of(data)}
-    return MemberChunk(network, data, configs, **options), StackedChunk(network, data, configs, **options)
+    kinds, scoring = (MemberChunk, StackedChunk), scoring_of(data)
+    return [kind(network, Validation(data, scoring), seed=0, horizon=6) for kind in kinds]
 
 
 def assert_alike(chunk, other, epochs=(0, 1)):

@@ -9,9 +9,8 @@ from torch import nn
 
 from gputune.engine import plan
 from gputune.engine.backend import choose_backend
-from gputune.engine.cost import trial_cost
 from gputune.engine.job import Job, train_chunk
-from gputune.engine.plan import Planner, parse_memory
+from gputune.engine.plan import Planner, parse_memory, trial_cost
 from gputune.population.population import is_plain, populations
 from gputune.types import OPTIMIZERS
 from problems import fill, make_data

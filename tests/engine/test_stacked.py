@@ -10,14 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gputune
-from gputune.engine import dropout
-from gputune.engine.job import Job
-from gputune.engine.memory import run_in_parts
+from gputune.engine import mlp
+from gputune.engine.job import Job, run_in_parts
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import Fits
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.recorder import RECORDERS, Replays
 from gputune.population.population import Population
+from gputune.scoring.scoring import Validation
 from problems import Linear, fill, make_data, scoring_of, shape_of
 from stand_in import CaptureError, StandIn
 
@@ -28,8 +28,7 @@ def configs_of(count, optimizer="adamw", **more):
 
 def make_chunk(data, configs, *, recorded=True):
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    options = {"seed": 0, "horizon": 20, "scoring": scoring_of(data), "recorded": recorded}
-    return StackedChunk(network, data, configs, **options)
+    return StackedChunk(network, Validation(data, scoring_of(data)), seed=0, horizon=20, recorded=recorded)
 
 
 class Counting(StandIn):
@@ -146,7 +145,7 @@ def test_a_step_that_asks_the_host_is_found_out(monkeypatch):
 def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
     data, configs = make_data(folds=3), configs_of(2, dropout=0.3, width=8)
     whole = make_chunk(data, configs)
-    monkeypatch.setattr(dropout, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
+    monkeypatch.setattr(mlp, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
     parts = make_chunk(data, configs)
     assert (whole.draws.ahead, parts.draws.ahead) == (5, 2)
     for epoch in range(5):

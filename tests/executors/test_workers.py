@@ -19,8 +19,7 @@ from sklearn.model_selection import cross_val_score
 
 import gputune
 from forked import Fork
-from gputune.engine.job import Job
-from gputune.engine.memory import Failure
+from gputune.engine.job import Failure, Job
 from gputune.executors import executor, processes
 from gputune.executors.processes import to_arrays
 from gputune.modules.recorder import CpuRecorder

@@ -15,6 +15,7 @@ from gputune.modules.program import compile_trace
 from gputune.modules.recorder import CpuRecorder, Replays
 from gputune.modules.trace import TraceError, arrange, trace
 from gputune.scoring.metrics import make_scoring
+from gputune.scoring.scoring import Validation
 from problems import fill, make_data, shape_of
 
 
@@ -160,7 +161,7 @@ class Attending(Small):
 def chunk_of(data, configs, *, recorded, module=Small):
     network = StackedModule(module, configs, shape_of(data), seed=0)
     scoring = make_scoring(None, data.task, np.arange(3))
-    return StackedChunk(network, data, configs, seed=0, horizon=9, scoring=scoring, recorded=recorded)
+    return StackedChunk(network, Validation(data, scoring), seed=0, horizon=9, recorded=recorded)
 
 
 def recorded_as_eager(data, configs, module=Small, *, epochs=4, stays=None):

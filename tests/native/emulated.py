@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gputune.native.cuda import MemberKernel, tile_of
 from gputune.native.library import Work, make_work
-from gputune.native.member_kernel import MemberKernel, tile_of
 
 HERE = Path(__file__).parent
 ORDERS = ("forwards", "backwards", "shuffled")

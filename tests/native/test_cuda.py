@@ -7,12 +7,12 @@ import subprocess
 import pytest
 import torch
 
-from gputune.engine import dropout
+from gputune.engine import mlp
 from gputune.native.cuda import kernels, source
-from gputune.optimizers import optimizer
+from gputune.optimizers import update
 from gputune.population import batches
 
-FILES = [optimizer.SOURCE, batches.SOURCE, dropout.SOURCE]
+FILES = [update.SOURCE, batches.SOURCE, mlp.SOURCE]
 
 
 @pytest.mark.long
@@ -47,5 +47,5 @@ def test_kernels_that_cannot_be_compiled_are_said(error, version, said, monkeypa
     monkeypatch.setattr(torch.cuda, "_compile_kernel", fail)
     kernels.cache_clear()
     with pytest.warns(RuntimeWarning, match=f"update.cu cannot be compiled for cuda:1: .*{said}"):
-        assert kernels(FILES[0], optimizer.NAMES, torch.device("cuda:1"), torch.float32) is None
+        assert kernels(FILES[0], update.NAMES, torch.device("cuda:1"), torch.float32) is None
     kernels.cache_clear()

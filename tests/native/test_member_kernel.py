@@ -16,8 +16,9 @@ import problems
 import reference
 from gputune.engine import compiled
 from gputune.engine.mlp import StackedMLP
-from gputune.native.member_kernel import OPTIONS, MemberKernel, compile_kernel
+from gputune.native.cuda import OPTIONS, MemberKernel, compile_kernel
 from gputune.scoring.scores import REGRESSION
+from gputune.scoring.scoring import Validation
 from native.emulated import HERE, LARGEST, ORDERS, Emulator, bytes_of, kernel_of, train_members, written
 from problems import (
     assert_equals_plain_loop,
@@ -128,7 +129,7 @@ def epoch_of(data, configs, scoring=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "_run", lambda library, *work: seen.append(work))
         network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-        chunk = compiled.CompiledChunk(network, data, configs, seed=0, horizon=2, scoring=scoring)
+        chunk = compiled.CompiledChunk(network, Validation(data, scoring), seed=0, horizon=2)
         chunk.advance(0)
     return seen[0]
 

@@ -18,8 +18,8 @@ from command_line import run
 from gputune.check import check
 from gputune.check.check import LAWS, checks_of
 from gputune.data import dataset
-from gputune.engine import choice, dropout, findings, plan
-from gputune.engine.findings import Findings, Speed
+from gputune.engine import backend, choice, mlp, plan
+from gputune.engine.backend import Findings, Speed, keep_findings, read_findings
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
 from gputune.executors import worker
@@ -27,8 +27,9 @@ from gputune.memory import free_of_gpu
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
 from gputune.native.cuda import kernels
+from gputune.optimizers.optimizer import Clock
 from gputune.optimizers.rules import RULES
-from gputune.optimizers.update import Clock, Update
+from gputune.optimizers.update import Update
 from gputune.population.batches import Batches
 from gputune.scoring.scoring import Validation
 from gputune.sklearn import LogisticRegression, MLPClassifier, RandomizedSearchCV
@@ -101,14 +102,14 @@ def test_a_law_of_the_check_holds(law, backend):
 
 
 def test_the_check_of_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(backend, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(check, "LAWS", LAWS[-1:])
     monkeypatch.setattr(choice, "MANY", {"cpu": 5, "cuda": 5})
     monkeypatch.setattr(choice, "_ROWS", 40)  # a step an epoch
     code, out, _ = run("check", "--device", "cuda:1")
     assert code == 0 and re.search(r"a GPU that is not there; capability 9.0, [0-9.]+ GiB of 16.0 GiB free", out)
     assert "a recording that fails falls back" in out and "cuda:1" in out
-    found = findings.read_findings(torch.device("cuda:1"))
+    found = read_findings(torch.device("cuda:1"))
     assert found.failed == {} and set(found.speeds) == {"eager", "graph", "kernel"}
 
 
@@ -271,10 +272,10 @@ def test_the_scikit_learn_face_has_the_numbers_of_the_cpu(device, iris):
 
 def faster(patch, folder):
     """Let a GPU be the faster one for whatever is small."""
-    patch.setattr(findings, "cache_folder", lambda: folder)
+    patch.setattr(backend, "cache_folder", lambda: folder)
     patch.setattr(choice, "_SOON", 0.0)
-    findings.keep_findings(torch.device("cpu"), Findings(None, {"compiled": Speed(1.0, 1.0)}))
-    findings.keep_findings(torch.device("cuda"), Findings(None, {"graph": Speed(1e-9, 0.0)}))
+    keep_findings(torch.device("cpu"), Findings(None, {"compiled": Speed(1.0, 1.0)}))
+    keep_findings(torch.device("cuda"), Findings(None, {"graph": Speed(1e-9, 0.0)}))
 
 
 AUTO = {
@@ -313,8 +314,7 @@ def chunk(device, *, module=False, sizes=(10, 10, 10), trials=({},) * 3, recorde
     configs = fill(*({"width": 8, **shared, **config} for config in each))
     kind, how = (StackedModule, partial(Net, norm=False)) if module else (StackedMLP, "mlp")
     network = kind(how, configs, shape_of(data), seed=0)
-    options = {"seed": 0, "horizon": 9, "scoring": scoring_of(data), "recorded": recorded}
-    return StackedChunk(network, data, configs, **options)
+    return StackedChunk(network, Validation(data, scoring_of(data)), seed=0, horizon=9, recorded=recorded)
 
 
 def launches_of(members):
@@ -372,7 +372,7 @@ def test_a_step_with_all_options_is_the_same_recorded_and_as_it_is(optimizer):
 @contextmanager
 def kernels_anew():
     """Let kernels be compiled again inside, and once more after it."""
-    caches = kernels, dropout.uniform_kernel
+    caches = kernels, mlp.uniform_kernel
     for cache in caches:
         cache.cache_clear()
     yield
@@ -381,9 +381,7 @@ def kernels_anew():
 
 
 def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
-    drawn = [
-        dropout.Draws([7, 3], layers=2, width=400, seed=1, device=torch.device(where)) for where in (device, "cpu")
-    ]
+    drawn = [mlp.Draws([7, 3], layers=2, width=400, seed=1, device=torch.device(where)) for where in (device, "cpu")]
     cuda.forget()
     for draws in drawn:
         draws.fill(2, 0)
@@ -391,13 +389,13 @@ def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
     for step, rows in enumerate((7, 3)):
         one, other = (draws.at(torch.tensor(step, device=draws.buffer.device), rows) for draws in drawn)
         assert torch.equal(one.cpu(), other)
-    wrong = Path(dropout.SOURCE).read_text().replace("1812433253u", "1812433254u")
+    wrong = Path(mlp.SOURCE).read_text().replace("1812433253u", "1812433254u")
     monkeypatch.setattr("gputune.native.cuda.source", lambda path, dtype: "typedef float real;\n" + wrong)
     with (
         kernels_anew(),
         pytest.warns(RuntimeWarning, match=f"what {device} draws for dropout is not what PyTorch draws"),
     ):
-        assert dropout.uniform_kernel(torch.device(device)) is None
+        assert mlp.uniform_kernel(torch.device(device)) is None
 
 
 def test_a_step_as_it_is_copies_nothing_to_the_gpu(device):

@@ -13,10 +13,11 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from face_modules import Net
 from gputune.sklearn import LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier
-from gputune.sklearn.descent import DescentRun, slopes_of
+from gputune.sklearn.descent import DescentRun
 from gputune.sklearn.recipe import Training
 from gputune.sklearn.record import fits_of
 from gputune.sklearn.replay import with_hook
+from gputune.sklearn.slopes import slopes_of
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)

@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gputune
 import reference
 from command_line import run
-from gputune.engine.cost import operations
-from gputune.engine.train import Spent
+from gputune.engine.train import Spent, operations
 from gputune.tuning import progress
 from gputune.tuning.progress import Profile, Progress, product_speed, reading_bar
 from problems import fill, make_data, rows_of
