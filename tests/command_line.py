@@ -1,4 +1,4 @@
-"""Small tables, and one command of gputune in this process."""
+"""Small tables, a module in a file, and one command of gputune in this process."""
 
 import contextlib
 import io
@@ -8,6 +8,19 @@ import numpy as np
 
 from gputune.cli.main import main
 from gputune.tuning.progress import Progress
+
+NET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, n_features, n_outputs, hidden=4):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
+
+    def forward(self, x):
+        return self.body(x)
+"""
+"""A user's module, as a file has it."""
 
 FAST = ["--trials", "3", "--epochs", "2", "--cv", "2", "--workers", "1"]
 
@@ -19,6 +32,20 @@ def run(*arguments, out=None, loud=False):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(Progress, "say", say):
         code = main([str(argument) for argument in arguments])
     return code, out.getvalue(), err.getvalue()
+
+
+def output(*arguments, **how):
+    """Return the standard output of a command that succeeds and has no more to say."""
+    code, out, err = run(*arguments, **how)
+    assert (code, err) == (0, "")
+    return out
+
+
+def refusal(*arguments):
+    """Return the standard error of a command that is refused."""
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, ""), err
+    return err
 
 
 def write_table(path, n_rows=40, *, seed=0, **columns):

@@ -154,17 +154,19 @@ class Study(data.Study):
         Raises InputError for a folder, one that does not exist, a name that does not end in .html, for a model of
         another study or of other rows, and as ``oof_predictions`` does.
         """
-        from gputune.report.page import check_place, write_page
+        from gputune.report.facts import check_place
+        from gputune.report.page import page
+        from gputune.scratch import write_text
 
+        check_place(f"report({str(path)!r})", Path(path), self.file)
         folds = None
         if confusion or importance:
             from gputune.tuning.refit import Access
             from gputune.tuning.validation import fold_report
 
-            check_place(f"report({str(path)!r})", Path(path), self.file)
             access = Access(self, X, y, True, trust_code, "report")
             folds = fold_report(access, confusion=confusion, importance=importance)
-        write_page(self, path, model=None if model is None else model.info, folds=folds)
+        write_text(Path(path), page(self, model=None if model is None else model.info, folds=folds))
 
     @property
     def best_trials(self) -> "tuple[Trial, ...]":

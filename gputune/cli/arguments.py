@@ -1,6 +1,7 @@
 """What can be typed on the command line, and where a command puts and finds a study and its model.
 
-Nothing heavy is imported, so that ``gputune --help`` waits for nothing.
+Nothing heavy is imported, so that ``gputune --help`` waits for nothing. Errors say what was meant, of the flags that
+the command has.
 """
 
 import argparse
@@ -10,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
-from gputune.cli.flags import MORE_RULES, Parser
-from gputune.tuning.options import MACHINE, RULES, SEARCH, Rule, Takes
+from gputune.cli.flags import option_groups
+from gputune.text import did_you_mean, nearest
+from gputune.tuning.options import MACHINE, SEARCH, Rule, Takes
 from gputune.types import defaults_in_words
 from gputune.version import __version__
 
@@ -49,13 +52,8 @@ class _Flag(Rule):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; ``command`` is the name of the command."""
-    parser = Parser(
-        prog="gputune",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("gputune", None, _DESCRIPTION, _EXAMPLES, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gputune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parser.commands = commands.choices
@@ -65,8 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=about, epilog=ending, allow_abbrev=False)
         for place, (metavar, help) in places.items():
             command.add_argument(place, metavar=metavar, help=help)
-        own: dict[str, Rule] = {flag.name.removeprefix("--").replace("-", "_"): flag for flag in flags}
-        for title, rules in _groups(name, own).items():
+        for title, rules in _groups(name, flags).items():
             group = command.add_argument_group(title) if title else command
             for dest, rule in rules.items():
                 _add_flag(group, dest, rule)
@@ -76,8 +73,39 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _groups(command: str, own: dict[str, Rule]) -> dict[str, dict[str, Rule]]:
-    """Return the flags of a command by the title of their group, "" for those without one."""
+class _Parser(argparse.ArgumentParser):
+    """Names in its errors what was meant; ``commands`` are the parsers of the commands, by name."""
+
+    commands: Mapping[str, "_Parser"] = MappingProxyType({})
+
+    def error(self, message: str, hints: str = "") -> NoReturn:
+        if choice := re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message):
+            hints = did_you_mean(choice[1][1:-1], re.findall(r"'([^']*)'", choice[2]))
+        hints = hints and f".{hints}"
+        self.exit(2, f"gputune: error: {message}{hints}\nTry '{self.prog} --help'.\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but what a command does not know is an error of the command, not of ``gputune``."""
+        typed, unknown = self.parse_known_args(args, namespace)
+        if not unknown:
+            return typed
+        flags = {name: re.findall(r"--[\w-]+", command.format_usage()) for name, command in self.commands.items()}
+        hints = ""
+        for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
+            if having := [name for name, known in flags.items() if flag in known]:
+                hints += f" {typed.command} has no {flag}, a flag of {', '.join(having)}."
+            elif near := nearest(flag[2:], [known[2:] for known in flags[typed.command]], others=_OTHER_FLAGS):
+                hints += f" Did you mean '--{near}'?"
+        self.commands[typed.command].error(f"unrecognized arguments: {' '.join(unknown)}", hints)
+
+
+_OTHER_FLAGS: Mapping[str, str] = {
+    "epoch": "epochs", "lr": "space", "metric": "scoring", "metrics": "scoring", "random-state": "seed",
+}  # fmt: skip
+
+
+def _groups(command: str, flags: Sequence[Rule]) -> dict[str, dict[str, Rule]]:
+    """Return the flags of a command, with its own, by the title of their group, "" for those without one."""
     groups = option_groups()
     if command == "tune":
         return groups
@@ -86,13 +114,12 @@ def _groups(command: str, own: dict[str, Rule]) -> dict[str, dict[str, Rule]]:
         machine = {name: rule for name, rule in groups[MACHINE].items() if name not in _OF_SEARCH}
         changed = {SEARCH: of_training, MACHINE: machine}
         return {"the training" if title == SEARCH else title: changed.get(title, groups[title]) for title in groups}
-    if command != "resume":
-        return {"": own}
-    changes = {name: rule for rules in groups.values() for name, rule in rules.items() if rule.resume}
-    for name, rule in changes.items():
-        unchanged = re.sub(r"\((auto|60)\)$", "(as the search began)", rule.help)
-        changes[name] = replace(rule, help=unchanged if rule.resume is True else str(rule.resume))
-    return {"": changes | own}
+    changes = {}
+    for name, rule in (pair for rules in groups.values() for pair in rules.items() if command == "resume"):
+        if rule.resume:
+            unchanged = re.sub(r"\((auto|60)\)$", "(as the search began)", rule.help)
+            changes[name] = replace(rule, help=unchanged if rule.resume is True else str(rule.resume))
+    return {"": changes | {flag.name.removeprefix("--").replace("-", "_"): flag for flag in flags}}
 
 
 def _add_flag(group: argparse._ActionsContainer, name: str, rule: Rule) -> None:
@@ -111,24 +138,15 @@ def _add_flag(group: argparse._ActionsContainer, name: str, rule: Rule) -> None:
     group.add_argument(rule.name, dest=name, help=rule.help, **how, **own)
 
 
-def option_groups() -> dict[str, dict[str, Rule]]:
-    """Return the flags of each group of ``gputune tune --help`` by its title, those of the command itself last."""
-    return {
-        title: {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title} | rules
-        for title, rules in MORE_RULES.items()
-    }
-
-
 _SET = Rule(
     "--set KEY=VALUE", "a hyperparameter, such as lr=1e-3 or width=64; what is not set has its default", takes="specs"
 )
-_OF_TRAINING = ("max_epochs", "scoring", "positive", "schedule", "random_state", "timeout")
-_OF_SEARCH = ("ensemble",)
-"""Options of a search that one training has too, and one of the machine that it has not."""
+_OF_TRAINING = "max_epochs", "scoring", "positive", "schedule", "random_state", "timeout"  # that one training has too
+_OF_SEARCH = ("ensemble",)  # a flag of the machine that it has not
 
 _STUDY = ("STUDY", "a study.db, or the folder that holds it")
 _TABLE = ("FILE", "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or .pt file")
-_MODEL = ("MODEL_DIR", "the folder of a saved model")
+_MODEL, _ROWS = ("MODEL_DIR", "the folder of a saved model"), ("FILE", "a table with the columns of the training data")
 _TRUST = _Flag(
     "--trust-code", "run the code that it names, also where you have not trained or saved it on this machine"
 )
@@ -138,97 +156,66 @@ _CLASS = _Flag("--model FILE.py:NAME", "the model's class, where its file has mo
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag]]] = {
     "tune": ("search hyperparameters on a table, and save the study and the model", {"file": _TABLE}, ()),
     "train": (
-        "train one configuration without a search: its score in every fold, its curve, its model",
-        {"file": _TABLE},
-        (),
+        "train one configuration without a search: its score in every fold, its curve, its model", {"file": _TABLE}, (),
     ),
     "resume": ("go on with a search where it was stopped, from its study alone", {"study": _STUDY}, [_TRUST]),
-    "trials": (
-        "list the trials of a study",
-        {"study": _STUDY},
-        [
-            _Flag(
-                "--format",
-                "json and csv have scores in scikit-learn's sign: greater is better",
-                choices=("table", "json", "csv"),
-                default="table",
-            ),
-            _BY,
-        ],
-    ),
+    "trials": ("list the trials of a study", {"study": _STUDY}, [
+        _Flag(
+            "--format", "json and csv have scores in scikit-learn's sign: greater is better",
+            choices=("table", "json", "csv"), default="table",
+        ),
+        _BY,
+    ]),
     "best": (
-        "show the best score of a study and its parameters",
-        {"study": _STUDY},
+        "show the best score of a study and its parameters", {"study": _STUDY},
         [_Flag("--format", choices=("text", "json"), default="text"), _BY],
     ),
-    "predict": (
-        "predict the rows of a file with a saved model, as CSV",
-        {"folder": _MODEL, "file": ("FILE", "a table with the columns of the training data")},
-        [
-            _Flag("--proba", "a column of probabilities for each class"),
-            _Flag(
-                "--interval LEVEL",
-                "two more columns, _lower and _upper, between which a share of the values lies, such as 0.9",
-                "number",
-            ),
-            _Flag(
-                "--keep COL,COL",
-                "columns of the file to write before the predictions, such as an id; the target is named TARGET_given",
-                "names",
-            ),
-            _Flag("--raw", "no ' before text that a spreadsheet takes for a formula"),
-            _Flag("--out FILE", "write there instead of to standard output"),
-            _CLASS,
-            _TRUST,
-        ],
-    ),
+    "predict": ("predict the rows of a file with a saved model, as CSV", {"folder": _MODEL, "file": _ROWS}, [
+        _Flag("--proba", "a column of probabilities for each class"),
+        _Flag(
+            "--interval LEVEL",
+            "two more columns, _lower and _upper, between which a share of the values lies, such as 0.9", "number",
+        ),
+        _Flag(
+            "--keep COL,COL",
+            "columns of the file to write before the predictions, such as an id; the target is named TARGET_given",
+            "names",
+        ),
+        _Flag("--raw", "no ' before text that a spreadsheet takes for a formula"),
+        _Flag("--out FILE", "write there instead of to standard output"), _CLASS, _TRUST,
+    ]),
     "evaluate": (
         "score a saved model on the rows of a file that has the target's column",
-        {"folder": _MODEL, "file": ("FILE", "a table with the columns of the training data and the target")},
-        [
+        {"folder": _MODEL, "file": (_ROWS[0], f"{_ROWS[1]} and the target")}, [
             _Flag("--scoring NAME,NAME", "scikit-learn scorer names (the usual ones of the task)", "names"),
             _Flag("--positive CLASS", "the class that f1, precision, recall, average_precision, ... are of"),
-            _Flag("--format", choices=("text", "json"), default="text"),
-            _CLASS,
-            _TRUST,
+            _Flag("--format", choices=("text", "json"), default="text"), _CLASS, _TRUST,
         ],
     ),
     "repair": (
-        "save what is whole in a damaged study into a new file",
-        {"study": ("STUDY", f"{_STUDY[1]}; it is only read")},
+        "save what is whole in a damaged study into a new file", {"study": ("STUDY", f"{_STUDY[1]}; it is only read")},
         [_Flag("--out NEW", "the new file; the folder where it lies exists", required=True)],
     ),
-    "report": (
-        "write one page of HTML about a study, finished or running",
-        {"study": _STUDY},
-        [
-            _Flag("--out FILE", "where the page is written (report.html)", default="report.html"),
-            _Flag("--live", "write it again every few seconds, a page that reloads itself, until the search has ended"),
-            _Flag("--confusion", "a confusion matrix of what the best trial predicts on its folds"),
-            _Flag("--importance", "what each column is worth, by shuffling it; the best trial trains once more"),
-            _BY,
-            _TRUST,
-        ],
-    ),
+    "report": ("write one page of HTML about a study, finished or running", {"study": _STUDY}, [
+        _Flag("--out FILE", "where the page is written (report.html)", default="report.html"),
+        _Flag("--live", "write it again every few seconds, a page that reloads itself, until the search has ended"),
+        _Flag("--confusion", "a confusion matrix of what the best trial predicts on its folds"),
+        _Flag("--importance", "what each column is worth, by shuffling it; the best trial trains once more"),
+        _BY, _TRUST,
+    ]),
     "status": (
-        "look at a running search: trials by state, the best so far, the last result",
-        {"study": _STUDY},
+        "look at a running search: trials by state, the best so far, the last result", {"study": _STUDY},
         [_Flag("--watch", "look again every two seconds, with the best curves, until it has ended")],
     ),
     "export": (
-        "write a saved model as one file that runs without gputune",
-        {"folder": _MODEL},
+        "write a saved model as one file that runs without gputune", {"folder": _MODEL},
         [_Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True), _CLASS, _TRUST],
     ),
-    "check": (
-        "try on a device that members equal a plain loop, and how fast it trains: about a minute",
-        {},
-        [
-            _Flag("--device D", "auto (default), cpu, cuda or cuda:1", default="auto"),
-            _Flag("--json", "the table as JSON"),
-        ],
-    ),
-}
+    "check": ("try on a device that members equal a plain loop, and how fast it trains: about a minute", {}, [
+        _Flag("--device D", "auto (default), cpu, cuda or cuda:1", default="auto"),
+        _Flag("--json", "the table as JSON"),
+    ]),
+}  # fmt: skip
 """Of each command its help, the files or folders that it takes, and its flags beside the options of a search."""
 
 
@@ -255,8 +242,7 @@ _READERS: dict[Takes, Callable[[str], object]] = {
     "workers": lambda text: text if text == "auto" else _reader(int, f"{_WHOLE} 1, or 'auto'", 1)(text),
 }
 
-STUDY, MODEL = "study.db", "model"
-"""What the folder of a search holds."""
+STUDY, MODEL = "study.db", "model"  # what the folder of a search holds
 
 
 def model_folder(study: Path) -> Path:
@@ -265,6 +251,5 @@ def model_folder(study: Path) -> Path:
 
 
 def study_file(place: str) -> Path:
-    """Return the study file of a path, which may be the folder of a search."""
     path = Path(place)
     return path / STUDY if path.is_dir() else path

@@ -1,16 +1,11 @@
-"""The flags that are no options of a search as Python has them: of methods, and of the command; and their parser.
+"""The flags of a search and the arguments of ``gputune.tune``: what can be typed, and what Python says in its words."""
 
-Errors say what was meant, of the flags that the command has.
-"""
-
-import argparse
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NoReturn
+import shlex
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
-from gputune.text import did_you_mean, nearest
-from gputune.tuning.options import MACHINE, ROWS, SEARCH, Rule
+from gputune.tuning.options import MACHINE, ROWS, RULES, SEARCH, Rule
 
 _MIN_EPOCHS = Rule(
     "--min-epochs E",
@@ -35,8 +30,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
         "hyperparameters": Rule(
             "--descend-on KEY,KEY",
             "with --method hypergradient: some of lr (default), momentum, weight_decay, beta1, beta2; C for the "
-            "solved logistic regression",
-            "names",
+            "solved logistic regression", "names",
         ),
         "outer_steps": Rule("--outer-steps N", "with --method hypergradient: steps of a descent (10)", "1.."),
         "segments": Rule(
@@ -44,10 +38,10 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
         ),
         "per_layer": Rule("--per-layer", "with --method hypergradient: values of its own for each layer"),
     },
-}
+}  # fmt: skip
 """The options of the methods that can be typed."""
 
-MORE_RULES: dict[str, dict[str, Rule]] = {
+_MORE_RULES: dict[str, dict[str, Rule]] = {
     "the target and the model": {
         "target": Rule("--target COL", "the column to predict (sklearn:NAME has 'target')"),
         "model": Rule(
@@ -61,8 +55,7 @@ MORE_RULES: dict[str, dict[str, Rule]] = {
     },
     SEARCH: {
         "sampler": Rule(
-            "--sampler",
-            "tpe: Optuna's sampler proposes the configurations, in batches (needs optuna)",
+            "--sampler", "tpe: Optuna's sampler proposes the configurations, in batches (needs optuna)",
             choices=("tpe",),
         ),
         **{name: rule for group in METHOD_RULES.values() for name, rule in group.items()},
@@ -80,21 +73,18 @@ MORE_RULES: dict[str, dict[str, Rule]] = {
             "was stopped",
         ),
         "ray": Rule(
-            "--ray ADDRESS",
-            "train on a Ray cluster: local (default), auto, HOST:PORT or ray://HOST:PORT; after FILE",
+            "--ray ADDRESS", "train on a Ray cluster: local (default), auto, HOST:PORT or ray://HOST:PORT; after FILE",
             resume=True,
         ),
         "ensemble": Rule(
-            "--ensemble",
-            "choose an ensemble of the best trials too, and save what is better on the held-out rows",
+            "--ensemble", "choose an ensemble of the best trials too, and save what is better on the held-out rows",
             resume=True,
         ),
         "intervals": Rule("--intervals", "keep with the model what gputune predict --interval needs", resume=True),
         "calibrate": Rule(
             "--calibrate",
             "calibrate the probabilities of classes by temperature scaling (without being asked where --scoring is "
-            "neg_log_loss)",
-            resume=True,
+            "neg_log_loss)", resume=True,
         ),
         "profile": Rule(
             "--profile",
@@ -102,40 +92,129 @@ MORE_RULES: dict[str, dict[str, Rule]] = {
             resume=True,
         ),
     },
-}
+}  # fmt: skip
 """What can be typed and is no option of a search, beside the file, by the title of its group."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Names in its errors what was meant; ``commands`` are the parsers of the commands, by name."""
-
-    commands: Mapping[str, "Parser"] = MappingProxyType({})
-
-    def error(self, message: str, hints: str = "") -> NoReturn:
-        if choice := re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message):
-            hints = did_you_mean(choice[1][1:-1], re.findall(r"'([^']*)'", choice[2]))
-        hints = hints and f".{hints}"
-        self.exit(2, f"gputune: error: {message}{hints}\nTry '{self.prog} --help'.\n")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but what a command does not know is an error of the command, not of ``gputune``."""
-        typed, unknown = self.parse_known_args(args, namespace)
-        if not unknown:
-            return typed
-        flags = {name: re.findall(r"--[\w-]+", command.format_usage()) for name, command in self.commands.items()}
-        hints = ""
-        for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
-            if having := [name for name, known in flags.items() if flag in known]:
-                hints += f" {typed.command} has no {flag}, a flag of {', '.join(having)}."
-            elif near := nearest(flag[2:], [known[2:] for known in flags[typed.command]], others=_OTHER_FLAGS):
-                hints += f" Did you mean '--{near}'?"
-        self.commands[typed.command].error(f"unrecognized arguments: {' '.join(unknown)}", hints)
+def option_groups() -> dict[str, dict[str, Rule]]:
+    """Return the flags of each group of ``gputune tune --help`` by its title, those of the command itself last."""
+    return {
+        title: {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title} | rules
+        for title, rules in _MORE_RULES.items()
+    }
 
 
-_OTHER_FLAGS: Mapping[str, str] = {
-    "epoch": "epochs",
-    "lr": "space",
-    "metric": "scoring",
-    "metrics": "scoring",
-    "random-state": "seed",
+def flags() -> dict[str, str]:
+    """Return the option of ``gputune tune`` for each argument of ``gputune.tune``, and of a method, that has one."""
+    known = {name: rule.name for rules in option_groups().values() for name, rule in rules.items()}
+    return {**known, "verbose": "--quiet"}
+
+
+_PHRASES = {
+    "repeat the first call's arguments": "repeat the first command's options",
+    "repeat the call to go on": "repeat the command to go on",
+    "differs from this call in": "differs from this command in",
+    "the same call goes on from there where study= names a file": "the same command goes on from there",
+    "folds (cv, groups)": "folds (--cv, --groups)",
+    "with gputune.Study.open": "with gputune trials",
+    "use predict_proba.": "use --proba.",
+    ", or None, got": ", got",
+    " or None, got": ", got",
+    "pass a module, for example model=gputune.models.MLP": "give a module, --model FILE.py:NAME",
+    "a torch.nn.Module class, a function that makes modules, or 'FILE.py:NAME'": "or FILE.py:NAME",
+    ", a torch.nn loss, or callable(outputs, y), got": ", got",
+    "scorer names or a callable, got": "scorer names, got",
+    "must be a dict, a list of dicts, or one of": "must be KEY=SPEC, or one of",
+    "give loss=callable(outputs, y), or training_step=callable(module, batch)": "tune it from Python",
+    "give scoring=callable(outputs, y), or 'neg_loss'": "use --scoring neg_loss",
+    "'log', 'log1p' or a transformer of scikit-learn's that has an inverse_transform": "'log' or 'log1p'",
+    "choose a PowerTransformer, or leave it out": "leave it out",
+    "; give scoring=callable(outputs, y)": "; choose another --scoring",
+    "leave one out, or give a dict that has a name for each": "leave one out",
+    "For token ids pass a tensor of integers, torch.as_tensor(X)": "Token ids are a tensor of integers in a .pt file",
 }
+"""Advice that is Python's, and what it is here."""
+
+_PATTERNS = {
+    r"((?:after the rows|want them first|numbers|; or):? )pass (?=X[.[])": r"\1write the file again with ",
+    r"([Gg])ive this search a path of its own": r"\1ive this search a folder of its own, --out OTHER",
+    r"^ranked_by\('([^']*)'\)": r"--by \1",
+    r"^ranked_by\(\.\.\.\)": "--by",
+    r"\breport\((confusion|importance)=True\)": r"--\1",
+    r"\bleave (confusion|importance) out\b": r"leave --\1 out",
+    r"^export\(path=('.*?'|\".*?\")\)(?=:| (?:must|exists|needs))": r"--out \1",
+    r"^scoring (?=names)": "--scoring ",
+    r"\bpredict_interval\(level=(.*?)\)": r"--interval \1",
+    r"^predict_interval (?=is|needs)": "--interval ",
+    r"Or pass the class: load_model\(.*?, module=\.\.\.\)": "Or say where the class is now: --model FILE.py:NAME",
+    r"^load_model\(module=\.\.\.\)(: .*leave )module (?=out)": r"--model\1--model ",
+    r"study\.best_model\(intervals=True\), or with ": "",
+    r", give it a default, or pass functools\.partial\(.*?=\.\.\.\)": ", or give it a default",
+    r"\bkinds=\{'([^']*)': '(\w+)'\}": r"--kind \1=\2",
+    r"put '(\w+)' into the space": r"put \1=... into --space",
+    r"as a tuple in a list, \[\(([^()]*)\)\]": r"in parentheses, '(\1)'",
+    r"X is a dict; pass one table of .* takes apart": "FILE holds several inputs, which a module alone takes: give "
+    "--model FILE.py:NAME",
+    r"\bspace\['(\w+)'\]": r"--space \1",
+    r"\binclude\[\d+\]\['(\w+)'\]": r"\1",
+}
+
+_FOREIGN = re.compile(r"[\w.]+\([^\n]*?\)(?= raised )|(?<= says: ).+?(?=\. Control flow and)")
+"""What torch says, and how a user's class was called, where an error stands in a sentence of ours."""
+
+
+def in_flags(
+    text: str, *, kept: Collection[str] = (), foreign: Sequence[str] = (), file: str = "FILE", config: str = "--include"
+) -> str:
+    """Return what ``gputune.tune`` says in the words of the command line: arguments, but those ``kept``, as options.
+
+    X is ``file``, a configuration was given as ``config``. What others say within it, the ``foreign`` texts and what is
+    known to be theirs, stays as it is.
+    """
+    theirs = [part for part in (*foreign, *_FOREIGN.findall(text)) if part]
+    for number, part in enumerate(theirs):
+        text = text.replace(part, f"\0{number}\0")
+    text = _in_flags(text, kept, config)
+    text = re.sub(r"\0(\d+)\0", lambda match: theirs[int(match[1])], text)
+    return re.sub(r"^X (?=has|must)", lambda match: f"{file} ", text)
+
+
+def _in_flags(text: str, kept: Collection[str], config: str) -> str:
+    known = {**flags(), "include": config}
+    names = "|".join(name for name in known if name not in kept)
+    differing = rf"(?:^|(?<=, ))({names})\b(?= \(|, |$)"
+    text = re.sub(
+        r"(?s)(?<=differs from this call in: ).*?(?=\. Give this search|\Z)",
+        lambda match: re.sub(differing, lambda name: known[name[1]], match[0]),
+        text,
+        count=1,
+    )
+    for phrase, other in _PHRASES.items():
+        text = text.replace(phrase, other)
+    for pattern, other in _PATTERNS.items():
+        text = re.sub(pattern, other, text)
+    of_method = r"\b(?:Halving|Median|Hypergradient)\((\w+)=\.\.\.\)"
+    text = re.sub(of_method, lambda match: known.get(match[1], match[0]), text)
+    text = re.sub(rf"\bleave ({names}) out\b", lambda match: f"leave {known[match[1]]} out", text)
+    text = re.sub(r"\binclude\[\d+\](?= (?:must|has)\b)", config, text)
+    value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
+    text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda match: _option(known, *match.groups()), text)
+    verbs = "must|is|are|for|has|needs|cannot|would|with|and"
+    text = re.sub(rf"^({names})\b(?=:| (?:{verbs})\b)", lambda match: known[match[1]], text)
+    alone = "|".join(name for name in names.split("|") if "_" in name)
+    return re.sub(rf"(?<![\w'\"./-])({alone})\b(?!['\"/(=])", lambda match: known[match[1]], text)
+
+
+def _option(known: dict[str, str], name: str, value: str) -> str:
+    """Return ``name=value`` as it is typed; a study by the folder that holds it."""
+    if value in ("", "True", "False"):
+        return known[name]
+    text = value[1:-1] if value[0] in "'\"" else value
+    if value[0] == "(":
+        text = ",".join(re.findall(r"\w+", value))
+    if (name, text) == ("workers", "ray"):
+        return "--ray"
+    if name == "study":
+        folder, here = Path(text).parent, Path.cwd()
+        text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    return f"{known[name]} {shlex.quote(text)}"

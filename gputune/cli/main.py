@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from gputune.cli.arguments import make_parser
-from gputune.cli.translation import in_flags
+from gputune.cli.flags import in_flags
 from gputune.errors import (
     CheckFailedError,
     ClusterError,
@@ -28,14 +28,14 @@ from gputune.errors import (
     UntrustedCodeError,
 )
 from gputune.garbage import without_collector
-from gputune.text import clean
+from gputune.text import clean, count
 from gputune.tuning.interrupt import end_command, end_process, take_signals
 
 _MODULES = {
     **dict.fromkeys(("tune", "train", "resume"), "tune"),
-    **dict.fromkeys(("trials", "best", "status", "repair"), "study"),
+    **dict.fromkeys(("trials", "best", "status", "report", "repair"), "study"),
     **dict.fromkeys(("predict", "evaluate", "export"), "model"),
-    **dict.fromkeys(("report", "check"), "report"),
+    "check": "main",
 }
 """Where the function of each command is, which returns what goes to standard output."""
 
@@ -72,8 +72,7 @@ def _command(typed: list[str]) -> int:
     # Errors about the target begin with its name, whatever that is; only tune has the option --out for a study.
     kept = {getattr(arguments, "target", None) or "", "" if arguments.command in ("tune", "train") else "study"}
     file = repr(arguments.file) if hasattr(arguments, "file") else "FILE"
-    config = "--set" if arguments.command == "train" else "--include"
-    words = partial(in_flags, kept=kept, file=file, config=config)
+    words = partial(in_flags, kept=kept, file=file, config="--set" if arguments.command == "train" else "--include")
     with _warnings_in_words(words):
         return _run(arguments, words)
 
@@ -129,6 +128,34 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
         return FAILED
 
 
+def check(arguments: argparse.Namespace) -> str:
+    """Return the table, or JSON. Raises CheckFailedError, with the same, where a law does not hold."""
+    from tqdm.auto import tqdm
+
+    from gputune.check.check import check as check_device
+    from gputune.check.check import checks_of, timed_of
+    from gputune.engine.backend import choose_device
+
+    device = choose_device(arguments.device)
+    total = len(timed_of(device)) + len(checks_of(device))
+    with tqdm(total=total, unit="check", disable=None, leave=False, dynamic_ncols=True) as bar:
+
+        def tell(words: str) -> None:
+            bar.set_postfix_str(words)
+            bar.update()
+
+        report = check_device(device, tell)
+    text = report.json() if arguments.json else str(report)
+    if not report.ok:
+        failed = sum(not row.ok for row in report.rows)
+        raise CheckFailedError(
+            f"{count(failed, 'law')} of {len(report.rows)} failed on {report.device}: what trains that way there is "
+            "not to be trusted. Please report the table, with the versions in its first line.",
+            report=text,
+        )
+    return text
+
+
 def _write(text: str) -> int:
     """Print the outcome. Whoever stops reading, as ``head`` does, ends the command quietly."""
     if sys.stdout.isatty():
@@ -167,10 +194,9 @@ def _in_words(error: Exception) -> str:
 @contextmanager
 def _warnings_in_words(words: Callable[[str], str]) -> Iterator[None]:
     """Show a warning that is meant for the user as one line, once, instead of as a line of our code."""
-    said = set()
-    shown_otherwise = warnings.showwarning
+    said, shown_otherwise = set(), warnings.showwarning
 
-    def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if not issubclass(category, UserWarning):
             shown_otherwise(message, category, *place, **more)
         elif str(message) not in said:

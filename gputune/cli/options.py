@@ -22,9 +22,6 @@ from gputune.tuning.choices import METHODS, Method
 from gputune.tuning.options import RULES, Options
 from gputune.types import Config
 
-_DESCENTS = 8
-"""Starts of descents, where the command does not say."""
-
 
 def options_of(arguments: Namespace, study_file: Path) -> Options:
     """Return the options of ``gputune tune`` or ``train``. Raises InputError."""
@@ -46,7 +43,7 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
     else:
         typed["method"] = _method(arguments)
         if isinstance(typed["method"], Hypergradient):
-            typed.setdefault("n_trials", _DESCENTS)
+            typed.setdefault("n_trials", 8)  # each a start
     return Options(**{**typed, "study": study_file})
 
 
@@ -69,9 +66,8 @@ def _config(texts: Sequence[str], flag: str) -> Config:
             config[key] = value = value[0]
         if isinstance(value, list) or hasattr(value, "rvs"):
             spec = next(text for text in texts if text.partition("=")[0].strip() == key)
-            raise InputError(
-                f"{flag} takes one value for each key, got {spec!r}; lists and ranges are for gputune tune --space."
-            )
+            rule = f"{flag} takes one value for each key, got {spec!r}"
+            raise InputError(f"{rule}; lists and ranges are for gputune tune --space.")
     return config
 
 
@@ -91,30 +87,25 @@ def _weights(text: str) -> dict[str, float]:
     try:
         return {label: float(weight) for label, weight in pairs.items()}
     except ValueError:
-        raise InputError(
-            f"--class-weight has a number for each class, as in --class-weight {example}, got {text!r}."
-        ) from None
+        rule = f"--class-weight has a number for each class, as in --class-weight {example}"
+        raise InputError(f"{rule}, got {text!r}.") from None
 
 
 def _method(arguments: Namespace) -> Method:
-    """Return the method of the command, with its own options; those of another one are refused."""
     word = arguments.method or "random"
     legal = METHOD_RULES.get(word, {})
     for other, rules in METHOD_RULES.items():
         for name, rule in rules.items():
             if name not in legal and getattr(arguments, name) is not None:
-                raise InputError(
-                    f"{rule.name} belongs to --method {other}, got --method {word}; leave it out, or choose that "
-                    "method."
-                )
+                belongs = f"{rule.name} belongs to --method {other}, got --method {word}"
+                raise InputError(f"{belongs}; leave it out, or choose that method.")
     options = {name: value for name in legal if (value := getattr(arguments, name)) is not None}
     method: Method = METHODS[word](**options) if word in METHODS else "random"
     if arguments.sampler is None:
         return method
     if not (method == "random" or isinstance(method, Halving)):
-        raise InputError(
-            f"--sampler {arguments.sampler} goes with --method random or halving, got --method {word}; leave one out."
-        )
+        words = f"--sampler {arguments.sampler} goes with --method random or halving"
+        raise InputError(f"{words}, got --method {word}; leave one out.")
     samplers = import_extra("optuna.samplers", extra="optuna", used_by=f"--sampler {arguments.sampler}")
     sampler = samplers.TPESampler(seed=arguments.random_state or 0, constant_liar=True)
     return OptunaSampler(sampler, halving=method if isinstance(method, Halving) else None)
@@ -129,8 +120,7 @@ _EXAMPLES = (
 def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object]:
     """Return the space of several ``KEY=SPEC``, for ``check_space``; a key given twice is an InputError."""
     space: dict[str, object] = {}
-    for text in texts:
-        key, value = parse_spec(text)
+    for key, value in map(parse_spec, texts):
         if key in space:
             join = f"Join them: {key}=A,B." if flag == "--space" else "Leave one out."
             raise InputError(f"{flag} must name a key once, got {key!r} twice. {join}")
@@ -163,9 +153,8 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
     if scale not in ("", ":log"):
         raise InputError(f"A range may end in ':log', not in {scale!r}, got {text!r}. {_EXAMPLES}")
     if low >= high:
-        raise InputError(
-            f"A range needs LOW < HIGH, got {text!r}. Swap the ends, or write {key}={low_text.strip()} for one value."
-        )
+        single = f"{key}={low_text.strip()} for one value"
+        raise InputError(f"A range needs LOW < HIGH, got {text!r}. Swap the ends, or write {single}.")
     if scale and low <= 0:
         example = f"{high / 1000:g}..{high:g}" if high > 0 else "1e-4..1e-1"
         raise InputError(f"A log range needs LOW > 0, got {text!r}. For example {key}={example}:log.")

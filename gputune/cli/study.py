@@ -1,4 +1,7 @@
-"""The commands on a study: ``gputune trials``, ``best``, ``status`` of a running search, ``repair``."""
+"""The commands on a study: ``gputune trials``, ``best``, ``status`` of a running search, its page, ``repair``.
+
+What trains or draws is imported by the command that needs it: a look at trials must not wait for torch.
+"""
 
 import csv
 import io
@@ -10,17 +13,20 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
-from gputune.cli.arguments import study_file
-from gputune.report.facts import FAILED, params_text, seconds_text, states_text, why_failed
+from gputune.cli.arguments import model_folder, study_file
+from gputune.report.facts import FAILED, check_place, is_its_model, params_text, seconds_text, states_text, why_failed
+from gputune.scratch import write_text
 from gputune.study.claims import Claims
+from gputune.study.record import has_form
+from gputune.study.rows import FoldReport
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial, best_trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
-from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by
+from gputune.types import Json
+from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by, score_view
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 
@@ -29,8 +35,8 @@ SCORE, SCORE_AND_ERROR = "score", "score ± error"
 
 _LONGEST = 17
 
-_WATCH_SECONDS, _CURVES = 2.0, 5
-"""Between two looks at a running search, and the curves that are shown."""
+_WATCH_SECONDS, _LIVE_SECONDS, _CURVES = 2.0, 5, 5
+"""Between two looks at a running search, between two of its pages, and the curves that a look shows."""
 
 _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
@@ -40,7 +46,6 @@ _LISTINGS = (
 
 
 def trials(arguments: Namespace) -> str:
-    """Return the trials as a table for a terminal, as JSON or as CSV."""
     study = open_study(arguments)
     if arguments.format == "table":
         return trials_table(study, width=shutil.get_terminal_size().columns)
@@ -48,7 +53,6 @@ def trials(arguments: Namespace) -> str:
 
 
 def best(arguments: Namespace) -> str:
-    """Return the best trial as text or as JSON."""
     study = open_study(arguments)
     return best_json(study) if arguments.format == "json" else best_text(study)
 
@@ -61,27 +65,26 @@ def open_study(arguments: Namespace) -> Study:
 
 def trials_table(study: Study, *, width: int) -> str:
     """Return one line a trial in the order of their numbers, under a title; fewer columns where it is narrow."""
-    measure = study_measure(study)
-    rows = trial_rows(study.trials, measure, _LISTINGS, width=width, others=other_measures(study))
+    measure = score_view(study).measure
+    rows = trial_rows(study, study.trials, _LISTINGS, width=width)
     folds = f", {mean_words(study, errors='±' in rows)}" * (study.record.face != "loop")
     title = f"{count(len(study.trials), 'trial')} by {measure.title}{folds}"
-    text = f"{paragraph(title, width)}\n\n{rows}"
+    lines = [paragraph(title, width), "", rows]
     if failed := [trial for trial in study.trials if trial.state == "failed"]:
-        why = [
-            paragraph(f"trial {trial.number}: {why_failed(study, trial)}", width, first="  ", then=" " * 4)
-            for trial in failed[:FAILED]
-        ]
-        more = [f"  and {len(failed) - FAILED} more, of which --format json tells"] * (len(failed) > FAILED)
-        text += "\n".join(["\n\nFailed:", *why, *more])
-    return text
+        lines += ["", "Failed:"]
+        for trial in failed[:FAILED]:
+            why = f"trial {trial.number}: {why_failed(study, trial)}"
+            lines.append(paragraph(why, width, first="  ", then=" " * 4))
+        lines += [f"  and {len(failed) - FAILED} more, of which --format json tells"] * (len(failed) > FAILED)
+    return "\n".join(lines)
 
 
 def trials_json(study: Study) -> str:
     """Return objects with the keys ``FIELDS``, a failed one with a "reason": scikit-learn's sign, null for NaN."""
-    rows = [
-        _plain(trial) | ({"reason": why_failed(study, trial)} if trial.state == "failed" else {})
-        for trial in study.trials
-    ]
+    rows = [_plain(trial) for trial in study.trials]
+    for row, trial in zip(rows, study.trials):
+        if trial.state == "failed":
+            row["reason"] = why_failed(study, trial)
     return json.dumps(rows, indent=1, default=_name, allow_nan=False)
 
 
@@ -106,7 +109,7 @@ def trials_csv(study: Study) -> str:
 
 def best_text(study: Study) -> str:
     """Return the best score and its parameters, these in full so that they can be copied."""
-    best, measure = study.best_trial, study_measure(study)
+    best, measure = study.best_trial, score_view(study).measure
     rows = [[clean(key), clean(getattr(value, "__name__", value))] for key, value in best.params.items()]
     parameters = table(["parameter", "value"], rows, left=["parameter", "value"])
     others = "".join(f", {one.name} {one.text(best.scores[name])}" for name, one in other_measures(study).items())
@@ -126,12 +129,6 @@ def best_json(study: Study) -> str:
     return json.dumps(best, indent=1, default=_name, allow_nan=False)
 
 
-def study_measure(study: Study) -> Measure:
-    """Return how the scores of a study are shown."""
-    best = max((trial.score for trial in study.trials if math.isfinite(trial.score)), default=math.nan)
-    return study.record.measure(best)
-
-
 def mean_words(study: Study, *, errors: bool) -> str:
     """Return what a score is over the folds, and what stands behind the plus-minus sign where there is one."""
     folds = study.record.folds or study.curves.shape[2]
@@ -139,19 +136,14 @@ def mean_words(study: Study, *, errors: bool) -> str:
 
 
 def trial_rows(
-    trials: Sequence[Trial],
-    measure: Measure,
-    layouts: Sequence[Sequence[str]],
-    *,
-    width: int,
-    indent: str = "",
-    others: Mapping[str, Measure] = MappingProxyType({}),
+    study: Study, trials: Sequence[Trial], layouts: Sequence[Sequence[str]], *, width: int, indent: str = ""
 ) -> str:
     """Return a table of trials in the first of the layouts that is not too wide, a column for each parameter.
 
-    Where all are too wide, the parameters share the last column of the last one, on several lines. ``others`` are the
-    metrics that do not rank.
+    Where all are too wide, the parameters share the last column of the last one, on several lines. Metrics that do not
+    rank stand behind the score.
     """
+    measure, others = score_view(study).measure, other_measures(study)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     values = [[short(trial.params[name]) if name in trial.params else "-" for name in names] for trial in trials]
     score = measure.name if len(measure.name) <= _LONGEST else SCORE
@@ -173,17 +165,17 @@ def trial_rows(
 
 
 def _cells(trial: Trial, measure: Measure, layout: Sequence[str], others: Mapping[str, Measure]) -> list[str]:
-    cells = {
+    scores, cells = trial.scores, {
         "trial": str(trial.number),
         SCORE: measure.text(trial.score),
         SCORE_AND_ERROR: measure.with_error(trial.score, trial.std_error),
         "epoch": str(trial.best_epoch) if trial.best_epoch and math.isfinite(trial.score) else "-",
         "state": trial.state,
         "seconds": f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-",
-    }
-    scores = trial.scores
-    further = [one.text(scores.get(name, math.nan)) for name, one in others.items()]
-    return [*(cells[column] for column in layout[:2]), *further, *(cells[column] for column in layout[2:])]
+    }  # fmt: skip
+    shown = [cells[column] for column in layout]
+    shown[2:2] = [one.text(scores.get(name, math.nan)) for name, one in others.items()]
+    return shown
 
 
 def pareto_text(study: Study, *, width: int, most: int) -> str:
@@ -201,19 +193,20 @@ def pareto_text(study: Study, *, width: int, most: int) -> str:
 
 def _plain(trial: Trial) -> dict[str, object]:
     """A trial as values that JSON has: null for NaN, and text for infinity, which is a value that C may have."""
-
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    row = {field: getattr(trial, field) for field in FIELDS}
+    row = {field: getattr(trial, field) for field in FIELDS} | {"origin": trial.origin_text}
     row["params"] = {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in trial.params.items()
     }
-    row["fold_scores"] = [number(score) for score in trial.fold_scores]
+    row["score"], row["seconds"] = _numbers((trial.score, trial.seconds))
+    row["fold_scores"] = _numbers(trial.fold_scores)
     if trial.metrics:
-        row["metrics"] = {name: [number(score) for score in folds] for name, folds in trial.metrics.items()}
-    return row | {"score": number(trial.score), "seconds": number(trial.seconds), "origin": trial.origin_text}
+        row["metrics"] = {name: _numbers(folds) for name, folds in trial.metrics.items()}
+    return row
+
+
+def _numbers(values: Iterable[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def _name(value: object) -> str:
@@ -227,9 +220,7 @@ def status(arguments: Namespace) -> str:
         text, is_over = _look(file, most=_CURVES if arguments.watch else 0)
         if is_over or not arguments.watch:
             return text
-        screen = f"\x1b[H\x1b[J{text}\n" if sys.stdout.isatty() else f"{text}\n\n"
-        sys.stdout.write(screen)
-        sys.stdout.flush()
+        print(f"\x1b[H\x1b[J{text}" if sys.stdout.isatty() else f"{text}\n", flush=True)
         time.sleep(_WATCH_SECONDS)
 
 
@@ -255,7 +246,7 @@ def _look(file: Path, *, most: int) -> tuple[str, bool]:
         *(("Running", line) for line in _running_lines(file, study)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
     ]
-    lines, measure = [f"{name:9}{text}" for name, text in facts], study_measure(study)
+    lines, measure = [f"{name:9}{text}" for name, text in facts], score_view(study).measure
     best = [row for row in study.order[:most] if math.isfinite(study.scores[row])]
     if best and study.curves.shape[1] > 1:  # on the scale of all of them
         lines.append("")
@@ -282,14 +273,12 @@ def last_written(file: Path) -> float:
     """Return when the study was last written, by the clock of its file system, in seconds since 1970."""
     resolved = file.resolve()
     log = resolved.with_name(f"{resolved.name}-wal")
-    # A log that is empty was made by a reader.
-    files = [resolved, *([log] if log.exists() and log.stat().st_size else [])]
-    return max(path.stat().st_mtime for path in files)
+    is_written = log.exists() and log.stat().st_size > 0  # an empty one was made by a reader
+    return max(path.stat().st_mtime for path in (resolved, *[log] * is_written))
 
 
 def _best(study: Study, *, trains_on: bool) -> str:
-    best = best_trial(study)
-    if best is None:
+    if (best := best_trial(study)) is None:
         return "none yet"
     measure = study.record.measure(best.score)
     # The trials that have passed a rung have no result before they end, and all that have one are worse.
@@ -297,8 +286,53 @@ def _best(study: Study, *, trains_on: bool) -> str:
     return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params_text(best)}{left}"
 
 
+def report(arguments: Namespace) -> str:
+    """Write the page to ``--out``, which may be overwritten, and return where it is."""
+    from gputune.report.page import page
+    from gputune.tuning.refit import Access
+    from gputune.tuning.validation import check_fold_report, fold_report
+
+    file, out = study_file(arguments.study), arguments.out
+    check_place(f"--out {out!r}", Path(out), file)
+    study = open_study(arguments)
+    parts = {"confusion": bool(arguments.confusion), "importance": bool(arguments.importance)}
+    if arguments.live and any(parts.values()):  # before a page is written
+        check_fold_report(study, confusion=parts["confusion"])
+
+    def write(folds: FoldReport | None = None, reload_seconds: int = 0) -> None:
+        model = _model(study, model_folder(file))
+        write_text(Path(out), page(study, model=model, folds=folds, reload_seconds=reload_seconds))
+
+    if arguments.live:
+        try:
+            while any(trial.state in ("waiting", "stopped") for trial in study.trials):
+                write(reload_seconds=_LIVE_SECONDS)
+                time.sleep(_LIVE_SECONDS)
+                study = open_study(arguments)
+        finally:  # the last one stays as it is
+            write()
+    if any(parts.values()):
+        access = Access(study, trust_code=bool(arguments.trust_code), called="report")
+        write(fold_report(access, **parts))
+    elif not arguments.live:
+        write()
+    return f"Report   {out}"
+
+
+def _model(study: Study, folder: Path) -> Json | None:
+    """Return the info of the model beside a study where it is that of its best trial, or None."""
+    from gputune.study.model_files import DESCRIPTION, file_errors, read_description
+
+    if not (folder / DESCRIPTION).is_file():
+        return None
+    with file_errors(folder / DESCRIPTION):
+        info: Json = read_description(folder / DESCRIPTION)["info"]
+        if not has_form(info, {"held_out_score?": (float, None), "held_out_rows?": int}):
+            raise ValueError("its info is of another type")
+    return info if is_its_model(study, info) else None
+
+
 def repair(arguments: Namespace) -> str:
-    """Write what is whole into a new file and return what that is."""
     from gputune.study.repair import repair
 
     saved = repair(study_file(arguments.study), arguments.out, argument="--out ")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gputune.api.study import Study
-from gputune.cli.evaluation import HeldOut
-from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, study_measure, trial_rows
+from gputune.cli.model import HeldOut
+from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
@@ -18,13 +18,10 @@ from gputune.methods.random import edge_remarks
 from gputune.report.facts import params_text, seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
-from gputune.text import blocks, clean, count, paragraph
-from gputune.views.scores import other_measures
+from gputune.text import Measure, blocks, clean, count, paragraph
+from gputune.views.scores import other_measures, score_view
 
-BEST = 5
-"""Trials in the table."""
-
-_LABEL = 9
+_BEST, _LABEL = 5, 9  # trials in the table, letters of a label
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def ensemble_words(
     study: Study, model: TunedModel, held_out: HeldOut | None, best: HeldOut | None, *, is_saved: bool
 ) -> str:
     """Say what an ensemble is of, its score beside that of the best trial, and which of both is saved."""
-    measure, members = study_measure(study), count(len(model.info["ensemble"]), "trial")
+    measure, members = score_view(study).measure, count(len(model.info["ensemble"]), "trial")
     text = f"An ensemble of {members} has a cross-validated {measure.name} of {measure.text(model.info['score'])}"
     if held_out is None or best is None or held_out.why or best.why:
         return f"{text} and is the model that is saved."
@@ -65,25 +62,22 @@ def ensemble_words(
 def summary_text(ending: Ending, *, width: int) -> str:
     """Return the lines that end ``gputune tune`` and ``train``."""
     trials = _best_trials(ending, width) if ending.trial is None else _one_trial(ending.study, ending.trial, width)
+    places = _places(ending, width)
     if ending.model_folder is None:
-        places = [_line("Next", f"gputune.Study.open({clean(ending.study_file)!r}).best_model()")]
-    else:
-        places = _model_and_next(ending.model_folder)
+        places.append(_line("Next", f"gputune.Study.open({clean(ending.study_file)!r}).best_model()"))
     if any(trial.state == "waiting" for trial in ending.study.trials):
         places.append(_ENDING.sub("", _go_on(ending)))
-    places = [*_trial_counts(ending, width), *places]
     return "\n\n".join([_understood(ending, width), trials, _scores(ending, width), "\n".join(places)])
 
 
 def stopped_text(ending: Ending, *, width: int) -> str:
     """Return what is there when Ctrl-C has ended ``gputune``: the table, and how to go on."""
-    parts, places = [_understood(ending, width)], _trial_counts(ending, width)
+    parts = [_understood(ending, width)]
     if any(math.isfinite(trial.score) for trial in ending.study.trials):
         parts.append(_best_trials(ending, width))
     if ending.model_folder is not None:
         parts.append(_scores(ending, width))
-        places += _model_and_next(ending.model_folder)
-    return "\n\n".join([*parts, "\n".join([*places, _go_on(ending)])])
+    return "\n\n".join([*parts, "\n".join([*_places(ending, width), _go_on(ending)])])
 
 
 def _go_on(ending: Ending) -> str:
@@ -95,16 +89,15 @@ def _line(name: str, text: object) -> str:
     return f"{name:{_LABEL}}{clean(text)}"
 
 
-def _model_and_next(folder: Path) -> list[str]:
-    return [_line("Model", folder), _line("Next", f"gputune predict {shlex.quote(clean(folder))} FILE")]
-
-
-def _trial_counts(ending: Ending, width: int) -> list[str]:
-    """How many trials there are of each state, and their file."""
+def _places(ending: Ending, width: int) -> list[str]:
+    """How many trials there are of each state, their file, the model where one was saved, and what to do with it."""
     states = states_text(states_of(ending.study))
     ended = [("Ended", ending.ended)] if ending.ended else []
     trials = _label_lines([*ended, ("Trials", f"{states}; {seconds_text(ending.seconds)} in all")], width)
-    return [trials, _line("Study", ending.study_file)]
+    lines, folder = [trials, _line("Study", ending.study_file)], ending.model_folder
+    if folder is not None:
+        lines += [_line("Model", folder), _line("Next", f"gputune predict {shlex.quote(clean(folder))} FILE")]
+    return lines
 
 
 def _label_lines(lines: list[tuple[str, str]], width: int) -> str:
@@ -117,15 +110,19 @@ _ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
 
 
 def _understood(ending: Ending, width: int) -> str:
-    record = ending.study.record
+    study, record = ending.study, ending.study.record
     held_out = (record.source or {}).get("held_out")
     apart = "" if held_out is None else f" and {held_out['rows']} held out"
+    size = f"{count(len(study.trials), 'trial')} x {count(record.folds, 'fold')}"
+    rule = record.optimizer if record.schedule == "constant" else f"{record.optimizer}, {record.schedule}"
+    trained = f"{clean(record.model)} trained with {rule}; {size} x {count(record.max_epochs, 'epoch')}"
+    solved = f"{record.model}, solved to convergence; {size}"
     lines = [
         ("Data", f"{ending.file}: {record.fingerprint['rows']} rows to search on{apart}"),
         _inputs(ending),
-        ("Task", _task(ending.study)),
-        ("Search", _search(ending.study)),
-        *_method(ending.study),
+        ("Task", _task(study)),
+        ("Search", solved if record.optimizer == "exact" else trained),
+        *_method(study),
         *(("Note", note) for note in record.notes),
     ]
     return _label_lines(lines, width)
@@ -136,8 +133,7 @@ def _inputs(ending: Ending) -> tuple[str, str]:
     if isinstance(X, Arrays):
         return "Inputs", str(ArrayLayout.of(X))
     kinds = Counter(X.kinds) if isinstance(X, Table) else {}
-    named = ", ".join(count(number, kind) for kind, number in kinds.items())
-    record = ending.study.record
+    named, record = ", ".join(count(number, kind) for kind, number in kinds.items()), ending.study.record
     many = any(trial.params.get("numbers", record.numbers) != record.numbers for trial in ending.study.trials)
     rest = f" with numbers {record.numbers!r}" if many else ""
     return "Columns", f"{named}, made into {count(record.features, 'feature')}{rest}"
@@ -158,17 +154,7 @@ def _task(study: Study) -> str:
     return f"{len(classes)} classes of {target!r}: {shown}{more}{override}"
 
 
-def _search(study: Study) -> str:
-    record = study.record
-    size = f"{count(len(study.trials), 'trial')} x {count(record.folds, 'fold')}"
-    if record.optimizer == "exact":
-        return f"{record.model}, solved to convergence; {size}"
-    rule = record.optimizer if record.schedule == "constant" else f"{record.optimizer}, {record.schedule}"
-    return f"{clean(record.model)} trained with {rule}; {size} x {count(record.max_epochs, 'epoch')}"
-
-
 def _method(study: Study) -> list[tuple[str, str]]:
-    """What a search other than the random one did."""
     method = study.record.method
     if isinstance(method, str):
         return []
@@ -177,8 +163,7 @@ def _method(study: Study) -> list[tuple[str, str]]:
     if method["name"] != "optuna":
         return [(method["name"].capitalize(), _pruning_text(study))]
     origins = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
-    number = len(set(origins))
-    batches = f"{number} batch{'' if number == 1 else 'es'}"
+    batches = f"{len(set(origins))} batch{'' if len(set(origins)) == 1 else 'es'}"
     proposed = f"Optuna's {clean(method['sampler'])} proposed {count(len(origins), 'trial')} in {batches}"
     return [("Sampler", proposed), *([("Halving", _pruning_text(study))] if method["halving"] else [])]
 
@@ -189,28 +174,22 @@ def _pruning_text(study: Study) -> str:
     if not left:
         return "no trial was pruned: there was no rung before the last epoch, or one trial alone"
     rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(left.items()))
-    spent, full = study.spent
-    return (
-        f"of {count(len(study.trials), 'trial')} these were pruned: {rungs}; {spent} of {full} trial-epochs were "
-        f"trained ({spent / max(1, full):.0%})"
-    )
+    trials, (spent, full) = count(len(study.trials), "trial"), study.spent
+    share = f"{spent} of {full} trial-epochs were trained ({spent / max(1, full):.0%})"
+    return f"of {trials} these were pruned: {rungs}; {share}"
 
 
 def _descent(study: Study, outer_steps: int) -> str:
-    """The starts and points of a search by hypergradients, and where the guard acted."""
-    starts = sum(trial.origin[1] == 0 for trial in study.trials)
-    steps = count(outer_steps, "outer step")
-    text = f"on {', '.join(study.record.descended)} from {count(starts, 'start')}, at most {steps} each"
-    guarded = study.guarded
-    if guarded["chaotic"]:
-        text += f"; the slope was noise at {count(guarded['chaotic'], 'point')}"
-    if guarded["differences"]:
-        text += f"; taken by wide finite differences at {count(guarded['differences'], 'point')}"
+    starts, guarded = sum(trial.origin[1] == 0 for trial in study.trials), study.guarded
+    on, steps = ", ".join(study.record.descended), count(outer_steps, "outer step")
+    text = f"on {on} from {count(starts, 'start')}, at most {steps} each"
+    for acted, words in (("chaotic", "the slope was noise"), ("differences", "taken by wide finite differences")):
+        text += f"; {words} at {count(guarded[acted], 'point')}" * (guarded[acted] > 0)
     return text
 
 
 def _best_trials(ending: Ending, width: int) -> str:
-    study, measure, record = ending.study, study_measure(ending.study), ending.study.record
+    study, measure, record = ending.study, score_view(ending.study).measure, ending.study.record
     # Second looks are left out: a start whose slope is noise is measured again where it stands.
     looks: dict[str, Trial] = {}
     for trial in study.ranking():
@@ -219,28 +198,27 @@ def _best_trials(ending: Ending, width: int) -> str:
             looks.setdefault(repr((place, sorted(trial.params.items()))), trial)
     finished = [trial for trial in looks.values() if trial.state != "pruned"]
     # A score that a pruned trial had early is no match for those of the others.
-    shown = (finished or list(looks.values()))[:BEST]
+    shown = (finished or list(looks.values()))[:_BEST]
     begun = sum(trial.state != "waiting" for trial in study.trials)
     best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
     best += "" if finished else ", pruned as all with a score are,"
     title = f"{best} by {measure.title}, {mean_words(study, errors=record.folds > 1)}:"
     layout = ("trial", SCORE_AND_ERROR, *["epoch"] * (record.max_epochs > 1))
-    rows = trial_rows(shown, measure, [layout], width=width, indent="  ", others=other_measures(study))
-    pareto = pareto_text(study, width=width, most=BEST)
+    rows = trial_rows(study, shown, [layout], width=width, indent="  ")
+    pareto = pareto_text(study, width=width, most=_BEST)
     return "\n\n".join(part for part in (paragraph(title, width), rows, pareto) if part)
 
 
 def _one_trial(study: Study, trial: Trial, width: int) -> str:
     """Return the parameters of a trial, its score in every fold, and its curve."""
-    measure, record, others = study_measure(study), study.record, other_measures(study)
+    measure, record = score_view(study).measure, study.record
     score = f"{measure.title} {measure.with_error(trial.score, trial.std_error)}"
     lines = [
         (f"Trial {trial.number}", params_text(trial)),
         ("Score", f"{score}, {mean_words(study, errors=math.isfinite(trial.std_error))}"),
     ]
-    if others:
-        scores = [f"{one.title} {one.text(trial.scores[name])}" for name, one in others.items()]
-        lines.append(("Others", ", ".join(scores)))
+    if others := [f"{one.title} {one.text(trial.scores[name])}" for name, one in other_measures(study).items()]:
+        lines.append(("Others", ", ".join(others)))
     lines.append(("Folds", ", ".join(map(measure.text, trial.fold_scores))))
     if record.max_epochs > 1:
         curve = study.curves[study.trials.index(trial)].mean(1)
@@ -251,22 +229,20 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
 
 
 def _scores(ending: Ending, width: int) -> str:
-    study, measure, score = ending.study, study_measure(ending.study), ending.held_out
+    study, measure, score = ending.study, score_view(ending.study).measure, ending.held_out
     if score is None:
         text = "All rows were used, so no honest score is left; gputune tune --test-size keeps rows apart for one."
     elif score.why:
         text = f"There is no held-out {measure.name}: {clean(score.why)}."
     else:
         bounds = f" (95 % of bootstrap samples: {score.bounds(measure)})" * (score.interval is not None)
-        text = (
-            f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score on "
-            f"{count(score.rows, 'row')} that nothing was fitted on{bounds}."
-        )
+        text = f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score on "
+        text += f"{count(score.rows, 'row')} that nothing was fitted on{bounds}."
     sentences = [text]
     if score is not None and score.unseen:
         verb = "counts" if score.unseen == 1 else "count"
         sentences.append(f"{count(score.unseen, 'row')} of a class that no row of the search has {verb} as wrong.")
-    sentences.append(_optimistic(ending))
+    sentences.append(_optimistic(study, measure, ending.trial))
     if (baseline := study.record.baseline) is not None:
         without = measure.text(baseline["score"])
         sentences.append(f"On the same folds {clean(baseline['answer'])} scores {without} without a model.")
@@ -279,15 +255,14 @@ def _scores(ending: Ending, width: int) -> str:
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
 
 
-def _optimistic(ending: Ending) -> str:
-    study, measure = ending.study, study_measure(ending.study)
-    if ending.trial is not None:
-        score = measure.text(ending.trial.score)
-        by_epoch = f"The cross-validated {measure.name}, {score}, is that of the epoch that scored best on these folds."
-        return by_epoch if study.record.max_epochs > 1 else ""
+def _optimistic(study: Study, measure: Measure, trial: Trial | None) -> str:
+    """Return why the cross-validated score, of the best trial or of the only one, is no honest one; "" where it is."""
+    chosen = study.record.max_epochs > 1
+    if trial is not None:
+        score = f"The cross-validated {measure.name}, {measure.text(trial.score)}"
+        return f"{score}, is that of the epoch that scored best on these folds." * chosen
     best = f"The best cross-validated {measure.name}, {measure.text(study.best_score)}, is optimistic:"
     scored = sum(math.isfinite(trial.score) for trial in study.trials)
     if scored > 1:
         return f"{best} it is the best of {scored} trials on the folds that chose it."
-    chosen = study.record.max_epochs > 1
-    return f"{best} its epoch was chosen on the folds that scored it." if chosen else ""
+    return f"{best} its epoch was chosen on the folds that scored it." * chosen

@@ -15,10 +15,10 @@ import torch
 
 from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
-from gputune.cli.evaluation import HeldOut, held_out_score
+from gputune.cli.flags import in_flags
+from gputune.cli.model import HeldOut, held_out_score
 from gputune.cli.options import options_of, typed_options
 from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
-from gputune.cli.translation import in_flags
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import Source, read_source, set_apart
 from gputune.data.target import check_spread, check_target, with_transform
@@ -37,9 +37,6 @@ from gputune.tuning.record import RecordedSearch, recorded_search
 from gputune.tuning.session import checked_space, first_trials
 from gputune.types import Json
 
-_HELD_OUT = 0.2
-"""Share of the rows held out, where the command does not say."""
-
 
 def tune(arguments: argparse.Namespace) -> str:
     """Run the command and return its closing text.
@@ -54,24 +51,14 @@ def tune(arguments: argparse.Namespace) -> str:
     _check_out(out)
     options = options_of(arguments, out / STUDY)
     choice = choose_model(arguments.model or "mlp", arguments.optimizer)
+    read = partial(read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
     with profile.clock(PREPARING):
-        source = read_source(
-            arguments.file,
-            _target(arguments),
-            arguments.groups,
-            module=choice.takes_arrays,
-            drop=options.drop,
-            kinds=options.kinds,
-        )
+        source = read(arguments.file, _target(arguments), arguments.groups)
     target = check_target(source.y, task=options.task, n_rows=len(source.X), name=source.target)
     check_spread(with_transform(target, options.target_transform))  # of all rows: the seed decides who is held out
-    rest, test = set_apart(
-        source,
-        target,
-        test_size=_HELD_OUT if arguments.test_size is None else arguments.test_size,
-        cv=arguments.cv or str(Options.cv),
-        seed=options.random_state,
-    )
+    share = 0.2 if arguments.test_size is None else arguments.test_size
+    cv = arguments.cv or str(Options.cv)
+    rest, test = set_apart(source, target, test_size=share, cv=cv, seed=options.random_state)
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
     with _folder((options.study or out / STUDY).parent):
@@ -79,8 +66,7 @@ def tune(arguments: argparse.Namespace) -> str:
         return _Run(arguments, recorded, out / STUDY, begin, profile).finish()
 
 
-train = tune
-"""The command that trains one configuration, which is an included trial of a search that draws none."""
+train = tune  # one configuration, which is an included trial of a search that draws none
 
 
 def resume(arguments: argparse.Namespace) -> str:
@@ -118,7 +104,7 @@ class _Run:
         self.keeps_model = "test_size" in (rest.origin or {})
         self.folder = model_folder(self.place)
         saved = _read_description(self.folder) if arguments.command == "resume" else {}
-        self.has_ensemble = bool(getattr(arguments, "ensemble", None)) or _is_ensemble(saved)
+        self.has_ensemble = bool(getattr(arguments, "ensemble", None)) or "ensemble" in saved.get("spec", {})
         self.intervals = bool(arguments.intervals) or saved.get("residuals") is not None
         self.calibrate = True if arguments.calibrate or saved.get("temperature", 1.0) != 1.0 else None
         _check_extras(rest, options, intervals=self.intervals, calibrate=bool(self.calibrate))
@@ -130,7 +116,7 @@ class _Run:
             if self.keeps_model:
                 with self.profile.clock("training the best on all rows"):
                     trial = _requested_trial(ending.study) if self.arguments.command == "train" else None
-                    ending = replace(self._with_best(ending, trial), trial=trial)
+                    ending = self._with_best(replace(ending, trial=trial))
                 if self.has_ensemble:
                     ending = self._with_ensemble(ending)
         text = self._text(ending)
@@ -145,9 +131,9 @@ class _Run:
             return run(profile=self.profile, words=in_flags, study_type=Study)
         except SearchInterrupted as stop:
             ending = self._make_ending(stop.study)
-            saves = self.keeps_model and self.arguments.command != "train"
-            saves = saves and stop.signal == CTRL_C and not stop.at_once
-            stop.report = self._text(self._with_best_so_far(ending) if saves else ending, stopped_text)
+            if self.keeps_model and self.arguments.command != "train" and stop.signal == CTRL_C and not stop.at_once:
+                ending = self._with_best_so_far(ending)
+            stop.report = self._text(ending, stopped_text)
             raise
 
     def _make_ending(self, study: Study) -> Ending:
@@ -158,9 +144,9 @@ class _Run:
         ended, seconds = in_flags(self.profile.ended), time.perf_counter() - self.begin
         return make(replace(ending, ended=ended, seconds=seconds), width=shutil.get_terminal_size().columns)
 
-    def _with_best(self, ending: Ending, trial: Trial | None = None) -> Ending:
-        """Train the best trial, or another one, on all rows and save its model."""
-        number = None if trial is None else trial.number
+    def _with_best(self, ending: Ending) -> Ending:
+        """Train the best trial, or the one that was asked for, on all rows and save its model."""
+        number = None if ending.trial is None else ending.trial.number
         model = ending.study.best_model(trial=number, intervals=self.intervals, calibrate=self.calibrate)
         model, held_out = self._score_model(model, ending.study)
         model.save(self.folder)
@@ -173,7 +159,7 @@ class _Run:
         ensemble of an earlier call stays.
         """
         scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
-        if scored and not _is_ensemble(_read_description(self.folder)):
+        if scored and "ensemble" not in _read_description(self.folder).get("spec", {}):
             words = "training the best trial so far on all rows (Ctrl-C: do without)"
             Progress(self.recorded.options.verbose).say(words)
             with suppress(DivergedError, KeyboardInterrupt):
@@ -201,7 +187,6 @@ class _Run:
         return replace(ending, held_out=held_out if is_saved else best, ensemble=words)
 
     def _score_model(self, model: TunedModel, study: Study) -> tuple[TunedModel, HeldOut | None]:
-        """Return the model with its score on the held-out rows, where there are some."""
         test, record = self.recorded.test, study.record
         if test is None:
             return model, None
@@ -218,10 +203,6 @@ def _read_description(folder: Path) -> Json:
         return {}
 
 
-def _is_ensemble(description: Json) -> bool:
-    return "ensemble" in description.get("spec", {})
-
-
 def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: bool) -> None:
     """Raise InputError, before anything trains, where no model can have intervals, or be calibrated."""
     if not (intervals or calibrate):
@@ -233,9 +214,8 @@ def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate:
     if not fits:
         raise InputError(f"{flag} is for {what} to be predicted, and the target is {target.in_words}; leave it out.")
     if isinstance(options.method, Hypergradient):
-        raise InputError(
-            f"{flag} trains a trial on its folds again, which the points of a descent do not; leave it out."
-        )
+        rule = f"{flag} trains a trial on its folds again, which the points of a descent do not"
+        raise InputError(f"{rule}; leave it out.")
 
 
 def _requested_trial(study: Study) -> Trial:
@@ -244,17 +224,14 @@ def _requested_trial(study: Study) -> Trial:
     params = first_trials(checked_space(choice, options), choice, options)[0].params
     trial = next(trial for trial in study.trials if trial.params == params)
     if not math.isfinite(trial.score):
-        raise SearchFailedError(
-            f"trial {trial.number}, which was to be trained, has no finite score: it diverged, or its time was over; "
-            "try a smaller lr, or more time."
-        )
+        why = "it diverged, or its time was over; try a smaller lr, or more time."
+        raise SearchFailedError(f"trial {trial.number}, which was to be trained, has no finite score: {why}")
     return trial
 
 
 def _target(arguments: argparse.Namespace) -> str | None:
     if arguments.target is None and not arguments.file.startswith("sklearn:"):
-        arrays = Path(arguments.file).suffix in ARRAY_SUFFIXES
-        what, example = ("array", "y") if arrays else ("column", "price")
+        what, example = ("array", "y") if Path(arguments.file).suffix in ARRAY_SUFFIXES else ("column", "price")
         raise InputError(
             f"--target is missing: name the {what} of {arguments.file!r} to predict, for example --target {example}."
         )
@@ -267,14 +244,11 @@ def _check_out(out: Path) -> None:
     if not there.is_dir():
         raise InputError(f"--out {str(out)!r}: {str(there)!r} is a file; give a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(
-            f"--out {str(out)!r} cannot be written: check the rights of {str(there)!r}, or give another folder."
-        )
+        check = f"check the rights of {str(there)!r}, or give another folder."
+        raise InputError(f"--out {str(out)!r} cannot be written: {check}")
     if (out / MODEL).exists() and not (out / STUDY).exists():
-        raise InputError(
-            f"--out {str(out)!r} holds {MODEL!r} but not the {STUDY!r} it came from, and would lose it; "
-            "give another folder."
-        )
+        lost = f"{MODEL!r} but not the {STUDY!r} it came from"
+        raise InputError(f"--out {str(out)!r} holds {lost}, and would lose it; give another folder.")
 
 
 @contextmanager

@@ -9,17 +9,27 @@ from numpy.typing import NDArray
 from gputune.report.svg import Chart, Frame, band_path, beside, dots_path, element, line_path, path, spread_over, text
 from gputune.study.study import Study
 from gputune.text import count
-from gputune.views.axes import Scale, curve_scale, linear_scale, parameter_scale, score_scale, value_scale
-from gputune.views.parameters import DescentPath, Parameter, descended, descent_paths, varied_parameters
+from gputune.views.parameters import (
+    DescentPath,
+    Parameter,
+    descended,
+    descent_paths,
+    parameter_scale,
+    varied_parameters,
+)
 from gputune.views.scores import (
     BEST,
     LearningCurves,
     ParetoFront,
+    Scale,
     Scores,
+    curve_scale,
     curve_view,
+    linear_scale,
     pareto_front,
     score_range,
     score_view,
+    value_scale,
 )
 
 THIN_CURVES, CURVE_POINTS, STARTS = 250, 80, 100
@@ -28,14 +38,8 @@ THIN_CURVES, CURVE_POINTS, STARTS = 250, 80, 100
 POINTS, FEWEST, ALL, FAILURES = 1500, 100, 9000, 300
 """Points of a chart at most, how few of them many charts leave it, points of all charts, marks of diverged trials."""
 
-FEW = 12
-"""Values of a hyperparameter that are few: their points stand in a strip each."""
-
-_SHIFT, _WIDEST = 0.3, 40.0
-"""A strip's share of the step to the next one, and its width at most."""
-
-_PAD = 0.06
-"""Share of the axis of scores below and above them: room for the marks of diverged trials."""
+FEW = 12  # values of a hyperparameter that are few: their points stand in a strip each
+_SHIFT, _WIDEST = 0.3, 40.0  # a strip's share of the step to the next one, and its width at most
 
 _WIDE, _SMALL, _LETTERS = 960.0, (440.0, 300.0), 14
 
@@ -57,11 +61,9 @@ def curves_chart(study: Study) -> Chart | None:
         _legend(study, curves, best, frame),
     ]
     over = ", mean and standard deviation over the folds" * (study.curves.shape[2] > 1)
-    note = (
-        f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are drawn: the next best, "
-        "and the rest evenly by rank."
-    )
-    title, notes = f"Learning curves of the best {len(best)} trials{over}", (note,) * (len(drawn) < len(others))
+    behind = f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are drawn: the next best, "
+    notes = [f"{behind}and the rest evenly by rank."] * (len(drawn) < len(others))
+    title = f"Learning curves of the best {len(best)} trials{over}"
     return frame.chart(title, frame.axes("epoch", curves.measure.title), *parts, notes=notes)
 
 
@@ -85,7 +87,6 @@ def _best_curve(study: Study, curves: LearningCurves, row: int, rank: int, frame
 
 
 def _legend(study: Study, curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
-    """Name the best curves at their right, in the order of their scores."""
     x, parts = frame.width - frame.right + 14, []
     for rank, row in enumerate(best):
         trial, y = study.trials[row], frame.top + 12 + 36 * rank
@@ -98,7 +99,6 @@ def _legend(study: Study, curves: LearningCurves, best: list[int], frame: Frame)
 
 
 def folds_note(study: Study) -> str:
-    """Return what line, band and dot are."""
     if study.record.face == "loop":
         return "A line is what a trial reported, step by step; the dot is where its score was taken."
     folds = study.curves.shape[2]
@@ -113,7 +113,7 @@ def history_chart(study: Study) -> Chart | None:
         return None
     numbers = np.array([trial.number for trial in study.trials], dtype=float)
     x = linear_scale(numbers.min(), numbers.max(), most=10, pad=0.01, whole=True)
-    frame = Frame(_WIDE, 280.0, x, score_scale(shown, pad=_PAD)).with_room()
+    frame = Frame(_WIDE, 280.0, x, shown.scale()).with_room()
     drawn, notes = _rows_to_draw(shown, POINTS)
     best = shown.best_so_far
     steps = np.flatnonzero(np.isfinite(best) & (best != np.concatenate([[np.nan], best[:-1]])))
@@ -133,7 +133,7 @@ def pareto_charts(study: Study) -> list[Chart]:
 def _pareto(study: Study, front: ParetoFront) -> Chart:
     """Return a dot a trial by two metrics, with a line through those that no other one beats in both."""
     values, measures = front.values.T, front.measures
-    x_scale, y_scale = (value_scale(*score_range(*one), one[1], pad=_PAD) for one in zip(values, measures))
+    x_scale, y_scale = (value_scale(*score_range(*one), one[1]) for one in zip(values, measures))
     frame = Frame(*_SMALL, x_scale, y_scale).with_room()
     drawn = spread_over(np.flatnonzero(np.isfinite(values[0])).tolist(), POINTS)
     x = np.clip(frame.across(values[0]), frame.left + 6, frame.width - frame.right - 6)
@@ -175,7 +175,7 @@ def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
 def _slice(study: Study, shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
     few = len(parameter.distinct) <= FEW
     scale = parameter_scale(parameter, pad=0.12 if few else 0.04)  # few values need room for their points
-    frame = Frame(*_SMALL, scale, score_scale(shown, pad=_PAD)).with_room(_LETTERS)
+    frame = Frame(*_SMALL, scale, shown.scale()).with_room(_LETTERS)
     across = frame.across(parameter.values)
     strips = np.unique(across[np.isfinite(across)])
     if 2 <= len(strips) <= FEW:
@@ -221,7 +221,7 @@ def path_charts(study: Study) -> list[Chart]:
     starts, shown = descent_paths(study), score_view(study)
     if not starts or not shown.order:
         return []
-    lines = [(shown.measure.title, score_scale(shown, pad=_PAD), [one.scores for one in starts])]
+    lines = [(shown.measure.title, shown.scale(), [one.scores for one in starts])]
     for column in descended(study):
         if np.isfinite(column.values).any():
             values = [one.values[column.name] for one in starts]

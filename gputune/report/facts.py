@@ -3,10 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError
+from gputune.scratch import no_folder
 from gputune.study.rows import TrialState
 from gputune.study.store import States
 from gputune.study.study import Study, Trial, best_trial
@@ -15,24 +17,18 @@ from gputune.types import Json
 from gputune.views.scores import score_view
 
 STATES: dict[TrialState, str] = {
-    "complete": "complete",
-    "pruned": "pruned",
-    "stopped": "cut short",
-    "failed": "diverged",
-    "waiting": "waiting",
-}
+    "complete": "complete", "pruned": "pruned", "stopped": "cut short", "failed": "diverged", "waiting": "waiting",
+}  # fmt: skip
 
 _RAISED, _TOO_BIG, _LOST = "that raised an error", "too big for the memory", "that lost their workers"
 
-
-Fact = tuple[str, str, str]
-"""A name, the number of that name, and a sentence about it."""
+FAILED = 20  # failed trials that are listed
 
 
-def facts(study: Study, model: Json | None) -> list[Fact]:
-    """Return the facts of a study; ``model`` is the ``info`` of its tuned model, checked by ``check_model``."""
+def facts(study: Study, model: Json | None) -> list[tuple[str, str, str]]:
+    """Return of each fact its name, its number and a sentence; ``model`` is the ``info`` of the study's tuned model."""
     record, best = study.record, best_trial(study)
-    rows: list[Fact] = []
+    rows = []
     if best is not None:
         measure = score_view(study).measure
         if record.face == "loop":
@@ -52,7 +48,7 @@ def facts(study: Study, model: Json | None) -> list[Fact]:
     return [*rows, ("device", clean(record.device), clean(record.dtype))] if record.device else rows
 
 
-def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> Fact:
+def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[str, str, str]:
     tried, name = int(np.isfinite(study.scores).sum()), f"held-out {measure.name}"
     optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
     score = None if model is None else model.get("held_out_score")
@@ -61,15 +57,6 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> Fact:
     rows, members = count(model["held_out_rows"], "row"), model.get("ensemble")
     what = "the model" if members is None else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
     return name, measure.text(score), f"{what} on {rows} nothing was fitted on; {optimistic}"
-
-
-def check_model(study: Study, model: Json) -> None:
-    """Raise InputError where the ``info`` of a model is not that of this study's best trial."""
-    if not is_its_model(study, model):
-        raise InputError(
-            "report(model=...) must be the tuned model of this study, got one of other parameters, another score or "
-            "other rows; make it with study.best_model(), or leave it out."
-        )
 
 
 def is_its_model(study: Study, model: Json) -> bool:
@@ -96,8 +83,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def setting(study: Study) -> list[tuple[str, str]]:
-    """Return the options of the search, name and text, those that its file has."""
-    record, classes = study.record, study.record.classes or ()
+    record, classes, method = study.record, study.record.classes or (), study.record.method
     shown = f"{', '.join(map(str, classes[:12]))}{', …' if len(classes) > 12 else ''}"
     rows = [
         ("data", (record.source or {}).get("path")),
@@ -112,7 +98,7 @@ def setting(study: Study) -> list[tuple[str, str]]:
         ("model", record.model),
         ("optimizer", record.optimizer),
         ("schedule", record.schedule),
-        ("method", _method(record.method)),
+        ("method", method if isinstance(method, str) else f"{method.get('name')}: {_options(method)}"),
         ("space", record.space),
         ("folds", record.folds or None),
         ("epochs", record.max_epochs or None),
@@ -123,22 +109,15 @@ def setting(study: Study) -> list[tuple[str, str]]:
 
 
 def _transform(recorded: str | Json | None) -> object:
-    """Return the transformation of the target as it is written in Python."""
     if not isinstance(recorded, Mapping) or "params" not in recorded:
         return recorded if recorded is None or isinstance(recorded, str) else recorded.get("object")
     return f"{recorded['class']}({', '.join(f'{key}={value!r}' for key, value in recorded['params'].items())})"
 
 
-def _method(method: str | Json) -> str:
-    if isinstance(method, str):
-        return method
-    return f"{method.get('name')}: {_options({key: value for key, value in method.items() if key != 'name'})}"
-
-
 def _options(options: Json) -> str:
-    """Return the options of a method as text; a sampler's halving has options of its own."""
+    """Return the options of a method, but its name, as text; a sampler's halving has options of its own."""
     texts = {key: f"({_options(one)})" if isinstance(one, dict) else short(one) for key, one in options.items()}
-    return ", ".join(f"{key}={text}" for key, text in texts.items() if options[key] is not None)
+    return ", ".join(f"{key}={text}" for key, text in texts.items() if key != "name" and options[key] is not None)
 
 
 def states_text(states: States) -> str:
@@ -155,29 +134,21 @@ def states_text(states: States) -> str:
 
 
 def params_text(trial: Trial, between: str = ", ", equals: str = "=") -> str:
-    """Return the hyperparameters of a trial in one line."""
     return between.join(f"{clean(name)}{equals}{short(value)}" for name, value in trial.params.items())
 
 
 def why_failed(study: Study, trial: Trial) -> str:
-    """Return why a failed trial has no score."""
     why = trial.detail.get("error", trial.detail.get("reason"))
     if why is None and study.record.face == "loop":
         why = "a NaN or infinite score was returned or reported"
     return clean(f"diverged in epoch {trial.best_epoch + 1}" if why is None else why)
 
 
-FAILED = 20
-"""Failed trials that are listed."""
-
-
 def endings(study: Study) -> Json:
-    """Return what the page says of how the trials ended."""
     trials, counts = study.trials, Counter(trial.state for trial in study.trials)
     failed = [trial for trial in trials if trial.state == "failed"]
     pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
     trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
-
     return {
         # The words of a state, how many trials have it, and their share in percent.
         "states": [(s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]],
@@ -187,3 +158,19 @@ def endings(study: Study) -> Json:
         "failed": len(failed),
         "spent": study.spent,
     }
+
+
+def check_place(argument: str, path: Path, read: Path | None, what: str = "") -> None:
+    """Raise InputError, which begins with the ``argument``, for a place where no page, or other text, is to be written.
+
+    ``read`` is the file that is read, ``what`` it is for a text that is no page.
+    """
+    if path.is_dir():
+        example = "" if what else ", such as report.html"
+        raise InputError(f"{argument} is a folder; give the name of a file{example}.")
+    if read is not None and path.exists() and read.exists() and path.samefile(read):
+        raise InputError(f"{argument} is {what or 'the file of the study itself'}; give another name.")
+    if not what and path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{argument} must end in .html, since a page of HTML is written; give such a name.")
+    if not path.resolve().parent.is_dir():
+        raise no_folder(argument, path)

@@ -11,65 +11,50 @@ from gputune.report.svg import Chart, beside, cut, drawing, element, line_path, 
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study
 from gputune.text import clean
-from gputune.views.axes import Axis, linear_scale, parallel_axes
-from gputune.views.parameters import Importance
-from gputune.views.scores import score_view
+from gputune.views.parameters import Axis, Importance, parallel_axes
+from gputune.views.scores import linear_scale, score_view
 
-WEAK = 0.2
-"""R2 below which a forest has not understood the trials."""
-
-LINES, AXES, GROUPS = 400, 10, 5
-"""Lines and axes at most; lines have so many colours, by the rank of their score."""
-
+WEAK = 0.2  # R2 below which a forest has not understood the trials
+LINES, AXES, GROUPS = 400, 10, 5  # lines and axes at most; lines have so many colours, by the rank of their score
 _WIDTH, _ROW, _LEFT, _RIGHT = 700.0, 30.0, 190.0, 110.0  # of the bars
 _HEIGHT, _TOP, _BOTTOM, _SIDE = 380.0, 52.0, 22.0, 70.0  # of the parallel coordinates
 _LETTER = 6.2  # of the name of an axis
-_STRIP = 0.045
-"""Share of an axis with few values that the lines through one of them take."""
+_STRIP = 0.045  # share of an axis with few values that the lines through one of them take
 
 
 def importance_chart(shown: Importance) -> Chart:
     """Return one bar a hyperparameter, as long as the forest's R2 falls without it."""
-    of = "Importance of the hyperparameters", "fall of the forest's R²"
-    return _bars(shown.labels, shown.drops, shown.errors, *of, decimals=2)
+    rows = list(zip(shown.labels, shown.drops.tolist(), shown.errors.tolist()))
+    return _bars("Importance of the hyperparameters", "fall of the forest's R²", rows, decimals=2)
 
 
 def columns_chart(study: Study, report: FoldReport) -> Chart | None:
     """Return a bar for each column, as long as the score is worse without it; None without columns."""
     if not report.columns:
         return None
-    labels = [clean(name) for name in report.columns[:COLUMNS]]
-    measure, left_out = score_view(study).measure, len(report.columns) - len(labels)
-    of = "Importance of the columns", f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
-    drops, errors, decimals = report.drops[:COLUMNS], report.errors[:COLUMNS], max(2, measure.decimals - 1)
-    notes = [f"The {len(labels)} most important columns; {left_out} others are left out."] * (left_out > 0)
-    return _bars(labels, drops, errors, *of, decimals=decimals, notes=notes)
+    measure = score_view(study).measure
+    rows = list(zip(map(clean, report.columns[:COLUMNS]), report.drops.tolist(), report.errors.tolist()))
+    left_out = len(report.columns) - len(rows)
+    notes = [f"The {len(rows)} most important columns; {left_out} others are left out."] * (left_out > 0)
+    name = f"{'rise' if measure.lower_is_better else 'fall'} of {measure.title}"
+    return _bars("Importance of the columns", name, rows, decimals=max(2, measure.decimals - 1), notes=notes)
 
 
 def _bars(
-    labels: Sequence[str],
-    drops: NDArray[np.float64],
-    errors: NDArray[np.float64],
-    title: str,
-    name: str,
-    *,
-    decimals: int,
-    notes: Sequence[str] = (),
+    title: str, name: str, rows: Sequence[tuple[str, float, float]], *, decimals: int, notes: Sequence[str] = ()
 ) -> Chart:
-    """Return a bar for each label, with a standard deviation; ``name`` is that of the axis."""
-    scale = linear_scale(0.0, float(max((drops + errors).max(), 10.0**-decimals)), most=5)
-    height, span = _ROW * len(labels) + 40, _WIDTH - _LEFT - _RIGHT
-    parts = []
+    """Return a bar for each label, mean and standard deviation; ``name`` is that of the axis."""
+    scale = linear_scale(0.0, max(10.0**-decimals, *(drop + error for _, drop, error in rows)), most=5)
+    height, span, parts = _ROW * len(rows) + 40, _WIDTH - _LEFT - _RIGHT, []
     for value, words in scale.ticks:
         x = _LEFT + float(scale(value)) * span
         parts += [path("grid", f"M{x:.1f} 4V{height - 34:.1f}"), text("tick mid", x, height - 19, words)]
-    for row, (label, drop, error) in enumerate(zip(labels, drops.tolist(), errors.tolist())):
+    for row, (label, drop, error) in enumerate(rows):
         y = 4 + _ROW * row
         low, middle, high = (max(0.0, float(scale(end)) * span) for end in (drop - error, drop, drop + error))
-        box = {"x": _LEFT, "y": y + 5, "width": middle, "height": _ROW - 12, "rx": 2}
         parts += [
             text("tick end label", _LEFT - 10, y + 19, element("title", label), cut(label, 26)),
-            element("rect", class_="bar", **box),
+            element("rect", class_="bar", x=_LEFT, y=y + 5, width=middle, height=_ROW - 12, rx=2),
             path("whisker", f"M{_LEFT + low:.1f} {y + 14:.1f}H{_LEFT + high:.1f}"),
             text("tick end", _WIDTH - 4, y + 19, f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"),
         ]
@@ -77,15 +62,15 @@ def _bars(
     return drawing(_WIDTH, height, title, *parts, notes=notes, class_="chart bars")
 
 
-def brush_data(axes: Sequence[Axis], order: list[int], rows: int, numbers: Collection[str]) -> list[dict[str, object]]:
-    """Return what the page's script needs to place the first rows of the table, in this order, on each axis.
+def brush_data(axes: Sequence[Axis], rows: list[int], numbers: Collection[str]) -> list[dict[str, object]]:
+    """Return what the page's script needs to place the rows of the table, in their order, on each axis.
 
     A column of ``numbers`` has a scale; another one has its heights, in thousandths.
     """
     return [
         {"column": a.column, "low": a.scale.low, "high": a.scale.high, "log": a.scale.log}
         if a.column in numbers
-        else {"heights": [None if h != h else round(1000 * h) for h in a.heights[order[:rows]].tolist()]}
+        else {"heights": [None if h != h else round(1000 * h) for h in a.heights[rows].tolist()]}
         for a in axes
     ]
 
@@ -116,17 +101,15 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
         for rank in drawn[::-1]
     ]
     if len(drawn) < len(scored):
-        notes.append(
-            f"{len(drawn)} of {len(scored)} scored trials have a line: the best {LINES // 4}, and the others evenly by "
-            "rank. A brush chooses among all of them."
+        thinned = (
+            f"{len(drawn)} of {len(scored)} scored trials have a line: the best {LINES // 4}, and the others evenly"
         )
-    half = float(x[1] - x[0]) / 2
-    parts = [
-        _axis(px, axis, place, int(2 * min(half, px, width - px) / _LETTER))
-        for place, (px, axis) in enumerate(zip(x.tolist(), axes))
-    ]
-    title, drawn_lines = "Parallel coordinates: one line a trial", element("g", *lines, class_="lines")
-    return drawing(width, _HEIGHT, title, drawn_lines, *parts, notes=notes, class_="chart parallel"), axes
+        notes.append(f"{thinned} by rank. A brush chooses among all of them.")
+    half, parts = float(x[1] - x[0]) / 2, [element("g", *lines, class_="lines")]
+    for place, (px, axis) in enumerate(zip(x.tolist(), axes)):
+        parts.append(_axis(px, axis, place, int(2 * min(half, px, width - px) / _LETTER)))
+    title = "Parallel coordinates: one line a trial"
+    return drawing(width, _HEIGHT, title, *parts, notes=notes, class_="chart parallel"), axes
 
 
 def _line_heights(heights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -148,21 +131,17 @@ def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
     for value, words in axis.scale.ticks:
         y = float(_down(axis.scale(value)))
         parts += [path("mark", f"M{x - 4:.1f} {y:.1f}h4"), text("tick end halo", x - 7, y + 4, cut(words, 9))]
-    parts += [
-        element("rect", class_="brush", x=x - 9, y=top, width=18.0, height=0.0),
-        element("rect", class_="reach", x=x - 22, y=top, width=44.0, height=bottom - top),
-    ]
+    parts.append(element("rect", class_="brush", x=x - 9, y=top, width=18.0, height=0.0))
+    parts.append(element("rect", class_="reach", x=x - 22, y=top, width=44.0, height=bottom - top))
     slider = {"role": "slider", "aria_label": f"Brush on {axis.label}", "aria_valuetext": "all"}
     values = {"aria_valuemin": 0, "aria_valuemax": 100, "aria_valuenow": 0, "data_axis": place}
     return element("g", *parts, class_="axis", tabindex=0, **slider, **values)
 
 
-CLASSES, COLUMNS = 25, 30
-"""Classes and columns that are drawn."""
+CLASSES, COLUMNS = 25, 30  # classes and columns that are drawn
 
 _WIDTH_OF_MATRIX, _LEFT_OF_MATRIX, _TOP_OF_MATRIX, _LARGEST, _SMALLEST = 640.0, 150.0, 92.0, 56.0, 26.0
-_COUNTED = 0.65
-"""Opacity of a cell that holds all rows of its class: text on it stays legible."""
+_COUNTED = 0.65  # opacity of a cell that holds all rows of its class: text on it stays legible
 
 
 def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
@@ -172,11 +151,10 @@ def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
     drawn = np.sort(np.argsort(-report.confusion.sum(1), kind="stable")[:CLASSES])
     matrix, classes = report.confusion[np.ix_(drawn, drawn)], study.record.classes or ()
     labels = [clean(classes[place]) for place in drawn.tolist()]
-    left, top = _LEFT_OF_MATRIX, _TOP_OF_MATRIX
+    left, top, parts = _LEFT_OF_MATRIX, _TOP_OF_MATRIX, []
     side = max(_SMALLEST, min(_LARGEST, (_WIDTH_OF_MATRIX - left - 60) / len(labels)))
     shares = matrix / np.maximum(report.confusion[drawn].sum(1), 1)[:, None]
     slant = max(len(cut(label, 14)) for label in labels) * 7 > side
-    parts = []
     for i, label in enumerate(labels):
         middle, titled = left + (i + 0.5) * side, (element("title", label), cut(label, 14))
         turn = f"rotate(-40 {middle:.1f} {top - 10:.1f})" if slant else None
@@ -191,13 +169,10 @@ def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
             parts.append(element("rect", said, class_="cell", fill_opacity=opacity, **box))
             if count:
                 parts.append(text("label mid", x + side / 2, y + side / 2 + 4, str(count)))
-    span = side * len(labels)
+    span, left_out = side * len(labels), len(classes) - len(labels)
     up = top + span / 2
-    parts += [
-        text("name mid", left + span / 2, 14 if slant else top - 32, "predicted"),
-        text("name mid", 20, up, "true", transform=f"rotate(-90 20 {up:.1f})"),
-    ]
-    left_out = len(classes) - len(labels)
+    parts.append(text("name mid", left + span / 2, 14 if slant else top - 32, "predicted"))
+    parts.append(text("name mid", 20, up, "true", transform=f"rotate(-90 20 {up:.1f})"))
     notes = [f"The {len(labels)} most frequent classes; {left_out} others are left out."] * (left_out > 0)
     size = max(_WIDTH_OF_MATRIX, left + span + 60), top + span + 12
     return drawing(*size, "Confusion matrix", *parts, notes=notes, class_="chart matrix")

@@ -7,7 +7,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -20,10 +19,9 @@ from markupsafe import Markup
 from gputune.errors import InputError
 from gputune.methods.random import edge_remarks
 from gputune.report.charts import curves_chart, folds_note, history_chart, pareto_charts, path_charts, slice_charts
-from gputune.report.facts import check_model, endings, facts, setting
+from gputune.report.facts import endings, facts, is_its_model, setting
 from gputune.report.importance import WEAK, brush_data, columns_chart, confusion_chart, importance_chart, parallel_chart
 from gputune.report.snippet import snippet
-from gputune.scratch import no_folder, write_text
 from gputune.study.rows import FoldReport
 from gputune.study.study import Study, best_trial
 from gputune.text import Measure, clean, short
@@ -43,12 +41,10 @@ Scores have "decimals", and "first" of -1 where a first click sorts the largest 
 
 
 def table_columns(study: Study) -> tuple[list[Column], int]:
-    """Return the columns and the number of trials in them."""
     rows = min(len(study.trials), MOST_ROWS)
     while True:
         columns = _columns(study, rows)
-        size = len(as_json(columns))
-        if size <= BUDGET or rows == 0:
+        if (size := len(as_json(columns))) <= BUDGET or rows == 0:
             return columns, rows
         rows = min(rows - 1, int(rows * BUDGET / size))
 
@@ -73,10 +69,8 @@ def _columns(study: Study, rows: int) -> list[Column]:
     if study.metrics:
         front = {trial.number for trial in pareto_trials(study)}
         columns.append(_words("pareto", "not beaten", ["yes" if t.number in front else None for t in trials]))
-    columns += [
-        {"key": "epoch", "label": "epoch", "values": epochs},
-        _number_column("seconds", "seconds", [trial.seconds for trial in trials], 2),
-    ]
+    columns.append({"key": "epoch", "label": "epoch", "values": epochs})
+    columns.append(_number_column("seconds", "seconds", [trial.seconds for trial in trials], 2))
     if any(trial.origin_text != "random" for trial in trials):
         columns.append(_words("origin", "origin", [trial.origin_text for trial in trials]))
     names = dict.fromkeys(name for trial in study.trials for name in trial.params)
@@ -98,11 +92,8 @@ def _parameter(name: str, params: Sequence[Config]) -> Column:
     key, label, values = f"params_{name}", clean(name), [config.get(name) for config in params]
     present = [value for value in values if value is not None]
     if all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < math.inf for v in present):
-        return {
-            "key": key,
-            "label": label,
-            "values": [float(f"{v:.5g}") if isinstance(v, float) else v for v in values],
-        }
+        rounded = [float(f"{v:.5g}") if isinstance(v, float) else v for v in values]
+        return {"key": key, "label": label, "values": rounded}
     return _words(key, label, [short(config[name]) if name in config else None for config in params])
 
 
@@ -113,42 +104,16 @@ def _words(key: str, label: str, texts: Sequence[str | None]) -> Column:
     return {"key": key, "label": label, "levels": levels, "values": values}
 
 
-FIRST_ROWS = 25
-"""Rows of the table that the page shows before its script runs, and on a page of the table."""
-
-
-def write_page(
-    study: Study,
-    path: str | os.PathLike[str],
-    *,
-    model: Json | None = None,
-    folds: FoldReport | None = None,
-    reload_seconds: int = 0,
-) -> None:
-    """Write the page of a study to a file; see ``Study.report``. It reloads itself where it will be written again."""
-    check_place(f"report({str(path)!r})", Path(path), study.file)
-    write_text(Path(path), page(study, model=model, folds=folds, reload_seconds=reload_seconds))
-
-
-def check_place(argument: str, path: Path, study_file: Path | None) -> None:
-    """Raise InputError, which begins with the ``argument``, for a place where no page can or should be written."""
-    if path.is_dir():
-        raise InputError(f"{argument} is a folder; give the name of a file, such as report.html.")
-    if study_file is not None and path.exists() and study_file.exists() and path.samefile(study_file):
-        raise InputError(f"{argument} is the file of the study itself; give another name.")
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{argument} must end in .html, since a page of HTML is written; give such a name.")
-    if not path.resolve().parent.is_dir():
-        raise no_folder(argument, path)
+FIRST_ROWS = 25  # of the table that the page shows before its script runs, and on a page of the table
 
 
 def page(study: Study, *, model: Json | None = None, folds: FoldReport | None = None, reload_seconds: int = 0) -> str:
-    """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model, ``folds`` what it is on them.
-
-    Raises InputError for a model of another study.
-    """
-    if model is not None:
-        check_model(study, model)
+    """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model, of another an InputError."""
+    if model is not None and not is_its_model(study, model):
+        raise InputError(
+            "report(model=...) must be the tuned model of this study, got one of other parameters, another score or "
+            "other rows; make it with study.best_model(), or leave it out."
+        )
     try:
         forest, why_not = importance(study), ""
     except InputError as error:  # a small study has none
@@ -156,7 +121,7 @@ def page(study: Study, *, model: Json | None = None, folds: FoldReport | None = 
     parallel = parallel_chart(study, forest.names if forest else ())
     columns, rows = table_columns(study)
     numbers = {column["key"] for column in columns if "levels" not in column}
-    axes = [] if parallel is None else brush_data(parallel[1], study.order, rows, numbers)
+    axes = [] if parallel is None else brush_data(parallel[1], study.order[:rows], numbers)
     style, script = _read_template("report.css"), _read_template("report.js")
     html: str = _template().render(
         policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
@@ -188,7 +153,6 @@ def page(study: Study, *, model: Json | None = None, folds: FoldReport | None = 
 
 
 def _texts(study: Study) -> Json:
-    """Return what the page says of a study beside its charts and its table."""
     best, record = best_trial(study), study.record
     params, path = {} if best is None else best.params, str((record.source or {}).get("path", ""))
     data = path if path.startswith("sklearn:") else Path(path).name

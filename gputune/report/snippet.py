@@ -25,7 +25,6 @@ class _Script:
         self.remarks: list[str] = []
 
     def use(self, line: str) -> None:
-        """Add an import once."""
         if line not in self.imports:
             self.imports.append(line)
 
@@ -108,15 +107,9 @@ def _tune(script: _Script, study: Study, best: Trial, ranked: str) -> str:
     before, rows = _rows(script, study.record)
     arguments = [_model(script, study.record.spec), *rows]
     arguments += [f"{name}={value}" for name, value in _options(script, study, best).items()]
-    scoring = _comment(study.record.scoring)
-    return script.text(
-        *before,
-        "study = gputune.tune(",
-        *(f"    {argument}," for argument in arguments),
-        f"){ranked}",
-        f"print(study.best_score)  # {best.score!r}, the {scoring} of this page, but for rounding",
-        "model = study.best_model()",
-    )
+    call = ["study = gputune.tune(", *(f"    {argument}," for argument in arguments), f"){ranked}"]
+    about = f"{best.score!r}, the {_comment(study.record.scoring)} of this page, but for rounding"
+    return script.text(*before, *call, f"print(study.best_score)  # {about}", "model = study.best_model()")
 
 
 def _comment(text: str) -> str:
@@ -129,9 +122,9 @@ def _model(script: _Script, spec: Json) -> str:
         return script.literal(spec["kind"])
     if "path" in spec and "keywords" not in spec:
         return script.literal(f"{spec['path']}:{spec['class']}")
-    name = str(spec["class"] if "path" in spec else spec["import"].partition(":")[2])
-    last = name.rpartition(".")[2]  # of a class that was made within a function, which no import reaches
-    name = last if _is_name(last) else "Module"
+    # The last part of the name of a class that was made within a function, which no import reaches.
+    name = str(spec["class"] if "path" in spec else spec["import"].partition(":")[2]).rpartition(".")[2]
+    name = name if _is_name(name) else "Module"
     if "keywords" in spec:
         return script.argument(name, f"the partial of {name} of the search, with {spec['keywords']!r}")
     return _import_name(script, str(spec["import"])) or script.argument(name, "the module class of the search")
@@ -151,7 +144,6 @@ def _is_name(text: str) -> bool:
 
 
 def _rows(script: _Script, record: SearchRecord) -> tuple[list[str], list[str]]:
-    """Return lines before the call, and its arguments that are the rows."""
     source = record.source
     if source is None:
         script.argument("X, y", "the rows of the search; add groups= where it had them")
@@ -215,15 +207,13 @@ def _scorings(script: _Script, study: Study) -> tuple[str, object]:
     record, by = study.record, epochs_by(study)
     if not by:
         return code(record.scoring), record.ranked_class
-    ranks, *others = record.metrics
-    two = [next(one for one in others if one["name"] == by), ranks]
+    two = [next(one for one in record.metrics if one["name"] == by), record.metrics[0]]
     scorers = (f"{script.literal(one['name'])}: {code(one['scorer'])}" for one in two)
     positives = (one["positive"] for one in two if one["positive"] is not None)
     return f"{{{', '.join(scorers)}}}", next(positives, None)
 
 
 def _transform(script: _Script, recorded: str | Json | None) -> str:
-    """Return the transformation of the target, and of its parts."""
     if not isinstance(recorded, Mapping):
         return script.literal(recorded)
     if "ufunc" in recorded:

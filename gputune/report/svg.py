@@ -8,16 +8,10 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import ArrayLike, NDArray
 
-from gputune.views.axes import Scale
+from gputune.views.scores import Scale
 
-Attribute = str | float | None
-
-GOLDEN = 0.6180339887498949
-"""Steps of it, modulo 1, spread any number of neighbours evenly."""
-
-
-_LETTER, _SLANT = 6.6, 40
-"""Width of a letter of a tick, and degrees by which ticks are turned."""
+GOLDEN = 0.6180339887498949  # steps of it, modulo 1, spread any number of neighbours evenly
+_LETTER, _SLANT = 6.6, 40  # width of a letter of a tick, and degrees by which ticks are turned
 
 _SIN, _COS = math.sin(math.radians(_SLANT)), math.cos(math.radians(_SLANT))
 
@@ -44,7 +38,7 @@ def beside(places: NDArray[np.float64], width: float) -> NDArray[np.float64]:
     return places + width * ((np.arange(len(places)) * GOLDEN) % 1.0 - 0.5)
 
 
-def element(name: str, *children: str, **attributes: Attribute) -> Markup:
+def element(name: str, *children: str, **attributes: str | float | None) -> Markup:
     """Return one element. Text and attributes are escaped; ``class_`` is class, ``_`` stands for a hyphen."""
     written = Markup("")
     for key, value in attributes.items():
@@ -55,13 +49,11 @@ def element(name: str, *children: str, **attributes: Attribute) -> Markup:
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), written, inside)
 
 
-def path(class_: str | None, d: str, **attributes: Attribute) -> Markup:
-    """Return a path element."""
+def path(class_: str | None, d: str, **attributes: str | float | None) -> Markup:
     return element("path", class_=class_, d=d, **attributes)
 
 
-def text(class_: str, x: float, y: float, *words: str, **attributes: Attribute) -> Markup:
-    """Return a text element."""
+def text(class_: str, x: float, y: float, *words: str, **attributes: str | float | None) -> Markup:
     return element("text", *words, class_=class_, x=x, y=y, **attributes)
 
 
@@ -69,11 +61,9 @@ def line_path(x: ArrayLike, y: ArrayLike) -> str:
     """Return the path of a line through points; it breaks at NaN."""
     parts, pen = [], "M"
     for px, py in zip(np.asarray(x, dtype=float).tolist(), np.asarray(y, dtype=float).tolist()):
-        if px != px or py != py:
-            pen = "M"
-            continue
-        parts.append(f"{pen}{px:.1f} {py:.1f}")
-        pen = "L"
+        known = px == px and py == py
+        parts.append(f"{pen}{px:.1f} {py:.1f}" if known else "")
+        pen = "L" if known else "M"
     return "".join(parts)
 
 
@@ -114,7 +104,6 @@ class Frame:
     bottom: float = 46
 
     def chart(self, title: str, *children: str, notes: Sequence[str] = ()) -> Chart:
-        """Return the chart of this frame."""
         return drawing(self.width, self.height, title, *children, notes=notes)
 
     def with_room(self, letters: int = 12) -> "Frame":
@@ -125,8 +114,7 @@ class Frame:
             return frame
         ticks = [(float(frame.across(value)), _LETTER * len(cut(words, letters))) for value, words in self.x.ticks]
         reach = max(_COS * length - x for x, length in ticks)
-        below = 40 + _SIN * max(length for _, length in ticks)
-        more = max(0.0, below - self.bottom)
+        more = max(0.0, 40 + _SIN * max(length for _, length in ticks) - self.bottom)
         return replace(frame, left=left + max(0.0, reach), bottom=self.bottom + more, height=self.height + more)
 
     def slants(self, letters: int) -> bool:
@@ -134,11 +122,9 @@ class Frame:
         return sum(len(cut(words, letters)) for _, words in self.x.ticks) * 7 > self.width - self.right - self.left
 
     def across(self, values: ArrayLike) -> NDArray[np.float64]:
-        """Return where values lie from the left."""
         return self.left + self.x(values) * (self.width - self.left - self.right)
 
     def down(self, values: ArrayLike) -> NDArray[np.float64]:
-        """Return where values lie from the top."""
         return self.height - self.bottom - self.y(values) * (self.height - self.top - self.bottom)
 
     def down_within(self, values: ArrayLike) -> NDArray[np.float64]:
@@ -147,19 +133,18 @@ class Frame:
 
     def axes(self, across: str, up: str, *, letters: int = 12) -> Markup:
         """Return the grid, the ticks and the names of both axes; ticks of the x axis have so many letters at most."""
-        right, bottom = self.width - self.right, self.height - self.bottom
-        parts = []
+        right, bottom, parts = self.width - self.right, self.height - self.bottom, []
         for value, words in self.y.ticks:
             y = float(self.down(value))
             parts.append(path("grid", f"M{self.left:.1f} {y:.1f}H{right:.1f}"))
             parts.append(text("tick end", self.left - 8, y + 4, words))
         slant = self.slants(letters)
+        y = bottom + (14 if slant else 19)
         for value, words in self.x.ticks:
-            x, y = float(self.across(value)), bottom + (14 if slant else 19)
+            x = float(self.across(value))
             turn = f"rotate(-{_SLANT} {x:.1f} {y:.1f})" if slant else None
-            parts.append(path("mark", f"M{x:.1f} {bottom:.1f}v5"))
-            where = ("tick end", x + 4, y) if slant else ("tick mid", x, y)
-            parts.append(text(*where, cut(words, letters), transform=turn))
+            where = ("tick end", x + 4) if slant else ("tick mid", x)
+            parts += [path("mark", f"M{x:.1f} {bottom:.1f}v5"), text(*where, y, cut(words, letters), transform=turn)]
         middle = (self.top + bottom) / 2
         parts += [
             path("edge", f"M{self.left:.1f} {bottom:.1f}H{right:.1f}"),

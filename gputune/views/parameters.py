@@ -1,4 +1,4 @@
-"""The hyperparameters of a study as columns of numbers, on which scale each is read, and how much each mattered.
+"""The hyperparameters of a study as columns of numbers and as axes, and how much each mattered.
 
 For the latter a random forest learns the trials' ranks, then loses one column at a time.
 """
@@ -6,7 +6,7 @@ For the latter a random forest learns the trials' ranks, then loses one column a
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -16,16 +16,12 @@ from numpy.typing import NDArray
 from gputune.errors import InputError
 from gputune.study.study import Study
 from gputune.text import clean, short
-from gputune.views.scores import score_view
+from gputune.views.scores import Scale, Scores, linear_scale, log_scale, number_text, score_view
 
-_DECADES = 100.0
-"""Positive values whose largest is so many times the smallest are read on a logarithm."""
-
-_FARTHEST = 1e300
-"""An axis reaches no farther, so that its ends and their distance are numbers."""
-
-_LEVELS = 12
-"""The words of a hyperparameter that are told apart; rarer ones share one level."""
+_DECADES = 100.0  # positive values whose largest is so many times the smallest are read on a logarithm
+_FARTHEST = 1e300  # an axis reaches no farther, so that its ends and their distance are numbers
+_LEVELS = 12  # the words of a hyperparameter that are told apart; rarer ones share one level
+_APART = 0.08  # share of an axis by which ticks must be apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +104,40 @@ def _flat(value: Any) -> list[float]:
     return [number for part in value for number in _flat(part)] if isinstance(value, list) else [float(value)]
 
 
+def parameter_scale(parameter: Parameter, *, most: int = 6, pad: float = 0.0) -> Scale:
+    """Return the scale of a hyperparameter that some trial has: its words, its few numbers, or its range."""
+    if parameter.levels:
+        edge = 0.5 if pad else 0.0
+        last = max(len(parameter.levels) - 1, 0 if pad else 1)
+        return Scale(-edge, last + edge, tuple(enumerate(parameter.levels)))
+    values = parameter.distinct
+    make = log_scale if parameter.log else linear_scale
+    scale = make(float(values[0]), float(values[-1]), most=most, pad=pad)
+    crowded = len(values) > 1 and np.diff(scale(values)).min() < _APART
+    if len(values) > most or crowded:
+        return scale
+    return replace(scale, ticks=tuple((value, number_text(value)) for value in values.tolist()))
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """An axis of parallel coordinates: ``column`` is its key in the table of trials, ``heights`` (C,) are in [0, 1]."""
+
+    column: str
+    label: str
+    scale: Scale
+    heights: NDArray[np.float64]
+
+
+def parallel_axes(study: Study, shown: Scores) -> list[Axis]:
+    """Return an axis for each hyperparameter that varied, and the last one for the score."""
+    columns = [
+        (f"params_{one.name}", one.label, parameter_scale(one, most=7), one.values) for one in varied_parameters(study)
+    ]
+    columns.append(("score", shown.measure.name, shown.scale(pad=0.0), shown.values))
+    return [Axis(key, label, scale, np.clip(scale(values), 0, 1)) for key, label, scale, values in columns]
+
+
 @dataclass(frozen=True, eq=False)
 class DescentPath:
     """The finished points of one start."""
@@ -133,20 +163,16 @@ def descent_paths(study: Study) -> tuple[DescentPath, ...]:
         trial = study.trials[row]
         if isinstance(trial.origin, tuple) and trial.state != "waiting":
             points[trial.origin[0]].append((trial.origin[1], row))
-    return tuple(
-        DescentPath(
-            start,
-            steps=np.array([step for step, _ in sorted(of_start)]),
-            scores=shown.values[rows := [row for _, row in sorted(of_start)]],
-            values={column.name: column.values[rows] for column in columns},
-            usable=np.array([bool(study.trials[row].detail.get("usable", True)) for row in rows]),
-        )
-        for start, of_start in points.items()
-    )
+    paths = []
+    for start, of_start in points.items():
+        steps, rows = map(list, zip(*sorted(of_start)))
+        values = {column.name: column.values[rows] for column in columns}
+        usable = np.array([bool(study.trials[row].detail.get("usable", True)) for row in rows])
+        paths.append(DescentPath(start, np.array(steps), shown.values[rows], values, usable))
+    return tuple(paths)
 
 
-FEWEST, MOST = 10, 2000
-"""Trials that a forest needs, and those it is given at most, drawn from all."""
+FEWEST, MOST = 10, 2000  # trials that a forest needs, and those it is given at most, drawn from all
 
 _TREES, _SHUFFLES = 32, 5
 
@@ -199,11 +225,5 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
         drops.append(falls.importances)
     every = np.concatenate(drops, axis=1)
     order = np.argsort(-every.mean(1), kind="stable")
-    return Importance(
-        names=tuple(columns[i].name for i in order),
-        labels=tuple(columns[i].label for i in order),
-        drops=every.mean(1)[order],
-        errors=every.std(1)[order],
-        fit=float(np.mean(fits)),
-        trials=len(drawn),
-    )
+    names, labels = zip(*((columns[i].name, columns[i].label) for i in order))
+    return Importance(names, labels, every.mean(1)[order], every.std(1)[order], float(np.mean(fits)), len(drawn))

@@ -10,9 +10,17 @@ from numpy.typing import NDArray
 from gputune.errors import InputError, check_count, import_extra
 from gputune.study.study import Study, check_metric
 from gputune.text import clean, short
-from gputune.views.axes import Scale, curve_scale, parallel_axes, parameter_scale, score_scale
-from gputune.views.parameters import Parameter, descended, descent_paths, importance, parameters, varied_parameters
-from gputune.views.scores import BEST, Scores, curve_view, pareto_front, score_range, score_view
+from gputune.views.parameters import (
+    Parameter,
+    descended,
+    descent_paths,
+    importance,
+    parallel_axes,
+    parameter_scale,
+    parameters,
+    varied_parameters,
+)
+from gputune.views.scores import BEST, Scale, Scores, curve_scale, curve_view, pareto_front, score_range, score_view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +29,6 @@ _BLUE, _GREY = "C0", "0.7"
 _COLUMNS = 3  # of the grid of slices
 _LEVELS = 12  # of a contour
 _LETTERS = 24  # of words that have room side by side on an axis
-_PAD = 0.06  # share of the axis of scores below and above them
 
 
 def _pyplot(plot: str) -> ModuleType:
@@ -65,9 +72,9 @@ def _scale_axis(ax: "Axes", scale: Scale) -> None:
 def _draw_scores(ax: "Axes", x: Parameter | str, places: NDArray[Any], shown: Scores, **style: Any) -> None:
     """Draw a point a trial that has a place and a score, and say in the title what stands at the edge of the axis."""
     drawn = np.isfinite(places) & np.isfinite(shown.values)
-    ax.scatter(places[drawn], shown.on_axis(shown.values[drawn]), s=14, **style)
+    ax.scatter(places[drawn], np.clip(shown.values[drawn], *shown.range), s=14, **style)
     _name_axes(ax, x, shown.measure.title)
-    _scale_axis(ax, score_scale(shown, pad=_PAD))
+    _scale_axis(ax, shown.scale())
     ax.set_title("\n".join(shown.notes), fontsize="small")
 
 
@@ -76,7 +83,7 @@ def plot_history(study: Study, *, ax: "Axes | None" = None) -> "Axes":
     ax, shown = _axes("plot_history", ax), score_view(study)
     numbers = np.array([trial.number for trial in study.trials], dtype=int)
     _draw_scores(ax, "trial", numbers, shown, color=_GREY, label="trial")
-    ax.step(numbers, shown.on_axis(shown.best_so_far), where="post", color=_BLUE, label="best so far")
+    ax.step(numbers, np.clip(shown.best_so_far, *shown.range), where="post", color=_BLUE, label="best so far")
     ax.legend()
     return ax
 
@@ -109,11 +116,11 @@ def plot_slice(study: Study, parameter: str | None = None, *, ax: "Axes | None" 
 
     Raises InputError for an unknown hyperparameter, for ``ax`` without ``parameter``, and where none varied.
     """
-    shown = score_view(study)
+    shown, style = score_view(study), dict[str, Any](color=_BLUE, alpha=0.7)
     if parameter is not None:
         column = _parameter(study, parameter, "plot_slice")
         ax = _axes("plot_slice", ax, (4.5, 3.5))
-        _draw_slice(ax, column, shown)
+        _draw_scores(ax, column, column.values, shown, **style)
         return ax
     if ax is not None:
         raise InputError("plot_slice(ax=...) is one Axes and needs parameter=..., got none; name one.")
@@ -125,7 +132,7 @@ def plot_slice(study: Study, parameter: str | None = None, *, ax: "Axes | None" 
     _, grid = _pyplot("plot_slice").subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     cells: np.ndarray = grid.ravel()
     for cell, column in zip(cells, varied):
-        _draw_slice(cell, column, shown)
+        _draw_scores(cell, column, column.values, shown, **style)
     for cell in cells[len(varied) :]:
         cell.remove()
     return cells[: len(varied)]
@@ -135,15 +142,9 @@ def _parameter(study: Study, name: str, plot: str) -> Parameter:
     """Return a hyperparameter by its name; InputError, with those that there are, for another one."""
     columns = {parameter.name: parameter for parameter in parameters(study)}
     if name not in columns:
-        raise InputError(
-            f"{plot}: the trials have no hyperparameter {name!r}; choose one of "
-            f"{', '.join(map(short, columns)) or 'none'}."
-        )
+        known = ", ".join(map(short, columns)) or "none"
+        raise InputError(f"{plot}: the trials have no hyperparameter {name!r}; choose one of {known}.")
     return columns[name]
-
-
-def _draw_slice(ax: "Axes", parameter: Parameter, shown: Scores) -> None:
-    _draw_scores(ax, parameter, parameter.values, shown, color=_BLUE, alpha=0.7)
 
 
 def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":

@@ -1,4 +1,4 @@
-"""What is drawn of a study's scores and curves: their sign, order and range; several metrics, and the Pareto front."""
+"""What is drawn of a study's scores and curves: their sign, order and range; several metrics; the scales of axes."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,23 +6,92 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from gputune.study.rows import Curve
 from gputune.study.study import Study, Trial, check_metric, curves_of_all
 from gputune.text import Measure, count
 
-BEST = 5
-"""Trials, and starts of a descent, that have a colour of their own."""
+AnyStudy = TypeVar("AnyStudy", bound=Study)
 
-_FAR = 1.5
-"""Scores worse than the lower quartile by so many interquartile ranges lie beyond the axis, as in a box plot."""
+BEST = 5  # trials, and starts of a descent, that have a colour of their own
+_FAR = 1.5  # scores worse than the lower quartile by so many interquartile ranges lie beyond the axis, as in a box plot
+_ENOUGH = 0.25  # share of the trials that must have been trained to the end for their scores alone to make the axis
+_DECADE = 30.0  # a loss whose largest value is so many times its smallest one is read on a logarithm
+_PAD = 0.06  # share of the axis of scores below and above them: room for the marks of diverged trials
 
-_ENOUGH = 0.25
-"""Share of the trials that must have been trained to the end for their scores alone to make the axis."""
+_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
-_DECADE = 30.0
-"""A loss whose largest value is so many times its smallest one is read on a logarithm."""
+
+@dataclass(frozen=True)
+class Scale:
+    """``low`` and ``high`` are its ends; a value beyond them has a place beyond 0 or 1."""
+
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    log: bool = False
+
+    def __call__(self, values: ArrayLike) -> NDArray[np.float64]:
+        """Return places, 0 at ``low`` and 1 at ``high``; NaN for NaN, and for what has no logarithm."""
+        places = np.asarray(values, dtype=np.float64)
+        low, high = self.low, self.high
+        if self.log:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                places = np.where(places > 0, np.log(places), np.nan)
+            low, high = math.log(low), math.log(high)
+        return (places - low) / (high - low)
+
+
+def number_text(value: float) -> str:
+    """Return a number in few characters: 0.001, 20000, 1e-5."""
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
+        return f"{value:.6g}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def linear_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0, whole: bool = False) -> Scale:
+    """Return a scale with at most so many ticks, ``whole`` or not; ``pad`` is a share of its length on both sides."""
+    if not high > low:
+        half = abs(low) * 0.05 or 0.5
+        low, high = low - half, high + half
+    margin = pad * (high - low)
+    low, high = low - margin, high + margin
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * part for part in _STEPS if power * part >= rough * (1 - 1e-9))
+    step = math.ceil(step) if whole else step
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9) + (step / power == 2.5))
+    plain = max(abs(low), abs(high)) < 1e6 and decimals <= 6
+    marks = [k * step for k in range(first, last + 1)]
+    return Scale(low, high, tuple((m, f"{m + 0.0:.{decimals}f}" if plain else number_text(m)) for m in marks))
+
+
+def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Scale:
+    """Return a scale of positive numbers, its ticks at powers of ten, or at 1, 2 and 5 of them where they are few."""
+    if not high > low:
+        low, high = low / 2, high * 2
+    margin = pad * (math.log(high) - math.log(low))
+    low, high = math.exp(math.log(low) - margin), math.exp(math.log(high) + margin)
+    begin, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        marks = [float(f"{d}e{e}") for e in range(begin, end + 1) for d in digits]
+        inside = [m for m in marks if low * (1 - 1e-9) <= m <= high * (1 + 1e-9)]
+        if 2 <= len(inside) <= most:
+            break
+    else:
+        inside = inside[:: max(1, math.ceil(len(inside) / most))] if len(inside) > 1 else []
+    # Less than a decade may lie between the marks.
+    ticks = tuple((m, number_text(m)) for m in inside) or linear_scale(low, high, most=most).ticks
+    return Scale(low, high, ticks, log=True)
+
+
+def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD) -> Scale:
+    """Return the scale of scores between two ends, of a loss that spans decades a logarithm."""
+    is_wide = measure.lower_is_better and low > 0 and high > _DECADE * low
+    return (log_scale if is_wide else linear_scale)(low, high, pad=pad)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +116,9 @@ class Scores:
         better = np.fmin if self.measure.lower_is_better else np.fmax
         return better.accumulate(self.values)
 
-    def on_axis(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return values, those beyond the axis at its edge."""
-        return np.clip(values, *self.range)
+    def scale(self, *, pad: float = _PAD) -> Scale:
+        """Return the scale of all scores: the best one, and all that are not far off."""
+        return value_scale(*self.range, self.measure, pad=pad)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -61,7 +130,6 @@ class Scores:
 
 
 def score_view(study: Study) -> Scores:
-    """Return the scores of a study's trials."""
     scores, finite = study.scores, np.isfinite(study.scores)
     measure = study.record.measure(float(scores[finite].max()) if finite.any() else math.nan)
     late = np.array([trial.state != "pruned" for trial in study.trials], dtype=bool)
@@ -86,11 +154,6 @@ def score_range(values: NDArray[np.float64], measure: Measure) -> tuple[float, f
     return float(min(max(low, quartile - reach), other)), float(high)
 
 
-def is_wide(low: float, high: float, measure: Measure) -> bool:
-    """Whether a loss between these ends is read on a logarithm."""
-    return measure.lower_is_better and low > 0 and high > _DECADE * low
-
-
 @dataclass(frozen=True, eq=False)
 class LearningCurves:
     """Scores after each epoch, in the sign of their name; NaN where a trial did not train that long."""
@@ -107,7 +170,6 @@ class LearningCurves:
 
 
 def curve_view(study: Study) -> LearningCurves:
-    """Return the curves of a study's trials."""
     measure, curves = score_view(study).measure, study.curves
     folds = curves.shape[2]
     with np.errstate(invalid="ignore", over="ignore"):
@@ -118,18 +180,26 @@ def curve_view(study: Study) -> LearningCurves:
     return LearningCurves(measure, _in_sign(measure, mean), spread, order)
 
 
-AnyStudy = TypeVar("AnyStudy", bound=Study)
-
-_EPOCHS_BY = "epochs_by"
-"""The option of a study that ``ranked_by`` made; none of a file."""
+def curve_scale(study: Study, curves: LearningCurves) -> Scale:
+    """Return an axis that holds the best curves whole, and of the others what is not far off where they ended."""
+    late = [row for row in curves.order if study.trials[row].state != "pruned"] or curves.order
+    ends = [curves.mean[row][np.isfinite(curves.mean[row])][-1] for row in late]
+    low, high = score_range(np.array(ends), curves.measure)
+    best = curves.order[:BEST]
+    whole, spread = curves.mean[best], np.nan_to_num(curves.spread[best])
+    low, high = min(low, float(np.nanmin(whole))), max(high, float(np.nanmax(whole)))
+    # The bands too, on the good side; a logarithm has no room for all of one.
+    if curves.measure.lower_is_better:
+        low = max(min(low, float(np.nanmin(whole - spread))), low / 2 if low > 0 else -np.inf)
+    else:
+        high = max(high, float(np.nanmax(whole + spread)))
+    return value_scale(low, high, curves.measure, pad=0.03)
 
 
 def metric_scores(study: Study) -> NDArray[np.float64]:
     """Return the scores (C, M) of the trials by each metric at their best epoch; NaN where there is none."""
-    none = [math.nan] * len(study.metrics)
-    return np.array([list(trial.scores.values()) or none for trial in study.trials]).reshape(
-        len(study.trials), len(none)
-    )
+    none, shape = [math.nan] * len(study.metrics), (len(study.trials), len(study.metrics))
+    return np.array([list(trial.scores.values()) or none for trial in study.trials]).reshape(shape)
 
 
 def measures(study: Study) -> dict[str, Measure]:
@@ -152,8 +222,7 @@ def pareto_trials(study: Study) -> tuple[Trial, ...]:
 def _front(study: Study, table: NDArray[np.float64]) -> list[int]:
     """Return the rows of a table of scores (C, M) that no other one beats."""
     scored = np.flatnonzero(np.isfinite(table).all(1)).tolist()
-    rows = [row for row in scored if study.trials[row].state != "pruned"]
-    rows = rows or scored
+    rows = [row for row in scored if study.trials[row].state != "pruned"] or scored
     front: list[int] = []
     # None is beaten by one that comes after it in this order.
     for row in sorted(rows, key=lambda row: (*(-table[row]).tolist(), row)):
@@ -178,7 +247,6 @@ class ParetoFront:
 
 
 def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
-    """Return what is drawn of two metrics of a study."""
     pair = [study.metrics.index(x), study.metrics.index(y)]
     table, shown = metric_scores(study)[:, pair], measures(study)
     order = _front(study, table)
@@ -189,7 +257,7 @@ def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
 
 def epochs_by(study: Study) -> str:
     """Return the metric that chose the epochs of the trials, where another one ranks them; "" where it is the same."""
-    return str(study.meta.get(_EPOCHS_BY, ""))
+    return str(study.meta.get("epochs_by", ""))  # an option of what ``ranked_by`` made, and of no file
 
 
 def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
@@ -204,21 +272,16 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
     order = [place, *(other for other in range(len(study.metrics)) if other != place)]
     metrics = [study.record.metrics[other] for other in order]
     by = epochs_by(study) or study.metrics[0]
-    own = {"metrics": metrics, "scoring": metrics[0]["scorer"], "baseline": None}
-    meta = {**study.meta, **own, _EPOCHS_BY: "" if by == metric else by}
-    trials = tuple(
-        replace(
-            trial,
-            score=trial.scores[metric],
-            fold_scores=trial.metrics[metric],
-            metrics={one["name"]: trial.metrics[one["name"]] for one in metrics},
-        )
-        if trial.metrics
-        else trial
-        for trial in study.trials
-    )
+    changed = {"metrics": metrics, "scoring": metrics[0]["scorer"], "baseline": None}
+    meta = {**study.meta, **changed, "epochs_by": "" if by == metric else by}
+    trials = []
+    for trial in study.trials:
+        if trial.metrics:
+            scores = {one["name"]: trial.metrics[one["name"]] for one in metrics}
+            trial = replace(trial, score=trial.scores[metric], fold_scores=scores[metric], metrics=scores)
+        trials.append(trial)
     none = np.empty((len(trials), 0, 0))
-    ranked = type(study)(meta=meta, trials=trials, curves=none, data=study.data, file=study.file)
+    ranked = type(study)(meta=meta, trials=tuple(trials), curves=none, data=study.data, file=study.file)
     vars(ranked)["curves"] = partial(_reorder, study, order)  # they are made when they are asked for
     return ranked
 

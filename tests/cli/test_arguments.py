@@ -8,7 +8,7 @@ import pytest
 import gputune
 from gputune.api.tuning import tune
 from gputune.cli.arguments import make_parser
-from gputune.cli.translation import flags, in_flags
+from gputune.cli.flags import flags, in_flags
 from gputune.study.record import IDENTITY
 from gputune.types import defaults_in_words
 

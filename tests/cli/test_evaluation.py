@@ -21,8 +21,8 @@ from sklearn.metrics import (
 from torch.nn import functional
 
 import gputune
-from command_line import FAST, kinds, run, write_table
-from gputune.cli.evaluation import Evaluation, evaluation
+from command_line import FAST, NET, kinds, output, refusal, run, write_table
+from gputune.cli.model import Evaluation, evaluation
 from gputune.study.model import TunedModel
 from refused import refused
 
@@ -40,8 +40,8 @@ def folder(tmp_path_factory):
 
 
 def refused_file(folder, target, file, *options, words):
-    code, out, err = run("evaluate", folder / target / "model", file, *options)
-    assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+    err = refusal("evaluate", folder / target / "model", file, *options)
+    assert err.count("\n") == 1 and words in err
 
 
 def evaluated(folder, target, *options):
@@ -91,15 +91,6 @@ def test_a_number_is_scored_as_scikit_learn_does(folder):
     assert list(several) == ["neg_max_error", "r2"] and several["r2"] == found["scores"]["r2"]
 
 
-NET = """from torch import nn
-
-
-class Net(nn.Linear):
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
-"""
-
-
 @pytest.mark.parametrize(
     ("target", "loss", "value", "more"),
     [
@@ -113,8 +104,7 @@ def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value
     (tmp_path / "net.py").write_text(NET)
     command = ["tune", folder / "t.csv", "--target", target, "--drop", "id", "--model", f"{tmp_path}/net.py:Net"]
     command += ["--loss", loss, "--scoring", "neg_loss", "--space", value, *more, "--out", tmp_path / target, *FAST]
-    code, out, err = run(*command)
-    assert (code, err) == (0, "") and "Held-out loss (lower is better): " in out
+    assert "Held-out loss (lower is better): " in output(*command)
     model, table = gputune.load_model(tmp_path / target / "model"), pl.read_csv(folder / "t.csv").drop("id")
     outputs = model._outputs(table)
     if target == "kind":
@@ -152,8 +142,7 @@ def test_a_score_of_a_class_without_a_row_is_none(folder, tmp_path, name):
     rows = pl.read_csv(folder / "t.csv", schema_overrides={"id": str}).filter(pl.col("kind") == "ant")
     rows.write_csv(tmp_path / "ants.csv")
     command = ["evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--scoring", name, "--positive", "bee"]
-    code, out, _ = run(*command)
-    assert code == 0 and f"No {name}: none of these rows is of the positive class." in out
+    assert f"No {name}: none of these rows is of the positive class." in output(*command)
     score = json.loads(run(*command, "--format", "json")[1])["scores"][name]
     assert score == {"score": None, "why": "none of these rows is of the positive class", "positive": "bee"}
 
@@ -228,8 +217,8 @@ def test_a_missing_number_of_an_array_file_is_refused(tmp_path):
     assert run(*command, *FAST)[0] == 0
     assert run("evaluate", tmp_path / "out" / "model", tmp_path / "t.npz")[0] == 0
     np.savez(tmp_path / "t.npz", image=X, size=np.where(y == 0, np.nan, y))
-    code, out, err = run("evaluate", tmp_path / "out" / "model", tmp_path / "t.npz")
-    assert (code, out) == (2, "") and "size has 1 missing value (the first in row 0)" in err
+    words = "size has 1 missing value (the first in row 0)"
+    assert words in refusal("evaluate", tmp_path / "out" / "model", tmp_path / "t.npz")
 
 
 def test_a_class_that_no_row_is_predicted_as(folder, tmp_path):

@@ -11,7 +11,7 @@ from sklearn.metrics import get_scorer, log_loss, roc_auc_score
 
 import gputune
 from command_line import kinds, run, write_table
-from gputune.cli.evaluation import held_out_score
+from gputune.cli.model import held_out_score
 from gputune.data.source import read_source
 from study_models import make_model
 
@@ -125,7 +125,7 @@ def test_an_unknown_class_is_not_the_positive_one_and_has_no_mean_or_probability
 
 def test_an_interval_holds_the_scores_of_bootstrap_samples(monkeypatch):
     """A binomial share: of an accuracy a over n rows 95 % lie within about 1.96 sqrt(a (1 - a) / n)."""
-    monkeypatch.setattr("gputune.cli.evaluation._SAMPLES", 400)
+    monkeypatch.setattr("gputune.cli.model._SAMPLES", 400)
     rng = np.random.default_rng(1)
     for rows in (400, 60_000):  # of many rows smaller samples are drawn, and their spread is scaled
         y, right = np.repeat([0, 1], rows // 2), rng.random(rows) < 0.8

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import gputune
-from command_line import FAST, run
+from command_line import FAST, output, run
 
 SHORT = ["--space", "lr=0.001..0.1:log", "width=8", "batch_size=16", *FAST]
 DESCENT = ["--method", "hypergradient", "--segments", "2", "--per-layer", "--outer-steps", "3"]
@@ -15,8 +15,7 @@ DESCENT = ["--method", "hypergradient", "--segments", "2", "--per-layer", "--out
 @pytest.fixture(scope="module")
 def descended(tmp_path_factory):
     out = tmp_path_factory.mktemp("descended") / "out"
-    code, text, err = run("tune", "sklearn:iris", *DESCENT, "--out", out, *SHORT)
-    assert (code, err) == (0, "")
+    text = output("tune", "sklearn:iris", *DESCENT, "--out", out, *SHORT)
     return out, text
 
 

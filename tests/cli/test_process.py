@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import gputune
-from command_line import FAST, kinds, write_table
+from command_line import FAST, NET, kinds, write_table
 from forked import Fork
 from gputune.api.study import Study
 from gputune.cli.main import main
@@ -19,17 +19,6 @@ from gputune.study.store import Store
 from study_rows import candidates
 
 START = "import sys; from gputune.cli.main import main; sys.exit(main())"
-NET = """
-import torch
-
-class Net(torch.nn.Linear):
-    def __init__(self, n_features, n_outputs, scale=1.0):
-        super().__init__(n_features, n_outputs)
-        self.scale = scale
-
-    def forward(self, x):
-        return self.scale * super().forward(x)
-"""
 
 
 def finish(*arguments, cwd, code=START):
@@ -152,7 +141,7 @@ def test_a_model_predicts_in_a_new_process(tmp_path):
 def test_a_module_of_a_file_predicts_in_a_new_process(tmp_path):
     (tmp_path / "net.py").write_text(NET)
     write_table(tmp_path / "bugs.csv", kind=kinds())
-    options = ["--model", "net.py:Net", "--space", "module__scale=0.5,2.0", "lr=1e-3..1e-1:log", *FAST]
+    options = ["--model", "net.py:Net", "--space", "module__hidden=2,3", "lr=1e-3..1e-1:log", *FAST]
     code, _, err = finish("tune", "bugs.csv", "--target", "kind", *options, "-q", cwd=tmp_path)
     assert (code, err) == (0, "")
     elsewhere = tmp_path / "elsewhere"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import gputune
-from command_line import run
+from command_line import output, run
 from forked import Fork
 from gputune.cli import study as commands
 from gputune.errors import StudyCorruptError
@@ -56,8 +56,7 @@ def test_a_running_search(path):
         assert "Trials   0 of 6 trials finished: 6 waiting\nBest     none yet" in status(path)
         store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
         store.finish([result(2, state="pruned", score=0.9), result(3, state="failed", score=float("nan"))])
-        code, out, err = run("status", path.parent)
-        assert (code, err) == (0, "")
+        out = output("status", path.parent)
         name, trials, best, written = out.rstrip("\n").split("\n")
         assert name == f"Study    {path}"
         assert trials == ("Trials   4 of 6 trials finished: 2 complete, 1 pruned, 1 diverged, 2 waiting")

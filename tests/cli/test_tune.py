@@ -18,9 +18,9 @@ import torch
 from sklearn.metrics import f1_score
 
 import gputune
-from command_line import FAST, kinds, run, write_table
+from command_line import FAST, NET, kinds, output, refusal, run, write_table
 from gputune.cli import tune
-from gputune.cli.evaluation import HeldOut
+from gputune.cli.model import HeldOut
 from gputune.cli.summary import Ending, summary_text
 from gputune.data.folds import hold_out
 from gputune.data.source import Source, read_again, read_apart, read_source
@@ -29,19 +29,6 @@ from gputune.methods.random import edge_remarks
 from gputune.methods.stopping import Halving
 from made_studies import made_batches, study_of
 from problems import Net
-
-NET = """
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, n_features, n_outputs, hidden=4):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
-
-    def forward(self, x):
-        return self.body(x)
-"""
-
 
 PRICES = [i * 1.5 + 0.25 for i in range(40)]
 
@@ -67,8 +54,7 @@ def tuned(tmp_path_factory):
     """A search on a table with two classes: the folder of its input, and what it printed."""
     folder = tmp_path_factory.mktemp("tuned")
     table = write_table(folder / "bugs.csv", 60, id=[f"row{i}" for i in range(60)], kind=kinds(60))
-    code, out, err = run("tune", table, "--target", "kind", "--out", folder / "out", *FAST)
-    assert (code, err) == (0, "")
+    out = output("tune", table, "--target", "kind", "--out", folder / "out", *FAST)
     return folder, out
 
 
@@ -119,8 +105,7 @@ def test_trials_and_best_show_a_study_by_its_file_or_its_folder(tuned):
     header, *rows = read_csv(run("trials", folder / "out", "--format", "csv")[1])
     assert header == list(study.to_pandas())
     assert [float(row[header.index("score")]) for row in rows] == [trial.score for trial in study.trials]
-    code, out, err = run("best", folder / "out")
-    assert (code, err) == (0, "")
+    out = output("best", folder / "out")
     assert out.startswith(f"trial {study.best_trial.number}: accuracy {study.best_score:.4f} ± ")
     found = json.loads(run("best", folder / "out", "--format", "json")[1])
     assert (found["params"], found["score"]) == (study.best_params, study.best_score)
@@ -129,8 +114,7 @@ def test_trials_and_best_show_a_study_by_its_file_or_its_folder(tuned):
 def test_predict_writes_one_column_named_as_the_target_or_one_for_each_class(tuned):
     folder, _ = tuned
     model, table = gputune.load_model(folder / "out" / "model"), folder / "bugs.csv"
-    code, out, err = run("predict", folder / "out" / "model", table)
-    assert (code, err) == (0, "")
+    out = output("predict", folder / "out" / "model", table)
     assert read_csv(out) == [["kind"], *([label] for label in model.predict(table))]
     assert run("predict", folder / "out" / "model", table, "--out", folder / "guess.csv")[:2] == (0, "")
     assert (folder / "guess.csv").read_text() == out
@@ -182,15 +166,13 @@ def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
     before, study = study_in(folder).trials, folder / "study.db"
     with contextlib.closing(sqlite3.connect(study)) as connection, connection:
         connection.execute("DELETE FROM results WHERE number = 1")
-    code, out, _ = run(*command)
-    assert code == 0 and "3 complete" in out
+    assert "3 complete" in output(*command)
     after = study_in(folder).trials
     assert [t.fold_scores for t in after] == [t.fold_scores for t in before]
     assert [t.seconds == u.seconds for t, u in zip(after, before)] == [True, False, True]
-    code, _, err = run(*command, "--epochs", "3")
-    assert code == 2 and "holds another search" in err and "--epochs" in err
-    code, out, _ = run(*command, "--trials", "4")
-    assert code == 0 and "4 complete" in out
+    err = refusal(*command, "--epochs", "3")
+    assert "holds another search" in err and "--epochs" in err
+    assert "4 complete" in output(*command, "--trials", "4")
 
 
 def test_a_loss_is_shown_as_what_it_measures(tmp_path):
@@ -210,8 +192,7 @@ def test_a_score_of_one_class_says_which(tmp_path):
     command = ["tune", table, "--target", "kind", "--scoring", "f1", "--out", out, *FAST]
     code, _, err = run(*command)
     assert code == 2 and "--positive ant or --positive bee" in err and not out.exists()
-    code, said, err = run(*command, "--positive", "ant")
-    assert (code, err) == (0, "")
+    said = output(*command, "--positive", "ant")
     assert "The best 3 of 3 trials by f1 of class 'ant', mean" in said
     study, model = study_in(out), gputune.load_model(out / "model")
     assert study.meta["positive"] == model.info["positive"] == "ant"
@@ -226,8 +207,8 @@ def test_a_score_of_one_class_says_which(tmp_path):
     assert run("report", out, "--out", tmp_path / "report.html")[0] == 0
     html = unescape((tmp_path / "report.html").read_text())
     assert "best cross-validated f1 of class 'ant'" in html and "positive='ant'," in html
-    code, _, err = run(*command, "--positive", "bee")
-    assert code == 2 and "differs from this command in: --positive ('ant' there, 'bee' here)" in err
+    words = "differs from this command in: --positive ('ant' there, 'bee' here)"
+    assert words in refusal(*command, "--positive", "bee")
 
 
 def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
@@ -274,8 +255,7 @@ def test_a_number_is_a_regression_with_all_options(tmp_path):
     values = gputune.load_model(folder / "model").predict(table)
     assert header == ["price"] and np.isfinite(values).all()
     assert [float(row[0]) for row in rows] == values.tolist()  # in full precision
-    code, _, err = run("predict", folder / "model", table, "--proba")
-    assert code == 2 and "--proba needs a model of classes" in err
+    assert "--proba needs a model of classes" in refusal("predict", folder / "model", table, "--proba")
 
 
 def test_columns_as_they_are_said_to_be(tmp_path):
@@ -311,10 +291,9 @@ def test_columns_of_an_array_have_no_names(words, value):
 
 def test_a_sampler_by_its_name(tmp_path):
     command = ["tune", "sklearn:iris", "--sampler", "tpe", "--method", "halving", "--out", tmp_path / "o", *FAST]
-    code, out, err = run(*command)
-    assert (code, err) == (0, "") and "Sampler  Optuna's TPESampler proposed 2 trials in 1 batch" in out
-    code, _, err = run("resume", tmp_path / "o", "--trials", "9")
-    assert code == 2 and "Repeat the command that began it, which goes on where it stopped" in err
+    assert "Sampler  Optuna's TPESampler proposed 2 trials in 1 batch" in output(*command)
+    words = "Repeat the command that began it, which goes on where it stopped"
+    assert words in refusal("resume", tmp_path / "o", "--trials", "9")
     assert run(*command, "--trials", "4")[0] == 0
 
 
@@ -398,8 +377,7 @@ def test_a_timeout_is_told_and_what_it_left_out_is_run_by_the_same_command(tmp_p
     assert code == 0 and waiting and f"{waiting} waiting; " in out
     assert out.endswith(f"\nGo on    gputune tune sklearn:iris {shlex.join(map(str, options))}\n")
     assert f"it is the best of {20 - waiting} trials" in " ".join(out.split())
-    code, out, _ = run("tune", "sklearn:iris", *options)
-    assert code == 0 and "Trials   20 complete; " in out
+    assert "Trials   20 complete; " in output("tune", "sklearn:iris", *options)
 
 
 def test_diverged_trials_are_counted_and_where_all_are_the_command_ends_with_1(tmp_path):

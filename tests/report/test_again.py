@@ -20,17 +20,9 @@ from gputune.data.source import read_again
 from gputune.report.page import page
 from gputune.report.snippet import snippet
 from made_studies import made_descent, made_study
+from problems import Net
 
 CHEAP = {"n_trials": 4, "max_epochs": 4, "cv": 3, "workers": 1, "verbose": 0}
-
-
-class Net(nn.Module):
-    def __init__(self, n_features, n_outputs, hidden=4):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
-
-    def forward(self, x):
-        return self.body(x)
 
 
 def half_accuracy(estimator, X, y):
@@ -125,7 +117,7 @@ def test_a_module_a_scorer_and_a_splitter_of_ones_own(iris):
     study = gputune.tune(Net, X, y, space=space, scoring=half_accuracy, **{**CHEAP, "cv": cv})
     code = code_on(page(study))
     assert "# cv: the KFold of the search" in code
-    assert f"from {__name__} import Net\n" in code and f"from {__name__} import half_accuracy\n" in code
+    assert "from problems import Net\n" in code and f"from {__name__} import half_accuracy\n" in code
     assert_trains_it_again(study, X, X=X, y=y, cv=cv)
 
 

@@ -14,8 +14,8 @@ from gputune.api.study import Study
 from gputune.errors import InputError
 from gputune.report.page import BUDGET, as_json, page, table_columns
 from gputune.report.svg import Frame, band_path, cut, dots_path, element, line_path, spread_over
-from gputune.views.axes import Scale, linear_scale
 from gputune.views.parameters import importance
+from gputune.views.scores import Scale, linear_scale
 from made_studies import HOSTILE, hostile_study, made_batches, made_descent, made_study, study_of
 
 

@@ -9,18 +9,25 @@ from gputune.text import clean, did_you_mean, measure_of, paragraph, short, tabl
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("show", "value", "shown"),
     [
-        ("\x1b[31mred\x1b[0m", "[31mred[0m"),
-        ("a\nb\tc\r", "a b c "),
-        ("bell\x07 \x9b1m del\x7f", "bell 1m del"),
-        ("\u202egnp.exe", "gnp.exe"),
-        ("Größe 日本 ±", "Größe 日本 ±"),
-        (3, "3"),
+        (clean, "\x1b[31mred\x1b[0m", "[31mred[0m"),
+        (clean, "a\nb\tc\r", "a b c "),
+        (clean, "bell\x07 \x9b1m del\x7f", "bell 1m del"),
+        (clean, "\u202egnp.exe", "gnp.exe"),
+        (clean, "Größe 日本 ±", "Größe 日本 ±"),
+        (clean, 3, "3"),
+        (short, 0.0012075633, "0.001208"),
+        (short, 64, "64"),
+        (short, 1e-5, "1e-05"),
+        (short, True, "True"),
+        (short, "relu", "relu"),
+        (short, nn.ReLU, "ReLU"),
+        (short, [[0.0012075633, 1e-5], [0.5, 2.0]], "[[0.001208, 1e-05], [0.5, 2]]"),
     ],
 )
-def test_clean_drops_what_steers_a_terminal(value, shown):
-    assert clean(value) == shown
+def test_nothing_steers_a_terminal_and_numbers_are_short(show, value, shown):
+    assert show(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -42,22 +49,6 @@ def test_a_near_word_is_suggested(word, sentence):
 
 def test_clean_keeps_what_it_is_told_to():
     assert clean("a\nb\x1b\tc", keep="\n") == "a\nb c"
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (0.0012075633, "0.001208"),
-        (64, "64"),
-        (1e-5, "1e-05"),
-        (True, "True"),
-        ("relu", "relu"),
-        (nn.ReLU, "ReLU"),
-        ([[0.0012075633, 1e-5], [0.5, 2.0]], "[[0.001208, 1e-05], [0.5, 2]]"),
-    ],
-)
-def test_short(value, shown):
-    assert short(value) == shown
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_a_plain_python_imports_it(on_gpu, tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r})")
     search = "n_trials=1, max_epochs=1, cv=2, device='cpu'"
     code = (
-        "import gputune.check.check, gputune.cli.main, gputune.cli.report; "
+        "import gputune.check.check, gputune.cli.main, gputune.engine.backend, tqdm.auto; "
         f"print(gputune.tune('mlp', [[0.], [1.]] * 9, [0, 1] * 9, {search}))"
     )
     environment = {**os.environ, "PYTHONPATH": path}

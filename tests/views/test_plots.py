@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 
 from gputune.api.study import Study
 from gputune.errors import InputError, MissingExtraError
-from gputune.views.axes import parallel_axes
-from gputune.views.parameters import importance
+from gputune.views.parameters import importance, parallel_axes
 from gputune.views.scores import score_view
 from made_studies import made_descent, made_study, study_of
 

@@ -1,4 +1,4 @@
-"""What is drawn of a study: scores, hyperparameters, curves, importance, descents."""
+"""What is drawn of a study: scores, hyperparameters, curves, importance, descents; the axes of plots and charts."""
 
 import math
 
@@ -8,8 +8,18 @@ import pytest
 from gputune.errors import InputError
 from gputune.report.charts import curves_chart
 from gputune.text import measure_of
-from gputune.views.parameters import MOST, descended, descent_paths, importance, is_log, parameters, varied_parameters
-from gputune.views.scores import curve_view, score_range, score_view
+from gputune.views.parameters import (
+    MOST,
+    Parameter,
+    descended,
+    descent_paths,
+    importance,
+    is_log,
+    parameter_scale,
+    parameters,
+    varied_parameters,
+)
+from gputune.views.scores import curve_view, linear_scale, log_scale, number_text, score_range, score_view
 from made_studies import made_descent, made_study, study_of
 
 ACCURACY, LOSS = measure_of("accuracy", 0.9), measure_of("neg_log_loss", -0.3)
@@ -53,6 +63,50 @@ def test_pruned_trials_stretch_no_axis():
 )
 def test_which_scale_a_hyperparameter_has(values, space, log):
     assert is_log("a", np.array(values, dtype=float), space) is log
+
+
+@pytest.mark.parametrize(
+    ("make", "low", "high", "texts"),
+    [
+        (linear_scale, 0, 1, "0.0 0.2 0.4 0.6 0.8 1.0"),
+        (linear_scale, 0.912, 0.987, "0.92 0.94 0.96 0.98"),
+        (linear_scale, -3, 12, "-2.5 0.0 2.5 5.0 7.5 10.0"),
+        (linear_scale, 1, 50, "10 20 30 40 50"),
+        (linear_scale, 0, 3e7, "0 5e6 1e7 1.5e7 2e7 2.5e7 3e7"),
+        (log_scale, 1e-4, 1e-1, "0.0001 0.001 0.01 0.1"),
+        (log_scale, 16, 512, "20 50 100 200 500"),
+        (log_scale, 1e-9, 1e3, "1e-9 1e-6 0.001 1 1000"),
+        (log_scale, 3.1, 3.9, "3.2 3.4 3.6 3.8"),
+    ],
+)
+def test_ticks_are_round_numbers_at_places_in_order(make, low, high, texts):
+    scale = make(low, high)
+    assert " ".join(text for _, text in scale.ticks) == texts
+    assert all(low <= value <= high for value, _ in scale.ticks)
+    middle = math.sqrt(low * high) if scale.log else (low + high) / 2
+    np.testing.assert_allclose(scale([low, middle, high]), [0, 0.5, 1], atol=1e-12)
+    assert np.isnan(scale([0.0, -1.0])).all() == scale.log
+
+
+def test_one_value_has_an_axis_and_few_are_their_own_ticks():
+    for scale in (linear_scale(0.5, 0.5), linear_scale(0, 0), log_scale(3, 3)):
+        assert scale.low < scale.high and scale.ticks
+    values = np.array([16.0, 32, 64, 128, np.nan])
+    scale = parameter_scale(Parameter("batch_size", "batch_size", values, log=True))
+    assert [text for _, text in scale.ticks] == ["16", "32", "64", "128"]
+    words = parameter_scale(Parameter("a", "a", np.array([0.0, 1.0]), levels=("x", "y")), pad=0.1)
+    assert words.ticks == ((0, "x"), (1, "y")) and (words.low, words.high) == (-0.5, 1.5)
+
+
+def test_numbers_are_short():
+    texts = {0: "0", 0.001: "0.001", 2e4: "20000", 1e-5: "1e-5", 2.5e8: "2.5e8", 1e6: "1e6", -3e-7: "-3e-7"}
+    assert {value: number_text(value) for value in texts} == texts
+
+
+@pytest.mark.parametrize("ends", [(0, 1), (0, 3), (1, 24), (1, 1), (-0.24, 24.24)])
+def test_whole_ticks(ends):
+    ticks = linear_scale(*ends, most=10, whole=True).ticks
+    assert ticks and all(value == int(value) and words == str(int(value)) for value, words in ticks)
 
 
 def test_numbers_words_and_what_is_missing():
