@@ -232,7 +232,7 @@ def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
 
 def test_without_held_out_rows_no_honest_score_is_left(tmp_path):
     _, folder, out = searched(tmp_path, "--test-size", "0")
-    assert "40 rows to search on\n" in out
+    assert ": 40 rows to search on Columns " in " ".join(out.split())
     assert "All rows were used, so no honest score is left" in out and "Held-out" not in out
     assert "held_out_score" not in gputune.load_model(folder / "model").info
 
