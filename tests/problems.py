@@ -5,6 +5,7 @@ import itertools
 import math
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ import reference
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine import train as engine
 from gputune.engine.mlp import StackedMLP
+from gputune.modules.inspection import traits_of
 from gputune.native.library import FOLDER
-from gputune.population.population import Shape, complete, populations
+from gputune.population.population import Shape, complete, module_arguments, populations
 from gputune.scoring.metrics import make_scoring
 
 BACKEND = "eager"  # that of train_together; a test of all of them sets it
@@ -53,6 +55,11 @@ class Linear(torch.nn.Linear):
 
     def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)
+
+
+def variant(base, forward, name="Variant"):
+    """A class of modules like another, with a forward of its own: a function of the module and its inputs."""
+    return type(name, (base,), {"forward": forward})
 
 
 def make_data(task="multiclass", *, n=61, d=5, k=3, folds=2, dtype=torch.float64, weights=False, copies=True):
@@ -141,6 +148,20 @@ def rows_of(data, fold):
     y = data.y[fold] if data.task == "regression" else data.y
     weights = None if data.weights is None else data.weights[fold, rows]
     return data.x[data.copies[fold], rows], y[rows], weights
+
+
+def module_loop(build, data, fold, config, epochs):
+    """The module that a plain loop trains on a fold."""
+    x, y, weights = rows_of(data, fold)
+    sizes = {"n_features": data.n_features, "n_outputs": data.n_outputs}
+    build = partial(build, **sizes, **module_arguments(config))
+    return reference.train_module(build, x, y, config, epochs=epochs, weights=weights)
+
+
+def train_modules(kind, build, configs, data, epochs, **words):
+    """Members of a user's module, trained stacked or one by one: ``kind``."""
+    network = kind(build, configs, shape_of(data), seed=0, traits=traits_of(build, configs[0], data))
+    return train(network, data, configs, **{"seed": 0, "epochs": epochs, "horizon": epochs, **words})
 
 
 def largest_difference(module, other):

@@ -142,12 +142,10 @@ class Loops:
 
     def nest(self, body: str, pragma: str = "GCC ivdep") -> str:
         """Return the loops around a body; the innermost may be taken in vectors."""
-        lines = []
-        for i, size in enumerate(self.sizes):
-            if pragma and i == len(self.sizes) - 1:
-                lines.append(f"#pragma {pragma}")
-            v = f"{self.variable}{i}"
-            lines.append(f"for (long {v} = 0; {v} < {size}; {v}++)")
+        names = [f"{self.variable}{i}" for i in range(len(self.sizes))]
+        lines = [f"for (long {v} = 0; {v} < {size}; {v}++)" for v, size in zip(names, self.sizes)]
+        if pragma and lines:
+            lines.insert(-1, f"#pragma {pragma}")
         return "\n".join([*lines, f"{{\n{body}\n}}"])
 
 
@@ -229,22 +227,21 @@ class Writer:
         self.dtype, self.kernels, self.real = dtype, kernels, C_TYPES[dtype]
         self.storages, self.memories = trace.outside, memories
         self.numbers: list[float] = []
-        made: dict[int, int] = {}
-        last: dict[int, int] = {}
+        last = {p.memory: i for i, op in enumerate(trace.operations) for p in (*op.makes, *op.reads, *op.writes)}
+        made = dict[int, int]()
         for i, op in enumerate(trace.operations):
-            last |= dict.fromkeys((place.memory for place in (*op.makes, *op.reads, *op.writes)), i)
             for place in op.makes:
                 made.setdefault(place.memory, i)
         begins, self.size = arrange([(made[m], last[m], trace.sizes[m]) for m in made])
         self.begin, self.room = dict(zip(made, begins)), 0
 
-    def _memory(self, place: Place) -> tuple[int, int]:
-        """Return the number of a place's memory, and where there the memory begins."""
+    def _begin(self, place: Place) -> tuple[int, int]:
+        """Return the number of a place's memory, and the byte at which it begins there."""
         if place.memory in self.begin:
-            return 0, self.begin[place.memory]
+            return 0, self.begin[place.memory] + place.extent[0]
         storage = self.storages[place.memory]
         self.memories.setdefault(storage.data_ptr(), storage)
-        return 1 + list(self.memories).index(storage.data_ptr()), 0
+        return 1 + list(self.memories).index(storage.data_ptr()), place.extent[0]
 
     def call(
         self,
@@ -252,18 +249,15 @@ class Writer:
         body: str,
         numbers: Sequence[float] = (),
         *,
-        sizes: Sequence[int] = (),
+        sizes: Sequence[int],
         room: int = 0,
     ) -> Line:
         """Return the call of a kernel: it knows places as p0, ..., numbers as s0, ..., sizes as n0, ..., room as w."""
         known, begins = [], []
         for i, place in enumerate(places):
-            of, (memory, begin) = self.real, (-1, 0)
-            if place is not None:
-                of, (memory, begin) = c_type(place.dtype), self._memory(place)
-                begin += place.extent[0]
+            of = self.real if place is None else c_type(place.dtype)
             known.append(f"{of} *p{i} = ({of} *)P[{i}];")
-            begins.append((memory, begin))
+            begins.append((-1, 0) if place is None else self._begin(place))
         if room:
             self.room = max(self.room, room * self.dtype.itemsize)
             known.append(f"{self.real} *w = ({self.real} *)P[{len(begins)}];")
@@ -291,11 +285,9 @@ class Writer:
         if name.startswith("bitwise") and dtype != torch.bool:
             raise TraceError(f"{name} of {dtype} is in no code")
         operands: list[Place] = [out, *(given[n] for n in places)]
-        strides = [out.stride]
-        for place in operands[1:]:  # as of a tensor of the shape of the result
-            missing = len(out.shape) - len(place.shape)
-            strides.append((*[0] * missing, *(0 if n == 1 else step for n, step in zip(place.shape, place.stride))))
-        loops, real, sizes = over(out.shape, strides), c_type(dtype), list[int]()
+        steps = [[0 if n == 1 else step for n, step in zip(place.shape, place.stride)] for place in operands[1:]]
+        strides = [[0] * (len(out.shape) - len(own)) + own for own in steps]  # as of tensors of the result's shape
+        loops, real, sizes = over(out.shape, [out.stride, *strides]), c_type(dtype), list[int]()
         kernel = loops.named(sizes)
         # All are read, whatever the formula: a compiler makes no vectors of loads that depend on a condition.
         reads = [f"{real} x{i} = p{i}[{kernel.index(i)}];" for i in range(1, len(operands))]
@@ -307,9 +299,9 @@ class Writer:
         line = self.call(operands, body, [given[n] for n in numbers], sizes=sizes)
         if sizes:
             line.unit = math.prod(map(int, loops.sizes[1:]))
-            for own, place in zip(loops.strides, operands):
-                (memory, begin), (first, last) = self._memory(place), place.extent
-                line.spans.append(Span(memory, begin + first, begin + last, int(own[0]) * place.dtype.itemsize))
+            for own, place, (memory, begin) in zip(loops.strides, operands, line.places):
+                first, last = place.extent
+                line.spans.append(Span(memory, begin, begin + last - first, int(own[0]) * place.dtype.itemsize))
         return line
 
     def filled(self, out: Place, value: float) -> Line:

@@ -123,10 +123,7 @@ _WRITERS: dict[Operator, Callable[..., object]] = {
     aten._to_copy.default: _copy,
     aten.relu.default: partial(torch.clamp_min, min=0),
     aten.select_backward.default: _select_backward,
-    aten.mul.Scalar: torch.mul,
-    aten.div.Scalar: torch.div,
-    aten.add.Scalar: torch.add,
-    aten.sub.Scalar: torch.sub,
+    **{getattr(aten, name).Scalar: getattr(torch, name) for name in ("add", "sub", "mul", "div")},
 }
 """What writes the result of an operation that has no such kernel of its own."""
 

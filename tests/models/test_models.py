@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gputune
-from gputune.models import CNN, GRU, MLP, LogisticRegression
+from gputune.models import CNN, GRU, MLP, LogisticRegression, RealMLP
 from refused import refused
 
 IMAGES = np.random.default_rng(0).normal(size=(40, 2, 8, 6)).astype(np.float32)
@@ -59,6 +59,13 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
         (GRU, {"input_shape": (1, 2, 3)}, r"a GRU takes sequences, .*got rows of shape \(1, 2, 3\)"),
         (GRU, {"input_shape": (6,)}, "need n_tokens, the largest id plus 1"),
         (GRU, {"input_shape": (6, 2), "n_tokens": 5}, "and numbers, .*, none"),
+        (
+            RealMLP,
+            {"n_features": 3, "activation": "tanh"},
+            "activation must be auto, selu, mish, relu, silu, got 'tanh'",
+        ),
+        (RealMLP, {"n_features": 3, "embedding": "pwl"}, "embedding must be one of pbld, plr, pl, none, got 'pwl'"),
+        (RealMLP, {"n_features": 3, "waves": 1}, "waves must be at least 2, got waves=1"),
     ],
 )
 def test_bad_arguments_are_named(model, arguments, message):

@@ -12,7 +12,7 @@ from gputune.errors import InputError
 from gputune.modules.construction import call_arguments, hint
 from gputune.modules.inspection import explain
 from gputune.modules.module import StackedModule
-from problems import Linear, fill, make_data, shape_of
+from problems import Linear, fill, make_data, shape_of, variant
 
 SMALL = {"n_trials": 2, "cv": [(np.arange(20), np.arange(20, 30))] * 2, "max_epochs": 2, "verbose": 0}
 IDS = torch.randint(9, (30, 5), generator=torch.Generator().manual_seed(0))
@@ -41,16 +41,8 @@ class Words(nn.Module):
         return self.head(self.code(ids).mean(1))
 
 
-class Folded(Words):
-    """Ids of rows of its own."""
-
-    def forward(self, ids):
-        return self.head(self.code(ids.flatten()).view(len(ids), -1, 4).mean(1))
-
-
-class Columns(Words):
-    def forward(self, x):
-        return self.head(self.code(x[:, 0].long()))
+Folded = variant(Words, lambda self, ids: self.head(self.code(ids.flatten()).view(len(ids), -1, 4).mean(1)))
+Columns = variant(Words, lambda self, x: self.head(self.code(x[:, 0].long())))
 
 
 class Image(nn.Module):
@@ -73,19 +65,12 @@ class Lazy(nn.Module):
         return self.last(torch.cat([self.conv(self.first(image)).mean((2, 3)), ids.float()], 1))
 
 
-class Sequence(nn.Sequential):
-    def __init__(self, n_outputs):
-        super().__init__(nn.Conv1d(3, 2, 3), nn.Flatten())
+def sequence(n_outputs):
+    return nn.Sequential(nn.Conv1d(3, 2, 3), nn.Flatten())
 
 
-class Axes(Linear):
-    def forward(self, x):
-        return super().forward(x)[:, None]
-
-
-class Both(Linear):
-    def forward(self, x):
-        return super().forward(x), x
+Axes = variant(Linear, lambda self, x: Linear.forward(self, x)[:, None])
+Both = variant(Linear, lambda self, x: (Linear.forward(self, x), x))
 
 
 class Asks(nn.Linear):
@@ -94,13 +79,8 @@ class Asks(nn.Linear):
 
 
 class Unbegun(nn.Module):
-    def __init__(self, n_features):
-        self.size = n_features
-
-
-class Early(nn.Module):
-    def __init__(self, n_features):
-        self.head = nn.Linear(n_features, 2)
+    def __init__(self, n_features, early=False):
+        self.size = nn.Linear(n_features, 2) if early else n_features
 
 
 class Divides(Linear):
@@ -110,10 +90,6 @@ class Divides(Linear):
 
     def forward(self, x):
         return super().forward(x) / self.by
-
-
-def norm():
-    return nn.BatchNorm2d(1)
 
 
 UNBEGUN = r" does not call super\(\).__init__\(\); let it do so first"
@@ -141,8 +117,8 @@ LAZY = r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"
         (Image, IMAGES.flatten(1), r"a row of X is 48 numbers: pass X.reshape\(-1, channels, height, width\)"),
         (Image, (IMAGES, IMAGES), "Several inputs are passed in order, .* leave y out"),
         (Image, IDS.to(torch.uint8)[:, None, None, :3].expand(-1, 3, 3, -1), "numbers='standard'"),
-        (Sequence, IMAGES[:, 0].repeat(1, 3, 1), r"come last, .* X.transpose\(0, 2, 1\) of an array, X.permute"),
-        (partial(Lazy, first=norm), {"image": IMAGES[..., 0], "ids": IDS}, LAZY),
+        (sequence, IMAGES[:, 0].repeat(1, 3, 1), r"come last, .* X.transpose\(0, 2, 1\) of an array, X.permute"),
+        (partial(Lazy, first=partial(nn.BatchNorm2d, 1)), {"image": IMAGES[..., 0], "ids": IDS}, LAZY),
         (Axes, ROWS, r"got \(20, 1, 2\) .* Axes beside the rows are to be pooled"),
         (Both, ROWS, "got tuple .* return the first, or train them by training_step"),
         (
@@ -151,7 +127,7 @@ LAZY = r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"
             r"Asks\(vocabulary, n_outputs\) asks for 'vocabulary', .* 'module__vocabulary' .*functools.partial",
         ),
         (Unbegun, ROWS, f"an __init__ of Unbegun{UNBEGUN}"),
-        (Early, ROWS, f"an __init__ of Early{UNBEGUN}"),
+        (partial(Unbegun, early=True), ROWS, f"an __init__ of Unbegun{UNBEGUN}"),
     ],
 )
 def test_what_a_module_does_not_take_is_named_with_a_remedy(module, X, message):
@@ -202,11 +178,8 @@ def test_a_row_that_fails_in_one_fold_is_named(row, kind, epochs):
         tune(Picky, X, y, cv=folds, numbers="none")
 
 
-class Codes(Words):
-    """An embedding whose ids are made of two columns, so that no single one tells of them."""
-
-    def forward(self, x):
-        return self.head(self.code((x[:, 0] * x[:, 1] + x[:, 2]).long()))
+# An embedding whose ids are made of two columns, so that no single one tells of them.
+Codes = variant(Words, lambda self, x: self.head(self.code((x[:, 0] * x[:, 1] + x[:, 2]).long())))
 
 
 def test_a_row_that_fails_for_stacked_members_is_named():
@@ -218,7 +191,7 @@ def test_a_row_that_fails_for_stacked_members_is_named():
         tune(partial(Codes, n_ids=3), X, np.arange(100) % 2, cv=folds, numbers="none")
 
 
-class Tires(nn.Linear):
+class Tires(Linear):
     """Fails once it has been called often enough, on whatever rows, or in training alone."""
 
     def __init__(self, n_features, n_outputs, after, evaluates=False):
@@ -258,8 +231,7 @@ def test_what_a_device_says_is_no_fault_of_a_row(error, monkeypatch):
 
 
 class Bare(nn.Module):
-    def forward(self, x):
-        return x
+    pass
 
 
 class Wide(nn.Module):

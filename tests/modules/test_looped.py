@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
-import reference
 from gputune.errors import InputError
 from gputune.modules.inspection import inspect_module, traits_of
 from gputune.modules.looped import LoopedModule
@@ -21,7 +20,18 @@ from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
 from gputune.population.population import populations
 from gputune.scoring.metrics import make_scoring
-from problems import Linear, Net, data_of, fill, grid, largest_difference, make_data, rows_of, shape_of, train
+from problems import (
+    Linear,
+    Net,
+    data_of,
+    fill,
+    grid,
+    largest_difference,
+    make_data,
+    module_loop,
+    train_modules,
+    variant,
+)
 from refused import refused
 
 
@@ -54,20 +64,16 @@ class Double(torch.autograd.Function):
     def forward(ctx, x):
         return 2 * x
 
-    @staticmethod
-    def backward(ctx, slope):
-        return 2 * slope
+    backward = forward
 
 
-class WithFunction(Linear):
-    def forward(self, x):
-        return Double.apply(super().forward(x))
+WithFunction = variant(Linear, lambda self, x: Double.apply(Linear.forward(self, x)))
 
 
-class WithHook(Linear):
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
-        self.weight.register_hook(lambda slope: slope.clamp(-0.01, 0.01))
+def with_hook(n_features, n_outputs):
+    module = Linear(n_features, n_outputs)
+    module.weight.register_hook(lambda slope: slope.clamp(-0.01, 0.01))
+    return module
 
 
 class InPlace(Linear):
@@ -115,15 +121,15 @@ class Remembering(Linear):
         return super().forward(x) / (1 + 0.1 * len(self.seen))
 
 
-class Dropping(nn.Module):
+class Dropping(Linear):
     """Leaves a layer out by a number that it draws."""
 
     def __init__(self, n_features, n_outputs):
-        super().__init__()
-        self.first, self.other = nn.Linear(n_features, n_outputs), nn.Linear(n_features, n_outputs)
+        super().__init__(n_features, n_outputs)
+        self.other = nn.Linear(n_features, n_outputs)
 
     def forward(self, x):
-        return self.first(x) + (self.other(x) if self.training and torch.rand(()) < 0.5 else 0)
+        return super().forward(x) + (self.other(x) if self.training and torch.rand(()) < 0.5 else 0)
 
 
 MODULES = {
@@ -131,7 +137,7 @@ MODULES = {
     "gru": (Recurrent, ""),
     "lstm": (partial(Recurrent, kind=nn.LSTM), ""),
     "function": (WithFunction, "vmap"),
-    "hook": (WithHook, "parameter 'weight' has a hook"),
+    "hook": (with_hook, "parameter 'weight' has a hook"),
     "in place": (InPlace, ""),
     "number": (Annealed, "it counts in 'step'"),
     "other memory": (Normal, "accessing `data`"),
@@ -139,16 +145,7 @@ MODULES = {
 }
 
 
-def looped(build, configs, data):
-    traits = traits_of(build, configs[0], data)
-    return LoopedModule(build, configs, shape_of(data), seed=0, traits=traits)
-
-
-def plain(build, data, config, epochs):
-    """The module of fold 1 that a plain loop trains."""
-    x, y, weights = rows_of(data, 1)
-    build = partial(build, n_features=data.n_features, n_outputs=data.n_outputs)
-    return reference.train_module(build, x, y, config, epochs=epochs, weights=weights)
+trained = partial(train_modules, LoopedModule)
 
 
 OPTIMIZERS = ("nesterov", "adamw", "adamhd", "NAdam")
@@ -163,11 +160,11 @@ def test_a_member_equals_its_plain_loop(name, optimizer):
     assert reason in traits_of(build, configs[0], data).unstackable
     for population in populations(configs, "module", rows=len(data.folds[0].train)):
         configs = list(population.configs)
-        trained = train(looped(build, configs, data), data, configs, seed=0, epochs=4, horizon=4)
+        members = trained(build, configs, data, 4)
         for c, config in enumerate(configs):
-            alone = plain(build, data, config, 4)
-            assert largest_difference(trained.member(1, c), alone) <= 1e-8
-            assert getattr(trained.member(1, c), "step", 0) == getattr(alone, "step", 0)
+            alone = module_loop(build, data, 1, config, 4)
+            assert largest_difference(members.member(1, c), alone) <= 1e-8
+            assert getattr(members.member(1, c), "step", 0) == getattr(alone, "step", 0)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "NAdam"])
@@ -177,10 +174,9 @@ def test_a_parameter_that_a_step_does_not_use_is_left_as_it_is(optimizer):
     configs = fill({"optimizer": optimizer, "lr": 0.01, "batch_size": 7, "weight_decay": 0.1})
     traits = traits_of(Dropping, configs[0], data)
     assert traits.unstackable == "it draws random numbers and decides by a number of a tensor"
-    begun = train(looped(Dropping, configs, data), data, configs, seed=0, epochs=2, horizon=5)
-    words = {"seed": 0, "epochs": 5, "horizon": 5, "begin": begun.state}
-    trained = train(looped(Dropping, configs, data), data, configs, **words)
-    assert largest_difference(trained.member(1, 0), plain(Dropping, data, configs[0], 5)) <= 1e-8
+    begun = trained(Dropping, configs, data, 2)
+    found = trained(Dropping, configs, data, 5, begin=begun.state).member(1, 0)
+    assert largest_difference(found, module_loop(Dropping, data, 1, configs[0], 5)) <= 1e-8
 
 
 class Turning(nn.Module):
@@ -200,8 +196,7 @@ class Turning(nn.Module):
 def test_complex_weights_train_as_their_real_and_imaginary_parts(more):
     data = make_data()
     configs = fill({"lr": 0.01, "batch_size": 7, **more})
-    networks = (looped(partial(Turning, parts=parts), configs, data) for parts in (False, True))
-    whole, parts = (train(n, data, configs, seed=0, epochs=3, horizon=3).member(1, 0) for n in networks)
+    whole, parts = (trained(partial(Turning, parts=parts), configs, data, 3).member(1, 0) for parts in (False, True))
     torch.testing.assert_close(torch.view_as_real(whole.weight), parts.weight, rtol=1e-10, atol=1e-10)
     reason = traits_of(partial(Turning, parts=False), configs[0], data).unstackable
     assert reason == "its 'weight' holds complex numbers that change"
@@ -222,18 +217,16 @@ def test_looped_equals_stacked(optimizer, schedule):
         c | {"schedule": schedule, "weight_decay": 0.1, "momentum": 0.0 if optimizer == "nesterov" else 0.9}
         for c in fill(*({"batch_size": 16, "lr": lr, "optimizer": optimizer} for lr in (1e-3, 1e-2)))
     ]
-    words = {"seed": 0, "horizon": 6, "scoring": make_scoring(None, "regression", None)}
-    traits = traits_of(build, configs[0], data)
 
-    def trained(kind, **begin):
-        network = kind(build, configs, shape_of(data), seed=0, traits=traits)
-        return train(network, data, configs, **words, **begin)
+    def run(kind, epochs, **begin):
+        scoring = make_scoring(None, "regression", None)
+        return train_modules(kind, build, configs, data, epochs, horizon=6, scoring=scoring, **begin)
 
-    one, other = (trained(kind, epochs=3) for kind in (StackedModule, LoopedModule))
-    whole = trained(StackedModule, epochs=6)
+    one, other = (run(kind, 3) for kind in (StackedModule, LoopedModule))
+    whole = run(StackedModule, 6)
     np.testing.assert_allclose(other.curves, one.curves, rtol=1e-7)
     for kind, state in ((LoopedModule, one.state), (StackedModule, other.state)):
-        resumed = trained(kind, epochs=6, begin=state)
+        resumed = run(kind, 6, begin=state)
         np.testing.assert_allclose(resumed.curves[:, 3:], whole.curves[:, 3:], rtol=1e-7)
         torch.testing.assert_close(resumed.state.buffers[0], whole.state.buffers[0], rtol=1e-7, atol=1e-8)
 
@@ -243,11 +236,8 @@ def test_halving_and_a_resume_change_nothing(optimizer):
     data = make_data()
     configs = fill(*({"batch_size": 16, "lr": lr, "optimizer": optimizer} for lr in (1e-3, 1e-2, 1e-1)))
     for build in (Recurrent, Annealed):
-        words = {"seed": 0, "horizon": 6}
-        whole = train(looped(build, configs, data), data, configs, epochs=6, **words)
-        begun = train(looped(build, configs, data), data, configs, epochs=2, **words)
-        kept = configs[1:]
-        resumed = train(looped(build, kept, data), data, kept, epochs=6, begin=begun.state.select([1, 2]), **words)
+        whole, begun = (trained(build, configs, data, epochs) for epochs in (6, 2))
+        resumed = trained(build, configs[1:], data, 6, begin=begun.state.select([1, 2]))
         for f in range(data.n_folds):
             for c in range(2):
                 one, other = resumed.member(f, c), whole.member(f, c + 1)
@@ -258,9 +248,8 @@ def test_halving_and_a_resume_change_nothing(optimizer):
 def test_a_member_that_diverges_leaves_the_others_as_they_are():
     data = make_data("regression")
     configs = fill(*({"batch_size": 16, "lr": lr, "optimizer": "sgd"} for lr in (1e-3, 1e30)))
-    words = {"seed": 0, "epochs": 4, "horizon": 4, "scoring": make_scoring(None, "regression", None)}
-    both = train(looped(Gated, configs, data), data, configs, **words)
-    alone = train(looped(Gated, configs[:1], data), data, configs[:1], **words)
+    scoring = make_scoring(None, "regression", None)
+    both, alone = (trained(Gated, own, data, 4, scoring=scoring) for own in (configs, configs[:1]))
     assert both.alive == (0,) and np.isnan(both.curves[1]).any()
     np.testing.assert_array_equal(both.curves[0], alone.curves[0])
 
@@ -353,13 +342,12 @@ def test_of_a_compiled_module_the_module_itself_trains():
     assert [t.fold_scores for t in found.trials] == [t.fold_scores for t in search(Gated).trials]
 
 
-class Convolutions(nn.Sequential):
-    def __init__(self, n_outputs):
-        parts = [
-            (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
-            for a, b in ((3, 16), (16, 32), (32, 64))
-        ]
-        super().__init__(*[layer for part in parts for layer in part], nn.Flatten(), nn.Linear(1024, n_outputs))
+def convolutions(n_outputs):
+    blocks = (
+        nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+        for a, b in ((3, 16), (16, 32), (32, 64))
+    )
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(1024, n_outputs))
 
 
 @pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s == 5 else pytest.mark.long) for s in range(10)])
@@ -367,7 +355,7 @@ def test_rounding_does_not_make_members_train_one_by_one(seed):
     """Of units that are on or off by rounding alone, images of some seeds have one."""
     torch.manual_seed(seed)
     images, y = torch.randn(31, 3, 32, 32), torch.randint(10, (31,))
-    traits = inspect_module(ModuleTrial(Convolutions, *fill({}), data_of(images, 10, y)))
+    traits = inspect_module(ModuleTrial(convolutions, *fill({}), data_of(images, 10, y)))
     assert traits.unstackable == ""
 
 
@@ -399,10 +387,8 @@ def test_a_training_step_that_draws_has_the_same_draws_alone_and_stacked():
 
 
 def test_an_average_of_the_weights_is_scored_alone_as_it_is_stacked():
-    space = {"lr": [1e-2, 0.1], "batch_size": [16], "ema": [0.9]}
-    loop, stacked = (
-        search(Linear, backend=backend, space=space, scoring="neg_log_loss").curves for backend in ("loop", "stacked")
-    )
+    words = {"space": {"lr": [1e-2, 0.1], "batch_size": [16], "ema": [0.9]}, "scoring": "neg_log_loss"}
+    loop, stacked = (search(Linear, backend=backend, **words).curves for backend in ("loop", "stacked"))
     np.testing.assert_allclose(loop, stacked, rtol=1e-5)
 
 
@@ -447,11 +433,8 @@ def test_what_cannot_be_had_is_refused(model, words, message):
 
 def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
     """By type and by name, its arguments searched, with halving, a study, a resume, a refit and a page."""
-    space = {
-        "optimizer": [torch.optim.RAdam, "adam"],
-        "optimizer__betas": [(0.9, 0.999), (0.8, 0.99)],
-        "lr": [1e-3, 1e-1],
-    }
+    betas = [(0.9, 0.999), (0.8, 0.99)]
+    space = {"optimizer": [torch.optim.RAdam, "adam"], "optimizer__betas": betas, "lr": [1e-3, 1e-1]}
     words = {"space": space, "n_trials": 8, "method": "halving", "study": tmp_path / "study.db", "verbose": 1}
     study = search(Linear, **words)
     said = capsys.readouterr().err
@@ -464,6 +447,6 @@ def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
     assert search(Linear, **words, include=[{"optimizer": "RAdam", "lr": 3e-3}]).best_score >= study.best_score
     model = again.best_model(*rows())
     alone = next(t for t in study.trials if t.params["optimizer"] == "RAdam")
-    assert isinstance(model.module, Linear) and alone.params["optimizer__betas"] in space["optimizer__betas"]
+    assert isinstance(model.module, Linear) and alone.params["optimizer__betas"] in betas
     again.report(tmp_path / "page.html")
     assert "optimizer__betas" in (tmp_path / "page.html").read_text()

@@ -16,7 +16,7 @@ from gputune.modules.recorder import CpuRecorder, Replays
 from gputune.modules.trace import TraceError, arrange, trace
 from gputune.scoring.metrics import make_scoring
 from gputune.scoring.scoring import Validation
-from problems import fill, make_data, shape_of
+from problems import fill, make_data, shape_of, variant
 
 
 def recorded(step):
@@ -118,23 +118,20 @@ def test_results_in_use_share_no_memory():
     assert size < sum(wanted for *_, wanted in uses) / 3
 
 
-class Small(nn.Module):
+class Small(nn.Sequential):
     """Two layers and what lies between them."""
 
     def __init__(self, n_features, n_outputs):
-        super().__init__()
         first = nn.Linear(n_features, 8), nn.LayerNorm(8), nn.GELU()
-        self.body = nn.Sequential(*first, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n_outputs))
-
-    def forward(self, x):
-        return self.body(x)
+        super().__init__(*first, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n_outputs))
 
 
-class Drawing(Small):
-    """What is drawn by the layer, in the forward, and through the weights of attention."""
+class Drawing(nn.Module):
+    """What is drawn by the layers, and in the forward."""
 
     def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
+        super().__init__()
+        self.body = Small(n_features, n_outputs)
         self.drop, self.channel = nn.Dropout(0.3), nn.Dropout1d(0.5)
 
     def forward(self, x):
@@ -143,19 +140,18 @@ class Drawing(Small):
         return self.body[3:](h + 0.1 * torch.rand_like(noise) if self.training else h)
 
 
-class DrawingByChances(Small):
-    def forward(self, x):
-        return super().forward(x * torch.bernoulli(torch.linspace(0.1, 0.9, x.shape[1], dtype=x.dtype)))
+def by_chances(self, x):
+    return Small.forward(self, x * torch.bernoulli(torch.linspace(0.1, 0.9, x.shape[1], dtype=x.dtype)))
 
 
-class Attending(Small):
+class Attending(nn.Module):
     def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
-        self.attend = nn.MultiheadAttention(n_features, 1, batch_first=True)
+        super().__init__()
+        self.attend, self.body = nn.MultiheadAttention(n_features, 1, batch_first=True), Small(n_features, n_outputs)
 
     def forward(self, x):
         x = x[:, None].expand(-1, 3, -1)
-        return super().forward(self.attend(x, x, x, need_weights=False)[0].mean(1))
+        return self.body(self.attend(x, x, x, need_weights=False)[0].mean(1))
 
 
 def chunk_of(data, configs, *, recorded, module=Small):
@@ -202,7 +198,7 @@ def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes)
 def test_attention_is_recorded_and_draws_by_other_numbers_are_made_in_the_step():
     data, configs = make_data(), fill({"batch_size": 9})
     assert recorded_as_eager(data, configs, Attending, epochs=1).steps.begun
-    assert recorded_as_eager(data, configs, DrawingByChances, epochs=1).draws is None
+    assert recorded_as_eager(data, configs, variant(Small, by_chances), epochs=1).draws is None
 
 
 def test_a_generator_of_a_modules_own_is_refused_before_it_draws():

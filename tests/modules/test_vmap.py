@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import gputune
-import reference
 from gputune import seeding
 from gputune.data.dataset import Fold
 from gputune.errors import InputError
@@ -20,7 +19,7 @@ from gputune.modules.inspection import inspect_module, traits_of
 from gputune.modules.module import StackedModule
 from gputune.modules.module_trial import ModuleTrial
 from gputune.population.population import Shape, populations
-from problems import Linear, data_of, fill, largest_difference, make_data, rows_of, shape_of, train
+from problems import Linear, data_of, fill, largest_difference, make_data, module_loop, shape_of, train_modules, variant
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
 
@@ -80,11 +79,8 @@ class Counting(Linear):
         return super().forward(x - self.mean)
 
 
-class Mixing(Linear):
-    """Rows depend on each other."""
-
-    def forward(self, x):
-        return super().forward(x - x.mean(0))
+# Rows depend on each other.
+Mixing = variant(Linear, lambda self, x: Linear.forward(self, x - x.mean(0)))
 
 
 class Reminding(nn.Module):
@@ -101,17 +97,12 @@ class Reminding(nn.Module):
         return self.leave(self.again(self.hidden))
 
 
-class Lazy(nn.Module):
-    def __init__(self, n_features, n_outputs):
-        super().__init__()
-        self.body = nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Dropout(0.2), nn.LazyLinear(n_outputs))
-
-    def forward(self, x):
-        return self.body(x)
+def lazy(n_features, n_outputs):
+    return nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Dropout(0.2), nn.LazyLinear(n_outputs))
 
 
 def materialised(n_features, n_outputs):
-    module = Lazy(n_features, n_outputs).eval()
+    module = lazy(n_features, n_outputs).eval()
     module(torch.zeros(1, n_features))
     return module
 
@@ -156,7 +147,7 @@ CASES = {
     "rows that mix": (Mixing, make_data(), TWO, 3),
     "scripted": (scripted, make_data(), TWO, 2),
     "shared": (Reminding, make_data(), TWO, 3),
-    "lazy": (Lazy, make_data(), TWO, 3),
+    "lazy": (lazy, make_data(), TWO, 3),
 }  # fmt: skip
 
 
@@ -164,25 +155,20 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_member_equals_its_plain_loop(name):
     build, data, configs, epochs = CASES[name]
-    plain = materialised if build is Lazy else build
+    plain = materialised if build is lazy else build
     seen, configs = 0, fill(*configs)
     for population in populations(configs, "module", rows=max(len(f.train) for f in data.folds)):
         traits = traits_of(build, population.configs[0], data)
         assert not traits.unstackable and bool(traits.changing) == (name.startswith(("batch", "buffers", "a last")))
         assert traits.alone == (name not in ("rows that mix", "batch norm without running statistics"))
-        network = StackedModule(build, population.configs, shape_of(data), seed=0, traits=traits)
-        trained = train(network, data, population.configs, seed=0, epochs=epochs, horizon=epochs)
+        trained = train_modules(StackedModule, build, population.configs, data, epochs)
         for c, config in enumerate(population.configs):
-            words = {k.removeprefix("module__"): v for k, v in config.items() if k.startswith("module__")}
-            for f in range(data.n_folds):
-                (x, y, weights), n = rows_of(data, f), len(data.folds[f].train)
-                if name == "a last minibatch of one row" and n % 16 == 1:  # it is left out
-                    assert trained.member(f, c).enter[1].num_batches_tracked == epochs * (n // 16)
+            for f, fold in enumerate(data.folds):
+                if name == "a last minibatch of one row" and len(fold.train) % 16 == 1:  # it is left out
+                    steps = epochs * (len(fold.train) // 16)
+                    assert trained.member(f, c).enter[1].num_batches_tracked == steps
                 else:
-                    sizes = {"n_features": data.n_features, "n_outputs": data.n_outputs}
-                    alone = reference.train_module(
-                        partial(plain, **sizes, **words), x, y, config, epochs=epochs, weights=weights
-                    )
+                    alone = module_loop(plain, data, f, config, epochs)
                     assert largest_difference(trained.member(f, c), alone) <= (1e-9 if traits.changing else 1e-10)
                 seen += 1
     assert seen == len(configs) * data.n_folds
@@ -219,16 +205,15 @@ def test_frozen_weights_that_follow_unused_ones_and_complex_buffers_are_those_of
     assert traits.changing == ("slow.weight", "slow.bias") and traits.unused == ("late.weight", "late.bias")
     assert not traits.unstackable
 
-    def plain():  # the oracle's conversion leaves imaginary parts out
-        module = Averaged(data.n_features, data.n_outputs)
+    def plain(**sizes):  # the oracle's conversion leaves imaginary parts out
+        module = Averaged(**sizes)
         turns, _ = module.turns, delattr(module, "turns")
         module.turns = turns.to(torch.complex128)
         return module
 
-    network = StackedModule(Averaged, configs, shape_of(data), seed=0, traits=traits)
-    together = train(network, data, configs, seed=0, epochs=3, horizon=3)
+    together = train_modules(StackedModule, Averaged, configs, data, 3)
     for c, config in enumerate(configs):
-        alone = reference.train_module(plain, *rows_of(data, 1)[:2], config, epochs=3)
+        alone = module_loop(plain, data, 1, config, 3)
         for (name, found), expected in zip(together.member(1, c).named_parameters(), alone.parameters()):
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8, msg=name)
 
@@ -238,23 +223,12 @@ class Broken(Linear):
         raise RuntimeError("no such size")
 
 
-class Frozen(Linear):
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
-        self.requires_grad_(False)
+def frozen(n_features, n_outputs):
+    return nn.Linear(n_features, n_outputs).requires_grad_(False)
 
 
-class Detached(Linear):
-    def forward(self, x):
-        return super().forward(x).detach()
-
-
-def too_few(n_features, n_outputs):
-    return nn.Linear(n_features, n_outputs + 1)
-
-
-def no_outputs(n_features):
-    return nn.Linear(n_features, 1)
+def detached(n_features, n_outputs):
+    return variant(Linear, lambda self, x: Linear.forward(self, x).detach())(n_features, n_outputs)
 
 
 def wrong_input(n_features, n_outputs):
@@ -264,13 +238,21 @@ def wrong_input(n_features, n_outputs):
 @pytest.mark.parametrize(
     ("build", "more", "message"),
     [
-        (too_few, {}, r"must return a tensor of shape \(rows, 2\), got \(4, 3\).*\. Of the 4 columns$"),
-        (no_outputs, {}, r"got \(4, 1\) for 4 rows; its last layer must have n_outputs outputs"),
+        (
+            lambda n_features, n_outputs: nn.Linear(n_features, n_outputs + 1),
+            {},
+            r"must return a tensor of shape \(rows, 2\), got \(4, 3\).*\. Of the 4 columns$",
+        ),
+        (
+            lambda n_features: nn.Linear(n_features, 1),
+            {},
+            r"got \(4, 1\) for 4 rows; its last layer must have n_outputs outputs",
+        ),
         (Broken, {}, r"raised RuntimeError: no such size.*\. Of the 4 columns$"),
         (wrong_input, {}, r"forward of wrong_input \(submodule '0'\) raised RuntimeError.*\. Of the 4 columns$"),
         (Residual, {"module__size": 3}, "module__size is no argument of Residual"),
-        (Frozen, {}, "Frozen has nothing to train"),
-        (Detached, {}, "Detached has nothing to train"),
+        (frozen, {}, "frozen has nothing to train"),
+        (detached, {}, "detached has nothing to train"),
     ],
 )
 def test_what_no_loop_would_train_is_refused_by_name(build, more, message):
@@ -279,13 +261,11 @@ def test_what_no_loop_would_train_is_refused_by_name(build, more, message):
 
 
 def test_a_lazy_module_draws_what_a_plain_one_draws():
-    class Plain(Lazy):
-        def __init__(self, n_features, n_outputs):
-            super().__init__(n_features, n_outputs)
-            self.body[0], self.body[3] = nn.Linear(n_features, 6), nn.Linear(6, n_outputs)
+    def plain(n_features, n_outputs):
+        return nn.Sequential(nn.Linear(n_features, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, n_outputs))
 
-    lazy, plain = (build_module(kind, {}, Shape(3, 2), seed=1) for kind in (Lazy, Plain))
-    assert largest_difference(lazy, plain) == 0 and lazy.training and type(lazy.body[0]) is nn.Linear
+    found, expected = (build_module(build, {}, Shape(3, 2), seed=1) for build in (lazy, plain))
+    assert largest_difference(found, expected) == 0 and found.training and type(found[0]) is nn.Linear
 
 
 class Coded(nn.Module):
@@ -328,21 +308,15 @@ def test_the_default_dtype_changes_no_start():
     assert largest_difference(found, expected) == 0 and found.enter.weight.dtype == torch.float32
 
 
-class Attention(Linear):
+def attention(n_features, n_outputs):
     """Columns that attend to each other."""
-
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
-        self.enter = nn.Linear(1, 4)
-        self.attend = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-
-    def forward(self, x):
-        return super().forward(self.attend(self.enter(x[..., None])).square().mean(2))
+    attend = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (-1, 1)), nn.Linear(1, 4), attend, nn.Flatten(), nn.LazyLinear(n_outputs))
 
 
 def test_attention_has_a_derivative_in_evaluation_too():
     data = make_data()
-    network = StackedModule(Attention, fill({}, {}), shape_of(data), seed=0)
+    network = StackedModule(attention, fill({}, {}), shape_of(data), seed=0)
     first = network.blocks.views(network.start())
     params = {name: w[0].requires_grad_() for name, w in first.items()}
     x = data.x[0, :5]
@@ -397,7 +371,7 @@ def test_nothing_is_said_of_operations_that_are_slow_stacked():
     def normed(n_features, n_outputs):
         return nn.utils.parametrizations.weight_norm(nn.Linear(n_features, n_outputs))
 
-    X, y = np.random.default_rng(0).normal(size=(40, 3)).astype("float32"), np.arange(40) % 2
+    X, y = torch.randn(40, 3), np.arange(40) % 2
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         gputune.tune(normed, X, y, n_trials=2, max_epochs=1, cv=2, verbose=0, backend="stacked")
