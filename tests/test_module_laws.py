@@ -13,7 +13,7 @@ from gputune.engine.train import BegunChunk
 from gputune.modules.inspection import traits_of
 from gputune.native import library as built
 from gputune.population.population import Population
-from problems import fill, largest_difference, make_data
+from problems import fill, largest_difference, make_data, variant
 
 EPOCHS, HALF = 17, 8  # of three steps each
 G = torch.Generator().manual_seed(3)
@@ -103,12 +103,8 @@ class Masked(Encoder):
         return self.head(x.masked_fill(left_out[..., None], 0.0).mean(1))
 
 
-class Branching(Convolutions):
-    """What vmap refuses: a decision on numbers."""
-
-    def forward(self, x):
-        return super().forward(x * 2 if x.mean() > 0.5 else x)
-
+# What vmap refuses: a decision on numbers.
+Branching = variant(Convolutions, lambda self, x: Convolutions.forward(self, x * 2 if x.mean() > 0.5 else x))
 
 CASES = {
     "cnn": (Convolutions, (IMAGES,)),
@@ -202,8 +198,7 @@ def test_a_member_is_what_a_plain_loop_makes(name, backend):
     build, data = case(name)
     assert bool(traits_of(build, CONFIGS[0], data).unstackable) == (name == "branching")
     members = train_chunk(job_of(build, data, backend), data, WHOLE)
-    for trial in range(len(CONFIGS)):
-        assert largest_difference(members.member(1, trial), alone(name, trial)) <= 1e-8
+    assert all(largest_difference(members.member(1, c), alone(name, c)) <= 1e-8 for c in range(len(CONFIGS)))
 
 
 @ways(RESUMED)

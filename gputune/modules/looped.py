@@ -39,18 +39,17 @@ class LoopedModule(ModuleNetwork):
     def _lay_out(self) -> None:
         why = self.traits.unstackable or loop_reason(self.configs[0])
         self.reason = f"since {why}" if why else "as asked for"
-        self.sizes = [_real(w).numel() for w in self.first.values()]
-        self.kept_sizes = [_real(w).numel() for w in self.kept.values()]
         self.own: Mapping[tuple[int, int], nn.Module] = {}
-        rows = [Block("trained", (*self.members, sum(self.sizes)), 1)]
-        self.trained = Blocks(rows)
-        self.blocks = Blocks([*rows, *[Block("kept", (*self.members, sum(self.kept_sizes)), 1)] * bool(self.kept)])
+        self.rows = {"trained": self.first} | ({"kept": self.kept} if self.kept else {})
+        sizes = {name: sum(_real(w).numel() for w in tensors.values()) for name, tensors in self.rows.items()}
+        blocks = [Block(name, (*self.members, size), 1) for name, size in sizes.items()]
+        self.trained, self.blocks = Blocks(blocks[:1]), Blocks(blocks)
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
         for fold, start in enumerate(self.starts()):
-            for view, names in zip(self.blocks.views(flat).values(), (self.first, self.kept)):
-                view[fold].copy_(self.as_row({name: start[name] for name in names}))
+            for name, view in self.blocks.views(flat).items():
+                view[fold].copy_(self.as_row({k: start[k] for k in self.rows[name]}))
         return flat
 
     def as_row(self, tensors: Params) -> Tensor:
@@ -59,16 +58,13 @@ class LoopedModule(ModuleNetwork):
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
         """Return the tensors of one member, in their own shapes and dtypes."""
-        found = self.parts(params["trained"][fold, trial])
-        if self.kept:
-            parts = torch.split(params["kept"][fold, trial], self.kept_sizes)
-            found |= {k: _reshape(p, w).to(w.dtype) for (k, w), p in zip(self.kept.items(), parts)}
-        return found
+        return {k: w for name in self.rows for k, w in self.parts(params[name][fold, trial], name).items()}
 
-    def parts(self, row: Tensor) -> Params:
-        """Return the parameters that lie in a row (N,)."""
-        parts = torch.split(row, self.sizes)
-        return {k: _reshape(part, w) for (k, w), part in zip(self.first.items(), parts)}
+    def parts(self, row: Tensor, name: str = "trained") -> Params:
+        """Return the tensors that lie in a row (N,) of a block."""
+        tensors = self.rows[name]
+        parts = torch.split(row, [_real(w).numel() for w in tensors.values()])
+        return {k: _reshape(part, w).to(w.dtype) for (k, w), part in zip(tensors.items(), parts)}
 
     def leaves(self, row: Tensor) -> Params:
         """Return the parameters that lie in a row (N,) as real numbers, which an optimizer may hold."""
@@ -139,25 +135,21 @@ class _Member:
         self.grad = torch.zeros_like(self.row)
         own = dict(self.module.named_parameters())
         self.parts = [(own[name], value) for name, value in network.parts(self.row).items()]
-        for parameter, value in self.parts:
-            parameter.data = value
         # Each with a counter of writes of its own, which tells whether a backward has reached it.
         self.slopes = [value.data for value in network.parts(self.grad).values()]
-        for (parameter, _), slope in zip(self.parts, self.slopes):
-            parameter.grad = slope
+        for (parameter, value), slope in zip(self.parts, self.slopes):
+            parameter.data, parameter.grad = value, slope
         self.written = [slope._version for slope in self.slopes]
         self.rates = [self.module.get_buffer(name) for name in network.scheduled]
         self.total = steps * horizon
         # Those that the optimizer holds one by one, and skips where a step does not use them.
-        self.leaves: list[Tensor] = []
-        self.leaf_slopes: list[Tensor] = []
+        self.leaves, self.leaf_slopes = list[Tensor](), list[Tensor]()
         self.update: RowUpdate | Optimizer
         if not (class_of(config) or class_of_rule(config)) or set(beyond_adam(config)) - {"beta2"}:
             self.update = _stacked_optimizer(network, config, self.row, steps=steps, horizon=horizon)
             return
         if class_of(config) or network.traits.unstackable:
-            self.leaves = list(network.leaves(self.row).values())
-            self.leaf_slopes = list(network.leaves(self.grad).values())
+            self.leaves, self.leaf_slopes = ([*network.leaves(row).values()] for row in (self.row, self.grad))
         else:  # as stacked members, whose steps are those of all parameters
             self.row.grad = self.grad
         self.update = RowUpdate(config, self.row, self.leaves, steps=steps, horizon=horizon)
@@ -267,8 +259,8 @@ class LoopChunk:
         order = row_order(self.data, self.seed, epoch)
         for (f, c), member in self.members.items():
             minibatches = torch.split(order[f, : self.lengths[f]], int(self.sizes[f, c]))[: self.steps[f, c]]
-            draws = self.network.traits.draws
-            with keyed_draws(self.data.device, self.seed, "dropout") if draws else nullcontext(), torch.enable_grad():
+            draws = keyed_draws(self.data.device, self.seed, "dropout") if self.network.traits.draws else nullcontext()
+            with draws, torch.enable_grad():
                 self._train(member, f, epoch, minibatches)
 
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:

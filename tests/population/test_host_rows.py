@@ -1,6 +1,7 @@
 """Inputs that stay in main memory: the same minibatches, gathered a step ahead. No GPU is needed: a CPU stands in."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,8 +27,6 @@ def test_minibatches_are_the_same(sizes, exact, monkeypatch):
     monkeypatch.setattr(HostRows, "take", take)
     here, there = (Batches(d, sizes, data.y[None], seed=0, exact=exact) for d in (data, replace(data, on_host=True)))
     for epoch in range(2):
-        here.begin(epoch)
-        there.begin(epoch)
         for step in range(len(here.shapes)):
             for a, b in zip(here.at(epoch, step), there.at(epoch, step), strict=True):
                 assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
@@ -44,20 +43,16 @@ def test_inputs_stay_where_a_gpu_has_no_room_for_them(free, on_host, monkeypatch
     assert not dataset._stays_on_host(arrays, torch.device("cpu"))
 
 
-class Rows(nn.Linear):
-    def __init__(self, n_outputs):
-        super().__init__(6, n_outputs)
-
-    def forward(self, x):
-        return super().forward(x.flatten(1))
+def rows(n_outputs):
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, n_outputs))
 
 
 @pytest.mark.parametrize("backend", ["graph", "loop"])
 def test_a_search_gives_the_same_scores(backend, monkeypatch):
     X, y = torch.rand(60, 2, 3, generator=torch.Generator().manual_seed(0)), [0, 1] * 30
-
     options = {"cv": 3, "n_trials": 2, "max_epochs": 3, "verbose": 0, "workers": 1, "scoring": "neg_log_loss"}
-    here = gputune.tune(Rows, X, y, backend=backend, **options)
+    search = partial(gputune.tune, rows, X, y, backend=backend, **options)
+    here = search()
     monkeypatch.setattr(dataset, "_stays_on_host", lambda arrays, device: True)
-    there = gputune.tune(Rows, X, y, backend=backend, **options)
+    there = search()
     np.testing.assert_allclose(there.curves, here.curves, atol=1e-6)
