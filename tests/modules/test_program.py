@@ -118,12 +118,10 @@ def test_results_in_use_share_no_memory():
     assert size < sum(wanted for *_, wanted in uses) / 3
 
 
-class Small(nn.Sequential):
+def small(n_features, n_outputs):
     """Two layers and what lies between them."""
-
-    def __init__(self, n_features, n_outputs):
-        first = nn.Linear(n_features, 8), nn.LayerNorm(8), nn.GELU()
-        super().__init__(*first, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n_outputs))
+    first = nn.Linear(n_features, 8), nn.LayerNorm(8), nn.GELU()
+    return nn.Sequential(*first, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, n_outputs))
 
 
 class Drawing(nn.Module):
@@ -131,7 +129,7 @@ class Drawing(nn.Module):
 
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.body = Small(n_features, n_outputs)
+        self.body = small(n_features, n_outputs)
         self.drop, self.channel = nn.Dropout(0.3), nn.Dropout1d(0.5)
 
     def forward(self, x):
@@ -140,27 +138,30 @@ class Drawing(nn.Module):
         return self.body[3:](h + 0.1 * torch.rand_like(noise) if self.training else h)
 
 
-def by_chances(self, x):
-    return Small.forward(self, x * torch.bernoulli(torch.linspace(0.1, 0.9, x.shape[1], dtype=x.dtype)))
+def by_chances(n_features, n_outputs):
+    def forward(_, x):
+        return x * torch.bernoulli(torch.linspace(0.1, 0.9, x.shape[1], dtype=x.dtype))
+
+    return nn.Sequential(variant(nn.Identity, forward)(), small(n_features, n_outputs))
 
 
 class Attending(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
-        self.attend, self.body = nn.MultiheadAttention(n_features, 1, batch_first=True), Small(n_features, n_outputs)
+        self.attend, self.body = nn.MultiheadAttention(n_features, 1, batch_first=True), small(n_features, n_outputs)
 
     def forward(self, x):
         x = x[:, None].expand(-1, 3, -1)
         return self.body(self.attend(x, x, x, need_weights=False)[0].mean(1))
 
 
-def chunk_of(data, configs, *, recorded, module=Small):
+def chunk_of(data, configs, *, recorded, module=small):
     network = StackedModule(module, configs, shape_of(data), seed=0)
     scoring = make_scoring(None, data.task, np.arange(3))
     return StackedChunk(network, Validation(data, scoring), seed=0, horizon=9, recorded=recorded)
 
 
-def recorded_as_eager(data, configs, module=Small, *, epochs=4, stays=None):
+def recorded_as_eager(data, configs, module=small, *, epochs=4, stays=None):
     """Assert that recorded steps give the bits of those as they are; return their chunk. Trials leave after two."""
     with torch.no_grad():
         found, expected = (chunk_of(data, configs, recorded=recorded, module=module) for recorded in (True, False))
@@ -198,7 +199,7 @@ def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes)
 def test_attention_is_recorded_and_draws_by_other_numbers_are_made_in_the_step():
     data, configs = make_data(), fill({"batch_size": 9})
     assert recorded_as_eager(data, configs, Attending, epochs=1).steps.begun
-    assert recorded_as_eager(data, configs, variant(Small, by_chances), epochs=1).draws is None
+    assert recorded_as_eager(data, configs, by_chances, epochs=1).draws is None
 
 
 def test_a_generator_of_a_modules_own_is_refused_before_it_draws():
