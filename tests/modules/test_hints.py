@@ -166,29 +166,26 @@ class Picky(Linear):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(("row", "kind", "epochs"), [(45, "training", 0), (95, "validation", 1)])
-def test_a_row_that_fails_in_one_fold_is_named(row, kind, epochs):
-    folds = [(np.arange(0, 40), np.arange(40, 45)), (np.arange(0, 80), np.arange(90, 100))]
-    y, X = np.arange(100) % 2, changed(torch.rand(100, 3), row, 1e6)
-    message = (
-        rf"Picky raised ArithmeticError in fold 1, after {epochs} epochs?: too large. "
-        rf"It fails on row {row} of X, of the {kind} rows"
-    )
-    with pytest.raises(InputError, match=message):
-        tune(Picky, X, y, cv=folds, numbers="none")
-
-
 # An embedding whose ids are made of two columns, so that no single one tells of them.
 Codes = variant(Words, lambda self, x: self.head(self.code((x[:, 0] * x[:, 1] + x[:, 2]).long())))
+CODES = torch.zeros(100, 3)
+CODES[50], CODES[60, :2], CODES[70, 2] = 1.5, 1, 1  # the sum of products is above 2 in row 50 alone
+CODES[40:43] = 2 * torch.eye(3)
+LARGE = "Picky raised ArithmeticError in fold 1, after {} epochs?: too large. It fails on row {} of X, of the {} rows"
 
 
-def test_a_row_that_fails_for_stacked_members_is_named():
-    X = torch.zeros(100, 3)
-    X[50], X[60, :2], X[70, 2] = 1.5, 1, 1  # the sum of products is above 2 in row 50 alone
-    X[40:43] = 2 * torch.eye(3)
-    folds = [(np.arange(0, 40), np.arange(40, 50)), (np.arange(0, 60), np.arange(90, 100))]
-    with pytest.raises(InputError, match="raised IndexError in fold 1, .* fails on row 50 of X"):
-        tune(partial(Codes, n_ids=3), X, np.arange(100) % 2, cv=folds, numbers="none")
+@pytest.mark.parametrize(
+    ("module", "X", "message"),
+    [
+        (Picky, changed(torch.rand(100, 3), 45, 1e6), LARGE.format(0, 45, "training")),
+        (Picky, changed(torch.rand(100, 3), 95, 1e6), LARGE.format(1, 95, "validation")),
+        (partial(Codes, n_ids=3), CODES, "raised IndexError in fold 1, .* fails on row 50 of X"),
+    ],
+)
+def test_a_row_that_fails_in_one_fold_is_named(module, X, message):
+    folds = [(np.arange(0, 40), np.arange(40, 45)), (np.arange(0, 80), np.arange(90, 100))]
+    with pytest.raises(InputError, match=message):
+        tune(module, X, np.arange(100) % 2, cv=folds, numbers="none")
 
 
 class Tires(Linear):

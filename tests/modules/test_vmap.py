@@ -218,17 +218,12 @@ def test_frozen_weights_that_follow_unused_ones_and_complex_buffers_are_those_of
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8, msg=name)
 
 
-class Broken(Linear):
-    def __init__(self, n_features, n_outputs, size=1):
-        raise RuntimeError("no such size")
+def broken(n_features, n_outputs):
+    raise RuntimeError("no such size")
 
 
 def frozen(n_features, n_outputs):
     return nn.Linear(n_features, n_outputs).requires_grad_(False)
-
-
-def detached(n_features, n_outputs):
-    return variant(Linear, lambda self, x: Linear.forward(self, x).detach())(n_features, n_outputs)
 
 
 def wrong_input(n_features, n_outputs):
@@ -248,11 +243,11 @@ def wrong_input(n_features, n_outputs):
             {},
             r"got \(4, 1\) for 4 rows; its last layer must have n_outputs outputs",
         ),
-        (Broken, {}, r"raised RuntimeError: no such size.*\. Of the 4 columns$"),
+        (broken, {}, r"raised RuntimeError: no such size.*\. Of the 4 columns$"),
         (wrong_input, {}, r"forward of wrong_input \(submodule '0'\) raised RuntimeError.*\. Of the 4 columns$"),
         (Residual, {"module__size": 3}, "module__size is no argument of Residual"),
         (frozen, {}, "frozen has nothing to train"),
-        (detached, {}, "detached has nothing to train"),
+        (variant(Linear, lambda self, x: Linear.forward(self, x).detach()), {}, "Variant has nothing to train"),
     ],
 )
 def test_what_no_loop_would_train_is_refused_by_name(build, more, message):
