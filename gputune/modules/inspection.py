@@ -75,17 +75,15 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
 
     False also for a module that cannot be made, or fails, of which its inspection knows more to say.
     """
-    data = data.of(config)
+    data, given = data.of(config), module_arguments(config)
     sizes = {"n_features": data.n_features, "n_outputs": 2, "input_shape": ()}
-    given = module_arguments(config)
     filled = call_arguments(builder, sizes, given).keys() - given.keys()
     if data.task != "binary" or filled & {"n_outputs", "num_classes"}:
         return False
-    try:
+    with suppress(InputError):
         trial = ModuleTrial(builder, config, data.with_one_logit())
         return trial.fits(trial.forward(trial.inputs, training=False), len(trial.y))
-    except InputError:
-        return False
+    return False
 
 
 def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> None:
@@ -230,9 +228,9 @@ def _plain_results(
     objective, names = stacked.objective, trial.shape.names
     gradients: list[dict[str, Tensor | None]] = []
     for rows in _minibatches(trial):
-        inputs, y = [x[rows] for x in trial.augmented()], trial.y[rows]
+        inputs = [x[rows] for x in trial.augmented()]
         with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
-            losses = objective.losses(module.train(), inputs, y, trial.config, names=names)
+            losses = objective.losses(module.train(), inputs, trial.y[rows], trial.config, names=names)
             losses.mean().backward()  # type: ignore[no-untyped-call]
         gradients.append({k: w.grad for k, w in module.named_parameters() if w.requires_grad})
         module.zero_grad()
@@ -259,7 +257,7 @@ def _stacked_results(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -
 
 def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
     """Return the rows of two minibatches, where there are enough for a second one that differs."""
-    n = len(trial.inputs[0])
+    n = len(trial.y)
     return slice(0, n), slice(0, max(min(n, 2), 2 * n // 3))
 
 

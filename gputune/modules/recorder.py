@@ -151,10 +151,9 @@ class CudaRecorder:
                 try:
                     torch.cuda.synchronize(self.device)
                 except RuntimeError as lost:
-                    raise RuntimeError(
-                        f"{self.device} has failed, and this process cannot use it any more: "
-                        f"{str(lost).splitlines()[0]}. What a study has finished is kept; go on in a new process."
-                    ) from error
+                    why = f"has failed, and this process cannot use it any more: {str(lost).splitlines()[0]}"
+                    remedy = "What a study has finished is kept; go on in a new process."
+                    raise RuntimeError(f"{self.device} {why}. {remedy}") from error
                 self.fail(f"recording a step on {self.device} failed: {str(error).splitlines()[0]}")
                 raise TraceError(CudaRecorder.failure) from error
         return graph.replay
