@@ -65,35 +65,29 @@ __all__ = [
     "tune",
 ]
 
-_HOMES = {
-    "Halving": "gputune.methods.stopping",
-    "Hypergradient": "gputune.methods.descent",
-    "Median": "gputune.methods.stopping",
-    "OptunaSampler": "gputune.methods.optuna",
-    "Ray": "gputune.executors.ray_cluster",
-    "Study": "gputune.api.study",
-    "Trial": "gputune.study.study",
-    "TunedModel": "gputune.study.model",
-    "hypergradient": "gputune.hypergradients.hypergradient",
-    "load_model": "gputune.study.model",
-    "log_int": "gputune.methods.distributions",
-    "callbacks": "gputune.callbacks",
-    "models": "gputune.models",
-    "optim": "gputune.optim",
-    "search": "gputune.api.tuning",
-    "sklearn": "gputune.sklearn",
-    "tune": "gputune.api.tuning",
-}
-
 _MODULES = ("callbacks", "models", "optim", "sklearn")
+_HOMES = {
+    "api.study": ("Study",),
+    "api.tuning": ("search", "tune"),
+    "executors.ray_cluster": ("Ray",),
+    "hypergradients.hypergradient": ("hypergradient",),
+    "methods.descent": ("Hypergradient",),
+    "methods.distributions": ("log_int",),
+    "methods.optuna": ("OptunaSampler",),
+    "methods.stopping": ("Halving", "Median"),
+    "study.model": ("TunedModel", "load_model"),
+    "study.study": ("Trial",),
+    **{name: (name,) for name in _MODULES},
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gputune' has no attribute {name!r}")
-    with without_collector():
-        home = import_module(_HOMES[name])
-    return home if name in _MODULES else getattr(home, name)
+    for home, names in _HOMES.items():
+        if name in names:
+            with without_collector():
+                module = import_module(f"gputune.{home}")
+            return module if name in _MODULES else getattr(module, name)
+    raise AttributeError(f"module 'gputune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,24 +1,10 @@
-"""The exceptions that gputune raises on purpose, and a warning.
-
-InputError          bad input: the message names the argument, the rule, the value and the remedy
-InputWarning        input that can be read in two ways: the message says which was taken, and what takes the other
-UntrustedCodeError  a study or a model names code that nobody has said to trust
-DivergedError       one training went to infinity or NaN where a finite result was asked for
-ClusterError        a cluster lost workers or nodes in the middle of a search; what was finished is kept
-CheckFailedError    a device does not compute what it should
-SearchFailedError   every trial of a search failed, so there is no best one
-StudyCorruptError   the file is damaged, or it is no study
-StudyVersionError   the study was written by a newer gputune
-MissingExtraError   an optional library is not installed
-SearchInterrupted   Ctrl-C or SIGTERM ended a search, after what is finished was kept
-Terminated          SIGTERM ended a command before or after its training
-"""
+"""The exceptions that gputune raises on purpose, and a warning."""
 
 import sys
 import warnings
 from importlib import import_module
 from numbers import Integral
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 TOO_BIG = "out of memory"
@@ -99,21 +85,17 @@ def check_count(value: object, name: str, *, least: int = 1, none: bool = False,
     if none and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        words = f"an integer of at least {least}{', or None' if none else ''}"
-        raise InputError(f"{name} must be {words}, got {value!r}.{remedy}")
+        or_none = ", or None" if none else ""
+        raise InputError(f"{name} must be an integer of at least {least}{or_none}, got {value!r}.{remedy}")
 
 
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the user's that called gputune, however deep within it this is."""
+    packages = ("gputune", "contextlib", "functools", "joblib", "sklearn")  # sklearn wraps the methods of estimators
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_within(frame):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in packages:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
-
-
-def _is_within(frame: FrameType) -> bool:
-    packages = ("gputune", "contextlib", "functools", "joblib", "sklearn")  # sklearn wraps the methods of estimators
-    return frame.f_globals.get("__name__", "").partition(".")[0] in packages
 
 
 def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:

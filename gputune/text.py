@@ -54,15 +54,12 @@ def nearest(
     if (other := others.get(str(word))) in by_case.values():
         return other
     text = str(word).lower()
-    near = [name for name in by_case if name in _transpositions(text)] or get_close_matches(text, by_case, 1, cutoff)
+    # Two neighbours that have changed places are nearer than a spell checker's ratio says.
+    transposed = {text[:i] + text[i : i + 2][::-1] + text[i + 2 :] for i in range(len(text) - 1)}
+    near = [name for name in by_case if name in transposed] or get_close_matches(text, by_case, 1, cutoff)
     if not near and len(text) >= _PREFIX:
         near = [n for n in by_case if n.startswith(text)] or [n for n in by_case if text in re.split("[_-]", n)]
     return by_case[near[0]] if near else None
-
-
-def _transpositions(word: str) -> set[str]:
-    """Return the words of which two neighbours have changed places: nearer than a spell checker's ratio says."""
-    return {word[:i] + word[i : i + 2][::-1] + word[i + 2 :] for i in range(len(word) - 1)}
 
 
 def did_you_mean(word: object, known: Iterable[object], *, others: Mapping[str, str] = ({})) -> str:
@@ -157,14 +154,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequenc
 
 def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> str:
     """Return text filled to ``width``, its first line behind ``first``, the others behind ``then``."""
-    return textwrap.fill(
-        text,
-        width=max(width, 40),
-        initial_indent=first,
-        subsequent_indent=then,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    wrapper = textwrap.TextWrapper(max(width, 40), first, then, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(text)
 
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -182,9 +173,7 @@ def blocks(values: Sequence[float], *, width: int) -> str:
 
 def card(title: str, rows: Iterable[tuple[str, str]]) -> str:
     """Return an HTML table with one row for each name and text, all of it escaped: what a notebook shows."""
-    lines = "".join(
-        f'<tr><th style="text-align:left">{escape(clean(name))}</th>'
-        f'<td style="text-align:left">{escape(clean(text))}</td></tr>'
-        for name, text in rows
-    )
+    left = ' style="text-align:left"'
+    cells = (f"<th{left}>{escape(clean(name))}</th><td{left}>{escape(clean(text))}</td>" for name, text in rows)
+    lines = "".join(f"<tr>{cell}</tr>" for cell in cells)
     return f"<div><strong>{escape(clean(title))}</strong><table>{lines}</table></div>"

@@ -98,13 +98,11 @@ def defaults_in_words() -> str:
     values = ", ".join(f"{key} {value}" for key, value in DEFAULTS.items())
     decays = f"weight_decay {default_weight_decay('adamw'):g} (adamw and its kin) or 0"
     momenta = f"momentum {default_momentum('nesterov'):g} (nesterov), {default_momentum('muon'):g} (muon) or 0"
-    return "\n".join(
-        [
-            f"The default space of mlp: {trained}, {of('weight_decay')}, {of('width')}.",
-            f"Of a module: the same without width; hd optimizers also {of('hypergrad_lr')}.",
-            f"Of logistic, solved: {of('C')}, {of('l1_ratio')}.",
-            f"Where a space is silent: lr {DEFAULT_LR:g}, {decays}, {momenta}, {values}.",
-        ]
+    return (
+        f"The default space of mlp: {trained}, {of('weight_decay')}, {of('width')}.\n"
+        f"Of a module: the same without width; hd optimizers also {of('hypergrad_lr')}.\n"
+        f"Of logistic, solved: {of('C')}, {of('l1_ratio')}.\n"
+        f"Where a space is silent: lr {DEFAULT_LR:g}, {decays}, {momenta}, {values}."
     )
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from gputune.data.encode import fit_layout, fit_statistics
+from gputune.data.columns import fit_layout
+from gputune.data.encode import fit_statistics
 from gputune.data.table import as_table
 from gputune.models import MLP
 from gputune.study.model import TunedModel

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
+from torch.utils.data import Dataset
 
 from gputune.api.study import Study
 from gputune.callbacks import Callback
-from gputune.data.encode import Columns
+from gputune.data.columns import Columns
 from gputune.data.kinds import Kind
-from gputune.data.source import read_source
+from gputune.data.source import read_dataset, read_source
 from gputune.data.target import TaskWord
 from gputune.data.target_transform import TargetTransform
 from gputune.data.weights import ClassWeight
@@ -226,7 +227,8 @@ def tune(
     choice, bar = choose_model(model, optimizer), partial(reading_bar, verbose=options.verbose)
 
     def run() -> Study:
-        source = read_source(X, y, groups, module=choice.takes_arrays, bar=bar, drop=options.drop, kinds=options.kinds)
+        rows = read_dataset(X, y, bar) if choice.takes_arrays and isinstance(X, Dataset) else (X, y)
+        source = read_source(*rows, groups, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
         return search_rows(RecordedSearch(choice, source, options), study_type=Study)
 
     return study_so_far(run, verbose)

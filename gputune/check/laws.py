@@ -20,8 +20,9 @@ from sklearn.metrics import get_scorer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gputune.data.columns import fit_layout
 from gputune.data.dataset import Dataset, make_dataset
-from gputune.data.encode import fit_layout, fit_statistics
+from gputune.data.encode import fit_statistics
 from gputune.data.table import as_table
 from gputune.data.target import Target
 from gputune.data.weights import Weights

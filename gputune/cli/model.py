@@ -19,7 +19,7 @@ from sklearn.metrics import get_scorer, get_scorer_names
 from torch import Tensor
 from torch.nn import functional
 
-from gputune.data.encode import Layout
+from gputune.data.columns import Layout
 from gputune.data.files import line_of, read_columns, read_table
 from gputune.data.source import Source, read_source
 from gputune.data.target import check_target, refuse_missing

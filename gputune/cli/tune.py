@@ -19,7 +19,7 @@ from gputune.cli.flags import in_flags
 from gputune.cli.model import HeldOut, held_out_score
 from gputune.cli.options import options_of, typed_options
 from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
-from gputune.data.array_files import ARRAY_SUFFIXES
+from gputune.data.files import ARRAY_SUFFIXES
 from gputune.data.source import Source, read_source, set_apart
 from gputune.data.target import check_spread, check_target, with_transform
 from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted, Terminated

@@ -49,53 +49,48 @@ class Arrays:
 
     def gathered(self) -> tuple[Tensor, ...]:
         """Return the rows of all inputs, each (n, ...)."""
-        return tuple(self._rows(x, 0, None) for x in self.parts)
+        return tuple(self._rows(x, slice(None)) for x in self.parts)
 
-    def _rows(self, x: Tensor, begin: int, end: int | None) -> Tensor:
-        if self.places is None:
-            return x[begin:end]
-        return x.index_select(0, torch.from_numpy(self.places[begin:end]).to(x.device))
+    def _rows(self, x: Tensor, rows: slice) -> Tensor:
+        return x[rows] if self.places is None else x.index_select(0, torch.from_numpy(self.places[rows]).to(x.device))
 
     def as_given(self) -> object:
         """Return the rows as a scorer sees them: an array, a tuple, or a dict of arrays."""
         arrays = tuple(x.cpu().numpy() for x in self.gathered())
-        if self.names is not None:
-            return dict(zip(self.names, arrays))
-        return arrays if len(arrays) > 1 else arrays[0]
+        alone = arrays if len(arrays) > 1 else arrays[0]
+        return alone if self.names is None else dict(zip(self.names, arrays))
 
     def blocks(self, part: int) -> Iterator[tuple[int, Tensor]]:
         """Return the rows of an input, a block at a time, each with the number of its first row."""
         x = self.parts[part]
         rows = max(1, _BLOCK // max(1, x[0].numel()))
         for start in range(0, len(self), rows):
-            yield start, self._rows(x, start, start + rows)
+            yield start, self._rows(x, slice(start, start + rows))
 
 
 def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
     """Return what messages call so many inputs: X, X[0], X['image']."""
-    if names is not None:
-        return tuple(f"X[{name!r}]" for name in names)
-    return ("X",) if number == 1 else tuple(f"X[{i}]" for i in range(number))
+    if number == 1 and names is None:
+        return ("X",)
+    return tuple(f"X[{name!r}]" for name in names or range(number))
 
 
 def as_arrays(X: object) -> Arrays | None:
     """Return X as inputs of a module, None where it is a table: two axes, of floats or in a frame.
 
     X is an array or tensor with three axes or more, a tensor of integers with two, or a tuple or dict of any such.
-    Raises InputError for unequal lengths, no rows, complex or missing or infinite numbers.
     """
     if isinstance(X, Mapping) and all(isinstance(value, Tensor | np.ndarray) for value in X.values()):
         return _check_arrays(tuple(X.values()), tuple(map(str, X)))
     if isinstance(X, tuple) and all(isinstance(value, Tensor | np.ndarray) for value in X):
-        return _check_arrays(X, None)
-    if isinstance(X, np.ndarray) and not np.ma.isMaskedArray(X) and X.ndim > 2:
-        return _check_arrays((X,), None)
-    if isinstance(X, Tensor) and (X.dim() > 2 or (X.dim() == 2 and not X.is_floating_point() | X.is_complex())):
-        return _check_arrays((X,), None)
-    return None
+        return _check_arrays(X)
+    if not isinstance(X, Tensor | np.ndarray) or np.ma.isMaskedArray(X):
+        return None
+    of_ids = isinstance(X, Tensor) and X.dim() == 2 and not X.is_floating_point() | X.is_complex()
+    return _check_arrays((X,)) if X.ndim > 2 or of_ids else None
 
 
-def _check_arrays(values: Sequence[np.ndarray | Tensor], names: tuple[str, ...] | None) -> Arrays:
+def _check_arrays(values: Sequence[np.ndarray | Tensor], names: tuple[str, ...] | None = None) -> Arrays:
     if not values:
         raise InputError("X is empty; pass at least one array or tensor of rows.")
     labels = input_labels(len(values), names)
@@ -175,7 +170,7 @@ class ArrayLayout:
                 raise InputError(
                     f"X must be what was seen in training, {self}, got a {type(X).__name__}; pass such arrays."
                 ) from error
-            arrays = _check_arrays((array,), None)
+            arrays = _check_arrays((array,))
         if self.names is not None and arrays.names is not None:
             by_name = dict(zip(arrays.names, arrays.parts))
             if missing := [name for name in self.names if name not in by_name]:
@@ -185,7 +180,7 @@ class ArrayLayout:
         layout = ArrayLayout.of(arrays)
         are_floats = [getattr(torch, dtype).is_floating_point for dtype in self.dtypes]
         same = are_floats == [x.is_floating_point() for x in arrays.parts]
-        if layout.shapes != self.shapes or layout.names != self.names or not same:
+        if (layout.shapes, layout.names, same) != (self.shapes, self.names, True):
             raise InputError(f"X must be what was seen in training, {self}, got {layout}.")
         return arrays
 
@@ -213,12 +208,12 @@ class ArrayLayout:
 
     def to_json(self) -> Json:
         names = None if self.names is None else list(self.names)
-        return {"shapes": [list(shape) for shape in self.shapes], "dtypes": list(self.dtypes), "names": names}
+        return {"shapes": [*map(list, self.shapes)], "dtypes": list(self.dtypes), "names": names}
 
     @staticmethod
     def from_json(value: Json) -> "ArrayLayout":
         names = None if value["names"] is None else tuple(value["names"])
-        return ArrayLayout(tuple(tuple(shape) for shape in value["shapes"]), tuple(value["dtypes"]), names)
+        return ArrayLayout(tuple(map(tuple, value["shapes"])), tuple(value["dtypes"]), names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,9 +227,8 @@ class ArrayStatistics:
 
     @staticmethod
     def from_json(value: Json) -> "ArrayStatistics":
-        return ArrayStatistics(
-            tuple(None if c is None else (np.array(c[0]), np.array(c[1])) for c in value["channels"])
-        )
+        parts = (None if c is None else (np.array(c[0]), np.array(c[1])) for c in value["channels"])
+        return ArrayStatistics(tuple(parts))
 
 
 def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> tuple[ArrayStatistics, ...]:
@@ -245,13 +239,8 @@ def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> t
     """
     if numbers not in TENSOR_NUMBERS:
         raise InputError(f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'.")
-    stay: list[None] = [None] * len(folds)
-    fitted = [
-        _fit(arrays, part, folds)
-        if numbers == "standard" and (x.is_floating_point() or x.dtype == torch.uint8)
-        else stay
-        for part, x in enumerate(arrays.parts)
-    ]
+    scaled = (numbers == "standard" and (x.is_floating_point() or x.dtype == torch.uint8) for x in arrays.parts)
+    fitted = [_fit(arrays, part, folds) if scale else [None] * len(folds) for part, scale in enumerate(scaled)]
     return tuple(map(ArrayStatistics, zip(*fitted)))
 
 
@@ -266,9 +255,8 @@ def _fit(arrays: Arrays, part: int, folds: Sequence[np.ndarray]) -> list[tuple[n
     first, second = (np.empty((len(arrays), *shape)) for _ in range(2))
     for start, block in arrays.blocks(part):
         gap = block.double() - shift
-        rows = slice(start, start + len(block))
         for sums, values in ((first, gap), (second, gap.square())):
-            sums[rows] = (values.sum(summed, keepdim=True) if summed else values).cpu().numpy()
+            sums[start : start + len(block)] = (values.sum(summed, keepdim=True) if summed else values).cpu().numpy()
     moments = []
     for train in folds:
         mean, square = (sums[train].mean(0) / each for sums in (first, second))

@@ -1,33 +1,32 @@
-"""How one input column becomes features: decided once from the column itself, then applied to any other rows.
+"""How a column becomes features: decided once from the column itself (``fit_layout``), then applied to any other rows.
 
 number     its value
 boolean    1 or 0
 category   one feature per level (one-hot); rare levels share the feature ``(other)``
 date       days since 1970, month, day of the month, weekday (0 = Monday), hour; those that vary
 
-Where values are missing, numbers, booleans and dates get a feature ``(missing)`` beside NaN in the others,
-and a category gets a level of that name.
-
-Of torch tensors, tables of numbers, columns are checked, summed up and decided where they lie.
+Where values are missing, numbers, booleans and dates get a feature ``(missing)`` beside NaN in the others, and a
+category gets a level of that name. Torch tensors, tables of numbers, are checked, summed up and decided where they lie.
 """
 
 import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Literal, TypeAlias, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gputune.data.arrays import refuse_kind
-from gputune.data.kinds import Kind, parse_text, read_amounts, read_as, value_texts
-from gputune.data.table import nameless, two_axes
-from gputune.errors import InputError
-from gputune.text import is_number
-from gputune.types import Json
+from gputune.data.kinds import Kind, convert
+from gputune.data.table import Table, nameless, quoted, two_axes
+from gputune.errors import InputError, warn
+from gputune.text import count, is_number
+from gputune.types import Json, Numbers
 
 DATE_PARTS = ("days", "month", "day", "weekday", "hour")
 
@@ -63,9 +62,8 @@ class Column:
     def feature_names(self) -> tuple[str, ...]:
         """Names of the features, each beginning with the column's."""
         parts = [self.name if part == "value" else f"{self.name}.{part}" for part in self.parts]
-        levels = [f"{self.name}={level}" for level in self.levels]
-        other = [f"{self.name}=(other)"] * self.other
-        return (*parts, *levels, *other, *[f"{self.name}=(missing)"] * self.missing)
+        levels = [*self.levels, *["(other)"] * self.other, *["(missing)"] * self.missing]
+        return (*parts, *(f"{self.name}={level}" for level in levels))
 
     @property
     def numeric(self) -> tuple[bool, ...]:
@@ -73,9 +71,13 @@ class Column:
         scaled = self.kind in ("number", "date")
         return tuple(scaled and i < len(self.parts) for i in range(len(self.feature_names)))
 
+    def read(self, kind: Kind, values: np.ndarray) -> np.ndarray:
+        """Return values of a kind read as the column's; InputError where one does not fit."""
+        return convert(values, kind, self.kind, self.name, self.levels)
+
     def features(self, kind: Kind, values: np.ndarray) -> np.ndarray:
         """Return (n, d) float64 for values of a kind; NaN where a number, boolean or date is missing."""
-        values = convert(values, kind, self)
+        values = self.read(kind, values)
         if self.kind != "category":
             parts = _parts(self.kind, values)
             lost = [np.isnan(values).astype(np.float64)] * self.missing
@@ -86,12 +88,6 @@ class Column:
         position[None] = width - 1 if self.missing else unknown
         codes = np.array([position.get(value, unknown) for value in values], dtype=np.int64)
         return np.eye(width + 1)[codes, :width]
-
-    def unseen(self, kind: Kind, values: np.ndarray) -> list[str]:
-        """Return the levels, in order, that were not there at training and that no feature stands for."""
-        if self.kind != "category" or self.other:
-            return []
-        return sorted({*convert(values, kind, self)} - {None, *self.levels})
 
     def to_json(self) -> Json:
         return asdict(self) | {"parts": list(self.parts), "levels": list(self.levels)}
@@ -131,11 +127,10 @@ def fit_column(
 
 def _fit_category(name: str, values: np.ndarray, *, max_levels: int, min_count: int) -> tuple[Column, tuple[str, ...]]:
     counts = Counter(value for value in values if value is not None)
-    known = sum(counts.values())
-    missing = known < len(values)
     if not counts:
         return Column(name, "category"), ("left out, all values missing",)
-    meant = _meant_otherwise(counts)
+    known, meant = sum(counts.values()), _meant_otherwise(counts)
+    missing = known < len(values)
     if len(counts) == known and known > 1:
         return Column(name, "category"), (f"left out, text with all {known} values distinct", *meant)
     least = min(min_count, math.ceil(len(values) / 100))
@@ -178,54 +173,6 @@ def _counts(values: np.ndarray) -> bool:
     return rise and bool(np.ptp(values) < 2 * len(values))
 
 
-def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
-    """Return the values read as the column's kind, where each of them has one meaning in it.
-
-    A file for prediction may hold only the rows with numbers of a column of codes, or no value at all, so that
-    its column is read as another kind than at training. Raises InputError where a value does not fit.
-    """
-    if kind == column.kind:
-        return values
-    known = np.array([value is not None for value in values]) if kind == "category" else ~np.isnan(values)
-    if not known.any():
-        return np.full(len(values), None if column.kind == "category" else np.nan)
-    if column.kind == "category" and kind != "date":  # "007" was the number 7, "true" a boolean
-        level_of = {level: level for level in column.levels}
-        for level in column.levels:
-            level_kind, value = _read(np.array([level], dtype=object))
-            if level_kind == kind and not np.isnan(value).any():  # a level "NA" reads as a missing number
-                level_of.setdefault(value_texts(value, kind)[0], level)
-        return np.array([level_of.get(text, text) for text in value_texts(values, kind)], dtype=object)
-    if kind == "category":  # texts that read as something else
-        kind, read = _read(values)
-        if kind != "category":
-            return convert(read, kind, column)
-        texts = values[known]
-        odd = (text for text in texts if _read(np.array([text], dtype=object))[0] == "category")
-        raise _misfit(column, f"text such as {next(odd, texts[0])!r}")
-    if (column.kind, kind) == ("number", "boolean"):
-        return values
-    if (column.kind, kind) == ("date", "number"):  # 20200131 reads as both
-        with suppress(InputError):
-            return read_as("date", kind, values, column.name)
-    if (column.kind, kind) == ("boolean", "number") and np.isin(values[known], (0.0, 1.0)).all():
-        return values
-    raise _misfit(column, f"a {kind}")
-
-
-def _read(texts: np.ndarray) -> tuple[Kind, np.ndarray]:
-    """Return texts as ``parse_text`` does, amounts as numbers."""
-    kind, values = parse_text(texts)
-    if kind == "category" and (amounts := read_amounts(values)) is not None:
-        return "number", amounts[0]
-    return kind, values
-
-
-def _misfit(column: Column, got: str) -> InputError:
-    kind = column.kind.replace("category", "category (text)")
-    return InputError(f"column {column.name!r} must be a {kind} as it was for training, got {got}; convert it.")
-
-
 def checked_tensor(X: Tensor) -> Tensor:
     """Return a dense (n, D) tensor of floats, finite or NaN, at least of single precision; else InputError."""
     refuse_kind(X, "X")
@@ -242,34 +189,150 @@ def checked_tensor(X: Tensor) -> Tensor:
     return X.float() if X.dtype.itemsize < 4 else X
 
 
-def fit_tensor_columns(X: Tensor, *, keep: bool = False) -> list[tuple[Column, tuple[str, ...]]]:
-    """Decide as ``fit_column`` does for numbers; three numbers a column leave the device."""
+def _summary(X: Tensor) -> Table:
+    """Return a table whose columns are decided as those of a tensor: of their ends, and a missing value if any."""
     lost = X.isnan()
     low = torch.where(lost, torch.inf, X).amin(0)
     high = torch.where(lost, -torch.inf, X).amax(0)
-    summary = torch.stack([low, high, lost.any(0).to(X.dtype)], dim=1).cpu().double().numpy()
-    # Stand-in values with the same answers: the smallest, the largest, and a missing one where there is any.
-    columns = [np.array([low, high, np.nan] if lost else [low, high]) for low, high, lost in summary]
-    return [
-        fit_column(name, "number", np.where(np.isinf(values), np.nan, values), max_levels=0, min_count=0, keep=keep)
-        for name, values in zip(nameless(X.shape[1]), columns)
-    ]
+    # Three numbers of each leave the device.
+    ends = torch.stack([low, high, torch.where(lost.any(0), torch.nan, low)]).cpu().double().numpy()
+    kind: Kind = "number"
+    return Table(nameless(X.shape[1]), (kind,) * X.shape[1], tuple(np.where(np.isinf(ends), np.nan, ends).T))
 
 
-def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean and scale of the known values, summed in float64 on the tensor's device, and how far they go: (D,).
+Columns = Literal["keep", "drop-constant"]
+Raw: TypeAlias = np.ndarray | Tensor
+"""Features before any statistics, (n, D)."""
+N_BINS = 16
+"""Bins of a number at most; where it has fewer, the features of the others are 0."""
 
-    The scale is the standard deviation, or 1 where it is no more than a rounding error. Source: scikit-learn's
-    StandardScaler.
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns that are used, the names of all columns seen, and one sentence for each thing a user should know."""
+
+    columns: tuple[Column, ...]
+    inputs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def feature_names(self) -> tuple[str, ...]:
+        return tuple(name for column in self.columns for name in column.feature_names)
+
+    @cached_property
+    def numeric(self) -> np.ndarray:
+        """(D,) bool: features that are centred and scaled; indicators, booleans and levels are not."""
+        return np.array([flag for column in self.columns for flag in column.numeric], dtype=bool)
+
+    @cached_property
+    def feature_groups(self) -> tuple[int, ...]:
+        """Of each feature 0 where it is a number, else, from 1, of which category or flag it is a level: (D,)."""
+        groups: list[int] = []
+        for column in self.columns:
+            for j, numeric in enumerate(column.numeric):
+                is_new = j == 0 or column.kind != "category"
+                groups.append(0 if numeric else max(groups, default=0) + is_new)
+        return tuple(groups)
+
+    def groups(self, places: np.ndarray) -> tuple[int, ...]:
+        """Return ``feature_groups`` of the inputs that are made of the features at ``places``, (0,): of each one."""
+        return tuple(self.feature_groups[j] for j in places.tolist()) if places.size else self.feature_groups
+
+    def places(self, numbers: Numbers) -> np.ndarray:
+        """Return of which feature each input of a network is made, (D',): several of one that is cut into bins."""
+        is_cut = self.numeric & numbers.startswith("piecewise")
+        return np.repeat(np.arange(len(is_cut)), np.where(is_cut, N_BINS, 1))
+
+    def widths(self, numbers: Numbers) -> list[int]:
+        """Return how many inputs of a network each column is made into."""
+        ends = np.cumsum([len(column.feature_names) for column in self.columns])
+        widths: list[int] = np.diff(np.searchsorted(self.places(numbers), ends), prepend=0).tolist()
+        return widths
+
+    def in_words(self) -> str:
+        """Say what a row is made of."""
+        return count(len(self.columns), "column")
+
+    @overload
+    def raw(self, X: Table) -> np.ndarray: ...
+    @overload
+    def raw(self, X: Tensor) -> Tensor: ...
+    def raw(self, X: Table | Tensor) -> Raw:
+        """Return the features before any statistics, (n, D), NaN where a number is missing.
+
+        float64 for a table; on its device for a tensor, in its float dtype (at least float32; float64 for integers).
+        Columns are found by name; extra ones are ignored with one UserWarning. An unknown level counts as ``(other)``
+        where there is such a feature and is all zeros elsewhere. InputError for missing columns and other kinds.
+        """
+        if isinstance(X, Tensor):
+            return self._raw_tensor(checked_tensor(X))
+        self._check(X.names)
+        parts = [column.features(X.kind(column.name), X.column(column.name)) for column in self.columns]
+        return np.concatenate(parts, axis=1)
+
+    def unseen(self, X: Table) -> dict[str, list[str]]:
+        """Return the levels of each column that were not there at training and that no feature stands for."""
+        names, levels = set(X.names), dict[str, list[str]]()
+        for column in self.columns:
+            if column.kind == "category" and not column.other and column.name in names:
+                values = column.read(X.kind(column.name), X.column(column.name))
+                levels[column.name] = sorted({*values} - {None, *column.levels})
+        return {name: unseen for name, unseen in levels.items() if unseen}
+
+    def _check(self, names: tuple[str, ...]) -> None:
+        """Raise InputError for names of which some lack; warn of those that are not read."""
+        present = set(names)
+        if missing := [column.name for column in self.columns if column.name not in present]:
+            raise InputError(
+                f"X has no column {quoted(missing)}; the columns seen in training are {quoted(self.inputs)}, "
+                f"got {quoted(names)}."
+            )
+        if extra := sorted(present - set(self.inputs)):
+            if names == nameless(len(names)) and {*self.inputs} < {*names}:  # nobody has said which of them are meant
+                raise InputError(f"X must have {len(self.inputs)} columns as in training, or names, got {len(names)}.")
+            warn(f"X has columns that the model does not read: {quoted(extra)}.")
+
+    def _raw_tensor(self, X: Tensor) -> Tensor:
+        names = nameless(X.shape[1])
+        self._check(names)
+        if unfit := [column.name for column in self.columns if column.kind not in ("number", "boolean")]:
+            raise InputError(f"a tensor holds numbers only, but {quoted(unfit)} are text or dates; pass a data frame.")
+        position = {name: j for j, name in enumerate(names)}
+        source = [position[column.name] for column in self.columns for _ in column.feature_names]
+        indicator = [flag for c in self.columns for flag in (*[False] * len(c.parts), *[True] * c.missing)]
+        picked = X if source == list(range(X.shape[1])) else X[:, torch.tensor(source, device=X.device)]
+        if not any(indicator):
+            return picked
+        return torch.where(torch.tensor(indicator, device=X.device), picked.isnan().to(X.dtype), picked)
+
+    def to_json(self) -> Json:
+        columns = [column.to_json() for column in self.columns]
+        return {"columns": columns, "inputs": list(self.inputs), "notes": list(self.notes)}
+
+    @staticmethod
+    def from_json(value: Json) -> "Layout":
+        columns = tuple(Column.from_json(column) for column in value["columns"])
+        return Layout(columns, tuple(value["inputs"]), tuple(value["notes"]))
+
+
+def fit_layout(
+    X: Table | Tensor, *, columns: Columns = "drop-constant", max_levels: int = 32, min_count: int = 10
+) -> Layout:
+    """Decide from X alone (never y) how its columns become features; constant ones are left out, which ``notes`` say.
+
+    So is text with all values distinct. "keep" makes each number and boolean one feature, whatever its values;
+    "drop-constant" adds one that says where values are missing. A category keeps levels as ``fit_column`` says.
     """
-    lost = part.isnan()
-    count = (~lost).sum(0).clamp(min=1)
-    mean = part.nansum(0, dtype=torch.float64) / count
-    gap = torch.where(lost, 0.0, part - mean.to(part.dtype))
-    farthest = gap.abs().amax(0)
-    unit = torch.where(farthest > torch.finfo(gap.dtype).max ** 0.45, farthest, 1.0)  # in which no square overflows
-    variance = gap.div_(unit).square_().sum(0, dtype=torch.float64) / count
-    eps = torch.finfo(torch.float64).eps
-    constant = variance <= count * eps * variance + (count * (mean / unit) * eps) ** 2
-    scale = torch.where(constant, 1.0, variance.sqrt() * unit)
-    return mean.cpu().numpy(), scale.cpu().numpy(), farthest.double().cpu().numpy()
+    if isinstance(X, Tensor):
+        X = _summary(checked_tensor(X))
+    fit = partial(fit_column, max_levels=max_levels, min_count=min_count, keep=columns == "keep")
+    fitted = [fit(*column) for column in zip(X.names, X.kinds, X.columns)]
+    reasons = [*X.amounts.items(), *((column.name, reason) for column, of_column in fitted for reason in of_column)]
+    columns_of: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        columns_of.setdefault(reason, []).append(name)
+    notes = tuple(f"Column{'s' * (len(of) > 1)} {quoted(of)}: {reason}." for reason, of in columns_of.items())
+    used = tuple(column for column, _ in fitted if column.feature_names)
+    if not used:
+        raise InputError(f"X has no usable column. {' '.join(notes)}")
+    return Layout(used, X.names, notes)

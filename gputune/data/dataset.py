@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labels
-from gputune.data.columns import checked_tensor
-from gputune.data.encode import Layout, Statistics
+from gputune.data.columns import Layout, checked_tensor
+from gputune.data.encode import Statistics
 from gputune.data.scaling import Scaling, encode, scaling_of, table_inputs
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, standardised
@@ -58,13 +58,14 @@ class ScorerRows:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What of a ``Dataset`` depends on how the numbers of its table are prepared."""
+    """What of a ``Dataset`` depends on how the numbers of its table are prepared; as there."""
 
     inputs: tuple[Tensor, ...]
     copies: tuple[int, ...]
     scaling: tuple[Scaling | None, ...]
     statistics: tuple[Statistics | ArrayStatistics, ...]
-    feature_groups: tuple[int, ...]
+    feature_groups: tuple[int, ...] | None = None
+    on_host: bool = False
 
 
 class Preparations(dict[str, Inputs]):
@@ -135,6 +136,11 @@ class Dataset:
         return input_labels(len(self.inputs), self.names)
 
     @property
+    def device(self) -> torch.device:
+        """Where all tensors lie; the inputs too, unless they are ``on_host``."""
+        return self.folds[0].train.device
+
+    @property
     def n_rows(self) -> int:
         return self.inputs[0].shape[1]
 
@@ -160,11 +166,11 @@ class Dataset:
 
     def rows(self, fold: int, positions: Tensor) -> tuple[Tensor, ...]:
         """Return rows of all inputs as a fold reads them, each (m, ...)."""
-        copy, folds, rows = self.copies[fold], slice(fold, fold + 1), []
+        rows = []
         for number, x in enumerate(self.inputs):
-            gathered = x[copy].index_select(0, positions.to(x.device))
+            gathered = x[self.copies[fold]].index_select(0, positions.to(x.device))
             gathered = stage_rows(gathered, self.device) if self.on_host else gathered
-            rows.append(self.read(number, gathered[None], folds)[0])
+            rows.append(self.read(number, gathered[None], slice(fold, fold + 1))[0])
         return tuple(rows)
 
     def training_rows(self, fold: int) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -178,8 +184,7 @@ class Dataset:
 
     def read(self, number: int, rows: Tensor, folds: slice) -> Tensor:
         """Return gathered rows (F, ..., *row) of an input as some folds read them."""
-        scaling = self.scaling[number]
-        if scaling is not None:
+        if (scaling := self.scaling[number]) is not None:
             return scaling(rows, folds)
         return rows.to(self.dtype) if rows.is_floating_point() else rows
 
@@ -193,11 +198,6 @@ class Dataset:
         train = self.folds[0].train
         spread = train[torch.linspace(0, len(train) - 1, min(number, len(train))).long().to(self.device)]
         return self.rows(0, spread), self.targets(0)[spread]
-
-    @property
-    def device(self) -> torch.device:
-        """Where all tensors lie; the inputs too, unless they are ``on_host``."""
-        return self.folds[0].train.device
 
     def with_one_logit(self) -> "Dataset":
         """Return the data of two classes for a module with one output: it has no class that could take no part."""
@@ -219,17 +219,15 @@ def make_dataset(
     *,
     weights: Weights,
     like: Tensor,
-    standardise: bool = True,
 ) -> Dataset:
     """Return the dataset in the dtype and on the device of ``like``.
 
     ``raw`` is arrays, or (n, D) what ``Layout.raw`` returned, and ``statistics`` are those of each fold's training
-    rows; numbers to be predicted are standardised by these too, unless told not to. Raises InputError where the weights
-    of a fold's training rows add up to 0.
+    rows. Raises InputError where the weights of a fold's training rows add up to 0.
     """
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
-    counted = row_weights if weights.count else [None] * len(folds)
-    y, center, scale, transforms = standardised(target, folds, standardise, counted)
+    counted = row_weights if weights.of_target else [None] * len(folds)
+    y, center, scale, transforms = standardised(target, folds, counted)
     values, present = target.values, _present(target, folds, counted)
     if isinstance(raw, Arrays) and raw.places is not None:
         # The inputs have other rows as well, which no fold has: folds and targets name rows by their places among all.
@@ -238,12 +236,10 @@ def make_dataset(
         row_weights = [None if row is None else among(row) for row in row_weights]
         folds = [(places[train], places[valid]) for train, valid in folds]
     to_device = partial(torch.as_tensor, device=like.device)
-    inputs, copies, scaling, on_host = _inputs(raw, statistics, like)
     weigh = any(row is not None for row in row_weights)
     stacked = [np.ones(len(values)) if row is None else row for row in row_weights if weigh]
     return Dataset(
-        inputs=inputs,
-        copies=copies,
+        **vars(inputs_of(raw, statistics, like)),
         y=to_device(y, dtype=like.dtype if y.dtype.kind == "f" else torch.int64),
         weights=to_device(np.stack(stacked)) if weigh else None,
         folds=tuple(Fold(*(to_device(np.asarray(rows, np.int64)) for rows in fold)) for fold in folds),
@@ -255,11 +251,8 @@ def make_dataset(
         target=to_device(values),
         column=target.column,
         names=raw.names if isinstance(raw, Arrays) else None,
-        scaling=scaling,
         dtype=like.dtype,
         transforms=transforms,
-        statistics=tuple(statistics),
-        on_host=on_host,
     )
 
 
@@ -270,16 +263,19 @@ def _among(places: np.ndarray, size: int, values: np.ndarray, axis: int = 0) -> 
     return spread
 
 
-def _inputs(
-    raw: np.ndarray | Tensor | Arrays, statistics: Sequence[Statistics] | Sequence[ArrayStatistics], like: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...], bool]:
-    """Return the inputs, the copy that each fold reads, how it is scaled, and whether inputs stay in main memory."""
+def inputs_of(
+    raw: np.ndarray | Tensor | Arrays,
+    statistics: Sequence[Statistics] | Sequence[ArrayStatistics],
+    like: Tensor,
+    groups: tuple[int, ...] | None = None,
+) -> Inputs:
+    """Return the inputs in the dtype and on the device of ``like``; ``groups`` are the features' of a table."""
     if not isinstance(raw, Arrays):
-        return *table_inputs(raw, cast(Sequence[Statistics], statistics), like), False
+        return Inputs(*table_inputs(raw, cast(Sequence[Statistics], statistics), like), tuple(statistics), groups)
     on_host = _stays_on_host(raw, like.device)
     inputs = tuple((x if on_host else x.to(like.device))[None] for x in raw.parts)
     scaling = scaling_of(cast(Sequence[ArrayStatistics], statistics), like)
-    return inputs, (0,) * len(statistics), scaling, on_host
+    return Inputs(inputs, (0,) * len(statistics), scaling, tuple(statistics), on_host=on_host)
 
 
 _DEVICE_SHARE = 0.5  # of the memory that is free on a GPU, which inputs may take
@@ -301,11 +297,8 @@ def _present(target: Target, folds: Sequence[Rows], weights: Sequence[np.ndarray
     """Return which classes have training rows that weigh something, (F, K); None where all have, or there are none."""
     if target.classes is None:
         return None
-    counts = [
-        np.bincount(target.values[train], None if row is None else row[train], target.n_outputs)
-        for (train, _), row in zip(folds, weights)
-    ]
-    present = np.stack(counts) > 0
+    parts = ((target.values[train], None if row is None else row[train]) for (train, _), row in zip(folds, weights))
+    present = np.stack([np.bincount(codes, row, target.n_outputs) for codes, row in parts]) > 0
     return None if present.all() else present
 
 

@@ -1,15 +1,22 @@
-"""Files become a table: text and Parquet by polars, scikit-learn's sets by name, none that memory does not hold."""
+"""Files become a table: text and Parquet by polars, scikit-learn's sets by name, none that memory does not hold.
+
+Or arrays: files of NumPy's and torch's, of which nothing is unpickled.
+"""
 
 import csv
 import gzip
 import io
+import pickle
+import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, texts_of
 from gputune.data.table import Table, as_table, checked_table, quoted
@@ -34,9 +41,7 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     The columns of a text file that ``kinds`` names stay text, as they are written, for ``Table.read_as``. A bundled set
     has its target in the column ``target``: class names for iris, wine and breast_cancer, integers for digits, a number
     for diabetes. Empty fields and the texts of ``MISSING_TEXT`` are missing values; blanks around a field and empty
-    lines at the end are dropped; a header with semicolons and no comma means semicolons throughout. Raises
-    FileNotFoundError, or InputError for another suffix, a damaged or an empty file, what is no regular file or does not
-    fit into the memory that is free, duplicate column names, or an infinite value.
+    lines at the end are dropped; a header with semicolons and no comma means semicolons throughout.
     """
     if str(source).startswith("sklearn:"):
         return _read_bundled_table(str(source).removeprefix("sklearn:"))
@@ -50,7 +55,15 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     if not path.is_file():  # a pipe would be waited for, a device has no end
         raise InputError(f"{str(source)!r} is a pipe or a device and no file; write its rows into a file first.")
     if path.suffix.lower() == ".parquet":
-        return _read_parquet(path)
+        import polars as pl
+
+        with _read_errors(path, "Parquet"), path.open("rb") as file:  # polars takes no name that is not UTF-8
+            about = pl.scan_parquet(file)
+            rows, width = about.select(pl.len()).collect().item(), len(about.collect_schema())
+            _check_room(path, rows * width * 8 + width * _COLUMN_BYTES, free_memory())
+            file.seek(0)
+            frame = pl.read_parquet(file)
+        return as_table(frame)
     if _text_suffix(path):
         names, fields = _read_fields(path)
         columns = [_column(series, as_text=name in kinds) for name, series in zip(names, fields)]
@@ -114,18 +127,6 @@ def _read_errors(path: Path, form: str, rule: str = "") -> Iterator[None]:
     except failures as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
         raise InputError(f"{str(path)!r} could not be read as {form}: {reason}{rule}") from error
-
-
-def _read_parquet(path: Path) -> Table:
-    import polars as pl
-
-    with _read_errors(path, "Parquet"), path.open("rb") as file:  # polars takes no name that is not UTF-8
-        about = pl.scan_parquet(file)
-        rows, columns = about.select(pl.len()).collect().item(), len(about.collect_schema())
-        _check_room(path, rows * columns * 8 + columns * _COLUMN_BYTES, free_memory())
-        file.seek(0)
-        frame = pl.read_parquet(file)
-    return as_table(frame)
 
 
 def _text_suffix(path: Path) -> str:
@@ -205,23 +206,23 @@ def _header(path: Path) -> tuple[bytes, str]:
 def _open_text(path: Path) -> IO[bytes]:
     """Open a file, unpacked in memory where it is packed. Raises InputError where its fields would find no room."""
     free = free_memory()
+
+    def check(size: int, sample: bytes) -> None:
+        # The text takes memory, and so do its fields: as many as in a part of it.
+        fields = sum(sample.count(mark) for mark in b",;\t\n")
+        _check_room(path, size + size * fields * _FIELD_BYTES // max(1, len(sample)), free)
+
     if not path.name.lower().endswith(".gz"):
         with path.open("rb") as file:
-            _check_room(path, _text_bytes(path.stat().st_size, file.read(1 << 16)), free)
+            check(path.stat().st_size, file.read(1 << 16))
         return path.open("rb")
     text = io.BytesIO()
     with gzip.open(path, "rb") as packed:
         while part := packed.read(1 << 20):
             text.write(part)
-            _check_room(path, _text_bytes(text.tell(), part), free)
+            check(text.tell(), part)
     text.seek(0)
     return text
-
-
-def _text_bytes(size: int, sample: bytes) -> int:
-    """Estimate the memory that text of ``size`` bytes takes with its fields, from a part of it."""
-    fields = sum(sample.count(mark) for mark in b",;\t\n")
-    return size + size * fields * _FIELD_BYTES // max(1, len(sample))
 
 
 def _check_room(path: Path, needed: int, free: int) -> None:
@@ -246,3 +247,74 @@ def _column(texts: "pl.Series", *, as_text: bool) -> tuple[Kind, np.ndarray]:
     if numbers.null_count() != missing.sum():
         return parse_text(texts.to_numpy())
     return "number", np.array(numbers.to_numpy(), dtype=np.float64)
+
+
+ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
+_WRITE = "write it with numpy.savez(path, image=X, label=y), or torch.save of a dict of tensors"
+
+
+def read_array_file(path: Path) -> dict[str, object]:
+    """Return the arrays of a file by their names: of .npz, of a .pt that holds a dict of tensors; of .npy one, "".
+
+    That of .npy is mapped, so that its rows are read where they are gathered.
+    """
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} is a folder; give the file in it.")
+    try:
+        if path.suffix == ".npy":
+            return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        arrays = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{str(path)!r} holds more than tensors, which is not unpickled since that may run code; {_WRITE}."
+        ) from error
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        writer = "torch.save" if path.suffix in (".pt", ".pth") else "NumPy"
+        reason = f"it is damaged, or was not written by {writer}"
+        if str(error).startswith("Object arrays"):
+            reason = "it holds Python objects, such as rows of unlike shapes, which are not unpickled"
+        elif path.stat().st_size == 0:
+            reason = "it is empty"
+        raise InputError(f"{str(path)!r} cannot be read as arrays: {reason}; {_WRITE}.") from error
+    if not isinstance(arrays, dict) or not all(isinstance(value, Tensor) for value in arrays.values()):
+        raise InputError(
+            f"{str(path)!r} must hold a dict of tensors, got {type(arrays).__name__}; save one, for example "
+            "torch.save({'image': X, 'label': y}, path)."
+        )
+    return {str(name): value for name, value in arrays.items()}
+
+
+def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
+    """Return X, y and groups of a file; ``y`` and ``groups`` name arrays in it, or beside a .npy are files of it.
+
+    X is a dict where more than one array is left. Raises InputError for other names, and where nothing is left.
+    """
+    values = read_array_file(path)
+    if path.suffix == ".npy":
+        return values[""], _beside(path, "y", y), None if groups is None else _beside(path, "groups", groups)
+    for argument, name in (("target", y), ("groups", groups)):
+        if not (isinstance(name, str) and name in values) and not (argument == "groups" and name is None):
+            known = f"which are {quoted(values)}" if values else "and it holds none"
+            got = repr(name) if isinstance(name, str | None) else f"an object of type {type(name).__name__}"
+            raise InputError(f"{argument}={got} is none of the arrays of {str(path)!r}, {known}; name one of them.")
+    target, of_groups = values.pop(y), None if groups is None else np.asarray(values.pop(groups))
+    if not values:
+        raise InputError(f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from.")
+    return values if len(values) > 1 else next(iter(values.values())), target, of_groups
+
+
+def _beside(path: Path, option: str, name: object) -> np.ndarray:
+    """Return the array of the .npy file ``name``."""
+    if not isinstance(name, str | Path) or Path(name).suffix != ".npy":
+        raise InputError(
+            f"{option} must be a .npy file too, with one value a row of {str(path)!r}, got {name!r:.60}; or write both "
+            "into one file, numpy.savez(path, image=X, label=y)."
+        )
+    if not Path(name).exists():
+        raise InputError(f"{option}: there is no file {str(name)!r}; give the .npy file of {option}.")
+    return np.array(read_array_file(Path(name))[""])

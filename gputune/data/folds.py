@@ -34,20 +34,16 @@ class Splitter(Protocol):
     def split(self, X: object, y: object = None, groups: object = None) -> Iterable[tuple[object, object]]: ...
 
 
-def make_folds(
-    cv: object, target: Target, *, n_rows: int, X: object = None, groups: object = None, seed: int
-) -> list[Rows]:
+def make_folds(cv: object, target: Target, *, X: object = None, groups: object = None, seed: int) -> list[Rows]:
     """Return (train, valid) row positions, int64, one pair a fold.
 
     ``cv`` is a number of folds (shuffled by ``seed``; stratified for classes; whole groups stay together), a
     splitter of scikit-learn, or an iterable of pairs of positions, masks or slices; the last two are taken as they
-    are. A splitter is given ``X``; where it is None, zeros of as many rows. Warns of a class with fewer rows than
-    folds, of folds that validate on their own training rows, and of folds that train without a class. Raises InputError
-    for folds that cannot be made, and for a group on both sides of a fold.
+    are. A splitter is given ``X``; where it is None, zeros of as many rows.
     """
-    groups = check_groups(groups, n_rows, cv)
+    groups, n_rows = check_groups(groups, len(target), cv), len(target)
     if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
-        pairs = _split(_fold_splitter(int(cv), target, n_rows, groups, seed), target, X, groups)
+        pairs = _split(_fold_splitter(int(cv), target, groups, seed), target, X, groups)
     elif isinstance(cv, Splitter) and not isinstance(cv, str):
         pairs = _split(cv, target, X, groups)
     elif isinstance(cv, Iterable) and not isinstance(cv, str):
@@ -68,8 +64,13 @@ def make_folds(
         folds.append((_rows(pair[0], n_rows, f, "training"), _rows(pair[1], n_rows, f, "validation")))
     if groups is not None:
         _refuse_split_groups(folds, groups, cv)
-    _warn_of_overlap(folds)
-    _warn_of_missing_classes(folds, target, least=2 if isinstance(cv, int | np.integer) else 1)
+    if shared := [f for f, (train, valid) in enumerate(folds) if np.isin(valid, train).any()]:
+        warn(
+            f"{len(shared)} of {len(folds)} folds (the first is fold {shared[0]}) validate on rows that they train "
+            "on, so their scores are too good."
+        )
+    if target.classes is not None:
+        _warn_of_missing_classes(folds, target, target.classes, least=2 if isinstance(cv, int | np.integer) else 1)
     return folds
 
 
@@ -77,13 +78,12 @@ def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> N
     """Raise InputError where a group has rows on both sides of a fold: splitters of rows, and pairs, ignore groups."""
     known: dict[object, int] = {}
     codes = np.array([known.setdefault(group, len(known)) for group in groups.tolist()])
-    names = list(known)
     for f, (train, valid) in enumerate(folds):
         if len(both := np.intersect1d(codes[train], codes[valid])):
             more = f" (and {len(both) - 1} more)" * (len(both) > 1)
             what = f"cv={type(cv).__name__}(...)" if isinstance(cv, Splitter) else "the (train, valid) rows of cv"
             raise InputError(
-                f"groups are not kept whole by {what}: in fold {f} the group {names[both[0]]!r}{more} is among the "
+                f"groups are not kept whole by {what}: in fold {f} the group {[*known][both[0]]!r}{more} is among the "
                 "training and the validation rows; give a splitter that keeps them, such as GroupKFold, or a number of "
                 "folds, or leave groups out."
             )
@@ -119,11 +119,11 @@ def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray |
     return values
 
 
-def _fold_splitter(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, seed: int) -> Splitter:
+def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int) -> Splitter:
     if cv < 2:
         raise InputError(f"cv must be at least 2 folds, got {cv}.")
-    if cv > n_rows:
-        raise InputError(f"cv={cv} folds need at least as many rows, got {n_rows}; use fewer folds.")
+    if cv > len(target):
+        raise InputError(f"cv={cv} folds need at least as many rows, got {len(target)}; use fewer folds.")
     if groups is not None and cv > (count := len(set(groups.tolist()))):
         raise InputError(f"cv={cv} folds need at least as many groups, got {count}; use fewer folds.")
     kinds = (KFold, GroupKFold) if target.classes is None else (StratifiedKFold, StratifiedGroupKFold)
@@ -142,11 +142,18 @@ def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | N
     except (ValueError, TypeError) as error:
         if groups is None and "groups" in str(error):
             raise InputError(f"cv={splitter!r} splits by groups, but groups is None; pass groups.") from error
-        folds = isinstance(splitter, KFold | GroupKFold | StratifiedKFold | StratifiedGroupKFold)
-        cv = vars(splitter)["n_splits"] if folds else repr(splitter)
+        of_number = isinstance(splitter, KFold | GroupKFold | StratifiedKFold | StratifiedGroupKFold)
+        cv = vars(splitter)["n_splits"] if of_number else repr(splitter)
         raise InputError(f"cv={cv} cannot split these {len(target)} rows: {error}") from error
-    if isinstance(splitter, StratifiedKFold | StratifiedGroupKFold):
-        _warn_of_rare_classes(target, len(pairs))
+    if target.classes is not None and isinstance(splitter, StratifiedKFold | StratifiedGroupKFold):
+        counts = np.bincount(target.values, minlength=target.n_outputs)
+        if len(rare := np.flatnonzero(counts < len(pairs))):
+            shown = ", ".join(f"{target.classes[k].item()!r} ({counts[k]})" for k in rare[:8])
+            more = f" and {len(rare) - 8} more" * (len(rare) > 8)
+            warn(
+                f"{target.name} has classes with fewer rows than the {len(pairs)} folds: {shown}{more}; "
+                f"some folds are validated without them{'; ' * bool(target.override)}{target.override}."
+            )
     return pairs
 
 
@@ -174,37 +181,12 @@ def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
     return rows.astype(np.int64)
 
 
-def _warn_of_rare_classes(target: Target, folds: int) -> None:
-    if target.classes is None:
-        return
-    counts = np.bincount(target.values, minlength=target.n_outputs)
-    if len(rare := np.flatnonzero(counts < folds)):
-        shown = ", ".join(f"{target.classes[k].item()!r} ({counts[k]})" for k in rare[:8])
-        more = f" and {len(rare) - 8} more" * (len(rare) > 8)
-        warn(
-            f"{target.name} has classes with fewer rows than the {folds} folds: {shown}{more}; "
-            f"some folds are validated without them{'; ' * bool(target.override)}{target.override}."
-        )
-
-
-def _warn_of_overlap(folds: list[Rows]) -> None:
-    if shared := [f for f, (train, valid) in enumerate(folds) if np.isin(valid, train).any()]:
-        warn(
-            f"{len(shared)} of {len(folds)} folds (the first is fold {shared[0]}) validate on rows that they train "
-            "on, so their scores are too good."
-        )
-
-
-def _warn_of_missing_classes(folds: list[Rows], target: Target, least: int) -> None:
+def _warn_of_missing_classes(folds: list[Rows], target: Target, classes: np.ndarray, least: int) -> None:
     """Warn of classes with so many rows or more, none of which a fold trains on."""
-    if target.classes is None:
-        return
-    train = np.array([np.bincount(target.values[rows], minlength=target.n_outputs) for rows, _ in folds])
-    whole = np.bincount(target.values, minlength=target.n_outputs)
-    missing = (train == 0) & (whole >= least)
-    if missing.any():
-        few = np.flatnonzero(missing.any(1))
-        shown = ", ".join(repr(target.classes[k].item()) for k in np.flatnonzero(missing[few[0]])[:8])
+    train = np.array([np.bincount(target.values[rows], minlength=len(classes)) for rows, _ in folds])
+    missing = (train == 0) & (np.bincount(target.values, minlength=len(classes)) >= least)
+    if len(few := np.flatnonzero(missing.any(1))):
+        shown = ", ".join(repr(classes[k].item()) for k in np.flatnonzero(missing[few[0]])[:8])
         warn(
             f"{len(few)} of {len(folds)} folds (the first is fold {few[0]}) train without rows of a class ({shown} "
             "there), which they cannot predict; shuffle or stratify the folds, or leave such classes out."
@@ -217,7 +199,7 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
     ``test_size`` is a share of the rows, rounded up as in scikit-learn. Where ``cv`` is a TimeSeriesSplit, the
     last rows are kept apart (and its ``gap`` rows before them used by neither side); with ``groups``, whole groups
     (then it is a share of the groups); else random rows, with the classes in proportion. The row of a class
-    that has only one is never kept apart. Raises InputError for a size outside [0, 1) and for sides without rows.
+    that has only one is never kept apart.
     """
     if not isinstance(test_size, Real) or isinstance(test_size, bool) or not 0 <= test_size < 1:
         raise InputError(f"test_size must be a share of the rows, 0 <= test_size < 1, got {test_size!r}.")
@@ -241,8 +223,7 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
     elif target.classes is not None:
         rest, test = _stratified_rows(target, n_test, random_state)
     elif n_test < n_rows:
-        splitter = ShuffleSplit(1, test_size=n_test, random_state=random_state)
-        rest, test = next(splitter.split(np.zeros(n_rows)))
+        rest, test = next(ShuffleSplit(1, test_size=n_test, random_state=random_state).split(np.zeros(n_rows)))
     else:
         rest, test = np.empty(0), np.arange(n_rows)
     if len(rest) == 0:
@@ -272,19 +253,18 @@ def _stratified_rows(target: Target, n_test: int, random_state: int) -> Rows:
 
 def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:
     """Return (train, valid) row positions as pairs of text; sorted ones take a few bits a row."""
-    return [[_pack(train), _pack(valid)] for train, valid in folds]
+
+    def pack(rows: np.ndarray) -> str:
+        steps = np.diff(np.asarray(rows, dtype="<i8"), prepend=0).astype("<i8")
+        return base64.b64encode(zlib.compress(steps.tobytes())).decode()
+
+    return [[pack(train), pack(valid)] for train, valid in folds]
 
 
 def unpack_folds(packed: Sequence[Sequence[str]]) -> list[Rows]:
     """Return the row positions, int64, that ``pack_folds`` packed, in the same order."""
-    return [(_unpack(train), _unpack(valid)) for train, valid in packed]
 
+    def unpack(text: str) -> np.ndarray:
+        return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8"), dtype=np.int64)
 
-def _pack(rows: np.ndarray) -> str:
-    steps = np.diff(np.asarray(rows, dtype="<i8"), prepend=0).astype("<i8")
-    return base64.b64encode(zlib.compress(steps.tobytes())).decode()
-
-
-def _unpack(text: str) -> np.ndarray:
-    steps = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8")
-    return np.cumsum(steps, dtype=np.int64)
+    return [(unpack(train), unpack(valid)) for train, valid in packed]

@@ -246,3 +246,47 @@ def _example(texts: Sequence[str]) -> str | None:
     if not signs <= {"", "%"} and decimals - {0} == {4}:
         return None
     return next((text for text in texts if "," in text), texts[0])
+
+
+def convert(values: np.ndarray, kind: Kind, wanted: Kind, name: str, levels: Sequence[str] = ()) -> np.ndarray:
+    """Return the values of a column read as the kind that it was at training, where each of them has one meaning in it.
+
+    A file for prediction may hold only the rows with numbers of a column of codes, or no value at all, so that
+    its column is read as another kind than at training. Raises InputError where a value does not fit.
+    """
+    if kind == wanted:
+        return values
+    known = np.array([value is not None for value in values]) if kind == "category" else ~np.isnan(values)
+    got = f"a {kind}"
+    if not known.any():
+        return np.full(len(values), None if wanted == "category" else np.nan)
+    if wanted == "category" and kind != "date":  # "007" was the number 7, "true" a boolean
+        level_of = {level: level for level in levels}
+        for level in levels:
+            level_kind, value = _read([level])
+            if level_kind == kind and not np.isnan(value).any():  # a level "NA" reads as a missing number
+                level_of.setdefault(value_texts(value, kind)[0], level)
+        return np.array([level_of.get(text, text) for text in value_texts(values, kind)], dtype=object)
+    if kind == "category":  # texts that read as something else
+        kind, read = _read(values)
+        if kind != "category":
+            return convert(read, kind, wanted, name)
+        odd = (text for text in values[known] if _read([text])[0] == "category")
+        got = f"text such as {next(odd, values[known][0])!r}"
+    if (wanted, kind) == ("number", "boolean"):
+        return values
+    if (wanted, kind) == ("date", "number"):  # 20200131 reads as both
+        with suppress(InputError):
+            return read_as("date", kind, values, name)
+    if (wanted, kind) == ("boolean", "number") and np.isin(values[known], (0.0, 1.0)).all():
+        return values
+    words = wanted.replace("category", "category (text)")
+    raise InputError(f"column {name!r} must be a {words} as it was for training, got {got}; convert it.")
+
+
+def _read(texts: Iterable[str | None]) -> tuple[Kind, np.ndarray]:
+    """Return texts as ``parse_text`` does, amounts as numbers."""
+    kind, values = parse_text(np.array([*texts], dtype=object))
+    if kind == "category" and (amounts := read_amounts(values)) is not None:
+        return "number", amounts[0]
+    return kind, values

@@ -4,7 +4,7 @@ Also how rows that are new are prepared as those of a fold were.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
-from gputune.data.encode import Layout, Statistics, transform
+from gputune.data.columns import Layout
+from gputune.data.encode import Statistics, transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,12 @@ class Scaling:
     center: Tensor
     scale: Tensor
     missing: bool = False
+
+    @staticmethod
+    def of(parts: Iterable[tuple[np.ndarray, np.ndarray]], like: Tensor, *, missing: bool = False) -> "Scaling":
+        """Return the scaling by the center and the scale of each fold."""
+        center, scale = (torch.as_tensor(np.stack(part)).to(like) for part in zip(*parts))
+        return Scaling(center, scale, missing)
 
     def of_fold(self, fold: int) -> "Scaling":
         """Return the scaling of one fold alone, on the CPU."""
@@ -73,13 +80,13 @@ def _from_first(
     ``lost`` are the columns with missing values; they are filled by zeros once scaled, where their mean is the center.
     """
     first = statistics[0]
-    if any(
-        s.ranked.size or s.clipped.size or s.places.size or (s.fill != s.center)[lost].any() for s in statistics
-    ) or limited_features(raw, statistics):
+    for s in statistics:
+        if s.ranked.size or s.clipped.size or s.places.size or (s.fill != s.center)[lost].any():
+            return None
+    if limited_features(raw, statistics):
         return None
-    center = [(s.center - first.center) / first.scale for s in statistics]
-    scale = [s.scale / first.scale for s in statistics]
-    return Scaling(_stack(center, like), _stack(scale, like), missing=bool(lost.any()))
+    parts = [((s.center - first.center) / first.scale, s.scale / first.scale) for s in statistics]
+    return Scaling.of(parts, like, missing=bool(lost.any()))
 
 
 def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics]) -> list[int]:
@@ -99,18 +106,10 @@ def limited_features(raw: np.ndarray | Tensor, statistics: Sequence[Statistics])
     return places
 
 
-def _stack(parts: Sequence[np.ndarray], like: Tensor) -> Tensor:
-    return torch.as_tensor(np.stack(parts)).to(like)
-
-
 def scaling_of(statistics: Sequence[ArrayStatistics], like: Tensor) -> tuple[Scaling | None, ...]:
     """Return how each input, that is no table, is scaled in each fold."""
-    return tuple(
-        None
-        if of[0] is None
-        else Scaling(_stack([mean for mean, _ in of], like), _stack([scale for _, scale in of], like))
-        for of in zip(*(fitted.channels for fitted in statistics))
-    )
+    channels = zip(*(fitted.channels for fitted in statistics))
+    return tuple(None if of[0] is None else Scaling.of(of, like) for of in channels)
 
 
 def encode(
@@ -130,19 +129,23 @@ def encode(
 
 def _distinct(lost: np.ndarray, statistics: Sequence[Statistics]) -> tuple[list[Statistics], tuple[int, ...]]:
     """Return the statistics that give different copies of X, and which of them each fold uses."""
-    distinct, copies = dict[bytes, Statistics](), list[int]()
-    for fitted in statistics:
-        fill = np.where(lost, fitted.fill, 0.0)  # that of a column without missing values changes nothing
-        key = b"".join(part.tobytes() for part in vars(replace(fitted, fill=fill)).values())
-        distinct.setdefault(key, fitted)
-        copies.append(list(distinct).index(key))
-    return list(distinct.values()), tuple(copies)
+    # The fill of a column without missing values changes nothing.
+    alike = [replace(fitted, fill=np.where(lost, fitted.fill, 0.0)) for fitted in statistics]
+    keys = [b"".join(part.tobytes() for part in vars(fitted).values()) for fitted in alike]
+    order = list(dict.fromkeys(keys))
+    return [statistics[keys.index(key)] for key in order], tuple(map(order.index, keys))
 
 
 def side_by_side(parts: Sequence[Statistics]) -> Statistics:
     """Return what makes the inputs of all parts beside each other; they were fitted on the same rows, in other ways."""
     begins = np.cumsum([0, *(part.n_inputs for part in parts)])
-    whole = [part if part.places.size else _by_place(part) for part in parts]
+    whole = []
+    for part in parts:
+        if not part.places.size:  # features that are one input each: their places and ends are written out
+            most = np.full(part.n_inputs, np.finfo(np.float64).max)  # which JSON can write
+            least, most = (part.least, part.most) if part.least.size else (-most, most)
+            part = replace(part, places=np.arange(len(most)), least=least, most=most)
+        whole.append(part)
     joined = ("center", "scale", "places", "least", "most")
     positions = ("ranked", "clipped")
     return Statistics(
@@ -151,10 +154,3 @@ def side_by_side(parts: Sequence[Statistics]) -> Statistics:
         **{name: np.concatenate([getattr(part, name) for part in whole]) for name in joined},
         **{name: np.concatenate([getattr(part, name) + at for part, at in zip(parts, begins)]) for name in positions},
     )
-
-
-def _by_place(statistics: Statistics) -> Statistics:
-    """Return the same of features that are one input each, whose places and ends are written out."""
-    most = np.full(statistics.n_inputs, np.finfo(np.float64).max)  # which JSON can write
-    least, most = (statistics.least, statistics.most) if statistics.least.size else (-most, most)
-    return replace(statistics, places=np.arange(len(most)), least=least, most=most)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,19 +11,20 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
-from gputune.data.array_files import ARRAY_SUFFIXES, Bar, pick_arrays, read_dataset
 from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.columns import checked_tensor
-from gputune.data.files import line_of, read_table
+from gputune.data.files import ARRAY_SUFFIXES, line_of, pick_arrays, read_table
 from gputune.data.folds import hold_out, parse_cv
 from gputune.data.kinds import Kind, checked_labels
-from gputune.data.table import Table, as_rows, as_table, quoted, refuse_lists, refuse_loader, split_target
+from gputune.data.table import Table, as_rows, as_table, is_image, quoted, refuse_lists, refuse_loader, split_target
 from gputune.data.target import Target, TaskWord, check_target, refuse_missing, target_array
 from gputune.errors import InputError
 from gputune.text import did_you_mean
 from gputune.types import Json
+
+Bar = Callable[[Sequence[int]], Iterable[int]]
 
 
 def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> dict[str, object]:
@@ -33,19 +34,21 @@ def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> 
     its own, which depends on its dtype.
     """
     digest = hashlib.sha256()
+
+    def add(values: Tensor) -> None:
+        # Bytes, since NumPy has no bfloat16.
+        digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
     if isinstance(X, Arrays):
         for part, label in enumerate(X.labels):
-            shape = (len(X), *X.parts[part].shape[1:])
-            digest.update(f"{label} {shape} {X.parts[part].dtype}".encode())
+            digest.update(f"{label} {(len(X), *X.parts[part].shape[1:])} {X.parts[part].dtype}".encode())
             for _, block in X.blocks(part):
-                digest.update(block.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                add(block)
         rows, columns = len(X), len(X.parts)
     elif isinstance(X, Tensor):
-        values = X.detach().cpu().contiguous()
-        digest.update(f"{tuple(values.shape)} {values.dtype}".encode())
-        # Bytes, since NumPy has no bfloat16.
-        digest.update(values.view(-1).view(torch.uint8).numpy().data)
-        rows, columns = values.shape
+        digest.update(f"{tuple(X.shape)} {X.dtype}".encode())
+        add(X)
+        rows, columns = X.shape
     else:
         digest.update(json.dumps([X.names, X.kinds]).encode())
         for column in X.columns:
@@ -91,8 +94,8 @@ def digest_of(*arrays: np.ndarray) -> str:
 class Source:
     """Inputs and target as they were given: a table, or a tensor that stays where it lies.
 
-    ``origin`` holds what reads the same rows again (path, target, groups, how rows were held out and which), None for
-    data in memory. ``original`` is the frame, array or list that X was made of; None for files and tensors.
+    ``origin`` is what reads the same rows again (path, target, groups, how rows were held out and which), None for data
+    in memory; ``original`` the frame, array or list that X was made of, None for files and tensors.
     """
 
     X: Table | Tensor | Arrays
@@ -126,15 +129,13 @@ def read_source(
     groups: object = None,
     *,
     module: bool = False,
-    bar: Bar = iter,
     drop: Sequence[str] = (),
     kinds: Mapping[str, Kind] | None = None,
 ) -> Source:
     """Return the rows of X: a file, ``sklearn:NAME``, a frame, an array or a tensor; y is an array, or a column's name.
 
-    So is ``groups``. For a ``module`` X may be what ``as_arrays`` takes, or a Dataset of torch's, whose items are
-    read behind a ``bar``. The columns ``drop`` of a table are left out, those of ``kinds`` are read as they say.
-    Raises InputError or FileNotFoundError for what cannot be read.
+    So is ``groups``. For a ``module`` X may be what ``as_arrays`` takes, or a Dataset of torch's. The columns ``drop``
+    of a table are left out, those of ``kinds`` are read as they say.
     """
     kinds = kinds or {}
     if isinstance(X, str | Path):
@@ -143,8 +144,8 @@ def read_source(
         _refuse_columns(drop, kinds)
         return _read_arrays(Path(X), y, groups, module=module)
     refuse_loader(X)
-    if module and isinstance(X, TorchDataset):
-        X, y = read_dataset(X, y, bar)
+    if module and isinstance(X, Dataset):
+        X, y = read_dataset(X, y)
     if y is None:
         alone = "; a loss of X alone, as of an autoencoder, takes y=X and task='custom'" * module
         raise InputError(f"y is missing: pass the target as an array, or the name of its column in X{alone}.")
@@ -235,6 +236,65 @@ def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
         y, groups = (None if of is None else str(Path(of).resolve()) for of in (y, groups))
     origin = {"path": str(path.resolve()), "target": y, "groups": groups}
     return replace(source, target=Path(y).stem if path.suffix == ".npy" else y, origin=origin, original=None)
+
+
+def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tuple[object, object]:
+    """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read once, behind a ``bar``.
+
+    With ``y`` given, all of an item is inputs. A TensorDataset gives its tensors as they are.
+    """
+    name = type(dataset).__name__
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise InputError(
+            f"X is a {name}, which has no length; pass a map-style Dataset, with __len__ and __getitem__, or its "
+            "tensors."
+        )
+    if len(dataset) == 0:
+        raise InputError(f"X is a {name} without items (its length is 0); check its files.")
+    if type(dataset) is TensorDataset:
+        return _split(list(dataset.tensors), y, name)
+    items = []
+    for place in bar(range(len(dataset))):
+        try:
+            item = dataset[place]
+        except Exception as error:
+            raise InputError(
+                f"item {place} of X, a {name}, raised {type(error).__name__}: {error}. Mend it, or leave it out: "
+                "torch.utils.data.Subset."
+            ) from error
+        if any(map(is_image, item if isinstance(item, list | tuple) else [item])):
+            raise InputError(
+                f"item {place} of X, a {name}, is a PIL image; let the dataset give tensors, of one size, for example "
+                "transform=torchvision.transforms.ToTensor()."
+            )
+        items.append(item)
+    try:
+        return _split(default_collate(items), y, name)
+    except (RuntimeError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise InputError(
+            f"the items of X, a {name}, cannot be stacked: {reason}. All must have one shape; pad them, or let the "
+            "dataset give tensors."
+        ) from error
+
+
+def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
+    """Return the ``number`` of inputs of a dataset whose items are inputs, or pairs (inputs, target); see above."""
+    inputs, _ = read_dataset(dataset, ())
+    if isinstance(inputs, tuple) and len(inputs) == 2 and (number == 1 or not isinstance(inputs[0], Tensor)):
+        inputs = inputs[0]
+    return tuple(inputs) if isinstance(inputs, list) else inputs
+
+
+def _split(item: object, y: object, name: str) -> tuple[object, object]:
+    """Return inputs and target of what the items are when they are stacked; several inputs are a tuple."""
+    if y is None:
+        if not isinstance(item, list | tuple) or len(item) != 2:
+            raise InputError(f"y is missing: the items of X, a {name}, are no pairs (inputs, target); pass y.")
+        item, y = item
+    if isinstance(item, list):
+        item = tuple(item) if len(item) > 1 else item[0]
+    return item, y
 
 
 def read_again(origin: Json, *, module: bool = False) -> Source:

@@ -82,9 +82,7 @@ class Table:
 def as_table(X: object) -> Table:
     """Turn a 2-D array, a pandas or polars frame, or a list of rows into a table; a Table stays as it is.
 
-    Columns of arrays and lists are named x0, x1, ... Raises InputError for sparse matrices, for several inputs, for
-    what draws minibatches, for anything that is not two-dimensional, for no rows or columns, equal names, infinite
-    values and values without a kind.
+    Columns of arrays and lists are named x0, x1, ... Raises InputError for everything else, with what to do about it.
     """
     if isinstance(X, Table):
         return X
@@ -103,10 +101,9 @@ def as_table(X: object) -> Table:
     if isinstance(frame, nw.LazyFrame):
         raise InputError("X is a lazy frame; pass X.collect().")
     if isinstance(frame, nw.DataFrame):
-        names = [str(name) for name in frame.columns]
         # A categorical column is no number by its owner's word.
         typed = [str(s.name) for s in frame.iter_columns() if isinstance(s.dtype, nw.Categorical | nw.Enum)]
-        return checked_table(names, [from_series(series) for series in frame.iter_columns()], typed)
+        return checked_table([*map(str, frame.columns)], [*map(from_series, frame.iter_columns())], typed)
     array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
     if array.dtype.names is not None:
         raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
@@ -114,8 +111,8 @@ def as_table(X: object) -> Table:
         raise InputError(f"X must be rows, a data frame, an array of two axes or a list of lists, got {X!r:.60}.")
     if array.ndim != 2:
         raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}.")
-    made = nameless(array.shape[1])
-    return checked_table(made, [from_column(column, name) for column, name in zip(array.T, made)])
+    names = nameless(array.shape[1])
+    return checked_table(names, list(map(from_column, array.T, names)))
 
 
 def nameless(columns: int) -> tuple[str, ...]:
@@ -142,7 +139,7 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
     """Return the table without the target's column, and the target as a plain array, (n,).
 
     The array holds str (object; None where missing), bool, int64 where every number is an integer, or float64
-    (NaN where missing). Raises InputError for an unknown column, a date, or a table with no other column.
+    (NaN where missing).
     """
     if target not in table.names:
         near = nearest(target, table.names, cutoff=0.5)
@@ -170,7 +167,7 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
 
 def two_axes(ndim: int) -> str:
     """Return how what has so many axes becomes a table."""
-    return "one value is X.reshape(1, 1)" if ndim == 0 else _ONE_AXIS if ndim == 1 else _FLATTEN
+    return ("one value is X.reshape(1, 1)", _ONE_AXIS, _FLATTEN)[min(ndim, 2)]
 
 
 def _rows_to_array(X: object) -> np.ndarray:
@@ -200,6 +197,7 @@ def checked_table(
         raise InputError("the table has no rows; at least one is needed.")
     if repeated := sorted(name for name, times in Counter(names).items() if times > 1):
         raise InputError(f"column names must differ, got more than one {quoted(repeated)}; rename them.")
+    amounts, read = dict[str, str](), list[tuple[Kind, np.ndarray]]()
     for name, (kind, values) in zip(names, columns):
         if kind != "category" and np.isinf(values).any():
             row = int(np.isinf(values).argmax())
@@ -207,13 +205,10 @@ def checked_table(
                 f"column {name!r} has an infinite value in row {row}{', where the first is row 0' * (row > 0)}; "
                 "clip it, or leave it empty."
             )
-    amounts, kinds, read = dict[str, str](), list[Kind](), list[np.ndarray]()
-    for name, (kind, values) in zip(names, columns):
         if kind == "category" and name not in typed and (found := read_amounts(values)) is not None:
             kind, (values, amounts[name]) = "number", found
-        kinds.append(kind)
-        read.append(values)
-    return Table(tuple(names), tuple(kinds), tuple(read), amounts)
+        read.append((kind, values))
+    return Table(tuple(names), tuple(kind for kind, _ in read), tuple(values for _, values in read), amounts)
 
 
 def _refuse_containers(X: object) -> None:
@@ -296,8 +291,6 @@ _STACK_IMAGES = (
 
 
 def _shape_of(item: object) -> tuple[int, ...]:
-    if isinstance(item, Tensor | np.ndarray):
-        return tuple(item.shape)
     if isinstance(item, list | tuple):
         return (len(item), *(_shape_of(item[0]) if item else ()))
-    return ()
+    return tuple(item.shape) if isinstance(item, Tensor | np.ndarray) else ()

@@ -39,6 +39,8 @@ class Target:
     """Whether numbers (n,) were given as (n, 1), in which shape losses and scores of the user's own see them."""
     transform: TargetTransform | None = None
     """What numbers become before they are standardised."""
+    standardise: bool = True
+    """Whether numbers are standardised by the training rows of each fold: not for a loss of the user's own."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -46,18 +48,15 @@ class Target:
     @property
     def n_outputs(self) -> int:
         """Number of classes (2 for a binary task), of labels, or of numbers a row."""
-        if self.classes is not None:
-            return len(self.classes)
-        return int(np.prod(self.values.shape[1:]))
+        return int(np.prod(self.values.shape[1:])) if self.classes is None else len(self.classes)
 
     @property
     def in_words(self) -> str:
         """What is predicted of a row."""
         if self.classes is not None:
             return f"{len(self.classes)} classes"
-        many = "" if self.values.ndim == 1 else f"{self.n_outputs} "
         words = {"multilabel": "labels", "custom": "numbers, as they are"}.get(self.task, "numbers (regression)")
-        return f"{many}{words}"
+        return words if self.values.ndim == 1 else f"{self.n_outputs} {words}"
 
     @property
     def override(self) -> str:
@@ -65,9 +64,8 @@ class Target:
         labels = self.labels
         if self.task == "custom" or labels.ndim > 1 or labels.dtype.kind not in "iuf" or not _are_whole(labels):
             return ""
-        if self.classes is None:
-            return "task='classification' takes them for classes"
-        return "task='regression' takes them for numbers"
+        other = ("classification", "classes") if self.classes is None else ("regression", "numbers")
+        return "task={!r} takes them for {}".format(*other)
 
     @property
     def labels(self) -> np.ndarray:
@@ -84,8 +82,7 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
 
     Without ``task``: text, booleans and at most 20 distinct whole numbers of which one repeats, integers or floats, are
     classes; others are numbers, with an InputWarning where they may be classes. Of several columns, those of 0 and 1
-    are labels, others numbers; more axes are a custom target. Raises InputError for a wrong length,
-    text beside numbers, missing or infinite values, dates, fewer than two classes, and a task that does not fit.
+    are labels, others numbers; more axes are a custom target.
     """
     if task is not None and task not in TASKS:
         raise InputError(
@@ -94,8 +91,6 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     given = target_array(y, name)
     column = given.ndim == 2 and given.shape[1] == 1
     values = _values(given[:, 0] if column else given, name)
-    if task is None and values.ndim > 1:
-        task = _task_of_columns(values, name)
     if len(values) != n_rows:
         raise InputError(
             f"{name} must have one value a row of X, got {len(values)} values and {n_rows} rows; "
@@ -136,8 +131,7 @@ def check_spread(target: Target) -> None:
         raise InputError(_ALL_EQUAL.format(name=target.name, value=values[0, 0]))
     values = values / np.maximum(np.abs(values).max(0), np.finfo(np.float64).tiny)  # so that no square overflows
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
-    spread = high - low
-    if lost := np.flatnonzero((spread > 0) & (spread < np.finfo(np.float32).eps * values.std(0))).tolist():
+    if len(lost := np.flatnonzero((high > low) & (high - low < np.finfo(np.float32).eps * values.std(0)))):
         row = int(np.abs(values - middle)[:, lost[0]].argmax())
         raise InputError(
             f"{target.name} has {target.values.reshape(values.shape)[row, lost[0]]:.4g} in row {row}, beside which "
@@ -147,40 +141,32 @@ def check_spread(target: Target) -> None:
 
 
 def standardised(
-    target: Target,
-    folds: Sequence[tuple[np.ndarray, np.ndarray]],
-    standardise: bool,
-    weights: Sequence[np.ndarray | None],
+    target: Target, folds: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[np.ndarray | None]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[FittedTransform, ...]]:
     """Return y, center (F, ...), scale (F, ...) and the transformation of each fold, () without one.
 
     y is (n,) class codes, (F, n, ...) standardised numbers, or (1 or F, n, ...) as they are or are transformed.
-    ``weights`` (n,) of each fold count in the means and deviations.
+    ``weights`` (n,) of each fold count in the means and deviations, which are 1 where the numbers are constant.
     """
-    values, zeros, ones = target.values, np.zeros(len(folds)), np.ones(len(folds))
+    zeros, ones, transforms = np.zeros(len(folds)), np.ones(len(folds)), tuple[FittedTransform, ...]()
     if target.classes is not None:
-        return values, zeros, ones, ()
-    transforms: tuple[FittedTransform, ...] = ()
-    values = values[None]
+        return target.values, zeros, ones, ()
+    values = target.values[None]
     if target.transform is not None:
         transforms = tuple(fit_transform(target.transform, target.values[train]) for train, _ in folds)
         values = np.stack([fitted.forward(target.values) for fitted in transforms])
-    if target.task != "regression" or not standardise:
+    if target.task != "regression" or not target.standardise:
         return values[..., None] if target.column else values, zeros, ones, transforms
-    parts = enumerate(zip(folds, weights))
-    moments = [_moments(values[f % len(values), train], w if w is None else w[train]) for f, ((train, _), w) in parts]
+    moments = []
+    for f, ((train, _), weight) in enumerate(zip(folds, weights)):
+        train = train if weight is None else train[weight[train] > 0]
+        y, counted = values[f % len(values), train], None if weight is None else weight[train]
+        mean = np.average(y, 0, weights=counted)
+        deviation = np.sqrt(np.average((y - mean) ** 2, 0, weights=counted))
+        # The standard deviation of a constant consists of rounding errors, not of 0.
+        moments.append((mean, np.where((np.ptp(y, 0) > 0) & (deviation > 0), deviation, 1.0)))
     center, scale = (np.array(part) for part in zip(*moments))
     return (values - center[:, None]) / scale[:, None], center, scale, transforms
-
-
-def _moments(y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean and the standard deviation of targets (m, ...) by their weights; 1 where they are constant."""
-    if weights is not None:
-        y, weights = y[weights > 0], weights[weights > 0]
-    center = np.average(y, 0, weights=weights)
-    scale = np.sqrt(np.average((y - center) ** 2, 0, weights=weights))
-    # The standard deviation of a constant consists of rounding errors, not of 0.
-    return center, np.where((np.ptp(y, 0) > 0) & (scale > 0), scale, 1.0)
 
 
 def _values(values: np.ndarray, name: str) -> np.ndarray:
@@ -230,7 +216,7 @@ def target_array(y: object, name: str) -> np.ndarray:
         return np.asarray((values.float() if short else values).numpy())
     data = nw.from_native(y, pass_through=True, allow_series=True)
     if isinstance(data, nw.DataFrame):
-        return np.stack([_series(column) for column in data.iter_columns()], axis=1)
+        return np.stack([*map(_series, data.iter_columns())], axis=1)
     if isinstance(data, nw.Series):
         return _series(data)
     try:
@@ -243,31 +229,24 @@ def target_array(y: object, name: str) -> np.ndarray:
 
 def _series(series: "nw.Series[Any]") -> np.ndarray:
     """Return a column of a data frame: its numbers, or else its Python values."""
-    dtype = series.dtype
-    if (dtype.is_numeric() or dtype == nw.Boolean) and not series.is_null().any():
-        return np.asarray(series.to_numpy())
-    return np.array(series.to_list(), dtype=object)
-
-
-def _task_of_columns(values: np.ndarray, name: str) -> TaskWord:
-    """Return what several columns are: labels where all is 0 or 1, otherwise numbers."""
-    if values.ndim > 2:
-        return "custom"
-    if not np.isin(values, (0, 1)).all():
-        return "regression"
-    if (values.sum(1) != 1).any():
-        return "multilabel"
-    raise InputError(
-        f"{name} is one-hot rows of shape {values.shape}: pass {name}.argmax(1) for classes, or task='multilabel' "
-        "where each column is a label of its own."
-    )
+    is_number = series.dtype.is_numeric() or series.dtype == nw.Boolean
+    has_all = is_number and not series.is_null().any()
+    return np.asarray(series.to_numpy()) if has_all else np.array(series.to_list(), dtype=object)
 
 
 def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
+    """Return several columns, or a custom target; without a task labels where all is 0 or 1, otherwise numbers."""
+    are_flags = values.dtype.kind != "U" and bool(np.isin(values, (0, 1)).all())
+    if task is None and values.ndim == 2 and are_flags and (values.sum(1) == 1).all():
+        raise InputError(
+            f"{name} is one-hot rows of shape {values.shape}: pass {name}.argmax(1) for classes, or task='multilabel' "
+            "where each column is a label of its own."
+        )
+    task = task or ("custom" if values.ndim > 2 else "multilabel" if are_flags else "regression")
     _check_numbers(values, task, name)
     if task == "custom":
         return Target(task, values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name)
-    if values.ndim == 2 and (task == "regression" or (task == "multilabel" and np.isin(values, (0, 1)).all())):
+    if values.ndim == 2 and (task == "regression" or (task == "multilabel" and are_flags)):
         return Target(task, values.astype(np.float64), None, name)
     needs = "columns of 0 and 1" if task == "multilabel" else "one or several columns"
     raise InputError(
@@ -292,10 +271,8 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _are_classes(values: np.ndarray, name: str) -> bool:
-    if values.dtype.kind in "bU":
-        return True
-    if not _are_whole(values):
-        return False
+    if values.dtype.kind in "bU" or not _are_whole(values):
+        return values.dtype.kind in "bU"
     distinct = len(np.unique(values))
     if distinct > MAX_CLASSES and distinct * _ROWS_PER_NUMBER <= len(values):
         warn(

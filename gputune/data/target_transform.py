@@ -132,10 +132,8 @@ def check_transform(name: str, value: object) -> "TargetTransform | None":
     """Return a word, a transformer or None; raises InputError for anything else."""
     if value is None or (isinstance(value, str) and value in TRANSFORMS) or _is_transformer(value):
         return cast("TargetTransform | None", value)
-    raise InputError(
-        f"{name} must be {_CHOICES} that has an inverse_transform, or None, got {value!r}."
-        f"{did_you_mean(value, TRANSFORMS) if isinstance(value, str) else ''}"
-    )
+    near = did_you_mean(value, TRANSFORMS) if isinstance(value, str) else ""
+    raise InputError(f"{name} must be {_CHOICES} that has an inverse_transform, or None, got {value!r}.{near}")
 
 
 def _is_transformer(value: object) -> bool:
@@ -197,17 +195,17 @@ def _from_plain(value: object) -> object:
     if "dict" in value:
         return {name: _from_plain(part) for name, part in value["dict"].items()}
     if "ufunc" in value:
-        ufunc = getattr(np, str(value["ufunc"]))
-        if not isinstance(ufunc, np.ufunc):
-            raise ValueError(f"NumPy has no ufunc {value['ufunc']!r}")
-        return ufunc
+        if isinstance(ufunc := getattr(np, str(value["ufunc"])), np.ufunc):
+            return ufunc
+        raise ValueError(f"NumPy has no ufunc {value['ufunc']!r}")
     import sklearn.preprocessing
 
     kind = getattr(sklearn.preprocessing, str(value["class"]), None)
     if not isinstance(kind, type):
         raise ValueError(f"sklearn.preprocessing has no {value['class']!r}")
+    parts = {name: _from_plain(part) for name, part in value["params" if "params" in value else "state"].items()}
     if "params" in value:
-        return kind(**{name: _from_plain(part) for name, part in value["params"].items()})
+        return kind(**parts)
     made: Any = object.__new__(kind)
-    made.__setstate__({name: _from_plain(part) for name, part in value["state"].items()})
+    made.__setstate__(parts)
     return made

@@ -18,19 +18,20 @@ ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
 class Weights:
     """Checked weights: ``rows`` (n,) and ``classes`` (K,) float64, each None where all are one.
 
-    ``classes="balanced"``: each class weighs as much as another among the training rows of the fold. Where they
-    ``count``, a target is standardised by them too, and a class whose rows weigh nothing takes no part.
+    ``classes="balanced"``: each class weighs as much as another among the training rows of the fold. Where they are
+    ``of_target``, a target is standardised by them too, and a class whose rows weigh nothing takes no part.
     """
 
     rows: np.ndarray | None
     classes: np.ndarray | Literal["balanced"] | None
-    count: bool = False
+    of_target: bool = False
 
     def for_fold(self, target: Target, train: np.ndarray) -> np.ndarray | None:
         """Return (n,) float64 for all rows, those outside ``train`` too; None where all are one."""
         weights, per_class = self.rows, self.classes
-        if isinstance(per_class, str):
-            per_class = _balanced_weights(target, train, self.rows)
+        if isinstance(per_class, str):  # n / (classes present * rows of the class). Source: compute_class_weight
+            counts = np.bincount(target.values[train], None if weights is None else weights[train], target.n_outputs)
+            per_class = np.where(counts > 0, counts.sum() / ((counts > 0).sum() * np.where(counts > 0, counts, 1)), 1.0)
         if per_class is not None:
             weights = per_class[target.values] * (1.0 if weights is None else weights)
         if weights is None or (weights == 1.0).all():
@@ -41,17 +42,12 @@ class Weights:
 
 
 def check_weights(sample_weight: object, class_weight: ClassWeight, target: Target) -> Weights:
-    """Check weights as a user gives them; classes that ``class_weight`` does not name weigh 1.
-
-    Raises InputError for a wrong length, weights that are negative or not finite, classes that ``target`` does
-    not have, and class weights for a regression.
-    """
-    return Weights(_check_rows(sample_weight, target), _check_classes(class_weight, target))
+    """Check weights as a user gives them; classes that ``class_weight`` does not name weigh 1."""
+    rows = None if sample_weight is None else _check_rows(sample_weight, target)
+    return Weights(rows, None if class_weight is None else _check_classes(class_weight, target))
 
 
-def _check_rows(sample_weight: object, target: Target) -> np.ndarray | None:
-    if sample_weight is None:
-        return None
+def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
     if isinstance(sample_weight, Tensor):
         sample_weight = sample_weight.double().numpy(force=True)
     try:
@@ -70,9 +66,7 @@ def _check_rows(sample_weight: object, target: Target) -> np.ndarray | None:
     return weights
 
 
-def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Literal["balanced"] | None:
-    if class_weight is None:
-        return None
+def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Literal["balanced"]:
     if target.classes is None:
         raise InputError(
             f"class_weight needs classes, got class_weight={class_weight!r} for a regression; leave it out."
@@ -93,10 +87,3 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
             raise InputError(f"class_weight must be finite and not negative, got {weight!r} for the class {label!r}.")
         weights[classes.index(label)] = weight
     return weights
-
-
-def _balanced_weights(target: Target, train: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
-    """Return n / (classes present * rows of the class), (K,), by the weights of rows. Source: compute_class_weight."""
-    counts = np.bincount(target.values[train], None if rows is None else rows[train], target.n_outputs)
-    present = counts > 0
-    return np.where(present, counts.sum() / (present.sum() * np.where(present, counts, 1)), 1.0)

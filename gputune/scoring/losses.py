@@ -114,8 +114,7 @@ def _quantile(outputs: Tensor, y: Tensor, *, q: Tensor) -> Tensor:
 
 
 def _bce(outputs: Tensor, y: Tensor) -> Tensor:
-    y = y if y.dim() == outputs.dim() else y[..., None]
-    y = y.to(outputs.dtype).expand(outputs.shape)
+    y = (y if y.dim() == outputs.dim() else y[..., None]).to(outputs.dtype).expand(outputs.shape)
     return functional.binary_cross_entropy_with_logits(outputs, y, reduction="none").mean(-1)
 
 
@@ -151,8 +150,7 @@ _OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonN
 
 
 def _kind(loss: object) -> type:
-    """Return the class of a loss, which may be the class itself."""
-    return loss if isinstance(loss, type) else type(loss)
+    return loss if isinstance(loss, type) else type(loss)  # which may be given as the class itself
 
 
 def loss_fitting(loss: object, task: Task) -> object:
@@ -196,10 +194,8 @@ def refuse_one_number(loss: object, y: Tensor) -> None:
 
 def wants_log_probabilities(loss: object, outputs: Tensor) -> bool:
     """Whether outputs (B, K) are of no log_softmax, and the loss is torch's of log-probabilities."""
-    kind = _kind(loss)
-    if outputs.dim() < 2 or not issubclass(kind, nn.NLLLoss):
-        return False
-    return bool(((outputs.exp().sum(1) - 1).abs() > 0.01).any())
+    of_them = outputs.dim() > 1 and issubclass(_kind(loss), nn.NLLLoss)
+    return of_them and bool(((outputs.exp().sum(1) - 1).abs() > 0.01).any())
 
 
 def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

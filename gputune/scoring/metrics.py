@@ -35,8 +35,7 @@ def make_scoring(
 
     None is accuracy, R2, or for a custom target "neg_loss": minus the loss of the ``objective`` on validation rows. Of
     several scorers it is the first one, with the ``others``. ``positive`` is the class that f1 and its like are of, and
-    goes to those. Raises InputError where they need it and it is missing, where another score is given it, where it is
-    no class, and for a list without scorers, one that is twice in it, and what is no scorer.
+    goes to those. Raises InputError where they need it and it is missing, and where another score is given it.
     """
     from sklearn.metrics import get_scorer
 

@@ -13,6 +13,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -39,7 +40,7 @@ class Objective:
 
     loss: str | Callable[..., Tensor]
     step: Callable[..., Tensor] | None = None
-    augment: Callable[..., Any] | None = None
+    augment: Callable[..., object] | None = None
     any_outputs: bool = False
     """Whether a module may return outputs of any shape (n, ...): for a custom target."""
     binary: bool = False
@@ -50,15 +51,14 @@ class Objective:
 
     def of_space(self, space: Sequence[Mapping[str, Any]]) -> Self:
         """Return it as it ranks all trials of a space by one loss; a part has choices, or a distribution, by key."""
-        names = sorted({key for part in space for key in part if key.startswith(LOSS_PREFIX)})
-        fixed = {}
-        for name in names:
+        fixed, varied, defaults = {}, {}, loss_defaults(self.loss)
+        for name in sorted({key for part in space for key in part if key.startswith(LOSS_PREFIX)}):
             choices = [part.get(name) for part in space]
             values = [one[0] for one in choices if isinstance(one, list) and len(one) == 1]
             if len(values) == len(space) and len(set(map(repr, values))) == 1:
                 fixed[name] = values[0]
-        defaults = loss_defaults(self.loss)
-        varied = {name: defaults.get(name, inspect.Parameter.empty) for name in names if name not in fixed}
+            else:
+                varied[name] = defaults.get(name, inspect.Parameter.empty)
         return replace(self, fixed=fixed, varied=varied)
 
     def remarks_on_neg_loss(self) -> tuple[str, ...]:
@@ -123,19 +123,18 @@ class Objective:
             name = type(self.loss).__name__
             return f"has nowhere to go, since the loss is an instance of {name}; pass the class, loss={name}"
         signature = inspect.signature(self.loss)
-        if name in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-            return ""
-        return f"is no argument of the loss {qualified_name(self.loss)}{signature}; remove it or rename it"
+        takes = name in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        named = f"{qualified_name(self.loss)}{signature}"
+        return "" if takes else f"is no argument of the loss {named}; remove it or rename it"
 
     def values(self, configs: Sequence[Config], like: Tensor) -> dict[str, Tensor]:
         """Return the numbers that a loss takes, by name, each (C, 1) as ``like`` is; none that are all 0."""
-        if not self.is_named or not isinstance(self.loss, str):
-            return {}
-        table = {
-            name: [float(config.get(LOSS_PREFIX + name, of.default)) for config in configs]
-            for name, of in LOSSES[self.loss].arguments.items()
-        }
-        return {name: like.new_tensor(row)[:, None] for name, row in table.items() if any(row)}
+        numbers = {}
+        for name, of in LOSSES[self.loss].arguments.items() if self.step is None and isinstance(self.loss, str) else ():
+            row = [float(config.get(LOSS_PREFIX + name, of.default)) for config in configs]
+            if any(row):
+                numbers[name] = like.new_tensor(row)[:, None]
+        return numbers
 
     def rows(self, outputs: Tensor, y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Return the row losses (..., C, B) of outputs (..., C, B, K), by a loss that has a name."""
@@ -177,8 +176,7 @@ class Objective:
         if self.augment is None:
             return inputs
         folds = []
-        for fold in range(len(inputs[0])):
-            minibatch = [x[fold] for x in inputs]
+        for minibatch in zip(*inputs):
             generator = torch.Generator(inputs[0].device).manual_seed(stream_seed(seed, "augment", *key))
             augmented = self.augment(_as_argument(minibatch, names), generator)
             if isinstance(augmented, Mapping):
@@ -203,12 +201,12 @@ class Objective:
 
     def member_loss(self, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the user's loss of one member's outputs, with a configuration's values: row losses or a mean."""
-        values = loss_arguments(config)
-        loss: Any = self.loss
+        loss, values = self.loss, loss_arguments(config)
         if isinstance(loss, type):
             loss, values = loss(**values), {}
+        assert not isinstance(loss, str)
         if not isinstance(loss, nn.Module):
-            return lambda outputs, y: loss(outputs, y, **values)
+            return partial(loss, **values)
         ignored = getattr(loss, "ignore_index", None)
         # A mean without ignored rows is not that of row losses. Classes count from 0, a custom target has any numbers.
         return loss if ignored is not None and (self.any_outputs or ignored >= 0) else by_rows(loss)
@@ -221,7 +219,7 @@ def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> objec
     return inputs[0] if len(inputs) == 1 else tuple(inputs)
 
 
-def pairs_all_rows(function: Callable[[Tensor, Tensor], Any], outputs: Tensor, y: Tensor) -> bool:
+def pairs_all_rows(function: Callable[[Tensor, Tensor], object], outputs: Tensor, y: Tensor) -> bool:
     """Whether a loss or score compares each output (B, 1) with all of y (B,), as torch broadcasts them to (B, B).
 
     It then does not change with the order of y, and is another one of outputs and y of the same shape.
@@ -256,7 +254,7 @@ def loss_arguments(config: Config) -> Config:
     return {k.removeprefix(LOSS_PREFIX): v for k, v in config.items() if k.startswith(LOSS_PREFIX)}
 
 
-def loss_defaults(loss: Any) -> Config:
+def loss_defaults(loss: object) -> Config:
     """Return the default of each ``loss__*`` value: those of a loss's signature, or of all losses that have a name."""
     if callable(loss) and not isinstance(loss, nn.Module):
         parameters = inspect.signature(loss).parameters.items()

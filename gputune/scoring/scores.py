@@ -71,9 +71,9 @@ def r2(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _r2(residual: Tensor, y: Tensor) -> Tensor:
-    total = ((y - y.mean()) ** 2).sum()
     if len(y) < 2:
         return torch.full_like(residual, math.nan)
+    total = ((y - y.mean()) ** 2).sum()
     # The mean of a constant y may be rounded, so that its total is rounding errors and not 0.
     constant = (total == 0) | (y.min() == y.max())
     return torch.where(constant, (residual == 0).to(residual.dtype), 1 - residual / total)

@@ -181,13 +181,13 @@ def make_dataset(
     # Half a number is too little to train in; a module of integers alone has parameters of single precision.
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
     X, like = Arrays(tuple(x), rows.X.names), torch.empty(0, dtype=dtype, device=x[0].device)
-    statistics, weights = fit_channels(X, group.trains, numbers), Weights(rows.weights, None, count=True)
+    statistics, weights = fit_channels(X, group.trains, numbers), Weights(rows.weights, None, of_target=True)
     if rows.classes is None or group.classes is None:
-        target = Target(rows.taken_as, np.require(rows.y, requirements=["C", "W"]), None)
+        target = Target(rows.taken_as, np.require(rows.y, requirements=["C", "W"]), None, standardise=standardise)
     else:
         task: Task = "binary" if len(group.classes) == 2 else "multiclass"
         target = Target(task, group.codes, rows.classes[group.classes])
-    return data_of(X, statistics, target, folds, weights=weights, like=like, standardise=standardise)
+    return data_of(X, statistics, target, folds, weights=weights, like=like)
 
 
 def as_dense(X: Any) -> Any:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.arrays import Arrays, ArrayStatistics
-from gputune.data.columns import convert
-from gputune.data.encode import Layout, Statistics
-from gputune.data.quantiles import normal_scores_of, smooth_clip
+from gputune.data.columns import Layout
+from gputune.data.encode import Statistics, normal_scores_of, smooth_clip
 from gputune.data.table import Table
 from gputune.errors import InputError, import_extra
 from gputune.modules.calls import Stateless
@@ -169,7 +168,7 @@ def encoded(model: ModelContent, table: Table | Arrays) -> Any:
     if not takes_columns(layout):
         return features
     columns = layout.columns
-    return np.stack([convert(table.column(c.name), table.kind(c.name), c).astype(np.float64) for c in columns], axis=1)
+    return np.stack([c.read(table.kind(c.name), table.column(c.name)).astype(np.float64) for c in columns], axis=1)
 
 
 def description(model: ModelContent) -> Json:

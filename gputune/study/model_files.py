@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
-from gputune.data.encode import Layout, Statistics
+from gputune.data.columns import Layout
+from gputune.data.encode import Statistics
 from gputune.data.target_transform import FittedTransform
 from gputune.errors import InputError, UntrustedCodeError, warn
 from gputune.models import MLP, LogisticRegression

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from gputune.callbacks import Callback
-    from gputune.data.encode import Columns
+    from gputune.data.columns import Columns
     from gputune.data.kinds import Kind
     from gputune.data.target import TaskWord
     from gputune.data.target_transform import TargetTransform

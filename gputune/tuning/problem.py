@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, fit_channels
-from gputune.data.dataset import Dataset, Inputs, Preparations, Rows, make_dataset
-from gputune.data.encode import LIMIT, Columns, Layout, Statistics, check_numbers, fit_layout, fit_statistics
+from gputune.data.columns import Columns, Layout, fit_layout
+from gputune.data.dataset import Dataset, Inputs, Preparations, Rows, inputs_of, make_dataset
+from gputune.data.encode import LIMIT, Statistics, check_numbers, fit_statistics
 from gputune.data.folds import Splitter, make_folds
-from gputune.data.scaling import limited_features, table_inputs
+from gputune.data.scaling import limited_features
 from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.data.target import Target, check_spread, check_target, with_transform
@@ -72,10 +73,8 @@ class Problem:
         dtype = torch.float64 if self.choice.solved else DTYPES[options.dtype]
         like = torch.empty(0, dtype=dtype, device=device)
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
-        data = make_dataset(
-            self.raw, self._statistics(trains, self.numbers), self.target, folds, weights=weights, like=like,
-            standardise=objective is None or objective.is_named,
-        )  # fmt: skip
+        target = replace(self.target, standardise=objective is None or objective.is_named)
+        data = make_dataset(self.raw, self._statistics(trains, self.numbers), target, folds, weights=weights, like=like)
         data = replace(data, numbers=self.numbers)
         if isinstance(self.layout, Layout):
             groups = self.layout.groups(self.layout.places(self.numbers))
@@ -94,9 +93,8 @@ class Problem:
     def _inputs(self, trains: Sequence[np.ndarray], like: Tensor, numbers: Numbers) -> Inputs:
         """Return the table with its numbers prepared in a way, which is fitted on the training rows of each fold."""
         assert isinstance(self.layout, Layout) and not isinstance(self.raw, Arrays)
-        statistics = cast(tuple[Statistics, ...], self._statistics(trains, numbers))
         groups = self.layout.groups(self.layout.places(numbers))
-        return Inputs(*table_inputs(self.raw, statistics, like), statistics, groups)
+        return inputs_of(self.raw, self._statistics(trains, numbers), like, groups)
 
     def with_space(self, space: Space, options: Options) -> "Problem":
         """Return the problem of a search with these options, whose trials may prepare numbers in ways of their own.
@@ -128,7 +126,7 @@ class Problem:
         X = self.source.original_rows() if isinstance(cv, Splitter) else None
         if isinstance(X, Arrays):  # of several inputs no splitter knows the number of rows
             X = None if len(X.parts) > 1 else X.as_given()
-        return make_folds(cv, self.target, n_rows=len(self.source.X), X=X, groups=groups, seed=seed)
+        return make_folds(cv, self.target, X=X, groups=groups, seed=seed)
 
     def scoring(self) -> Scoring:
         """Return the scoring of a search. Raises InputError for what a study could not know again later."""

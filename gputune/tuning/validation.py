@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gputune.data.columns import Layout
 from gputune.data.dataset import Dataset, Fold
-from gputune.data.encode import Layout, Statistics
+from gputune.data.encode import Statistics
 from gputune.data.folds import unpack_folds
 from gputune.data.scaling import side_by_side
 from gputune.engine.stop import entry

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from gputune.data.columns import Column, convert, fit_column
-from gputune.data.kinds import parse_text
+from gputune.data.columns import Column, fit_column
+from gputune.data.kinds import convert, parse_text
 from refused import refused
 
 
@@ -111,7 +111,7 @@ def test_values_of_another_kind_that_fit():
     for column in (number, boolean, date):
         assert np.isnan(column.features("category", text(None, None))).all()
     amounts = Column("c", "category", levels=("$1", "NA", "free"))
-    assert convert(np.array([1.0, np.nan]), "number", amounts).tolist() == ["$1", None]
+    assert convert(np.array([1.0, np.nan]), "number", "category", "c", amounts.levels).tolist() == ["$1", None]
     assert number.features("category", text("$1", "$2")).tolist() == [[1], [2]]
     category = Column("c", "category", levels=("a",), missing=True)
     assert category.features("number", np.array([np.nan])).tolist() == [[0, 1]]

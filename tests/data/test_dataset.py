@@ -1,5 +1,7 @@
 """Each fold's copy of X and its targets come from its own training rows, and equal copies are kept once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +11,9 @@ from sklearn.model_selection import KFold
 import gputune
 from gputune.data import scaling
 from gputune.data.arrays import as_arrays, fit_channels
+from gputune.data.columns import fit_layout
 from gputune.data.dataset import ScorerRows, first_equal, make_dataset
-from gputune.data.encode import fit_layout, fit_statistics, transform
+from gputune.data.encode import fit_statistics, transform
 from gputune.data.table import as_table
 from gputune.data.target import check_target
 from gputune.data.weights import check_weights
@@ -213,13 +216,11 @@ def test_rows_of_arrays_that_are_not_gathered_train_as_their_copies(kind):
     y = {"classes": np.arange(N) % 3, "numbers": numbers[:, 0], "column": numbers[:, :1], "labels": 1 * (numbers > 0.5)}
     y = y[kind]
     X, kept = ({"image": g.random((2 * N, 2, 3, 3), np.float32), "ids": np.arange(2 * N)}, g.permutation(2 * N)[:N])
-    target, found = check_target(y, n_rows=N), []
+    target, found = replace(check_target(y, n_rows=N), standardise=kind != "column"), []
     weights = check_weights(g.random(N), "balanced" if kind == "classes" else None, target)
     for arrays in (as_arrays(X).select(kept), as_arrays({name: x[kept] for name, x in X.items()})):
         statistics = fit_channels(arrays, [train for train, _ in FOLDS], "standard")
-        data = make_dataset(
-            arrays, statistics, target, FOLDS, weights=weights, like=torch.empty(0), standardise=kind != "column"
-        )
+        data = make_dataset(arrays, statistics, target, FOLDS, weights=weights, like=torch.empty(0))
         for f, fold in enumerate(data.folds):
             for rows in (fold.train, fold.valid):
                 found.append([*data.rows(f, rows), data.targets(f)[rows], data.target[rows], data.weights[f, rows]])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from sklearn.preprocessing import QuantileTransformer, RobustScaler, StandardScaler
 
-from gputune.data.encode import Layout, Statistics, fit_layout, fit_statistics, transform
+from gputune.data.columns import Layout, fit_layout
+from gputune.data.encode import Statistics, fit_statistics, transform
 from gputune.data.scaling import side_by_side
 from gputune.data.table import as_table
 from gputune.types import NUMBERS

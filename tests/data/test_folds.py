@@ -31,7 +31,7 @@ GROUPS = np.repeat(np.arange(8), 5)
 
 
 def folds(cv, target=CLASSES, groups=None, seed=0):
-    return make_folds(cv, target, n_rows=N, groups=groups, seed=seed)
+    return make_folds(cv, target, groups=groups, seed=seed)
 
 
 def equal(a, b):
@@ -147,7 +147,7 @@ def test_a_splitter_sees_the_rows_and_the_target():
             yield order.reshape(2, N // 2)  # two of anything are a pair
 
     time = np.random.default_rng(0).permutation(N)
-    made = make_folds(ByTime(), CLASSES, n_rows=N, X=np.stack([np.zeros(N), time], 1), seed=0)
+    made = make_folds(ByTime(), CLASSES, X=np.stack([np.zeros(N), time], 1), seed=0)
     assert time[made[0][0]].max() < time[made[0][1]].min()
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from gputune.data.encode import fit_layout
+from gputune.data.columns import fit_layout
 from gputune.data.files import read_table
 from gputune.data.kinds import MISSING_TEXT, from_column, from_values, is_missing, parse_text, read_amounts, read_as
 from gputune.data.table import as_table, split_target

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gputune
-from gputune.data.encode import fit_layout
+from gputune.data.columns import fit_layout
 from gputune.data.table import as_table
 from gputune.methods.config import legal_keys
 from gputune.methods.random import draw

@@ -138,7 +138,7 @@ def dataset(choice: ModelChoice) -> Dataset:
     y = (X @ rng.standard_normal((64, 10)) + 4 * rng.standard_normal((rows, 10))).argmax(1)
     options = Options(device="cpu", dtype="float32")
     problem = make_problem(read_source(X, y, None), None, choice, options)
-    folds = make_folds(FOLDS, problem.target, n_rows=rows, groups=None, seed=0)
+    folds = make_folds(FOLDS, problem.target, seed=0)
     return problem.dataset(folds, torch.device("cpu"))
 
 
