@@ -8,7 +8,6 @@ from contextvars import ContextVar
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, is_regressor
 from sklearn.pipeline import Pipeline
@@ -21,8 +20,7 @@ from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.target import check_target
 from gputune.errors import InputError
 from gputune.sklearn.dataset import FoldGroup, Rows, as_dense, as_tensor
-from gputune.sklearn.member import Place
-from gputune.sklearn.recipe import DrawSeed, Training
+from gputune.sklearn.recipe import DrawSeed, MemberSlope, Place, Training
 from gputune.text import did_you_mean
 from gputune.types import Task
 
@@ -33,10 +31,9 @@ def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., N
     What both have takes its default from these.
     """
     own = inspect.signature(theirs.__init__)  # type: ignore[misc]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    added = [inspect.Parameter(name, kind) for name in defaults if name not in own.parameters]
-    parameters = [*own.parameters.values(), *added]
-    signature = own.replace(parameters=[p.replace(default=defaults.get(p.name, p.default)) for p in parameters])
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in defaults if n not in own.parameters]
+    parameters = [p.replace(default=defaults.get(p.name, p.default)) for p in (*own.parameters.values(), *added)]
+    signature = own.replace(parameters=parameters)
 
     def __init__(self: object, *values: object, **params: object) -> None:
         bound = signature.bind(self, *values, **params)
@@ -64,10 +61,11 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     """The parameters that a descent may move, the usual one first -> what the engine calls them."""
     _fit_recipes: ClassVar[Callable[..., Mapping[Place, object]]]
     """Of recipes by trial, folds and training: for each (fold, trial) what ``_set_fitted`` takes, or an error."""
+    _slopes: ClassVar[Callable[..., Iterable[tuple[Place, MemberSlope]]]]
+    """Of recipes by trial, folds, hyperparameters, how, and training: the slope of each member that has one."""
 
-    def __new__(cls, *args: object, **params: object) -> Self:
+    def __new__(cls, *_: object, **params: object) -> Self:
         """Refuse what the constructor does not know in words that help."""
-        del args
         cls._check_names(params)
         parameters = inspect.signature(cls.__init__).parameters
         unknown = [name for name in params if name not in parameters]
@@ -172,10 +170,12 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
     scikit-learn's ValueError for anything else.
     """
     numeric, any_target = is_regressor(estimator), estimator._takes_any_target
-    X = as_dense(X)
-    y = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
+    X, y = as_dense(X), y.detach().cpu().numpy() if isinstance(y, Tensor) else y
     several = estimator._takes_arrays and has_columns(y)
-    arrays, names = _inputs(X) if estimator._takes_arrays else None, None
+    arrays, names = as_arrays(X) if estimator._takes_arrays else None, None
+    if estimator._takes_arrays and arrays is None and isinstance(X, Mapping):
+        kinds = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in X.items())
+        raise InputError(f"X as a dict must hold arrays or tensors, got {{{kinds}}}; convert them.")
     if any_target:
         y = check_target(y, task="custom", n_rows=len(y) if arrays is None else len(arrays)).values
     elif arrays is not None:
@@ -187,29 +187,18 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
         arrays, names = Arrays((as_tensor(table),)), getattr(estimator, "feature_names_in_", None)
     check_consistent_length(arrays.parts[0], y)
     weights, classes = None, None
-    task: Task = "regression"
     if sample_weight is not None:
         weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
-    if any_target:
-        task = "custom"
-    elif several:
-        y, task = _columns(estimator, y), "regression" if numeric else "multilabel"
-    elif numeric:
+    task: Task = "custom" if any_target else "multilabel" if several and not numeric else "regression"
+    if several and not any_target:
+        _check_columns(estimator, y)
+    if not any_target and (several or numeric):
         y = np.asarray(y, dtype=np.float64)
-    else:
+    elif not any_target:
         check_classification_targets(y)
         classes, codes = np.unique(y, return_inverse=True)
         y = codes.astype(np.int64)
     return Rows(arrays, y, weights, classes, names, task)
-
-
-def _inputs(X: object) -> Arrays | None:
-    """Return inputs that are no table, None for a table. Raises InputError for a dict of anything but arrays."""
-    arrays = as_arrays(X)
-    if arrays is None and isinstance(X, Mapping) and not issparse(X):  # a sparse one may be a dict
-        kinds = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in X.items())
-        raise InputError(f"X as a dict must hold arrays or tensors, got {{{kinds}}}; convert them.")
-    return arrays
 
 
 def has_columns(y: Any) -> bool:
@@ -218,16 +207,16 @@ def has_columns(y: Any) -> bool:
     return len(shape) > 1 and shape[1:] != (1,)
 
 
-def _columns(estimator: FusedEstimator, y: Any) -> NDArray[np.float64]:
-    """Return targets of several columns (n, K); InputError for a sparse matrix, and for classes in several columns."""
+def _check_columns(estimator: FusedEstimator, y: object) -> None:
+    """Raise InputError for a target that is a sparse matrix, and for classes in several columns."""
     if issparse(y):
         raise InputError("y is a sparse matrix, and only dense targets are supported; pass y.toarray().")
     if not is_regressor(estimator) and type_of_target(y) != "multilabel-indicator":
+        shape = np.asarray(y).shape
         raise InputError(
-            f"{type(estimator).__name__} takes labels in several columns, 0 or 1 each, got y of shape {np.shape(y)}; "
+            f"{type(estimator).__name__} takes labels in several columns, 0 or 1 each, got y of shape {shape}; "
             "fit one estimator for each column of classes, or a NeuralNetRegressor on numbers."
         )
-    return np.asarray(y, dtype=np.float64)
 
 
 def fit_together(candidates: Mapping[int, FusedEstimator], folds: FoldGroup, training: Training) -> dict[Place, object]:
@@ -242,20 +231,19 @@ def fit_together(candidates: Mapping[int, FusedEstimator], folds: FoldGroup, tra
         return int(check_random_state(None).randint(2**31 - 1))
 
     results: dict[Place, object] = {}
-    recipes = {}
+    recipes, trained = {}, []
     for trial, candidate in candidates.items():
         try:
             recipes[trial] = candidate._recipe(draw)
         except (TypeError, ValueError) as error:
             results |= {(fold, trial): error for fold in folds.numbers}
-    refusals = [folds.rows.refusal(train) for train in folds.trains]
-    for fold, refusal in zip(folds.numbers, refusals):
-        if refusal is not None:
+    for i, (fold, train) in enumerate(zip(folds.numbers, folds.trains)):
+        if (refusal := folds.rows.refusal(train)) is None:
+            trained.append(i)
+        else:
             results |= {(fold, trial): refusal for trial in recipes}
-    trained = [i for i, refusal in enumerate(refusals) if refusal is None]
     if recipes and trained:
-        fit_recipes = next(iter(candidates.values()))._fit_recipes
-        results |= fit_recipes(recipes, folds.part(trained), training)
+        results |= next(iter(candidates.values()))._fit_recipes(recipes, folds.part(trained), training)
     return results
 
 

@@ -93,6 +93,10 @@ class Part:
     rows: Rows
     index: Index
 
+    def labels(self) -> list[str | float]:
+        """Return the labels that the rows have; none for a regression."""
+        return [] if self.rows.classes is None else self.rows.classes[np.unique(self.rows.y[self.index])].tolist()
+
 
 @dataclass(frozen=True, eq=False)
 class FoldGroup:

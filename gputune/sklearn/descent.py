@@ -1,31 +1,132 @@
-"""HypergradientSearchCV: drawn candidates descend along the derivative of their validation loss, all at once."""
+"""HypergradientSearchCV: drawn candidates descend along the derivative of their validation loss, all at once.
+
+A slope is that of the same training once more, differentiated on the validation rows.
+"""
 
 import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn import model_selection
-from sklearn.base import BaseEstimator, is_regressor
+from sklearn.base import BaseEstimator, clone, is_regressor
 from sklearn.metrics import log_loss
 from sklearn.utils import indexable
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from gputune.errors import DivergedError, InputError
+from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.methods.distributions import range_of
-from gputune.sklearn.base import constructor
+from gputune.sklearn.base import constructor, last_step
 from gputune.sklearn.dataset import Part
-from gputune.sklearn.recipe import Training
-from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of
+from gputune.sklearn.logistic import Penalty
+from gputune.sklearn.recipe import Member, MemberSlope, Recipe, Training
+from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of, layouts
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
 from gputune.sklearn.search import CONSTRAINTS, EXTRAS, FusedSearch
-from gputune.sklearn.slopes import check_held_out, descended_parameters, slopes_of, start_values
 from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
+
+
+class TrialSlopes(NamedTuple):
+    """Of one trial, by fold: ``losses`` (F,), ``slopes`` hyperparameter -> (F, 1, 1), ``ratios`` (F,) of the guard."""
+
+    losses: NDArray[np.float64]
+    slopes: dict[str, NDArray[np.float64]]
+    ratios: NDArray[np.float64]
+
+
+def slopes_of(fits: Sequence[Fit], names: Sequence[str], mode: SlopeMode, training: Training) -> dict[int, TrialSlopes]:
+    """Return the slopes of each trial in some hyperparameters; all of its fits are made and hold validation rows out.
+
+    The loss is the mean cross-entropy of the validation rows, or the mean squared error in the target's own unit.
+    The slope is in the hyperparameter as the estimator has it: in alpha, where alpha is set. It is exact, or taken by
+    wide differences. Trials that the deadline cuts short are missing.
+    """
+    by_fold: dict[int, dict[int, MemberSlope]] = defaultdict(dict)
+    for folds, trials in layouts(fits, held_out=True):
+        recipes = {}
+        for trial, own in trials.items():
+            fit = own[folds.numbers[0]]
+            recipes[trial] = fit.estimator._recipe(lambda: 0)
+            if isinstance(fit.fitted, Member):  # which knows the seed: a RandomState has drawn another one
+                recipes[trial] = replace(recipes[trial], seed=fit.fitted.seed, patience=None)
+        for (fold, trial), slope in fit.estimator._slopes(recipes, folds, names, mode, training):
+            by_fold[trial][fold] = slope
+    whole, found = Counter(fit.trial for fit in fits), {}
+    for trial, slopes in by_fold.items():
+        if len(slopes) == whole[trial]:
+            losses, of_names, ratios = zip(*(slopes[fold] for fold in sorted(slopes)))
+            tables = {name: np.array([each[name] for each in of_names])[:, None, None] for name in of_names[0]}
+            found[trial] = TrialSlopes(np.array(losses), tables, np.array(ratios))
+    return found
+
+
+def check_held_out(fits: Sequence[Fit]) -> None:
+    """Raise InputError where the loss on the validation rows of a fold has no slope, whatever is trained."""
+    seen: set[tuple[int, int]] = set()
+    for fit in fits:
+        train, valid = fit.train, fit.valid
+        if not (isinstance(train, Part) and isinstance(valid, Part)) or (fit.fold, id(train)) in seen:
+            continue
+        seen.add((fit.fold, id(train)))
+        if len(valid.index) == 0:
+            raise InputError(f"cv: fold {fit.fold} has no validation rows to descend on; give it some.")
+        weights = train.rows.weights
+        weighing = train if weights is None else replace(train, index=train.index[weights[train.index] > 0])
+        check_classes(fit.fold, valid.labels(), weighing.labels(), weighed=weights is not None)
+
+
+def descended_parameters(hyperparameters: str | Sequence[str] | None, estimator: object) -> dict[str, str]:
+    """Return what is descended on, in the engine's words -> the parameter of the estimator that holds it.
+
+    None is the usual one. Raises InputError for one that the estimator has not, and for one named twice.
+    """
+    prefix, last = last_step(estimator)
+    own = last.get_params(deep=False)
+    offered = {word: name for word, name in last._differentiable.items() if word in own}
+    words = [hyperparameters] if isinstance(hyperparameters, str) else hyperparameters
+    words = list(offered)[:1] if words is None else [str(word).removeprefix(prefix) for word in words]
+    names = [offered.get(word) for word in words]
+    if not names or None in names or len(set(names)) < len(names):
+        several = [" or ".join(w for w in offered if offered[w] == n) for n in dict.fromkeys(offered.values())]
+        raise InputError(
+            f"hyperparameters: a descent of {type(last).__name__} moves some of {', '.join(several)}, each named once, "
+            f"got {hyperparameters!r}."
+        )
+    return {name: prefix + word for name, word in zip(names, words) if name is not None}
+
+
+def start_value(recipe: Recipe | Penalty, name: str, parameter: str, start: str) -> float:
+    """Return a start's value of a hyperparameter, in the unit of the parameter that holds it.
+
+    Raises InputError where it cannot be descended from.
+    """
+    if isinstance(recipe, Penalty):
+        if not recipe.fit_intercept:
+            raise InputError(
+                "the derivative in C is that of a logistic regression with intercepts, got fit_intercept=False in "
+                f"{start}; leave it True, or search C with RandomizedSearchCV."
+            )
+        value = recipe.C
+    else:
+        check_start(recipe.config, name, start, argument="hyperparameters", remedy=", or use RandomizedSearchCV")
+        value, alpha = recipe.config[name], recipe.alpha
+        if name == "weight_decay" and (alpha is not None) != parameter.endswith("alpha"):
+            other = "weight_decay" if alpha is None else "alpha"
+            raise InputError(
+                f"hyperparameters: {start} decays by {other}, and not by {parameter}; name {other!r}, or put "
+                f"{parameter!r} in param_distributions."
+            )
+        value = alpha if name == "weight_decay" and alpha is not None else float(value)
+    check_coordinate(name, value, start, called=parameter, space="param_distributions")
+    return value
 
 
 def neg_log_loss(estimator: BaseEstimator, X: object, y: object, sample_weight: object = None) -> float:
@@ -73,9 +174,14 @@ class DescentRun(SearchRun):
         bounds = {name: ends for name, ends in ranges.items() if ends is not None}
         starts = {}
         for number, params in enumerate(candidates):
-            values = start_values(self.estimator, params, self.parameters, number)
-            if values is not None:
-                starts[number] = Descent(method, tuple(self.parameters), values, bounds)
+            _, last = last_step(clone(self.estimator).set_params(**clone(params, safe=False)))
+            try:
+                recipe = last._recipe(lambda: 0)
+            except (TypeError, ValueError):  # the estimator refuses the candidate, as its fit will
+                continue
+            own, start = self.parameters.items(), f"start {number}"
+            values = {name: start_value(recipe, name, parameter, start) for name, parameter in own}
+            starts[number] = Descent(method, tuple(self.parameters), values, bounds)
         self.X, self.y = indexable(self.X, self.y)
         self.splits = self.split(self.X, self.y, self.split_params)
         self._train(candidates, [(number, 0) for number in range(len(candidates))])
@@ -108,35 +214,32 @@ class DescentRun(SearchRun):
         self.events += events
 
     def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
-        """Return the slope where each start stands that can go on; those that the deadline cuts short are missing."""
+        """Return the slope where each start stands that can go on; those that the deadline cuts short are missing.
+
+        A start can go on where its point was trained in all folds, or diverged, and has validation rows in all of them.
+        """
         if step == self.outer_steps:
             return {}
-        whole = {n: self.fits[n] for n in starts if _can_go_on(self.fits[n], len(self.splits))}
-        slopes = {n: _step_down(starts[n]) for n, fits in whole.items() if any(fit.error for fit in fits)}
+        slopes, whole = {}, {}
+        for n, start in starts.items():
+            errors = [fit.error for fit in self.fits[n] if isinstance(fit.valid, Part)]
+            if len(errors) < len(self.splits) or not all(isinstance(each, DivergedError | None) for each in errors):
+                continue
+            if any(errors):  # no slope, nor would differences find one: it steps down
+                none = {name: np.full((1, 1), math.nan) for name in start.names}
+                slopes[n] = Slope(math.nan, none, none, usable=False, ratio=math.inf, mode="differences")
+            else:
+                whole[n] = self.fits[n]
         modes: tuple[SlopeMode, ...] = ("exact", "differences")
         for mode in modes:
-            fits = {n: f for n, f in whole.items() if n not in slopes and starts[n].mode == mode}
+            fits = {n: own for n, own in whole.items() if starts[n].mode == mode}
             if not fits or (self.deadline is not None and time.monotonic() > self.deadline):
                 continue
             training = Training(workers(), self.deadline)
-            by_point = slopes_of([fit for own in fits.values() for fit in own], tuple(self.parameters), mode, training)
-            for n, own in fits.items():
-                if (slope := by_point.get(own[0].trial)) is not None:
-                    slopes[n] = slope_at(starts[n].config, slope.losses, slope.slopes, slope.ratios, mode)
+            found = slopes_of([fit for own in fits.values() for fit in own], tuple(self.parameters), mode, training)
+            points = {n: found[own[0].trial] for n, own in fits.items() if own[0].trial in found}
+            slopes |= {n: slope_at(starts[n].config, *slope, mode) for n, slope in points.items()}
         return slopes
-
-
-def _can_go_on(fits: Sequence[Fit], folds: int) -> bool:
-    """Whether a point was trained in all folds, or diverged, and has validation rows in all of them."""
-    return len(fits) == folds and all(
-        isinstance(fit.valid, Part) and isinstance(fit.error, DivergedError | None) for fit in fits
-    )
-
-
-def _step_down(start: Descent) -> Slope:
-    """Return what says that the training diverged, so that there is no slope: differences would find none either."""
-    none = {name: np.full((1, 1), math.nan) for name in start.names}
-    return Slope(math.nan, none, none, usable=False, ratio=math.inf, mode="differences")
 
 
 class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # type: ignore[misc]

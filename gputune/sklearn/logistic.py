@@ -1,6 +1,7 @@
 """LogisticRegression: scikit-learn's linear classifier, solved to convergence for every C and fold at once."""
 
 import inspect
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,11 +19,12 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.class_weight import compute_class_weight
 
 from gputune.engine.choice import device_for_solver
+from gputune.engine.stop import entry
 from gputune.errors import InputError, warn
+from gputune.hypergradients.implicit import implicit_gradients
 from gputune.sklearn.base import FusedEstimator, constructor
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor
-from gputune.sklearn.member import Place
-from gputune.sklearn.recipe import DrawSeed, Training
+from gputune.sklearn.recipe import DrawSeed, MemberSlope, Place, Training
 from gputune.solver.solve import Problem, Solution, solve
 
 _TOLERANCE = 1e-10
@@ -76,6 +78,20 @@ def solve_members(
         solution = solve(problem)
         members |= {place: SolvedMember(solution, p, group.classes) for p, place in enumerate(places)}
     return members
+
+
+@entry
+def solver_slopes(penalties: Mapping[int, Penalty], folds: FoldGroup, *_: object) -> list[tuple[Place, MemberSlope]]:
+    """Return the slope in C, at the minimum, of every penalty in every fold."""
+    found: list[tuple[Place, MemberSlope]] = []
+    for trials, group in solve_groups(penalties, folds):
+        problem = make_problem([penalties[trial] for trial in trials], group)
+        valids = [as_tensor(valid).to(problem.y.device) for valid in group.valids]
+        implicit = implicit_gradients(problem, solve(problem), valids)
+        slopes = implicit.gradient / problem.C.repeat(len(valids))  # members are fold-major
+        members = zip(itertools.product(group.numbers, trials), implicit.value.tolist(), slopes.tolist())
+        found += [(place, (loss, {"C": slope}, 0.0)) for place, loss, slope in members]
+    return found
 
 
 def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
@@ -144,6 +160,7 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
     """
 
     _fit_recipes = staticmethod(solve_members)
+    _slopes = staticmethod(solver_slopes)
     _differentiable: ClassVar = {"C": "C"}
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **Theirs._parameter_constraints,

@@ -20,9 +20,8 @@ from gputune.models.mlp import ACTIVATIONS as MLP_ACTIVATIONS
 from gputune.population.population import complete
 from gputune.sklearn.base import FLOATS, constructor, has_columns
 from gputune.sklearn.dataset import Rows, as_dense, as_tensor
-from gputune.sklearn.member import Member
 from gputune.sklearn.networks import TrainedEstimator
-from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Patience, Recipe, draw_seed
+from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Member, Patience, Recipe, draw_seed
 from gputune.types import ACTIVATIONS, SCHEDULES
 
 # Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and without.

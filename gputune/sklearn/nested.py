@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from sklearn import get_config
 from sklearn.base import clone, is_classifier
 from sklearn.metrics import check_scoring
-from sklearn.model_selection import check_cv
+from sklearn.model_selection import ParameterGrid, ParameterSampler, check_cv
 from sklearn.utils import Bunch, indexable
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
 from gputune.errors import InputError
+from gputune.methods.distributions import to_scipy
 from gputune.sklearn.dataset import Part, as_sliced
 from gputune.sklearn.recipe import Training
 from gputune.sklearn.record import fits_of, shared_rows
@@ -145,7 +146,7 @@ def _train(
     for search, (X, y, params), part in zip(searches, rows, parts):
         routed = _routed_within(search, X, params)
         run = SearchRun(with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
-        candidates, splits = search._draw_candidates(), run.split(X, y, routed.splitter.split)
+        candidates, splits = _candidates(search), run.split(X, y, routed.splitter.split)
         recorded.append(TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, part), 0.0))
     alike = getattr(searches[0], "random_state", 0) is not None  # then all searches draw the same candidates
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
@@ -159,3 +160,11 @@ def _train(
         train(fits, Training(workers(), deadline))
     share = (time.monotonic() - begin) / sum(len(each.candidates) * len(each.splits) for each in recorded)
     return [replace(each, seconds=share) for each in recorded]
+
+
+def _candidates(search: AnySearch) -> list[Config]:
+    """Return the candidates that a search draws."""
+    if isinstance(search, GridSearchCV):
+        return list(ParameterGrid(search.param_grid))
+    space = to_scipy(search.param_distributions)
+    return list(ParameterSampler(space, search.n_iter, random_state=search.random_state))

@@ -6,18 +6,22 @@ from numbers import Integral
 from typing import ClassVar, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils import Tags
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from gputune.errors import InputError
 from gputune.methods.config import check_value
 from gputune.modules.construction import Builder
 from gputune.optimizers.classes import OPTIMIZER_PREFIX, check_optimizer, has_weight_decay, optimizer_word
-from gputune.population.population import complete
+from gputune.population.population import complete, two_logits
 from gputune.scoring.objective import LOSS_PREFIX
-from gputune.sklearn.networks import TrainedClassifier, TrainedEstimator, TrainedRegressor
-from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Recipe, draw_seed
+from gputune.sklearn.dataset import Rows
+from gputune.sklearn.networks import TrainedEstimator
+from gputune.sklearn.recipe import AUTO_BATCH, MOMENTUM, DrawSeed, Member, Recipe, draw_seed
 from gputune.study.module_source import is_builder
 from gputune.types import Config
 
@@ -252,7 +256,7 @@ class NeuralNet(_NeuralNet):
         return self._outputs(X).numpy()
 
 
-class NeuralNetClassifier(TrainedClassifier, _NeuralNet):
+class NeuralNetClassifier(ClassifierMixin, _NeuralNet):  # type: ignore[misc]
     __doc__ = f"""A user's nn.Module as a classifier; it returns logits (n, K), of two classes also one.{_PARAMETERS}
     With y (n, K) of 0 and 1 every column is a label of its own.
 
@@ -261,6 +265,42 @@ class NeuralNetClassifier(TrainedClassifier, _NeuralNet):
     """
 
     _own_losses: ClassVar = {nn.CrossEntropyLoss: "cross_entropy", nn.BCEWithLogitsLoss: "bce"}
+    classes_: np.ndarray | list[np.ndarray]
+
+    def predict(self, X: object) -> np.ndarray:
+        """Return the most probable class of each row, (n,); of labels (n, K) those more probable than not."""
+        outputs = self._logits(X)  # says first whether the estimator is fitted
+        if isinstance(self.classes_, list):
+            return (outputs > 0).numpy().astype(np.int64)
+        labels: np.ndarray = self.classes_[outputs.argmax(1).numpy()]
+        return labels
+
+    def predict_proba(self, X: object) -> NDArray[np.float64]:
+        """Return the probability of each class, (n, K) in the order of ``classes_``, or of each label, (n, K)."""
+        outputs = self._logits(X)
+        return (outputs.sigmoid() if isinstance(self.classes_, list) else outputs.softmax(1)).numpy()
+
+    def predict_log_proba(self, X: object) -> NDArray[np.float64]:
+        """Return the logarithms of what ``predict_proba`` returns."""
+        outputs = self._logits(X)
+        return (logsigmoid(outputs) if isinstance(self.classes_, list) else outputs.log_softmax(1)).numpy()
+
+    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
+        super()._set_fitted(fitted, rows)
+        self._present = fitted.present
+        if rows.classes is None:  # as scikit-learn's forests say it of labels
+            self.classes_ = [np.array([0, 1])] * rows.y.shape[1]
+        else:
+            self.classes_ = rows.classes[fitted.classes]
+
+    def _logits(self, X: object) -> Tensor:
+        outputs = self._outputs(X)
+        if outputs.shape[1] == 1 and not isinstance(self.classes_, list):
+            return two_logits(outputs)
+        if self._present is None:
+            return outputs
+        # Classes whose training rows weighed nothing took no part.
+        return outputs.masked_fill(torch.from_numpy(~self._present), -torch.inf)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -268,7 +308,7 @@ class NeuralNetClassifier(TrainedClassifier, _NeuralNet):
         return tags
 
 
-class NeuralNetRegressor(TrainedRegressor, _NeuralNet):
+class NeuralNetRegressor(RegressorMixin, _NeuralNet):  # type: ignore[misc]
     __doc__ = f"""A user's nn.Module as a regressor of numbers; it returns (n, K), of one number also (n,).{_PARAMETERS}
     With a criterion that has a name, and MSELoss, the module learns the target less its mean over its standard
     deviation, of the training rows (skorch: the target); with any other one the target as it is.
@@ -279,3 +319,18 @@ class NeuralNetRegressor(TrainedRegressor, _NeuralNet):
     """
 
     _own_losses: ClassVar = {nn.MSELoss: "mse"}
+    target_mean_: float | NDArray[np.float64]
+    target_scale_: float | NDArray[np.float64]
+
+    def predict(self, X: object) -> NDArray[np.float64]:
+        """Return the predicted target of each row, (n,) or (n, K) as y was, in the units of y."""
+        values: NDArray[np.float64] = self._outputs(X).numpy() * self.target_scale_ + self.target_mean_
+        return values if isinstance(self.target_mean_, np.ndarray) else values[:, 0]
+
+    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
+        super()._set_fitted(fitted, rows)
+        if rows.y.ndim == 1:
+            self.target_mean_, self.target_scale_ = float(fitted.center), float(fitted.scale)
+        else:
+            zeros = np.zeros(rows.y.shape[1:])
+            self.target_mean_, self.target_scale_ = fitted.center + zeros, fitted.scale + zeros

@@ -1,18 +1,39 @@
-"""How one configuration trains, whatever words it was written in: what an estimator's parameters mean to the engine."""
+"""How one configuration trains, whatever words it was written in, how a chunk of them ends, and what it gave.
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+A member ends by itself where its loss stalls.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 from types import FunctionType
 
 import cloudpickle
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from sklearn.utils import check_random_state
-from torch import Tensor
+from torch import Tensor, nn
 
+from gputune.data.dataset import Dataset
+from gputune.data.scaling import Scaling
+from gputune.engine.job import Job, Outcome, Progress, train_chunk
+from gputune.engine.train import Trained
+from gputune.errors import DivergedError
 from gputune.modules.construction import Builder
-from gputune.population.population import ModelKind
+from gputune.population.population import ModelKind, Population
+from gputune.scoring import scoring
+from gputune.scoring.losses import row_losses
 from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Config, Task
+
+Place = tuple[int, int]
+"""(fold, trial): which member of a search."""
+
+MemberSlope = tuple[float, dict[str, float], float]
+"""Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
 
 DrawSeed = Callable[[], int]
 """Draws the seed of random_state=None: once for all configurations that are fitted together."""
@@ -22,6 +43,9 @@ MOMENTUM = ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd")
 
 AUTO_BATCH = 200
 """What ``batch_size="auto"`` is in scikit-learn, and at most all rows."""
+
+LARGEST = float(np.finfo(np.float64).max)
+"""In place of a loss that is no number: a member that diverges leaves its trial in the other folds alone."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +57,49 @@ class Patience:
 
 
 @dataclass(frozen=True, eq=False)
-class RungState:
-    """Where one configuration is in a training that stops at rungs: after ``epoch`` of ``horizon`` epochs.
+class Member:
+    """One trained member.
 
-    seed     that of its random numbers, None before the first rung
-    buffers  by fold: the engine's buffers of one member, parameters first
+    module    makes a plain module with copies of its parameters, in evaluation mode, on the CPU
+    classes   positions of its outputs' classes among all classes, None for a regression
+    present   (K,) which of them take part, None where all do
+    center, scale   a regression's target is ``output * scale + center``, numbers or (K,)
+    scaling   what an input becomes before it is given to the module, None: what it is
+    rows      that it was trained on
+    epochs, stalled   how long it has trained, and how many epochs at its end without an improvement
+    seed      what its random numbers come from
+    buffers   the engine's buffers of this member where it may train on, None where its training is over
+    losses    (epochs,) on its training rows after each epoch; none where it was not watched
     """
 
-    epoch: int
+    module: Callable[[], nn.Module]
+    classes: NDArray[np.int64] | None
+    present: NDArray[np.bool_] | None
+    center: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    scaling: tuple[Scaling | None, ...]
+    rows: int
+    epochs: int
+    stalled: int
+    seed: int
+    buffers: tuple[Tensor, ...] | None
+    losses: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class RungState:
+    """Where one configuration is in a training of ``horizon`` epochs that stops at rungs.
+
+    ``members`` are its own, by fold; none before the first rung.
+    """
+
     horizon: int
-    seed: int | None
-    buffers: Mapping[int, tuple[Tensor, ...]]
+    members: Mapping[int, Member]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that it has trained."""
+        return next((member.epochs for member in self.members.values()), 0)
 
 
 @dataclass(frozen=True)
@@ -118,10 +174,6 @@ class Recipe:
         objective.check(self.config)
         return objective
 
-    def resumed(self, state: RungState) -> "Recipe":
-        """Return the recipe of a training that goes on from a rung, up to its last epoch."""
-        return replace(self, state=state, seed=self.seed if state.seed is None else state.seed, patience=None)
-
     def config_for(self, rows: int, weight: float) -> Config:
         """Return the configuration for so many training rows of so much weight in all.
 
@@ -151,3 +203,130 @@ def content(value: object) -> Hashable:
         return type(value), cloudpickle.dumps(value)
     except Exception:
         return id(value), object()
+
+
+class TrainingLoss(scoring.Scoring):
+    """Minus the loss on the training rows, which are a dataset's validation rows here, by their weights."""
+
+    def __init__(self) -> None:
+        super().__init__("neg_loss", None, None, None)
+
+    def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: scoring.Member | None = None) -> Tensor:
+        """Return the scores (C,), float64, of outputs (C, m, K); of numbers half the squared error, standardised."""
+        rows, outputs, numbers = data.folds[fold].valid, outputs.double(), data.y.dim() > 1
+        if data.present is not None:
+            outputs = outputs.masked_fill(~data.present[fold], -torch.inf)
+        y = data.y[fold, rows].double() if numbers else data.y[rows]
+        losses = row_losses(outputs, y.expand(outputs.shape[:2])) / (2 if numbers else 1)
+        weights = losses.new_ones(len(rows)) if data.weights is None else data.weights[fold, rows].double()
+        mean = (losses * weights).sum(1) / weights.sum()
+        return -mean.nan_to_num(LARGEST, LARGEST).clamp(max=LARGEST)
+
+
+class Stopping:
+    """What happens after every epoch of a chunk: members whose loss stalls end, and their parameters are kept.
+
+    patiences  of the trials (C)
+    ends       (2, C, F) epochs that each member has trained, and those of them at its end without an improvement
+    rows       (C, F, N) its parameters at its end
+    """
+
+    def __init__(self, job: Job, patiences: Sequence[Patience], folds: int) -> None:
+        self.job = job
+        self.tol, self.most = (np.array(of)[:, None] for of in zip(*((p.tol, p.epochs) for p in patiences)))
+        self.best = np.full((len(patiences), folds), np.inf)
+        self.ends = np.zeros((2, len(patiences), folds), dtype=int)
+        self.rows: Tensor | None = None
+
+    def __call__(self, trained: Trained) -> bool | np.ndarray:
+        """Return which of the trials that are still there have a member that goes on; True where time is over."""
+        alive = np.array(trained.alive)
+        epochs, stalled = self.ends[:, alive]
+        loss, best = -trained.curves[alive, trained.epochs - 1], self.best[alive]
+        goes_on = epochs == 0
+        stalled = np.where(goes_on, np.where(loss > best - self.tol[alive], stalled + 1, 0), stalled)
+        ends = goes_on & ((stalled > self.most[alive]) | (trained.epochs == self.job.epochs))
+        epochs = np.where(ends, trained.epochs, epochs)
+        self.ends[:, alive], self.best[alive] = [epochs, stalled], np.where(goes_on, np.fmin(best, loss), best)
+        if ends.any():
+            rows = trained.network.blocks.to_rows(trained.scored).cpu()
+            if self.rows is None:
+                self.rows = rows.new_empty((*self.best.shape, rows.shape[2]))
+            for c, f in np.argwhere(ends):
+                self.rows[alive[c], f] = rows[c, f]
+        return self.job.is_over() or (epochs == 0).any(1)
+
+
+@dataclass(frozen=True)
+class Weights(Outcome):
+    """What training a chunk gave: ``flat`` has all members' parameters in the order of its blocks.
+
+    ``buffers`` (C, F, N) are their whole state, None where they do not train on; ``ends`` (2, C, F) are the epochs of
+    each member, and how many of its last ones had stalled.
+    """
+
+    flat: np.ndarray
+    buffers: tuple[Tensor, ...] | None
+    ends: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberJob(Job):
+    """A job whose chunks give their members' weights, not their scores; where they may train on, all their state.
+
+    ``patiences`` are those of the trials by their index, none where all train to the last epoch.
+    """
+
+    keeps_state: bool = False
+    patiences: Mapping[int, Patience] = field(default_factory=dict)
+
+    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> Weights:
+        """Train one chunk and return its weights."""
+        begin, state = time.monotonic(), None
+        if self.patiences:
+            stopping = Stopping(self, [self.patiences[i] for i in chunk.index], data.n_folds)
+            curves, epochs = train_chunk(self, data, chunk, after_epoch=stopping).curves, 0
+            flat, ends = np.empty(0), stopping.ends
+            if stopping.rows is not None and ends[0].all():  # else the time was over
+                flat, epochs = self.network(data, chunk).blocks.from_rows(stopping.rows).numpy(), self.epochs
+        else:
+            trained = train_chunk(self, data, chunk, progress)
+            curves, epochs = trained.curves, trained.epochs
+            state = tuple(buffer.cpu() for buffer in trained.state.buffers) if self.keeps_state else None
+            flat = trained.scored.to("cpu", copy=True).numpy()  # the next chunk may train in this one's memory
+            ends = np.zeros((2, len(chunk.index), data.n_folds), dtype=int)
+            ends[0] = epochs
+        return Weights(chunk.index, curves, epochs, time.monotonic() - begin, flat, state, ends)
+
+    def members(
+        self, data: Dataset, chunk: Population, weights: Weights, classes: NDArray[np.int64] | None
+    ) -> list[Member | Exception]:
+        """Return the members of a chunk, fold by fold, that trained to their last epoch; none where it did not."""
+        if weights.epochs < self.epochs:
+            return []
+        network, flat = self.network(data, chunk), torch.from_numpy(weights.flat)
+        params, shape = network.blocks.views(flat), (data.n_folds, len(chunk.index), -1)
+        whole = [w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
+        finite = torch.stack(whole).all(0).tolist()  # F lists of C
+        center, scale = data.center.cpu().numpy(), data.scale.cpu().numpy()
+        members: list[Member | Exception] = []
+        for f, fold in enumerate(data.folds):
+            scaling = tuple(None if of is None else of.of_fold(f) for of in data.scaling)
+            present = None if data.present is None or data.present[f].all() else data.present[f].cpu().numpy()
+            for c, config in enumerate(chunk.configs):
+                if not finite[f][c]:
+                    words = f"the training diverged with {config['optimizer']} and a learning rate of"
+                    members.append(
+                        DivergedError(
+                            f"{words} {config['lr']:.3g}: its weights are no finite numbers any more; use a smaller "
+                            "rate, or scale the inputs (StandardScaler in a pipeline)."
+                        )
+                    )
+                    continue
+                epochs, stalled = weights.ends[:, c, f].tolist()
+                state = None if weights.buffers is None else tuple(b[c, f] for b in weights.buffers)
+                losses = -weights.curves[c, : epochs if self.patiences else 0, f]
+                module, lengths = partial(network.member, params, f, c), (len(fold.train), epochs, stalled)
+                outputs = (classes, present, center[f], scale[f], scaling)
+                members.append(Member(module, *outputs, *lengths, self.seed, state, losses))
+        return members

@@ -1,6 +1,7 @@
 """What a search fits: every candidate in every fold, recorded from the estimators themselves without training any."""
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -42,8 +43,7 @@ class Fit:
     @property
     def error(self) -> Exception | None:
         """The exception that this fit raises, None where it succeeds."""
-        result = self.train if isinstance(self.train, Exception) else self.fitted
-        return result if isinstance(result, Exception) else None
+        return next((each for each in (self.train, self.fitted) if isinstance(each, Exception)), None)
 
     def finish(self, estimator: FusedEstimator) -> None:
         """Make the estimator a fitted one, or raise the exception of this fit."""
@@ -80,7 +80,6 @@ Event = Fit | Transformation
 
 
 def fits_of(events: Iterable[Event]) -> list[Fit]:
-    """Return the fits among the events."""
     return [event for event in events if isinstance(event, Fit)]
 
 
@@ -102,10 +101,8 @@ def layouts(fits: Iterable[Fit], *, held_out: bool = False) -> Iterator[tuple[Fo
         key = tuple((fold, type(fit.estimator), id(fit.train)) for fold, fit in own.items())
         groups[key][trial] = own
     for trials in groups.values():
-        first = next(iter(trials.values()))
-        sides = {fold: (fit.train, fit.valid if held_out else None) for fold, fit in first.items()}
-        parts = {fold: [part for part in both if isinstance(part, Part)] for fold, both in sides.items()}
-        for folds in lay_out(parts):
+        sides = {n: (fit.train, fit.valid if held_out else None) for n, fit in next(iter(trials.values())).items()}
+        for folds in lay_out({n: [part for part in both if isinstance(part, Part)] for n, both in sides.items()}):
             yield folds, trials
 
 
@@ -130,9 +127,8 @@ class Recorder:
     """
 
     def __init__(self, *, held_out: bool = False) -> None:
-        self.held_out = held_out
+        self.held_out, self.place = held_out, (0, 0)  # trial and fold
         self.events: list[Event] = []
-        self.place = (0, 0)  # trial and fold
         self.left: dict[tuple[int, int], str] = {}
         """The fits that are left to scikit-learn's loop, and why."""
         self._made: dict[Hashable, tuple[Any, object]] = {}
@@ -151,44 +147,38 @@ class Recorder:
         ``within`` are X and y as part of rows that other searches share; without it, they are checked here.
         """
         within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
-        if within is not None:
-            return self._of_parts(candidates, splits, within)
         self.events, self.left = [], {}
-        for trial, candidate in enumerate(candidates):
-            for fold, (train, test) in enumerate(splits):
-                self.place = (trial, fold)
-                arguments, params = self._arguments(candidate, X, y, train, fit_params)
-                # What fails here fails again where it is replayed, in scikit-learn's loop.
-                with hooked(self), suppress(Exception):
-                    fitted = clone(candidate)
-                    if hasattr(fitted, "set_callbacks"):  # which hear of the fits of scikit-learn's loop
-                        fitted.set_callbacks()
-                    fitted.fit(*arguments, **params)
-                    if self.held_out and self.place not in self.left:  # only now are the steps those of this fold
-                        self._hold_out(fitted, X, y, train, test)
+        if within is not None:
+            self._record_parts(candidates, splits, within)
+            return self.events
+        for (trial, candidate), (fold, (train, test)) in itertools.product(enumerate(candidates), enumerate(splits)):
+            self.place = (trial, fold)
+            arguments, params = self._arguments(candidate, X, y, train, fit_params)
+            # What fails here fails again where it is replayed, in scikit-learn's loop.
+            with hooked(self), suppress(Exception):
+                fitted = clone(candidate)
+                if hasattr(fitted, "set_callbacks"):  # which hear of the fits of scikit-learn's loop
+                    fitted.set_callbacks()
+                fitted.fit(*arguments, **params)
+                if self.held_out and self.place not in self.left:  # only now are the steps those of this fold
+                    self._hold_out(fitted, X, y, train, test)
         return self.events
 
-    def _of_parts(self, candidates: Sequence[BaseEstimator], splits: Splits, within: Part) -> list[Event]:
+    def _record_parts(self, candidates: Sequence[FusedEstimator], splits: Splits, within: Part) -> None:
         """Record candidates whose rows are parts of checked ones."""
         rows, classes = within.rows, within.rows.classes
         trains, valids = ([Part(rows, within.index[_as_rows(split[side])]) for split in splits] for side in (0, 1))
         targets = [rows.y[train.index] if classes is None else classes[rows.y[train.index]] for train in trains]
-        reasons = {
-            (trial, fold): candidate._left_to_scikit_learn(y)
-            for trial, candidate in enumerate(candidates)
-            for fold, y in enumerate(targets)
-        }
-        self.left = {place: reason for place, reason in reasons.items() if reason is not None}
-        return [
-            Fit(t, f, candidates[t], len(trains[f].index), trains[f], valids[f] if self.held_out else None)
-            for t, f in reasons
-            if (t, f) not in self.left
-        ]
+        for t, f in itertools.product(range(len(candidates)), range(len(splits))):
+            if (reason := candidates[t]._left_to_scikit_learn(targets[f])) is not None:
+                self.left[t, f] = reason
+                continue
+            valid = valids[f] if self.held_out else None
+            self.events.append(Fit(t, f, candidates[t], len(trains[f].index), trains[f], valid))
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
         """Note the fit, unless it is left to scikit-learn's loop; raises the error of rows that it refuses."""
-        reason = estimator._left_to_scikit_learn(y)
-        if reason is not None:
+        if (reason := estimator._left_to_scikit_learn(y)) is not None:
             self.left[self.place] = reason
             return True
         given = (X, y, sample_weight)
@@ -253,16 +243,16 @@ def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> P
     for _, step in fitted.steps[:-1] if prefix else ():
         if step is not None and step != "passthrough":
             X = step.transform(X)
-    rows = check_rows(clone(last), X, y)
-    if len(rows.X.parts) == len(train.rows.X.parts):  # a transformer may give other precisions than in training
-        parts = tuple(x.to(part.dtype) for x, part in zip(rows.X.parts, train.rows.X.parts))
-        rows = replace(rows, X=Arrays(parts, rows.X.names))
-    rows = replace(rows, weights=None if train.rows.weights is None else np.ones(len(rows.X)))
-    if rows.form != train.rows.form:
-        now, before = ArrayLayout.of(rows.X), ArrayLayout.of(train.rows.X)
+    rows, before = check_rows(clone(last), X, y), train.rows
+    parts = rows.X.parts
+    if len(parts) == len(before.X.parts):  # a transformer may give other precisions than in training
+        parts = tuple(x.to(part.dtype) for x, part in zip(parts, before.X.parts))
+    weights = None if before.weights is None else np.ones(len(rows.X))
+    rows = replace(rows, X=Arrays(parts, rows.X.names), weights=weights)
+    if rows.form != before.form:
         raise ValueError(
-            f"the transformers gave validation rows of {now}, named {rows.names}, after training rows of {before}, "
-            f"named {train.rows.names}; let them give the same ones."
+            f"the transformers gave validation rows of {ArrayLayout.of(rows.X)}, named {rows.names}, after training "
+            f"rows of {ArrayLayout.of(before.X)}, named {before.names}; let them give the same ones."
         )
     return Part(rows, np.arange(len(rows.X)))
 

@@ -35,8 +35,7 @@ def train(fits: Iterable[Fit], training: Training) -> None:
     for folds, trials in layouts(fits):
         candidates = {trial: own[folds.numbers[0]].estimator for trial, own in trials.items()}
         for (fold, trial), fitted in fit_together(candidates, folds, training).items():
-            fit = trials[trial][fold]
-            fit.fitted, fit.rows = fitted, folds.rows
+            trials[trial][fold].fitted, trials[trial][fold].rows = fitted, folds.rows
 
 
 def workers() -> int | None:
@@ -126,7 +125,11 @@ class SearchRun:
         def split(X: object, y: object, **params: object) -> Splits:
             """Train before the splits are returned, over which scikit-learn's loop goes."""
             trained = self.trained or self._train_all(candidates, X, y, self.split(X, y, params, cv))
-            self._note(trained)
+            epochs: dict[int, int] = {}
+            for fit in fits_of(trained.events):
+                epochs[fit.trial] = max(epochs.get(fit.trial, 1), getattr(fit.fitted, "epochs", 1))
+            self.seconds += [trained.seconds if number in epochs else np.nan for number in range(len(candidates))]
+            self.epochs += [epochs.get(number, 1) for number in range(len(candidates))]
             self.steps.extend(trained.events)
             return trained.splits
 
@@ -190,20 +193,7 @@ class SearchRun:
             )
         return events
 
-    def train(self, candidates: Candidates, fits: Sequence[Fit]) -> None:
-        """Train the fits of candidates."""
-        train(fits, Training(workers(), self.deadline, self.states(candidates), self.patient))
-
-    def states(self, candidates: Candidates) -> Mapping[int, RungState]:
-        """Return where each candidate goes on from, by its number; none in a search without rungs."""
+    def train(self, candidates: Candidates, fits: Sequence[Fit], states: Mapping[int, RungState] | None = None) -> None:
+        """Train the fits of candidates; ``states`` are where each goes on from, in a search that stops at rungs."""
         del candidates
-        return {}
-
-    def _note(self, trained: TrainedCandidates) -> None:
-        """Note how long each candidate trained."""
-        epochs: dict[int, int] = {}
-        for fit in fits_of(trained.events):
-            epochs[fit.trial] = max(epochs.get(fit.trial, 1), getattr(fit.fitted, "epochs", 1))
-        numbers = range(len(trained.candidates))
-        self.seconds += [trained.seconds if number in epochs else np.nan for number in numbers]
-        self.epochs += [epochs.get(number, 1) for number in numbers]
+        train(fits, Training(workers(), self.deadline, states or {}, self.patient))

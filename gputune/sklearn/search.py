@@ -6,15 +6,18 @@ A search is written as a study file too: its trials, for ``gputune.Study.open`` 
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn import model_selection
 from sklearn.base import BaseEstimator, is_regressor
+from sklearn.model_selection import _search_successive_halving as successive_halving
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils import Bunch
@@ -24,7 +27,10 @@ from gputune.errors import InputError, warn
 from gputune.methods.distributions import to_scipy
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
-from gputune.sklearn.replay import HookedMemory, SearchRun, TrainedCandidates, with_hook
+from gputune.sklearn.networks import TrainedEstimator
+from gputune.sklearn.recipe import Member, RungState
+from gputune.sklearn.record import Fit
+from gputune.sklearn.replay import Candidates, HookedMemory, SearchRun, TrainedCandidates, with_hook
 from gputune.study.rows import State
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.values import to_json
@@ -47,7 +53,7 @@ def why_not_together(estimator: BaseEstimator, space: object) -> str | None:
     dicts = space if isinstance(space, list) else [space]
     searched = {key for each in dicts if isinstance(each, Mapping) for key in each}
     whole = searched & {prefix.removesuffix("__"), "steps", "memory"}
-    return f"{sorted(whole)[0]!r} is searched, which changes more than a parameter" if whole else None
+    return f"{min(whole)!r} is searched, which changes more than a parameter" if whole else None
 
 
 class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no types
@@ -68,11 +74,11 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         """
         X = as_sliced(X)
         if isinstance(self.study, str | os.PathLike):  # what else it may be, scikit-learn refuses
-            study = f"study={str(self.study)!r}"
-            if Path(self.study).exists():  # a search of this face is never resumed
+            path, study = Path(self.study), f"study={str(self.study)!r}"
+            if path.exists():  # a search of this face is never resumed
                 begins = "exists already, and this search begins a new one"
                 raise InputError(f"{study} {begins}; give it a path of its own, or remove the file.")
-            if not Path(self.study).parent.is_dir():
+            if not path.parent.is_dir():
                 raise InputError(f"{study}: the folder does not exist; make it first.")
         reason = why_not_together(self.estimator, getattr(self, self._space_name))
         if reason is not None and not isinstance(self.estimator, type):  # which scikit-learn refuses
@@ -97,12 +103,11 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
     def _overrides(self, *, together: bool) -> dict[str, object]:
         """Return what scikit-learn gets to see in place of the user's parameters while it searches."""
         overrides = {self._space_name: to_scipy(getattr(self, self._space_name))}
-        if getattr(self, "pre_dispatch", "") is None:
+        if self.pre_dispatch is None:
             overrides["pre_dispatch"] = "2*n_jobs"
         if together:
             overrides |= {"estimator": with_hook(self.estimator, self.device), "n_jobs": 1}
-            is_splits = isinstance(self.cv, Iterable) and not isinstance(self.cv, str)
-            if is_splits and not hasattr(self.cv, "split"):
+            if isinstance(self.cv, Iterable) and not isinstance(self.cv, str) and not hasattr(self.cv, "split"):
                 overrides["cv"] = list(self.cv)  # it may be a generator, and is looked at more than once
         return overrides
 
@@ -112,8 +117,8 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
     def _leave_to_own_loop(self, reason: str) -> None:
         """Warn that scikit-learn's loop takes over."""
-        idle = [name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")]
-        without = f", and {' and '.join(idle)} have no effect" if idle else ""
+        idle = " and ".join(name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto"))
+        without = f", and {idle} have no effect" if idle else ""
         warn(
             f"{type(self).__name__} cannot train these candidates together, because {reason}: scikit-learn's own "
             f"loop fits them one by one{without}."
@@ -188,11 +193,6 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
 
     __init__ = constructor(model_selection.RandomizedSearchCV, EXTRAS)
 
-    def _draw_candidates(self) -> list[Config]:
-        """Return the candidates that the search draws."""
-        space = to_scipy(self.param_distributions)
-        return list(model_selection.ParameterSampler(space, self.n_iter, random_state=self.random_state))
-
 
 class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[misc]
     __doc__ = f"""scikit-learn's GridSearchCV, with its candidates trained together.{_TOGETHER}"""
@@ -205,17 +205,95 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
 
     __init__ = constructor(model_selection.GridSearchCV, EXTRAS)
 
-    def _draw_candidates(self) -> list[Config]:
-        """Return all candidates of the grid."""
-        return list(model_selection.ParameterGrid(self.param_grid))
+
+@dataclass(eq=False)
+class HalvingRun(SearchRun):
+    """A run whose candidates train on from where the rung before left them, each up to its own ``resource``."""
+
+    resource: str = ""
+    horizon: int = 0
+    kept: dict[Hashable, dict[int, Member]] = field(default_factory=dict)
+
+    def train(self, candidates: Candidates, fits: Sequence[Fit], states: object = None) -> None:
+        """Train to the rung, and keep where everyone is; one that failed at the rung before in a fold begins again."""
+        # What a candidate keeps from rung to rung: scikit-learn copies its dict, and not its values.
+        keys = [tuple(sorted((n, id(v)) for n, v in params.items() if n != self.resource)) for params in candidates]
+        states = {trial: RungState(self.horizon, self.kept.get(key, {})) for trial, key in enumerate(keys)}
+        super().train(candidates, fits, states)
+        trained: dict[int, dict[int, Any]] = defaultdict(dict)
+        for fit in fits:
+            trained[fit.trial][fit.fold] = fit.fitted
+        whole = {t: own for t, own in trained.items() if all(isinstance(each, Member) for each in own.values())}
+        self.kept = {keys[trial]: members for trial, members in whole.items()}
+
+
+class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchCV):  # type: ignore[misc]
+    """scikit-learn's HalvingRandomSearchCV with epochs as the resource: candidates train on from rung to rung.
+
+    At each rung the mean over all folds decides which 1/``factor`` of the candidates go on. Those train on from where
+    they are, in all folds at once, where scikit-learn trains them anew. Candidates, decisions, ``cv_results_`` (with
+    ``iter`` and ``n_resources``) and all attributes (``n_candidates_``, ``n_resources_``, ``n_remaining_candidates_``,
+    ...) are scikit-learn's. The best candidate is trained anew on all rows, for as many epochs as the last rung has.
+
+    estimator      one of gputune's that train, or a Pipeline that ends in one
+    resource       "auto" is "max_iter", or the "max_epochs" of a NeuralNet (in a pipeline the name of the step may be
+                   left out), and for any other estimator "n_samples", the default of scikit-learn. With another
+                   resource, as "n_samples", every rung trains anew
+    max_resources  epochs of the last rung at most; "auto" is the estimator's own number, or the number of rows
+    min_resources  epochs of the first rung; "smallest" is 1, or for rows what scikit-learn says
+    device         where candidates train; "auto" leaves it to the estimator's own ``device``
+    n_jobs         accepted, and without effect
+
+    A schedule of the learning rate runs over ``max_resources`` epochs, so that with "cosine" a rung is not what a
+    training of that length would be. A score of a rung with the "constant" one is, to rounding. Other parameters are
+    scikit-learn's; ``mean_fit_time`` is a fit's share of its rung's training.
+    """
+
+    _space_name = "param_distributions"
+    study = None
+    timeout = None
+    pre_dispatch = "2*n_jobs"
+    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
+        **successive_halving.HalvingRandomSearchCV._parameter_constraints,
+        "device": [str],
+    }
+
+    __init__ = constructor(successive_halving.HalvingRandomSearchCV, {"resource": "auto", "device": "auto"})
+
+    def _overrides(self, *, together: bool) -> dict[str, object]:
+        overrides, epochs = super()._overrides(together=together), self._epochs_parameter()
+        if epochs is not None:
+            overrides["resource"] = epochs
+            if isinstance(self.max_resources, str) and self.max_resources == "auto":
+                overrides["max_resources"] = self.estimator.get_params()[epochs]
+        elif self.resource == "auto":
+            overrides["resource"] = "n_samples"
+        return overrides
+
+    def _epochs_parameter(self) -> str | None:
+        """Return the parameter of the estimator that is the resource where that is its epochs, else None.
+
+        Raises InputError for what other estimators call them.
+        """
+        prefix, last = last_step(self.estimator)
+        if not isinstance(last, TrainedEstimator):
+            return None
+        word = str(self.resource).removeprefix(prefix)
+        last._check_names([word])
+        return prefix + last._epochs if word in ("auto", last._epochs) else None
+
+    def _make_run(self, X: object, y: object) -> SearchRun:
+        run = super()._make_run(X, y)
+        if self._epochs_parameter() is None:
+            return run
+        return HalvingRun(run.estimator, run.cv, resource=self.resource, horizon=self.max_resources)
 
 
 def write_search(path: str | os.PathLike[str], search: BaseSearchCV, epochs: Sequence[int] | None) -> None:
     """Write a fitted search; ``epochs`` is how long each candidate trained, None where that is not known."""
     results, n = search.cv_results_, len(search.cv_results_["params"])
     known = [name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_")]
-    first = search.refit if search.refit in known else known[0]  # the one that chooses
-    metrics = [first, *(name for name in known if name != first)]
+    metrics = sorted(known, key=lambda name: name != search.refit)  # the one that chooses is the first
     folds = [[results[f"split{f}_test_{name}"] for f in range(search.n_splits_)] for name in metrics]
     seconds = search.n_splits_ * (results["mean_fit_time"] + results["mean_score_time"])
     starts, steps = (results.get(name, np.zeros(n, int)).tolist() for name in ("start", "outer_step"))

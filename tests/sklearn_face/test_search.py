@@ -1,5 +1,6 @@
-"""RandomizedSearchCV and GridSearchCV beside scikit-learn's own, over the same estimators."""
+"""RandomizedSearchCV and GridSearchCV beside scikit-learn's own, over the same estimators; pipelines; study files."""
 
+import json
 import pickle
 import time
 import warnings
@@ -8,17 +9,23 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from scipy.stats import loguniform, randint
 from sklearn import model_selection
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
+from sklearn.feature_selection import SelectFromModel
+from sklearn.metrics import get_scorer
 from sklearn.model_selection import GroupKFold, KFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
 
+import gputune
+from command_line import run
 from face_modules import Net
 from gputune.errors import InputError
 from gputune.sklearn import (
@@ -31,7 +38,18 @@ from gputune.sklearn import (
     RandomizedSearchCV,
     replay,
 )
-from searches import OPTIONS, SCORES, Callback, CountingSplitter, X, Y, assert_same_results, both, both_random
+from searches import (
+    OPTIONS,
+    SCORES,
+    Callback,
+    CountingScaler,
+    CountingSplitter,
+    X,
+    Y,
+    assert_same_results,
+    both,
+    both_random,
+)
 
 WEIGHTS = np.random.default_rng(0).uniform(0.1, 2, len(Y))
 MLP = MLPClassifier(hidden_layer_sizes=(8,), max_iter=4, batch_size=32, random_state=0)
@@ -311,3 +329,200 @@ def test_optunas_distributions():
     widths = drawn["hidden_layer_sizes"]
     assert all(type(width) is int and 4 <= width <= 64 for width in widths) and np.median(widths) < 30
     assert search.param_distributions == [space]
+
+
+STEP_RATES = {"mlpclassifier__learning_rate_init": loguniform(1e-3, 1e-1)}
+
+
+def test_scores_of_a_pipeline_are_those_of_scikit_learns_search(training):
+    pipeline = make_pipeline(StandardScaler(), PCA(3), MLP)
+    space = STEP_RATES | {"mlpclassifier__hidden_layer_sizes": [4, 8, 20]}
+    ours, _, theirs, _ = both_random(pipeline, space, scoring=SCORES, refit="neg_log_loss", return_train_score=True)
+    assert training == [(4, 3, (300, 3))]  # the training rows of all folds, one after the other
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-9)
+
+
+def test_a_searched_transformer_is_fitted_once_for_each_of_its_parameters(scaler_fits, training):
+    pipeline = make_pipeline(CountingScaler(), MLP)
+    space = {"countingscaler__shift": [0.0, 1.0], "mlpclassifier__learning_rate_init": [0.01, 0.02, 0.1]}
+    ours, *_ = both_random(pipeline, space, n_iter=6)
+    assert scaler_fits == [100] * 6 + [150] + [100] * 18 + [150]  # each fold, and the refit; scikit-learn's each fit
+    assert ours.best_estimator_[0].mean_ == pytest.approx(X.mean(0) + ours.best_params_["countingscaler__shift"])
+    assert sorted(training) == [(3, 3, (300, 4))] * 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "space"),
+    [
+        ([StandardScaler()], {"standardscaler": [MinMaxScaler(), "passthrough", StandardScaler()]}),
+        ([FunctionTransformer(lambda x: 2 * x)], {}),
+        ([SelectFromModel(LogisticRegression())], {"selectfrommodel__estimator__C": [0.1, 1.0]}),
+        ([Pipeline([("inner", StandardScaler())]), PCA()], {"pca__n_components": [2, 3]}),
+        ([OneHotEncoder(handle_unknown="ignore", sparse_output=False)], {}),
+        (["passthrough"], {}),
+    ],
+    ids=["whole step", "lambda", "a model of gputune inside", "pipeline inside", "unlike columns", "no step"],
+)
+def test_what_a_step_may_be(steps, space):
+    pipeline = make_pipeline(*(s if isinstance(s, str) else clone(s) for s in steps), MLP)
+    _, said, *_ = both_random(pipeline, STEP_RATES | space)
+    assert said == []
+
+
+def test_names_and_the_memory_of_the_user(tmp_path):
+    frame = pd.DataFrame(X, columns=list("abcd"))
+    memory = joblib.Memory(tmp_path, verbose=0)
+    pipeline = make_pipeline(StandardScaler().set_output(transform="pandas"), MLP, memory=memory)
+    ours, *_ = both_random(pipeline, STEP_RATES, X=frame)
+    assert ours.best_estimator_.memory.location == memory.location and pipeline.memory is memory
+    assert ours.best_estimator_[-1].feature_names_in_.tolist() == list("abcd")
+
+
+@pytest.mark.parametrize("memory", [None, "cache-folder"])
+def test_a_mistake_shows_the_pipeline_as_the_user_wrote_it(memory):
+    pipeline = make_pipeline(StandardScaler(), MLP, memory=memory)
+    messages = []
+    for search in (GridSearchCV, model_selection.GridSearchCV):
+        with pytest.raises(ValueError) as found:
+            search(pipeline, {"mlp__learning_rate_init": [0.1]}, cv=3).fit(X, Y)
+        messages.append(str(found.value))
+    assert messages[0] == messages[1] and "Invalid parameter 'mlp' for estimator Pipeline" in messages[0]
+
+
+def test_parameters_of_fit_reach_their_steps():
+    weights = np.random.default_rng(0).uniform(0.1, 2, len(Y)) ** 3
+    pipeline = make_pipeline(StandardScaler(), MLP)
+    given = {"mlpclassifier__sample_weight": weights, "standardscaler__sample_weight": weights}
+    ours, *_ = both_random(pipeline, STEP_RATES, fit_params=given)
+    plain = RandomizedSearchCV(pipeline, STEP_RATES, **OPTIONS).fit(X, Y)
+    assert not np.allclose(ours.cv_results_["mean_test_score"], plain.cv_results_["mean_test_score"])
+    with sklearn.config_context(enable_metadata_routing=True):
+        asking = make_pipeline(
+            StandardScaler().set_fit_request(sample_weight=True), clone(MLP).set_fit_request(sample_weight=True)
+        )
+        accuracy = get_scorer("accuracy").set_score_request(sample_weight=False)
+        routed, *_ = both_random(asking, STEP_RATES, fit_params={"sample_weight": weights}, scoring=lambda: accuracy)
+    np.testing.assert_allclose(routed.cv_results_["mean_test_score"], ours.cv_results_["mean_test_score"])
+
+
+def test_a_step_that_fails_is_a_failed_fit(training):
+    pipeline = make_pipeline(PCA(), clone(MLP).set_params(solver="sgd"))
+    space = {"pca__n_components": [2, 30], "mlpclassifier__learning_rate_init": [0.1, 1e300]}
+    _, said, _, said_by_theirs = both_random(pipeline, space)
+    (failed,) = [message for kind, message in said if kind is FitFailedWarning]
+    assert "9 fits failed out of a total of 12" in failed
+    assert "6 fits failed with the following error" in failed and "n_components=30" in failed
+    assert [kind for kind, _ in said] == [kind for kind, _ in said_by_theirs]
+    assert training == [(2, 3, (300, 2))]
+
+
+@pytest.mark.parametrize("name", ["mlpclassifier__bogus", "bogus__learning_rate_init"])
+def test_an_unknown_parameter_is_an_error_before_anything_is_fitted(name, scaler_fits):
+    pipeline = make_pipeline(CountingScaler(), MLP)
+    with pytest.raises(ValueError, match="Invalid parameter 'bogus'"):
+        RandomizedSearchCV(pipeline, [STEP_RATES, {name: [1]}], n_iter=9, cv=3, random_state=0).fit(X, Y)
+    assert scaler_fits == []
+
+
+@pytest.mark.parametrize(("step", "values"), [("mlpclassifier", [MLP, LogisticRegression()]), ("memory", [None])])
+def test_a_search_over_the_last_step_itself_is_left_to_scikit_learn(step, values):
+    pipeline = make_pipeline(StandardScaler(), MLP)
+    _, said, *_ = both_random(pipeline, {step: values, "standardscaler__with_mean": [True, False]}, n_iter=2)
+    ((kind, message),) = said
+    assert kind is UserWarning and f"{step!r} is searched" in message
+
+
+def test_a_pipeline_of_another_kind_is_left_to_scikit_learn():
+    class Other(Pipeline):
+        def fit(self, X, y=None, **params):
+            return super().fit(X, y, **params)
+
+    other = Other([("scale", StandardScaler()), ("mlpclassifier", MLP)])
+    with pytest.warns(UserWarning, match="Other fits its steps in a way of its own"):
+        RandomizedSearchCV(other, STEP_RATES, n_iter=2, cv=2).fit(X, Y)
+
+
+SHORT_MLP = MLPClassifier(hidden_layer_sizes=(8,), max_iter=3, solver="sgd", random_state=0)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "study.db"
+
+
+def search_rates(path, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the fit that diverges
+        return GridSearchCV(SHORT_MLP, {"learning_rate_init": [0.1, 1e300, 0.2]}, cv=3, study=path, **options).fit(X, Y)
+
+
+def test_a_study_has_every_trial(path):
+    search = search_rates(path)
+    study = gputune.Study.open(path)
+    assert [trial.params for trial in study.trials] == search.cv_results_["params"]
+    assert [trial.state for trial in study.trials] == ["complete", "failed", "complete"]
+    assert [trial.best_epoch for trial in study.trials] == [3, 1, 3]
+    for fold in range(3):
+        scores = [trial.fold_scores[fold] for trial in study.trials]
+        np.testing.assert_array_equal(scores, search.cv_results_[f"split{fold}_test_score"])
+    assert study.best_score == search.best_score_ and study.best_params == search.best_params_
+    assert repr(study).startswith("Study(MLPClassifier, 3 trials, 1 failed, best accuracy ")
+    assert np.isnan(study.curves[:, :2]).all()
+    code, out, _ = run("trials", path)
+    assert code == 0 and "3 trials by accuracy, mean ± standard error over 3 folds" in out
+    code, out, _ = run("best", path, "--format", "json")
+    assert code == 0 and json.loads(out)["params"] == search.best_params_
+    with pytest.raises(InputError, match=r"best_model\(\) cannot refit a study of GridSearchCV"):
+        study.best_model(X, Y)
+    with pytest.raises(InputError, match="holds another search, which differs from this call in: model"):
+        gputune.tune("mlp", X, Y, n_trials=1, max_epochs=1, study=path, verbose=0)
+
+
+def test_an_existing_file_is_refused_before_anything_trains(path, monkeypatch):
+    path.write_text("mine")
+    monkeypatch.setattr("gputune.sklearn.replay.fit_together", None)
+    with pytest.raises(InputError, match="exists already, and this search begins a new one"):
+        search_rates(path)
+    assert path.read_text() == "mine"
+    with pytest.raises(InputError, match="the folder does not exist; make it first"):
+        search_rates(path.parent / "nowhere" / "study.db")
+
+
+@pytest.mark.parametrize(
+    ("scoring", "refit", "metric", "name"),
+    [
+        ("neg_log_loss", True, "score", "neg_log_loss"),
+        (["neg_log_loss", "accuracy"], "accuracy", "accuracy", "accuracy"),
+        (["neg_log_loss", "accuracy"], False, "neg_log_loss", "neg_log_loss"),
+        ({"score": "accuracy", "loss": "neg_log_loss"}, "loss", "loss", "loss"),
+        (lambda model, X, y: model.score(X, y), True, "score", "<lambda>"),
+    ],
+)
+def test_the_score_is_the_one_that_chooses(path, scoring, refit, metric, name):
+    options = {"n_iter": 2, "cv": 2, "scoring": scoring, "refit": refit, "study": path}
+    search = RandomizedSearchCV(LogisticRegression(), {"C": [0.1, 1.0]}, **options).fit(X, Y)
+    study = gputune.Study.open(path)
+    assert [trial.score for trial in study.trials] == search.cv_results_[f"mean_test_{metric}"].tolist()
+    assert study.meta["scoring"] == name and study.meta["method"] == "RandomizedSearchCV"
+    others = [other for other in scoring if other != name] if isinstance(scoring, list | dict) else []
+    assert study.metrics == ((name, *others) if others else ())
+    for other in others:
+        expected = search.cv_results_[f"mean_test_{other}"]
+        np.testing.assert_allclose([trial.scores[other] for trial in study.trials], expected, rtol=1e-12)
+
+
+def test_a_regression_is_scored_by_r2(path):
+    GridSearchCV(gputune.sklearn.MLPRegressor(max_iter=1), {"alpha": [0.1]}, cv=2, study=path).fit(X, X[:, 0])
+    assert gputune.Study.open(path).meta["scoring"] == "r2"
+
+
+def test_any_estimator_and_any_value_can_be_kept(path):
+    kernel = np.inner
+
+    def own(a, b):
+        return kernel(a, b)
+
+    with pytest.warns(UserWarning, match="one by one"):
+        GridSearchCV(SVC(), {"kernel": ["rbf", own]}, cv=2, study=path).fit(X, Y)
+    first, second = gputune.Study.open(path).trials
+    assert first.params == {"kernel": "rbf"} and second.params["kernel"].startswith("<function ")
