@@ -30,17 +30,16 @@ class Range(NamedTuple):
     example: str
     low: float
     high: float = math.inf
-    low_counts: bool = True
-    high_counts: bool = False
+    ends: str = "[)"  # as in mathematics: which of them count
     integer: bool = False
 
     def holds(self, value: float) -> bool:
-        above = value >= self.low if self.low_counts else value > self.low
-        return above and (value <= self.high if self.high_counts else value < self.high)
+        inside = self.low < value < self.high
+        return inside or ("[" in self.ends and value == self.low) or ("]" in self.ends and value == self.high)
 
 
 RANGES: Mapping[str, Range] = {
-    "lr": Range("a finite number > 0", "0.001", 0, low_counts=False),
+    "lr": Range("a finite number > 0", "0.001", 0, ends="()"),
     "hypergrad_lr": Range("a number in [0, 1)", "0.02", 0, 1),
     "batch_size": Range("an integer >= 1", "32", 1, integer=True),
     "width": Range("an integer >= 1", "128", 1, integer=True),
@@ -49,18 +48,16 @@ RANGES: Mapping[str, Range] = {
     "weight_decay": Range("a finite number >= 0", "0.01", 0),
     "momentum": Range("a number in [0, 1)", "0.9", 0, 1),
     "beta2": Range("a number in [0, 1)", "0.95", 0, 1),
-    "clip_norm": Range("a number > 0, inf for no clipping", "1.0", 0, low_counts=False, high_counts=True),
+    "clip_norm": Range("a number > 0, inf for no clipping", "1.0", 0, ends="(]"),
     "ema": Range("a number in [0, 1), 0 for no average", "0.999", 0, 1),
-    "C": Range("a number > 0, inf for no penalty", "1.0", 0, low_counts=False, high_counts=True),
-    "l1_ratio": Range("a number in [0, 1], 0 for l2 and 1 for l1", "0.5", 0, 1, high_counts=True),
+    "C": Range("a number > 0, inf for no penalty", "1.0", 0, ends="(]"),
+    "l1_ratio": Range("a number in [0, 1], 0 for l2 and 1 for l1", "0.5", 0, 1, "[]"),
 }
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "activation": ACTIVATIONS,
     "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "weight_decay_schedule": SCHEDULES,
-    "dropout_schedule": SCHEDULES,
+    **dict.fromkeys(("schedule", "weight_decay_schedule", "dropout_schedule"), SCHEDULES),
     "hypergrad_rule": ONLINE_RULES,
     "penalty": ("l2", "l1", "none"),
     "numbers": NUMBERS,
@@ -92,14 +89,10 @@ INTEGER_REMEDY = "Use a list, scipy.stats.randint(low, high + 1) or gputune.log_
 
 # What scikit-learn, skorch and papers call our keys: too far for a spell checker.
 _OTHER_NAMES: Mapping[str, str] = {
-    "learning_rate": "lr",
-    "learning_rate_init": "lr",
+    **dict.fromkeys(("learning_rate", "learning_rate_init"), "lr"),
+    **dict.fromkeys(("hidden_layer_sizes", "hidden_size", "units"), "width"),
+    **dict.fromkeys(("n_layers", "num_layers"), "depth"),
     "alpha": "weight_decay",
-    "hidden_layer_sizes": "width",
-    "hidden_size": "width",
-    "units": "width",
-    "n_layers": "depth",
-    "num_layers": "depth",
     "solver": "optimizer",
 }
 
@@ -111,19 +104,16 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
     """
     if model == "logistic" and optimizer == "exact":
         return ("C", "l1_ratio", "penalty", "numbers")
-    trained = ["lr", "batch_size", "weight_decay", "weight_decay_schedule", "momentum", "beta2", "optimizer"]
-    trained += ["schedule", "clip_norm", "ema", "numbers"]
-    if optimizer in ONLINE:
-        trained += ["hypergrad_lr", "hypergrad_rule"]
-    shaping = {"mlp": ("width", "depth", "activation", "dropout"), "module": ("dropout", "dropout_schedule")}
-    return (*trained, *shaping.get(model, ()))
+    trained = "lr batch_size weight_decay weight_decay_schedule momentum beta2 optimizer schedule clip_norm ema numbers"
+    online = "hypergrad_lr hypergrad_rule" if optimizer in ONLINE else ""
+    shaping = {"mlp": "width depth activation dropout", "module": "dropout dropout_schedule"}.get(model, "")
+    return tuple(f"{trained} {online} {shaping}".split())
 
 
 def key_of(word: str) -> str | None:
     """Return the key of some space that a word is or is called elsewhere; None where it is none."""
-    keys = {*legal_keys("mlp", ONLINE[0]), *legal_keys("module", ONLINE[0]), *legal_keys("logistic", "exact")}
     key = _OTHER_NAMES.get(word, word)
-    return key if key in keys or key.startswith(PREFIXES) else None
+    return key if key in KEYS or key.startswith(PREFIXES) else None
 
 
 def check_key(key: object, *, keys: Collection[str], module: bool, name: str) -> None:
@@ -224,11 +214,10 @@ def check_value(key: str, value: object, name: str) -> Any:
     value = "none" if key == "penalty" and value is None else value
     if isinstance(value, str) and value in words:
         return value
-    remedy = did_you_mean(value, words) if isinstance(value, str) else ""
-    if not remedy and key == "penalty":
-        remedy = " For elastic net leave 'penalty' out and give 'l1_ratio' between 0 and 1."
-    remedy = remedy or f" For example {words[0]!r}."
-    raise InputError(f"{name} must be one of {', '.join(words)}, got {value!r}.{remedy}")
+    elastic = " For elastic net leave 'penalty' out and give 'l1_ratio' between 0 and 1."
+    remedy = elastic if key == "penalty" else f" For example {words[0]!r}."
+    near = did_you_mean(value, words) if isinstance(value, str) else ""
+    raise InputError(f"{name} must be one of {', '.join(words)}, got {value!r}.{near or remedy}")
 
 
 def _check_number(rule: Range, value: object, name: str) -> float | int:

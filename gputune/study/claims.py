@@ -184,7 +184,7 @@ class Claims(AbstractContextManager["Claims"]):
                 return None
             owner = _read_owner(file, lock)
             # Where locks do not reach from one host to another, a free one says nothing of that host's processes.
-            is_dead = owner.is_near and not _locked_by_other(file)
+            is_dead = owner.is_near and any(lock_descriptor(file, blocking=False) for _ in map(time.sleep, _LOOKS))
             return None if is_dead else owner
         finally:
             _remove(place, file) if is_dead else os.close(file)
@@ -264,14 +264,6 @@ def _read_owner(file: int, lock: str) -> Owner:
         return Owner(str(owner["host"]), str(owner["boot"]), int(owner["pid"]), lock)
     except MALFORMED:  # killed before it had written it
         return Owner(platform.node(), boot(), 0, lock)
-
-
-def _locked_by_other(file: int) -> bool:
-    for seconds in _LOOKS:
-        time.sleep(seconds)
-        if lock_descriptor(file, blocking=False):
-            return False
-    return True
 
 
 def _beside(lock: Path) -> Path:

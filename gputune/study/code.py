@@ -9,7 +9,6 @@ written is not used. Whoever removes the file withdraws all that it holds.
 
 import dis
 import functools
-import hashlib
 import inspect
 import os
 import stat
@@ -103,13 +102,12 @@ def _source(function: Any) -> str:
     return name if name.startswith(("torch.", "torch:", "builtins:")) else source_text(function) or name
 
 
-def _closure(function: Any) -> list[object]:
-    """Return the defaults of a function and what it has closed over."""
-    values = [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
+def _closure(function: Any) -> Iterator[object]:
+    """Yield the defaults of a function and what it has closed over."""
+    yield from (getattr(function, name, None) for name in ("__defaults__", "__kwdefaults__"))
     for cell in getattr(function, "__closure__", None) or ():
         with suppress(ValueError):  # it is empty
-            values.append(cell.cell_contents)
-    return values
+            yield cell.cell_contents
 
 
 def _module_values(function: Any) -> Iterator[object]:
@@ -186,18 +184,12 @@ def files_to_import(package: str) -> Files:
 
 def _hash_files(paths: Iterable[str | None]) -> Files:
     """Return the files with their digests; none where one of them cannot be read by itself, as in an archive."""
-    files = []
-    for path in paths:
-        if path is None:  # a package without an __init__.py
-            continue
-        # Not the target of a link: Python takes the compiled code that lies beside the link.
-        place = Path(path).parent.resolve() / Path(path).name
-        try:
-            with place.open("rb") as file:
-                files.append((str(place), hashlib.file_digest(file, "sha256").hexdigest()))
-        except OSError:
-            return ()
-    return tuple(files)
+    # Not the target of a link: Python takes the compiled code that lies beside the link. A package may have no file.
+    places = [Path(path).parent.resolve() / Path(path).name for path in paths if path is not None]
+    try:
+        return tuple((str(place), sha256(place.read_bytes())) for place in places)
+    except OSError:
+        return ()
 
 
 LIST = "trusted-code"
@@ -259,8 +251,7 @@ def _folder() -> Path | None:
 
 def _open(flags: int) -> int | None:
     """Return the opened list, None where there is none; warns of one that is not this user's alone to write."""
-    folder = _folder()
-    if folder is None or sys.platform == "win32":
+    if (folder := _folder()) is None or sys.platform == "win32":
         return None
     opened: list[int] = []
     try:

@@ -109,8 +109,7 @@ def why_not_found(module_class: Builder) -> str | None:
     """Return where a class is defined that another process does not find by itself; None where it does."""
     home, name = _place(module_class)
     if home == MAIN:
-        script = source_file(module_class)
-        return "in a notebook or at a prompt" if script is None else f"in the script {script!r}"
+        return f"in the script {script!r}" if (script := source_file(module_class)) else "in a notebook or at a prompt"
     with suppress(KeyError, InputError):
         if _class_of(sys.modules[home], name) in (module_class, _unwrap(module_class)):
             return None
@@ -123,15 +122,13 @@ _DIGESTS: "weakref.WeakKeyDictionary[object, str | None]" = weakref.WeakKeyDicti
 
 def _digest(module_class: Builder) -> str | None:
     """Digest of the source of a function, or of a class and of those under ``nn.Module`` it inherits from; or None."""
-    module_class = _unwrap(module_class)
-    if module_class not in _DIGESTS:
-        chain = module_class.__mro__[:-1] if isinstance(module_class, type) else (module_class,)
-        kinds = [kind for kind in chain if not kind.__module__.startswith("torch.")]
-        try:
-            _DIGESTS[module_class] = sha256("\0".join(map(inspect.getsource, kinds)))
-        except (OSError, TypeError):
-            _DIGESTS[module_class] = None
-    return _DIGESTS[module_class]
+    if (inner := _unwrap(module_class)) not in _DIGESTS:
+        chain = inner.__mro__[:-1] if isinstance(inner, type) else (inner,)
+        own, digest = [kind for kind in chain if not kind.__module__.startswith("torch.")], None
+        with suppress(OSError, TypeError):
+            digest = sha256("\0".join(map(inspect.getsource, own)))
+        _DIGESTS[inner] = digest
+    return _DIGESTS[inner]
 
 
 def is_changed(module_class: Builder, source: Mapping[str, object]) -> bool:
@@ -164,8 +161,7 @@ def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = Fal
         path, name, known = source["path"], str(source["class"]), source.get("sha256")
         return _of_file(path, name, known, trust_code=trust_code, or_changed=or_changed)
     place, file = str(source["import"]), source.get("file")
-    package, _, name = place.partition(":")
-    module_class = (_of_main if package == MAIN else _import_builder)(place, file, trust_code)
+    module_class = (_of_main if place.partition(":")[0] == MAIN else _import_builder)(place, file, trust_code)
     if not or_changed and is_changed(module_class, source):
         raise InputError(f"the module class {place!r} has changed since the search was begun; restore its source.")
     return module_class
@@ -189,14 +185,12 @@ def _of_file(
         raise InputError(f"model: the file {str(path)!r} does not exist; check the path.")
     if path.stat().st_size > LARGEST_SOURCE:
         raise InputError(f"model: the file {str(path)!r} is too large for a Python file; check the path.")
-    content = path.read_bytes()
-    digest = sha256(content)
+    digest = sha256(content := path.read_bytes())
     changed = known not in (None, digest)
     if changed and not or_changed:
         raise InputError(f"the module file {str(path)!r} has changed since the model was trained; restore it.")
     if not trust_code:
-        more = "; it has changed since the model was saved" if changed else ""
-        _check_remembered(((str(path), digest),), name, more)
+        _check_remembered(((str(path), digest),), name, "; it has changed since the model was saved" if changed else "")
     return _class_of(_run(path, content), name)
 
 
@@ -258,23 +252,20 @@ def _is_module_class(value: object) -> TypeGuard[type[nn.Module]]:
 
 
 def _class_of(module: ModuleType, name: str) -> Builder:
-    try:
-        kind = functools.reduce(getattr, name.split("."), module)
-    except AttributeError:
-        kind = None
-    if not is_builder(kind):
-        there = ", ".join(key for key, value in vars(module).items() if _is_module_class(value))
-        raise InputError(
-            f"{getattr(module, '__file__', None) or module.__name__!r} has no torch.nn.Module class {name!r}; "
-            f"it has {there or 'none'}."
-        )
-    return kind
+    with suppress(AttributeError):
+        if is_builder(kind := functools.reduce(getattr, name.split("."), module)):
+            return kind
+    there = ", ".join(key for key, value in vars(module).items() if _is_module_class(value))
+    raise InputError(
+        f"{getattr(module, '__file__', None) or module.__name__!r} has no torch.nn.Module class {name!r}; "
+        f"it has {there or 'none'}."
+    )
 
 
 def _run(path: Path, content: bytes) -> ModuleType:
     """Return the module that the file defines, under a name of its path and content."""
-    place, digest = sha256(os.fsencode(path)), sha256(content)
-    name = f"{FILE_MODULE}{place[:12]}_{digest[:12]}"
+    digest = sha256(content)
+    name = f"{FILE_MODULE}{sha256(os.fsencode(path))[:12]}_{digest[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     module = ModuleType(name)
