@@ -59,30 +59,21 @@ def test_a_slope_within_its_standard_error_moves_nothing():
     assert path.ended
 
 
-def test_a_solution_has_no_trend_to_be_seen_from_afar():
+def test_noise_may_give_way_to_a_trend_seen_from_afar_of_which_a_solution_has_none():
+    found = places(start(first_step=1.0), slope(5.0, error=9.0), slope(5.0, error=1.0, mode="differences"))
+    np.testing.assert_allclose(np.diff(found), [0, -1], atol=1e-12)
     path = start(1.0, name="C")
     path.move(slope(5.0, error=9.0, name="C"))
     assert path.ended and path.mode == "exact"
 
 
-def test_noise_may_give_way_to_a_trend_seen_from_afar():
-    found = places(start(first_step=1.0), slope(5.0, error=9.0), slope(5.0, error=1.0, mode="differences"))
-    np.testing.assert_allclose(np.diff(found), [0, -1], atol=1e-12)
-
-
-def test_a_descent_never_comes_back_to_where_it_was():
+def test_a_descent_never_comes_back_ends_when_its_steps_are_short_and_finds_the_minimum_of_a_quadratic():
     path = start(first_step=1.0, smallest_step=0.01)
     found = places(path, *map(slope, (1, -1, -1, 1, 1, -1)))  # halved steps on a flip alone would lead back twice
     assert len({round(float(place), 9) for place in found}) == len(found)
-
-
-def test_a_descent_ends_when_its_steps_are_short():
     path = start(first_step=1.0, smallest_step=0.2)
     places(path, *map(slope, (1, -1, 1, -1)))
     assert path.ended
-
-
-def test_the_sign_steps_find_the_minimum_of_a_quadratic():
     path, target = start(first_step=1.0, outer_steps=40), math.log(0.37)
     while not path.ended:
         path.move(slope(math.log(path.config["lr"]) - target))
@@ -98,14 +89,11 @@ def test_normalized_steps_have_one_length_and_shorten_when_the_loss_rises():
     assert path.ended  # a hundredth is shorter than the smallest step
 
 
-def test_momentum_moves_in_the_logit_and_never_leaves_its_range():
+def test_values_stay_in_the_range_of_their_law_and_momentum_in_its_own():
     path = start(0.9, name="momentum", first_step=3.0)
     for value in (-1.0, -1.0, -1.0, -1.0, -1.0, 1.0):
-        path.move(slope(value, name="momentum"))
+        path.move(slope(value, name="momentum"))  # in the logit
         assert 0.9 < path.config["momentum"] < 1
-
-
-def test_the_range_of_a_distribution_holds_the_values():
     path = start(0.01, bounds={"lr": (0.005, 0.02)}, first_step=2.0)
     found = places(path, slope(1.0), slope(1.0))
     np.testing.assert_allclose(np.exp(found[1:]), 0.005)
@@ -151,15 +139,11 @@ def test_slope_at_is_the_fold_mean_in_the_coordinate_with_its_standard_error():
 @pytest.mark.parametrize(
     ("losses", "gradient", "ratio", "mode", "usable"),
     [
-        (1.0, 1.0, 1.0, "exact", True),
-        (1.0, 1.0, 101.0, "exact", False),
-        (1.0, 1.0, math.nan, "exact", False),
-        (1.0, math.nan, 1.0, "exact", False),
-        (math.inf, 1.0, 1.0, "exact", False),
-        (1.0, 1.0, 1e9, "differences", True),
-        (1.0, math.nan, 1.0, "differences", False),
+        (1.0, 1.0, 1.0, "exact", True), (1.0, 1.0, 101.0, "exact", False), (1.0, 1.0, math.nan, "exact", False),
+        (1.0, math.nan, 1.0, "exact", False), (math.inf, 1.0, 1.0, "exact", False),
+        (1.0, 1.0, 1e9, "differences", True), (1.0, math.nan, 1.0, "differences", False),
     ],
-)
+)  # fmt: skip
 def test_what_makes_a_slope_usable(losses, gradient, ratio, mode, usable):
     """One fold that is noise spoils the mean."""
     table = np.array([1.0, gradient])[:, None, None]
@@ -196,7 +180,5 @@ def test_a_slope_survives_the_study():
 def test_bad_options_are_named(options, message):
     with refused(message):
         gputune.Hypergradient(**options)
-
-
-def test_one_name_may_stand_alone():
+    # One name may stand alone.
     assert gputune.Hypergradient(hyperparameters="lr").hyperparameters == ("lr",)

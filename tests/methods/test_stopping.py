@@ -11,41 +11,37 @@ from gputune.methods.stopping import Halving, survivors
 from refused import refused
 
 
-def test_rungs_grow_by_the_factor_and_end_before_the_last_epoch():
-    assert Halving().rungs(54) == [[2, 6, 18]]
-    assert Halving().rungs(27) == [[1, 3, 9]]
-    assert Halving(factor=2, min_epochs=4).rungs(20) == [[4, 8, 16]]
-    assert Halving(factor=1.5, min_epochs=1).rungs(6) == [[1, 2, 3, 5]]
-    assert Halving().rungs(1) == [[]]
+@pytest.mark.parametrize(
+    ("options", "max_epochs", "rungs"),
+    [
+        ({}, 54, [[2, 6, 18]]), ({}, 27, [[1, 3, 9]]), ({}, 1, [[]]),
+        ({"factor": 2, "min_epochs": 4}, 20, [[4, 8, 16]]), ({"factor": 1.5, "min_epochs": 1}, 6, [[1, 2, 3, 5]]),
+        ({"brackets": 4}, 54, [[2, 6, 18], [6, 18], [18], []]),
+    ],
+)  # fmt: skip
+def test_rungs_grow_by_the_factor_and_end_before_the_last_epoch(options, max_epochs, rungs):
+    assert Halving(**options).rungs(max_epochs) == rungs
 
 
-def test_brackets_begin_later_and_later():
-    assert Halving(brackets=4).rungs(54) == [[2, 6, 18], [6, 18], [18], []]
-
-
-def test_brackets_get_about_the_same_number_of_epochs():
+def test_brackets_get_about_the_same_number_of_epochs_and_more_trials_move_no_other_to_another_one():
     method = Halving(brackets=4)
     found = np.bincount(method.brackets_of(2000, 54), minlength=4)
     costs = np.array([2 + 4 / 3 + 12 / 9 + 36 / 27, 6 + 12 / 3 + 36 / 9, 18 + 36 / 3, 54])
     np.testing.assert_allclose(found * costs / (found * costs).mean(), 1, atol=0.05)
-
-
-def test_more_trials_move_no_other_to_another_bracket():
-    method = Halving(brackets=3)
     assert method.brackets_of(100, 54)[:40] == method.brackets_of(40, 54)
     assert set(Halving().brackets_of(10, 54)) == {0}
 
 
-def test_the_best_third_stays():
-    means = np.array([0.1, 0.9, 0.5, 0.7, 0.2, 0.3, 0.8])
-    assert np.flatnonzero(survivors(means, 3)).tolist() == [1, 6]
-    assert np.flatnonzero(survivors(means[:2], 3)).tolist() == [1]
-
-
-def test_the_earlier_trial_wins_a_tie_and_nan_never_stays():
-    assert np.flatnonzero(survivors(np.array([0.5, 0.5, 0.5, math.nan]), 2)).tolist() == [0, 1]
-    assert np.flatnonzero(survivors(np.array([math.nan, 0.1, math.nan, math.nan]), 2)).tolist() == [1]
-    assert not survivors(np.array([math.nan, math.nan]), 3).any()
+@pytest.mark.parametrize(
+    ("means", "factor", "stay"),
+    [
+        ([0.1, 0.9, 0.5, 0.7, 0.2, 0.3, 0.8], 3, [1, 6]), ([0.1, 0.9], 3, [1]),
+        ([0.5, 0.5, 0.5, math.nan], 2, [0, 1]),  # the earlier trial wins a tie
+        ([math.nan, 0.1, math.nan, math.nan], 2, [1]), ([math.nan, math.nan], 3, []),
+    ],
+)  # fmt: skip
+def test_the_best_stay_and_nan_never_does(means, factor, stay):
+    assert np.flatnonzero(survivors(np.array(means), factor)).tolist() == stay
 
 
 @pytest.mark.parametrize(
@@ -69,11 +65,17 @@ def test_bad_options_are_named(rule, options, message):
         rule(**options)
 
 
-def test_options_that_do_not_fit_the_epochs():
-    with refused("must be below max_epochs=10, got 10; lower it"):
-        Halving(min_epochs=10).rungs(10)
-    with refused(r"must be at most 3 for max_epochs=5, which has rungs at \[1, 3\], got 4"):
-        Halving(brackets=4).rungs(5)
+def test_epochs_of_the_medians_decisions_and_options_that_do_not_fit_the_epochs():
+    assert gputune.Median().stops(50) == list(range(5, 50, 5))
+    assert gputune.Median(min_epochs=4, every=10).stops(27) == [4, 14, 24]
+    assert gputune.Median().stops(1) == []
+    for rule, epochs, words in (
+        (gputune.Median(min_epochs=9), 9, r"Median\(min_epochs=...\) must be below max_epochs=9, got 9; lower it"),
+        (Halving(min_epochs=10), 10, r"Halving\(min_epochs=...\) must be below max_epochs=10, got 10; lower it"),
+        (Halving(brackets=4), 5, r"must be at most 3 for max_epochs=5, which has rungs at \[1, 3\], got 4"),
+    ):
+        with refused(words):
+            rule.stops(epochs)
 
 
 def plainly(epoch, curves, least):
@@ -112,11 +114,3 @@ def test_equal_trials_all_stay_and_half_of_unlike_ones_leave():
     assert leave(1, {n: [0.5] for n in range(8)}) == set()
     assert leave(1, {n: [n / 10] for n in range(8)}) == {0, 1, 2, 3}
     assert leave(2, {n: [n / 10, 0.0] for n in range(8)}) == set()  # the best so far
-
-
-def test_epochs_of_the_decisions():
-    assert gputune.Median().stops(50) == list(range(5, 50, 5))
-    assert gputune.Median(min_epochs=4, every=10).stops(27) == [4, 14, 24]
-    assert gputune.Median().stops(1) == []
-    with refused(r"Median\(min_epochs=...\) must be below max_epochs=9, got 9; lower it"):
-        gputune.Median(min_epochs=9).stops(9)
