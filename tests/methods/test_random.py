@@ -40,6 +40,16 @@ def params(trials):
     return [trial.params for trial in trials]
 
 
+class Constant:
+    """A law of the user's own."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def rvs(self, random_state=None):
+        return self.value
+
+
 class Anything(BaseEstimator):
     def __init__(self, lr=None, width=None, batch_size=None, depth=None, dropout=None):
         self.lr, self.width, self.batch_size, self.depth, self.dropout = lr, width, batch_size, depth, dropout
@@ -64,6 +74,8 @@ def test_draws_are_pythons_numbers_and_a_shorter_draw_is_the_beginning_of_a_long
     drawn = draw(space, 6, 0)
     assert [type(drawn[0][key]) for key in ("batch_size", "depth", "lr", "width")] == [int, int, float, int]
     assert draw(space, 3, 0) == drawn[:3] != draw(space, 3, 1)
+    with refused(r"a draw of space\['width'\] must be an integer >= 1, got 17.3. Use a list"):
+        draw(checked({"width": Constant(17.3)}), 3, 0)
 
 
 def test_lists_with_too_few_points_give_all_of_them_without_a_warning():
@@ -85,22 +97,6 @@ def test_lists_of_very_many_points():
     space |= {"C": many, "module__k": many}
     with refused(r"space must have fewer than 2\*\*63 configurations .*got lists of \[\[1000, .*Use a distribution"):
         draw(checked(space, (*MLP, "C"), True), 3, 0)
-
-
-class Loose:
-    def rvs(self, random_state=None):
-        return 17.3
-
-
-def test_a_loose_real_draw_for_an_integer_key_is_an_error():
-    with refused(r"a draw of space\['width'\] must be an integer >= 1, got 17.3. Use a list"):
-        draw(checked({"width": Loose()}), 3, 0)
-
-
-@pytest.mark.parametrize("n_trials", [-1, 2.0, "3", None, True])
-def test_n_trials_is_a_count(n_trials):
-    with refused(f"n_trials must be an integer of at least 0, got {n_trials!r}. For example"):
-        search(checked(LISTS), n_trials)
 
 
 @pytest.mark.parametrize("model", ["mlp", "module", "logistic"])
@@ -150,42 +146,22 @@ def test_a_portfolio_follows_the_default_as_far_as_there_is_room(n_trials, liste
 def test_missing_keys_take_the_default_held_to_the_space():
     space = checked({"lr": [0.1, 0.2], "depth": 5, "width": [64, 256], "activation": ["tanh", "gelu"]})
     default = {"activation": "tanh", "depth": 5, "lr": 0.1, "width": 64}
-    assert params(search(space, include=[{"lr": 0.2}, {"depth": 3, "dropout": 0.5}])) == [
-        default,
-        default | {"lr": 0.2},
-        default | {"depth": 3, "dropout": 0.5},
-    ]
-
-
-class Unknown:
-    def rvs(self, random_state=None):
-        return float(np.random.RandomState(0).uniform() + 5)
+    others = [{"lr": 0.2}, {"depth": 3, "dropout": 0.5}]
+    assert params(search(space, include=others)) == [default, *(default | other for other in others)]
 
 
 @pytest.mark.parametrize(
     ("choices", "default", "held"),
     [
-        ([16, 32], 128, 32),
-        ([256, 64, 192], 128, 64),  # the first of two that are equally near
-        ([16, 128], 128, 128),
-        (["b", "c"], "a", "b"),
-        ([None, 0.5], 0.2, None),
-        ([(8,), (8, 8)], 4, (8,)),
-        ([(8, 8), 32, 64], 128, 64),
-        (stats.loguniform(0.1, 1.0), 1e-3, 0.1),
-        (stats.loguniform(1e-5, 1e-4), 1e-3, 1e-4),
-        (stats.loguniform(1e-4, 1.0), 1e-3, 1e-3),
-        (stats.norm(), 7.5, 7.5),
-        (stats.randint(16, 65), 128, 64),
-        (stats.randint(1, 5), 2.5, 1),  # none there, and nobody knows the nearest: a draw
-        (stats.uniform(1, 2), None, 1.0976270078546495 + 1),
-        (log_int(8, 64), 128, 64),
-        (LogIntegers(2, 8), 2.6, 3),
-        (Steps(16, 96, 16), 60, 64),
-        (Steps(0.0, 0.5, 0.2), 0.45, 0.4),
-        (Unknown(), 1.0, 5.548813503927325),
+        ([16, 32], 128, 32), ([256, 64, 192], 128, 64),  # the first of two that are equally near
+        ([16, 128], 128, 128), (["b", "c"], "a", "b"), ([None, 0.5], 0.2, None), ([(8,), (8, 8)], 4, (8,)),
+        ([(8, 8), 32, 64], 128, 64), (stats.loguniform(0.1, 1.0), 1e-3, 0.1),
+        (stats.loguniform(1e-5, 1e-4), 1e-3, 1e-4), (stats.loguniform(1e-4, 1.0), 1e-3, 1e-3), (stats.norm(), 7.5, 7.5),
+        (stats.randint(16, 65), 128, 64), (stats.randint(1, 5), 2.5, 1),  # none there, and nobody knows the nearest
+        (stats.uniform(1, 2), None, 1.0976270078546495 + 1), (log_int(8, 64), 128, 64), (LogIntegers(2, 8), 2.6, 3),
+        (Steps(16, 96, 16), 60, 64), (Steps(0.0, 0.5, 0.2), 0.45, 0.4), (Constant(5.5), 1.0, 5.5),
     ],
-)
+)  # fmt: skip
 def test_a_default_is_held_to_what_the_space_names(choices, default, held):
     space = checked({"module__k": choices}, MODULE, True)
     (trial,) = search(space, defaults=MLP_DEFAULTS | {"module__k": default})
@@ -199,13 +175,9 @@ def test_alternatives_hold_the_default_where_the_fewest_values_are_others():
     space = checked([{"depth": 5, "width": 9, "lr": [0.1]}, {"depth": 5, "width": [8, 16], "dropout": [0.0, 0.2]}])
     assert search(space)[0].params == {"depth": 5, "dropout": 0.0, "lr": 1e-3, "width": 16}
     space = checked([{"optimizer": ["sgd"], "lr": [0.5]}, {"optimizer": ["adam"], "lr": [0.1, 0.2]}])
-    assert params(search(space, include=[{"optimizer": "adam"}])) == [
-        {"lr": 0.5, "optimizer": "sgd"},
-        {"lr": 0.1, "optimizer": "adam"},
-    ]
-
-
-def test_layers_of_unlike_widths_have_no_depth_beside_them():
+    adam = {"optimizer": "adam"}
+    assert params(search(space, include=[adam])) == [{"lr": 0.5, "optimizer": "sgd"}, {"lr": 0.1, **adam}]
+    # Layers of unlike widths have no depth beside them.
     space = checked([{"width": [64], "depth": [1, 3]}, {"width": [(8, 4, 2)]}])
     trials = search(space, 1, include=[{"width": (9, 5, 3)}, {"width": (9, 5), "depth": 2}])
     assert params(trials) == [{"width": (8, 4, 2)}, {"width": (9, 5, 3)}, {"depth": 2, "width": (9, 5)}]
@@ -273,13 +245,16 @@ def test_values_without_a_hash_are_compared_too():
     assert [t.params["module__sizes"] for t in trials] == [(8,), [8, 8]]
 
 
-def test_nothing_to_run_is_an_error_and_something_included_is_enough():
+def test_n_trials_is_a_count_and_nothing_to_run_is_an_error():
     space = checked(MIXED)
     assert [t.origin for t in search(space, 1)] == ["default"]
     assert [t.origin for t in search(space, 0, include=[{}])] == ["include"]
     message = r"n_trials must be >= 1 where nothing else is to run, got n_trials=0 .* n_trials=1 for the default"
     with refused(message):
         search(space, 0)
+    for n_trials in (-1, 2.0, "3", None, True):
+        with refused(f"n_trials must be an integer of at least 0, got {n_trials!r}. For example"):
+            search(space, n_trials)
 
 
 def test_a_required_argument_of_a_module_has_no_default():
@@ -321,12 +296,6 @@ def test_a_larger_number_continues_the_search_and_draws_the_new_trials_alone(spa
     assert numbered([(config, "random") for config in params(whole)], old) == whole[len(old) :]
 
 
-def test_trials_of_other_draws_are_none_of_the_first_ones():
-    space = checked(LAWS)
-    other = [Candidate(i, config, "random") for i, config in enumerate(draw(space, 3, 1))]
-    assert params(top_up(other, space, 5, 0)) == draw(space, 5, 0)[:2]
-
-
 def test_a_larger_number_of_lists_draws_what_is_missing():
     space = checked({"lr": [0.1, 0.2, 0.3, 0.4, 0.5], "width": [8, 16, 32, 64]})
     old = search(space, 6)
@@ -335,21 +304,19 @@ def test_a_larger_number_of_lists_draws_what_is_missing():
     assert [t.number for t in new] == [6, 7, 8, 9] and {t.origin for t in new} == {"random"}
     assert not any(p in params(old) for p in params(new))
     assert all(p in draw(space, 10, 0) for p in params(new))
-    everything = old + new + top_up(old + new, space, 99, 0)
-    assert len(everything) == 20
+    assert len(old + new + top_up(old + new, space, 99, 0)) == 20
 
 
-def test_a_study_from_before_the_default_counted_adds_nothing():
+def test_what_an_older_study_holds_is_counted_and_numbered_on():
+    """One from before the default counted; one of other draws; one with a gap in its numbers."""
     space = checked(MIXED)
     drawn = [Candidate(1 + i, config, "random") for i, config in enumerate(draw(space, 4, 0))]
     old = (Candidate(0, {"batch_size": 32, "depth": 2, "lr": 1e-3, "width": 128}, "default"), *drawn)
     assert top_up(old, space, 4, 0) == ()
-    assert remarks(old, space, n_trials=4, include_default=True) == (
-        "The study holds 5 configurations, more than n_trials=4: all stay in it.",
-    )
-
-
-def test_top_up_goes_on_from_the_highest_number():
+    (said,) = remarks(old, space, n_trials=4, include_default=True)
+    assert said == "The study holds 5 configurations, more than n_trials=4: all stay in it."
+    space = checked(LAWS)
+    other = [Candidate(i, config, "random") for i, config in enumerate(draw(space, 3, 1))]
+    assert params(top_up(other, space, 5, 0)) == draw(space, 5, 0)[:2]
     old = (Candidate(5, {"lr": 0.3}, "include"), Candidate(2, {"lr": 0.1}, "random"))
-    (new,) = top_up(old, checked({"lr": [0.1, 0.2]}), 2, 0)
-    assert new == Candidate(6, {"lr": 0.2}, "random")
+    assert top_up(old, checked({"lr": [0.1, 0.2]}), 2, 0) == (Candidate(6, {"lr": 0.2}, "random"),)

@@ -25,35 +25,25 @@ def check(space, keys=MLP, module=False):
 @pytest.mark.parametrize(
     "choices, expected",
     [
-        ([32, 64.0], [32, 64]),
-        (range(1, 4), [1, 2, 3]),
-        (np.array([32, 64]), [32, 64]),
-        (np.array(32.0), [32]),
-        (np.int64(32), [32]),
-        (32, [32]),
-        ([32, 32], [32, 32]),
+        ([32, 64.0], [32, 64]), (range(1, 4), [1, 2, 3]), (np.array([32, 64]), [32, 64]), (np.array(32.0), [32]),
+        (np.int64(32), [32]), (32, [32]), ([32, 32], [32, 32]),
     ],
-)
+)  # fmt: skip
 def test_choices_become_a_list_of_pythons_numbers(choices, expected):
     (space,) = check({"width": choices})
     assert space == {"width": expected} and all(type(v) is int for v in space["width"])
 
 
-def test_distributions_are_kept_and_dicts_are_alternatives():
-    lr, width = stats.loguniform(1e-4, 1e-1), log_int(8, 64)
-    assert check({"lr": lr, "width": width, "activation": "relu"}) == [
-        {"lr": lr, "width": width, "activation": ["relu"]}
-    ]
+def test_distributions_are_kept_dicts_are_alternatives_and_arguments_are_the_modules_business():
+    laws = {"lr": stats.loguniform(1e-4, 1e-1), "width": log_int(8, 64)}
+    assert check(laws | {"activation": "relu"}) == [laws | {"activation": ["relu"]}]
     two = [{"optimizer": "sgd", "momentum": [0.0, 0.9]}, {"optimizer": ["adamw"]}]
     assert check(tuple(two)) == [{"optimizer": ["sgd"], "momentum": [0.0, 0.9]}, {"optimizer": ["adamw"]}]
-
-
-def test_module_arguments_are_the_modules_business():
-    act = nn.ReLU
-    space = {"module__act": [act, nn.Tanh], "module__p": None, "module__sizes": [[8], [8, 8]], "lr": 0.1}
-    assert check(space, keys=legal_keys("module", "adamw"), module=True) == [
-        {"module__act": [act, nn.Tanh], "module__p": [None], "module__sizes": [[8], [8, 8]], "lr": [0.1]}
-    ]
+    arguments = {"module__act": [nn.ReLU, nn.Tanh], "module__sizes": [[8], [8, 8]], "module__k": stats.norm(0, 1)}
+    space = {**arguments, "module__p": None, "lr": 0.1}
+    assert check(space, legal_keys("module", "adamw"), True) == [{**arguments, "module__p": [None], "lr": [0.1]}]
+    with refused("must have parameters in their range"):
+        check({"module__k": stats.norm(0, -1)}, module=True)
 
 
 def test_penalty_stays_a_key_of_the_space():
@@ -102,19 +92,12 @@ class Ours:
 @pytest.mark.parametrize(
     "key, law",
     [
-        ("width", Ours()),
-        ("lr", stats.uniform(0, 0.1)),
-        ("lr", stats.expon(scale=0.01)),
-        ("lr", stats.lognorm(1)),
-        ("lr", stats.uniform),
-        ("weight_decay", stats.randint(0, 3)),
-        ("dropout", stats.uniform(0, 1)),
-        ("dropout", stats.beta(2, 2)),
-        ("width", stats.randint(1, 65)),
-        ("width", stats.poisson(20, loc=1)),
+        ("width", Ours()), ("lr", stats.uniform(0, 0.1)), ("lr", stats.expon(scale=0.01)), ("lr", stats.lognorm(1)),
+        ("lr", stats.uniform), ("weight_decay", stats.randint(0, 3)), ("dropout", stats.uniform(0, 1)),
+        ("dropout", stats.beta(2, 2)), ("width", stats.randint(1, 65)), ("width", stats.poisson(20, loc=1)),
         ("width", log_int(1, 64)),
     ],
-)
+)  # fmt: skip
 def test_distributions_inside_the_range_are_taken(key, law):
     assert check({key: law}) == [{key: law}]
 
@@ -143,18 +126,6 @@ def test_distributions_outside_the_range_are_refused_before_any_draw(key, law, m
         check({key: law})
 
 
-def test_a_modules_argument_has_no_range_but_real_parameters():
-    law = stats.norm(0, 1)
-    assert check({"module__k": law}, module=True) == [{"module__k": law}]
-    with refused("must have parameters in their range"):
-        check({"module__k": stats.norm(0, -1)}, module=True)
-
-
-def test_the_included_configurations_are_checked():
-    assert check_include([{"width": 8.0, "lr": 1}, {}], keys=MLP, module=False) == [{"lr": 1.0, "width": 8}, {}]
-    assert check_include(({"module__k": "a"},), keys=(), module=True) == [{"module__k": "a"}]
-
-
 @pytest.mark.parametrize(
     "include, message",
     [
@@ -165,9 +136,11 @@ def test_the_included_configurations_are_checked():
         ([{"lr": [0.1, 0.2]}], r"^include\[0\]\['lr'\] must be a finite number > 0, got \[0.1, 0.2\]"),
     ],
 )
-def test_bad_included_configurations(include, message):
+def test_the_included_configurations_are_checked(include, message):
     with refused(message):
         check_include(include, keys=MLP, module=False)
+    assert check_include([{"width": 8.0, "lr": 1}, {}], keys=MLP, module=False) == [{"lr": 1.0, "width": 8}, {}]
+    assert check_include(({"module__k": "a"},), keys=(), module=True) == [{"module__k": "a"}]
 
 
 def test_space_text():
@@ -183,30 +156,23 @@ def named():
     pass
 
 
-def test_space_text_of_a_modules_arguments():
+def test_space_text_of_a_modules_arguments_has_the_whole_of_an_array_and_no_address():
     space = {"module__f": [named, nn.ReLU], "module__sizes": [[8], [8, 8]], "module__p": None}
     text = space_text(check(space, (), True))
     assert text.endswith("module__p=[None], module__sizes=[[8], [8, 8]]")
     assert ".named, torch.nn.modules.activation.ReLU]" in text
-
-
-def test_space_text_has_the_whole_of_an_array():
     values = np.arange(5000.0)
     texts = [space_text(check({"module__w": [v]}, (), True)) for v in (values, values + (values == 2500), values)]
     assert texts[0] == texts[2] != texts[1]
-
-
-@pytest.mark.parametrize("value", [lambda: 0, object()])
-def test_a_value_known_by_its_address_has_no_text(value):
-    with refused(r"space\['module__f'\] must have values with the same text .*Use a number"):
-        space_text(check({"module__f": [value]}, (), True))
+    for value in (lambda: 0, object()):
+        with refused(r"space\['module__f'\] must have values with the same text .*Use a number"):
+            space_text(check({"module__f": [value]}, (), True))
 
 
 CODE = """
 from scipy import stats
-from gputune.methods.distributions import log_int
+from gputune.methods.distributions import log_int, space_text
 from gputune.methods.space import check_space
-from gputune.methods.distributions import space_text
 
 histogram = stats.rv_histogram(([1, 2], [0, 0.1, 0.2]), density=False)
 space = {"lr": stats.loguniform(1e-4, 0.1), "width": log_int(1, 9), "activation": ["relu"], "dropout": histogram}
