@@ -1,7 +1,7 @@
 """What a value of a space is drawn from: a list, a distribution of scipy.stats, or one that scipy lacks.
 
 Beside the object itself a distribution, and so a space of them, has three notations: text (for a hash), plain values
-(for a study file), and Optuna's, ``Description``.
+(for a study file), and Optuna's: "kind" float, int or choices, and its arguments.
 """
 
 import math
@@ -19,9 +19,6 @@ from sklearn.utils import check_random_state
 from gputune.errors import InputError, import_extra
 from gputune.study.values import to_json
 from gputune.types import Config, Json
-
-Description = Json
-"""One of Optuna's distributions as plain JSON: "kind" float, int or choices, and its arguments."""
 
 
 class Distribution(Protocol):
@@ -71,7 +68,7 @@ class OwnDistribution:
         return self.low, self.high
 
     @property
-    def description(self) -> Description:
+    def description(self) -> Json:
         return {"kind": "int", "low": self.low, "high": self.high, "log": True}
 
 
@@ -137,7 +134,7 @@ class Steps(OwnDistribution):
         return all(isinstance(value, int) for value in astuple(self))
 
     @property
-    def description(self) -> Description:
+    def description(self) -> Json:
         kind = "int" if self.whole else "float"
         return {"kind": kind, "low": self.low, "high": self.high, "step": self.step}
 
@@ -217,7 +214,7 @@ def from_optuna(value: Any) -> object:
     return stats.uniform(low, high - low) if value.step is None else Steps(low, high, value.step)
 
 
-def as_optuna(description: Description) -> object:
+def as_optuna(description: Json) -> object:
     """Return the ``optuna.distributions`` object."""
     distributions = import_extra("optuna.distributions", extra="optuna", used_by="An Optuna distribution")
     arguments = {key: value for key, value in description.items() if key != "kind"}
@@ -225,7 +222,7 @@ def as_optuna(description: Description) -> object:
     return getattr(distributions, names[description["kind"]])(**arguments)
 
 
-def describe(choices: Choices) -> Description | None:
+def describe(choices: Choices) -> Json | None:
     """Return the list or distribution of one key as one of Optuna's; None for a law that Optuna does not have."""
     if isinstance(choices, list):
         return {"kind": "choices", "choices": labels(choices)}

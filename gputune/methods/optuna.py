@@ -18,7 +18,6 @@ from gputune.errors import InputError, check_count, import_extra
 from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.distributions import (
     Choices,
-    Description,
     Space,
     as_optuna,
     describe,
@@ -30,7 +29,7 @@ from gputune.methods.distributions import (
 from gputune.methods.stopping import Halving
 from gputune.study.store import Result
 from gputune.study.study import Study, Trial
-from gputune.types import Config, first_metric
+from gputune.types import Config, Json, first_metric
 
 if TYPE_CHECKING:
     import optuna
@@ -251,7 +250,7 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def widened_law(study: Study, key: str) -> Description:
+def widened_law(study: Study, key: str) -> Json:
     """Return the law of a key, widened where the default or an included trial lies outside of it.
 
     Where the study does not know it (a law that Optuna lacks), it is uniform over what the trials hold.
@@ -269,7 +268,7 @@ def widened_law(study: Study, key: str) -> Description:
     return plain | ({"step": step} if all(math.isclose(round(n), n, abs_tol=1e-9) for n in multiples) else {})
 
 
-def _guess_law(values: Sequence[object]) -> Description:
+def _guess_law(values: Sequence[object]) -> Json:
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) < len(values) or not all(map(math.isfinite, numbers)):
         return {"kind": "choices", "choices": labels(list(values))}
@@ -277,7 +276,7 @@ def _guess_law(values: Sequence[object]) -> Description:
     return {"kind": kind, "low": min(numbers), "high": max(numbers)}
 
 
-def _holds(law: Description, value: object) -> bool:
+def _holds(law: Json, value: object) -> bool:
     """Whether a value can be one of a law whose ends may be widened: not a word among numbers, nor 0 on a log axis."""
     if law["kind"] == "choices":
         return True

@@ -55,13 +55,10 @@ class TableInputs(nn.Module):
         for name in ("fill", "center", "scale", "quantiles", "least", "most"):
             self.register_buffer(name, torch.tensor(getattr(statistics, name)))
         self.ranked, self.clipped = statistics.ranked.tolist(), statistics.clipped.tolist()
-        self.places = statistics.places.tolist()
-        columns = layout.columns
-        self.from_columns = takes_columns(layout)
-        source = [i for i, column in enumerate(columns) for _ in column.feature_names]
-        indicator = [k >= len(column.parts) for column in columns for k, _ in enumerate(column.feature_names)]
-        self.register_buffer("source", torch.tensor(source))
-        self.register_buffer("indicator", torch.tensor(indicator))
+        self.places, self.from_columns = statistics.places.tolist(), takes_columns(layout)
+        features = [(i, k >= len(c.parts)) for i, c in enumerate(layout.columns) for k, _ in enumerate(c.feature_names)]
+        self.register_buffer("source", torch.tensor([i for i, _ in features]))
+        self.register_buffer("indicator", torch.tensor([is_indicator for _, is_indicator in features]))
 
     def forward(self, X: Tensor) -> tuple[Tensor, ...]:
         x = X[:, self.source] if self.from_columns else X
@@ -120,8 +117,7 @@ class WholeModel(nn.Module):
         graphs = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
         self.network = copy.deepcopy(model.module, {id(value): value.detach() for value in graphs}).cpu().eval()
         self.network.requires_grad_(False)  # what it predicts is numbers, which numpy() reads
-        self.dtype, self.task = model.dtype, model.task
-        self.transform = model.transform
+        self.dtype, self.task, self.transform = model.dtype, model.task, model.transform
         self.several = not isinstance(model.center, float)
         numbers = {"target_center": model.center, "target_scale": model.scale, "temperature": model.temperature}
         for name, number in numbers.items():  # as buffers, since a plain number would be written in single precision
@@ -262,15 +258,11 @@ def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draf
     known = json.loads(text)
 
     def converted_program() -> Any:
-        return torch.onnx.export(
-            # Traced here, since torch.onnx.export fixes the number of rows where it cannot leave it open.
-            _trace(whole, examples),
-            dynamo=True,
-            verbose=False,
-            input_names=known["names"] if known["inputs"] == "arrays" else ["X"],
-            output_names=known["outputs"],
-            dynamic_shapes=(tuple({0: "rows"} for _ in examples),),  # what the axis is called
-        )
+        # Traced here, since torch.onnx.export fixes the number of rows where it cannot leave it open.
+        traced, names = _trace(whole, examples), known["names"] if known["inputs"] == "arrays" else ["X"]
+        shapes = (tuple({0: "rows"} for _ in examples),)  # what the axis is called
+        more = {"input_names": names, "output_names": known["outputs"], "dynamic_shapes": shapes}
+        return torch.onnx.export(traced, dynamo=True, verbose=False, **more)
 
     program = converted_program()
     # GELU's error function: ONNX Runtime has none for doubles on a CPU.

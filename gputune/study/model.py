@@ -67,10 +67,8 @@ class TunedModel(ModelContent):
 
     def _predict(self, outputs: Tensor) -> np.ndarray:
         """Return what ``predict`` does of rows with these outputs."""
-        if self.task == "custom":
-            return outputs.numpy()
-        if self.task == "multilabel":
-            return (outputs > 0).long().numpy()
+        if self.task in ("custom", "multilabel"):
+            return (outputs if self.task == "custom" else (outputs > 0).long()).numpy()
         if self.classes is None:
             return self._in_units(outputs.numpy() * self.scale + self.center)
         labels: np.ndarray = self.classes[outputs.argmax(1).numpy()]
@@ -98,8 +96,7 @@ class TunedModel(ModelContent):
     def _half_width(self, level: float) -> float:
         if self.task != "regression" or not isinstance(self.center, float):
             words = {"regression": "several: search for one column at a time", "custom": "its own: use predict"}
-            words["multilabel"] = "labels: use predict_proba"
-            what = words.get(self.task, "classes: use predict_proba")
+            what = words.get(self.task, f"{'labels' if self.task == 'multilabel' else 'classes'}: use predict_proba")
             raise InputError(f"predict_interval is for a model of one number a row, and this one predicts {what}.")
         if isinstance(level, bool) or not isinstance(level, float | int | np.number) or not 0 < level < 1:
             raise InputError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,15 @@ class RepairResult:
         return self.options[0] >= self.options[1]
 
     def __str__(self) -> str:
-        trials = self.trials[0]
+        rest = "what has none is trained when the search goes on"
         lines = [
-            f"options  {self.options[0]} of {self.options[1]}",
-            f"trials   {trials} of {self.trials[1]}",
-            f"chunks   {self.chunks[0]} of {self.chunks[1]} of the frozen plan",
-            f"results  of {self.finished} of the {trials} trials; what has none is trained when the search goes on",
+            "options  {} of {}".format(*self.options),
+            "trials   {} of {}".format(*self.trials),
+            "chunks   {} of {} of the frozen plan".format(*self.chunks),
+            f"results  of {self.finished} of the {self.trials[0]} trials; {rest}",
+            "Options are lost: the trials can be read, and the search cannot go on in this file.",
         ]
-        if not self.is_whole_search:
-            lines.append("Options are lost: the trials can be read, and the search cannot go on in this file.")
-        return "\n".join(lines)
+        return "\n".join(lines[:-1] if self.is_whole_search else lines)
 
 
 def repair(path: str | os.PathLike[str], out: str | os.PathLike[str], *, argument: str = "out=") -> RepairResult:
@@ -139,7 +139,5 @@ def _readable_rows(connection: sqlite3.Connection, table: str) -> dict[int, Row]
     for _ in range(_MOST_FAILURES):
         if low >= high or read(low, high):
             break
-        low += 1
-        while low in rows:
-            low += 1
+        low = next(rowid for rowid in count(low + 1) if rowid not in rows)
     return rows

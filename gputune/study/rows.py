@@ -49,7 +49,6 @@ HOW_MANY = ""
 
 
 def option_to_row(key: str, value: object) -> Row:
-    """Return the row of an option."""
     return key, to_json(value, name=f"meta[{key!r}]")
 
 
@@ -214,7 +213,6 @@ def _table(values: Sequence[bytes]) -> Curve:
 
 
 def outputs_to_row(number: int, outputs: Outputs) -> Row:
-    """Return the row of the outputs of a trial."""
     values = np.ascontiguousarray(outputs.values, dtype="<f4")
     return int(number), int(outputs.epoch), int(values.shape[1]), values.tobytes()
 

@@ -17,7 +17,7 @@ from gputune.data.target_transform import is_known, transform_from_json, transfo
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_cluster import Ray
-from gputune.methods.distributions import Description, Space, describe, space_from_json, space_text, space_to_json
+from gputune.methods.distributions import Space, describe, space_from_json, space_text, space_to_json
 from gputune.methods.optuna import OptunaSampler
 from gputune.scoring.metrics import has_function
 from gputune.study.code import digest_of_code, is_remembered
@@ -101,7 +101,7 @@ def versions() -> dict[str, str]:
     return {"gputune": __version__, "torch": torch.__version__, "sklearn": sklearn.__version__, "numpy": np.__version__}
 
 
-def distributions(space: Space) -> dict[str, Description]:
+def distributions(space: Space) -> dict[str, Json]:
     """What an export to Optuna knows of each key: the law it is drawn from, where one law is all and Optuna has it."""
     laws = {key: describe(choices) for part in space for key, choices in part.items()}
     many = {key for key in laws if sum(key in part for part in space) > 1}
