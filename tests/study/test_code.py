@@ -76,15 +76,6 @@ def test_values_that_do_the_same_have_one_digest(pair):
     assert digest_of_code(one()) == digest_of_code(one()) != digest_of_code(other())
 
 
-class Net(nn.Linear):
-    def __init__(self, n_features, n_outputs):
-        super().__init__(n_features, n_outputs)
-
-
-def stepped(of):
-    return lambda module, batch: of(module(batch[0]), batch[1])
-
-
 def test_a_value_that_a_function_sets_itself_is_no_other_code():
     one = reading(2, "loss")
     before = digest_of_code(one)
@@ -92,14 +83,21 @@ def test_a_value_that_a_function_sets_itself_is_no_other_code():
     assert one.__globals__["CALLS"] == 3 and digest_of_code(one) == before
 
 
-@pytest.mark.parametrize("argument", ["loss", "training_step", "augment"])
-def test_a_study_does_not_go_on_with_other_code(argument, tmp_path, monkeypatch):
-    X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    make = {
-        "loss": powered,
-        "training_step": lambda power: stepped(powered(power)),
-        "augment": lambda power: lambda x, generator: x * power,
-    }[argument]
+class Net(nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+
+MAKE = {
+    "loss": powered,
+    "training_step": lambda power: lambda module, batch: powered(power)(module(batch[0]), batch[1]),
+    "augment": lambda power: lambda x, generator: x * power,
+}
+
+
+@pytest.mark.parametrize("argument", MAKE)
+def test_a_study_does_not_go_on_with_other_code(argument, tmp_path):
+    X, make = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), MAKE[argument]
     how = {"space": {"lr": [0.1, 0.01]}, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
     call = functools.partial(gputune.tune, Net, X, X[:, 0], **how, study=tmp_path / "study.db")
     call(n_trials=1, **{argument: make(2)})
@@ -108,14 +106,11 @@ def test_a_study_does_not_go_on_with_other_code(argument, tmp_path, monkeypatch)
     assert len(call(n_trials=2, **{argument: make(2)}).trials) == 2
 
 
-def test_a_study_of_an_earlier_version_goes_on_unchecked():
+def test_a_study_of_an_earlier_version_goes_on_unchecked_and_changed_code_of_a_module_is_another_search():
     here = SearchRecord(objective="the:loss", code={"loss": "a"})
     assert not differences(SearchRecord(objective="the:loss", absent=frozenset({"code"})), here)
     assert differences(SearchRecord(objective="the:loss", code={"loss": "b"}), here)
-
-
-def test_a_module_whose_code_has_changed_is_another_search():
-    """Of an imported class; the table of the study would mix two models."""
+    # Of an imported class; the table of the study would mix two models.
     there, here = (SearchRecord(spec={"kind": "module", "import": "net:Net", "sha256": digest}) for digest in "ab")
     assert differences(there, here) == ["model (its code has changed)"] and not differences(there, there)
 
@@ -133,10 +128,6 @@ def folder(tmp_path, monkeypatch, later):
     return tmp_path / "gputune"
 
 
-def mode(path):
-    return stat.S_IMODE(path.stat().st_mode)
-
-
 def test_what_is_remembered_outlives_the_process_and_nobody_else_may_write_it(folder, later):
     before = os.umask(0)
     try:
@@ -147,7 +138,8 @@ def test_what_is_remembered_outlives_the_process_and_nobody_else_may_write_it(fo
     remember("b\udcff")  # a path may hold any byte
     later()
     assert is_remembered("a") and is_remembered("b\udcff") and not is_remembered("c")
-    assert (mode(folder), mode(folder / "trusted-code")) == (0o700, 0o600)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "trusted-code")]
+    assert modes == [0o700, 0o600]
     (folder / "trusted-code").unlink()
     assert not is_remembered("a")
 
@@ -226,11 +218,10 @@ def test_without_a_home_nothing_outlives_the_process(monkeypatch, later, tmp_pat
         later()
         assert not is_remembered("a")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_usual_folder_is_in_the_home(monkeypatch, later, tmp_path):
+    monkeypatch.undo()
+    later()
     monkeypatch.delenv("XDG_STATE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))  # the usual one
     remember("a")
     later()
     assert is_remembered("a")

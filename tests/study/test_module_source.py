@@ -21,15 +21,8 @@ from gputune.models import MLP
 from gputune.modules.construction import build_module
 from gputune.population.population import Shape
 from gputune.study import code
-from gputune.study.module_source import (
-    class_from_file,
-    class_source,
-    find_class,
-    is_changed,
-    remember_code,
-    source_file,
-    why_not_found,
-)
+from gputune.study import module_source as sources
+from gputune.study.module_source import class_from_file, class_source, find_class, is_changed, remember_code
 from refused import refused
 
 NET = """
@@ -69,7 +62,7 @@ def test_a_class_of_a_file_and_the_way_back(net):
     source = class_source(found)
     digest = hashlib.sha256(NET.encode()).hexdigest()
     assert source == {"path": str(net.resolve()), "class": "Net", "sha256": digest}
-    assert find_class(source, trust_code=True) is found and source_file(found) == str(net.resolve())
+    assert find_class(source, trust_code=True) is found and sources.source_file(found) == str(net.resolve())
     assert sys.modules["beside"].calls == [1]  # the file ran once
     assert class_from_file(net, "Outer.Inner") is nn.Linear
     net.write_text(NET + "\n")
@@ -85,6 +78,9 @@ def test_a_class_of_a_package_is_found_by_import():
     assert class_source(MLP) == {"import": "gputune.models.mlp:MLP", "sha256": digest}
     assert find_class({"import": "gputune.models.mlp:MLP"}, trust_code=True) is MLP
     assert class_source(type("Net", (nn.Module,), {"__module__": "__main__"})) == {"import": "__main__:Net"}
+    assert sources.why_not_found(MLP) is None
+    here = type("Net", (nn.Module,), {})
+    assert sources.why_not_found(here) == f"in {__name__!r}, where no import reaches it"
 
 
 def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypatch):
@@ -123,11 +119,14 @@ def test_a_name_that_is_no_module_class(net, name, held):
         ("raise SystemExit(3)", r"does not run \(SystemExit: 3\); correct it"),
     ],
 )
-def test_a_file_that_does_not_run(net, text, message):
+def test_a_file_that_does_not_run_or_is_no_source(net, text, message):
     net.write_text(text)
     for _ in range(2):  # nothing half-made is left behind
         with refused(message):
             class_from_file(net, "Net")
+    os.truncate(net, 2**24 + 1)
+    with refused(r"net\.py' is too large for a Python file; check the path"):
+        find_class({"path": str(net), "class": "Net", "sha256": "0"})
 
 
 @pytest.mark.parametrize(
@@ -184,6 +183,8 @@ def trusted(package, monkeypatch, another_user):
 
 def test_no_file_of_a_package_runs_that_was_not_remembered(package, monkeypatch, another_user):
     another_user()
+    with pytest.raises(UntrustedCodeError, match=r"'Linear' is in '.*linear.py'"):  # which is loaded
+        find_class({"import": "torch.nn.modules.linear:Linear"})
     words = r"'Net' is in '.*own_pack/nets.py', and loading it runs that code, which you have not trained or saved"
     with pytest.raises(UntrustedCodeError, match=words):
         find_class(SOURCE)
@@ -219,12 +220,6 @@ def test_a_package_of_the_same_content_elsewhere_is_another_one(trusted, monkeyp
     assert sys.ran == []
 
 
-def test_a_loaded_class_that_nobody_has_trained_is_not_built(another_user):
-    another_user()
-    with pytest.raises(UntrustedCodeError, match=r"'Linear' is in '.*linear.py'"):
-        find_class({"import": "torch.nn.modules.linear:Linear"})
-
-
 def test_a_file_beside_a_script_is_found_where_it_lay(net, monkeypatch, another_user):
     another_user()
     source = {"import": "net:Net", "file": str(net)}
@@ -239,39 +234,15 @@ def test_a_file_beside_a_script_is_found_where_it_lay(net, monkeypatch, another_
         find_class({**source, "import": "pack.net:Net"})
 
 
-def run_as_main(monkeypatch, code, file=None):
-    main = types.ModuleType("__main__")
-    if file is not None:
-        file.write_text(code)
-        main.__file__ = str(file)
-    monkeypatch.setitem(sys.modules, "__main__", main)
-    exec(code, main.__dict__)
-    return main
-
-
 def test_a_class_of_the_running_program_needs_no_word(monkeypatch, another_user):
     another_user()
-    main = run_as_main(monkeypatch, "from torch import nn\nclass Net(nn.Module): pass\nLinear = nn.Linear")
+    monkeypatch.setitem(sys.modules, "__main__", main := types.ModuleType("__main__"))
+    exec("from torch import nn\nclass Net(nn.Module): pass\nLinear = nn.Linear", main.__dict__)
     assert find_class({"import": "__main__:Net"}) is main.Net
-    assert why_not_found(main.Net) == "in a notebook or at a prompt"
+    assert sources.why_not_found(main.Net) == "in a notebook or at a prompt"
     for name in ("Other", "Linear", "nn.Linear"):  # which are not the program's own
         with refused(f"'{name}' was defined in a script, in a notebook or at a prompt, and"):
             find_class({"import": f"__main__:{name}"})
-
-
-def test_a_class_that_no_import_reaches_is_told():
-    class Net(nn.Module):
-        pass
-
-    assert why_not_found(Net) == f"in {__name__!r}, where no import reaches it"
-    assert why_not_found(MLP) is None
-
-
-def test_a_file_that_is_no_source_is_not_read(net):
-    with net.open("r+b") as file:
-        file.truncate(2**24 + 1)
-    with refused(r"net\.py' is too large for a Python file; check the path"):
-        find_class({"path": str(net), "class": "Net", "sha256": "0"})
 
 
 NETS = """
@@ -304,10 +275,6 @@ def nets(tmp_path):
     return path
 
 
-def variadic(*sizes, n_outputs):
-    return nn.Linear(*sizes, n_outputs)
-
-
 @pytest.mark.parametrize("name", ["Net", "make", "rectified"])
 def test_what_a_file_has_is_searched_resumed_saved_and_loaded(nets, tmp_path, name):
     study = gputune.tune(f"{nets}:{name}", X, Y, study=tmp_path / "s.db", **WORDS)
@@ -318,26 +285,22 @@ def test_what_a_file_has_is_searched_resumed_saved_and_loaded(nets, tmp_path, na
     np.testing.assert_array_equal(loaded.predict_proba(X), study.best_model().predict_proba(X))
 
 
-@pytest.mark.parametrize(
-    ("build", "keywords"),
-    [
-        (lambda net: functools.partial(net, hidden=7), {"hidden": 7}),
-        (lambda net: functools.partial(net, 1, 7), {"n_outputs": 1, "hidden": 7}),
-    ],
-)
-def test_a_partial_without_a_name_is_written_with_its_keywords(build, keywords, nets):
+def variadic(*sizes, n_outputs):
+    return nn.Linear(*sizes, n_outputs)
+
+
+def test_a_partial_without_a_name_is_written_with_its_keywords_or_refused(nets):
     net = class_from_file(nets, "Net")
-    partial = build(net)
-    source = class_source(partial)
-    assert source["keywords"] == keywords and source["class"] == "Net" and not is_changed(partial, source)
-    found = find_class(source, trust_code=True)
-    assert found.func is net and build_module(found, {}, Shape(2, 1), seed=0).layers[0].out_features == 7
+    for partial, keywords in (
+        (functools.partial(net, hidden=7), {"hidden": 7}),
+        (functools.partial(net, 1, 7), {"n_outputs": 1, "hidden": 7}),
+    ):
+        source = class_source(partial)
+        assert source["keywords"] == keywords and source["class"] == "Net" and not is_changed(partial, source)
+        found = find_class(source, trust_code=True)
+        assert found.func is net and build_module(found, {}, Shape(2, 1), seed=0).layers[0].out_features == 7
     named = class_from_file(nets, "rectified")
     assert class_source(named)["class"] == "rectified" and find_class(class_source(named), trust_code=True) is named
-
-
-def test_a_partial_that_cannot_be_written_is_refused(nets):
-    net = class_from_file(nets, "Net")
     with refused(r"the partial of variadic cannot be written down \(it has arguments without a keyword"):
         class_source(functools.partial(variadic, 2))
     with refused("the partial of Net cannot be written down .*give it a name"):
