@@ -19,19 +19,16 @@ from gputune.models import MLP
 from refused import refused
 from study_models import make_model, rows
 
+LONG = pytest.mark.long
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 FRAME = pd.DataFrame(rows(60))
 NUMBERS = FRAME.drop(columns="city")
-OTHERS = pd.DataFrame(
-    {
-        "member": [1.0, 0.0, np.nan, 1.0],
-        "income": [-50.0, 1e5, 3000.0, 2500.0],
-        "age": [np.nan, 39.5, 1e3, -1e3],
-        "city": ["Oslo", "Bonn", "Lima", "Rome"],
-    }
-)
+OTHERS = pd.DataFrame({
+    "member": [1.0, 0.0, np.nan, 1.0], "income": [-50.0, 1e5, 3000.0, 2500.0],
+    "age": [np.nan, 39.5, 1e3, -1e3], "city": ["Oslo", "Bonn", "Lima", "Rome"],
+})  # fmt: skip
 """Rows that training never saw: columns in another order, a missing boolean, far numbers, an unknown level."""
 
 
@@ -60,7 +57,7 @@ class Remembering(nn.Module):
         return self.last(self.b(self.hidden))
 
 
-@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.long), ".pt2"])
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=LONG), ".pt2"])
 def test_a_module_that_keeps_activations(tmp_path, suffix):
     spec = {"kind": "module", "kwargs": {}, "import": "nowhere:Remembering"}
     model = make_model(NUMBERS, module=Remembering, spec=spec)
@@ -131,17 +128,13 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
 @pytest.mark.parametrize(
     ("frame", "options", "suffix"),
     [
-        pytest.param(NUMBERS, {}, ".onnx", marks=pytest.mark.long),
-        (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"),
-        (FRAME, {"numbers": "robust"}, ".onnx"),
-        pytest.param(NUMBERS, {"numbers": "piecewise"}, ".onnx", marks=pytest.mark.long),
-        (FRAME, {"numbers": "piecewise"}, ".pt2"),
-        pytest.param(FRAME, USERS, ".onnx", marks=pytest.mark.long),
-        (FRAME, USERS, ".pt2"),
-        pytest.param(NUMBERS, {}, ".pt2", marks=pytest.mark.long),
-        pytest.param(NUMBERS, {"numbers": "quantile", "classes": None}, ".pt2", marks=pytest.mark.long),
+        pytest.param(NUMBERS, {}, ".onnx", marks=LONG), pytest.param(NUMBERS, {}, ".pt2", marks=LONG),
+        (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"), (FRAME, {"numbers": "robust"}, ".onnx"),
+        pytest.param(NUMBERS, {"numbers": "quantile", "classes": None}, ".pt2", marks=LONG),
+        pytest.param(NUMBERS, {"numbers": "piecewise"}, ".onnx", marks=LONG), (FRAME, {"numbers": "piecewise"}, ".pt2"),
+        pytest.param(FRAME, USERS, ".onnx", marks=LONG), (FRAME, USERS, ".pt2"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:X has categories that were not there")
 def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
     model = make_model(frame, **options)
@@ -154,13 +147,13 @@ def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
     assert known["names"] == list(names) and known["target"] == "outcome"
 
 
-@pytest.mark.parametrize("activation", ["gelu", pytest.param("silu", marks=pytest.mark.long)])
+@pytest.mark.parametrize("activation", ["gelu", pytest.param("silu", marks=LONG)])
 def test_activations_in_double(activation, tmp_path):
     module = partial(MLP, width=8, depth=2, activation=activation, dropout=0.2)
     check(make_model(NUMBERS, module=module, dtype=torch.float64), tmp_path / "model.onnx", OTHERS.drop(columns="city"))
 
 
-@pytest.mark.parametrize("model", ["mlp", pytest.param("logistic", marks=pytest.mark.long)])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("logistic", marks=LONG)])
 def test_a_tuned_model_and_the_solved_logistic_regression(model, tmp_path):
     X, y = load_breast_cancer(return_X_y=True)
     labels = np.array(["malignant", "benign"])[y]
@@ -262,18 +255,14 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("case", "suffix"),
-    [
+    [  # the simulated device has no cuDNN
         pytest.param(
-            case,
-            suffix,
-            # The simulated device has no cuDNN.
-            marks=[pytest.mark.long] * (n == 2 or (suffix == ".onnx") != (n == 4))
-            + [pytest.mark.cpu] * (case[0] == "gru"),
+            case, suffix,
+            marks=[LONG] * (n == 2 or (suffix == ".onnx") != (n == 4)) + [pytest.mark.cpu] * (case[0] == "gru"),
         )
-        for n, case in enumerate(CASES)
-        for suffix in (".onnx", ".pt2")
+        for n, case in enumerate(CASES) for suffix in (".onnx", ".pt2")
     ],
-)
+)  # fmt: skip
 def test_images_and_sequences(case, suffix, tmp_path):
     module, X, y, names, options = case
     path = tmp_path / f"model{suffix}"

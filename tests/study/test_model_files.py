@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 from dataclasses import replace
+from operator import methodcaller
 
 import numpy as np
 import pandas
@@ -122,24 +123,6 @@ def test_a_model_that_an_earlier_version_wrote_is_read(frame, saved):
     np.testing.assert_array_equal(load_model(saved).predict_proba(frame), expected)
 
 
-def test_tied_weights_are_saved(frame, folder):
-    class Tied(nn.Module):
-        def __init__(self, n_features, n_outputs):
-            super().__init__()
-            self.a = nn.Linear(n_features, n_outputs)
-            self.b = nn.Linear(n_features, n_outputs)
-            self.b.weight = self.a.weight
-
-        def forward(self, x):
-            return self.a(x) + self.b(x)
-
-    model = make_model(frame, module=Tied, spec={"kind": "module", "kwargs": {}, **class_source(Tied)})
-    words = r"save\('.*model'\): the class Tied was defined in '.*', where no import reaches it, so that load_model"
-    with pytest.warns(UserWarning, match=words):
-        model.save(folder)
-    np.testing.assert_array_equal(load_model(folder, module=Tied).predict(frame), model.predict(frame))
-
-
 def test_a_model_is_replaced_by_the_next_one_and_leaves_two_files(frame, saved):
     killed = scratch_folder(saved, prefix=".model")
     (killed.__enter__() / "model.json").write_text("half of it")
@@ -147,6 +130,25 @@ def test_a_model_is_replaced_by_the_next_one_and_leaves_two_files(frame, saved):
     assert load_model(saved).classes is None
     killed.__exit__(None, None, None)
     assert sorted(p.name for p in saved.iterdir()) == ["model.json", "model.safetensors"]
+
+
+class Tied(nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.a, self.b = nn.Linear(n_features, n_outputs), nn.Linear(n_features, n_outputs)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+def test_tied_weights_are_saved_and_a_class_that_no_import_reaches_is_told(frame, folder):
+    here = type("Here", (Tied,), {})
+    model = make_model(frame, module=here, spec={"kind": "module", "kwargs": {}, **class_source(here)})
+    words = r"save\('.*model'\): the class Here was defined in '.*', where no import reaches it, so that load_model"
+    with pytest.warns(UserWarning, match=words):
+        model.save(folder)
+    np.testing.assert_array_equal(load_model(folder, module=here).predict(frame), model.predict(frame))
 
 
 def test_a_folder_with_anything_else_is_left_alone(frame, folder):
@@ -199,7 +201,7 @@ def test_what_cannot_be_written_is_named_before_anything_is(frame, folder, conte
     assert not folder.exists()
 
 
-def test_missing_files_are_named(frame, folder):
+def test_a_missing_changed_or_cut_file_is_named(frame, folder):
     with refused(r"there is no model folder '.*model'; check the path"):
         load_model(folder)
     for name in ("model.json", "model.safetensors"):
@@ -207,9 +209,7 @@ def test_missing_files_are_named(frame, folder):
         (folder / name).unlink()
         with refused(rf"the model folder '.*' has no {re.escape(name)}; save the model again"):
             load_model(folder)
-
-
-def test_a_changed_or_cut_file_is_named(saved):
+    make_model(frame).save(saved := folder)
     for name in ("model.json", "model.safetensors"):
         content = (saved / name).read_bytes()
         for place in range(0, len(content) - 2, len(content) // 40):
@@ -231,10 +231,6 @@ def test_a_changed_or_cut_file_is_named(saved):
             load_model(saved)
 
 
-def remove(key):
-    return lambda body: body.pop(key)
-
-
 def put(key, value):
     return lambda body: body.__setitem__(key, value)
 
@@ -245,33 +241,28 @@ def sized(**kwargs):
 
 DAMAGED = r"model\.json' is damaged: "
 LARGER = rf"{DAMAGED}.* of \d+ parameters, and model.saf.* holds 82; "
+KEYS = "layout statistics classes dtype spec center target info".split()
 NO_LABELS = f"{DAMAGED}its classes are no list of labels but"
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        *((remove(key), DAMAGED) for key in "layout statistics classes dtype spec center target info".split()),
-        (put("dtype", "float8"), DAMAGED),
-        (put("layout", {"columns": [{"name": "x"}]}), DAMAGED),
-        (put("statistics", [1]), DAMAGED),
-        (put("spec", {"kind": "resnet", "kwargs": {}}), DAMAGED),
+        *((methodcaller("pop", key), DAMAGED) for key in KEYS),
+        (put("dtype", "float8"), DAMAGED), (put("layout", {"columns": [{"name": "x"}]}), DAMAGED),
+        (put("statistics", [1]), DAMAGED), (put("spec", {"kind": "resnet", "kwargs": {}}), DAMAGED),
         (put("spec", {"kind": "module", "kwargs": {}}), DAMAGED),
         (put("spec", {"kind": "module", "kwargs": {}, "path": 3}), DAMAGED),
-        (put("temperature", 0), DAMAGED),
-        (put("temperature", "hot"), DAMAGED),
+        (put("temperature", 0), DAMAGED), (put("temperature", "hot"), DAMAGED),
         (put("classes", {"torch": "os:system"}), DAMAGED),
-        (put("classes", ["a", "b"]), NO_LABELS),
-        (put("classes", "ab"), NO_LABELS),
+        (put("classes", ["a", "b"]), NO_LABELS), (put("classes", "ab"), NO_LABELS),
         (put("classes", {"array": {"dtype": "<i8", "shape": [1, 2], "items": [0, 1]}}), NO_LABELS),
         (sized(width=7), r"model\.safetensors' does not fit MLP: .*size mismatch"),
         (sized(width=-1), "MLP could not be built from the saved arguments .*width must be at least 1"),
-        (sized(width=40_000), LARGER),  # before they take the memory
-        (sized(depth=10**7), LARGER),
-        (sized(n_features=10**9), LARGER),
-        (sized(width={"tuple": [9, 10**9]}), LARGER),
+        (sized(width=40_000), LARGER), (sized(depth=10**7), LARGER),  # before they take the memory
+        (sized(n_features=10**9), LARGER), (sized(width={"tuple": [9, 10**9]}), LARGER),
     ],
-)
+)  # fmt: skip
 def test_a_description_that_makes_no_sense_is_named(saved, change, words):
     edit(saved, change)
     with refused(words):
@@ -338,15 +329,11 @@ def test_a_relative_path_is_kept_as_a_full_one(frame, folder, net, monkeypatch):
 @pytest.mark.parametrize(
     "place",
     [
-        {"path": "{folder}/evil.py"},
-        {"path": "evil.py"},
-        {"path": "{folder}/../model/evil.py"},
-        {"path": "/proc/self/cwd/evil.py"},
-        {"import": "evil:Net"},
-        {"import": "no_such_module:Net", "file": "evil.py"},
-        {"import": "__main__:Evil", "file": "evil.py"},
+        {"path": "{folder}/evil.py"}, {"path": "evil.py"}, {"path": "{folder}/../model/evil.py"},
+        {"path": "/proc/self/cwd/evil.py"}, {"import": "evil:Net"},
+        {"import": "no_such_module:Net", "file": "evil.py"}, {"import": "__main__:Evil", "file": "evil.py"},
     ],
-)
+)  # fmt: skip
 def test_code_runs_only_when_that_is_said(frame, folder, net, place, monkeypatch, tmp_path):
     canary = tmp_path / "ran"
     save_net(frame, net, folder)

@@ -6,6 +6,7 @@ import platform
 import re
 import signal
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from sklearn.datasets import load_iris
@@ -148,13 +149,11 @@ def test_a_study_and_a_link_to_it_share_their_claims(path, mine):
     assert left_over(path.parent) == ["link.db"]
 
 
-def test_one_process_at_a_time_adds_to_the_plan(mine, other):
+def test_one_process_at_a_time_adds_to_the_plan_and_what_it_has_planned_is_planned_no_more(path, mine, other):
     assert mine.take_setup() is None and other.take_setup().pid == os.getpid()
     mine.leave_setup()
     assert other.take_setup() is None
-
-
-def test_what_another_process_has_just_planned_is_planned_no_more(path, mine):
+    other.leave_setup()
     with Store.open(path) as store:
         ledger = Ledger(store, mine)
         store.add_chunks([Chunk(2, 1, (0, 1, 2), 1)])
@@ -256,12 +255,9 @@ def test_a_forked_child_does_not_keep_what_its_dead_parent_had(path, mine):
 
 
 def test_an_interrupt_while_claims_are_given_up_leaves_none(mine, other, monkeypatch):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
     assert mine.take(CHUNKS[0])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mine, "_delete", interrupted)
+        patch.setattr(mine, "_delete", Mock(side_effect=KeyboardInterrupt))
         mine.close()
     assert mine._connection is None  # Python 3.13 warns of one that is left open
     assert other.take(CHUNKS[0])
@@ -271,6 +267,10 @@ def test_an_interrupt_while_claims_are_given_up_leaves_none(mine, other, monkeyp
 def test_a_claim_of_before_the_last_start_or_of_a_dead_process_is_void(path, mine, owner):
     lock = foreign(path, **owner)
     assert mine.take(CHUNKS[0]) and not lock.exists()
+    path.with_name(f"study.db-{'1' * 16}.lock").touch()  # of one that died at once
+    path.with_name("study.db-mine.lock").touch()  # no name of ours
+    mine.close()
+    assert left_over(path.parent) == ["study.db-mine.lock"]
 
 
 def test_another_process_that_looks_at_a_lock_for_a_moment_is_no_owner(path, monkeypatch):
@@ -285,19 +285,10 @@ def test_another_process_that_looks_at_a_lock_for_a_moment_is_no_owner(path, mon
     assert left_over(path.parent) == []
 
 
-def test_the_lock_file_of_a_process_that_died_at_once_is_swept(path):
-    path.with_name(f"study.db-{'1' * 16}.lock").touch()
-    path.with_name("study.db-mine.lock").touch()  # no name of ours
-    Claims(path).close()
-    assert left_over(path.parent) == ["study.db-mine.lock"]
-
-
 def test_a_lock_file_that_cannot_be_made_is_named(path, monkeypatch):
-    def refuse(*arguments, **more):
-        raise OSError(28, "No space left on device")
-
     with Claims(path) as mine, pytest.raises(OSError, match=r"its lock file cannot be made \(No space left"):
-        monkeypatch.setattr(claims_file, "lock_descriptor", refuse)
+        full = Mock(side_effect=OSError(28, "No space left on device"))
+        monkeypatch.setattr(claims_file, "lock_descriptor", full)
         mine.take(CHUNKS[0])
     assert left_over(path.parent) == []
 

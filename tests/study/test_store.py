@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -116,20 +116,16 @@ def test_a_result_that_contradicts_itself_is_refused(changed, message):
         result(4, **changed)
 
 
-def test_settings_of_the_file(path, durable):
+def test_settings_of_the_file_which_is_on_the_disk_before_it_has_its_name(path, durable, monkeypatch):
+    calls, flush = [], database.flush
+    monkeypatch.setattr(database, "flush", lambda place: calls.append((place.name, path.exists())) or flush(place))
     with Store.create(path, {}) as store:
+        assert calls == [("draft.db", False), (path.parent.name, True)]
         names = "application_id user_version journal_mode synchronous busy_timeout foreign_keys trusted_schema".split()
         found = [store._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
         assert found == [int.from_bytes(b"gptu", "big"), 3, "wal", 2, 30_000, 1, 0]  # 2 is FULL
         strict = store._connection.execute("SELECT name FROM pragma_table_list WHERE strict").fetchall()
         assert {name for (name,) in strict} == {"meta", "trials", "plan", "results", "claims"}
-
-
-def test_a_new_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(database, "flush", lambda place: calls.append((place.name, path.exists())))
-    Store.create(path, {}).close()
-    assert calls == [("draft.db", False), (path.parent.name, True)]
 
 
 @pytest.mark.parametrize("what", ["folder removed", "folder moved", "file replaced"])
@@ -174,13 +170,8 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(path, monkeypatch):
         with refused(r"study='.*study\.db' exists already; open it, or give a path that is free"):
             Store.create(path, {})
         assert path.read_text() == "precious" and len(list(path.parent.iterdir())) == 1
-
-
-def test_a_file_system_without_hard_links(path, monkeypatch):
-    def refuse(source, target):
-        raise PermissionError
-
-    monkeypatch.setattr(database.os, "link", refuse)
+    path.unlink()
+    monkeypatch.setattr(database.os, "link", Mock(side_effect=PermissionError))  # a file system without hard links
     with Store.create(path, {"a": 1}) as store:
         assert store.meta == {"a": 1}
 
@@ -283,18 +274,13 @@ def test_a_closed_store_and_another_thread_get_an_error_with_a_remedy(store):
 
 def of_another_program(path):
     path.unlink()
-    with closing(sqlite3.connect(path)) as other, other:
-        other.execute("CREATE TABLE studies (x)")
+    change(path, "CREATE TABLE studies (x)")
 
 
-def as_folder(path):
+def as_folder(path, inside="../whole.db"):
     path.rename(path.with_name("whole.db"))
     path.mkdir()
-
-
-def as_folder_with_a_study(path):
-    as_folder(path)
-    path.with_name("whole.db").rename(path / "s.db")
+    path.with_name("whole.db").rename(path / inside)
 
 
 NO_FILE, CORRUPT, VERSION = FileNotFoundError, StudyCorruptError, StudyVersionError
@@ -307,7 +293,7 @@ BEFORE = "of a gputune before its first release"
     [
         (os.unlink, NO_FILE, r"there is no study file; check the path: '.*study\.db'"),
         (as_folder, NO_FILE, "no study file; this is a folder, give the file in it: "),
-        (as_folder_with_a_study, NO_FILE, r"this is a folder, give .*/s\.db: "),
+        (lambda p: as_folder(p, "s.db"), NO_FILE, r"this is a folder, give .*/s\.db: "),
         (lambda p: p.write_bytes(b""), CORRUPT, r"study\.db' is not .*: it is empty; remove it, or check the path"),
         (
             lambda p: p.write_bytes(b"number,score\n1,2\n" * 20), CORRUPT,
@@ -321,8 +307,7 @@ BEFORE = "of a gputune before its first release"
         (lambda p: p.write_bytes(p.read_bytes().replace(b"seconds B", b"seconds\xa0B")), CORRUPT, OTHER_TABLES),
         ("UPDATE results SET number = 5", CORRUPT, "is damaged: 1 results belong to no trial"),
         ("PRAGMA user_version = 4", VERSION, "format 4, this gputune reads up to 3; upgrade gputune"),
-        ("PRAGMA user_version = 1", VERSION, f"format 1, {BEFORE}"),
-        ("PRAGMA user_version = 2", VERSION, f"format 2, {BEFORE}"),
+        *((f"PRAGMA user_version = {n}", VERSION, f"format {n}, {BEFORE}") for n in (1, 2)),
         ("PRAGMA user_version = 0", CORRUPT, OTHER_TABLES),
         ("DROP TABLE results", CORRUPT, OTHER_TABLES),
         ("CREATE VIEW v AS SELECT 1", CORRUPT, OTHER_TABLES),

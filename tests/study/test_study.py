@@ -47,6 +47,12 @@ def test_the_best_trial_is_finite_and_highest_and_the_lower_number_on_a_tie():
     found.best_params["lr"] = 7  # a copy
     assert found.best_score == 0.9 and found.best_params == {"lr": 0.2}
     assert [t.number for t in found.ranking()] == [2, 4, 1, 6, 0, 3, 5]
+    trials = trial(0, 0.8), trial(1, math.nan, state="failed"), trial(2, 0.91234567)
+    assert (
+        repr(study(*trials, model="mlp", scoring="r2")) == "Study(mlp, 3 trials, 1 failed, best r2 0.9123 in trial 2)"
+    )
+    assert repr(study()) == "Study(0 trials)"
+    assert repr(study(trial(0, 0.5, state="stopped"))) == "Study(1 trial, 1 stopped, best score 0.5 in trial 0)"
 
 
 @pytest.mark.parametrize(
@@ -78,14 +84,6 @@ def test_curves_must_fit_the_trials_and_cannot_be_changed():
         found.trials = ()
 
 
-def test_repr_is_short():
-    trials = trial(0, 0.8), trial(1, math.nan, state="failed"), trial(2, 0.91234567)
-    found = study(*trials, model="mlp", scoring="r2")
-    assert repr(found) == "Study(mlp, 3 trials, 1 failed, best r2 0.9123 in trial 2)"
-    assert repr(study()) == "Study(0 trials)"
-    assert repr(study(trial(0, 0.5, state="stopped"))) == "Study(1 trial, 1 stopped, best score 0.5 in trial 0)"
-
-
 TRIALS = (
     Trial(0, {"lr": 0.1, "width": 16, "activation": "relu"}, 0.5, (0.4, 0.6), 3, "complete", 1.5, "default"),
     Trial(1, {"lr": 1e-3, "layers": [8, 4], "C": 1}, math.nan, (math.nan, 0.5), 1, "failed", 0.5, "random"),
@@ -95,7 +93,7 @@ COLUMNS = ["number", "state", "score", "std_error", "fold_0", "fold_1", "best_ep
 COLUMNS += ["params_lr", "params_width", "params_activation", "params_layers", "params_C"]
 
 
-def test_to_pandas():
+def test_to_pandas(monkeypatch):
     pandas = pytest.importorskip("pandas")
     table = study(*TRIALS).to_pandas()
     assert list(table.columns) == COLUMNS and len(table) == 3
@@ -108,6 +106,10 @@ def test_to_pandas():
     assert table["params_width"].dtype == pandas.Int64Dtype()
     assert table["params_width"].isna().tolist() == [0, 1, 0]
     assert table["params_layers"].tolist()[1:] == [[8, 4], (2,)]
+    assert study().to_pandas().shape == (0, 7)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"to_pandas\(\) needs pandas: pip install pandas, or use to_polars"):
+        study().to_pandas()
 
 
 def test_to_polars():
@@ -119,13 +121,7 @@ def test_to_polars():
     assert table["params_C"].to_list() == [None, 1.0, 0.5]
     assert table["params_layers"].to_list() == [None, "[8, 4]", "(2,)"]  # unlike types as text
     assert table["fold_1"].to_list()[:2] == [0.6, 0.5] and math.isnan(table["fold_1"][2])
-
-
-def test_a_study_without_trials_is_an_empty_table_and_pandas_may_be_missing(monkeypatch):
-    assert study().to_pandas().shape == study().to_polars().shape == (0, 7)
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"to_pandas\(\) needs pandas: pip install pandas, or use to_polars"):
-        study().to_pandas()
+    assert study().to_polars().shape == (0, 7)
 
 
 def test_a_study_is_read_from_its_file(tmp_path):
