@@ -130,9 +130,8 @@ def slope_at(
         moved = table * speed(name, value).numpy()
         finite &= bool(np.isfinite(moved).all())
         means[name] = moved.mean(0)
-        folds = len(moved)
-        spread = moved.std(0, ddof=1) if folds > 1 else np.full(moved.shape[1:], np.nan)
-        errors[name] = spread / math.sqrt(folds)
+        spread = moved.std(0, ddof=1) if len(moved) > 1 else np.full(moved.shape[1:], np.nan)
+        errors[name] = spread / math.sqrt(len(moved))
     calm = mode == "differences" or bool((ratios <= CHAOTIC).all())
     return Slope(float(losses.mean()), means, errors, finite and calm, float(ratios.max()), mode)
 
@@ -190,11 +189,8 @@ class Descent:
 
     def _sign_step(self, slope: Slope) -> dict[str, Table]:
         """Each value by its own step against its slope; not at all where the folds disagree on the sign."""
-        moves = {}
-        for name in self.names:
-            clear = ~(np.abs(slope.slopes[name]) < slope.errors[name])
-            moves[name] = self._by_sign(name, np.sign(slope.slopes[name]) * clear)
-        return moves
+        clear = {name: ~(np.abs(slope.slopes[name]) < slope.errors[name]) for name in self.names}
+        return {name: self._by_sign(name, np.sign(slope.slopes[name]) * clear[name]) for name in self.names}
 
     def _by_sign(self, name: str, signs: Table) -> Table:
         flipped = signs * self.signs[name] < 0
@@ -243,7 +239,5 @@ def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
 
 def _as_value(table: Table) -> float | list[float] | list[list[float]]:
     """Return a table as a configuration has it: a number, a list over segments, or one over segments and layers."""
-    if table.size == 1:
-        return float(table.item())
     value: list[float] | list[list[float]] = (table if table.shape[1] > 1 else table[:, 0]).tolist()
-    return value
+    return value if table.size > 1 else float(table.item())

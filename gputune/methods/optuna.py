@@ -231,18 +231,12 @@ def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterato
 
 def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, object]:
     """Return what Optuna has no place of its own for; None stands for NaN, which JSON lacks."""
-    left_out = {key: repr(value) for key, value in trial.params.items() if key not in inside}
-    attributes: dict[str, object] = {
-        "number": trial.number,
-        "origin": trial.origin_text,
-        "fold_scores": [_plain(score) for score in trial.fold_scores],
-        "std_error": _plain(trial.std_error),
-        "best_epoch": trial.best_epoch,
-        "seconds": _plain(trial.seconds),
-        "state": trial.state,
-    }
+    attributes: dict[str, object] = {name: getattr(trial, name) for name in ("number", "best_epoch", "state")}
+    attributes |= {"origin": trial.origin_text, "fold_scores": list(map(_plain, trial.fold_scores))}
+    attributes |= {name: _plain(getattr(trial, name)) for name in ("std_error", "seconds")}
     if trial.metrics:
         attributes["metrics"] = {name: list(map(_plain, folds)) for name, folds in trial.metrics.items()}
+    left_out = {key: repr(value) for key, value in trial.params.items() if key not in inside}
     return {**attributes, "other_params": left_out} if left_out else attributes
 
 

@@ -124,7 +124,7 @@ def top_up(
     without replacement, give another selection for a larger ``n_trials``.
 
     earlier: what other searches have tried is dropped too, and more is drawn in its place, as far as the space has it.
-    """  # fmt: skip
+    """
     new: tuple[Candidate, ...] = ()
     lacking = n_trials - n_counted(old)
     known = [trial.params for trial in old if trial.origin == "random"]
@@ -145,8 +145,7 @@ def notes(
 ) -> tuple[str, ...]:
     """Return what a user should know of the trials of a call, a sentence each."""
     sentences = []
-    missing = _missing_keys({}, space, defaults)
-    if include_default and missing:
+    if include_default and (missing := _missing_keys({}, space, defaults)):
         sentences.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
     fixed = {key for part in space for key, choices in part.items() if is_fixed(choices)}  # go without saying
     for trial in (trial for trial in trials if trial.origin == "default"):

@@ -92,8 +92,7 @@ def _dicts_by_name(space: object, *, remedy: str) -> dict[str, Mapping[Any, obje
 
 def _check_online(d: Mapping[str, object], name: str) -> None:
     """Refuse what only an optimizer that adapts its rate reads, where the space never draws one."""
-    given = [key for key in ("hypergrad_lr", "hypergrad_rule") if key in d]
-    optimizers = d.get("optimizer")
+    given, optimizers = [key for key in ("hypergrad_lr", "hypergrad_rule") if key in d], d.get("optimizer")
     drawn = [optimizers] if isinstance(optimizers, str) else optimizers
     if given and isinstance(drawn, list | tuple) and not set(ONLINE) & {str(word) for word in drawn}:
         raise InputError(
@@ -258,16 +257,16 @@ def _realmlp(goal: Goal) -> list[dict[str, Choices]]:
     """RealMLP-HPO. Source: that paper, table C.2; values that are more likely stand several times."""
     common: dict[str, Choices] = {
         "module__embedding": ["none", "pbld", "pl", "plr"],
-        "module__scaling": [True, True, True, False, False],
+        "module__scaling": [True] * 3 + [False] * 2,
         "module__sigma": stats.loguniform(0.05, 0.5),
         "module__activation": ["relu", "selu", "mish"],
         "lr": stats.loguniform(0.02, 0.3),
-        "dropout": [0.0, 0.0, 0.0, 0.15, 0.15, 0.15, 0.15, 0.15, 0.3, 0.3],
+        "dropout": [0.0] * 3 + [0.15] * 5 + [0.3] * 2,
         "weight_decay": [0.0, 0.02],
     }
     if goal == "classes":
-        common["loss__label_smoothing"] = [0.0, 0.0, 0.0, *[0.1] * 7]
-    sizes = [(256, 3), (256, 3), (256, 3), (64, 5), (512, 1)]
+        common["loss__label_smoothing"] = [0.0] * 3 + [0.1] * 7
+    sizes = [(256, 3)] * 3 + [(64, 5), (512, 1)]
     return [common | {"module__width": [width], "module__depth": [depth]} for width, depth in sizes]
 
 
@@ -293,10 +292,9 @@ def _realmlp_tabarena(goal: Goal) -> list[dict[str, Choices]]:
         "lr_factor__first": stats.loguniform(0.3, 1.5),
     }
     if goal == "classes":
-        common["loss__label_smoothing"] = [0.0, 0.0, 0.0, 0.0, 0.005, 0.01, 0.03, 0.1]
-    sizes = [8, 16, 32, 64]
-    large: dict[str, Choices] = {"module__waves": [*sizes], "module__size": [*sizes]}
-    return [common | {"module__waves": [16], "module__size": [4]}, common | large]
+        common["loss__label_smoothing"] = [0.0] * 4 + [0.005, 0.01, 0.03, 0.1]
+    embeddings = (([16], [4]), ([8, 16, 32, 64], [8, 16, 32, 64]))
+    return [common | {"module__waves": waves, "module__size": size} for waves, size in embeddings]
 
 
 _KEYS = "lr batch_size weight_decay width depth dropout activation schedule ema numbers".split()

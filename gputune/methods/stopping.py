@@ -65,8 +65,7 @@ class Halving(StoppingRule):
         epochs: list[int] = []
         rung = float(_first_epoch(self, max_epochs, 27))
         while rung < max_epochs:
-            if not epochs or int(rung) > epochs[-1]:
-                epochs.append(int(rung))
+            epochs += [int(rung)] * (int(rung) not in epochs)
             rung *= self.factor
         if self.brackets > len(epochs) + 1:
             raise InputError(
@@ -106,12 +105,10 @@ def survivors(means: np.ndarray, factor: float) -> np.ndarray:
 
     NaN is never among them; the earlier trial wins a tie.
     """
-    finite = int(np.isfinite(means).sum())
-    count = min(finite, max(1, int(len(means) / factor)))
-    order = np.argsort(np.where(np.isfinite(means), -means, np.inf), kind="stable")
-    stays = np.zeros(len(means), bool)
-    stays[order[:count]] = True
-    return stays
+    finite = np.isfinite(means)
+    count = min(int(finite.sum()), max(1, int(len(means) / factor)))
+    best = np.argsort(np.where(finite, -means, np.inf), kind="stable")[:count]
+    return np.isin(np.arange(len(means)), best)
 
 
 @dataclass(frozen=True, kw_only=True)
