@@ -43,19 +43,19 @@ def test_a_distribution_of_optunas_there_and_back(distribution):
 @pytest.mark.parametrize(
     ("choices", "expected"),
     [
-        (stats.uniform(0.1, 0.4), FloatDistribution(0.1, 0.5)),
-        (stats.uniform, FloatDistribution(0.0, 1.0)),
+        (stats.uniform(0.1, 0.4), FloatDistribution(0.1, 0.5)), (stats.uniform, FloatDistribution(0.0, 1.0)),
         (stats.loguniform(1e-3, 1e-1), FloatDistribution(1e-3, 1e-1, log=True)),
         (stats.loguniform(1e-3, 1e-1, scale=2), FloatDistribution(2e-3, 2e-1, log=True)),
-        (stats.randint(4, 9), IntDistribution(4, 8)),
-        (stats.randint(4, 9, loc=1), IntDistribution(5, 9)),
-        (gputune.log_int(4, 64), IntDistribution(4, 64, log=True)),
-        ([32, 64, 32], CategoricalDistribution([32, 64])),
+        (stats.randint(4, 9), IntDistribution(4, 8)), (stats.randint(4, 9, loc=1), IntDistribution(5, 9)),
+        (gputune.log_int(4, 64), IntDistribution(4, 64, log=True)), ([32, 64, 32], CategoricalDistribution([32, 64])),
         ([nn.ReLU, None], CategoricalDistribution(["torch.nn.modules.activation.ReLU", None])),
     ],
-)
+)  # fmt: skip
 def test_lists_and_laws_of_scipy_as_optunas(choices, expected):
     assert as_optuna(describe(choices)) == expected
+    choices = [nn.ReLU, 1, True, "relu", (1, 2)]
+    assert [of_label(label(choice), choices) for choice in choices] == choices
+    assert type(of_label(True, choices)) is bool and type(of_label(1, choices)) is int
 
 
 @pytest.mark.parametrize("law", [stats.norm(0, 1), stats.loguniform(1, 10, loc=5), stats.poisson(3)])
@@ -63,12 +63,6 @@ def test_a_law_that_optuna_lacks(law):
     assert describe(law) is None
     with refused("space\\['x'\\] must be a list, scipy's uniform, loguniform or randint"):
         check_askable([{"x": law}])
-
-
-def test_labels_stand_for_choices():
-    choices = [nn.ReLU, 1, True, "relu", (1, 2)]
-    assert [of_label(label(choice), choices) for choice in choices] == choices
-    assert type(of_label(True, choices)) is bool and type(of_label(1, choices)) is int
 
 
 def test_tune_takes_them():
@@ -106,13 +100,10 @@ def test_they_are_checked_as_other_distributions(space, message):
         check_space(to_scipy(space), keys=KEYS, module=False)
 
 
-def test_their_text_is_the_same_in_every_process():
+def test_their_text_is_the_same_in_every_process_and_log_integers_favour_small_ones():
     space = {"width": IntDistribution(4, 64, log=True), "dropout": FloatDistribution(0.0, 0.5, step=0.25)}
     text = space_text(check_space(to_scipy(space), keys=KEYS, module=False))
     assert text == "dropout=Steps(low=0.0, high=0.5, step=0.25), width=LogIntegers(low=4, high=64)"
-
-
-def test_log_integers_favour_small_ones():
     law = to_scipy({"width": IntDistribution(1, 64, log=True)})["width"]
     draws = [law.rvs(random_state=np.random.RandomState(i)) for i in range(400)]
     assert min(draws) == 1 and max(draws) > 50 and np.median(draws) < 14
@@ -150,16 +141,17 @@ def test_every_trial_with_its_curve_state_and_folds(study, written):
         assert theirs.params == ours.params and theirs.value == ours.score
         means = {epoch: mean for epoch, mean in enumerate(curve.mean(1), 1) if np.isfinite(mean)}
         assert theirs.intermediate_values == means
-        assert theirs.user_attrs["fold_scores"] == list(ours.fold_scores)
-        assert theirs.user_attrs["origin"] == ours.origin and theirs.user_attrs["state"] == ours.state
-        assert theirs.user_attrs["best_epoch"] == ours.best_epoch
+        assert theirs.user_attrs == {
+            "number": ours.number, "origin": ours.origin, "fold_scores": list(ours.fold_scores), "state": ours.state,
+            "std_error": ours.std_error, "best_epoch": ours.best_epoch, "seconds": ours.seconds,
+        }  # fmt: skip
         assert theirs.duration.total_seconds() == pytest.approx(ours.seconds, abs=1e-5)
     assert written.best_params == study.best_params and written.best_value == study.best_score
     assert {t.state for t in written.trials} == set(states.values())
     assert written.user_attrs["model"] == "mlp" and written.user_attrs["scoring"] == "accuracy"
 
 
-def test_the_space_is_widened_to_what_was_run_outside(study, written):
+def test_the_space_is_widened_to_what_was_run_outside_also_from_the_studys_file(study, written):
     laws = written.trials[0].distributions
     assert laws["lr"] == FloatDistribution(1e-3, 0.5, log=True)
     assert laws["width"] == IntDistribution(4, 128, log=True)
@@ -167,9 +159,6 @@ def test_the_space_is_widened_to_what_was_run_outside(study, written):
     assert laws["dropout"] == FloatDistribution(min(drawn), max(drawn))
     assert laws["batch_size"] == CategoricalDistribution([16, 32])
     assert all(trial.distributions == laws for trial in written.trials)
-
-
-def test_the_same_from_the_studys_file(study, written):
     trials = Study.open(study.file).to_optuna().trials
     for ours, theirs in zip(written.trials, trials, strict=True):
         assert theirs.params == ours.params and theirs.distributions == ours.distributions
@@ -258,7 +247,7 @@ def test_a_name_that_is_there_already_loses_nothing(storage, study):
     assert optuna.get_all_study_names(storage) == ["digits", "other"]
 
 
-def test_a_study_that_cannot_be_written_whole_goes_again(study, monkeypatch):
+def test_a_study_that_cannot_be_written_whole_goes_again_and_without_optuna_none_is(study, monkeypatch):
     storage, whole = optuna.storages.InMemoryStorage(), optuna.Study.add_trial
 
     def full(self, trial):
@@ -270,9 +259,6 @@ def test_a_study_that_cannot_be_written_whole_goes_again(study, monkeypatch):
     with pytest.raises(OSError, match="the disk is full"):
         study.to_optuna(storage, name="half")
     assert optuna.get_all_study_names(storage) == []
-
-
-def test_without_optuna(study, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtraError, match=r'to_optuna\(\) needs optuna.*pip install "gputune\[optuna\]"'):
         study.to_optuna()

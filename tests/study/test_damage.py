@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import struct
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,11 +35,20 @@ def read(path):
         return type(error)
 
 
-def fill(store, commits):
-    for n in range(commits):
-        store.add_trials(candidates([n]))
-        store.add_chunks([Chunk(n, 0, (n,), 1)])
-        store.finish([result(n, epochs=20)])
+def fill(store, trials):
+    """What fills a study, commit by commit."""
+    for n in range(trials):
+        yield partial(store.add_trials, candidates([n]))
+        yield partial(store.add_chunks, [Chunk(n, 0, (n,), 1)])
+        yield partial(store.finish, [result(n, epochs=20)])
+
+
+def filled(path, trials, meta=META):
+    """Make a study of so many finished trials; return its bytes."""
+    with Store.create(path, meta) as store:
+        for commit in fill(store, trials):
+            commit()
+    return path.read_bytes()
 
 
 @pytest.fixture
@@ -47,9 +57,7 @@ def path(tmp_path):
 
 
 def test_the_file_cut_at_every_sector(path):
-    with Store.create(path, META) as store:
-        fill(store, 3)
-    whole, found = path.read_bytes(), read(path)
+    whole, found = filled(path, 3), read(path)
     assert found[1] == candidates(range(3))
     for end in range(0, len(whole), 512):
         path.write_bytes(whole[:end])
@@ -61,14 +69,9 @@ def test_the_file_cut_at_every_sector(path):
 def test_the_log_cut_at_every_sector_gives_the_commits_before(path, tmp_path):
     prefixes, copy = [], tmp_path / "copy" / "study.db"
     with Store.create(path, META) as store:
-        for n in range(3):
-            for commit in (
-                lambda n: store.add_trials(candidates([n])),
-                lambda n: store.add_chunks([Chunk(n, 0, (n,), 1)]),
-                lambda n: store.finish([result(n, epochs=20)]),
-            ):
-                prefixes.append(read(path))
-                commit(n)
+        for commit in fill(store, 3):
+            prefixes.append(read(path))
+            commit()
         prefixes.append(read(path))
         assert prefixes[-1] == (
             META, candidates(range(3)), {n: bits(result(n, epochs=20)) for n in range(3)},
@@ -87,9 +90,7 @@ def test_the_log_cut_at_every_sector_gives_the_commits_before(path, tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 10))])
 def test_a_flipped_bit_is_found_or_harmless(path, seed):
-    with Store.create(path, META) as store:
-        fill(store, 3)
-    whole, found, got = path.read_bytes(), read(path), []
+    whole, found, got = filled(path, 3), read(path), []
     rng = np.random.default_rng(seed)
     for position, bit in zip(rng.integers(0, len(whole), 100), rng.integers(0, 8, 100)):  # 1,000 in all
         flipped = bytearray(whole)
@@ -103,10 +104,7 @@ def test_a_flipped_bit_is_found_or_harmless(path, seed):
 
 
 def test_a_state_that_is_none_is_damage_also_where_states_are_only_counted(path):
-    with Store.create(path, META) as store:
-        fill(store, 1)
-    raw = path.read_bytes()
-    path.write_bytes(raw.replace(b"complete", b"Complete"))
+    path.write_bytes(filled(path, 1).replace(b"complete", b"Complete"))
     with Store.open(path) as store, pytest.raises(StudyCorruptError, match="state 'Complete'"):
         store.states()
 
@@ -132,8 +130,7 @@ def test_a_journal_beside_a_study_that_names_another_file_is_refused(path):
 def test_nothing_of_a_study_is_unpickled(path, tmp_path, table):
     canary = tmp_path / "sang"
     payload = pickle.dumps(Canary(canary))
-    with Store.create(path, {**META, "method": "random"}) as store:
-        fill(store, 1)
+    filled(path, 1, {**META, "method": "random"})
     raw = sqlite3.connect(path)
     raw.execute("INSERT INTO claims VALUES (0, 'x')")
     columns = {"meta": "key value", "trials": "params origin", "plan": "trials facts", "claims": "lock"}

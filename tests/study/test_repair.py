@@ -62,11 +62,9 @@ def test_a_healthy_file_is_saved_whole(whole, tmp_path):
     assert found == content(whole)
     assert report == RepairResult((3, 3), (60, 60), (20, 20), 58)
     assert str(report).split("\n") == [
-        "options  3 of 3",
-        "trials   60 of 60",
-        "chunks   20 of 20 of the frozen plan",
+        "options  3 of 3", "trials   60 of 60", "chunks   20 of 20 of the frozen plan",
         "results  of 58 of the 60 trials; what has none is trained when the search goes on",
-    ]
+    ]  # fmt: skip
 
 
 def test_a_lost_page_takes_the_rows_below_it_and_no_others(whole, tmp_path):
