@@ -217,8 +217,8 @@ def from_optuna(value: Any) -> object:
 def as_optuna(description: Json) -> object:
     """Return the ``optuna.distributions`` object."""
     distributions = import_extra("optuna.distributions", extra="optuna", used_by="An Optuna distribution")
-    arguments = {key: value for key, value in description.items() if key != "kind"}
     names = {"float": "FloatDistribution", "int": "IntDistribution", "choices": "CategoricalDistribution"}
+    arguments = {key: value for key, value in description.items() if key != "kind"}
     return getattr(distributions, names[description["kind"]])(**arguments)
 
 

@@ -1,7 +1,5 @@
 """The right answers of rows that a model predicts: labels as codes of its classes, numbers as a search reads them."""
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,11 +10,11 @@ from gputune.errors import InputError
 from gputune.types import Task
 
 
-def class_codes(classes: NDArray[Any], y: object) -> tuple[list[object], NDArray[np.int64]]:
+def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[np.int64]]:
     """Return the classes, those that y alone has last, and the codes of y, (n,)."""
     known, labels = classes.tolist(), np.asarray(y).tolist()
     if classes.dtype.kind == "U":
-        labels = [text_of(label) for label in labels]
+        labels = list(map(text_of, labels))
     else:  # one text among them makes text of a column of numbers
         of_text = {text_of(label): label for label in known}
         labels = [of_text.get(label, label) if isinstance(label, str) else label for label in labels]
@@ -34,7 +32,7 @@ def refuse_unknown(classes: list[object], codes: NDArray[np.int64], K: int, name
         )
 
 
-def checked_codes(classes: NDArray[Any], y: object, rows: int) -> NDArray[np.int64]:
+def checked_codes(classes: np.ndarray, y: object, rows: int) -> NDArray[np.int64]:
     """Return the codes of labels y, (n,), one for each row. Raises InputError for labels that cannot be scored."""
     labels = target_array(y, "y")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
@@ -46,7 +44,7 @@ def checked_codes(classes: NDArray[Any], y: object, rows: int) -> NDArray[np.int
     return codes
 
 
-def checked_numbers(y: object, task: Task, rows: int) -> NDArray[Any]:
+def checked_numbers(y: object, task: Task, rows: int) -> np.ndarray:
     """Return numbers y, (n,) or (n, K), of text too where it reads as numbers. Raises InputError as ``tune``."""
     values = target_array(y, "y")
     if values.ndim == 1 and values.dtype.kind in "OU" and any(isinstance(value, str) for value in values):

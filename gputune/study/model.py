@@ -157,7 +157,7 @@ class TunedModel(ModelContent):
         )
 
     @property
-    def classes_(self) -> NDArray[Any]:
+    def classes_(self) -> np.ndarray:
         """``classes``, as scikit-learn calls them; AttributeError where there are none."""
         if self.classes is None:
             raise AttributeError("classes_: the model is none of classes")
