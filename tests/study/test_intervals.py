@@ -117,12 +117,21 @@ def test_the_command_line(tmp_path, monkeypatch):
     assert calls == [1]
     assert rows[0] == ["a", "price", "price_lower", "price_upper"] and len(rows) == 41
     assert all(0 < float(lower) < float(price) < float(upper) for _, price, lower, upper in rows[1:])
-    code, _, err = run("predict", out / "model", file, "--interval", "90")
-    assert code == 2 and "--interval 90.0 must be a share between 0 and 1" in err
-    code, _, err = run("predict", out / "model", file, "--interval", "0.9", "--proba")
-    assert code == 2 and "--interval and --proba exclude each other" in err
-    code, _, err = run("tune", file, "--target", "kind", "--intervals", "--out", tmp_path / "no")
-    assert code == 2 and "--intervals is for one number to be predicted, and the target is 2 classes; leave" in err
-    words = ["--target", "price", "--method", "hypergradient", "--intervals", "--out", tmp_path / "no"]
-    code, _, err = run("tune", file, *words)
-    assert code == 2 and "its folds again, which the points of a descent do not; leave it out" in err
+    predict, tune = (
+        ["predict", out / "model", file, "--interval"],
+        ["tune", file, "--intervals", "--out", tmp_path / "no"],
+    )
+    for words, said in (
+        ([*predict, "90"], "--interval 90.0 must be a share between 0 and 1"),
+        ([*predict, "0.9", "--proba"], "--interval and --proba exclude each other"),
+        (
+            [*tune, "--target", "kind"],
+            "--intervals is for one number to be predicted, and the target is 2 classes; leave",
+        ),
+        (
+            [*tune, "--target", "price", "--method", "hypergradient"],
+            "which the points of a descent do not; leave it out",
+        ),
+    ):
+        code, _, err = run(*words)
+        assert code == 2 and said in err

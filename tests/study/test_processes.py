@@ -95,7 +95,7 @@ def test_what_a_killed_process_had_is_trained_by_another(tmp_path, alone):
     assert left_over(tmp_path) == []
 
 
-def test_a_claim_is_one_processs_until_it_is_closed_and_a_finished_chunk_is_nobodys(path, mine, other):
+def test_a_claim_is_one_processs_by_a_link_too_until_it_is_closed_and_a_finished_chunk_is_nobodys(path, mine, other):
     with Store.open(path) as store:
         store.finish([result(0), result(1, state="stopped")])
         assert mine.take(CHUNKS[0]) and mine.take(CHUNKS[0]) and mine.holder(CHUNKS[0]) is None
@@ -105,6 +105,12 @@ def test_a_claim_is_one_processs_until_it_is_closed_and_a_finished_chunk_is_nobo
         assert other.holder(CHUNKS[0]) is None and other.take(CHUNKS[0])
         store.finish([result(1)])
         assert not other.take(CHUNKS[0])
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    with Claims(link) as third:
+        assert not third.take(CHUNKS[1])
+    other.close()
+    assert left_over(path.parent) == ["link.db"]
 
 
 def test_a_process_says_how_far_it_is_for_as_long_as_it_lives(path, mine, other):
@@ -137,16 +143,6 @@ def test_a_claim_names_a_lock_file_of_its_study_or_is_void(path, kind):
     with Claims(path) as claims:
         assert claims.holder(CHUNKS[0]) is None and claims.take(CHUNKS[0]) and claims.take_setup() is None
     assert victim.read_text() == "mine" and os.path.lexists(place) == (kind in make)
-
-
-def test_a_study_and_a_link_to_it_share_their_claims(path, mine):
-    link = path.with_name("link.db")
-    link.symlink_to(path)
-    with Claims(link) as other:
-        assert mine.take(CHUNKS[0]) and other.take(CHUNKS[1])
-        assert not other.take(CHUNKS[0]) and not mine.take(CHUNKS[1])
-    mine.close()
-    assert left_over(path.parent) == ["link.db"]
 
 
 def test_one_process_at_a_time_adds_to_the_plan_and_what_it_has_planned_is_planned_no_more(path, mine, other):

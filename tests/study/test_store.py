@@ -3,12 +3,13 @@
 import math
 import os
 import pickle
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -102,18 +103,15 @@ def test_outputs_are_kept_of_the_best_trials_and_not_by_a_repair(store, path, mo
         store.outputs([3])
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
+def test_a_result_that_contradicts_itself_is_refused():
+    for changed, message in (
         ({"state": "running"}, r"Result\(state=...\) must be one of .*, got 'running'"),
         ({"fold_scores": (1.0,)}, r"curve=...\) must be \(epochs, F\) .* got shape \(3, 2\) and 1 fold_scores"),
         ({"fold_scores": ()}, "0 fold_scores in trial 4"),
         ({"curve": np.zeros(3)}, r"got shape \(3,\)"),
-    ],
-)  # fmt: skip
-def test_a_result_that_contradicts_itself_is_refused(changed, message):
-    with refused(message):
-        result(4, **changed)
+    ):
+        with refused(message):
+            result(4, **changed)
 
 
 def test_settings_of_the_file_which_is_on_the_disk_before_it_has_its_name(path, durable, monkeypatch):
@@ -149,12 +147,13 @@ def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
             assert store.finished() == 2
 
 
-@pytest.mark.parametrize("name", ["a?b#c %41.db", "日本 'x'.db", "x;DROP TABLE meta", "-journal"])
-def test_odd_file_names(tmp_path, name):
-    make_study(tmp_path / name, meta={"a": 1})
-    with Store.open(str(tmp_path / name)) as store:
-        assert store.meta == {"a": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+def test_odd_file_names(tmp_path):
+    names = ["a?b#c %41.db", "日本 'x'.db", "x;DROP TABLE meta", "-journal"]
+    for name in names:
+        make_study(tmp_path / name, meta={"a": 1})
+        with Store.open(str(tmp_path / name)) as store:
+            assert store.meta == {"a": 1}
+    assert {entry.name for entry in tmp_path.iterdir()} == {*names}
 
 
 def test_what_cannot_be_made_is_refused_and_leaves_nothing(path, monkeypatch):
@@ -245,7 +244,9 @@ def test_an_option_that_is_lost_is_named(store, path):
     assert pickle.loads(pickle.dumps(held)) == held
 
 
-def test_a_lock_that_is_held_too_long_is_named(path, store, monkeypatch):
+def test_a_lock_that_is_held_too_long_another_thread_and_a_closed_store_get_an_error_with_a_remedy(
+    path, store, monkeypatch
+):
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     with Store.open(path) as second:
         store._connection.execute("BEGIN IMMEDIATE")
@@ -253,23 +254,14 @@ def test_a_lock_that_is_held_too_long_is_named(path, store, monkeypatch):
             second.add_trials(candidates([9]))
         store._connection.execute("ROLLBACK")
         second.add_trials(candidates([9]))
-
-
-def test_a_closed_store_and_another_thread_get_an_error_with_a_remedy(store):
-    raised = []
-
-    def use():
-        with pytest.raises(ValueError, match=r"cannot be used here: .* Open it again") as error:
-            store.finished()
-        raised.append(error)
-
-    thread = threading.Thread(target=use)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        errors = [pool.submit(store.finished).exception()]
     store.close()
     store.close()
-    use()
-    assert len(raised) == 2
+    with pytest.raises(ValueError) as caught:
+        store.finished()
+    for error in (*errors, caught.value):
+        assert type(error) is ValueError and re.search("cannot be used here: .* Open it again", str(error))
 
 
 def of_another_program(path):
