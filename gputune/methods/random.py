@@ -91,16 +91,19 @@ def first_candidates(
     """
     check_count(n_trials, "n_trials", least=0, remedy=" For example n_trials=64.")
     configs: list[tuple[Config, str]] = []
-    if include_default and n_trials and not _missing_keys({}, space, defaults):
-        configs.append((_fill({}, space, defaults), "default"))
-        configs += [(_fill(config, space, defaults), "portfolio") for config in portfolio[: n_trials - 1]]
+    if include_default and n_trials:
+        default, missing = _filled({}, space, defaults)
+        if not missing:
+            configs.append((default, "default"))
+            configs += [(_filled(config, space, defaults)[0], "portfolio") for config in portfolio[: n_trials - 1]]
     for i, config in enumerate(check_include(include, keys=KEYS, module=True)):
-        if missing := _missing_keys(config, space, defaults):
+        full, missing = _filled(config, space, defaults)
+        if missing:
             raise InputError(
                 f"include[{i}] must have a value for {', '.join(missing)}, which has no default, got "
                 f"{dict(include[i])!r}. Add it."
             )
-        configs.append((_fill(config, space, defaults), "include"))
+        configs.append((full, "include"))
     if not configs and not n_trials:
         raise InputError(
             f"n_trials must be >= 1 where nothing else is to run, got n_trials={n_trials} and no included "
@@ -145,7 +148,7 @@ def notes(
 ) -> tuple[str, ...]:
     """Return what a user should know of the trials of a call, a sentence each."""
     sentences = []
-    if include_default and (missing := _missing_keys({}, space, defaults)):
+    if include_default and (missing := _filled({}, space, defaults)[1]):
         sentences.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
     fixed = {key for part in space for key, choices in part.items() if is_fixed(choices)}  # go without saying
     for trial in (trial for trial in trials if trial.origin == "default"):
@@ -206,19 +209,13 @@ def numbered(
     return tuple(new)
 
 
-def _keys(space: Space) -> set[str]:
-    keys = {key for alternative in space for key in alternative}
-    return keys - {"penalty"} | ({"l1_ratio"} if "penalty" in keys else set())
-
-
-def _missing_keys(config: Config, space: Space, defaults: Mapping[str, object]) -> list[str]:
-    return sorted(_keys(space) - _with_defaults(config, space, defaults).keys())
-
-
-def _fill(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
+def _filled(config: Config, space: Space, defaults: Mapping[str, object]) -> tuple[Config, list[str]]:
+    """Return a configuration with the defaults of the keys that it lacks, and those keys that have none."""
     full = _with_defaults(config, space, defaults)
+    keys = {"l1_ratio" if key == "penalty" else key for part in space for key in part}
     without = {"depth"} - config.keys() if isinstance(full.get("width"), tuple) else set()  # of so many layers
-    return {key: full[key] for key in sorted((_keys(space) | config.keys()) - without)}
+    wanted = sorted((keys | config.keys()) - without)
+    return {key: full[key] for key in wanted if key in full}, sorted(keys - full.keys())
 
 
 def _with_defaults(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
