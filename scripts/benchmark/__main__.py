@@ -58,45 +58,37 @@ STUDIES = {
 }
 """What else is measured, each by the module of that name: what the option says of it."""
 
+HELP = {
+    "epochs": "default 20, with --hypergradients 5, --grid 10, --quality 27",
+    "repeats": "default 3, with --hypergradients 7, --optuna 10, --native 15, --grid 1",
+    "work": f"{' or '.join(WIDTHS)}, each with its own number of trials (default: both, --trials long)",
+    "engines": "of those above, with a number: on the first trials only (default: all; --grid: sklearn,torch)",
+    "rows": "with --modules: only rows with one of these in their name; with --tables: these ways; with --realmlp: "
+    "these tables",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Return 0, or 1 where what must be the same differs."""
-    options = _parse(arguments)
-    chosen = next((name for name in STUDIES if getattr(options, name)), "training")
-    code: int = import_module(f"benchmark.studies.{chosen}").run(options)
-    return code
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python scripts/benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python scripts/benchmark", **how)
     add = parser.add_argument
     add("--trials", type=positive, default=64, help="length of the shared list (default 64)")
-    add(
-        "--epochs", type=positive,
-        help="default 20, with --hypergradients 5, --grid 10, --quality 27",
-    )  # fmt: skip
-    add("--repeats", type=positive, help="default 3, with --hypergradients 7, --optuna 10, --native 15, --grid 1")
-    add(
-        "--work", nargs="+", type=_work, default=[(name, None) for name in WIDTHS], metavar="NAME[:TRIALS]",
-        help=f"{' or '.join(WIDTHS)}, each with its own number of trials (default: both, --trials long)",
-    )  # fmt: skip
-    add(
-        "--engines", type=choose, metavar="WORD[:TRIALS],...",
-        help="of those above, with a number: on the first trials only (default: all; --grid: sklearn,torch)",
-    )  # fmt: skip
+    add("--epochs", type=positive, help=HELP["epochs"])
+    add("--repeats", type=positive, help=HELP["repeats"])
+    works = [(name, None) for name in WIDTHS]
+    add("--work", nargs="+", type=_work, default=works, metavar="NAME[:TRIALS]", help=HELP["work"])
+    add("--engines", type=choose, metavar="WORD[:TRIALS],...", help=HELP["engines"])
     add("--out", type=Path, default=HERE / "results", help="folder of the two files")
     add("--adult", type=Path, metavar="FILE", help="with --halving, --quality: UCI's adult.data, also .gz")
-    add(
-        "--rows", nargs="+", metavar="WORDS",
-        help="with --modules: only rows with one of these in their name; with --tables: these ways; with --realmlp: "
-        "these tables",
-    )  # fmt: skip
+    add("--rows", nargs="+", metavar="WORDS", help=HELP["rows"])
     add("--data", type=Path, metavar="FILE.py", help="with --tables: has load(name) -> X, y, task")
     for name, says in STUDIES.items():
         add(f"--{name}", action="store_true", help=says)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    chosen = next((name for name in STUDIES if getattr(options, name)), "training")
+    code: int = import_module(f"benchmark.studies.{chosen}").run(options)
+    return code
 
 
 def _work(text: str) -> tuple[str, int | None]:

@@ -5,7 +5,7 @@ import platform
 import re
 import subprocess
 from argparse import ArgumentTypeError
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,24 +22,28 @@ HERE = Path(__file__).parent
 PACKAGES = ("gputune", "torch", "scikit-learn", "numpy", "scipy", "joblib")
 
 
-def describe_machine(*, with_card: bool = True) -> dict[str, Any]:
-    """Return what a reader needs to judge the times, or to measure again; ``card`` None where none is used."""
+def describe_machine(*, with_card: bool = False) -> dict[str, Any]:
+    """Return what a reader needs to judge the times, or to measure again; ``card`` None where none is used.
+
+    ``commit`` ends in "-dirty" where files differ from it, and is "unknown" without git.
+    """
+    listing = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(), re.M) if listing.exists() else None
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
     return {
-        "cpu": _cpu_model(),
+        "cpu": model[1].strip() if model else (platform.processor() or platform.machine()),
         "cores": joblib.cpu_count(),
         "card": card() if with_card else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": _commit(),
+        "commit": commit,
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def _cpu_model() -> str:
-    listing = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(), re.M) if listing.exists() else None
-    return found[1].strip() if found else (platform.processor() or platform.machine())
 
 
 def card() -> str | None:
@@ -47,30 +51,11 @@ def card() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def _commit() -> str:
-    """Return the commit of the source tree, with "-dirty" where files differ from it; "unknown" without git."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def page(title: str, machine: dict[str, Any], *parts: str) -> str:
-    """Return Markdown: the title, a sentence on the machine, and the parts one below the other."""
-    used = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    place = (
-        f"{machine['cpu']}, {machine['cores']} cores; {machine['card'] or 'no GPU'}; {machine['system']}; "
-        f"Python {machine['python']}, {used}; commit {machine['commit']}; {machine['date']}."
-    )
-    return "\n\n".join([f"# {title}", place, *(part.strip() for part in parts)]) + "\n"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table; a short row ends with empty cells."""
-    full = [[*map(str, row), *[""] * (len(head) - len(row))] for row in (head, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in full]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+def table(head: str, rows: Iterable[str]) -> str:
+    """Return a table; bars part the cells of its head and of a row, and a short row ends with empty cells."""
+    bars = head.count("|")
+    first, *others = (f"| {row.replace('|', ' | ')}{' | ' * (bars - row.count('|'))} |" for row in (head, *rows))
+    return "\n".join([first, "|" + "---|" * (bars + 1), *others])
 
 
 def positive(text: str) -> int:
@@ -86,13 +71,22 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def publish(out: Path, what: str, title: str, machine: dict[str, Any], *parts: str, **numbers: Any) -> int:
-    """Write the page and, with the machine, the numbers into a folder, made if need be; print the page; return 0.
+def publish(
+    out: Path, what: str, title: str, *parts: str, machine: dict[str, Any] | None = None, **numbers: Any
+) -> int:
+    """Write a page of these parts and, with the machine, the numbers into a folder, made if need be; return 0.
 
-    Values of dataclasses among the numbers become objects of their fields.
+    The page is printed too. ``machine`` is this one, without its card, where none is given. Values of dataclasses among
+    the numbers become objects of their fields.
     """
     out.mkdir(parents=True, exist_ok=True)
-    text = page(title, machine, *parts)
+    machine = machine or describe_machine()
+    used = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    place = (
+        f"{machine['cpu']}, {machine['cores']} cores; {machine['card'] or 'no GPU'}; {machine['system']}; "
+        f"Python {machine['python']}, {used}; commit {machine['commit']}; {machine['date']}."
+    )
+    text = "\n\n".join([f"# {title}", place, *(part.strip() for part in parts)]) + "\n"
     in_json, in_words = (out / f"{file_stem(machine, what)}{suffix}" for suffix in (".json", ".md"))
     in_json.write_text(json.dumps({"machine": machine, **numbers}, default=asdict, indent=1, allow_nan=False) + "\n")
     in_words.write_text(text)
@@ -118,6 +112,5 @@ class Clock:
 
 def file_stem(machine: dict[str, Any], what: str = "training") -> str:
     """Return for example "training-amd-epyc-9r14-2-cores", or the card's name where there is one."""
-    name = machine["card"] or f"{machine['cpu']} {machine['cores']} cores"
-    plain = re.sub(r"\((r|tm)\)", "", name.lower())
+    plain = re.sub(r"\((r|tm)\)", "", (machine["card"] or f"{machine['cpu']} {machine['cores']} cores").lower())
     return f"{what}-" + re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

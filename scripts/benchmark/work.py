@@ -90,15 +90,12 @@ def last_began(jobs: Iterable[tuple[int, float]]) -> float:
 def draw_trials(n_trials: int, widths: Sequence[int], seed: int = 0) -> list[Trial]:
     """Return the shared list; a longer one begins with a shorter one's trials."""
     rng = np.random.RandomState(seed)
-    low, high = np.log(LEARNING_RATES)
-    return [
-        {
-            "lr": float(np.exp(rng.uniform(low, high))),
-            "batch_size": int(rng.choice(BATCH_SIZES)),
-            "width": int(rng.choice(widths)),
-        }
-        for _ in range(n_trials)
-    ]
+
+    def draw() -> Trial:
+        lr, size = float(np.exp(rng.uniform(*np.log(LEARNING_RATES)))), int(rng.choice(BATCH_SIZES))
+        return {"lr": lr, "batch_size": size, "width": int(rng.choice(widths))}
+
+    return [draw() for _ in range(n_trials)]
 
 
 def digits_work(name: str, *, n_trials: int, epochs: int, folds: int = 5) -> Work:
@@ -115,11 +112,11 @@ def standardised(work: Work) -> list[Fold]:
     """Return each fold's rows, scaled by the mean and deviation of its training rows."""
     from sklearn.preprocessing import StandardScaler
 
-    parts = []
-    for train, valid in work.folds:
+    def scaled(train: np.ndarray, valid: np.ndarray) -> Fold:
         scaler = StandardScaler().fit(work.X[train])
-        parts.append((scaler.transform(work.X[train]), work.y[train], scaler.transform(work.X[valid]), work.y[valid]))
-    return parts
+        return scaler.transform(work.X[train]), work.y[train], scaler.transform(work.X[valid]), work.y[valid]
+
+    return [scaled(*fold) for fold in work.folds]
 
 
 def longest_first(trials: Sequence[Trial]) -> list[int]:
@@ -136,12 +133,11 @@ def over_cores(fit: Fit, work: Work, cores: int) -> Outcome:
     """Train each trial on each fold, one at a time on every core."""
     # Longest first, so that no worker begins a long training when the others have ended.
     jobs = list(product(longest_first(work.trials), range(len(work.folds))))
-    one = functools.partial(_fit_one, fit, work.trials, work.epochs)
-    results, start, spent = run_jobs(one, jobs, work, processes(work, cores))
     scores = work.no_scores()
+    results, *seconds = run_jobs(functools.partial(_fit_one, fit, work.trials, work.epochs), jobs, work, cores)
     for job, result in zip(jobs, results):
         scores[job] = result
-    return Outcome(scores, start, spent)
+    return Outcome(scores, *seconds)
 
 
 def run_jobs(
@@ -154,11 +150,9 @@ def run_jobs(
     """
     global compile_seconds
     begin, compile_seconds = time.monotonic(), 0.0  # one worker is this process, which other calls may have used
-    with tempfile.TemporaryDirectory() as folder, one_thread_each(cores):
-        path = write_folds(work, folder)
-        done = joblib.Parallel(batch_size=1, pre_dispatch="all")(
-            joblib.delayed(_run_one)(call, path, job) for job in jobs
-        )
+    with tempfile.TemporaryDirectory() as folder, one_thread_each(processes(work, cores)):
+        one = functools.partial(joblib.delayed(_run_one), call, write_folds(work, folder))
+        done = joblib.Parallel(batch_size=1, pre_dispatch="all")(map(one, jobs))
     start = last_began((process, at) for _, process, at, _ in done) - begin
     return [result for result, *_ in done], start, max(spent for *_, spent in done)
 
@@ -191,8 +185,7 @@ def _run_one(call: Callable[[list[Fold], Job], Any], path: str, job: Job) -> tup
 
 
 def _fit_one(fit: Fit, trials: Sequence[Trial], epochs: int, folds: list[Fold], job: tuple[int, int]) -> float:
-    trial, fold = job
-    return fit(folds[fold], trials[trial], epochs)
+    return fit(folds[job[1]], trials[job[0]], epochs)
 
 
 def stop_workers() -> None:
@@ -231,11 +224,8 @@ def recorded() -> Iterator[tuple[float, str]]:
 def record(path: str, candidate: int, epochs: int, score: float) -> None:
     """Append a line, with the time."""
     line = json.dumps([time.monotonic(), candidate, epochs, score]) + "\n"
-    file = os.open(path, os.O_WRONLY | os.O_APPEND)
-    try:
-        os.write(file, line.encode())  # one write: lines of several processes do not mix
-    finally:
-        os.close(file)
+    with open(path, "ab", buffering=0) as file:
+        file.write(line.encode())  # one write: lines of several processes do not mix
 
 
 def read(path: str) -> list[Line]:

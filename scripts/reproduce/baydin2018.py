@@ -213,16 +213,18 @@ def report(data: Data, runs: Runs, width: int) -> str:
     first = next(iter(runs.values()))["SGD"]
     epochs, seeds = len(first[0].valid_loss), len(first)
     shown = sorted({1, epochs})
-    head = ["model", "method", *(f"epoch {e}" for e in shown), "lr at the end"]
-    head += ["published: epoch 1", "published: epoch 10"] if data.is_mnist else []
+    head = "|".join(["model|method", *(f"epoch {e}" for e in shown), "lr at the end"])
+    head += "|published: epoch 1|published: epoch 10" if data.is_mnist else ""
     rows = []
     for model, methods in runs.items():
         for method, repeats in methods.items():
             loss, lr = median(repeats, "valid_loss"), median(repeats, "lr")
-            numbers = [*(_number(loss[e - 1], ".4f") for e in shown), _number(lr[-1], ".3g")]
-            known = PUBLISHED.get((model, method)) if model == "logreg" or width == WIDTH else None
-            published = [f"{loss:.4f}" for loss in known] if known else ["-", "-"]
-            rows.append([MODELS[model], method, *numbers, *(published if data.is_mnist else [])])
+            numbers = [*((loss[e - 1], ".4f") for e in shown), (lr[-1], ".3g")]
+            cells = [format(number, form) if np.isfinite(number) else "diverged" for number, form in numbers]
+            if data.is_mnist:
+                known = PUBLISHED.get((model, method)) if model == "logreg" or width == WIDTH else None
+                cells += [f"{loss:.4f}" for loss in known] if known else ["-", "-"]
+            rows.append("|".join([MODELS[model], method, *cells]))
     hidden = f" (2 hidden layers of {width} units)" if "mlp" in runs else ""
     what = (
         f"Validation loss on {data.name}: {len(data.y)} rows to train on, {len(data.y_valid)} to validate, "
@@ -245,10 +247,6 @@ def _notes(data: Data, width: int) -> str:
     return (
         f"{tuned}\nPublished: result files of github.com/gbaydin/hypergradient-descent; '-' where none is known.{other}"
     )
-
-
-def _number(value: float, form: str) -> str:
-    return format(value, form) if np.isfinite(value) else "diverged"
 
 
 def write(out: Path, page: str, runs: Runs) -> list[Path]:

@@ -65,13 +65,13 @@ class Result:
         """Mean over the held-out rows."""
         return float(self.held_out.mean())
 
-    def row(self) -> list[str]:
-        """The cells of the report after the split's number."""
-        numbers = [f"{self.loss:.4f}", f"{self.std_error:.4f}", f"{self.held_out_loss:.4f}"]
+    def row(self) -> str:
+        """The line of the report after the split's number."""
+        numbers = f"{self.seconds:.1f}|{self.loss:.4f}|{self.std_error:.4f}|{self.held_out_loss:.4f}"
         if len(self.groups) > 1:
             low, middle, high = np.quantile(self.groups, (0, 0.5, 1), method="nearest")
-            numbers.append(f"{low:.4f} to {high:.4f}, median {middle:.4f}, of {len(self.groups)} groups")
-        return [self.search, f"{self.trials} x {FOLDS}", f"{self.seconds:.1f}", *numbers]
+            numbers += f"|{low:.4f} to {high:.4f}, median {middle:.4f}, of {len(self.groups)} groups"
+        return f"{self.search}|{self.trials} x {FOLDS}|{numbers}"
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,8 @@ def run(split: Split, *, draws: Sequence[int], outer_steps: int) -> list[Result]
     for name, segments, per_layer in ((SCHEDULES, 5, True), (ONE_RATE, 1, False)):
         method = gputune.Hypergradient(outer_steps=outer_steps, segments=segments, per_layer=per_layer)
         begin = time.perf_counter()
-        study = gputune.tune(
-            "mlp", split.X, split.y, n_trials=0, include=[{"lr": lr, **NETWORK} for lr in STARTS],
-            method=method, **common,
-        )  # fmt: skip
+        starts = [{"lr": lr, **NETWORK} for lr in STARTS]
+        study = gputune.tune("mlp", split.X, split.y, n_trials=0, include=starts, method=method, **common)
         results.append(_result(name, study, split, time.perf_counter() - begin))
     begin = time.perf_counter()
     study = gputune.tune("mlp", split.X, split.y, n_trials=max(draws), scoring="neg_log_loss", **common)
@@ -126,21 +124,14 @@ def run(split: Split, *, draws: Sequence[int], outer_steps: int) -> list[Result]
 def _result(name: str, study: gputune.Study, split: Split, seconds: float) -> Result:
     best = study.best_trial
     chances = study.best_model().predict_proba(split.X_out)[np.arange(len(split.y_out)), split.y_out]
-    return Result(
-        name,
-        len(study.trials),
-        seconds,
-        -best.score,
-        best.std_error,
-        -np.log(np.maximum(chances, np.finfo(chances.dtype).tiny)),  # a chance of 0 stays a number
-        best.params["lr"],
-    )
+    held_out = -np.log(np.maximum(chances, np.finfo(chances.dtype).tiny))  # a chance of 0 stays a number
+    return Result(name, len(study.trials), seconds, -best.score, best.std_error, held_out, best.params["lr"])
 
 
 def report(splits: Sequence[Sequence[Result]]) -> str:
     """Return the page: every split's table, what was won and lost, and the rates that were found."""
     head = "split|search|trainings|seconds|fold-mean loss|+-|held-out loss|best of every n draws"
-    rows = [(seed, *result.row()) for seed, results in enumerate(splits) for result in results]
+    rows = [f"{seed}|{result.row()}" for seed, results in enumerate(splits) for result in results]
     names = [r.search for r in splits[0]]
     pairs = [(SCHEDULES, other) for other in names[1:]] + [(ONE_RATE, other) for other in names[2:]]
     gaps = "first|second|fold-mean loss|lower in|held-out loss|lower in|clearly lower, higher"
@@ -151,45 +142,28 @@ def report(splits: Sequence[Sequence[Result]]) -> str:
     parts = [
         f"Digits, {ROWS} rows in {FOLDS} folds; 64-32-10 tanh, Adam, {EPOCHS} epochs in batches of {BATCH}. The rows\n"
         "held out took no part in the search. +- is the standard error, over folds or over rows.",
-        table(head.split("|"), rows),
+        table(head, rows),
         "Losses of the first less those of the second, mean and range over the splits; clear is a difference of more\n"
         "than two standard errors over the held-out rows.",
-        table(gaps.split("|"), [_compared(splits, *pair) for pair in pairs]),
+        table(gaps, [_compared(splits, *pair) for pair in pairs]),
         "The 10 rates, segments of the training from first to last:",
         "\n".join(rates),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _compared(splits: Sequence[Sequence[Result]], first: str, second: str) -> list[str]:
+def _compared(splits: Sequence[Sequence[Result]], first: str, second: str) -> str:
     """Return a row: how much lower the one search's losses are than the other's, and how often."""
     pairs = [tuple(next(r for r in s if r.search == name) for name in (first, second)) for s in splits]
     in_folds = np.array([a.loss - b.loss for a, b in pairs])
     rows = np.array([a.held_out - b.held_out for a, b in pairs])
     held_out = rows.mean(1)
     clear = np.abs(held_out) > 2 * rows.std(1, ddof=1) / np.sqrt(rows.shape[1])
-    lower = [f"{(gaps < 0).sum()} of {len(pairs)}" for gaps in (in_folds, held_out)]
-    clearly = f"{(clear & (held_out < 0)).sum()}, {(clear & (held_out > 0)).sum()}"
-    return [first, second, _range(in_folds), lower[0], _range(held_out), lower[1], clearly]
-
-
-def _range(gaps: np.ndarray) -> str:
-    return f"{gaps.mean():+.4f} ({gaps.min():+.4f} to {gaps.max():+.4f})"
-
-
-def write(out: Path, page: str, splits: Sequence[Sequence[Result]]) -> list[Path]:
-    """Write the page and all numbers into a folder, made if need be; return their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / "table.md", out / "results.json"]
-    paths[0].write_text(page)
-    rows = [
-        {**asdict(r), "split": seed, "held_out": r.held_out.tolist(), "held_out_loss": r.held_out_loss}
-        for seed, results in enumerate(splits)
-        for r in results
-    ]
-    whole = {"machine": describe_machine(), "results": rows}
-    paths[1].write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
-    return paths
+    lower = "|".join(
+        f"{gaps.mean():+.4f} ({gaps.min():+.4f} to {gaps.max():+.4f})|{(gaps < 0).sum()} of {len(pairs)}"
+        for gaps in (in_folds, held_out)
+    )
+    return f"{first}|{second}|{lower}|{(clear & (held_out < 0)).sum()}, {(clear & (held_out > 0)).sum()}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,14 +176,20 @@ def main(arguments: list[str] | None = None) -> int:
     add("--outer-steps", type=positive, default=OUTER_STEPS, help=f"default {OUTER_STEPS}")
     options = parser.parse_args(arguments)
     draws = sorted({min(n, options.draws) for n in DRAWS})
-    splits = []
+    splits, rows = [], []
     for seed in range(options.splits):
         splits.append(run(split_of(seed), draws=draws, outer_steps=options.outer_steps))
         print(f"split {seed}: {', '.join(f'{r.search}: {r.loss:.4f}' for r in splits[-1])}", flush=True)
+        for r in splits[-1]:
+            rows.append(asdict(r) | {"split": seed, "held_out": r.held_out.tolist(), "held_out_loss": r.held_out_loss})
     page = report(splits)
     print(f"\n{page}", end="")
     if options.out:
-        print("\nwritten:", ", ".join(map(str, write(options.out, page, splits))))
+        options.out.mkdir(parents=True, exist_ok=True)
+        whole = {"machine": describe_machine(with_card=True), "results": rows}
+        (options.out / "table.md").write_text(page)
+        (options.out / "results.json").write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+        print(f"\nwritten: {options.out / 'table.md'}, {options.out / 'results.json'}")
     return 0
 
 

@@ -167,9 +167,9 @@ def measure(
 
 def scores(results: Sequence[Result]) -> str:
     """Return the table: the published scores, and those of each group of results."""
-    rows: list[list[object]] = []
+    rows = []
     for name in dict.fromkeys(one.table for one in results):
-        rows += [[name, who, score, "", f"{s:,}", "", on] for who, (score, s, on) in PUBLISHED.get(name, {}).items()]
+        rows += [f"{name}|{who}|{score}||{s:,}||{on}" for who, (score, s, on) in PUBLISHED.get(name, {}).items()]
         groups = dict.fromkeys((one.model, one.trials, one.way, one.rows) for one in results if one.table == name)
         for group in groups:
             of = [one for one in results if (one.table, one.model, one.trials, one.way, one.rows) == (name, *group)]
@@ -178,14 +178,13 @@ def scores(results: Sequence[Result]) -> str:
             members = "-".join(map(str, sorted({min(one.members for one in of), max(one.members for one in of)})))
             seconds, cpu = mean(one.seconds for one in of), mean(one.cpu for one in of)
             who = "gputune, {}, {} trials: {}, on {} rows".format(*group)
-            rows.append([name, who, f"{mean(found):.4f}{spread}", members, f"{seconds:,.0f}", f"{cpu:,.0f}", "CPU"])
-    head = ["table", "model", "test score", "trials in it", "seconds", "CPU seconds", "on"]
-    return table(head, rows)
+            rows.append(f"{name}|{who}|{mean(found):.4f}{spread}|{members}|{seconds:,.0f}|{cpu:,.0f}|CPU")
+    return table("table|model|test score|trials in it|seconds|CPU seconds|on", rows)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure what the results lack, write after each search, and print; return 0."""
-    machine = describe_machine(with_card=False)
+    machine = describe_machine()
     results = published(options.out, "tuned-mlp", machine, "results", Result)
     for name in options.tables:
         data = read(options.folder, name)
@@ -198,8 +197,8 @@ def run(options: argparse.Namespace) -> int:
                 if not lacking:
                     continue
                 results += measure(name, data, seed, model, trials, lacking, options.studies)
-                parts = HOW, options.note, scores(results)
-                publish(options.out, "tuned-mlp", "Published tuned MLPs", machine, *parts, results=results)
+                parts, whole = (HOW, options.note, scores(results)), {"machine": machine, "results": results}
+                publish(options.out, "tuned-mlp", "Published tuned MLPs", *parts, **whole)
     return 0
 
 

@@ -35,9 +35,8 @@ class Engine:
 
     def load(self) -> Callable[[Work, int], Outcome]:
         """Import it, and with it its package: a work and the number of cores -> its scores and times."""
-        train: Callable[[Work, int], Outcome] = getattr(
-            import_module(f"benchmark.engines.{self.module}"), self.function
-        )
+        module = import_module(f"benchmark.engines.{self.module}")
+        train: Callable[[Work, int], Outcome] = getattr(module, self.function)
         return train
 
 

@@ -24,22 +24,22 @@ class Times(gputune.callbacks.Callback):
         self.events += [Event(seconds, trial.number, trial.score) for trial in trials.trials]
 
 
-def train(work: Work, cores: int | None = None, *, device: str = "cpu", verbose: int = 0) -> Outcome:
+def train(work: Work, cores: int | None = None, **options: Any) -> Outcome:
     """Train the work; how many of the cores are used is gputune's own plan."""
     times = Times()
-    study = _tune(work, times, device=device, verbose=verbose)
+    study = _tune(work, times, **options)
     return Outcome(study.curves[:, -1], times.began - times.called)
 
 
 def search(method: str, work: Work, cores: int) -> list[Event]:
     """Search; a candidate is heard of when it has left or ended."""
     times = Times()
-    _tune(work, times, method=method, device="cpu", verbose=0)
+    _tune(work, times, method=method)
     return times.events
 
 
-def _tune(work: Work, times: Times, **options: Any) -> gputune.Study:
+def _tune(work: Work, times: Times, device: str = "cpu", **options: Any) -> gputune.Study:
     return gputune.tune(
-        "mlp", work.X, work.y, n_trials=0, include=work.trials, include_default=False, cv=work.folds,
-        optimizer="adam", max_epochs=work.epochs, epoch="last", callbacks=[times], **options,
+        "mlp", work.X, work.y, n_trials=0, include=work.trials, include_default=False, cv=work.folds, device=device,
+        optimizer="adam", max_epochs=work.epochs, epoch="last", callbacks=[times], verbose=0, **options,
     )  # fmt: skip

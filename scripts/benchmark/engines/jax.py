@@ -7,6 +7,7 @@ one thread each, the longest work first.
 import functools
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmark.work import Fold, Outcome, Trial, Work, add_compile_seconds, longest_first, processes, run_jobs
+from benchmark.work import Fold, Outcome, Trial, Work, add_compile_seconds, longest_first, run_jobs
 
 CHUNK_BYTES = 16 << 20  # of weights, gradients and moments; what is trained together should stay in the cache
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.Adam
@@ -29,20 +30,19 @@ Weights = list[tuple[Any, Any]]
 
 def train(work: Work, cores: int) -> Outcome:
     """Train the work, each shape in one of the worker processes."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups = defaultdict[tuple[int, int], list[int]](list)
     for position in longest_first(work.trials):
-        trial = work.trials[position]
-        groups.setdefault((trial["batch_size"], trial["width"]), []).append(position)
+        groups[work.trials[position]["batch_size"], work.trials[position]["width"]].append(position)
     # The widest of a batch size first, and larger groups before smaller ones.
     jobs = sorted((tuple(group) for group in groups.values()), key=lambda group: -_flops(work, group))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
     with patch.dict(os.environ, XLA_FLAGS=flags):  # the processes that are started compute with one thread each
         one = functools.partial(train_group, work.trials, work.epochs)
-        results, start, spent = run_jobs(one, jobs, work, processes(work, cores))
+        results, *seconds = run_jobs(one, jobs, work, cores)
     scores = work.no_scores()
     for group, result in zip(jobs, results):
         scores[list(group)] = result
-    return Outcome(scores, start, spent)
+    return Outcome(scores, *seconds)
 
 
 def _flops(work: Work, group: Group) -> float:
@@ -56,7 +56,8 @@ def train_group(trials: Sequence[Trial], epochs: int, folds: list[Fold], group: 
     batch, width = trials[group[0]]["batch_size"], trials[group[0]]["width"]
     rows, classes = stacked(folds, batch, epochs), int(max(fold[1].max() for fold in folds)) + 1
     start = start_weights((rows["x"].shape[-1], width, width, classes))
-    chunks = -(-len(group) // _chunk_size(start, len(folds)))
+    together = max(1, CHUNK_BYTES // (16 * len(folds) * sum(w.size + b.size for w, b in start)))
+    chunks = -(-len(group) // together)
     size = -(-len(group) // chunks)
     rates = np.array([trials[position]["lr"] for position in group], np.float32)
     rates = np.pad(rates, (0, chunks * size - len(group)), mode="edge").reshape(chunks, size)
@@ -67,11 +68,6 @@ def train_group(trials: Sequence[Trial], epochs: int, folds: list[Fold], group: 
     add_compile_seconds(time.perf_counter() - begin)  # tracing too
     scores = np.concatenate([np.asarray(compiled(chunk, start, rows)).T for chunk in rates])
     return scores[: len(group)]
-
-
-def _chunk_size(start: Weights, folds: int) -> int:
-    numbers = sum(w.size + b.size for w, b in start)
-    return max(1, CHUNK_BYTES // (16 * numbers * folds))
 
 
 def start_weights(sizes: tuple[int, ...]) -> Weights:

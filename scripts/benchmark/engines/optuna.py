@@ -10,28 +10,13 @@ from pathlib import Path
 import joblib
 import numpy as np
 import optuna
-from optuna.pruners import BasePruner
+from optuna.pruners import BasePruner, NopPruner
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from benchmark import work as shared
 from benchmark.engines.torch import accuracy, denormals_as_zero, fit, trained
-from benchmark.work import (
-    BATCH_SIZES,
-    LEARNING_RATES,
-    Event,
-    Fit,
-    Outcome,
-    Trial,
-    Work,
-    longest_first,
-    one_thread_each,
-    processes,
-    read,
-    read_folds,
-    record,
-    recorded,
-    write_folds,
-)  # fmt: skip
+from benchmark.work import Event, Fit, Outcome, Trial, Work, one_thread_each, read_folds, write_folds
 
 Objective = Callable[[optuna.Trial, Trial], float]
 """Optuna's trial and its parameters -> its score; it raises ``TrialPruned`` to end early."""
@@ -42,7 +27,8 @@ def train(work: Work, cores: int, fit: Fit = fit) -> Outcome:
     begin, scores = time.monotonic(), work.no_scores()
     with tempfile.TemporaryDirectory() as folder:
         objective = functools.partial(_train_all_folds, fit, write_folds(work, folder), work.epochs)
-        study, began = share(work, longest_first(work.trials), objective, None, processes(work, cores), folder)
+        order, cores = shared.longest_first(work.trials), shared.processes(work, cores)
+        study, began = share(work, order, objective, NopPruner(), cores, folder)
         for trial in study.trials[: len(work.trials)]:
             scores[trial.user_attrs["position"]] = trial.user_attrs["scores"]
     return Outcome(scores, began - begin)
@@ -57,13 +43,12 @@ def _train_all_folds(fit: Fit, path: str, epochs: int, trial: optuna.Trial, para
 
 def search(method: str, work: Work, cores: int) -> list[Event]:
     """Search, "random" or with pruning by "halving"; a candidate is heard of after every epoch."""
-    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-    pruner = halving if method == "halving" else None
-    with recorded() as (begin, path), tempfile.TemporaryDirectory() as folder:
-        folds = write_folds(work, folder)
-        objective = functools.partial(_train_together, folds, path, work.epochs, pruner is not None)
+    pruned = method == "halving"
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3) if pruned else NopPruner()
+    with shared.recorded() as (begin, path), tempfile.TemporaryDirectory() as folder:
+        objective = functools.partial(_train_together, write_folds(work, folder), path, work.epochs, pruned)
         share(work, range(len(work.trials)), objective, pruner, cores, folder)
-        return [Event(at - begin, candidate, score) for at, candidate, _, score in read(path)]
+        return [Event(at - begin, candidate, score) for at, candidate, _, score in shared.read(path)]
 
 
 def _train_together(folds: str, path: str, epochs: int, pruned: bool, trial: optuna.Trial, params: Trial) -> float:
@@ -75,7 +60,7 @@ def _train_together(folds: str, path: str, epochs: int, pruned: bool, trial: opt
     with denormals_as_zero():
         for epoch in range(1, epochs + 1):
             score = float(np.mean([accuracy(next(run), fold) for run, fold in zip(runs, rows)]))
-            record(path, trial.user_attrs["position"], epoch, score)
+            shared.record(path, trial.user_attrs["position"], epoch, score)
             if epoch in rungs:
                 trial.report(score, epoch)
                 if trial.should_prune():
@@ -84,7 +69,7 @@ def _train_together(folds: str, path: str, epochs: int, pruned: bool, trial: opt
 
 
 def share(
-    work: Work, order: Sequence[int], objective: Objective, pruner: BasePruner | None, cores: int, folder: str
+    work: Work, order: Sequence[int], objective: Objective, pruner: BasePruner, cores: int, folder: str
 ) -> tuple[optuna.Study, float]:
     """Let processes optimize one study of the work's trials in this order; it is kept in the folder.
 
@@ -96,14 +81,12 @@ def share(
     study = optuna.create_study(storage=_storage(journal), study_name="work", direction="maximize")
     for position in order:
         study.enqueue_trial(work.trials[position], user_attrs={"position": position})
+    one = joblib.delayed(_optimize)(journal, widths, len(order), objective, pruner)
     with one_thread_each(cores):
-        began = joblib.Parallel(batch_size=1)(
-            joblib.delayed(_optimize)(journal, widths, len(order), objective, pruner) for _ in range(cores)
-        )
-    return study, max(began)
+        return study, max(joblib.Parallel(batch_size=1)([one] * cores))
 
 
-def _optimize(journal: str, widths: list[int], n_trials: int, objective: Objective, pruner: BasePruner | None) -> float:
+def _optimize(journal: str, widths: list[int], n_trials: int, objective: Objective, pruner: BasePruner) -> float:
     """Take trials of the study until its list has ended; return when this process began."""
     begin = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -113,18 +96,14 @@ def _optimize(journal: str, widths: list[int], n_trials: int, objective: Objecti
             trial.study.stop()
             raise optuna.TrialPruned
         params = {
-            "lr": trial.suggest_float("lr", *LEARNING_RATES, log=True),
-            "batch_size": trial.suggest_categorical("batch_size", BATCH_SIZES),
+            "lr": trial.suggest_float("lr", *shared.LEARNING_RATES, log=True),
+            "batch_size": trial.suggest_categorical("batch_size", shared.BATCH_SIZES),
             "width": trial.suggest_categorical("width", widths),
         }
         return objective(trial, params)
 
-    optuna.load_study(
-        storage=_storage(journal),
-        study_name="work",
-        sampler=optuna.samplers.RandomSampler(seed=os.getpid()),  # TPE would compute what nobody asks for
-        pruner=pruner or optuna.pruners.NopPruner(),
-    ).optimize(take)
+    sampler = optuna.samplers.RandomSampler(seed=os.getpid())  # TPE would compute what nobody asks for
+    optuna.load_study(study_name="work", storage=_storage(journal), sampler=sampler, pruner=pruner).optimize(take)
     return begin
 
 

@@ -2,18 +2,14 @@
 
 import functools
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from benchmark.work import Event, Fold, Line, Outcome, Trial, Work, one_thread_each, over_cores, read, record, recorded
-
-
-def train(work: Work, cores: int) -> Outcome:
-    """Train the work with one process a core."""
-    return over_cores(fit, work, cores)
+from benchmark.work import Event, Fold, Trial, Work, one_thread_each, over_cores, read, record, recorded
 
 
 def fit(fold: Fold, trial: Trial, epochs: int) -> float:
@@ -27,8 +23,16 @@ def fit(fold: Fold, trial: Trial, epochs: int) -> float:
     return float(network.score(X_valid, y_valid))
 
 
+train = functools.partial(over_cores, fit)  # one process a core
+
+
 def _network(epochs: int) -> MLPClassifier:
     return MLPClassifier(alpha=0, max_iter=epochs, tol=0, n_iter_no_change=epochs + 1, random_state=0)
+
+
+def _words(trial: Trial) -> dict[str, Any]:
+    sizes = (trial["width"], trial["width"])
+    return {"hidden_layer_sizes": sizes, "learning_rate_init": trial["lr"], "batch_size": trial["batch_size"]}
 
 
 def search(method: str, work: Work, cores: int) -> list[Event]:
@@ -55,27 +59,15 @@ def search(method: str, work: Work, cores: int) -> list[Event]:
             # The epochs are what is asked for, and a batch may be larger than a small fold.
             warnings.simplefilter("ignore")
             searching.fit(work.X, work.y)
-        return _of_all_folds(read(path), len(work.folds), begin)
-
-
-def _words(trial: Trial) -> dict[str, Any]:
-    sizes = (trial["width"], trial["width"])
-    return {"hidden_layer_sizes": sizes, "learning_rate_init": trial["lr"], "batch_size": trial["batch_size"]}
+        scores, events = defaultdict[tuple[int, int], list[float]](list), []
+        for at, candidate, epochs, score in read(path):
+            (found := scores[candidate, epochs]).append(score)
+            if len(found) == len(work.folds):
+                events.append(Event(at - begin, candidate, float(np.mean(found))))
+        return events
 
 
 def _scored(path: str, rates: list[float], model: Any, X: np.ndarray, y: np.ndarray) -> float:
     score, network = float(model.score(X, y)), model.named_steps["mlpclassifier"]
     record(path, rates.index(network.learning_rate_init), network.max_iter, score)
     return score
-
-
-def _of_all_folds(lines: list[Line], folds: int, begin: float) -> list[Event]:
-    """Return the means of candidates at the moments when the last fold's score was there."""
-    scores: dict[tuple[int, int], list[float]] = {}
-    events = []
-    for at, candidate, epochs, score in lines:
-        found = scores.setdefault((candidate, epochs), [])
-        found.append(score)
-        if len(found) == folds:
-            events.append(Event(at - begin, candidate, float(np.mean(found))))
-    return events

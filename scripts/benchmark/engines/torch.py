@@ -18,24 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from benchmark.work import (
-    Fold,
-    Outcome,
-    Trial,
-    Work,
-    add_compile_seconds,
-    last_began,
-    longest_first,
-    over_cores,
-    standardised,
-)
+from benchmark import work as shared
+from benchmark.work import Fold, Outcome, Trial, Work, over_cores
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.Adam
-
-
-def train(work: Work, cores: int) -> Outcome:
-    """Train the work with the loop, one process a core."""
-    return over_cores(fit, work, cores)
 
 
 def fit(fold: Fold, trial: Trial, epochs: int) -> float:
@@ -44,6 +30,9 @@ def fit(fold: Fold, trial: Trial, epochs: int) -> float:
         for _, network in zip(range(epochs), trained(fold, trial)):
             last = network
     return accuracy(last, fold)
+
+
+train = functools.partial(over_cores, fit)  # one process a core
 
 
 def trained(fold: Fold, trial: Trial) -> Iterator[nn.Module]:
@@ -66,14 +55,9 @@ def _begin(fold: Fold, trial: Trial) -> tuple[Tensor, Tensor, nn.Sequential]:
     """Return the training rows, their classes and a fresh network."""
     x, y = map(torch.from_numpy, fold[:2])
     torch.manual_seed(0)
-    return x, y, make_network(x.shape[1], trial["width"], int(y.max()) + 1)
-
-
-def make_network(inputs: int, width: int, classes: int) -> nn.Sequential:
-    """Return two hidden relu layers and a linear one."""
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)
-    )
+    width, classes = trial["width"], int(y.max()) + 1
+    hidden = nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+    return x, y, nn.Sequential(*hidden, nn.Linear(width, classes))
 
 
 @contextmanager
@@ -102,11 +86,6 @@ def accuracy(network: nn.Module, fold: Fold) -> float:
         return float((network(x).argmax(1) == y).float().mean())
 
 
-def train_skorch(work: Work, cores: int) -> Outcome:
-    """Train the work with skorch, one process a core."""
-    return over_cores(fit_skorch, work, cores)
-
-
 def fit_skorch(fold: Fold, trial: Trial, epochs: int) -> float:
     """Train skorch's classifier of the same network, without a split of its own and callbacks."""
     import skorch
@@ -115,20 +94,16 @@ def fit_skorch(fold: Fold, trial: Trial, epochs: int) -> float:
     classifier = skorch.NeuralNetClassifier(
         _begin(fold, trial)[2],
         criterion=nn.CrossEntropyLoss,  # of logits, as everywhere else; the default wants probabilities
-        optimizer=torch.optim.Adam,
-        optimizer__fused=True,
-        lr=trial["lr"],
-        batch_size=trial["batch_size"],
-        max_epochs=epochs,
-        iterator_train__shuffle=True,
-        iterator_valid__batch_size=len(X_valid),
-        train_split=None,
-        callbacks="disable",
-        verbose=0,
-    )
+        optimizer=torch.optim.Adam, optimizer__fused=True, lr=trial["lr"], batch_size=trial["batch_size"],
+        max_epochs=epochs, iterator_train__shuffle=True, iterator_valid__batch_size=len(X_valid),
+        train_split=None, callbacks="disable", verbose=0,
+    )  # fmt: skip
     with denormals_as_zero():
         classifier.fit(X, y)
     return float(classifier.score(X_valid, y_valid))
+
+
+train_skorch = functools.partial(over_cores, fit_skorch)
 
 
 RAY_SETTINGS = {
@@ -147,23 +122,23 @@ def train_ray(work: Work, cores: int) -> Outcome:
     from ray import tune
 
     begin = time.monotonic()
-    folds, trials, epochs = standardised(work), work.trials, work.epochs
+    folds, trials, epochs = shared.standardised(work), work.trials, work.epochs
 
     def train_one(config: dict[str, Any]) -> None:
         began = time.monotonic()
         torch.set_num_threads(1)
-        rows = ray.get(shared)  # mapped
-        scores = [fit([part.copy() for part in fold], trials[config["position"]], epochs) for fold in rows]
+        parts = ray.get(rows)  # mapped
+        scores = [fit([part.copy() for part in fold], trials[config["position"]], epochs) for fold in parts]
         tune.report({"scores": scores, "began": began, "process": os.getpid()})
 
     # The workers import what this process can.
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)), tempfile.TemporaryDirectory() as folder:
         try:
             ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="error")
-            shared = ray.put(folds)
+            rows = ray.put(folds)
             results = tune.Tuner(
                 tune.with_resources(train_one, {"cpu": 1}),
-                param_space={"position": tune.grid_search(longest_first(trials))},
+                param_space={"position": tune.grid_search(shared.longest_first(trials))},
                 tune_config=tune.TuneConfig(reuse_actors=True),
                 run_config=tune.RunConfig(storage_path=folder, verbose=0),
             ).fit()
@@ -175,7 +150,7 @@ def train_ray(work: Work, cores: int) -> Outcome:
             raise result.error
         scores[result.metrics["config"]["position"]] = result.metrics["scores"]
         began.append((result.metrics["process"], result.metrics["began"]))
-    return Outcome(scores, last_began(began) - begin)
+    return Outcome(scores, shared.last_began(began) - begin)
 
 
 def train_compiled(work: Work, cores: int) -> Outcome:
@@ -232,4 +207,4 @@ def _timed(step: Callable[..., None], *arguments: Any) -> None:
     before, begin = counters["stats"]["unique_graphs"], time.perf_counter()
     step(*arguments)
     if counters["stats"]["unique_graphs"] > before:
-        add_compile_seconds(time.perf_counter() - begin)
+        shared.add_compile_seconds(time.perf_counter() - begin)

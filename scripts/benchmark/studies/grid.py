@@ -21,9 +21,9 @@ from sklearn.model_selection import KFold
 
 from benchmark.engines import choose, split_by_lack
 from benchmark.engines.gputune import train
-from benchmark.report import counted, describe_machine, publish, table
-from benchmark.studies.training import AGREEMENT, Measured, measure, ratio, runs
-from benchmark.work import Work, digits_work
+from benchmark.report import counted, publish, table
+from benchmark.studies.training import AGREEMENT, measure, runs
+from benchmark.work import digits_work
 
 TRIALS = (1, 4)  # and the command's --trials
 WIDTHS, BATCH_SIZES = (16, 64, 256, 512), (16, 64, 256)
@@ -73,85 +73,68 @@ class Growth:
 def run(options: Namespace) -> int:
     """Measure, print and write; return 1 where the engines' scores differ."""
     epochs, repeats = options.epochs or EPOCHS, options.repeats or 1
-    machine = describe_machine(with_card=False)
     able, lacks = split_by_lack(options.engines or choose("sklearn,torch"))
-    cells = []
+    cells: list[Cell] = []
     for width, batch_size, count in product(WIDTHS, BATCH_SIZES, sorted({*TRIALS, options.trials})):
-        work = cell_work(count, width, batch_size, epochs)
-        cells.append(_cell(work, measure(runs(able, work), work, repeats)))
-        seconds = ", ".join(f"{name} {min(each):.2f} s" for name, each in cells[-1]["seconds"].items())
-        print(f"{work.name}: {seconds}", flush=True)
+        shape = {"width": width, "batch_size": batch_size}
+        work = digits_work("narrow", n_trials=count, epochs=epochs)
+        work = replace(work, trials=[trial | shape for trial in work.trials])
+        measured = measure(runs(able, work), work, repeats)
+        own = next(m for m in measured if not m.rival)
+        numbers = {
+            "accuracy": {m.engine: m.accuracy() for m in measured},
+            "seconds": {m.engine: list(m.seconds) for m in measured},
+            "ratio": {m.engine: m.median / own.median for m in measured if m.rival},
+        }
+        cells.append({"trials": count, **shape, **numbers})
+        seconds = ", ".join(f"{m.engine} {min(m.seconds):.2f} s" for m in measured)
+        print(f"{_name(cells[-1])}: {seconds}", flush=True)
     means = {name: sum(c["accuracy"][name] for c in cells) / len(cells) for name in cells[0]["accuracy"]}
     if not max(means.values()) - min(means.values()) <= AGREEMENT:  # a NaN is not
         print(f"NO SPEED: the mean accuracies over the cells differ by more than {AGREEMENT}: {means}")
         return 1
     grown = measure_growth(trials=max(*TRIALS, options.trials), epochs=epochs, factor=GROWTH)
-    how = HOW.format(
-        repeats=counted(repeats, "run"), agreement=AGREEMENT, epochs=epochs,
-        means=", ".join(f"{name} {mean:.4f}" for name, mean in means.items()),
-    )  # fmt: skip
+    each = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+    how = HOW.format(repeats=counted(repeats, "run"), agreement=AGREEMENT, epochs=epochs, means=each)
     numbers = {"epochs": epochs, "cells": cells, "accuracy": means, "left_out": lacks, "growth": grown}
     title = "gputune over trials, widths and batch sizes"
-    return publish(options.out, "grid", title, machine, how, *_sections(cells, grown), **numbers)
+    return publish(options.out, "grid", title, how, *_sections(cells, grown), **numbers)
 
 
-def cell_work(trials: int, width: int, batch_size: int, epochs: int) -> Work:
-    """Return the work of a cell: on digits, with the learning rates of the shared list."""
-    work = digits_work("narrow", n_trials=trials, epochs=epochs)
-    same = [{**trial, "width": width, "batch_size": batch_size} for trial in work.trials]
-    return replace(work, name=_name(trials, width, batch_size), trials=same)
-
-
-def _name(trials: int, width: int, batch_size: int) -> str:
-    return f"{counted(trials, 'trial')} of width {width}, batch size {batch_size}"
-
-
-def _cell(work: Work, measured: Sequence[Measured]) -> Cell:
-    own = next(m for m in measured if not m.rival)
-    rivals = [m for m in measured if m.rival]
-    return {
-        "trials": len(work.trials),
-        "width": work.trials[0]["width"],
-        "batch_size": work.trials[0]["batch_size"],
-        "accuracy": {m.engine: m.accuracy() for m in measured},
-        "seconds": {m.engine: list(m.seconds) for m in measured},
-        "ratio": {m.engine: ratio(m, own) for m in rivals},
-    }
+def _name(cell: Cell) -> str:
+    return f"{counted(cell['trials'], 'trial')} of width {cell['width']}, batch size {cell['batch_size']}"
 
 
 def _sections(cells: Sequence[Cell], grown: Sequence[Growth]) -> list[str]:
     parts = []
-    counts = sorted({cell["trials"] for cell in cells})
-    head = ["width", "batch size", *(counted(n, "trial") for n in counts)]
+    head = "|".join(["width|batch size", *(counted(n, "trial") for n in sorted({cell["trials"] for cell in cells}))])
     for rival in cells[0]["ratio"]:
-        rows: dict[tuple[int, int], list[object]] = {}  # in a row the cells' trials grow
+        rows: dict[str, str] = {}  # in a row the cells' trials grow
         for cell in cells:
-            shape, ratio = (cell["width"], cell["batch_size"]), cell["ratio"][rival]
-            rows.setdefault(shape, [*shape]).append(f"**{ratio:.2f}x**" if ratio < 1 else f"{ratio:.2f}x")
-        lost = [_name(c["trials"], c["width"], c["batch_size"]) for c in cells if c["ratio"][rival] < 1]
+            shape, ratio = f"{cell['width']}|{cell['batch_size']}", cell["ratio"][rival]
+            rows[shape] = rows.get(shape, shape) + (f"|**{ratio:.2f}x**" if ratio < 1 else f"|{ratio:.2f}x")
+        lost = [_name(cell) for cell in cells if cell["ratio"][rival] < 1]
         which = f": {'; '.join(lost)}" if lost else ""
         verdict = f"gputune is slower in {len(lost)} of {len(cells)} cells{which}."
         parts += [f"## Against {rival}", table(head, rows.values()), verdict]
-    head = "trials|folds|epochs|trials x folds x epochs|seconds|µs for each|peak MiB|above the start".split("|")
-    found = [
-        (
-            g.trials, g.folds, g.epochs, f"{g.work:,}", f"{g.seconds:.2f}", f"{g.seconds / g.work * 1e6:.0f}",
-            f"{g.peak:.0f}", f"{g.peak - g.before:.0f}",
-        )
+    by_work = [
+        f"{g.trials}|{g.folds}|{g.epochs}|{g.work:,}|{g.seconds:.2f}|{g.seconds / g.work * 1e6:.0f}|{g.peak:.0f}|"
+        f"{g.peak - g.before:.0f}"
         for g in grown
         if not g.rows
-    ]  # fmt: skip
-    parts += ["## What grows with trials x folds x epochs", GROWN, table(head, found)]
+    ]
     by_rows = [
-        (
-            f"{g.rows:,}", f"{g.seconds:.1f}", f"{g.seconds / g.rows * 1e6:.1f}", f"{g.peak:.0f}",
-            f"{g.peak - g.before:.0f}",
-        )
+        f"{g.rows:,}|{g.seconds:.1f}|{g.seconds / g.rows * 1e6:.1f}|{g.peak:.0f}|{g.peak - g.before:.0f}"
         for g in grown
         if g.rows
+    ]
+    costs = "seconds|µs for each|peak MiB|above the start"
+    return [
+        *parts,
+        "## What grows with trials x folds x epochs", GROWN,
+        table(f"trials|folds|epochs|trials x folds x epochs|{costs}", by_work),
+        "## What grows with rows", GROWN_ROWS.format(columns=COLUMNS, **LARGE), table(f"rows|{costs}", by_rows),
     ]  # fmt: skip
-    grown_rows = table("rows|seconds|µs for each|peak MiB|above the start".split("|"), by_rows)
-    return [*parts, "## What grows with rows", GROWN_ROWS.format(columns=COLUMNS, **LARGE), grown_rows]
 
 
 def measure_growth(*, trials: int, epochs: int, factor: int) -> list[Growth]:
@@ -169,25 +152,20 @@ def measure_growth(*, trials: int, epochs: int, factor: int) -> list[Growth]:
 def in_fresh_process(trials: int, folds: int, epochs: int, rows: int) -> Growth:
     """Measure one search in a process that has done nothing else."""
     command = [sys.executable, "-m", "benchmark.studies.grid", *map(str, (trials, folds, epochs, rows))]
-    scripts = Path(__file__).parents[2]
-    said = subprocess.run(command, cwd=scripts, stdout=subprocess.PIPE, text=True, check=True).stdout
+    said = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True).stdout
     return Growth(**json.loads(said))
 
 
 def measure_here(trials: int, folds: int, epochs: int, rows: int) -> Growth:
-    """Measure one search in this process."""
+    """Measure one search in this process: of digits, or of a table of so many rows."""
     work = digits_work("narrow", n_trials=trials, epochs=epochs, folds=folds)
-    work = large(work, rows) if rows else work
+    if rows:
+        X = np.random.default_rng(0).standard_normal((rows, COLUMNS), dtype=np.float32)
+        parts, same = list(KFold(folds).split(X)), [trial | LARGE for trial in work.trials]
+        work = replace(work, X=X, y=(X[:, 0] > X[:, 1]).astype(int), folds=parts, trials=same)
     before, begin = peak_mib(), time.perf_counter()
     train(work)
     return Growth(trials, folds, epochs, rows, time.perf_counter() - begin, before, peak_mib())
-
-
-def large(work: Work, rows: int) -> Work:
-    """Return the work on a table of so many rows, with trials of one width and batch size."""
-    X = np.random.default_rng(0).standard_normal((rows, COLUMNS), dtype=np.float32)
-    parts = list(KFold(len(work.folds)).split(X))
-    return replace(work, X=X, y=(X[:, 0] > X[:, 1]).astype(int), folds=parts, trials=[t | LARGE for t in work.trials])
 
 
 def peak_mib() -> float:

@@ -21,6 +21,7 @@ TRIALS, EPOCHS, SEEDS, FOLDS = 243, 54, 10, 3
 ADULT_ROWS = 10_000
 LOSS, SHARE = 0.005, 0.2  # of the full search's best score, and of its trial-epochs
 AGREEMENT = 2e-3  # between halving as it is run and as it is read off: rounding may turn a tie
+HEAD = "table|seed|full search|halving|loss|trial-epochs|run"
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,19 @@ class Seed:
         """The part of the full search's trial-epochs that halving takes."""
         return self.halving_epochs / self.full_epochs
 
-    def row(self) -> list[str]:
+    def row(self) -> str:
         """The line of the report."""
         ran = "" if self.run is None else f"{self.run:.4f}"
-        scores = [f"{self.full:.4f}", f"{self.halving:.4f}", f"{self.loss:.2%}", f"{self.share:.1%}", ran]
-        return [self.table, str(self.seed), *scores]
-
-
-HEAD = ["table", "seed", "full search", "halving", "loss", "trial-epochs", "run"]
+        return f"{self.table}|{self.seed}|{self.full:.4f}|{self.halving:.4f}|{self.loss:.2%}|{self.share:.1%}|{ran}"
 
 
 def run(options: Namespace) -> int:
     """Search, print and write; return 0, or 1 where halving as it is run does not end as it was read off."""
-    epochs, machine, found = options.epochs or EPOCHS, describe_machine(), []
+    epochs, found = options.epochs or EPOCHS, []
     for name, (X, y) in tables(options.adult).items():
         for seed in range(options.repeats or SEEDS):
             found.append(compare(name, X, y, epochs=epochs, seed=seed))
-            cells = zip(HEAD, found[-1].row())
+            cells = zip(HEAD.split("|"), found[-1].row().split("|"))
             print(", ".join(f"{word} {value or 'no'}" for word, value in cells), flush=True)
     if any(one.run is not None and not abs(one.run - one.halving) <= AGREEMENT for one in found):
         print("NO COMPARISON: halving as it is run ends with another score than its decisions on the full curves.")
@@ -73,23 +70,18 @@ def run(options: Namespace) -> int:
     )
     within = sum(one.loss <= LOSS and one.share <= SHARE for one in found)
     parts = how, table(HEAD, (one.row() for one in found)), f"{within} of {len(found)} reach the aim."
-    title, numbers = "What successive halving loses, and what it saves", {"trials": TRIALS, "epochs": epochs}
-    return publish(options.out, "halving", title, machine, *parts, **numbers, seeds=found)
+    machine, numbers = describe_machine(with_card=True), {"trials": TRIALS, "epochs": epochs, "seeds": found}
+    title = "What successive halving loses, and what it saves"
+    return publish(options.out, "halving", title, *parts, machine=machine, **numbers)
 
 
 def compare(table: str, X: Any, y: Any, *, epochs: int, seed: int) -> Seed:
     """Search one table in full and by halving; the first seed runs both."""
-    method = gputune.Halving()
-
-    def search(how: Any) -> gputune.Study:
-        return gputune.tune(
-            "mlp", X, y, n_trials=TRIALS, max_epochs=epochs, cv=FOLDS, method=how, random_state=seed, verbose=0
-        )  # fmt: skip
-
-    full = search("random")
-    stays, spent = halved(full.curves, method, epochs)
+    options = {"n_trials": TRIALS, "max_epochs": epochs, "cv": FOLDS, "random_state": seed, "verbose": 0}
+    full, halving = gputune.tune("mlp", X, y, method="random", **options), gputune.Halving()
+    stays, spent = halved(full.curves, halving, epochs)
     score = float(np.nanmax(full.curves[stays].mean(2).max(1)))
-    ran = search(method).best_score if seed == 0 else None
+    ran = gputune.tune("mlp", X, y, method=halving, **options).best_score if seed == 0 else None
     return Seed(table, seed, full.best_score, score, full.spent[1], spent, ran)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmark.report import describe_machine, publish, table
+from benchmark.report import publish, table
 from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import read_source
@@ -43,9 +43,6 @@ time is shown, forward, reverse and checkpointed mode must give the same slopes,
 weights.
 """
 
-Kinds = Mapping[str, Callable[[], Any]]
-"""What is timed, by name."""
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -57,12 +54,16 @@ class Cost:
     seconds: dict[str, float]
     disagreement: float
 
+    def row(self, kind: str) -> str:
+        """The line of the report."""
+        plain, optimised = (self.seconds[kind] / self.seconds[base] for base in (PLAIN, OPTIMISED))
+        numbers = f"{self.seconds[kind] * 1e3:.2f}|{plain:.2f}|{optimised:.2f}"
+        return f"{self.optimizer}|{self.members}|{self.steps}|{kind}|{numbers}"
+
 
 def run(options: Namespace) -> int:
     """Measure, print and write; return 0, or 1 where results that must be the same differ."""
-    machine = describe_machine(with_card=False)
-    epochs, repeats = options.epochs or EPOCHS, options.repeats or REPEATS
-    threads = torch.get_num_threads()
+    epochs, repeats, threads = options.epochs or EPOCHS, options.repeats or REPEATS, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         costs = [measure(o, n, epochs=epochs, repeats=repeats) for o in RATES for n in MEMBERS]
@@ -72,21 +73,14 @@ def run(options: Namespace) -> int:
     if not worst <= AGREEMENT:
         print(f"NO RATIO: slopes or weights that must be the same differ by {worst:.2g} of the largest.")
         return 1
-    head = "optimizer", "members", "steps", "kind", "ms a step", f"over {PLAIN}", f"over {OPTIMISED}"
-    rows = [
-        (cost.optimizer, cost.members, cost.steps, kind, f"{seconds * 1e3:.2f}",
-         *(f"{seconds / cost.seconds[base]:.2f}" for base in (PLAIN, OPTIMISED)))
-        for cost in costs
-        for kind, seconds in cost.seconds.items()
-    ]  # fmt: skip
-    title = "What a hypergradient costs"
-    return publish(options.out, "hypergradients", title, machine, HOW, table(head, rows), costs=costs)
+    head = f"optimizer|members|steps|kind|ms a step|over {PLAIN}|over {OPTIMISED}"
+    found = table(head, (cost.row(kind) for cost in costs for kind in cost.seconds))
+    return publish(options.out, "hypergradients", "What a hypergradient costs", HOW, found, costs=costs)
 
 
 def measure(optimizer: str, members: int, *, epochs: int, repeats: int) -> Cost:
     """Run every kind once, compare, and then time them all ``repeats`` times, in turns."""
-    found = kinds(optimizer, members, epochs)
-    steps = epochs * STEPS_AN_EPOCH
+    found, steps = kinds(optimizer, members, epochs), epochs * STEPS_AN_EPOCH
     worst = disagreement({name: run() for name, run in found.items()})
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(repeats):
@@ -97,15 +91,14 @@ def measure(optimizer: str, members: int, *, epochs: int, repeats: int) -> Cost:
     return Cost(optimizer, members, steps, {k: float(np.median(v)) for k, v in seconds.items()}, worst)
 
 
-def kinds(optimizer: str, members: int, epochs: int) -> Kinds:
+def kinds(optimizer: str, members: int, epochs: int) -> Mapping[str, Callable[[], Any]]:
     """Return every kind of training of one population, ``members`` in all folds together."""
     data = dataset(choice := choose_model("mlp", optimizer))
     network = {"width": 32, "depth": 1, "activation": "tanh", "batch_size": BATCH}
     rates = np.geomspace(*RATES[optimizer], members // FOLDS)
     configs = [complete({"lr": lr, **network}, optimizer=optimizer, schedule="constant") for lr in rates]
     (chunk,) = populations(configs, choice.kind, rows=BATCH * STEPS_AN_EPOCH)
-    job = HypergradientJob(seed=0, epochs=epochs, horizon=epochs)
-    one = inner_problem(job, data, chunk)
+    one = inner_problem(HypergradientJob(seed=0, epochs=epochs, horizon=epochs), data, chunk)
     ten = replace(one, tables={**one.tables, "lr": one.tables["lr"].expand(-1, 5, 2)})  # segments x layers
 
     def plain() -> Tensor:
@@ -132,8 +125,7 @@ def kinds(optimizer: str, members: int, epochs: int) -> Kinds:
 
 def dataset(choice: ModelChoice) -> Dataset:
     """Return 64 columns of numbers, 10 classes that a noisy linear map decides, 640 training rows in each fold."""
-    rng = np.random.default_rng(0)
-    rows = BATCH * STEPS_AN_EPOCH * FOLDS // (FOLDS - 1)
+    rng, rows = np.random.default_rng(0), BATCH * STEPS_AN_EPOCH * FOLDS // (FOLDS - 1)
     X = rng.standard_normal((rows, 64))
     y = (X @ rng.standard_normal((64, 10)) + 4 * rng.standard_normal((rows, 10))).argmax(1)
     options = Options(device="cpu", dtype="float32")

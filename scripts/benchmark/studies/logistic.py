@@ -24,14 +24,21 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 import gputune.sklearn
-from benchmark.report import describe_machine, publish, table
+from benchmark.report import publish, table
 from benchmark.work import stop_workers
 
 FOLDS, CANDIDATES = 5, 60
 ROUNDING = 1e-7  # share by which an objective may lie above the best one and count as equal
-CHOLESKY_TOLERANCE, SAGA_TOLERANCE, SAGA_STEPS = 1e-6, 1e-3, 200
+SOLVERS: dict[str, Any] = {
+    "l2": {"solver": "newton-cholesky", "tol": 1e-6},
+    "l1": {"solver": "saga", "l1_ratio": 1.0, "tol": 1e-3, "max_iter": 200, "random_state": 0},
+}
 OWN_TOLERANCE = {"l2": 1e-5, "l1": 1e-4}
 LOOKED_AT = 12  # values of C
+HEAD = (
+    "penalty|candidates x folds|gputune, s|scikit-learn on all cores, s|times as fast|"
+    "worst objective over the minimum: gputune, scikit-learn|largest difference of mean log loss"
+)
 
 
 @dataclass(frozen=True)
@@ -50,40 +57,41 @@ class Row:
     excess: float
     score_difference: float
 
+    def row(self) -> str:
+        """The line of the report."""
+        worst, times = (
+            f"{self.gputune_gap:.1e}, {self.sklearn_gap:.1e}",
+            _times(self.gputune_seconds, self.sklearn_seconds),
+        )
+        return f"{self.penalty}|{self.candidates} x {FOLDS}|{times}|{worst}|{self.score_difference:.1e}"
+
 
 def run(options: Namespace) -> int:
     """Measure, print and write; return 0, or 1 where a solution is too far from optimal to compare times."""
-    machine = describe_machine(with_card=False)
     rows = [compare(penalty, CANDIDATES) for penalty in ("l2", "l1")]
-    text = _table(rows)
+    own, theirs = sum(row.gputune_seconds for row in rows), sum(row.sklearn_seconds for row in rows)
+    text = table(HEAD, [*(row.row() for row in rows), f"both||{_times(own, theirs)}"])
     if any(row.excess > ROUNDING for row in rows):
         print(f"{text}\nNO SPEED: gputune's solutions are further from optimal than scikit-learn's.")
         return 1
-    title = "Searching the logistic regression"
-    return publish(options.out, "logistic", title, machine, __doc__ or "", text, rows=rows)
+    return publish(options.out, "logistic", "Searching the logistic regression", __doc__ or "", text, rows=rows)
 
 
 def compare(penalty: str, candidates: int) -> Row:
     """Search one penalty with both libraries, scikit-learn on all cores."""
     X, y = load_digits(return_X_y=True)
-    X = StandardScaler().fit_transform(X)
-    grid = {"C": np.geomspace(1e-3, 1e3, candidates)}
+    X, grid = StandardScaler().fit_transform(X), {"C": np.geomspace(1e-3, 1e3, candidates)}
     folds = list(StratifiedKFold(FOLDS).split(X, y))
     own = gputune.sklearn.LogisticRegression(l1_ratio=float(penalty == "l1"), tol=OWN_TOLERANCE[penalty])
-    solver = {
-        "l2": {"solver": "newton-cholesky", "tol": CHOLESKY_TOLERANCE},
-        "l1": {"solver": "saga", "l1_ratio": 1.0, "tol": SAGA_TOLERANCE, "max_iter": SAGA_STEPS, "random_state": 0},
-    }
-    theirs = LogisticRegression(**solver[penalty])
+    theirs = LogisticRegression(**SOLVERS[penalty])
     common = {"cv": folds, "scoring": "neg_log_loss", "refit": False}
     own_seconds, own_scores = timed(gputune.sklearn.GridSearchCV(own, grid, **common), X, y)
     seconds, scores = timed(GridSearchCV(theirs, grid, n_jobs=-1, **common), X, y)
     train, _ = folds[0]
-    gaps = optimality({"gputune": own, "sklearn": theirs}, X[train], y[train], grid["C"], penalty)
-    excess = float((gaps["gputune"] - gaps["sklearn"]).max())
-    worst = [float(gaps[name].max()) for name in ("gputune", "sklearn")]
+    gaps = optimality((own, theirs), X[train], y[train], grid["C"], penalty)
+    worst = *gaps.max(0).tolist(), float((gaps[:, 0] - gaps[:, 1]).max())
     difference = float(np.nanmax(np.abs(own_scores - scores)))
-    return Row(penalty, candidates, own_seconds, seconds, *worst, excess, difference)
+    return Row(penalty, candidates, own_seconds, seconds, *worst, difference)
 
 
 def timed(search: GridSearchCV, X: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
@@ -96,22 +104,16 @@ def timed(search: GridSearchCV, X: np.ndarray, y: np.ndarray) -> tuple[float, np
     return time.perf_counter() - begin, search.cv_results_["mean_test_score"]
 
 
-def optimality(
-    models: dict[str, Any], X: np.ndarray, y: np.ndarray, values: np.ndarray, penalty: str
-) -> dict[str, np.ndarray]:
-    """Return by how much each library's objectives lie above the minimum, for some values of C on these rows."""
-    sharp = clone(models["gputune"]).set_params(tol=1e-10)
-    gaps: dict[str, list[float]] = {name: [] for name in models}
+def optimality(models: tuple[Any, Any], X: np.ndarray, y: np.ndarray, values: np.ndarray, penalty: str) -> np.ndarray:
+    """Return by how much the objectives of gputune's model and the other lie above the minimum, (values of C, 2)."""
+    sharp, gaps = clone(models[0]).set_params(tol=1e-10), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for C in values[:: max(1, len(values) // LOOKED_AT)]:
-            found = {}
-            for name, model in {**models, "minimum": sharp}.items():
-                fitted = clone(model).set_params(C=float(C)).fit(X, y)
-                found[name] = objective(fitted, X, y, float(C), penalty)
-            for name, own in gaps.items():
-                own.append(found[name] / min(found.values()) - 1)
-    return {name: np.array(own) for name, own in gaps.items()}
+        for C in map(float, values[:: max(1, len(values) // LOOKED_AT)]):
+            fitted = [clone(model).set_params(C=C).fit(X, y) for model in (*models, sharp)]
+            found = [objective(one, X, y, C, penalty) for one in fitted]
+            gaps.append([one / min(found) - 1 for one in found[:2]])
+    return np.array(gaps)
 
 
 def objective(fitted: Any, X: np.ndarray, y: np.ndarray, C: float, penalty: str) -> float:
@@ -122,19 +124,5 @@ def objective(fitted: Any, X: np.ndarray, y: np.ndarray, C: float, penalty: str)
     return C * loss + float(size.sum())
 
 
-def _table(rows: list[Row]) -> str:
-    head = [
-        "penalty", "candidates x folds", "gputune, s", "scikit-learn on all cores, s", "times as fast",
-        "worst objective over the minimum: gputune, scikit-learn", "largest difference of mean log loss",
-    ]  # fmt: skip
-    own, theirs = sum(r.gputune_seconds for r in rows), sum(r.sklearn_seconds for r in rows)
-    lines = [
-        (r.penalty, f"{r.candidates} x {FOLDS}", *_times(r.gputune_seconds, r.sklearn_seconds),
-         f"{r.gputune_gap:.1e}, {r.sklearn_gap:.1e}", f"{r.score_difference:.1e}")
-        for r in rows
-    ]  # fmt: skip
-    return table(head, [*lines, ("both", "", *_times(own, theirs))])
-
-
-def _times(own: float, theirs: float) -> list[str]:
-    return [f"{number:.1f}" for number in (own, theirs, theirs / own)]
+def _times(own: float, theirs: float) -> str:
+    return f"{own:.1f}|{theirs:.1f}|{theirs / own:.1f}"

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import gputune
-from benchmark.report import Clock, describe_machine, publish, table
+from benchmark.report import Clock, publish, table
 from gputune.cli.main import main
 from gputune.study.store import Result, Store
 
@@ -40,12 +40,11 @@ def run(options: Namespace) -> int:
             "the same call with one trial more": lambda n: search(file, TRIALS + n),
         }
         times = {name: [timed(step, 1 + n) for n in range(repeats)] for name, step in steps.items()}
-    rows = [[name, *(f"{min(column):.2f}" for column in zip(*pairs, strict=True))] for name, pairs in times.items()]
-    machine = describe_machine(with_card=False)
     how = HOW.format(trials=TRIALS, epochs=EPOCHS, folds=FOLDS, repeats=repeats, megabytes=size / 1e6)
-    found = table(["step", "CPU seconds", "seconds"], rows)
+    rows = (f"{name}|{min(cpu for cpu, _ in each):.2f}|{min(s for _, s in each):.2f}" for name, each in times.items())
     numbers = {"trials": TRIALS, "bytes": size, "times": times}
-    return publish(options.out, "many", "A study of many trials", machine, how, found, **numbers)
+    title, found = "A study of many trials", table("step|CPU seconds|seconds", rows)
+    return publish(options.out, "many", title, how, found, **numbers)
 
 
 def search(file: Path, n_trials: int, **more: object) -> gputune.Study:
@@ -61,11 +60,8 @@ def make(file: Path) -> None:
     rng = np.random.default_rng(0)
     with Store.open(file) as store:
         numbers = [trial.number for trial, result in store.trials() if result is None or result.state == "stopped"]
-        curves = (rng.random((EPOCHS, FOLDS)) for _ in numbers)
-        store.finish(
-            Result.of_curve(number, curve, epochs=EPOCHS, rule="best", seconds=0.01)
-            for number, curve in zip(numbers, curves, strict=True)
-        )
+        how = {"epochs": EPOCHS, "rule": "best", "seconds": 0.01}
+        store.finish(Result.of_curve(number, rng.random((EPOCHS, FOLDS)), **how) for number in numbers)
 
 
 def timed(step: Callable[[int], object], number: int) -> tuple[float, float]:
@@ -73,5 +69,4 @@ def timed(step: Callable[[int], object], number: int) -> tuple[float, float]:
     clock = Clock()
     with redirect_stdout(StringIO()):
         step(number)
-    wall, cpu = clock()
-    return cpu, wall
+    return clock()[::-1]

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 import joblib
 import numpy as np
@@ -23,10 +22,14 @@ import gputune
 from benchmark.engines import modules
 from benchmark.engines import optuna as with_optuna
 from benchmark.report import describe_machine, publish, published, table
-from benchmark.work import Outcome, Work, digits_work, over_cores, stop_workers
+from benchmark.work import Work, digits_work, over_cores, stop_workers
 
 AGREEMENT = 0.02
 ENGINES = ("gputune", "loop", "optuna")
+HEAD = (
+    "module|trials x folds x epochs|gputune, s|loop on all cores, s|Optuna with the loop, s|times as fast as the loop|"
+    "asked for|as Optuna|accuracy: gputune, loop, Optuna|date, load"
+)
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,18 @@ class Row:
         """How many times as fast as an engine gputune is."""
         return float(np.median(self.seconds[engine]) / np.median(self.seconds["gputune"]))
 
+    def row(self) -> str:
+        """The line of the report."""
+        seconds = "|".join(f"{np.median(self.seconds[engine]):.1f}" for engine in ENGINES)
+        ratio = f"{self.ratio('loop'):.2f}" if self.ratio("loop") >= self.asked else f"**{self.ratio('loop'):.2f}**"
+        accuracies = ", ".join(f"{self.accuracies[engine]:.3f}" for engine in ENGINES)
+        ratios = f"{ratio}|{self.asked}|{self.ratio('optuna'):.2f}"
+        return f"{self.name}|{self.work}|{seconds}|{ratios}|{accuracies}|{self.date}, {self.load}"
+
 
 def run(options: Namespace) -> int:
     """Measure the chosen rows, print and write them beside those of before; return 1 where the accuracies differ."""
-    machine = describe_machine(with_card=False)
+    machine = describe_machine()
     rows = {row.name: row for row in published(options.out, "modules", machine, "rows", Row)}
     for case in CASES:
         if options.rows and not any(word in case.name for word in options.rows):
@@ -87,8 +98,8 @@ def run(options: Namespace) -> int:
             return 1
     found = [rows[case.name] for case in CASES if case.name in rows]
     ratios = {engine: {row.name: row.ratio(engine) for row in found} for engine in ENGINES[1:]}
-    parts = __doc__ or "", _table(found)
-    return publish(options.out, "modules", "Modules of a user's own", machine, *parts, rows=found, ratios=ratios)
+    parts, numbers = (__doc__ or "", table(HEAD, (row.row() for row in found))), {"rows": found, "ratios": ratios}
+    return publish(options.out, "modules", "Modules of a user's own", *parts, machine=machine, **numbers)
 
 
 def compare(case: Case, repeats: int) -> Row:
@@ -96,26 +107,22 @@ def compare(case: Case, repeats: int) -> Row:
     work, load = case_work(case), os.getloadavg()[0]
     found: dict[str, list[tuple[float, np.ndarray]]] = {engine: [] for engine in ENGINES}
     for repeat in range(repeats):
-        for place in range(len(ENGINES)):
-            engine = ENGINES[(place + repeat) % len(ENGINES)]
+        first = repeat % len(ENGINES)
+        for engine in ENGINES[first:] + ENGINES[:first]:
             stop_workers()
             found[engine].append(_tuned(case, work) if engine == "gputune" else _looped(engine, case, work))
     return Row(
-        case.name,
-        f"{case.trials} x {len(work.folds)} x {case.epochs}",
-        case.asked,
-        datetime.now(UTC).date().isoformat(),
-        round(load, 1),
+        case.name, f"{case.trials} x {len(work.folds)} x {case.epochs}", case.asked,
+        datetime.now(UTC).date().isoformat(), round(load, 1),
         {engine: [round(seconds, 2) for seconds, _ in times] for engine, times in found.items()},
         {e: float(np.mean([scores[: case.looped] for _, scores in times])) for e, times in found.items()},
-    )
+    )  # fmt: skip
 
 
 def case_work(case: Case) -> Work:
     """Return digits with the trials of a case, as images of 28 x 28 or sequences of 20 where it asks for them."""
     work = digits_work("narrow", n_trials=case.trials, epochs=case.epochs)
-    trials = [{**trial, "batch_size": case.batch_size} for trial in work.trials]
-    X = work.X
+    X, trials = work.X, [{**trial, "batch_size": case.batch_size} for trial in work.trials]
     if case.features == "images":
         large = np.kron(X.reshape(-1, 8, 8), np.ones((1, 3, 3), np.float32))
         X = np.pad(large, ((0, 0), (2, 2), (2, 2))).reshape(len(X), -1)
@@ -126,9 +133,7 @@ def case_work(case: Case) -> Work:
 
 def _tuned(case: Case, work: Work) -> tuple[float, np.ndarray]:
     begin = time.perf_counter()
-    include: list[dict[str, Any]] = [
-        {"lr": trial["lr"], "batch_size": trial["batch_size"], "weight_decay": 0.0} for trial in work.trials
-    ]
+    include = [{"lr": t["lr"], "batch_size": t["batch_size"], "weight_decay": 0.0} for t in work.trials]
     study = gputune.tune(
         case.module_class, work.X, work.y, n_trials=0, include=include, include_default=False, cv=work.folds,
         optimizer="adam", max_epochs=work.epochs, epoch="last", device="cpu", verbose=0,
@@ -140,22 +145,6 @@ def _looped(engine: str, case: Case, work: Work) -> tuple[float, np.ndarray]:
     begin = time.perf_counter()
     few = replace(work, trials=work.trials[: case.looped])
     fit, cores = partial(modules.fit, case.module_class), joblib.cpu_count()
-    outcome: Outcome = over_cores(fit, few, cores) if engine == "loop" else with_optuna.train(few, cores, fit)
+    outcome = over_cores(fit, few, cores) if engine == "loop" else with_optuna.train(few, cores, fit)
     spent = time.perf_counter() - begin - outcome.start
     return outcome.start + spent * case.trials / case.looped, outcome.scores
-
-
-def _table(rows: Sequence[Row]) -> str:
-    head = [
-        "module", "trials x folds x epochs", "gputune, s", "loop on all cores, s", "Optuna with the loop, s",
-        "times as fast as the loop", "asked for", "as Optuna", "accuracy: gputune, loop, Optuna", "date, load",
-    ]  # fmt: skip
-    lines = []
-    for r in rows:
-        ratio = r.ratio("loop")
-        lines.append((
-            r.name, r.work, *(f"{np.median(r.seconds[engine]):.1f}" for engine in ENGINES),
-            f"**{ratio:.2f}**" if ratio < r.asked else f"{ratio:.2f}", r.asked, f"{r.ratio('optuna'):.2f}",
-            ", ".join(f"{r.accuracies[engine]:.3f}" for engine in ENGINES), f"{r.date}, {r.load}",
-        ))  # fmt: skip
-    return table(head, lines)

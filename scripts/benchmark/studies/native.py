@@ -16,7 +16,7 @@ from unittest import mock
 from sklearn.datasets import load_digits
 
 import gputune
-from benchmark.report import Clock, describe_machine, publish, table
+from benchmark.report import Clock, publish, table
 from gputune.engine import compiled
 from gputune.native.library import FOLDER, LEVELS, find_compiler, make_work
 
@@ -48,10 +48,9 @@ def run(options: Namespace) -> int:
                 rows.append((dtype, level, activation, width, size, ratio))
                 print(*rows[-1][:-1], f"{ratio:.3f}", flush=True)
     how = HOW.format(rows=ROWS, native="` (level 4) and `".join(NATIVE.values()), compiler=compiler, repeats=repeats)
-    head = ("dtype", "level", "activation", "width", "batch size", "times the CPU seconds")
-    machine = describe_machine(with_card=False)
-    found = table(head, [(*r[:-1], f"{r[-1]:.2f}") for r in rows])
-    return publish(options.out, "native", "Compiled code beside -march=native", machine, how, found, rows=rows)
+    head = "dtype|level|activation|width|batch size|times the CPU seconds"
+    found = table(head, ("{}|{}|{}|{}|{}|{:.2f}".format(*row) for row in rows))
+    return publish(options.out, "native", "Compiled code beside -march=native", how, found, rows=rows)
 
 
 def build(folder: Path, compiler: str, dtype: str, level: int, *, native: bool) -> ctypes.CDLL:
@@ -61,10 +60,9 @@ def build(folder: Path, compiler: str, dtype: str, level: int, *, native: bool) 
     flags: list[str] = next(one["extra-compile-args"] for one in modules if one["name"].endswith(name))
     if native:
         flags = [flag for flag in flags if not flag.startswith("-m")] + shlex.split(NATIVE[level])
-    double = ["-DDOUBLE"] if dtype == "float64" else []
+    flags += ["-DDOUBLE"] * (dtype == "float64")
     path = folder / f"{name}{native}.so"
-    source = FOLDER / "members.c"
-    subprocess.run([compiler, *flags, *double, "-shared", "-fPIC", source, "-o", path, "-lm"], check=True)
+    subprocess.run([compiler, *flags, "-shared", "-fPIC", FOLDER / "members.c", "-o", path, "-lm"], check=True)
     return ctypes.CDLL(str(path))
 
 

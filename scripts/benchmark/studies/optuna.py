@@ -34,6 +34,10 @@ SPACE = {
     "weight_decay": loguniform(1e-5, 1.0),
     "dropout": [0.0, 0.2],
 }
+HEAD = (
+    "seed|best of random search|best of TPE|seconds: random, TPE|"
+    "asking and telling, ms a trial: in the search, Optuna alone"
+)
 
 
 @dataclass(frozen=True)
@@ -51,21 +55,17 @@ class Row:
 
 def run(options: Namespace) -> int:
     """Measure, print and write; return 1 where TPE's median best is below that of random search."""
-    machine, rows = describe_machine(with_card=False), []
+    machine, rows = describe_machine(), []
     machine["versions"]["optuna"] = optuna.__version__
     for seed in range(options.repeats or SEEDS):
         rows.append(compare(seed, BATCHES))
         print(rows[-1], flush=True)
     middle = Row(0, *(statistics.median(column) for column in list(zip(*map(astuple, rows)))[1:]))
     trials = BATCH * BATCHES
-    head = [
-        "seed", "best of random search", "best of TPE", "seconds: random, TPE",
-        "asking and telling, ms a trial: in the search, Optuna alone",
-    ]  # fmt: skip
     what = f"Digits, {FOLDS} folds, {EPOCHS} epochs, {trials} trials a search; best accuracy, the mean over the folds."
-    text = table(head, [*(_cells(row.seed, row, trials) for row in rows), _cells("median", middle, trials)])
+    text = table(HEAD, [*(_line(row.seed, row, trials) for row in rows), _line("median", middle, trials)])
     title = f"Optuna's TPE in batches of {BATCH}"
-    publish(options.out, "optuna", title, machine, __doc__ or "", what, text, rows=rows)
+    publish(options.out, "optuna", title, __doc__ or "", what, text, machine=machine, rows=rows)
     return int(middle.tpe_best < middle.random_best)
 
 
@@ -135,7 +135,7 @@ def alone(seed: int, study: Study) -> float:
     return seconds
 
 
-def _cells(name: int | str, row: Row, trials: int) -> list[object]:
-    bridge, alone = (seconds / trials * 1e3 for seconds in (row.bridge_seconds, row.alone_seconds))
+def _line(name: int | str, row: Row, trials: int) -> str:
+    bridge, alone = (f"{seconds / trials * 1e3:.2f}" for seconds in (row.bridge_seconds, row.alone_seconds))
     seconds = f"{row.random_seconds:.1f}, {row.tpe_seconds:.1f}"
-    return [name, f"{row.random_best:.4f}", f"{row.tpe_best:.4f}", seconds, f"{bridge:.2f}, {alone:.2f}"]
+    return f"{name}|{row.random_best:.4f}|{row.tpe_best:.4f}|{seconds}|{bridge}, {alone}"

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.stats import loguniform
 
 import gputune
-from benchmark.report import describe_machine, publish, table
+from benchmark.report import publish, table
 from benchmark.studies.tables import FOLDS, NAMES, ROWS, loader, split_of
 
 WIDE_TRIALS, TRIALS, EPOCHS, SIZE, DRAWS = 96, 48, 32, 7, 2_000
@@ -50,20 +50,21 @@ def run(options: Namespace) -> int:
     regrets = np.stack([regret(one) for one in scores])
     outside = [left_out(regrets, place) for place in range(len(NAMES))]
     chosen = greedy(regrets[:, :WIDE_TRIALS], regrets[:, -1])
-    configs, default = [configs[place] for place in chosen], regrets[:, -1]
-    machine = describe_machine(with_card=False)
-    rows = [[name, *(f"{number:.3f}" for number in (one, *pair))] for name, one, pair in zip(NAMES, default, outside)]
-    means = np.mean([[one, *pair] for one, pair in zip(default, outside)], axis=0)
-    rows.append(["mean", *(f"{number:.3f}" for number in means)])
+    configs = [configs[place] for place in chosen]
+    found = np.column_stack([regrets[:, -1], outside])
+    rows = [
+        [name, *(f"{number:.3f}" for number in numbers)]
+        for name, numbers in zip([*NAMES, "mean"], [*found, found.mean(0)])
+    ]
     how = HOW.format(
         wide_trials=WIDE_TRIALS, trials=TRIALS, folds=FOLDS, epochs=EPOCHS, rows=ROWS, size=SIZE, draws=DRAWS,
         wide=", ".join(WIDE),
     )  # fmt: skip
-    parts = how, table(["table", "default", "with the list", "with draws"], rows)
     listed = "\n".join(f"- {json.dumps(one)}" for one in configs)
-    numbers = {"results": [dict(zip(("table", "default", "list", "draws"), row)) for row in rows]}
-    numbers |= {"configurations": configs}
-    return publish(options.out, "portfolio", "A short list for the MLP", machine, *parts, listed, **numbers)
+    parts = how, table("table|default|with the list|with draws", map("|".join, rows)), listed
+    results = [dict(zip(("table", "default", "list", "draws"), row)) for row in rows]
+    numbers = {"results": results, "configurations": configs}
+    return publish(options.out, "portfolio", "A short list for the MLP", *parts, **numbers)
 
 
 def honest(study: gputune.Study) -> NDArray[np.float64]:
@@ -87,8 +88,7 @@ def regret(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def greedy(regrets: NDArray[np.float64], start: NDArray[np.float64]) -> list[int]:
     """Return SIZE places of configurations, of regrets (tables, configurations), to be tried beside ``start``."""
-    chosen: list[int] = []
-    least = start
+    chosen, least = list[int](), start
     for _ in range(SIZE):
         chosen.append(int(np.minimum(regrets, least[:, None]).mean(axis=0).argmin()))
         least = np.minimum(least, regrets[:, chosen[-1]])

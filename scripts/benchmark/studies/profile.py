@@ -10,15 +10,15 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmark.report import describe_machine, publish, table
+from benchmark.report import publish, table
 
 EPOCHS, REPEATS = 20, 3
 WIDE, WIDE_TRIALS = (256, 128), 32
 NARROW, NARROW_TRIALS = 16, 10_000
 TRAINING = ("steps", "scores")  # the other lines are what a trial costs beside
+HEAD = "width|trials|seconds|steps, GFLOP/s|the product of 1024 x 1024 matrices|share|ms a trial beside training"
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,20 @@ class Run:
 
 def run(options: Namespace) -> int:
     """Measure, print and write; return 0."""
-    epochs, machine = options.epochs or EPOCHS, describe_machine(with_card=False)
+    epochs = options.epochs or EPOCHS
     found = [measure(width, WIDE_TRIALS, epochs) for _ in range(options.repeats or REPEATS) for width in WIDE]
     found.append(measure(NARROW, NARROW_TRIALS, epochs))
-    parts = (__doc__ or "").split("\n", 2)[2], *_tables(found)
-    return publish(options.out, "profile", "Where the time goes", machine, *parts, epochs=epochs, runs=found)
+    rows = (f"{r.width}|{r.trials:,}|{r.seconds:.1f}|{r.reached}|{r.peak}|{r.share:.0%}|{r.beside:.2f}" for r in found)
+    shares = {width: statistics.median(r.share for r in found if r.width == width) for width in WIDE}
+    seconds = ("|".join([str(r.width), *(f"{number:.2f}" for number in r.parts.values())]) for r in found)
+    parts = (
+        (__doc__ or "").split("\n", 2)[2],
+        table(HEAD, rows),
+        "\n".join(f"Width {width}: median share {share:.0%}." for width, share in shares.items()),
+        f"Beside training is all but {' and '.join(TRAINING)}. The seconds of each run:",
+        table("|".join(["width", *found[0].parts]), seconds),
+    )
+    return publish(options.out, "profile", "Where the time goes", *parts, epochs=epochs, runs=found)
 
 
 def measure(width: int, trials: int, epochs: int) -> Run:
@@ -79,21 +88,3 @@ def read(said: str, width: int, trials: int) -> Run:
     speeds = re.search(r"Steps reached ([\d.]+) GFLOP/s, \d+% of the ([\d.]+) that", table)
     reached, peak = (float(speeds[1]), float(speeds[2])) if speeds else (None, None)
     return Run(width, trials, seconds, parts, reached, peak)
-
-
-def _tables(found: Sequence[Run]) -> list[str]:
-    head = [
-        "width", "trials", "seconds", "steps, GFLOP/s", "the product of 1024 x 1024 matrices", "share",
-        "ms a trial beside training",
-    ]  # fmt: skip
-    rows = [
-        (r.width, f"{r.trials:,}", f"{r.seconds:.1f}", r.reached, r.peak, f"{r.share:.0%}", f"{r.beside:.2f}")
-        for r in found
-    ]
-    medians = [
-        f"Width {width}: median share {statistics.median(r.share for r in found if r.width == width):.0%}."
-        for width in WIDE
-    ]
-    beside = f"Beside training is all but {' and '.join(TRAINING)}. The seconds of each run:"
-    seconds = [[r.width, *(f"{number:.2f}" for number in r.parts.values())] for r in found]
-    return [table(head, rows), "\n".join(medians), beside, table(["width", *found[0].parts], seconds)]

@@ -21,7 +21,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from benchmark.engines.torch import fit
-from benchmark.report import counted, describe_machine, publish, table
+from benchmark.report import counted, publish, table
 from benchmark.studies.halving import tables
 from benchmark.work import WIDTHS, Event, Work, draw_trials, stop_workers
 
@@ -78,9 +78,8 @@ SEARCHES = {
 
 def run(options: Namespace) -> int:
     """Measure, print and write; return 0."""
-    machine, epochs = describe_machine(with_card=False), options.epochs or EPOCHS
+    epochs, found = options.epochs or EPOCHS, list[Curve]()
     names = [name for name, (package, _) in SEARCHES.items() if find_spec(package)]
-    found: list[Curve] = []
     for place, (X, y) in tables(options.adult).items():
         rows = (numbers(X), np.unique(y, return_inverse=True)[1])
         for seed in range(options.repeats or SEEDS):
@@ -91,15 +90,13 @@ def run(options: Namespace) -> int:
             first = seed % len(names)
             for name in names[first:] + names[:first]:
                 events, seconds = search(name, work)
-                points = choices(events, held_out)
-                found.append(Curve(place, seed, name, points, seconds))
-                last = f"{seconds:.2f} s, held-out accuracy {points[-1].held_out:.4f}"
+                found.append(curve := Curve(place, seed, name, choices(events, held_out), seconds))
+                last = f"{seconds:.2f} s, held-out accuracy {curve.points[-1].held_out:.4f}"
                 print(f"{place}, seed {seed}: {name}: {last}", flush=True)
     found.sort(key=lambda curve: (list(LEVELS).index(curve.table), names.index(curve.search), curve.seed))
-    left_out = [name for name in SEARCHES if name not in names]
-    parts = HOW.format(trials=TRIALS, folds=FOLDS, epochs=epochs), *_tables(found, left_out)
+    parts = HOW.format(trials=TRIALS, folds=FOLDS, epochs=epochs), *_tables(found)
     whole = {"trials": TRIALS, "epochs": epochs, "curves": found}
-    return publish(options.out, "quality", "Time to quality", machine, *parts, **whole)
+    return publish(options.out, "quality", "Time to quality", *parts, **whole)
 
 
 def numbers(X: Any) -> np.ndarray:
@@ -108,8 +105,7 @@ def numbers(X: Any) -> np.ndarray:
         return X.astype(np.float32)
     import polars.selectors as columns
 
-    plain = X.to_dummies(columns.string()).fill_null(0)
-    return plain.to_numpy().astype(np.float32)
+    return X.to_dummies(columns.string()).fill_null(0).to_numpy().astype(np.float32)
 
 
 Judge = Callable[[int], float]
@@ -130,8 +126,7 @@ def split(X: np.ndarray, y: np.ndarray, *, seed: int, trials: int, epochs: int) 
 
 def choices(events: Sequence[Event], held_out: Judge) -> tuple[Point, ...]:
     """Return the choices of a search by the time that they became the best it knew."""
-    points: list[Point] = []
-    best = float("-inf")
+    points, best = list[Point](), float("-inf")
     for event in sorted(events, key=lambda event: event.seconds):
         if event.score > best:
             best = event.score
@@ -143,31 +138,29 @@ def choices(events: Sequence[Event], held_out: Judge) -> tuple[Point, ...]:
 def search(name: str, work: Work) -> tuple[list[Event], float]:
     """Return what became known, and when; and the seconds of the whole search."""
     engine, method = SEARCHES[name]
-    run_search = import_module(f"benchmark.engines.{engine}").search
+    module = import_module(f"benchmark.engines.{engine}")
     stop_workers()
     begin = perf_counter()
-    events = run_search(method, work, joblib.cpu_count())
-    return events, perf_counter() - begin
+    return module.search(method, work, joblib.cpu_count()), perf_counter() - begin
 
 
-def _tables(found: Sequence[Curve], left_out: Sequence[str]) -> list[str]:
+def _tables(found: Sequence[Curve]) -> list[str]:
     parts = []
+    left_out = [f"{search}: not installed" for search in SEARCHES if search not in {curve.search for curve in found}]
     for name in dict.fromkeys(curve.table for curve in found):
-        curves, levels = [curve for curve in found if curve.table == name], LEVELS[name]
-        head = ["search", *(f"to {level}" for level in levels), "to its end", "held-out accuracy"]
-        rows = []
+        curves, levels, rows = [curve for curve in found if curve.table == name], LEVELS[name], []
         for search in dict.fromkeys(curve.search for curve in curves):
             of = [curve for curve in curves if curve.search == search]
             end, last = median(c.seconds for c in of), median(c.points[-1].held_out for c in of)
-            rows.append([search, *(_time(level, of) for level in levels), f"{end:.2f}", f"{last:.4f}"])
-        rows += [[f"{search}: not installed"] for search in left_out]
-        parts += [f"## {name}, {counted(len({c.seed for c in curves}), 'seed')}", table(head, rows)]
+            rows.append("|".join([search, *(_time(level, of) for level in levels), f"{end:.2f}|{last:.4f}"]))
+        head = "|".join(["search", *(f"to {level}" for level in levels), "to its end|held-out accuracy"])
+        seeds = counted(len({curve.seed for curve in curves}), "seed")
+        parts += [f"## {name}, {seeds}", table(head, rows + left_out)]
     return parts
 
 
 def _time(level: float, curves: Sequence[Curve]) -> str:
     times = [curve.time_to(level) for curve in curves]
-    reached = sum(np.isfinite(times))
-    middle = median(times)
+    reached, middle = sum(np.isfinite(times)), median(times)
     shown = f"{middle:.2f}" if np.isfinite(middle) else "not reached"
     return shown if reached == len(times) else f"{shown} ({reached} of {len(times)})"

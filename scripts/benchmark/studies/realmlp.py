@@ -48,8 +48,7 @@ def run(options: Namespace) -> int:
     """Measure, print and write; return 0."""
     if find_spec("pytabkit") is None:
         raise SystemExit("--realmlp needs pytabkit: pip install pytabkit")
-    load, results = loader(options.data), list[Result]()
-    machine = describe_machine(with_card=False)
+    load, results, machine = loader(options.data), list[Result](), describe_machine()
     machine["versions"] |= {"pytabkit": version("pytabkit")}
     for name in options.rows or NAMES:
         split = split_of(name, load, 0, ROWS)
@@ -62,14 +61,14 @@ def run(options: Namespace) -> int:
     for one in results:
         best = (min if one.scoring.startswith("neg") else max)(one.scores)  # an RMSE is positive
         error = np.std(one.scores, ddof=1) / np.sqrt(len(one.scores))
-        scores_in_words = f"{np.mean(one.scores):.4f} ± {error:.4f}", f"{best:.4f}"
-        rows.append([one.table, one.package, f"{one.seconds:.0f}", *scores_in_words])
+        mean = f"{np.mean(one.scores):.4f} ± {error:.4f}"
+        rows.append(f"{one.table}|{one.package}|{one.seconds:.0f}|{mean}|{best:.4f}")
     how = HOW.format(
         configurations=CONFIGURATIONS, last=CONFIGURATIONS - 1, epochs=EPOCHS, folds=FOLDS, rows=ROWS,
         held_out=HELD_OUT, cores=machine["cores"],
     )  # fmt: skip
-    found = table(["table", "package", "seconds", "mean score", "best"], rows)
-    return publish(options.out, "realmlp", "RealMLP's space", machine, how, found, results=results)
+    found = table("table|package|seconds|mean score|best", rows)
+    return publish(options.out, "realmlp", "RealMLP's space", how, found, machine=machine, results=results)
 
 
 def configurations(task: str) -> list[dict[str, Any]]:
@@ -88,8 +87,7 @@ def here(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
         for one in drawn
     ]
     study = split.search("realmlp", include=included, include_default=False, n_trials=0, max_epochs=EPOCHS)
-    for number in range(len(included)):
-        yield split.score(study.best_model(trial=number))
+    yield from (split.score(study.best_model(trial=number)) for number in range(len(included)))
 
 
 def there(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:

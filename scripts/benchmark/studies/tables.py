@@ -98,7 +98,7 @@ class Split:
 
 def run(options: Namespace) -> int:
     """Measure what the results lack, write after each table, and print; return 0."""
-    load, machine = loader(options.data), describe_machine(with_card=False)
+    load, machine = loader(options.data), describe_machine()
     machine["versions"] |= trees.versions()
     results = published(options.out, "tables", machine, "results", Result)
     small = [(name, name, ROWS, number, WAYS) for number in range(options.repeats or SPLITS) for name in NAMES]
@@ -106,16 +106,16 @@ def run(options: Namespace) -> int:
     large = [(f"{name}, {rows:,} rows", name, rows, 0, networks) for name, rows in LARGE.items()]
     for label, name, rows, number, ways in small + large:
         for group, measure in ways.items():
-            if options.rows and group not in options.rows:
-                continue
-            if any((one.split, one.table, one.group) == (number, label, group) for one in results):
+            known = any((one.split, one.table, one.group) == (number, label, group) for one in results)
+            if known or (options.rows and group not in options.rows):
                 continue
             split = split_of(name, load, number, rows)
             for way, model, trials, *costs in measure(split):
                 score = split.score(model)
                 results.append(Result(label, number, group, f"{group}{way}", score, split.scoring, *costs, trials))
                 print(results[-1], flush=True)
-            publish(options.out, "tables", "Which model for a table", machine, *words(results), results=results)
+            whole = {"machine": machine, "results": results}
+            publish(options.out, "tables", "Which model for a table", *words(results), **whole)
     return 0
 
 
@@ -159,8 +159,8 @@ def tuned(library: str, split: Split) -> Models:
         print(f"{library} tuned: left out, pip install {library}")
         return
     clock = Clock()
-    words = split.X, split.y, split.task, split.scoring
-    model, trials, best = trees.tuned(library, *words, folds=FOLDS, seconds=SECONDS)
+    rows = split.X, split.y, split.task, split.scoring
+    model, trials, best = trees.tuned(library, *rows, folds=FOLDS, seconds=SECONDS)
     print(f"the best of {trials} trials was trial {best}")
     yield "", model, trials, *clock()
 
@@ -202,11 +202,10 @@ def words(results: list[Result]) -> tuple[str, str]:
         return f"{median(one.score for one in found):.4f} ({median(one.seconds for one in found):.0f} s{few})"
 
     how = HOW.format(
-        rows=ROWS, held_out=HELD_OUT, larger=larger,
-        splits=splits, folds=FOLDS, seconds=SECONDS,
+        rows=ROWS, held_out=HELD_OUT, larger=larger, splits=splits, folds=FOLDS, seconds=SECONDS,
         numbers=" and ".join(name for name, scoring in few_rows.items() if scoring.startswith("neg")),
         rare=" and ".join(name for name, scoring in few_rows.items() if scoring == "roc_auc") or "none",
         **SEARCHES,
     )  # fmt: skip
-    rows = [[name, *(cell(name, way) for way in ways)] for name in tables]
-    return how, table(["table", *ways], rows)
+    rows = ("|".join([name, *(cell(name, way) for way in ways)]) for name in tables)
+    return how, table("|".join(["table", *ways]), rows)

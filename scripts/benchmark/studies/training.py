@@ -5,6 +5,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import joblib
@@ -94,28 +95,21 @@ def measure(runs: Sequence[Run], work: Work, repeats: int) -> list[Measured]:
     for run in runs:
         stop_workers()
         run.train(replace(work, trials=work.trials[:4], epochs=1))
-    seconds: list[list[float]] = [[] for _ in runs]
-    outcomes: list[list[Outcome]] = [[] for _ in runs]
-    for repeat in range(repeats):
-        for turn in range(len(runs)):
-            run = runs[position := (repeat + turn) % len(runs)]
-            stop_workers()
-            begin = time.perf_counter()
-            outcomes[position].append(run.train(replace(work, trials=work.trials[: run.trials])))
-            seconds[position].append(time.perf_counter() - begin)
+    found: list[list[tuple[float, Outcome]]] = [[] for _ in runs]
+    for repeat, turn in product(range(repeats), range(len(runs))):
+        run = runs[position := (repeat + turn) % len(runs)]
+        stop_workers()
+        begin = time.perf_counter()
+        outcome = run.train(replace(work, trials=work.trials[: run.trials]))
+        found[position].append((time.perf_counter() - begin, outcome))
     stop_workers()
     return [
         Measured(
-            run.engine, tuple(times), np.stack([outcome.scores for outcome in found]),
-            tuple(outcome.start for outcome in found), tuple(outcome.compile for outcome in found), run.rival,
+            run.engine, tuple(seconds for seconds, _ in each), np.stack([outcome.scores for _, outcome in each]),
+            tuple(outcome.start for _, outcome in each), tuple(outcome.compile for _, outcome in each), run.rival,
         )
-        for run, times, found in zip(runs, seconds, outcomes)
+        for run, each in zip(runs, found)
     ]  # fmt: skip
-
-
-def ratio(measured: Measured, own: Measured) -> float:
-    """Return how many times as fast gputune is as another engine, by medians."""
-    return measured.median / own.median
 
 
 def run(options: Namespace) -> int:
@@ -131,10 +125,10 @@ def run(options: Namespace) -> int:
             print(f"NO SPEED: the mean accuracies differ by more than {AGREEMENT}, so the work was not the same.")
             return 1
         parts.append(summary(work, measured, lacks))
-    machine = describe_machine()
+    machine = describe_machine(with_card=True)
     machine["versions"] |= versions(able)
     title, sections = "One list of trials, trained by each engine", [text for part in parts for text in section(part)]
-    return publish(options.out, "training", title, machine, HOW, *sections, works=parts)
+    return publish(options.out, "training", title, HOW, *sections, machine=machine, works=parts)
 
 
 def runs(chosen: Sequence[Chosen], work: Work) -> list[Run]:
@@ -171,27 +165,19 @@ def summary(work: Work, measured: Sequence[Measured], lacks: Mapping[str, str]) 
     ``measured`` has a gputune of each number of trials; ``lacks`` says why engines were left out.
     """
     own = {m.trials: m for m in measured if m.engine == "gputune"}
-    rivals = [m for m in measured if m.rival]
-    fastest = min(rivals, key=lambda m: ratio(m, own[m.trials]), default=None)
-    speed = fastest and {
-        "rival": fastest.engine, "ratio": ratio(fastest, own[fastest.trials]), "trials": fastest.trials
-    }  # fmt: skip
-    return {
-        "work": work.name,
-        "epochs": work.epochs,
-        "folds": len(work.folds),
-        "trials": list(work.trials),
-        "engines": [_engine(m, own[m.trials]) for m in measured],
-        "left_out": dict(lacks),
-        "speed": speed,
-    }
+    engines = [_engine(m, own[m.trials]) for m in measured]
+    rivals = [engine for engine in engines if engine["ratio"] is not None]
+    fastest = min(rivals, key=lambda engine: engine["ratio"], default=None)
+    speed = fastest and {"rival": fastest["engine"], "ratio": fastest["ratio"], "trials": fastest["trials"]}
+    shape = {"work": work.name, "epochs": work.epochs, "folds": len(work.folds), "trials": list(work.trials)}
+    return {**shape, "engines": engines, "left_out": dict(lacks), "speed": speed}
 
 
 def _engine(measured: Measured, own: Measured) -> dict[str, Any]:
     each = np.array(measured.seconds) / np.array(own.seconds)
     compiled, own_compiled = (np.median(np.subtract(m.seconds, m.compile)) for m in (measured, own))
     ratios = {
-        "ratio": ratio(measured, own), "ratio_min": float(each.min()), "ratio_max": float(each.max()),
+        "ratio": measured.median / own.median, "ratio_min": float(each.min()), "ratio_max": float(each.max()),
         "ratio_compiled": float(compiled / own_compiled),
     }  # fmt: skip
     return {
@@ -216,11 +202,11 @@ def section(part: dict[str, Any]) -> list[str]:
     whole = len(part["trials"])
     head = "engine|mean accuracy|seconds, median|min|max|of it start|compile|trials/s|gputune is|without compiling"
     rows = [_row(engine, whole) for engine in part["engines"]]
-    rows += [[f"{name}: {lack}"] for name, lack in part["left_out"].items()]
+    rows += [f"{name}: {lack}" for name, lack in part["left_out"].items()]
     texts = [
         f"## {part['work']}: {counted(whole, 'trial')} x {part['folds']} folds x {part['epochs']} epochs",
         f"Widths {', '.join(map(str, widths))}; batch sizes {', '.join(map(str, sizes))}.",
-        table(head.split("|"), rows),
+        table(head, rows),
     ]
     if (speed := part["speed"]) is not None:
         on = "" if speed["trials"] == whole else f", on the first {counted(speed['trials'], 'trial')}"
@@ -228,12 +214,13 @@ def section(part: dict[str, Any]) -> list[str]:
     return texts
 
 
-def _row(engine: dict[str, Any], whole: int) -> list[str]:
+def _row(engine: dict[str, Any], whole: int) -> str:
     trials = engine["trials"]
     part = "" if trials == whole else f" (measured on the first {counted(trials, 'trial')})"
     keys = ("median", "min", "max", "start", "compile", "trials_per_second")
-    row = [f"{engine['engine']}{part}", f"{engine['accuracy']:.4f}", *(f"{engine[key]:.2f}" for key in keys)]
-    if engine["ratio"] is not None:
-        row.append(f"{engine['ratio']:.2f}x ({engine['ratio_min']:.2f} to {engine['ratio_max']:.2f})")
-        row.append(f"{engine['ratio_compiled']:.2f}x")
-    return row
+    numbers = "|".join(f"{engine[key]:.2f}" for key in keys)
+    row = f"{engine['engine']}{part}|{engine['accuracy']:.4f}|{numbers}"
+    if engine["ratio"] is None:
+        return row
+    ratios = "{ratio:.2f}x ({ratio_min:.2f} to {ratio_max:.2f})|{ratio_compiled:.2f}x"
+    return f"{row}|{ratios.format(**engine)}"
