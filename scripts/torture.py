@@ -10,6 +10,7 @@ committed. Prints one line of counts for each part; ends with 1 where one of the
 """
 
 import argparse
+import itertools
 import os
 import random
 import resource
@@ -20,7 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -38,7 +39,8 @@ from gputune.study.repair import repair
 from gputune.study.store import Candidate, Chunk, Result, Store
 
 Work = Callable[..., object]
-Method = str | gputune.Halving
+Method = tuple[type, str]
+Stopping = str | gputune.Halving
 Counts = dict[str, float]
 
 BAD = (
@@ -50,7 +52,7 @@ STORE_CALLS = (
     (Store, "add_trials"), (Store, "add_chunks"), (Store, "finish"), (Claims, "_claim"), (Claims, "_delete"),
 )  # fmt: skip
 LONG_TRIALS, STORED_TRIALS = 6, 12  # of the searches killed within chunks; of the files that are damaged
-COMMON = {"include_default": False, "workers": 1, "verbose": 0}
+COMMON = {"include_default": False, "workers": 1, "memory": 1024, "verbose": 0}
 LIMIT = 200_000  # bytes that a file may have where the disk is full
 
 
@@ -81,30 +83,40 @@ def ended_well(work: Work, *arguments: object) -> bool:
     return end(begin(work, *arguments)) == 0
 
 
-def kill(work: Work, *arguments: object, method: tuple[type, str], least: int, most: int, pause: float) -> None:
+def watch(methods: Iterable[Method], before: Callable[[int], None], after: Callable[[int], None] | None = None) -> None:
+    """Call something before the n-th call of these methods, counted together, with n, and something after it."""
+    numbers = itertools.count(1)
+
+    def watched(original: Work) -> Work:
+        def call(*arguments: object, **options: object) -> object:
+            before(number := next(numbers))
+            result = original(*arguments, **options)
+            if after is not None:
+                after(number)
+            return result
+
+        return call
+
+    for owner, name in methods:
+        setattr(owner, name, watched(getattr(owner, name)))
+
+
+def kill(work: Work, *arguments: object, method: Method, least: int, most: int, pause: float) -> None:
     """Begin some work, and kill it so many seconds after the call of a method that makes ``least``.
 
     It waits for that before it makes more than ``most`` calls, so that the kill comes in time however slow we are.
     """
     reading, writing = os.pipe()
 
-    def counted() -> None:
-        calls, original = 0, getattr(*method)
-
-        def call(*its: object, **options: object) -> object:
-            nonlocal calls
-            if calls == most:
-                signal.pause()
-            result = original(*its, **options)
-            calls += 1
-            if calls == least:
-                os.write(writing, b"x")
-            return result
-
-        setattr(*method, call)
+    def watched() -> None:
+        watch(
+            [method],
+            before=lambda number: signal.pause() if number > most else None,
+            after=lambda number: os.write(writing, b"x") if number == least else None,
+        )
         work(*arguments)
 
-    child = begin(counted)
+    child = begin(watched)
     os.close(writing)
     os.read(reading, 1)
     os.close(reading)
@@ -118,8 +130,16 @@ def search(path: Path, n_trials: int) -> None:
     """Search with tiny trials, each a chunk of its own."""
     X, y = load_iris(return_X_y=True)
     space = {"lr": loguniform(1e-4, 0.1), "width": [4, 8]}
-    options = {"n_trials": n_trials, "max_epochs": 1, "cv": 2, "memory": 1024, "checkpoint_seconds": 1}
+    options = {"n_trials": n_trials, "max_epochs": 1, "cv": 2, "checkpoint_seconds": 1}
     gputune.tune("mlp", X[::5], y[::5], space=space, study=path, **COMMON, **options)
+
+
+def search_long(path: Path, method: Stopping, epochs: int, **options: object) -> None:
+    """Search with a few trials, each a chunk of its own."""
+    X, y = load_iris(return_X_y=True)
+    space = {"lr": [1e-4, 1e-3, 1e-2], "width": [8, 40], "optimizer": ["adamw", "adamhd"]}
+    options |= {"n_trials": LONG_TRIALS, "max_epochs": epochs, "cv": 3, "method": method}
+    gputune.tune("mlp", X, y, space=space, study=path, **COMMON, **options)
 
 
 def table(path: Path) -> list[tuple]:
@@ -172,72 +192,47 @@ def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> Counts:
 
 def fault_points(folder: Path, n_trials: int) -> Counts:
     """Kill a search before its first call of the store, before its second, and so on; each goes on to its end."""
-    path, different, point = folder / "fault.db", 0, 1
-    while (code := end(begin(_search_until, point, path, n_trials))) != 0:
+    path, different = folder / "fault.db", 0
+
+    def search_until(point: int) -> None:
+        watch(STORE_CALLS, before=lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == point else None)
+        search(path, n_trials)
+
+    for point in itertools.count(1):
+        if (code := end(begin(search_until, point))) == 0:
+            path.unlink()
+            return {"fault points": point - 1, "different": different}
         assert code == -signal.SIGKILL, code
         assert ended_well(search, path, n_trials)
         different += table(path) != undisturbed(n_trials)
         left = [place.name for place in folder.iterdir() if place.name.startswith(path.name)]
         assert left == [path.name], left
         path.unlink()
-        point += 1
-    path.unlink()
-    return {"fault points": point - 1, "different": different}
 
 
-def _search_until(point: int, path: Path, n_trials: int) -> None:
-    """Search, and be killed before a call of the store."""
-    calls = 0
-
-    def counted(original: Work) -> Work:
-        def call(*arguments: object, **options: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **options)
-
-        return call
-
-    for owner, name in STORE_CALLS:
-        setattr(owner, name, counted(getattr(owner, name)))
-    search(path, n_trials)
-
-
-def search_long(path: Path, method: Method, epochs: int, **options: object) -> None:
-    """Search with a few trials, each a chunk of its own."""
-    X, y = load_iris(return_X_y=True)
-    space = {"lr": [1e-4, 1e-3, 1e-2], "width": [8, 40], "optimizer": ["adamw", "adamhd"]}
-    options |= {"n_trials": LONG_TRIALS, "max_epochs": epochs, "cv": 3, "memory": "1KB", "method": method}
-    gputune.tune("mlp", X, y, space=space, study=path, **COMMON, **options)
-
-
-def _keep_states(path: Path, method: Method, epochs: int) -> None:
-    """Search, and keep a state after every epoch but a chunk's last."""
-    checkpoint._WRITING_SHARE = 0
-    search_long(path, method, epochs, checkpoint_seconds=1e-9)
-
-
-def kills_in_chunks(folder: Path, count: int, method: Method, seed: int, epochs: int = 500) -> Counts:
+def kills_in_chunks(folder: Path, count: int, method: Stopping, seed: int, epochs: int = 500) -> Counts:
     """Kill a search so often at random moments of its training; the last begins where states were kept."""
     whole, path, draw = folder / "whole.db", folder / "chunks.db", random.Random(seed)
     assert ended_well(search_long, whole, method, epochs)
     with_a_state = 0
+
+    def keep_states() -> None:  # after every epoch but a chunk's last
+        checkpoint._WRITING_SHARE = 0
+        search_long(path, method, epochs, checkpoint_seconds=1e-9)
+
     shortest = method.min_epochs if isinstance(method, gputune.Halving) else epochs
     # States that one run may keep: none ends before its kill, and the first one is killed within its first chunk.
     most = min((LONG_TRIALS * (shortest - 1) - 1) // count, shortest - 2)
     for _ in range(count):
         least, pause = draw.randint(1, most), draw.uniform(0, 0.02)
-        call = (CheckpointFolder, "write")
-        kill(_keep_states, path, method, epochs, method=call, least=least, most=most, pause=pause)
+        kill(keep_states, method=(CheckpointFolder, "write"), least=least, most=most, pause=pause)
         with_a_state += any(folder.glob("chunks.db.state/*.safetensors"))
     failed = not ended_well(search_long, path, method, epochs)
-    counts = {"kills": count, "with a state": with_a_state, "failed": int(failed)}
-    counts |= compared(path, table(whole))
-    counts["files left"] = len(list(folder.glob("chunks.db[.-]*")))
+    counts = {"kills": count, "with a state": with_a_state, "failed": int(failed), **compared(path, table(whole))}
+    left = len(list(folder.glob("chunks.db[.-]*")))
     whole.unlink()
     path.unlink()
-    return counts
+    return {**counts, "files left": left}
 
 
 def crowd(folder: Path, processes: int, n_trials: int) -> Counts:
@@ -251,25 +246,24 @@ def crowd(folder: Path, processes: int, n_trials: int) -> Counts:
 def full_disk(folder: Path, n_trials: int) -> Counts:
     """Search where files cannot grow beyond a limit, until the error; then without it, to the end."""
     path = folder / "full.db"
-    clear = ended_well(_search_limited, path, n_trials)
+
+    def search_limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
+        try:
+            search(path, n_trials)
+        except OSError as error:
+            says = str(error)
+            assert path.name in says and ("make room" in says or "check the disk" in says), error
+        else:
+            raise AssertionError("the disk was never full")
+
+    clear = ended_well(search_limited)
     with Store.open(path) as store:
         kept = store.finished()
     failed = not ended_well(search, path, n_trials)
-    different = compared(path, undisturbed(n_trials))["different"]
-    bad = {"failed": int(failed or not clear), "different": different}
+    bad = {"failed": int(failed or not clear), "different": compared(path, undisturbed(n_trials))["different"]}
     return {"clear errors": int(clear), "results kept then": kept, **bad}
-
-
-def _search_limited(path: Path, n_trials: int) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
-    try:
-        search(path, n_trials)
-    except OSError as error:
-        says = str(error)
-        assert path.name in says and ("make room" in says or "check the disk" in says), error
-    else:
-        raise AssertionError("the disk was never full")
 
 
 def content(path: Path) -> tuple | None:
@@ -289,14 +283,13 @@ def filled(path: Path) -> tuple[bytes, bytes, bytes, list[tuple | None]]:
         states = [content(path)]
         for n in range(STORED_TRIALS):
             curve = np.random.default_rng(n).normal(size=(30, 5))
-            last = curve[-1]
-            for add, row in (
-                (store.add_trials, Candidate(n, {"lr": 0.1 / (n + 1)}, "random")),
-                (store.add_chunks, Chunk(n, 0, (n,), 1)),
-                (store.finish, Result(n, "complete", float(last.mean()), tuple(last.tolist()), 30, 0.1, curve)),
-            ):
-                add([row])
-                states.append(content(path))
+            store.add_trials([Candidate(n, {"lr": 0.1 / (n + 1)}, "random")])
+            states.append(content(path))
+            store.add_chunks([Chunk(n, 0, (n,), 1)])
+            states.append(content(path))
+            score, scores = float(curve[-1].mean()), tuple(curve[-1].tolist())
+            store.finish([Result(n, "complete", score, scores, 30, 0.1, curve)])
+            states.append(content(path))
         base, log = path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()
     return path.read_bytes(), base, log, states
 
@@ -312,18 +305,20 @@ def cuts(folder: Path) -> Counts:
 def flips(folder: Path, count: int, seed: int) -> Counts:
     """Flip so many bits of a closed file, one at a time; repair what does not open."""
     draw, (raw, _, _, states) = random.Random(seed), filled(folder / "flip.db")
-    cases = []
-    for _ in range(count):
+
+    def flipped() -> bytes:
         flipped = bytearray(raw)
         flipped[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
-        cases.append((bytes(flipped), b""))
-    return _damaged("flips", cases, states[-1:], folder / "copy.db")
+        return bytes(flipped)
+
+    return _damaged("flips", [(flipped(), b"") for _ in range(count)], states[-1:], folder / "copy.db")
 
 
 def _damaged(word: str, cases: list[tuple[bytes, bytes]], states: list[tuple | None], copy: Path) -> Counts:
     """Open a copy of each file and its log; count those that opened, and what they hold."""
-    words = ("opened", "clear errors", "repaired", "wrong values", "other errors")
-    counts = {word: len(cases), **dict.fromkeys(words, 0)}
+    counts = {word: len(cases)} | dict.fromkeys(
+        ("opened", "clear errors", "repaired", "wrong values", "other errors"), 0
+    )
     for base, log in cases:
         for place in copy.parent.glob("copy.db*"):
             place.unlink()
@@ -358,9 +353,8 @@ def _is_repaired(path: Path, whole: tuple) -> bool:
 
 def storing(folder: Path, count: int, together: int = 64) -> Counts:
     """Store so many trials with curves of 50 epochs x 5 folds, chunk by chunk; milliseconds a trial."""
-    curve = np.random.default_rng(0).random((50, 5))
-    path = folder / "stored.db"
-    numbers = [range(n, min(n + together, count)) for n in range(0, count, together)]
+    curve, path = np.random.default_rng(0).random((50, 5)), folder / "stored.db"
+    numbers = (range(n, min(n + together, count)) for n in range(0, count, together))
     chunks = [Chunk(i, 0, tuple(part), 1) for i, part in enumerate(numbers)]
     params = {"lr": 0.123456789, "batch_size": 32, "width": 64, "weight_decay": 1e-3}
     start = time.perf_counter()
@@ -394,10 +388,25 @@ PARTS: dict[str, tuple[str, Part]] = {
 }
 """What can be asked for -> its line, and the part."""
 
+OPTIONS = {
+    "--kills": (60, "times that a search is killed"),
+    "--trials": (600, "trials of the search that is killed"),
+    "--chunk-kills": (20, "times that long training is killed"),
+    "--processes": (8, "of the crowd"),
+    "--crowd-trials": (4000, "trials that the crowd shares"),
+    "--flips": (1000, "bits that are flipped, one at a time"),
+    "--stored": (10_000, "trials whose storing is timed"),
+    "--seed": (0, "of what is random"),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts and print their counts; return 1 where one of them is not what it must be."""
-    options = _parse(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help="default: all of them")
+    for option, (default, says) in OPTIONS.items():
+        parser.add_argument(option, type=int, default=default, help=f"{says} ({default})")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the searches run in forks of this process
     folder = Path(tempfile.mkdtemp(prefix="gputune-torture-"))
     wrong = 0
@@ -410,23 +419,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {words} ({time.monotonic() - start:.0f} s)", flush=True)
     shutil.rmtree(folder)
     return int(wrong > 0)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help="default: all of them")
-    for option, default, says in (
-        ("--kills", 60, "times that a search is killed"),
-        ("--trials", 600, "trials of the search that is killed"),
-        ("--chunk-kills", 20, "times that long training is killed"),
-        ("--processes", 8, "of the crowd"),
-        ("--crowd-trials", 4000, "trials that the crowd shares"),
-        ("--flips", 1000, "bits that are flipped, one at a time"),
-        ("--stored", 10_000, "trials whose storing is timed"),
-        ("--seed", 0, "of what is random"),
-    ):
-        parser.add_argument(option, type=int, default=default, help=f"{says} ({default})")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
