@@ -9,6 +9,7 @@ loops train one network for some seconds, gputune all trials in all folds with t
 import argparse
 import json
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -79,13 +80,11 @@ def gputune_search(device, trials, epochs, backend):
     """All trials in all folds, from the arrays to their scores."""
     import gputune
 
-    X, y = data()
-    space = {"lr": np.geomspace(1e-4, 1e-2, trials).tolist()}
-    fixed = {"width": [WIDTH], "batch_size": [BATCH], "depth": [2]}
-    options = {"n_trials": trials, "include_default": False, "cv": FOLDS, "verbose": 0}
-    run = {"max_epochs": epochs, "device": str(device), "backend": backend}
+    rates = np.geomspace(1e-4, 1e-2, trials).tolist()
+    space = {"lr": rates, "width": [WIDTH], "batch_size": [BATCH], "depth": [2]}
+    options = {"n_trials": trials, "include_default": False, "cv": FOLDS, "verbose": 0, "max_epochs": epochs}
     begin = time.perf_counter()
-    gputune.tune("mlp", X, y, space=space | fixed, **options, **run)
+    gputune.tune("mlp", *data(), space=space, device=str(device), backend=backend, **options)
     return steps(trials, epochs) / (time.perf_counter() - begin)
 
 
@@ -114,12 +113,12 @@ def main():
     device, size = options.device, (options.trials, options.epochs)
     SECONDS = min(SECONDS, options.trials / 10)
     ways = {
-        "plain loop": lambda: loop(device),
-        "plain loop in CUDA graphs": lambda: loop(device, graphed=True),
-        "JAX vmap": lambda: jax_vmap(*size),
-        "gputune, eager": lambda: gputune_search(device, *size, "eager"),
-        "gputune, recorded": lambda: gputune_search(device, *size, "graph"),
-        "gputune, kernel": lambda: gputune_search(device, *size, "kernel"),
+        "plain loop": partial(loop, device),
+        "plain loop in CUDA graphs": partial(loop, device, graphed=True),
+        "JAX vmap": partial(jax_vmap, *size),
+        "gputune, eager": partial(gputune_search, device, *size, "eager"),
+        "gputune, recorded": partial(gputune_search, device, *size, "graph"),
+        "gputune, kernel": partial(gputune_search, device, *size, "kernel"),
     }
     if device.type != "cuda":
         del ways["plain loop in CUDA graphs"], ways["gputune, kernel"]

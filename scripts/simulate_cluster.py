@@ -149,13 +149,12 @@ def simulate(measured: Measured, workers: int, *, bandwidth: float, seed: int = 
 
 def report(measured: Measured, *, bandwidth: float) -> str:
     """Return the figures and the simulation as text."""
-    mean = statistics.mean(measured.chunks)
+    least, most, mean = min(measured.chunks), max(measured.chunks), statistics.mean(measured.chunks)
+    busy = f"{1e3 * measured.driver:.1f} ms a chunk, so that it keeps {measured.most_workers:.0f} workers busy"
     lines = [
         f"measured on {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}:",
-        f"  {len(measured.chunks)} chunks of {min(measured.chunks):.2f} to {max(measured.chunks):.2f} s, "
-        f"mean {mean:.2f} s",
-        f"  this process: {1e3 * measured.driver:.1f} ms a chunk, so that it keeps {measured.most_workers:.0f} workers "
-        "busy",
+        f"  {len(measured.chunks)} chunks of {least:.2f} to {most:.2f} s, mean {mean:.2f} s",
+        f"  this process: {busy}",
         f"  round trip: {1e3 * measured.trip:.1f} ms a chunk, {measured.scheduling:.1%} of a worker's time",
         f"  start of a worker: {measured.start:.1f} s",
         f"  data {measured.data_bytes / 1e6:.1f} MB once a node; result {measured.result_bytes / 1e3:.1f} kB a trial",
@@ -188,8 +187,7 @@ def speedup(repeats: int, *, trials: int, epochs: int) -> float:
 def connected(workers: int) -> Iterator[None]:
     """Be connected to a Ray cluster of so many CPUs inside."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(address="local", num_cpus=workers, **quiet)
+    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield
     finally:

@@ -8,14 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
-from sklearn.datasets import load_iris
 
-from gputune.engine.choice import DeviceChoice
-from gputune.modules.recorder import RECORDERS
-from gputune.study import code, database
-from stand_in import StandIn
+# torch, scikit-learn and gputune are imported where they are used: the process that hands the tests to others, which
+# pytest-xdist starts when this file is read, needs none of them, and took five seconds for them.
 
 # A shell starts its background jobs with Ctrl-C ignored, which they and all that they start inherit: the tests of
 # Ctrl-C would wait for ever.
@@ -46,19 +41,25 @@ class WriteDurations:
         DURATIONS.write_text("".join(lines))
 
 
-PRAGMAS = database.PRAGMAS
-
-
 @pytest.fixture(autouse=True, scope="session")
 def own_state(tmp_path_factory, pytestconfig):
-    """What the tests train is remembered here, also by the processes that they start, and not for this user."""
+    """What the tests train is remembered here, also by the processes that they start, and not for this user.
+
+    Yields how databases are opened outside of tests.
+    """
+    import torch
+
+    from gputune.engine.choice import DeviceChoice
+    from gputune.study import database
+
+    pragmas = database.PRAGMAS
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         found = tmp_path_factory.mktemp("found")
         patch.setattr("gputune.engine.backend.cache_folder", lambda: found)  # not what the user's check found
         patch.setattr("gputune.executors.worker.IDLE_SECONDS", 900)  # a worker that a test starts serves others
         # Waiting for the disk costs 50 ms a study, and no test cuts the power; intervals take most of a score's time.
-        patch.setattr(database, "PRAGMAS", ("synchronous = OFF", *PRAGMAS[1:]))
+        patch.setattr(database, "PRAGMAS", ("synchronous = OFF", *pragmas[1:]))
         patch.setattr("gputune.cli.model._SAMPLES", 10)
         if "simulated_cuda.torch_cuda" in sys.modules:  # whose binaries are none of a card
             patch.setattr("gputune.native.cuda.kept_binary", lambda name, source, make: make())
@@ -68,13 +69,13 @@ def own_state(tmp_path_factory, pytestconfig):
             patch.setattr("gputune.engine.choice._SOLVED", gpu)
             if simulated := sys.modules.get("simulated_cuda.torch_cuda"):
                 patch.setattr("gputune.executors.worker.begin_worker", simulated.begin_worker)
-        yield
+        yield pragmas
 
 
 @pytest.fixture
-def durable(monkeypatch):
+def durable(monkeypatch, own_state):
     """Studies are on the disk before a call returns, as outside of tests."""
-    monkeypatch.setattr(database, "PRAGMAS", PRAGMAS)
+    monkeypatch.setattr("gputune.study.database.PRAGMAS", own_state)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def another_user(tmp_path, monkeypatch):
 
     def begin():
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state-of-another"))
-        monkeypatch.setattr(code, "_here", set())
+        monkeypatch.setattr("gputune.study.code._here", set())
 
     return begin
 
@@ -104,12 +105,14 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if config.getoption("--auto-gpu"):  # of the oracle's own fork_rng()
         config.addinivalue_line("filterwarnings", "ignore:CUDA reports that you have .* available:UserWarning")
-    examples = 1000 if config.getoption("--all") else 40
-    settings.register_profile(
-        "gputune", max_examples=examples, deadline=None, derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    settings.load_profile("gputune")
+    if not config.getoption("numprocesses", None):
+        from hypothesis import HealthCheck, settings
+
+        settings.register_profile(
+            "gputune", max_examples=1000 if config.getoption("--all") else 40, deadline=None, derandomize=True,
+            database=None, suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        settings.load_profile("gputune")
     if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(WriteDurations())
 
@@ -140,10 +143,15 @@ def pytest_collection_finish():
 @pytest.fixture
 def recorded_on_cpu(monkeypatch):
     """Let steps be recorded on a CPU too, by the stand-in that is as strict as a CUDA graph."""
+    from gputune.modules.recorder import RECORDERS
+    from stand_in import StandIn
+
     monkeypatch.setitem(RECORDERS, "cpu", StandIn)
 
 
 @pytest.fixture(scope="session")
 def iris():
     """Measurements and kinds of 150 irises."""
+    from sklearn.datasets import load_iris
+
     return load_iris(return_X_y=True)

@@ -88,7 +88,7 @@ def test_several_numbers_are_each_standardised_and_scored_as_scikit_learn_does()
     assert study.best_model().predict(X).shape == (60, 2)
 
 
-def test_several_labels():
+def test_several_labels_are_scored_and_their_model_is_saved(tmp_path):
     loss = functional.binary_cross_entropy_with_logits
     logits, y = outputs_of(plain_loop(3, LABELS.double(), loss)), LABELS[:20].numpy()
     guess = (logits > 0).numpy()
@@ -98,12 +98,10 @@ def test_several_labels():
         "f1_macro": f1_score(y, guess, average="macro"),
         "roc_auc": roc_auc_score(y, logits.sigmoid().numpy()),
     }
-    assert gputune.tune(Net, X, LABELS, scoring=list(expected), **ONE).trials[0].scores == pytest.approx(expected)
+    study = gputune.tune(Net, X, LABELS, scoring=list(expected), **ONE)
+    assert study.trials[0].scores == pytest.approx(expected)
     assert 0 < score(LABELS[:, :2], scoring="roc_auc") < 1
-
-
-def test_a_model_of_several_labels_is_saved(tmp_path):
-    model = gputune.tune(Net, X, LABELS, **ONE).best_model()
+    model = study.best_model()
     model.save(tmp_path / "model")
     again = gputune.load_model(tmp_path / "model", module=Net)
     assert set(np.unique(again.predict(X))) <= {0, 1} and again.predict_proba(X).shape == (60, 3)
@@ -484,29 +482,24 @@ def test_a_study_knows_its_loss(tmp_path):
         gputune.tune(Net, X, SEVERAL[:, 0], loss="mae", **options)
 
 
+ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
+
+
 @pytest.mark.parametrize(
     ("y", "options", "message"),
     [
         (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
         (TWO, {"model": OneLogit, "loss": nn.BCELoss()}, "BCELoss takes probabilities, .* give loss='bce', which"),
         (TWO, {"model": OneLogit, "loss": "cross_entropy"}, r"got \(31, 1\) .* or one with loss='bce'"),
-        (
-            TWO,
-            {"model": FLAT, "loss": nn.CrossEntropyLoss()},
-            "raised .* One logit a row of two classes takes loss='bce'",
-        ),
-        (BINARY, {"model": OneLogit, "loss": nn.CrossEntropyLoss()}, "One logit a row of two classes takes loss='bce'"),
+        (TWO, {"model": FLAT, "loss": nn.CrossEntropyLoss()}, f"raised .* {ONE_LOGIT}"),
+        (BINARY, {"model": OneLogit, "loss": nn.CrossEntropyLoss()}, ONE_LOGIT),
         (TWO, {"loss": "bce", "model": lambda n_features: Net(n_features, 2)}, "take loss='cross_entropy'"),
         (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
         (X, {"task": "custom", "loss": poisson, "scoring": "r2"}, "scoring='r2' does not fit a custom target"),
         (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
         (LABELS[:, 0], {"model": "mlp", "loss": "cross_entropy"}, "loss is for a module of your own"),
         (SEVERAL, {"loss": lambda o, y: o[:, :3] @ y}, "the loss .*<lambda> raised RuntimeError: .* shape"),
-        (
-            SEVERAL,
-            {"loss": lambda o, y: o},
-            r"must return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)",
-        ),
+        (SEVERAL, {"loss": lambda o, y: o}, r"return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)"),
         (SEVERAL[:, 0], {"loss": nn.CrossEntropyLoss()}, "CrossEntropyLoss is of classes, and y is one number a row"),
         (SEVERAL[:, 0], {"loss": functional.cross_entropy}, "y is numbers here; task='classification' takes it"),
         (LABELS[:, 0], {"loss": functional.mse_loss}, "y is classes here; task='regression' takes it the other way"),
@@ -516,25 +509,16 @@ def test_a_study_knows_its_loss(tmp_path):
         (SEVERAL, {"augment": lambda x: x}, r"raised TypeError: .* called as augment\(x, generator\)"),
         (SEVERAL, {"scoring": lambda o, y: o @ y}, "It is called as scoring.outputs, y., with tensors"),
         (LABELS, {"loss": nn.CrossEntropyLoss()}, "is of one class a row, .* give loss=torch.nn.BCEWithLogits"),
-        (
-            LABELS[:, 0],
-            {"model": lambda n_features: Net(n_features, 7), "training_step": lambda m, b: m(b[0]).mean()},
-            r"must return a tensor of shape .* With task='custom' and scoring=callable\(outputs, y\)",
-        ),
+        (LABELS[:, 0], {"model": lambda n_features: Net(n_features, 7), "training_step": lambda m, b: m(b[0]).mean()},
+         r"must return a tensor of shape .* With task='custom' and scoring=callable\(outputs, y\)"),
         (None, {}, "y is missing: .* a loss of X alone, as of an autoencoder, takes y=X and task='custom'"),
-        (
-            SEVERAL[:, 0],
-            {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
-            "loss__power has several values in the space and no default; give it one, or scoring=callable",
-        ),
-        (
-            X,
-            {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
-            "a custom target that training_step trains on has no score of its own; give scoring=callable",
-        ),
+        (SEVERAL[:, 0], {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
+         "loss__power has several values in the space and no default; give it one, or scoring=callable"),
+        (X, {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
+         "a custom target that training_step trains on has no score of its own; give scoring=callable"),
         (SEVERAL, {"loss": lambda o, y: o.mean(1), "method": "hypergradient"}, "differentiates a loss that has a name"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused(y, options, message):
     with refused(message):
         score(y, **options)

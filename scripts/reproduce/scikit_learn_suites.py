@@ -96,13 +96,11 @@ def outcomes(suite: Suite, *, swapped: bool, keyword: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         file, report = Path(folder) / f"{suite.name}.py", Path(folder) / "report.xml"
         file.write_text(suite.source(swapped=swapped))
-        plugins = ["-p", "sklearn.conftest", "-p", "no:cacheprovider"]
-        if find_spec("xdist") is not None:
-            plugins += ["-p", "no:xdist"]
-        options = [f"--junitxml={report}", "-q", "--tb=line", "-k", keyword, "--rootdir", folder, "-c", "/dev/null"]
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", *plugins, *options, str(file)], capture_output=True, text=True, cwd=folder
-        )
+        options = ["-p", "sklearn.conftest", "-p", "no:cacheprovider", f"--junitxml={report}", "-q", "--tb=line"]
+        options += ["-p", "no:xdist"] * (find_spec("xdist") is not None)
+        options += ["-k", keyword, "--rootdir", folder, "-c", "/dev/null"]
+        command = [sys.executable, "-m", "pytest", *options, str(file)]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if not report.exists():
             raise RuntimeError(f"pytest did not run {suite.name}:\n{run.stdout}{run.stderr}")
         cases = ElementTree.parse(report).iter("testcase")
@@ -169,9 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-k", default="", metavar="WORDS", help="only tests with these words, as of pytest")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the page here")
     options = parser.parse_args(arguments)
-    chosen = [suite for suite in SUITES if suite.name in options.suites or not options.suites]
     unexplained, results = 0, {}
-    for suite in chosen:
+    for suite in (suite for suite in SUITES if suite.name in options.suites or not options.suites):
         applies, failed = results[suite] = compared(suite, options.k)
         print(f"{suite.name}: {len(applies) - len(failed)} of {len(applies)}")
         for why, names in by_reason(suite, failed).items():

@@ -3,6 +3,7 @@
 import functools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,52 +121,42 @@ def test_engines_take_turns(script, work):
     assert found[0].start == (0.25, 0.25) and found[0].compile == (0.5, 0.5)
 
 
-class FakeEngine:
-    """An engine that knows its scores already."""
-
-    def __init__(self, script, word, accuracy):
-        self.script, self.word, self.name, self.package = script, word, word, "sklearn"
-        self.accuracy, self.lack = accuracy, None
-
-    def lacks(self):
-        return self.lack
-
-    def load(self):
-        full = functools.partial(np.full, fill_value=self.accuracy)
-        outcome = self.script("benchmark.work").Outcome
-        return lambda work, cores: outcome(full((len(work.trials), len(work.folds))), 0.001, 0.0)
-
-
 @pytest.fixture
-def fake(script, monkeypatch):
-    """Put engines that know their scores in the place of all."""
+def fake(script, monkeypatch, tmp_path, capsys):
+    """Run the command with engines that know their scores in the place of all: its exit code, and what it says."""
 
-    def put(**accuracies):
-        fakes = {word: FakeEngine(script, word, accuracy) for word, accuracy in accuracies.items()}
+    def run(*options, lacks=None, **accuracies):
+        def engine(word, accuracy):
+            def train(work, cores):
+                scores = np.full((len(work.trials), len(work.folds)), accuracy)
+                return script("benchmark.work").Outcome(scores, 0.001, 0.0)
+
+            lack = (lacks or {}).get(word)
+            return SimpleNamespace(word=word, name=word, package="sklearn", lacks=lambda: lack, load=lambda: train)
+
+        fakes = {word: engine(word, accuracy) for word, accuracy in accuracies.items()}
         for name in ("benchmark.engines", "benchmark.studies.training"):
             monkeypatch.setattr(script(name), "ENGINES", fakes)
         for name in ("benchmark.report", "benchmark.studies.training"):
             monkeypatch.setattr(script(name), "card", lambda: None)
-        return fakes
+        return script("benchmark.__main__").main([*options, "--out", str(tmp_path)]), capsys.readouterr().out
 
-    return put
+    return run
 
 
-def test_no_speed_is_shown_where_the_scores_differ(script, fake, tmp_path, capsys):
-    fake(sklearn=0.9, torch=0.9, gputune=0.95)
-    command = ["--trials", "6", "--repeats", "1", "--out", str(tmp_path)]
-    assert script("benchmark.__main__").main(command) == 1
-    out = capsys.readouterr().out
+def test_no_speed_is_shown_where_the_scores_differ(fake, tmp_path):
+    code, out = fake("--trials", "6", "--repeats", "1", sklearn=0.9, torch=0.9, gputune=0.95)
+    assert code == 1
     assert "NO SPEED: the mean accuracies differ by more than 0.01" in out
     assert "gputune: mean last-epoch accuracy 0.9500" in out and "trials/s" not in out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_report_is_written(script, fake, tmp_path, capsys):
-    fakes = fake(sklearn=0.951, torch=0.95, ray=0.95, gputune=0.95)
-    fakes["ray"].lack = "ray.tune is not installed"
-    command = ["--repeats", "2", "--out", str(tmp_path), "--engines", "sklearn,ray,torch:3"]
-    assert script("benchmark.__main__").main([*command, "--work", "narrow:6", "wide", "--trials", "7"]) == 0
+def test_the_report_is_written(fake, tmp_path):
+    command = "--repeats 2 --engines sklearn,ray,torch:3 --work narrow:6 wide --trials 7".split()
+    lacks = {"ray": "ray.tune is not installed"}
+    code, said = fake(*command, lacks=lacks, sklearn=0.951, torch=0.95, ray=0.95, gputune=0.95)
+    assert code == 0
     (numbers,), (page,) = tmp_path.glob("training-*.json"), tmp_path.glob("training-*.md")
     report = json.loads(numbers.read_text())
     assert [(part["work"], len(part["trials"])) for part in report["works"]] == [("narrow", 6), ("wide", 7)]
@@ -175,7 +166,7 @@ def test_the_report_is_written(script, fake, tmp_path, capsys):
     expected = [("sklearn", 7), ("torch", 3), ("gputune", 3), ("gputune", 7)]
     assert [(e["engine"], e["trials"]) for e in engines] == expected
     assert all(len(e["seconds"]) == 2 for e in engines)
-    text, said = page.read_text(), capsys.readouterr().out
+    text = page.read_text()
     assert "## wide: 7 trials x 5 folds x 20 epochs" in text
     assert "| torch (measured on the first 3 trials) | 0.9500 |" in text
     assert "| ray: ray.tune is not installed |" in text and "ray is left out: ray.tune is not installed" in said

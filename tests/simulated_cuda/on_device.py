@@ -42,7 +42,7 @@ pytestmark = pytest.mark.gpu
 
 # What lands on the current device by mistake, cuda:0, is on the wrong one where it is not asked for.
 DEVICES = ["cuda:1", pytest.param("cuda:0", marks=pytest.mark.long)]
-FAST = {"n_trials": 4, "max_epochs": 4, "cv": 3, "verbose": 0, "dtype": "float64", "workers": 1}
+FAST = {"n_trials": 3, "max_epochs": 3, "cv": 3, "verbose": 0, "dtype": "float64", "workers": 1}
 
 
 class Net(nn.Module):

@@ -16,6 +16,20 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 ROUNDS, PATIENCE = 2_000, 50  # of boosting, at most and without a better score on a fold's validation rows
 LIBRARIES = {"lightgbm": "LightGBM", "catboost": "CatBoost"}
+SPACES: dict[str, dict[str, Any]] = {
+    "lightgbm": {
+        "learning_rate": (5e-3, 0.1, "log"), "num_leaves": (2, 200, "log"), "min_child_samples": (1, 64, "log"),
+        "colsample_bytree": (0.4, 1.0), "subsample": (0.7, 1.0), "extra_trees": [False, True],
+        "reg_alpha": (1e-5, 1.0, "log"), "reg_lambda": (1e-5, 2.0, "log"),
+    },
+    "catboost": {
+        "learning_rate": (5e-3, 0.1, "log"), "depth": (4, 8), "l2_leaf_reg": (1e-4, 5.0, "log"),
+        "subsample": (0.7, 1.0), "colsample_bylevel": (0.85, 1.0), "grow_policy": ["SymmetricTree", "Depthwise"],
+        "leaf_estimation_iterations": (1, 20, "log"), "one_hot_max_size": (8, 100, "log"),
+        "model_size_reg": (0.1, 1.5, "log"), "max_ctr_complexity": (2, 5),
+    },
+}  # fmt: skip
+"""Those of AutoGluon's searches (TabArena's for CatBoost)."""
 
 
 def versions() -> dict[str, str]:
@@ -100,8 +114,7 @@ def tuned(
 ) -> tuple[OfTable, int, int]:
     """Return a library's trees tuned for so many seconds by Optuna's TPE, how many trials it had and the best one.
 
-    The spaces are those of AutoGluon's searches (TabArena's for CatBoost); each fold stops early, and the best trial is
-    fitted on all rows with the folds' mean number of rounds.
+    Each fold stops early, and the best trial is fitted on all rows with the folds' mean number of rounds.
     """
     import optuna
 
@@ -109,10 +122,9 @@ def tuned(
     numbers, levels = task == "regression", levels_of(X)
     parts = (KFold if numbers else StratifiedKFold)(folds, shuffle=True, random_state=0)
     judge = get_scorer(scoring)
-    space = _space_of_lightgbm if library == "lightgbm" else _space_of_catboost
 
     def objective(trial: optuna.Trial) -> float:
-        chosen, scores, rounds = space(trial), [], []
+        chosen, scores, rounds = _drawn(trial, SPACES[library]), [], []
         for train, valid in parts.split(X, None if numbers else y):
             one = _model(library, task, levels, **_settings(library, task, scoring, ROUNDS), **chosen)
             others = one.rows(X.iloc[valid]), y.iloc[valid]
@@ -131,32 +143,16 @@ def tuned(
     return _model(library, task, levels, **settings, **best.params).fit(X, y), len(study.trials), best.number
 
 
-def _space_of_lightgbm(trial: Any) -> dict[str, Any]:
-    return {
-        "learning_rate": trial.suggest_float("learning_rate", 5e-3, 0.1, log=True),
-        "num_leaves": trial.suggest_int("num_leaves", 2, 200, log=True),
-        "min_child_samples": trial.suggest_int("min_child_samples", 1, 64, log=True),
-        "colsample_bytree": trial.suggest_float("colsample_bytree", 0.4, 1.0),
-        "subsample": trial.suggest_float("subsample", 0.7, 1.0),
-        "extra_trees": trial.suggest_categorical("extra_trees", [False, True]),
-        "reg_alpha": trial.suggest_float("reg_alpha", 1e-5, 1.0, log=True),
-        "reg_lambda": trial.suggest_float("reg_lambda", 1e-5, 2.0, log=True),
-    }
-
-
-def _space_of_catboost(trial: Any) -> dict[str, Any]:
-    return {
-        "learning_rate": trial.suggest_float("learning_rate", 5e-3, 0.1, log=True),
-        "depth": trial.suggest_int("depth", 4, 8),
-        "l2_leaf_reg": trial.suggest_float("l2_leaf_reg", 1e-4, 5.0, log=True),
-        "subsample": trial.suggest_float("subsample", 0.7, 1.0),
-        "colsample_bylevel": trial.suggest_float("colsample_bylevel", 0.85, 1.0),
-        "grow_policy": trial.suggest_categorical("grow_policy", ["SymmetricTree", "Depthwise"]),
-        "leaf_estimation_iterations": trial.suggest_int("leaf_estimation_iterations", 1, 20, log=True),
-        "one_hot_max_size": trial.suggest_int("one_hot_max_size", 8, 100, log=True),
-        "model_size_reg": trial.suggest_float("model_size_reg", 0.1, 1.5, log=True),
-        "max_ctr_complexity": trial.suggest_int("max_ctr_complexity", 2, 5),
-    }
+def _drawn(trial: Any, space: dict[str, Any]) -> dict[str, Any]:
+    """Draw a value of each law: one of a list, or a number between two, of their type."""
+    drawn = {}
+    for name, law in space.items():
+        if isinstance(law, list):
+            drawn[name] = trial.suggest_categorical(name, law)
+        else:
+            suggest = trial.suggest_int if isinstance(law[0], int) else trial.suggest_float
+            drawn[name] = suggest(name, *law[:2], log="log" in law)
+    return drawn
 
 
 def _stop(library: str, others: tuple[pd.DataFrame, pd.Series]) -> dict[str, Any]:
