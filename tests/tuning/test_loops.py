@@ -71,7 +71,7 @@ def test_workers_find_what_this_process_finds():
     here, there = ([(t.state, repr(t.score), t.detail) for t in trials] for trials in found)
     assert here == there and 0 < sum(state == "failed" for state, *_ in here) < 8
     before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
-    search(objective, n_trials=1)
+    search(objective)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == (before[0], before[2])
     assert torch.equal(torch.get_rng_state(), before[1])
 
