@@ -123,15 +123,6 @@ def test_a_model_that_an_earlier_version_wrote_is_read(frame, saved):
     np.testing.assert_array_equal(load_model(saved).predict_proba(frame), expected)
 
 
-def test_a_model_is_replaced_by_the_next_one_and_leaves_two_files(frame, saved):
-    killed = scratch_folder(saved, prefix=".model")
-    (killed.__enter__() / "model.json").write_text("half of it")
-    make_model(frame, classes=None).save(saved)
-    assert load_model(saved).classes is None
-    killed.__exit__(None, None, None)
-    assert sorted(p.name for p in saved.iterdir()) == ["model.json", "model.safetensors"]
-
-
 class Tied(nn.Module):
     def __init__(self, n_features, n_outputs):
         super().__init__()
@@ -151,14 +142,20 @@ def test_tied_weights_are_saved_and_a_class_that_no_import_reaches_is_told(frame
     np.testing.assert_array_equal(load_model(folder, module=here).predict(frame), model.predict(frame))
 
 
-def test_a_folder_with_anything_else_is_left_alone(frame, folder):
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("precious")
-    with refused(r"save\(folder='.*model'\): the folder holds 'thesis.tex', which is no part"):
-        make_model(frame).save(folder)
+def test_a_model_is_replaced_by_the_next_one_and_anything_else_is_left_alone(frame, saved):
+    killed = scratch_folder(saved, prefix=".model")
+    (killed.__enter__() / "model.json").write_text("half of it")
+    make_model(frame, classes=None).save(saved)
+    assert load_model(saved).classes is None
+    killed.__exit__(None, None, None)
+    assert sorted(p.name for p in saved.iterdir()) == ["model.json", "model.safetensors"]
+    (other := saved.with_name("other")).mkdir()
+    (other / "thesis.tex").write_text("precious")
+    with refused(r"save\(folder='.*other'\): the folder holds 'thesis.tex', which is no part"):
+        make_model(frame).save(other)
     with refused(r"a file has that name; choose another"):
-        make_model(frame).save(folder / "thesis.tex")
-    assert [p.read_text() for p in folder.iterdir()] == ["precious"]
+        make_model(frame).save(other / "thesis.tex")
+    assert [p.read_text() for p in other.iterdir()] == ["precious"]
 
 
 def test_a_save_that_fails_leaves_the_old_model_or_one_that_is_found(frame, saved, monkeypatch):
@@ -187,17 +184,15 @@ class Odd(LogisticRegression):
         return {"a": 1}
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ({"spec": {"kind": "mlp", "kwargs": {"width": print}}}, "the model's spec or info holds .* cannot be kept"),
-        ({"info": {"when": object()}}, "the model's spec or info holds .* cannot be kept"),
+def test_what_cannot_be_written_is_named_before_anything_is(frame, folder):
+    of_json = "the model's spec or info holds .* cannot be kept"
+    for content, words in (
+        ({"spec": {"kind": "mlp", "kwargs": {"width": print}}}, of_json),
+        ({"info": {"when": object()}}, of_json),
         ({"module": Odd(2, 2)}, "Odd keeps '_extra_state', a dict, in its state; only tensors can be saved"),
-    ],
-)
-def test_what_cannot_be_written_is_named_before_anything_is(frame, folder, content, words):
-    with refused(words):
-        replace(make_model(frame), **content).save(folder)
+    ):
+        with refused(words):
+            replace(make_model(frame), **content).save(folder)
     assert not folder.exists()
 
 

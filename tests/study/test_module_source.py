@@ -102,12 +102,13 @@ def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypat
     sys.modules.pop("own_nets")
 
 
-@pytest.mark.parametrize(
-    ("name", "held"), [("Nett", "Module, Net"), ("number", "Net"), ("Settings", "Net"), ("Outer", "Net"), ("", "Net")]
-)
-def test_a_name_that_is_no_module_class(net, name, held):
-    with refused(rf"net\.py' has no torch.nn.Module class '{name}'; it has .*{held}"):
-        class_from_file(net, name)
+NAMES = {"Nett": "Module, Net", **dict.fromkeys(("number", "Settings", "Outer", ""), "Net")}
+
+
+def test_a_name_that_is_no_module_class(net):
+    for name, held in NAMES.items():
+        with refused(rf"net\.py' has no torch.nn.Module class '{name}'; it has .*{held}"):
+            class_from_file(net, name)
 
 
 @pytest.mark.parametrize(
@@ -330,18 +331,15 @@ def test_a_builder_gets_what_its_signature_has():
     assert seen == [call for call in calls for _ in range(2)]  # the second to see whether modules share tensors
 
 
-@pytest.mark.parametrize(
-    ("builder", "arguments", "message"),
-    [
+def test_a_builder_that_does_not_build_is_named():
+    for builder, arguments, message in (
         (lambda n_outputs: n_outputs, {}, "must return a torch.nn.Module, got int"),
         (lambda n_outputs: 1 / 0, {}, r"<lambda>\(n_outputs=2\) raised ZeroDivisionError"),
         (lambda n_outputs: n_outputs, {"depth": 3}, r"module__depth is no argument of <lambda>\(n_outputs\)"),
         (lambda n_outputs: n_outputs, {"n_outputs": 3}, "module__n_outputs is given by the data"),
-    ],
-)
-def test_a_builder_that_does_not_build_is_named(builder, arguments, message):
-    with refused(message):
-        build_module(builder, arguments, Shape(3, 2), seed=0)
+    ):
+        with refused(message):
+            build_module(builder, arguments, Shape(3, 2), seed=0)
 
 
 def test_a_function_of_this_process_is_searched_in_workers():
