@@ -178,34 +178,27 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
         )
     if (rule := RANGES.get(key)) is None:
         return
-    if real and rule.integer:
-        raise InputError(
-            f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws real numbers. {INTEGER_REMEDY}"
-        )
-    inside = rule.holds(low) and (rule.holds(high) or high == rule.high == math.inf)
+    inside, fault = rule.holds(low) and (rule.holds(high) or high == rule.high == math.inf), ""
     # A continuous draw meets an end of its support with probability zero, so an end may lie on the bound.
     if real and not isinstance(value, Steps):
         inside = rule.low <= low and high <= rule.high
-    if not inside:
-        raise InputError(
-            f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws from {low:g} to {high:g}. "
-            "Narrow its range."
-        )
+    if real and rule.integer:
+        fault = f"real numbers. {INTEGER_REMEDY}"
+    elif not inside:
+        fault = f"from {low:g} to {high:g}. Narrow its range."
+    if fault:
+        raise InputError(f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws {fault}")
 
 
-_REALMLP: Mapping[str, float | str] = (
-    {
-        "batch_size": 256, "beta2": 0.95, "schedule": "coslog4",
-        "dropout": 0.15, "dropout_schedule": "flat_cos",
-        "weight_decay": 0.02, "weight_decay_schedule": "flat_cos",
-        "lr_factor__scale": 6.0, "lr_factor__bias": 0.1, "lr_factor__embedding": 0.1, "lr_factor__slopes": 0.1,
-        # Of all but the biases by the square of its factor on the rate, as its authors' package has it.
-        "weight_decay_factor__scale": 6.0, "weight_decay_factor__bias": 0.0,
-        "weight_decay_factor__embedding": 0.1, "weight_decay_factor__slopes": 0.1,
-    }
-)  # fmt: skip
+_REALMLP: Mapping[str, float | str] = {
+    "batch_size": 256, "beta2": 0.95, "schedule": "coslog4", "dropout": 0.15, "dropout_schedule": "flat_cos",
+    "weight_decay": 0.02, "weight_decay_schedule": "flat_cos",
+    "lr_factor__scale": 6.0, "lr_factor__bias": 0.1, "lr_factor__embedding": 0.1, "lr_factor__slopes": 0.1,
+    # Of all but the biases by the square of its factor on the rate, as its authors' package has it.
+    "weight_decay_factor__scale": 6.0, "weight_decay_factor__bias": 0.0,
+    "weight_decay_factor__embedding": 0.1, "weight_decay_factor__slopes": 0.1,
+}  # fmt: skip
 """RealMLP-TD. Source: Holzmueller et al. (2024), arXiv:2407.04491, table A.1; pytabkit, default_params.py."""
-
 
 _SIZES: Mapping[type[nn.Module], Mapping[str, Choices]] = {
     CNN: {"module__channels": [8, 16, 32]},
@@ -253,7 +246,7 @@ def _choices_of(key: str) -> Choices:
     return list(choices) if isinstance(choices, tuple) else stats.loguniform(choices["low"], choices["high"])
 
 
-def _realmlp(goal: Goal) -> list[dict[str, Choices]]:
+def _realmlp(goal: Goal) -> Space:
     """RealMLP-HPO. Source: that paper, table C.2; values that are more likely stand several times."""
     common: dict[str, Choices] = {
         "module__embedding": ["none", "pbld", "pl", "plr"],
@@ -270,7 +263,7 @@ def _realmlp(goal: Goal) -> list[dict[str, Choices]]:
     return [common | {"module__width": [width], "module__depth": [depth]} for width, depth in sizes]
 
 
-def _realmlp_tabarena(goal: Goal) -> list[dict[str, Choices]]:
+def _realmlp_tabarena(goal: Goal) -> Space:
     """The space of TabArena for RealMLP. Source: pytabkit, "tabarena-new".
 
     Departures: one network a trial and not 8, as many epochs for all and no early end, label smoothing without a
@@ -298,31 +291,26 @@ def _realmlp_tabarena(goal: Goal) -> list[dict[str, Choices]]:
 
 
 _KEYS = "lr batch_size weight_decay width depth dropout activation schedule ema numbers".split()
-
-PORTFOLIOS: Mapping[str, Sequence[Config]] = {
-    "mlp": [
-        dict(zip(_KEYS, values, strict=True))
-        for values in (
-            (0.0197, 128, 0.0177, 128, 2, 0.0, "relu", "constant", 0.99, "standard"),
-            (0.00257, 64, 0.114, 256, 1, 0.0, "gelu", "cosine", 0.0, "piecewise"),
-            (0.0037, 32, 0.000865, 256, 3, 0.2, "relu", "constant", 0.99, "standard"),
-            (0.00374, 128, 0.00403, 128, 1, 0.4, "relu", "constant", 0.99, "standard"),
-            (0.00441, 32, 7.89e-05, 128, 2, 0.1, "relu", "cosine", 0.0, "quantile"),
-            (0.0047, 256, 6.07e-05, 256, 1, 0.4, "silu", "constant", 0.0, "piecewise"),
-            (0.00267, 256, 0.000267, 256, 3, 0.1, "gelu", "constant", 0.0, "piecewise"),
-        )
-    ]
-}
+_MLPS = (
+    (0.0197, 128, 0.0177, 128, 2, 0.0, "relu", "constant", 0.99, "standard"),
+    (0.00257, 64, 0.114, 256, 1, 0.0, "gelu", "cosine", 0.0, "piecewise"),
+    (0.0037, 32, 0.000865, 256, 3, 0.2, "relu", "constant", 0.99, "standard"),
+    (0.00374, 128, 0.00403, 128, 1, 0.4, "relu", "constant", 0.99, "standard"),
+    (0.00441, 32, 7.89e-05, 128, 2, 0.1, "relu", "cosine", 0.0, "quantile"),
+    (0.0047, 256, 6.07e-05, 256, 1, 0.4, "silu", "constant", 0.0, "piecewise"),
+    (0.00267, 256, 0.000267, 256, 3, 0.1, "gelu", "constant", 0.0, "piecewise"),
+)
+PORTFOLIOS: Mapping[str, Sequence[Config]] = {"mlp": [dict(zip(_KEYS, values, strict=True)) for values in _MLPS]}
 """Good configurations that a space of a name begins with, chosen over eleven tables (scripts/benchmark)."""
 
-SPACES: Mapping[str, Callable[[Goal], list[dict[str, Choices]]]] = {
+SPACES: Mapping[str, Callable[[Goal], Space]] = {
     "mlp": lambda goal: [default_space("mlp", "adamw")],
     "realmlp": _realmlp,
     "realmlp-tabarena": _realmlp_tabarena,
 }
 
 
-def named_space(name: str, goal: Goal) -> list[dict[str, Choices]]:
+def named_space(name: str, goal: Goal) -> Space:
     """Return the space of a name. Raises InputError for a name that there is not."""
     if name not in SPACES:
         raise InputError(
