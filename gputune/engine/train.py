@@ -233,9 +233,9 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
 
 def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
     words, fits = {"seed": training.seed, "horizon": training.horizon}, training.fits
-    if isinstance(network, LoopedModule):
-        return LoopChunk(network, data, network.configs, scoring=training.scoring, **words)
     validation = Validation(data, training.scoring)
+    if isinstance(network, LoopedModule):
+        return LoopChunk(network, validation, **words)
     word = trains_as(training.backend, network.kind, network.configs[0], data=data)
     if word == "compiled":
         return CompiledChunk(network, validation, **words)

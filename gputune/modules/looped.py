@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.modules.calls import not_trained, put_numbers, state_of
 from gputune.modules.construction import hidden_sides, name_of
@@ -25,7 +24,7 @@ from gputune.optimizers.rules import schedule_factor
 from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, row_order, steps_of
 from gputune.population.population import beyond_adam
-from gputune.scoring.scoring import Scoring, Validation
+from gputune.scoring.scoring import Validation
 from gputune.seeding import keyed_draws, start_stream
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 
@@ -186,27 +185,18 @@ class LoopChunk:
 
     scoring_share = 0.0
 
-    def __init__(
-        self,
-        network: LoopedModule,
-        data: Dataset,
-        configs: Sequence[Config],
-        *,
-        seed: int,
-        horizon: int,
-        scoring: Scoring | None,
-    ) -> None:
-        self.network, self.data, self.seed = network, data, seed
-        self.target = network.targets(data.y)
-        self.validation = Validation(data, scoring)
-        self.alive = list(range(len(configs)))
-        self.lengths = np.array([len(fold.train) for fold in data.folds])
-        self.sizes = np.minimum.outer(self.lengths, np.array([min(c["batch_size"], 2**62) for c in configs]))  # (F, C)
+    def __init__(self, network: LoopedModule, validation: Validation, *, seed: int, horizon: int) -> None:
+        self.network, self.validation, self.data, self.seed = network, validation, validation.data, seed
+        self.target = network.targets(self.data.y)
+        self.alive = list(range(len(network.configs)))
+        self.lengths = np.array([len(fold.train) for fold in self.data.folds])
+        sizes = np.array([min(config["batch_size"], 2**62) for config in network.configs])
+        self.sizes = np.minimum.outer(self.lengths, sizes)  # (F, C)
         self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
         self.members = {
             (f, c): _Member(network, config, start, steps=int(self.steps[f, c]), horizon=horizon)
             for f, start in enumerate(network.starts())
-            for c, config in enumerate(configs)
+            for c, config in enumerate(network.configs)
         }
         """By fold and trial, one fold after another."""
 
