@@ -178,14 +178,14 @@ class ModuleDraws:
     def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
         self.seed, self.device = seed, batches.data.device
         self.rows = [{part.rows for part in shape.parts} for shape in batches.shapes]
-        self.draws: dict[int, list[_Draw]] = {}
+        tried: dict[int, _DrawRecorder] = {}
         for step, shape in enumerate(batches.shapes):
             for part, batch in zip(shape.parts, batches.at(0, step)):
-                if part.rows not in self.draws:
+                if part.rows not in tried:
                     with keyed_draws(self.device, seed, "try"):
-                        self.draws[part.rows] = _recorded(partial(forward, batch)).draws
-        with keyed_draws(self.device, seed, "try"):
-            samples = {rows: [draw.make() for draw in draws] for rows, draws in self.draws.items()}
+                        tried[part.rows] = _recorded(partial(forward, batch))
+        self.draws = {rows: recorder.draws for rows, recorder in tried.items()}
+        samples = {rows: recorder.results for rows, recorder in tried.items()}
         size = sum(sample.nbytes for sample in tensors(samples))
         self.ahead = max(1, min(len(self.rows), _DRAW_BYTES // max(1, size)))
         self.buffers = {
