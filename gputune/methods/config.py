@@ -182,7 +182,7 @@ def plain_config(config: Mapping[str, object], *, name: str = "") -> Config:
     return {key: _plain(config[key]) for key in sorted(config)}
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """Return Python's own number in place of NumPy's."""
     is_scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if is_scalar else value  # type: ignore[attr-defined]

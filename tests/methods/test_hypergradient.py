@@ -30,19 +30,14 @@ def places(path, *slopes, name="lr"):
     return found
 
 
-def test_a_step_goes_against_the_sign_and_halves_on_a_flip():
+def test_a_step_goes_against_the_sign_and_halves_on_a_flip_and_the_first_depends_on_the_number_of_values():
     found = places(start(first_step=1.0), *map(slope, (-3.0, -0.1, 0.2, 5.0, -1.0)))
     # Of the fourth step half is taken, since the whole would lead back to the second place.
     np.testing.assert_allclose(np.diff(found), [1, 1, -0.5, -0.25, 0.125], rtol=1e-12)
-
-
-def test_the_default_first_step_depends_on_the_number_of_values():
     for value, first in ((1.0, 1.5), ([[1.0], [1.0]], 1.0)):
         before, after = places(start(), slope(value))
         np.testing.assert_allclose(before - after, first, rtol=1e-12)
-
-
-def test_a_number_becomes_one_for_each_segment_and_layer():
+    # A number becomes one for each segment and layer.
     path = start()
     assert places(path, slope([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]))[1].shape == (3, 2)
     assert path.config["width"] == 8

@@ -164,17 +164,6 @@ def test_a_tuned_model_and_the_solved_logistic_regression(model, tmp_path):
     assert known["names"] == [f"x{i}" for i in range(30)] and known["classes"] == ["benign", "malignant"]
 
 
-@pytest.mark.filterwarnings("ignore:X has categories that were not there")
-def test_encoded_rows_are_columns_or_features():
-    numbers = make_model(NUMBERS)
-    others = OTHERS.drop(columns="city")
-    np.testing.assert_array_equal(numbers.encoded(others), others[["age", "income", "member"]].to_numpy())
-    mixed = make_model(FRAME)
-    assert mixed.encoded(OTHERS).shape == (4, len(mixed.layout.feature_names))
-    with refused("X has no column 'age'"):
-        numbers.encoded(others.drop(columns="age"))
-
-
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize(
     ("module", "reason"), [(Branching, ".*torch.export can trace"), (Counting, "its forward.* fixes the number")]
@@ -187,8 +176,13 @@ def test_a_module_that_cannot_be_traced(module, reason, suffix, tmp_path, capfd)
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_is_refused(tmp_path, monkeypatch):
-    model = make_model(NUMBERS)
+@pytest.mark.filterwarnings("ignore:X has categories that were not there")
+def test_encoded_rows_are_columns_or_features_and_what_is_refused(tmp_path, monkeypatch):
+    model, mixed, others = make_model(NUMBERS), make_model(FRAME), OTHERS.drop(columns="city")
+    np.testing.assert_array_equal(model.encoded(others), others[["age", "income", "member"]].to_numpy())
+    assert mixed.encoded(OTHERS).shape == (4, len(mixed.layout.feature_names))
+    with refused("X has no column 'age'"):
+        model.encoded(others.drop(columns="age"))
     with refused(r"export\(path='.*model.pt'\) must end in .onnx or .pt2"):
         model.export(tmp_path / "model.pt")
     there = tmp_path / "there.onnx"

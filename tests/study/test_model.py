@@ -129,21 +129,6 @@ def test_missing_columns_are_named_and_others_ignored(frame):
     np.testing.assert_array_equal(model.predict(frame.assign(outcome="yes")), got)  # its target, without a warning
 
 
-def test_many_rows_are_predicted_in_batches_of_bounded_size(frame, monkeypatch):
-    model = make_model(frame, dtype=torch.float64)
-    wanted = model.predict_proba(frame)
-    sizes = []
-    model.module.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
-    monkeypatch.setattr(model_file, "ROWS", 7)
-    np.testing.assert_allclose(model.predict_proba(frame), wanted, rtol=1e-12)
-    assert sizes == [7, 7, 7, 7, 2]
-    sizes.clear()
-    monkeypatch.setattr(model_file, "NUMBERS", 3 * len(model.layout.feature_names))
-    assert len(model.predict(frame)) == 30 and sizes == [3] * 10
-    monkeypatch.setattr(model_file, "NUMBERS", 1)  # wider than the bound: one row at a time
-    assert len(model.predict(frame.head(2))) == 2
-
-
 class Net(nn.Module):
     """A user's module with dropout whose result is what ``shape`` makes of (n, K)."""
 
@@ -157,12 +142,24 @@ class Net(nn.Module):
         return self.shape(self.drop(self.linear(x)))
 
 
-def test_a_module_that_was_trained_on_predicts_without_dropout_and_without_gradients(frame):
+def test_many_rows_are_predicted_in_batches_of_bounded_size_without_dropout_and_gradients(frame, monkeypatch):
     model = make_model(frame, module=Net)
     wanted = model.predict_proba(frame)
     model.module.train()
     np.testing.assert_array_equal(model.predict_proba(frame), wanted)
     assert all(p.grad is None for p in model.module.parameters())
+    model = make_model(frame, dtype=torch.float64)
+    wanted = model.predict_proba(frame)
+    sizes = []
+    model.module.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(model_file, "ROWS", 7)
+    np.testing.assert_allclose(model.predict_proba(frame), wanted, rtol=1e-12)
+    assert sizes == [7, 7, 7, 7, 2]
+    sizes.clear()
+    monkeypatch.setattr(model_file, "NUMBERS", 3 * len(model.layout.feature_names))
+    assert len(model.predict(frame)) == 30 and sizes == [3] * 10
+    monkeypatch.setattr(model_file, "NUMBERS", 1)  # wider than the bound: one row at a time
+    assert len(model.predict(frame.head(2))) == 2
 
 
 @pytest.mark.parametrize(
