@@ -1,4 +1,4 @@
-"""A study ranks its trials, says why none is best, becomes a table, and is read back from its file."""
+"""A study ranks its trials, says why none is best, becomes a table, and is read from its file, as its record is."""
 
 import dataclasses
 import math
@@ -13,12 +13,13 @@ import pytest
 
 import gputune
 from gputune.api.study import Study
-from gputune.errors import SearchFailedError
+from gputune.errors import SearchFailedError, StudyCorruptError
 from gputune.study import rows
 from gputune.study import study as study_file
+from gputune.study.record import IDENTITY, PARTS, SearchRecord, has_form, lost_option
 from gputune.study.study import Trial
 from gputune.tuning.refit import Access
-from made_studies import HOSTILE, hostile_study, made_study
+from made_studies import HOSTILE, META, hostile_study, made_study
 from refused import refused
 from study_rows import candidates, make_study, result
 
@@ -208,3 +209,39 @@ def test_no_text_adds_an_element_to_a_card(text):
     html = hostile_study(text)._repr_html_()
     assert re.findall(r"<(/?\w+)", html) == re.findall(r"<(/?\w+)", hostile_study("plain")._repr_html_())
     assert gputune.text.clean(text) in unescape(html)
+
+
+LATER = ("positive", "objective", "code", "target_transform", "metrics", "patience", "max_levels")
+
+
+def test_a_record_gives_its_options_back():
+    record = SearchRecord.from_json({**META, "of_a_later_version": 1})
+    assert record.to_json() == META and record.scoring == "accuracy" and not record.lost
+    assert record.absent == {*LATER, "face", "distributions", "arguments", "baseline"}
+
+
+def test_what_a_damaged_file_lacks_is_said_and_is_empty_as_what_no_descent_has():
+    record = SearchRecord.from_json({"model": "mlp"})
+    assert record.to_json() == {"model": "mlp"}
+    assert (record.method_name, record.descended, record.folds, record.seed) == ("", [], 0, None)
+    assert record.lost == [name for name in IDENTITY if name not in LATER]
+    with pytest.raises(StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"):
+        raise lost_option("a.db", "seed")
+    with pytest.raises(StudyCorruptError, match="study has lost the option 'seed' of its search. Its trials"):
+        raise lost_option(None, "seed")
+    method = {"name": "hypergradient", "hyperparameters": ("lr", "momentum")}
+    assert SearchRecord(method=method).descended == ["lr", "momentum"]
+    assert SearchRecord(method=method, optimizer="exact").descended == ["C"]
+
+
+def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
+    training = "spec optimizer schedule task target_transform fingerprint columns numbers class_weight sample_weight"
+    training += " splits objective scoring positive max_epochs seed dtype"
+    assert [name for name, part in PARTS.items() if part.training] == training.split()
+    others = {"target", "space", "method", "epoch", "patience", "metrics", "code", "max_levels"}
+    assert {*IDENTITY} - {*training.split()} == others
+
+
+def test_whole_numbers_have_64_bits():
+    assert all(has_form(value, [int]) for value in ([], [3, -(2**63)], (2**63 - 1,)))
+    assert not any(has_form(value, [int]) for value in ([1, 2**63], [1, True], 1))
