@@ -40,30 +40,11 @@ if TYPE_CHECKING:
     from gputune.study.study import Trial
 
 __all__ = [
-    "ClusterError",
-    "DivergedError",
-    "Halving",
-    "Hypergradient",
-    "InputError",
-    "InputWarning",
-    "Median",
-    "MissingExtraError",
-    "OptunaSampler",
-    "Ray",
-    "SearchFailedError",
-    "SearchInterrupted",
-    "Study",
-    "StudyCorruptError",
-    "StudyVersionError",
-    "Trial",
-    "TunedModel",
-    "__version__",
-    "hypergradient",
-    "load_model",
-    "log_int",
-    "search",
+    "ClusterError", "DivergedError", "Halving", "Hypergradient", "InputError", "InputWarning", "Median",
+    "MissingExtraError", "OptunaSampler", "Ray", "SearchFailedError", "SearchInterrupted", "Study", "StudyCorruptError",
+    "StudyVersionError", "Trial", "TunedModel", "__version__", "hypergradient", "load_model", "log_int", "search",
     "tune",
-]
+]  # fmt: skip
 
 _MODULES = ("callbacks", "models", "optim", "sklearn")
 _HOMES = {

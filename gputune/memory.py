@@ -41,13 +41,9 @@ def free_memory() -> int:
 # What is said in a plain RuntimeError: by torch's allocator on the CPU; by CUDA where it loads code or makes a graph;
 # by the libraries that take memory of their own; by cuDNN where it finds no room to work in.
 _TEXTS = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_NOT_SUPPORTED",
-)
+    "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUDNN_STATUS_NOT_SUPPORTED",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:

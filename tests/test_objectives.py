@@ -288,11 +288,6 @@ def test_a_loss_of_ones_own_trains_and_scores_as_a_plain_loop(y, options, build,
     assert score(y, **options) == pytest.approx(expected, rel=1e-8)
 
 
-def test_weights_need_row_losses():
-    with refused("sample_weight and class_weight weigh rows, and .*:mean_poisson gives no number a row"):
-        score(COUNTS, loss=mean_poisson, sample_weight=WEIGHTS, **NUMBERS)
-
-
 def test_too_few_outputs_for_two_numbers_are_not_taken_for_logits():
     with pytest.raises(gputune.InputError, match=r"must return a tensor of shape \(rows, 2\)") as raised:
         gputune.tune(partial(Net, n_outputs=1), X, SEVERAL, **ONE)
@@ -370,11 +365,6 @@ def test_a_column_is_seen_as_it_was_given(task, steps):
     if task is None:
         named = gputune.tune(OneLogit, X, FAR[:, None], scoring=score, **ONE)
         assert named.best_model().predict(X).shape == (60,)
-
-
-def test_a_score_that_broadcasts_outputs_and_target_is_refused():
-    with refused(r"compares each output .* shape \(20, 1\) and y \(20,\), .* take outputs\[:, 0\]"):
-        gputune.tune(OneLogit, X, FAR, scoring=lambda o, t: -mean_square(o, t), **ONE)
 
 
 @pytest.mark.cpu
@@ -516,6 +506,10 @@ ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
          "loss__power has several values in the space and no default; give it one, or scoring=callable"),
         (X, {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
          "a custom target that training_step trains on has no score of its own; give scoring=callable"),
+        (COUNTS, {"loss": mean_poisson, "sample_weight": WEIGHTS, **NUMBERS},
+         "sample_weight and class_weight weigh rows, and .*:mean_poisson gives no number a row"),
+        (FAR, {"model": OneLogit, "scoring": lambda o, t: -mean_square(o, t)},
+         r"compares each output .* shape \(20, 1\) and y \(20,\), .* take outputs\[:, 0\]"),
         (SEVERAL, {"loss": lambda o, y: o.mean(1), "method": "hypergradient"}, "differentiates a loss that has a name"),
     ],
 )  # fmt: skip

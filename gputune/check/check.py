@@ -18,18 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional
 
-from gputune.check.laws import (
-    Case,
-    by_kernel,
-    difference,
-    from_eager,
-    from_plain_loop,
-    leave,
-    on_other_gpus,
-    recording_fails,
-    run_out_of_memory,
-    scores,
-)
+from gputune.check import laws
+from gputune.check.laws import Case, difference
 from gputune.engine.backend import Findings, Speed, device_name, keep_findings
 from gputune.engine.choice import FEW, FOLDS, measure_speed
 from gputune.engine.kernel import obstacle
@@ -124,24 +114,24 @@ def gradients(mode: Mode, other: Mode, device: torch.device, _backend: Backend) 
 
 
 LAWS: tuple[Law, ...] = (
-    *(Law(f"members equal the plain loop: {name}", partial(from_plain_loop, case)) for name, case in CASES.items()),
-    Law("float32 against the plain loop in float64", partial(from_plain_loop, _ROUNDED), ROUNDED),
-    Law("the kernel's members equal the loop's", partial(by_kernel, _ROUNDED), ROUNDED, ("kernel",)),
-    Law("a module equals the plain loop", partial(from_plain_loop, _MODULE), backends=("eager", "graph")),
+    *(Law(f"members equal the plain loop: {name}", partial(laws.from_plain_loop, of)) for name, of in CASES.items()),
+    Law("float32 against the plain loop in float64", partial(laws.from_plain_loop, _ROUNDED), ROUNDED),
+    Law("the kernel's members equal the loop's", partial(laws.by_kernel, _ROUNDED), ROUNDED, ("kernel",)),
+    Law("a module equals the plain loop", partial(laws.from_plain_loop, _MODULE), backends=("eager", "graph")),
     *(
-        Law(f"recorded equals eager: {name}", partial(from_eager, CASES[name]), backends=("graph",))
+        Law(f"recorded equals eager: {name}", partial(laws.from_eager, CASES[name]), backends=("graph",))
         for name in ("adamw", "one batch size", "dropout", "cosine schedule")
     ),
-    Law("recorded equals eager: a module", partial(from_eager, _MODULE), backends=("graph",)),
-    Law("scores equal scikit-learn's", partial(scores, _SIZES)),
+    Law("recorded equals eager: a module", partial(laws.from_eager, _MODULE), backends=("graph",)),
+    Law("scores equal scikit-learn's", partial(laws.scores, _SIZES)),
     Law("the solved logistic regression equals scikit-learn's", solution, 1e-6, ()),
     Law("hypergradient: reverse equals forward", partial(gradients, "reverse", "forward"), backends=()),
     Law("hypergradient: reverse equals finite differences", partial(gradients, "reverse", "fd"), 1e-5, ()),
-    Law("members that leave change nothing", leave),
-    Law("memory that runs out halves the chunk", run_out_of_memory),
-    Law("the other GPUs give the same", partial(on_other_gpus, CASES["adamw"]), backends=("eager", "graph"), gpus=2),
+    Law("members that leave change nothing", laws.leave),
+    Law("memory that runs out halves the chunk", laws.run_out_of_memory),
+    Law("the other GPUs give the same", partial(laws.on_other_gpus, CASES["adamw"]), EXACT, ("eager", "graph"), gpus=2),
     # The last one: after a capture that failed PyTorch < 2.13 records nothing any more.
-    Law("a recording that fails falls back", recording_fails, 0.0, ("graph",)),
+    Law("a recording that fails falls back", laws.recording_fails, 0.0, ("graph",)),
 )
 """What holds on every device, in the order in which it is checked."""
 
@@ -186,8 +176,8 @@ class Report:
             if not row.ok:
                 failures.append(f"FAILED   {row.law}, {row.backend}: {row.error or 'the difference'}")
         header = ["law", "backend", "largest difference", "allowed", "time", ""]
-        laws = table(header, cells, left=("law", "backend", ""))
-        return "\n".join([f"{self.device}; {self.facts}", "", laws, "", *failures, *self._speeds()])
+        of_laws = table(header, cells, left=("law", "backend", ""))
+        return "\n".join([f"{self.device}; {self.facts}", "", of_laws, "", *failures, *self._speeds()])
 
     def _speeds(self) -> list[str]:
         """Return the table of speeds, and from how many members on a GPU is the faster one."""
@@ -221,8 +211,8 @@ class Report:
 def checks_of(device: torch.device) -> list[tuple[Law, Backend]]:
     """Return every law with each backend of a device that it is for."""
     known, gpus = backends_of(device), torch.cuda.device_count() if device.type == "cuda" else 0
-    laws = ((law, backend) for law in LAWS for backend in law.backends or ("eager",))
-    return [(law, backend) for law, backend in laws if backend in known and law.gpus <= gpus]
+    pairs = ((law, backend) for law in LAWS for backend in law.backends or ("eager",))
+    return [(law, backend) for law, backend in pairs if backend in known and law.gpus <= gpus]
 
 
 def backends_of(device: torch.device) -> tuple[Backend, ...]:

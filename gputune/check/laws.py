@@ -122,14 +122,9 @@ class Case:
         layout = fit_layout(as_table(raw))
         statistics = [fit_statistics(raw, layout, train) for train, _ in folds]
         weights = Weights(rng.random(_ROWS), "balanced" if target.classes is not None else None)
-        return make_dataset(
-            raw,
-            statistics,
-            target,
-            folds,
-            weights=weights if self.weights else Weights(None, None),
-            like=torch.empty(0, dtype=self.dtype, device=device),
-        )
+        weights = weights if self.weights else Weights(None, None)
+        like = torch.empty(0, dtype=self.dtype, device=device)
+        return make_dataset(raw, statistics, target, folds, weights=weights, like=like)
 
     def scoring(self, name: str) -> Scoring:
         return make_scoring(name, self.task, None if self.task == "regression" else np.arange(_CLASSES))

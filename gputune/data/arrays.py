@@ -1,9 +1,5 @@
 """Inputs that are no table: images, sequences, token ids, several of them; as they are, or scaled by channel.
 
-    arrays = as_arrays(X)                        one tensor (n, ...) for each argument of a module; None: X is a table
-    layout = ArrayLayout.of(arrays)              shapes and dtypes that a prediction must bring again
-    statistics = fit_channels(arrays, folds)     of each fold's training rows; "none": as they are
-
 Nothing is copied: memory-mapped arrays are read where their rows are gathered.
 """
 
@@ -101,10 +97,8 @@ def _check_arrays(values: Sequence[np.ndarray | Tensor], names: tuple[str, ...] 
     for number, label in enumerate(labels):
         for start, block in arrays.blocks(number) if arrays.parts[number].is_floating_point() else ():
             if (bad := ~block.isfinite().reshape(len(block), -1).all(1)).any():
-                raise InputError(
-                    f"{label} must be finite, got NaN or an infinite value in row {start + int(bad.int().argmax())}; "
-                    "fill it, or leave that row out."
-                )
+                got = f"got NaN or an infinite value in row {start + int(bad.int().argmax())}"
+                raise InputError(f"{label} must be finite, {got}; fill it, or leave that row out.")
     return arrays
 
 
@@ -167,9 +161,8 @@ class ArrayLayout:
             try:
                 array = X if isinstance(X, Tensor) else np.asarray(X)
             except ValueError as error:
-                raise InputError(
-                    f"X must be what was seen in training, {self}, got a {type(X).__name__}; pass such arrays."
-                ) from error
+                got = f"got a {type(X).__name__}; pass such arrays"
+                raise InputError(f"X must be what was seen in training, {self}, {got}.") from error
             arrays = _check_arrays((array,))
         if self.names is not None and arrays.names is not None:
             by_name = dict(zip(arrays.names, arrays.parts))

@@ -177,10 +177,8 @@ def checked_tensor(X: Tensor) -> Tensor:
     """Return a dense (n, D) tensor of floats, finite or NaN, at least of single precision; else InputError."""
     refuse_kind(X, "X")
     if X.ndim != 2 or 0 in X.shape:
-        raise InputError(
-            f"X must be two-dimensional with at least one row and column, got shape {tuple(X.shape)}; "
-            f"{two_axes(X.ndim)}."
-        )
+        got = f"got shape {tuple(X.shape)}; {two_axes(X.ndim)}"
+        raise InputError(f"X must be two-dimensional with at least one row and column, {got}.")
     X = X.detach()
     if not X.is_floating_point():
         return X.double()
@@ -283,10 +281,8 @@ class Layout:
         """Raise InputError for names of which some lack; warn of those that are not read."""
         present = set(names)
         if missing := [column.name for column in self.columns if column.name not in present]:
-            raise InputError(
-                f"X has no column {quoted(missing)}; the columns seen in training are {quoted(self.inputs)}, "
-                f"got {quoted(names)}."
-            )
+            known = f"the columns seen in training are {quoted(self.inputs)}, got {quoted(names)}"
+            raise InputError(f"X has no column {quoted(missing)}; {known}.")
         if extra := sorted(present - set(self.inputs)):
             if names == nameless(len(names)) and {*self.inputs} < {*names}:  # nobody has said which of them are meant
                 raise InputError(f"X must have {len(self.inputs)} columns as in training, or names, got {len(names)}.")

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import cast
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labels
-from gputune.data.columns import Layout, checked_tensor
+from gputune.data.columns import Layout, Raw, checked_tensor
 from gputune.data.encode import Statistics
 from gputune.data.scaling import Scaling, encode, scaling_of, table_inputs
 from gputune.data.table import as_table, select_rows
@@ -22,6 +22,8 @@ from gputune.types import Config, Task
 
 Rows = tuple[np.ndarray, np.ndarray]
 """Training and validation rows of one fold, as positions."""
+Fitted: TypeAlias = Sequence[Statistics] | Sequence[ArrayStatistics]
+"""On each fold's training rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,13 +214,7 @@ class Dataset:
 
 
 def make_dataset(
-    raw: np.ndarray | Tensor | Arrays,
-    statistics: Sequence[Statistics] | Sequence[ArrayStatistics],
-    target: Target,
-    folds: Sequence[Rows],
-    *,
-    weights: Weights,
-    like: Tensor,
+    raw: Raw | Arrays, statistics: Fitted, target: Target, folds: Sequence[Rows], *, weights: Weights, like: Tensor
 ) -> Dataset:
     """Return the dataset in the dtype and on the device of ``like``.
 
@@ -244,16 +240,10 @@ def make_dataset(
         weights=to_device(np.stack(stacked)) if weigh else None,
         folds=tuple(Fold(*(to_device(np.asarray(rows, np.int64)) for rows in fold)) for fold in folds),
         present=None if present is None else to_device(present),
-        center=to_device(center),
-        scale=to_device(scale),
-        n_outputs=target.n_outputs,
-        task=target.task,
-        target=to_device(values),
-        column=target.column,
-        names=raw.names if isinstance(raw, Arrays) else None,
-        dtype=like.dtype,
-        transforms=transforms,
-    )
+        center=to_device(center), scale=to_device(scale), n_outputs=target.n_outputs, task=target.task,
+        target=to_device(values), column=target.column, names=raw.names if isinstance(raw, Arrays) else None,
+        dtype=like.dtype, transforms=transforms,
+    )  # fmt: skip
 
 
 def _among(places: np.ndarray, size: int, values: np.ndarray, axis: int = 0) -> np.ndarray:
@@ -263,12 +253,7 @@ def _among(places: np.ndarray, size: int, values: np.ndarray, axis: int = 0) -> 
     return spread
 
 
-def inputs_of(
-    raw: np.ndarray | Tensor | Arrays,
-    statistics: Sequence[Statistics] | Sequence[ArrayStatistics],
-    like: Tensor,
-    groups: tuple[int, ...] | None = None,
-) -> Inputs:
+def inputs_of(raw: Raw | Arrays, statistics: Fitted, like: Tensor, groups: tuple[int, ...] | None = None) -> Inputs:
     """Return the inputs in the dtype and on the device of ``like``; ``groups`` are the features' of a table."""
     if not isinstance(raw, Arrays):
         return Inputs(*table_inputs(raw, cast(Sequence[Statistics], statistics), like), tuple(statistics), groups)

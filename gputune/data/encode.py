@@ -1,8 +1,5 @@
 """The statistics of each fold, and one pure transform, used to predict too.
 
-    statistics = fit_statistics(raw, layout, rows)   means, scales, quantiles of the training rows
-    x = transform(raw, statistics)                   (n, D'), no NaN
-
 Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, with the same numbers.
 
 The robust scale is by median and quartiles, and ends in a smooth clip that keeps outliers within +-3. Source:

@@ -87,10 +87,8 @@ def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]
         values = dict(zip(table.names, table.columns))
     for name in names:
         if name not in values:
-            raise InputError(
-                f"--keep has {name!r}, and the columns of {str(source)!r} are {quoted(values)}."
-                f"{did_you_mean(name, values)}"
-            )
+            known = f"and the columns of {str(source)!r} are {quoted(values)}.{did_you_mean(name, values)}"
+            raise InputError(f"--keep has {name!r}, {known}")
     return [["" if value is None else value for value in values[name]] for name in names]
 
 
@@ -172,10 +170,8 @@ def _check_lines(path: Path, separator: str) -> None:
     for line, fields in _lines(path, separator):
         width = width or len(fields)
         if len(fields) != width and any(field.strip() for field in fields):
-            raise InputError(
-                f"{str(path)!r} has {count(len(fields), 'field')} in line {line}, and {width} in its header line; "
-                "write equally many in every line."
-            )
+            why = f"and {width} in its header line; write equally many in every line"
+            raise InputError(f"{str(path)!r} has {count(len(fields), 'field')} in line {line}, {why}.")
 
 
 def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
@@ -227,10 +223,8 @@ def _open_text(path: Path) -> IO[bytes]:
 
 def _check_room(path: Path, needed: int, free: int) -> None:
     if needed > free:
-        raise InputError(
-            f"{str(path)!r} needs about {size_words(needed)} of memory or more, and {size_words(free)} are free; "
-            "leave out rows or columns, or read it where there is more."
-        )
+        why = f"and {size_words(free)} are free; leave out rows or columns, or read it where there is more"
+        raise InputError(f"{str(path)!r} needs about {size_words(needed)} of memory or more, {why}.")
 
 
 def _column(texts: "pl.Series", *, as_text: bool) -> tuple[Kind, np.ndarray]:
@@ -268,9 +262,8 @@ def read_array_file(path: Path) -> dict[str, object]:
                 return dict(arrays)
         arrays = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{str(path)!r} holds more than tensors, which is not unpickled since that may run code; {_WRITE}."
-        ) from error
+        why = f"which is not unpickled since that may run code; {_WRITE}"
+        raise InputError(f"{str(path)!r} holds more than tensors, {why}.") from error
     except (FileNotFoundError, PermissionError):
         raise
     except (ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
@@ -282,10 +275,8 @@ def read_array_file(path: Path) -> dict[str, object]:
             reason = "it is empty"
         raise InputError(f"{str(path)!r} cannot be read as arrays: {reason}; {_WRITE}.") from error
     if not isinstance(arrays, dict) or not all(isinstance(value, Tensor) for value in arrays.values()):
-        raise InputError(
-            f"{str(path)!r} must hold a dict of tensors, got {type(arrays).__name__}; save one, for example "
-            "torch.save({'image': X, 'label': y}, path)."
-        )
+        remedy = "save one, for example torch.save({'image': X, 'label': y}, path)"
+        raise InputError(f"{str(path)!r} must hold a dict of tensors, got {type(arrays).__name__}; {remedy}.")
     return {str(name): value for name, value in arrays.items()}
 
 
@@ -311,10 +302,8 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
 def _beside(path: Path, option: str, name: object) -> np.ndarray:
     """Return the array of the .npy file ``name``."""
     if not isinstance(name, str | Path) or Path(name).suffix != ".npy":
-        raise InputError(
-            f"{option} must be a .npy file too, with one value a row of {str(path)!r}, got {name!r:.60}; or write both "
-            "into one file, numpy.savez(path, image=X, label=y)."
-        )
+        got = f"got {name!r:.60}; or write both into one file, numpy.savez(path, image=X, label=y)"
+        raise InputError(f"{option} must be a .npy file too, with one value a row of {str(path)!r}, {got}.")
     if not Path(name).exists():
         raise InputError(f"{option}: there is no file {str(name)!r}; give the .npy file of {option}.")
     return np.array(read_array_file(Path(name))[""])

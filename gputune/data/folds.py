@@ -49,18 +49,15 @@ def make_folds(cv: object, target: Target, *, X: object = None, groups: object =
     elif isinstance(cv, Iterable) and not isinstance(cv, str):
         pairs = list(cv)
     else:
-        raise InputError(
-            f"cv must be a number of folds, a splitter of scikit-learn or pairs of (train, valid) rows, got {cv!r}."
-        )
+        kinds = "a number of folds, a splitter of scikit-learn or pairs of (train, valid) rows"
+        raise InputError(f"cv must be {kinds}, got {cv!r}.")
     if not pairs:
         raise InputError("cv must give at least one fold, got none.")
     folds = []
     for f, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InputError(
-                f"cv must hold pairs of (train, valid) rows, got {type(pair).__name__} for fold {f}; one split is "
-                "cv=[(train, valid)]."
-            )
+            got = f"got {type(pair).__name__} for fold {f}; one split is cv=[(train, valid)]"
+            raise InputError(f"cv must hold pairs of (train, valid) rows, {got}.")
         folds.append((_rows(pair[0], n_rows, f, "training"), _rows(pair[1], n_rows, f, "validation")))
     if groups is not None:
         _refuse_split_groups(folds, groups, cv)
@@ -112,10 +109,8 @@ def check_groups(groups: object, n_rows: int, cv: object = None) -> np.ndarray |
         raise InputError(f"groups must have one value a row, {shapes}; pass the group of each row.")
     refuse_missing(values, "groups", "give each such row a group of its own")
     if isinstance(cv, TimeSeriesSplit):
-        raise InputError(
-            "groups cannot be kept whole by a time series split (cv='time:K', TimeSeriesSplit), which cuts by the "
-            "order of rows; leave groups out, or give a number of folds."
-        )
+        why = "which cuts by the order of rows; leave groups out, or give a number of folds"
+        raise InputError(f"groups cannot be kept whole by a time series split (cv='time:K', TimeSeriesSplit), {why}.")
     return values
 
 
@@ -165,9 +160,8 @@ def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
     if rows.size == 0:
         raise InputError(f"fold {fold} of cv has no {use} rows; use fewer folds or other groups.")
     if rows.ndim != 1 or rows.dtype.kind not in "biu":
-        raise InputError(
-            f"the {use} rows of fold {fold} must be positions or a mask, got {rows.dtype} of shape {rows.shape}."
-        )
+        got = f"got {rows.dtype} of shape {rows.shape}"
+        raise InputError(f"the {use} rows of fold {fold} must be positions or a mask, {got}.")
     if rows.dtype.kind == "b":
         if len(rows) != n_rows or not rows.any():
             raise InputError(
@@ -215,13 +209,28 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
     elif groups is not None:
         count = len(set(groups.tolist()))
         if math.ceil(test_size * count) >= count:
-            raise InputError(
-                f"test_size={test_size} leaves none of the {count} groups to train on; use a smaller one or 0."
-            )
+            remedy = "use a smaller one or 0"
+            raise InputError(f"test_size={test_size} leaves none of the {count} groups to train on; {remedy}.")
         by_group = GroupShuffleSplit(1, test_size=test_size, random_state=random_state)
         rest, test = next(by_group.split(groups, groups=groups))
     elif target.classes is not None:
-        rest, test = _stratified_rows(target, n_test, random_state)
+        counts = np.bincount(target.values, minlength=target.n_outputs)
+        if (counts == 1).all():
+            raise InputError(
+                f"the target {target.name!r} has {len(counts)} classes of one row each, from which nothing can be "
+                "learned; choose another target, or task='regression' where it is a number."
+            )
+        is_single = counts[target.values] == 1
+        pool = np.flatnonzero(~is_single)
+        try:
+            by_class = StratifiedShuffleSplit(1, test_size=n_test, random_state=random_state)
+            rest, test = next(by_class.split(pool, target.values[pool]))
+        except ValueError as error:
+            raise InputError(
+                f"test_size would keep {n_test} of {n_rows} rows apart, which cannot hold the "
+                f"{int((counts > 1).sum())} classes in proportion on both sides; use another share, or 0."
+            ) from error
+        rest, test = np.concatenate([pool[rest], np.flatnonzero(is_single)]), pool[test]
     elif n_test < n_rows:
         rest, test = next(ShuffleSplit(1, test_size=n_test, random_state=random_state).split(np.zeros(n_rows)))
     else:
@@ -229,26 +238,6 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
     if len(rest) == 0:
         raise InputError(f"test_size={test_size} leaves none of the {n_rows} rows to train on; use a smaller one.")
     return np.sort(rest).astype(np.int64), np.sort(test).astype(np.int64)
-
-
-def _stratified_rows(target: Target, n_test: int, random_state: int) -> Rows:
-    counts = np.bincount(target.values, minlength=target.n_outputs)
-    if (counts == 1).all():
-        raise InputError(
-            f"the target {target.name!r} has {len(counts)} classes of one row each, from which nothing can be learned; "
-            "choose another target, or task='regression' where it is a number."
-        )
-    single = counts[target.values] == 1
-    pool = np.flatnonzero(~single)
-    try:
-        splitter = StratifiedShuffleSplit(1, test_size=n_test, random_state=random_state)
-        rest, test = next(splitter.split(pool, target.values[pool]))
-    except ValueError as error:
-        raise InputError(
-            f"test_size would keep {n_test} of {len(target)} rows apart, which cannot hold the "
-            f"{int((counts > 1).sum())} classes in proportion on both sides; use another share, or 0."
-        ) from error
-    return np.concatenate([pool[rest], np.flatnonzero(single)]), pool[test]
 
 
 def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:

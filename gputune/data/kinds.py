@@ -28,6 +28,7 @@ KINDS = ("number", "category", "date")
 MISSING_TEXT = frozenset(["", *"? NA N/A n/a #N/A <NA> NaN nan NAN null NULL None NaT".split()])
 """Texts that stand for a missing value in a source without types."""
 
+_NO_KIND = "which is no number, boolean, text or date; convert it"
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
@@ -44,10 +45,8 @@ def checked_labels(values: np.ndarray, name: str) -> np.ndarray:
     """Return the values of a target, (n,). Raises InputError for text beside other objects: 1 would become '1'."""
     odd = {isinstance(value, str): value for value in values if not is_missing(value)} if values.dtype == object else {}
     if len(odd) == 2:
-        raise InputError(
-            f"{name} has values of two types, {type(odd[False]).__name__} ({odd[False]}) and text "
-            f"({str(odd[True])!r}); make them one, as in [str(value) for value in y]."
-        )
+        types = f"{type(odd[False]).__name__} ({odd[False]}) and text ({str(odd[True])!r})"
+        raise InputError(f"{name} has values of two types, {types}; make them one, as in [str(value) for value in y].")
     return values
 
 
@@ -90,10 +89,9 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
     """Return a column read as the kind that its owner wants; InputError with the first value that is none."""
     if kind == wanted or (wanted, kind) == ("number", "boolean"):
         return values
+    asked = f"kinds={{{name!r}: {wanted!r}}}: column {name!r}"
     if kind == "date":
-        raise InputError(
-            f"kinds={{{name!r}: {wanted!r}}}: column {name!r} holds dates, which nothing else is read from; convert it."
-        )
+        raise InputError(f"{asked} holds dates, which nothing else is read from; convert it.")
     texts = values if kind == "category" else value_texts(values, kind)
     if wanted == "category":
         return texts
@@ -104,10 +102,8 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
         try:
             numbers[row] = math.nan if text is None else read(text)
         except ValueError:
-            raise InputError(
-                f"kinds={{{name!r}: {wanted!r}}}: column {name!r} has {text!r} in row {row}; leave that cell empty "
-                "where its value is missing, or choose another kind."
-            ) from None
+            remedy = "leave that cell empty where its value is missing, or choose another kind"
+            raise InputError(f"{asked} has {text!r} in row {row}; {remedy}.") from None
     return numbers
 
 
@@ -145,10 +141,8 @@ def _category(values: Sequence[object]) -> np.ndarray:
 def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
     """Return kind and values of one column of an array, whose dtype gives the kind."""
     match column.dtype.kind:
-        case "b":
-            return "boolean", column.astype(np.float64)
-        case "i" | "u" | "f":
-            return "number", column.astype(np.float64)
+        case "b" | "i" | "u" | "f":
+            return "boolean" if column.dtype == bool else "number", column.astype(np.float64)
         case "M" | "m":
             ticks = column.astype(f"{column.dtype.kind}8[us]").astype(np.int64) / 1e6
             return "date" if column.dtype.kind == "M" else "number", np.where(np.isnat(column), np.nan, ticks)
@@ -157,7 +151,7 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
         case "O":
             values = [None if is_missing(value) else value for value in column]
             return from_values(values, name=name, untyped=True)
-    raise InputError(f"column {name!r} holds {column.dtype}, which is no number, boolean, text or date; convert it.")
+    raise InputError(f"column {name!r} holds {column.dtype}, {_NO_KIND}.")
 
 
 def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
@@ -170,14 +164,12 @@ def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[
             try:
                 return kind, _each(values, convert)
             except OverflowError:
-                words = f"column {name!r} holds an integer that is larger than any float; pass it as text."
-                raise InputError(words) from None
+                too_large = "an integer that is larger than any float; pass it as text"
+                raise InputError(f"column {name!r} holds {too_large}.") from None
     if untyped and all(isinstance(value, str) for value in present):
         return parse_text(np.array(values, dtype=object))
     if odd := [value for value in present if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date)]:
-        raise InputError(
-            f"column {name!r} holds {type(odd[0]).__name__}, which is no number, boolean, text or date; convert it."
-        )
+        raise InputError(f"column {name!r} holds {type(odd[0]).__name__}, {_NO_KIND}.")
     return "category", _category(values)
 
 

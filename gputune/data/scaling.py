@@ -6,7 +6,6 @@ Also how rows that are new are prepared as those of a fold were.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.columns import Layout
 from gputune.data.encode import Statistics, transform
+from gputune.data.table import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,11 @@ def table_inputs(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...]]:
     """Return the copies of a table that folds read, (V, n, D), which of them each fold reads, and how it scales it."""
     lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
-    distinct, copies = _distinct(lost, statistics)
+    # Of folds that give equal copies one is kept; the fill of a column without missing values changes nothing.
+    alike = [replace(fitted, fill=np.where(lost, fitted.fill, 0.0)) for fitted in statistics]
+    keys = [b"".join(part.tobytes() for part in vars(fitted).values()) for fitted in alike]
+    order = list(dict.fromkeys(keys))
+    distinct, copies = [statistics[keys.index(key)] for key in order], tuple(map(order.index, keys))
     scaling, shape = None, (len(raw), statistics[0].n_inputs)
     if len(distinct) > 1 and len(distinct) * math.prod(shape) * like.element_size() > SHARED_BEYOND:
         scaling = _from_first(raw, lost, statistics, like)
@@ -113,11 +117,11 @@ def scaling_of(statistics: Sequence[ArrayStatistics], like: Tensor) -> tuple[Sca
 
 
 def encode(
-    X: Any, layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
+    X: object, layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """Return the inputs that a module takes of a table or of arrays, each (n, ...), as ``Dataset.rows`` gives them."""
     if isinstance(layout, Layout):
-        assert isinstance(statistics, Statistics) and not isinstance(X, Tensor)
+        assert isinstance(statistics, Statistics) and isinstance(X, Table)
         return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
     assert isinstance(statistics, ArrayStatistics)
     scaling = scaling_of([statistics], torch.empty(0, dtype=dtype))
@@ -125,15 +129,6 @@ def encode(
         x.to(dtype if x.is_floating_point() else x.dtype) if scale is None else scale(x[None].cpu(), slice(0, 1))[0]
         for x, scale in zip(layout.raw(X).gathered(), scaling)
     )
-
-
-def _distinct(lost: np.ndarray, statistics: Sequence[Statistics]) -> tuple[list[Statistics], tuple[int, ...]]:
-    """Return the statistics that give different copies of X, and which of them each fold uses."""
-    # The fill of a column without missing values changes nothing.
-    alike = [replace(fitted, fill=np.where(lost, fitted.fill, 0.0)) for fitted in statistics]
-    keys = [b"".join(part.tobytes() for part in vars(fitted).values()) for fitted in alike]
-    order = list(dict.fromkeys(keys))
-    return [statistics[keys.index(key)] for key in order], tuple(map(order.index, keys))
 
 
 def side_by_side(parts: Sequence[Statistics]) -> Statistics:

@@ -152,20 +152,16 @@ def read_source(
     shape = tuple(X.shape) if isinstance(X, np.ndarray | Tensor) else ()
     if not module and len(shape) > 2:
         sequences = ", model='gru' for sequences" * (len(shape) == 3)
-        raise InputError(
-            f"X has rows of shape {shape[1:]}, and the model takes tables, of two axes: choose model='cnn' for images"
-            f"{sequences}, or a module of your own; or pass X.reshape(len(X), -1)."
-        )
+        remedy = f"choose model='cnn' for images{sequences}, or a module of your own; or pass X.reshape(len(X), -1)"
+        raise InputError(f"X has rows of shape {shape[1:]}, and the model takes tables, of two axes: {remedy}.")
     arrays: Arrays | Tensor | None = as_arrays(X) if module else None
     if arrays is None and isinstance(X, Tensor):
         arrays = checked_tensor(X)
     if arrays is not None:
         _refuse_columns(drop, kinds)
         if isinstance(y, str) or isinstance(groups, str):
-            raise InputError(
-                f"y and groups must be arrays when X is a tensor or arrays, got y={y!r}, groups={groups!r:.40}; pass "
-                "the values themselves."
-            )
+            got = f"got y={y!r}, groups={groups!r:.40}; pass the values themselves"
+            raise InputError(f"y and groups must be arrays when X is a tensor or arrays, {got}.")
         return Source(arrays, y, "y", groups, None)
     if module:
         refuse_lists(X)
@@ -183,9 +179,8 @@ def _read_table_file(
         raise InputError(f"y must name the target column of the file {str(X)!r}, got {type(y).__name__}.")
     refuse_missing(np.asarray(source.y), y, "fill it, or leave those rows out", partial(line_of, X))
     path, column = str(X) if of_sklearn else str(Path(X).resolve()), groups if isinstance(groups, str) else None
-    asked = {"drop": list(drop), "kinds": dict(kinds)}
-    origin = {"path": path, "target": y, "groups": column} | {name: value for name, value in asked.items() if value}
-    return replace(source, origin=origin)
+    asked = {name: value for name, value in (("drop", list(drop)), ("kinds", dict(kinds))) if value}
+    return replace(source, origin={"path": path, "target": y, "groups": column, **asked})
 
 
 def _source_of(
@@ -198,9 +193,8 @@ def _source_of(
                 known = f"the columns of the table are {quoted(table.names)}.{did_you_mean(name, table.names)}"
                 raise InputError(f"{argument} has {name!r}, and {known}")
     kept = {name for name in (y, groups) if isinstance(name, str)}
-    for name in drop:
-        if name in kept:
-            raise InputError(f"drop has {name!r}, which is the target or the groups; name other columns.")
+    if lost := [name for name in drop if name in kept]:
+        raise InputError(f"drop has {lost[0]!r}, which is the target or the groups; name other columns.")
     if drop and not {*table.names} - {*drop} - kept:
         raise InputError(f"drop must leave a column to predict from, got {quoted(drop)}; name fewer columns.")
     table = table.read_as(kinds).drop(*drop)
@@ -212,12 +206,11 @@ def _source_of(
         if len(table.names) == 1:
             raise InputError(f"groups={groups!r} is the only column of the table; there is nothing to predict from.")
         table, groups = table.drop(groups), table.column(groups)
-    name = y if isinstance(y, str) else "y"
-    if isinstance(y, str):
-        if hasattr(original, "columns") and y in table.names:  # the table has text alone where a frame had both
-            checked_labels(target_array(as_rows(original, [y]), y).ravel(), y)
-        table, y = split_target(table, y)
-    return Source(table, y, name, groups, None, original)
+    if not isinstance(y, str):
+        return Source(table, y, "y", groups, None, original)
+    if hasattr(original, "columns") and y in table.names:  # the table has text alone where a frame had both
+        checked_labels(target_array(as_rows(original, [y]), y).ravel(), y)
+    return Source(*split_target(table, y), y, groups, None, original)
 
 
 def _refuse_columns(drop: Sequence[str], kinds: Mapping[str, Kind]) -> None:
@@ -245,10 +238,8 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
     """
     name = type(dataset).__name__
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise InputError(
-            f"X is a {name}, which has no length; pass a map-style Dataset, with __len__ and __getitem__, or its "
-            "tensors."
-        )
+        remedy = "pass a map-style Dataset, with __len__ and __getitem__, or its tensors"
+        raise InputError(f"X is a {name}, which has no length; {remedy}.")
     if len(dataset) == 0:
         raise InputError(f"X is a {name} without items (its length is 0); check its files.")
     if type(dataset) is TensorDataset:
@@ -263,10 +254,10 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
                 "torch.utils.data.Subset."
             ) from error
         if any(map(is_image, item if isinstance(item, list | tuple) else [item])):
-            raise InputError(
-                f"item {place} of X, a {name}, is a PIL image; let the dataset give tensors, of one size, for example "
-                "transform=torchvision.transforms.ToTensor()."
+            remedy = (
+                "let the dataset give tensors, of one size, for example transform=torchvision.transforms.ToTensor()"
             )
+            raise InputError(f"item {place} of X, a {name}, is a PIL image; {remedy}.")
         items.append(item)
     try:
         return _split(default_collate(items), y, name)

@@ -201,10 +201,8 @@ def checked_table(
     for name, (kind, values) in zip(names, columns):
         if kind != "category" and np.isinf(values).any():
             row = int(np.isinf(values).argmax())
-            raise InputError(
-                f"column {name!r} has an infinite value in row {row}{', where the first is row 0' * (row > 0)}; "
-                "clip it, or leave it empty."
-            )
+            place = f"row {row}{', where the first is row 0' * (row > 0)}"
+            raise InputError(f"column {name!r} has an infinite value in {place}; clip it, or leave it empty.")
         if kind == "category" and name not in typed and (found := read_amounts(values)) is not None:
             kind, (values, amounts[name]) = "number", found
         read.append((kind, values))
@@ -235,10 +233,8 @@ def _refuse_containers(X: object) -> None:
 def refuse_loader(X: object) -> None:
     """Raise InputError for what draws minibatches itself."""
     if isinstance(X, DataLoader):
-        raise InputError(
-            "X is a DataLoader, and minibatches are drawn here (batch_size is a key of space): pass its dataset, "
-            "loader.dataset, or all rows as tensors X and y."
-        )
+        remedy = "pass its dataset, loader.dataset, or all rows as tensors X and y"
+        raise InputError(f"X is a DataLoader, and minibatches are drawn here (batch_size is a key of space): {remedy}.")
 
 
 def refuse_lists(X: object) -> None:
@@ -252,17 +248,14 @@ def refuse_lists(X: object) -> None:
     if len(parts) <= 8 and any(len(_shape_of(part)) > 1 for part in parts.values()):
         for key, part in parts.items():
             if not isinstance(part, Tensor | np.ndarray):
-                raise InputError(
-                    f"X[{key!r}] must be an array or a tensor, one for each input, got {type(part).__name__}; pass "
-                    f"numpy.asarray(X[{key!r}])."
-                )
+                got = f"got {type(part).__name__}; pass numpy.asarray(X[{key!r}])"
+                raise InputError(f"X[{key!r}] must be an array or a tensor, one for each input, {got}.")
     if not isinstance(X, list | tuple) or not X:
         return
     kind = f"X is a {type(X).__name__} of {len(X)}"
     if any(isinstance(item, str) for item in X):
-        raise InputError(
-            f"{kind} texts; give the words numbers, and pass a tensor of integers (rows, length), padded to one length."
-        )
+        remedy = "give the words numbers, and pass a tensor of integers (rows, length), padded to one length"
+        raise InputError(f"{kind} texts; {remedy}.")
     if any(is_image(item) for item in X):
         raise InputError(f"{kind} PIL images; pass {_STACK_IMAGES}.")
     shapes = [_shape_of(item) for item in X]
@@ -273,10 +266,8 @@ def refuse_lists(X: object) -> None:
     if other is None:
         stack = "torch.stack(X)" if isinstance(X[0], Tensor) else "numpy.stack(X)"
         raise InputError(f"{kind} arrays of shape {shapes[0]}; pass one array, {stack}{several}.")
-    raise InputError(
-        f"{kind} arrays of unlike shapes: X[0] has {shapes[0]}, X[{other}] {shapes[other]}; pad or crop them to one "
-        f"shape and pass numpy.stack(X){several}."
-    )
+    remedy = f"pad or crop them to one shape and pass numpy.stack(X){several}"
+    raise InputError(f"{kind} arrays of unlike shapes: X[0] has {shapes[0]}, X[{other}] {shapes[other]}; {remedy}.")
 
 
 def is_image(value: object) -> bool:

@@ -92,10 +92,8 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     column = given.ndim == 2 and given.shape[1] == 1
     values = _values(given[:, 0] if column else given, name)
     if len(values) != n_rows:
-        raise InputError(
-            f"{name} must have one value a row of X, got {len(values)} values and {n_rows} rows; "
-            "check that both come from the same rows."
-        )
+        got = f"got {len(values)} values and {n_rows} rows; check that both come from the same rows"
+        raise InputError(f"{name} must have one value a row of X, {got}.")
     if task == "custom" or values.ndim > 1:
         return _several(values[:, None] if column else values, task, name)
     if task == "multilabel":
@@ -103,7 +101,20 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     if task == "regression" or (task is None and not _are_classes(values, name)):
         _check_numbers(values, "regression", name)
         return Target("regression", values.astype(np.float64), None, name, column)
-    return _classes(values, task, name)
+    if not _are_whole(values):
+        odd = values[values != np.rint(values)][0]
+        remedy = "use task='regression', or cut them into classes"
+        raise InputError(f"task={task!r} needs classes in {name}, got continuous numbers such as {odd}; {remedy}.")
+    classes, codes = np.unique(values, return_inverse=True)
+    if len(classes) < 2 and task is None and values.dtype.kind in "iuf":
+        raise InputError(_ALL_EQUAL.format(name=name, value=classes[0].item()))
+    if len(classes) < 2:
+        remedy = "add rows of another class, or check the target's column"
+        raise InputError(f"{name} must have at least two classes, got only {classes[0].item()!r}; {remedy}.")
+    fitting: Task = "binary" if len(classes) == 2 else "multiclass"
+    if task in ("binary", "multiclass") and task != fitting:
+        raise InputError(f"task={task!r} does not fit {name}, which has {len(classes)} classes; use task={fitting!r}.")
+    return Target(fitting, codes.astype(np.int64), classes, name)
 
 
 def with_transform(target: Target, transform: TargetTransform | None) -> Target:
@@ -111,10 +122,8 @@ def with_transform(target: Target, transform: TargetTransform | None) -> Target:
     if transform is None:
         return target
     if target.task != "regression":
-        raise InputError(
-            f"target_transform={transform!r} is for numbers to be predicted, and {target.name} is {target.in_words}: "
-            "leave it out, or say task='regression'."
-        )
+        why = f"and {target.name} is {target.in_words}: leave it out, or say task='regression'"
+        raise InputError(f"target_transform={transform!r} is for numbers to be predicted, {why}.")
     check_values(transform, target.values, target.name)
     return replace(target, transform=transform)
 
@@ -174,9 +183,8 @@ def _values(values: np.ndarray, name: str) -> np.ndarray:
     if values.ndim == 0 or 0 in values.shape:
         raise InputError(f"{name} must be one value a row, got shape {values.shape}; pass an array of rows.")
     if values.ndim > 1 and values.dtype.kind in "OU":
-        raise InputError(
-            f"{name} holds text in several columns, shape {values.shape}; tune one target at a time, or pass numbers."
-        )
+        remedy = "tune one target at a time, or pass numbers"
+        raise InputError(f"{name} holds text in several columns, shape {values.shape}; {remedy}.")
     if values.dtype.kind not in "biufUO":
         raise InputError(f"{name} must hold numbers, booleans or text, got {values.dtype}; convert it.")
     refuse_missing(values, name, "leave those rows out")
@@ -238,10 +246,8 @@ def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
     """Return several columns, or a custom target; without a task labels where all is 0 or 1, otherwise numbers."""
     are_flags = values.dtype.kind != "U" and bool(np.isin(values, (0, 1)).all())
     if task is None and values.ndim == 2 and are_flags and (values.sum(1) == 1).all():
-        raise InputError(
-            f"{name} is one-hot rows of shape {values.shape}: pass {name}.argmax(1) for classes, or task='multilabel' "
-            "where each column is a label of its own."
-        )
+        remedy = f"pass {name}.argmax(1) for classes, or task='multilabel' where each column is a label of its own"
+        raise InputError(f"{name} is one-hot rows of shape {values.shape}: {remedy}.")
     task = task or ("custom" if values.ndim > 2 else "multilabel" if are_flags else "regression")
     _check_numbers(values, task, name)
     if task == "custom":
@@ -249,10 +255,8 @@ def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
     if values.ndim == 2 and (task == "regression" or (task == "multilabel" and are_flags)):
         return Target(task, values.astype(np.float64), None, name)
     needs = "columns of 0 and 1" if task == "multilabel" else "one or several columns"
-    raise InputError(
-        f"task={task!r} does not fit {name}, an array of shape {values.shape}: it needs {needs}; leave task out, or "
-        "say task='custom' and give a loss of your own."
-    )
+    remedy = f"it needs {needs}; leave task out, or say task='custom' and give a loss of your own"
+    raise InputError(f"task={task!r} does not fit {name}, an array of shape {values.shape}: {remedy}.")
 
 
 def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
@@ -261,9 +265,8 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
             return values.astype(np.int64)
         except OverflowError as error:
             odd = next(value for value in values if not -(2**63) <= value < 2**63)
-            raise InputError(
-                f"{name} holds {odd}, which is beyond 64-bit integers; pass classes as text, numbers as floats."
-            ) from error
+            remedy = "pass classes as text, numbers as floats"
+            raise InputError(f"{name} holds {odd}, which is beyond 64-bit integers; {remedy}.") from error
     kind, read = from_values(list(checked_labels(values, name)), name=name, untyped=False)
     if kind == "date":
         raise InputError(f"{name} holds dates, which cannot be predicted; turn it into a number first.")
@@ -293,24 +296,3 @@ def _check_numbers(values: np.ndarray, task: str | None, name: str) -> None:
         texts = values.ravel().tolist()
         odd = next((text for text in texts if not is_number(text)), texts[0])
         raise InputError(f"task={task!r} needs numbers in {name}, got text such as {odd!r}; convert it.")
-
-
-def _classes(values: np.ndarray, task: str | None, name: str) -> Target:
-    if not _are_whole(values):
-        odd = values[values != np.rint(values)][0]
-        raise InputError(
-            f"task={task!r} needs classes in {name}, got continuous numbers such as {odd}; "
-            "use task='regression', or cut them into classes."
-        )
-    classes, codes = np.unique(values, return_inverse=True)
-    if len(classes) < 2 and task is None and values.dtype.kind in "iuf":
-        raise InputError(_ALL_EQUAL.format(name=name, value=classes[0].item()))
-    if len(classes) < 2:
-        raise InputError(
-            f"{name} must have at least two classes, got only {classes[0].item()!r}; "
-            "add rows of another class, or check the target's column."
-        )
-    fitting: Task = "binary" if len(classes) == 2 else "multiclass"
-    if task in ("binary", "multiclass") and task != fitting:
-        raise InputError(f"task={task!r} does not fit {name}, which has {len(classes)} classes; use task={fitting!r}.")
-    return Target(fitting, codes.astype(np.int64), classes, name)

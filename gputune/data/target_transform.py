@@ -77,10 +77,8 @@ class FittedTransform:
                 return self.how
             return {"transformer": _plain(self.how, fitted=True), "ends": self.ends}
         except TypeError as error:
-            raise InputError(
-                f"save() cannot write target_transform={self.how!r}, which {error}: choose {_CHOICES}, or keep the "
-                "model in this process."
-            ) from None
+            remedy = f"choose {_CHOICES}, or keep the model in this process"
+            raise InputError(f"save() cannot write target_transform={self.how!r}, which {error}: {remedy}.") from None
 
     @staticmethod
     def from_json(value: Json | str) -> "FittedTransform":
@@ -122,10 +120,8 @@ def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> N
     if not (bad := values <= lowest).any():
         return
     other = "'log1p' (all above -1)" if lowest == 0 and (values > -1).all() else "a PowerTransformer"
-    raise InputError(
-        f"target_transform={transform!r} needs numbers above {lowest:g} in {name}, and {bad.sum()} of {bad.size} are "
-        f"not, the least {values.min():g}; choose {other}, or leave it out."
-    )
+    why = f"and {bad.sum()} of {bad.size} are not, the least {values.min():g}; choose {other}, or leave it out"
+    raise InputError(f"target_transform={transform!r} needs numbers above {lowest:g} in {name}, {why}.")
 
 
 def check_transform(name: str, value: object) -> "TargetTransform | None":

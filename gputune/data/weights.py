@@ -55,9 +55,8 @@ def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
     except (TypeError, ValueError) as error:
         raise InputError(f"sample_weight must hold one number a row, got {sample_weight!r:.60}.") from error
     if weights.shape != (len(target),):
-        raise InputError(
-            f"sample_weight must have one number a row, shape ({len(target)},), got shape {weights.shape}."
-        )
+        got = f"got shape {weights.shape}"
+        raise InputError(f"sample_weight must have one number a row, shape ({len(target)},), {got}.")
     if (bad := ~(np.isfinite(weights) & (weights >= 0))).any():
         raise InputError(
             f"sample_weight must be finite and not negative, got {weights[bad][0]} in row {int(bad.argmax())}; "
@@ -68,9 +67,8 @@ def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
 
 def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Literal["balanced"]:
     if target.classes is None:
-        raise InputError(
-            f"class_weight needs classes, got class_weight={class_weight!r} for a regression; leave it out."
-        )
+        got = f"got class_weight={class_weight!r} for a regression; leave it out"
+        raise InputError(f"class_weight needs classes, {got}.")
     if class_weight == "balanced":
         return "balanced"
     if not isinstance(class_weight, Mapping):

@@ -32,7 +32,7 @@ def fitted(
     return kind(output, classes, X, rows, others)
 
 
-def takes_task(scorer: Callable[[Any, Any, Any], float], task: Task) -> bool:
+def takes_task(scorer: Callable[..., object], task: Task) -> bool:
     """Whether a scorer is one of numbers, or of several classes, tried on a few rows; True for other tasks."""
     if task not in ("regression", "multiclass"):
         return True

@@ -137,11 +137,8 @@ LOSSES: Mapping[str, NamedLoss] = {
     "bce": NamedLoss(_bce, ("multilabel", "binary"), {}),
 }
 LOSS_OF_TASK: Mapping[Task, str] = {
-    "binary": "cross_entropy",
-    "multiclass": "cross_entropy",
-    "regression": "mse",
-    "multilabel": "bce",
-}
+    "binary": "cross_entropy", "multiclass": "cross_entropy", "regression": "mse", "multilabel": "bce"
+}  # fmt: skip
 """The loss that a module is trained on where none is given; a custom target has none."""
 
 
@@ -161,10 +158,8 @@ def loss_fitting(loss: object, task: Task) -> object:
     kind = _kind(loss)
     if task in ("binary", "multiclass") and issubclass(kind, _OF_NUMBERS):
         other = "'cross_entropy' or 'bce'" if task == "binary" else "'cross_entropy'"
-        raise InputError(
-            f"loss=torch.nn.{kind.__name__} is of numbers, and y is classes: say task='regression' where they are "
-            f"numbers, or choose loss={other}."
-        )
+        remedy = f"say task='regression' where they are numbers, or choose loss={other}"
+        raise InputError(f"loss=torch.nn.{kind.__name__} is of numbers, and y is classes: {remedy}.")
     if task == "multilabel" and issubclass(kind, _OF_CLASSES):
         raise InputError(
             f"loss=torch.nn.{kind.__name__} is of one class a row, and y is labels, of which a row may have several: "
@@ -186,10 +181,8 @@ def refuse_one_number(loss: object, y: Tensor) -> None:
     """Raise InputError for a loss of classes where y (B,) or (B, 1) is floats: of one class it is always 0."""
     kind = _kind(loss)
     if issubclass(kind, _OF_CLASSES) and y.is_floating_point() and y.numel() == len(y):
-        raise InputError(
-            f"loss=torch.nn.{kind.__name__} is of classes, and y is one number a row: say task='classification' where "
-            "they are classes, or choose a loss of numbers, such as 'mse'."
-        )
+        remedy = "say task='classification' where they are classes, or choose a loss of numbers, such as 'mse'"
+        raise InputError(f"loss=torch.nn.{kind.__name__} is of classes, and y is one number a row: {remedy}.")
 
 
 def wants_log_probabilities(loss: object, outputs: Tensor) -> bool:

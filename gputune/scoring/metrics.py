@@ -78,9 +78,8 @@ def scorers_of(scoring: object) -> dict[str, OneScoring] | None:
     if not isinstance(scoring, list | tuple | Mapping):
         return None
     if not scoring:
-        raise InputError(
-            f"scoring needs at least one score, got {scoring!r}; name one, or leave it out for the usual one."
-        )
+        remedy = "name one, or leave it out for the usual one"
+        raise InputError(f"scoring needs at least one score, got {scoring!r}; {remedy}.")
     labels = [one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__) for one in scoring]
     pairs = list(scoring.items() if isinstance(scoring, Mapping) else zip(labels, scoring))
     for label, scorer in pairs:
@@ -128,15 +127,11 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
         rows = data.target[fold.valid]
         columns = rows.T if data.task == "multilabel" else rows[None]
         if scoring.name.startswith("roc_auc") and any(len(column.unique()) < needed for column in columns):
-            raise InputError(
-                f"scoring={scoring.name!r} needs every class among the validation rows, and fold {f} lacks one; "
-                f"{_remedy(scoring, data)}."
-            )
+            why = f"and fold {f} lacks one; {_remedy(scoring, data)}"
+            raise InputError(f"scoring={scoring.name!r} needs every class among the validation rows, {why}.")
         if scoring.name == "r2" and len(rows) < 2:
-            raise InputError(
-                f"scoring='r2' needs two validation rows a fold, and fold {f} has {len(rows)}; choose fewer folds or "
-                "scoring='neg_root_mean_squared_error'."
-            )
+            remedy = "choose fewer folds or scoring='neg_root_mean_squared_error'"
+            raise InputError(f"scoring='r2' needs two validation rows a fold, and fold {f} has {len(rows)}; {remedy}.")
 
 
 def _remedy(scoring: Scoring, data: Dataset) -> str:
@@ -180,14 +175,11 @@ def _check_fits_task(scoring: str, task: Task) -> None:
     from gputune.scoring.estimators import takes_task
 
     if scoring not in get_scorer_names():
-        raise InputError(
-            f"scoring must be one of scikit-learn's scorer names or a callable, got {scoring!r}."
-            f"{did_you_mean(scoring, get_scorer_names())}"
-        )
+        got = f"got {scoring!r}.{did_you_mean(scoring, get_scorer_names())}"
+        raise InputError(f"scoring must be one of scikit-learn's scorer names or a callable, {got}")
     if task == "custom":
-        raise InputError(
-            f"scoring={scoring!r} does not fit a custom target; give scoring=callable(outputs, y), or 'neg_loss'."
-        )
+        remedy = "give scoring=callable(outputs, y), or 'neg_loss'"
+        raise InputError(f"scoring={scoring!r} does not fit a custom target; {remedy}.")
     if task == "multiclass" and scoring == "roc_auc":
         raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
     other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
@@ -204,29 +196,23 @@ def positive_code(
     of_a_class = scorer is not None and task == "binary" and has_positive_class(scorer)
     if positive is None:
         if of_a_class and set(labels) not in ({0, 1}, {-1, 1}):  # {False, True} is {0, 1}
-            raise InputError(
-                f"scoring={scoring!r} is of one class, the positive one: say which of the two it is, "
-                f"positive={labels[0]!r} or positive={labels[1]!r}."
-            )
+            remedy = f"say which of the two it is, positive={labels[0]!r} or positive={labels[1]!r}"
+            raise InputError(f"scoring={scoring!r} is of one class, the positive one: {remedy}.")
         return 1 if of_a_class else None
     if task != "binary":
         raise InputError(f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out.")
     if not of_a_class:
         same = ": it is the same for both" if scoring == "roc_auc" else ""
-        raise InputError(
-            f"positive={positive!r} is for scores of one class, such as f1 or average_precision, and "
-            f"scoring={scoring!r} knows no positive class{same}; leave it out."
-        )
+        why = f"and scoring={scoring!r} knows no positive class{same}; leave it out"
+        raise InputError(f"positive={positive!r} is for scores of one class, such as f1 or average_precision, {why}.")
     for code, label in enumerate(labels):
         if isinstance(positive, str) and not isinstance(label, str):  # a command line has text alone
             if positive.lower() in (str(label).lower(), text_of(label)):
                 return code
         elif np.ndim(positive) == 0 and label == positive:
             return code
-    raise InputError(
-        f"positive must be one of the classes {labels[0]!r} and {labels[1]!r}, got {positive!r}."
-        f"{did_you_mean(positive, labels)}"
-    )
+    got = f"got {positive!r}.{did_you_mean(positive, labels)}"
+    raise InputError(f"positive must be one of the classes {labels[0]!r} and {labels[1]!r}, {got}")
 
 
 def has_positive_class(scorer: Scorer) -> bool:
@@ -297,11 +283,9 @@ def remark_on_accuracy(baseline: Mapping[str, str | float] | None, scoring: Scor
     """Return what to know of an accuracy that one class makes high."""
     if baseline is None or scoring.score is not scores.accuracy or float(baseline["score"]) < _LOPSIDED:
         return ()
-    if not str(baseline["answer"]).startswith("always"):  # of labels each has its own
-        return ()
+    answer, score = str(baseline["answer"]), f"{baseline['score']:.4f}"
     two = scoring.classes is not None and len(scoring.classes) == 2
-    others = "balanced_accuracy, roc_auc, average_precision" if two else "balanced_accuracy, f1_macro, roc_auc_ovr"
-    return (
-        f"{baseline['answer']} has an accuracy of {baseline['score']:.4f} already: {others} or neg_log_loss as scoring "
-        "tell more",
-    )
+    others = "roc_auc, average_precision" if two else "f1_macro, roc_auc_ovr"
+    tell = f"balanced_accuracy, {others} or neg_log_loss as scoring tell more"
+    # Of labels each has its own answer.
+    return (f"{answer} has an accuracy of {score} already: {tell}",) * answer.startswith("always")

@@ -1,9 +1,5 @@
 """What a module is trained on: a loss of its outputs and the target, or a step of the user's own.
 
-    objective = make_objective(loss, step, augment, task)    checked; the task's own loss where none is given
-    objective.check(config)                                  the ``loss__*`` values of a configuration
-    objective.rows(outputs, y, values)                       row losses of all members, for a loss that has a name
-
 A loss that has a name is of a standardised target and knows all members at once; one of the user's own sees the outputs
 of one member as its forward returns them, and the target in its own units.
 """
@@ -63,13 +59,12 @@ class Objective:
 
     def remarks_on_neg_loss(self) -> tuple[str, ...]:
         """Return what to know of a ranking by the loss where trials are trained on several, a sentence each."""
-        if not self.varied:
-            return ()
         defaults = ", ".join(f"{name}={value!r}" for name, value in self.varied.items())
-        return (
+        remark = (
             f"neg_loss of each trial is of the loss with {defaults}, its default: losses of other values do not "
-            "compare. Search one value alone to score with it, or in Python give a function as scoring",
+            "compare. Search one value alone to score with it, or in Python give a function as scoring"
         )
+        return (remark,) if defaults else ()
 
     @property
     def name(self) -> str:
@@ -277,10 +272,8 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
         raise InputError("training_step returns the loss itself, so loss has nothing to do; leave one of them out.")
     loss = loss_fitting(loss, task)
     if loss is None and step is None and task == "custom":
-        raise InputError(
-            "a custom target has no loss of its own; give loss=callable(outputs, y), or training_step=callable(module, "
-            "batch)."
-        )
+        remedy = "give loss=callable(outputs, y), or training_step=callable(module, batch)"
+        raise InputError(f"a custom target has no loss of its own; {remedy}.")
     if loss is None:
         loss = LOSS_OF_TASK.get(task, "")
     elif not (loss in LOSSES if isinstance(loss, str) else callable(loss)):

@@ -111,29 +111,19 @@ def _by_target(score: Score) -> Score:
 
 
 CLASSIFICATION: Mapping[str, Score] = {
-    "accuracy": accuracy,
-    "balanced_accuracy": balanced_accuracy,
-    "neg_log_loss": neg_log_loss,
-    "roc_auc_ovr": roc_auc_ovr,
-    "f1_macro": f1_macro,
+    score.__name__: score for score in (accuracy, balanced_accuracy, neg_log_loss, roc_auc_ovr, f1_macro)
 }
 # Of two classes roc_auc_ovr is scikit-learn's own.
 _BINARY = {name.removesuffix("_ovr"): score for name, score in CLASSIFICATION.items()} | {"roc_auc": roc_auc}
 REGRESSION: Mapping[str, Score] = {
-    "r2": _by_target(r2),
-    "neg_mean_squared_error": _by_target(neg_mean_squared_error),
-    "neg_root_mean_squared_error": _by_target(neg_root_mean_squared_error),
-    "neg_mean_absolute_error": _by_target(neg_mean_absolute_error),
+    score.__name__: _by_target(score)
+    for score in (r2, neg_mean_squared_error, neg_root_mean_squared_error, neg_mean_absolute_error)
 }
 MULTILABEL: Mapping[str, Score] = {"accuracy": label_accuracy}
 
 OF_TASK: Mapping[str, Mapping[str, Score]] = {
-    "binary": _BINARY,
-    "multiclass": CLASSIFICATION,
-    "regression": REGRESSION,
-    "multilabel": MULTILABEL,
-    "custom": {},
-}
+    "binary": _BINARY, "multiclass": CLASSIFICATION, "regression": REGRESSION, "multilabel": MULTILABEL, "custom": {}
+}  # fmt: skip
 """The scores on the device that fit a task."""
 
 RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})

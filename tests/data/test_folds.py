@@ -99,8 +99,7 @@ def test_a_rare_class_is_one_warning_of_ours():
         UserWarning, match=r"1 of 5 folds \(the first is fold 4\) train without rows of a class \('b', 'c' the"
     ):
         folds(KFold(5), target)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         folds(KFold(5, shuffle=True, random_state=0), target)
 
 
@@ -134,8 +133,7 @@ def test_what_keeps_groups_whole_is_taken():
     mixed = [f"g{group}" if group % 2 else int(group) for group in GROUPS]
     with refused("the group 'g1' is among"):
         folds([(range(8), range(8, N))], groups=np.array(mixed, dtype=object))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # KFold's own words on groups: here they are kept by chance
+    with warnings.catch_warnings(action="error"):  # KFold's own words on groups: here they are kept by chance
         folds(KFold(2), groups=GROUPS)
 
 
@@ -258,11 +256,7 @@ BAD_SIZES = [1, 1.0, 1.5, -0.1, np.nan, "0.2", True, None]
         (CLASSES, {"test_size": 0.01}, "would keep 1 of 40 rows apart, which cannot hold the 2 classes"),
         (CLASSES, {"test_size": 0.99}, "would keep 40 of 40 rows apart"),
         (NUMBERS, {"test_size": 0.2, "groups": [1, 2]}, "groups must have one value a row"),
-        (
-            NUMBERS,
-            {"test_size": 0.2, "groups": GROUPS, "cv": TimeSeriesSplit(2)},
-            "cannot be kept whole by a time series",
-        ),
+        (NUMBERS, {"test_size": 0.2, "groups": GROUPS, "cv": TimeSeriesSplit(2)}, "cannot be kept whole by a time ser"),
     ],
 )
 def test_rows_that_cannot_be_kept_apart(target, options, words):

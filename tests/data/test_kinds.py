@@ -106,12 +106,7 @@ def test_a_column_is_read_as_its_owner_says(wanted, kind, values, read):
 @pytest.mark.parametrize(
     ("wanted", "kind", "values", "words"),
     [
-        (
-            "number",
-            "category",
-            column("1", "many"),
-            ": 'number'}: column 'c' has 'many' in row 1; leave that cell empty",
-        ),
+        ("number", "category", column("1", "many"), ": 'number'}: column 'c' has 'many' in row 1; leave that cell emp"),
         ("date", "number", column(7, 20200101), r"kinds={'c': 'date'}: column 'c' has '7' in row 0"),
         ("number", "date", column(0), "holds dates, which nothing else is read from; convert it"),
     ],

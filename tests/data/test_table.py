@@ -109,10 +109,7 @@ def test_arrays_and_lists():
         (2.5, "got 2.5"),
         (pd.Series([1, 2]), "two-dimensional"),
         ([1, 2], "two-dimensional"),
-        (
-            [torch.ones(2), torch.ones(3)],
-            r"two-dimensional.*torch.stack\(X\), or of several lengths torch.nn.utils.rnn",
-        ),
+        ([torch.ones(2), torch.ones(3)], r"two-dimensional.*torch.stack\(X\), or of several lengths torch.nn.utils.rn"),
         ([[1, 2], [1]], "equally long"),
         (np.zeros((0, 3)), "no rows"),
         (np.zeros((3, 0)), "no columns"),
@@ -121,10 +118,7 @@ def test_arrays_and_lists():
         (pd.DataFrame([[1, 2]], columns=["1", 1]), "column names must differ"),
         (pl.DataFrame({"a": [1]}).lazy(), "lazy frame"),
         (np.array([[1.0, np.inf]]), "column 'x1' has an infinite value in row 0; clip it, or leave it empty.$"),
-        (
-            pd.DataFrame({"price": [1.0, -np.inf]}),
-            "'price' has an infinite value in row 1, where the first is row 0; c",
-        ),
+        (pd.DataFrame({"price": [1.0, -np.inf]}), "'price' has an infinite value in row 1, where the first is row 0; "),
         (np.zeros((2, 2), dtype=complex), "column 'x0' holds complex128"),
         (pd.DataFrame({"a": [[1], [2]]}), "column 'a' holds list"),
         (np.zeros(2, dtype=[("a", float)]), "structured array"),

@@ -55,16 +55,11 @@ def test_classes(y, task, classes, codes):
 @pytest.mark.parametrize(
     "y",
     [
-        [0.5, 1.0, 2.0],
-        [1, 2, 3],
-        [1.0, 2.0, 3.0],
-        np.repeat(np.arange(21), 2),
-        np.repeat(np.arange(21.0), 9),
-        pd.Series([0.5, 1.0, 2.0], dtype="Float64"),
-        torch.tensor([0.5, 1.0], dtype=torch.bfloat16),
+        [0.5, 1.0, 2.0], [1, 2, 3], [1.0, 2.0, 3.0], np.repeat(np.arange(21), 2), np.repeat(np.arange(21.0), 9),
+        pd.Series([0.5, 1.0, 2.0], dtype="Float64"), torch.tensor([0.5, 1.0], dtype=torch.bfloat16),
         np.array([1, 2.5], dtype=object),
     ],
-)
+)  # fmt: skip
 def test_numbers(y):
     target = check(y)
     assert (target.task, target.classes, target.n_outputs) == ("regression", None, 1)
@@ -99,16 +94,13 @@ def test_what_takes_whole_numbers_the_other_way_is_said(y, task, override):
     assert check(y, task=task).override == override
 
 
-def test_the_task_overrides_the_rule():
+def test_the_task_overrides_the_rule_and_select_keeps_the_classes():
     assert check([0.0, 1.0, 2.0], task="classification").classes.tolist() == [0, 1, 2]
     assert check([0, 1, 0], task="binary").task == "binary"
     assert check([0, 1, 2], task="multiclass").task == "multiclass"
     assert check([0, 1, 0], task="regression").values.tolist() == [0, 1, 0]
     assert check([True, False], task="regression").values.tolist() == [1, 0]
     assert check(np.arange(30), task="classification").n_outputs == 30
-
-
-def test_select_keeps_the_classes():
     part = check(["a", "b", "c", "a"], name="kind").select(np.array([0, 3]))
     assert (part.labels.tolist(), part.n_outputs, part.name) == (["a", "a"], 3, "kind")
 

@@ -52,8 +52,7 @@ def test_classes_that_do_not_occur_are_treated_as_scikit_learn_does():
     logits, y = logits_and_labels(4)
     y = y.clamp_max(2)
     guess = logits[0].argmax(-1).numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn warns of predicted classes that y lacks
+    with warnings.catch_warnings(action="ignore"):  # scikit-learn warns of predicted classes that y lacks
         assert scores.balanced_accuracy(logits, y)[0].item() == metrics.balanced_accuracy_score(y, guess)
     f1 = metrics.f1_score(y, guess, average="macro")
     assert scores.f1_macro(logits, y)[0].item() == pytest.approx(f1, abs=1e-12)
