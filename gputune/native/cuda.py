@@ -82,7 +82,7 @@ def _install() -> str:
     return f"pip install '{wheel}=={torch.version.cuda}.*' brings the library."
 
 
-FILES = ("work.h", "formulas.h", "block.h", "member.cu")
+FILES = ("work.h", "block.h", "member.cu")
 TILES = (64, 32, 16, 8)
 """Rows of a minibatch whose activations are on chip at once: as many as there is room for; a tensor core has 16."""
 

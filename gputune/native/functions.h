@@ -41,7 +41,7 @@ ALWAYS_INLINE real exponential(real x) {
 
 typedef double wide; /* in which gelu is computed */
 
-#include "formulas.h"
+#include "work.h"
 
 /* A loop for each activation, which is a constant in it. */
 #define EACH(kind, does) \

@@ -19,7 +19,6 @@ typedef float real;
 
 #include "product.h"
 #include "functions.h"
-#include "work.h"
 #include "member.h"
 
 static void score(const Work *w, Space *s, long f, long c) {

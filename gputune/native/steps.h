@@ -11,6 +11,7 @@ typedef double real;
 #else
 typedef float real;
 #endif
+#define root sqrt
 
 /* Functions that glibc has of whole vectors too, to 4 units of the last place: loops take those where this says so. */
 #if defined(__GLIBC__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
