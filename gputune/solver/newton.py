@@ -45,29 +45,23 @@ SETTLED = 1e-3  # largest last change of a logit with which a member without pen
 Step = Callable[[Rows, Point, float], Point]
 
 
-@dataclass(frozen=True)
-class Descent:
-    """Where m members of a fold ended."""
+def descend(
+    rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: float, max_steps: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Step all members until each has converged or changes no more; who is done leaves and costs nothing.
 
-    weight: Tensor  # (m, K, E)
-    steps: Tensor  # (m,)
-    residual: Tensor  # (m,)
-    converged: Tensor  # (m,) bool
-
-
-def descend(rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: float, max_steps: int) -> Descent:
-    """Step all members until each has converged or changes no more; who is done leaves and costs nothing."""
+    Return where they ended: weights (m, K, E), steps, residuals and whether they converged, (m,).
+    """
     point = origin(rows, ridge, lasso)
-    steps, residual = torch.zeros_like(ridge, dtype=torch.int64), torch.zeros_like(ridge)
-    end = Descent(point.weight.clone(), steps, residual, torch.zeros_like(ridge, dtype=torch.bool))
+    weight, steps, residual = point.weight.clone(), torch.zeros_like(ridge, dtype=torch.int64), torch.zeros_like(ridge)
+    converged = torch.zeros_like(ridge, dtype=torch.bool)
     left = torch.arange(len(ridge), device=ridge.device)
-    idle, calm = torch.zeros_like(steps), torch.ones_like(end.converged)
+    idle, calm = torch.zeros_like(steps), torch.ones_like(converged)
     for taken in range(max_steps + 1):
         gap = point.violation(rows)
-        converged = (gap <= tolerance) & calm
-        end.weight[left], end.steps[left] = point.weight, taken
-        end.residual[left], end.converged[left] = gap, converged
-        going = ~converged & (idle < PATIENCE)
+        done = (gap <= tolerance) & calm
+        weight[left], steps[left], residual[left], converged[left] = point.weight, taken, gap, done
+        going = ~done & (idle < PATIENCE)
         if taken == max_steps or not going.any():
             break
         left, idle = left[going], idle[going]
@@ -80,7 +74,7 @@ def descend(rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: flo
         calm = ((point.ridge + point.lasso) > 0).flatten(1).any(1)
         if not calm.all():
             calm |= (point.logits - old.logits).abs().amax((1, 2)) < SETTLED
-    return end
+    return weight, steps, residual, converged
 
 
 @dataclass(frozen=True)

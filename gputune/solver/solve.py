@@ -167,8 +167,10 @@ def _groups(
     lasso, ridge = ((part / (C * total)).clamp_max(most) for part in (problem.l1_ratio, 1 - problem.l1_ratio))
 
     def solve_chunk(rows: Rows, step: Step, members: Tensor) -> None:
-        descent = descend(rows, step, ridge[members], lasso[members], problem.tolerance, problem.max_steps)
-        weight = descent.weight if rows.basis is None else descent.weight @ rows.basis
+        weight, solution.steps[members], solution.residual[members], solution.converged[members] = descend(
+            rows, step, ridge[members], lasso[members], problem.tolerance, problem.max_steps
+        )
+        weight = weight if rows.basis is None else weight @ rows.basis
         if rows.basis is not None and len(kept) > 1:
             # Exactly so at the optimum; without a penalty softmax leaves it open.
             weight = weight - weight.mean(1, keepdim=True)
@@ -178,8 +180,6 @@ def _groups(
             intercept = intercept - intercept.mean(1, keepdim=True)  # softmax does not see a common shift
         solution.coef[members[:, None], kept] = coef / scale
         solution.intercept[members[:, None], kept] = intercept
-        solution.steps[members], solution.residual[members] = descent.steps, descent.residual
-        solution.converged[members] = descent.converged
 
     def chunks(step: Step, which: Tensor) -> Jobs:
         rotate = step is newton_step and not huge  # a ridge is not the same in all units
