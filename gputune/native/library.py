@@ -62,18 +62,10 @@ def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
     return True
 
 
-_NUMBERS = (
-    "folds", "trials", "inputs", "width", "outputs", "layers", "activation", "optimizer", "classes", "rows", "epoch",
-    "horizon", "row_score",
-)  # fmt: skip
-_BEFORE = (
-    "x", "center", "scale", "copies", "y", "target", "target_center", "target_scale", "weights", "present", "order",
-    "lengths",
-)  # fmt: skip
-_AFTER = (
-    "widths", "sizes", "schedule", "lr", "decay", "momentum", "dropout", "ema", "draws", "draw_start", "draw_rows",
-    "theta", "first", "second", "average", "valid", "valid_start", "scored", "means", "nanoseconds", "queue",
-)  # fmt: skip
+_NUMBERS = "folds trials inputs width outputs layers activation optimizer classes rows epoch horizon row_score".split()
+_BEFORE = "x center scale copies y target target_center target_scale weights present order lengths".split()
+_AFTER = """widths sizes schedule lr decay momentum dropout ema draws draw_start draw_rows theta first second average
+valid valid_start scored means nanoseconds queue""".split()
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
@@ -99,10 +91,7 @@ def make_work(numbers: Mapping[str, int], arrays: Mapping[str, torch.Tensor | No
 
 
 # Not -O3: it takes twice the time to build code that is no faster, and that each new shape waits for.
-FLAGS = (
-    "-O2", "-ftree-vectorize", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared",
-    "-fPIC",
-)  # fmt: skip
+FLAGS = "-O2 -ftree-vectorize -march=native -fno-math-errno -fno-trapping-math -fopenmp-simd -shared -fPIC".split()
 # Clang and older compilers say no to these, and choose well without.
 _WHOLE_VECTORS = ("-mprefer-vector-width=512", "-fvect-cost-model=dynamic")
 COMPILERS = ("cc", "gcc", "clang")
