@@ -16,15 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gputune.solver.objective import (
-    Point,
-    Rows,
-    change_of_logits,
-    curvature_diagonal,
-    curvature_times,
-    origin,
-    point_at,
-)
+from gputune.solver.objective import Point, Rows, curvature_diagonal, curvature_times, origin, point_at
 
 LOOSEST = 0.25  # share of the slopes that conjugate gradients may leave far from the optimum
 DAMPING = 0.03  # per unit of violation, as a share of the curvature; fades at the optimum
@@ -157,7 +149,7 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
     ``slope`` (m,) is the objective's slope along the step. The logits are linear in the length, so trying one
     costs no product.
     """
-    before, turn = point.objective, change_of_logits(rows, step)
+    before, turn = point.objective, rows.change_of_logits(step)
     new, left, length = point, torch.arange(len(step), device=step.device), 1.0
     for _ in range(HALVINGS):
         here = point[left] if len(left) < len(step) else point
@@ -200,7 +192,7 @@ def proximal_newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
         # By sorting: torch.median has no deterministic form on a GPU.
         middle = target.sort(1).values[:, (rows.outputs - 1) // 2, None]
         target = target - only_lasso * middle
-    logits = point.logits + change_of_logits(rows, target - point.weight)
+    logits = point.logits + rows.change_of_logits(target - point.weight)
     return newton_step(rows, point_at(rows, target, logits, point.ridge, point.lasso), tolerance)
 
 

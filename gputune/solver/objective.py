@@ -39,6 +39,10 @@ class Rows:
         whole = functional.pad(scale, (0, len(self.penalised) - len(scale)), value=1.0)
         return replace(self, penalised=self.penalised / whole)
 
+    def change_of_logits(self, step: Tensor) -> Tensor:
+        """By how much a step (m, K, E) changes the logits, (m, K, n)."""
+        return product(step, self.design.T).div_(self.root)
+
     @property
     def outputs(self) -> int:
         """Number of weight vectors of a member: 1 means sigmoid."""
@@ -157,11 +161,6 @@ def misfit(rows: Rows, chance: Tensor) -> Tensor:
         return (1 - 2 * rows.truth) * chance
     wrong = chance * (1 - rows.truth)
     return wrong.addcmul_(wrong.sum(1, keepdim=True), rows.truth, value=-1)
-
-
-def change_of_logits(rows: Rows, step: Tensor) -> Tensor:
-    """By how much a step (m, K, E) changes the logits, (m, K, n)."""
-    return product(step, rows.design.T).div_(rows.root)
 
 
 def curvature_times(rows: Rows, chance: Tensor, direction: Tensor) -> Tensor:
