@@ -188,7 +188,7 @@ class HypergradientJob(Job):
             else:
                 result = reverse(problem, self.hyperparameters, checkpoint=mode == "checkpointed", watch=watch)
         except _OverError as over:
-            return Slopes(chunk.index, curves, over.epochs, time.monotonic() - begin)
+            return Slopes(chunk.index, curves, over.args[0], time.monotonic() - begin)
         losses, ratios, *tables = (
             table.detach().double().cpu().view(data.n_folds, -1, *table.shape[1:]).transpose(0, 1).numpy()  # fold-major
             for table in (result.value, result.ratio, *result.gradients.values())
@@ -228,9 +228,6 @@ class Slopes(Outcome):
 
 class _OverError(Exception):
     """The deadline has passed, after so many epochs."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
 
 
 def inner_problem(job: HypergradientJob, data: Dataset, chunk: Population) -> InnerProblem[PopulationTraining]:

@@ -29,8 +29,6 @@ from gputune.types import DEFAULT_LR, default_momentum, default_weight_decay
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
 
-HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
-
 
 @waited_for()
 @torch.inference_mode(False)
@@ -111,15 +109,9 @@ def hypergradient(
                 mode, slopes = "reverse", reverse(problem, list(wanted), truncate=truncate, checkpoint=blocks)
     shapes = {name: torch.as_tensor(value, device="cpu").shape for name, value in hyperparameters.items()}
     gradient = {name: slopes.gradients[name].view(shape) for name, shape in shapes.items()}
-    result = HypergradientResult(
-        value=float(slopes.value),
-        gradient=gradient,
-        log_gradient={name: slope * wanted[name].view(shapes[name]) for name, slope in gradient.items()},
-        parameters={name: w.detach().clone() for name, w in training.parameters(slopes.weights).items()},
-        ratio=float(slopes.ratio),
-        mode=mode,
-        reason=reason,
-    )
+    logs = {name: slope * wanted[name].view(shapes[name]) for name, slope in gradient.items()}
+    parameters = {name: w.detach().clone() for name, w in training.parameters(slopes.weights).items()}
+    result = HypergradientResult(float(slopes.value), gradient, logs, parameters, float(slopes.ratio), mode, reason)
     _warn_of_noise(result)
     return result
 
@@ -155,7 +147,7 @@ def _check_mode(mode: object, truncate: object, checkpoint: object) -> None:
 def _check_optimizer(optimizer: object) -> tuple[str, float]:
     """Return the update rule and its default momentum; "momentum" is sgd with a momentum of 0.9."""
     if optimizer == "momentum":
-        return "sgd", HEAVY_BALL
+        return "sgd", 0.9
     if not isinstance(optimizer, str) or optimizer not in HYPERPARAMETERS_OF:
         words = ", ".join(("sgd", "momentum", *(name for name in HYPERPARAMETERS_OF if name != "sgd"), "exact"))
         raise InputError(f"optimizer must be one of {words}, got {optimizer!r}.")

@@ -26,7 +26,7 @@ from gputune.hypergradients.inner import HypergradientResult
 from gputune.models import LogisticRegression
 from gputune.solver.objective import Point, Rows, point_at, product, rows_of
 from gputune.solver.solve import Problem, Solution, problem_of, solve, solve_all, solved_module
-from gputune.types import Config
+from gputune.types import Config, Params
 
 BLOCK = 512  # training rows whose curvature is held at once
 
@@ -235,16 +235,10 @@ def differentiate_minimum(
             "the inputs."
         )
     implicit = implicit_gradients(problem, solution, [places], memory=memory)
-    slope = implicit.gradient[0]
-    return HypergradientResult(
-        value=float(implicit.value),
-        gradient={"C": slope / C},
-        log_gradient={"C": slope},
-        parameters=dict(solved_module(solution, 0).named_parameters()),
-        ratio=0.0,
-        mode="implicit",
-        reason="asked for; the derivative at the minimum of a convex problem, in which no step is taken",
-    )
+    value, slope = float(implicit.value), implicit.gradient[0]
+    parameters: Params = dict(solved_module(solution, 0).named_parameters())
+    reason = "asked for; the derivative at the minimum of a convex problem, in which no step is taken"
+    return HypergradientResult(value, {"C": slope / C}, {"C": slope}, parameters, 0.0, "implicit", reason)
 
 
 def _join(

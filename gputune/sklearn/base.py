@@ -159,8 +159,7 @@ def hooked(hook: FitHook | None) -> Iterator[None]:
         fit_hook.reset(token)
 
 
-FLOATS = (np.float64, np.float32)
-"""The precisions in which a table is taken as it is; another one becomes the first."""
+FLOATS = (np.float64, np.float32)  # in which a table is taken as it is; another precision becomes the first
 
 
 def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: object = None) -> Rows:

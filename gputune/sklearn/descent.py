@@ -68,21 +68,6 @@ def slopes_of(fits: Sequence[Fit], names: Sequence[str], mode: SlopeMode, traini
     return found
 
 
-def check_held_out(fits: Sequence[Fit]) -> None:
-    """Raise InputError where the loss on the validation rows of a fold has no slope, whatever is trained."""
-    seen: set[tuple[int, int]] = set()
-    for fit in fits:
-        train, valid = fit.train, fit.valid
-        if not (isinstance(train, Part) and isinstance(valid, Part)) or (fit.fold, id(train)) in seen:
-            continue
-        seen.add((fit.fold, id(train)))
-        if len(valid.index) == 0:
-            raise InputError(f"cv: fold {fit.fold} has no validation rows to descend on; give it some.")
-        weights = train.rows.weights
-        weighing = train if weights is None else replace(train, index=train.index[weights[train.index] > 0])
-        check_classes(fit.fold, valid.labels(), weighing.labels(), weighed=weights is not None)
-
-
 def descended_parameters(hyperparameters: str | Sequence[str] | None, estimator: object) -> dict[str, str]:
     """Return what is descended on, in the engine's words -> the parameter of the estimator that holds it.
 
@@ -203,7 +188,17 @@ class DescentRun(SearchRun):
         """Train points, which are numbered after those before."""
         events, first = self.record(points, self.X, self.y, self.splits), len(self.points)
         fits = fits_of(events)
-        check_held_out(fits)
+        seen: set[tuple[int, int]] = set()
+        for fit in fits:  # the loss on the validation rows of a fold must have a slope, whatever is trained
+            train, valid = fit.train, fit.valid
+            if not (isinstance(train, Part) and isinstance(valid, Part)) or (fit.fold, id(train)) in seen:
+                continue
+            seen.add((fit.fold, id(train)))
+            if len(valid.index) == 0:
+                raise InputError(f"cv: fold {fit.fold} has no validation rows to descend on; give it some.")
+            weights = train.rows.weights
+            weighing = train if weights is None else replace(train, index=train.index[weights[train.index] > 0])
+            check_classes(fit.fold, valid.labels(), weighing.labels(), weighed=weights is not None)
         self.train(points, fits)
         self.fits = {number: [] for number, _ in origins}
         for fit in fits:

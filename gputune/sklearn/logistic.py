@@ -68,7 +68,7 @@ def solve_members(
     del training  # one batched solve, which takes seconds where training takes minutes
     members: dict[Place, SolvedMember | Exception] = {}
     for trials, group in solve_groups(penalties, folds):
-        places = [(fold, trial) for fold in group.numbers for trial in trials]
+        places = list(itertools.product(group.numbers, trials))
         try:
             problem = make_problem([penalties[trial] for trial in trials], group)
         except ValueError as error:
@@ -98,14 +98,15 @@ def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
     """Return the problem of penalties that are alike; raises ValueError for weights that leave no rows."""
     first = penalties[0]
     (x,) = folds.rows.inputs(device_for_solver(first.device).device, torch.float64)
-    weights = np.stack([_weights(first.class_weight, folds, train) for train in folds.trains])
+    weights = as_tensor(np.stack([_weights(first.class_weight, folds, train) for train in folds.trains])).to(x.device)
+    C, l1_ratio = (x.new_tensor(values) for values in zip(*((p.C, p.l1_ratio) for p in penalties)))
     assert folds.classes is not None
     return Problem(
-        x=x.expand(len(weights), *x.shape),
-        y=as_tensor(folds.codes).to(x.device),
-        weights=as_tensor(weights).to(x.device),
-        C=torch.tensor([p.C for p in penalties], dtype=x.dtype, device=x.device),
-        l1_ratio=torch.tensor([p.l1_ratio for p in penalties], dtype=x.dtype, device=x.device),
+        x.expand(len(weights), *x.shape),
+        as_tensor(folds.codes).to(x.device),
+        weights,
+        C,
+        l1_ratio,
         n_classes=len(folds.classes),
         fit_intercept=first.fit_intercept,
         tolerance=first.tol,
@@ -200,15 +201,8 @@ class LogisticRegression(FusedEstimator, Theirs):  # type: ignore[misc]
         if (reason := self._left_to_scikit_learn(None)) is not None:
             raise InputError(f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone.")
         C, l1_ratio = _penalty(float(self.C), float(self.l1_ratio or 0), self.penalty)
-        return Penalty(
-            C=C,
-            l1_ratio=l1_ratio,
-            class_weight=self.class_weight,
-            fit_intercept=bool(self.fit_intercept),
-            tol=min(float(self.tol), _TOLERANCE),
-            max_iter=int(self.max_iter),
-            device=self.device,
-        )
+        tol, max_iter = min(float(self.tol), _TOLERANCE), int(self.max_iter)
+        return Penalty(C, l1_ratio, self.class_weight, bool(self.fit_intercept), tol, max_iter, self.device)
 
     def _set_fitted(self, fitted: SolvedMember, rows: Rows) -> None:
         assert rows.classes is not None

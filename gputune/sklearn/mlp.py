@@ -141,15 +141,8 @@ class _MLP(TrainedEstimator):
             config["weight_decay"] = float(self.weight_decay)
         if optimizer in MOMENTUM:
             config["momentum"] = momentum
-        return Recipe(
-            kind="mlp",
-            config=complete(config, optimizer=optimizer, schedule="constant"),
-            alpha=alpha,
-            epochs=int(self.max_iter),
-            seed=draw_seed(self.random_state, draw),
-            device=self.device,
-            patience=patience,
-        )
+        config, seed = complete(config, optimizer=optimizer, schedule="constant"), draw_seed(self.random_state, draw)
+        return Recipe("mlp", config, alpha, int(self.max_iter), seed, self.device, patience=patience)
 
     def _alpha(self) -> float | None:
         """Return the L2 penalty, None where another decay takes its place; InputError where both were asked for."""

@@ -146,7 +146,12 @@ def _train(
     for search, (X, y, params), part in zip(searches, rows, parts):
         routed = _routed_within(search, X, params)
         run = SearchRun(with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
-        candidates, splits = _candidates(search), run.split(X, y, routed.splitter.split)
+        if isinstance(search, GridSearchCV):
+            candidates = list(ParameterGrid(search.param_grid))
+        else:
+            space = to_scipy(search.param_distributions)
+            candidates = list(ParameterSampler(space, search.n_iter, random_state=search.random_state))
+        splits = run.split(X, y, routed.splitter.split)
         recorded.append(TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, part), 0.0))
     alike = getattr(searches[0], "random_state", 0) is not None  # then all searches draw the same candidates
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
@@ -160,11 +165,3 @@ def _train(
         train(fits, Training(workers(), deadline))
     share = (time.monotonic() - begin) / sum(len(each.candidates) * len(each.splits) for each in recorded)
     return [replace(each, seconds=share) for each in recorded]
-
-
-def _candidates(search: AnySearch) -> list[Config]:
-    """Return the candidates that a search draws."""
-    if isinstance(search, GridSearchCV):
-        return list(ParameterGrid(search.param_grid))
-    space = to_scipy(search.param_distributions)
-    return list(ParameterSampler(space, search.n_iter, random_state=search.random_state))

@@ -126,19 +126,9 @@ class _NeuralNet(TrainedEstimator):
         epochs = self.max_epochs
         if isinstance(epochs, bool) or not isinstance(epochs, Integral) or int(epochs) < 1:
             raise InputError(f"max_epochs must be an integer >= 1, got {epochs!r}. For example 50.")
-        return Recipe(
-            kind="module",
-            config=self._config(),
-            alpha=None,
-            epochs=int(epochs),
-            seed=draw_seed(self.random_state, draw),
-            device=self.device,
-            module=_builder(self.module),
-            loss=self._loss(),
-            step=self.training_step,
-            augment=self.augment,
-            numbers=self.numbers,
-        )
+        config, seed = self._config(), draw_seed(self.random_state, draw)
+        functions = _builder(self.module), self._loss(), self.training_step, self.augment
+        return Recipe("module", config, None, int(epochs), seed, self.device, *functions, self.numbers)
 
     def _config(self) -> Config:
         """Return the engine's complete configuration."""

@@ -149,7 +149,14 @@ def _fit_batch(batch: Batch, training: Training) -> Members:
     populations, parameters = [], 0
     for population in trainer.groups(batch.configs):
         try:
-            parameters = max(parameters, _check_module(trainer, population))
+            if recipe.module is not None:
+                traits = traits_of(recipe.module, population.configs[0], data, objective=trainer.objective)
+                if traits.probabilities and data.task in ("binary", "multiclass"):
+                    raise InputError(
+                        f"model: {name_of(recipe.module)} returns probabilities, and its outputs are taken for logits; "
+                        "leave out the softmax at its end."
+                    )
+                parameters = max(parameters, traits.parameters)
             populations.append(population)
         except InputError as error:
             members |= dict.fromkeys(batch.places(population), in_skorchs_words(error))
@@ -208,20 +215,6 @@ def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
     members = [state.members[fold].buffers or () for state in states for fold in batch.folds.numbers]
     buffers = tuple(torch.stack(buffers).view(len(states), len(batch.folds.numbers), -1) for buffers in zip(*members))
     return BegunChunk(chunk.kind, chunk.index, chunk.configs, State(batch.recipes[0].begin, buffers))
-
-
-def _check_module(trainer: Trainer, population: Population) -> int:
-    """Return the size of a user's module, which is tried first; 0 for a built-in model."""
-    builder, data = trainer.module_class, trainer.data
-    if builder is None:
-        return 0
-    traits = traits_of(builder, population.configs[0], data, objective=trainer.objective)
-    if traits.probabilities and data.task in ("binary", "multiclass"):
-        raise InputError(
-            f"model: {name_of(builder)} returns probabilities, and its outputs are taken for logits; leave out the "
-            "softmax at its end."
-        )
-    return traits.parameters
 
 
 ROWS, NUMBERS = 8192, 1 << 20

@@ -29,23 +29,15 @@ from gputune.scoring.losses import row_losses
 from gputune.scoring.objective import Objective, make_objective
 from gputune.types import Config, Task
 
-Place = tuple[int, int]
-"""(fold, trial): which member of a search."""
-
+Place = tuple[int, int]  # (fold, trial): which member of a search
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
+DrawSeed = Callable[[], int]  # of random_state=None: once for all configurations that are fitted together
 
-DrawSeed = Callable[[], int]
-"""Draws the seed of random_state=None: once for all configurations that are fitted together."""
-
-MOMENTUM = ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd")
-"""The optimizers that have a momentum."""
-
-AUTO_BATCH = 200
-"""What ``batch_size="auto"`` is in scikit-learn, and at most all rows."""
-
+MOMENTUM = ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd")  # the optimizers that have one
+AUTO_BATCH = 200  # what batch_size="auto" is in scikit-learn, and at most all rows
+# In place of a loss that is no number: a member that diverges leaves its trial in the other folds alone.
 LARGEST = float(np.finfo(np.float64).max)
-"""In place of a loss that is no number: a member that diverges leaves its trial in the other folds alone."""
 
 
 @dataclass(frozen=True)

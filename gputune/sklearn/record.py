@@ -83,8 +83,7 @@ def fits_of(events: Iterable[Event]) -> list[Fit]:
     return [event for event in events if isinstance(event, Fit)]
 
 
-Trials = dict[int, dict[int, Fit]]
-"""Fits by trial and fold."""
+Trials = dict[int, dict[int, Fit]]  # fits by trial and fold
 
 
 def layouts(fits: Iterable[Fit], *, held_out: bool = False) -> Iterator[tuple[FoldGroup, Trials]]:
@@ -129,8 +128,7 @@ class Recorder:
     def __init__(self, *, held_out: bool = False) -> None:
         self.held_out, self.place = held_out, (0, 0)  # trial and fold
         self.events: list[Event] = []
-        self.left: dict[tuple[int, int], str] = {}
-        """The fits that are left to scikit-learn's loop, and why."""
+        self.left: dict[tuple[int, int], str] = {}  # the fits that are left to scikit-learn's loop, and why
         self._made: dict[Hashable, tuple[Any, object]] = {}
 
     def record(

@@ -186,10 +186,7 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
     """
 
     _space_name = "param_distributions"
-    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
-        **model_selection.RandomizedSearchCV._parameter_constraints,
-        **CONSTRAINTS,
-    }
+    _parameter_constraints: ClassVar = model_selection.RandomizedSearchCV._parameter_constraints | CONSTRAINTS
 
     __init__ = constructor(model_selection.RandomizedSearchCV, EXTRAS)
 
@@ -198,10 +195,7 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
     __doc__ = f"""scikit-learn's GridSearchCV, with its candidates trained together.{_TOGETHER}"""
 
     _space_name = "param_grid"
-    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
-        **model_selection.GridSearchCV._parameter_constraints,
-        **CONSTRAINTS,
-    }
+    _parameter_constraints: ClassVar = model_selection.GridSearchCV._parameter_constraints | CONSTRAINTS
 
     __init__ = constructor(model_selection.GridSearchCV, EXTRAS)
 
@@ -253,9 +247,8 @@ class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchC
     study = None
     timeout = None
     pre_dispatch = "2*n_jobs"
-    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
-        **successive_halving.HalvingRandomSearchCV._parameter_constraints,
-        "device": [str],
+    _parameter_constraints: ClassVar = successive_halving.HalvingRandomSearchCV._parameter_constraints | {
+        "device": [str]
     }
 
     __init__ = constructor(successive_halving.HalvingRandomSearchCV, {"resource": "auto", "device": "auto"})

@@ -23,9 +23,7 @@ from refused import refused
 MODES = (
     {"mode": "reverse"},
     {"mode": "reverse", "checkpoint": True},
-    {"mode": "forward"},
-    {"mode": "fd"},
-    {"mode": "auto"},
+    *({"mode": m} for m in ("forward", "fd", "auto")),
 )
 VALUES = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.02, "beta1": 0.85, "beta2": 0.98}
 cross_entropy = functional.cross_entropy

@@ -289,11 +289,9 @@ def test_the_cosine_is_that_of_whole_vectors_where_gradients_are_missing():
 
 
 def test_no_gradient_at_all_leaves_everything():
-    params = start()
-    optimizer = make("adam", params)
+    optimizer = make("adam", params := start())
     optimizer.step()
-    assert optimizer.param_groups[0]["lr"] == LR["adam"]
-    assert torch.equal(flat(params), flat(start()))
+    assert optimizer.param_groups[0]["lr"] == LR["adam"] and torch.equal(flat(params), flat(start()))
 
 
 @pytest.mark.parametrize("rule", RULES)

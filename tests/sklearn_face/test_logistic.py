@@ -109,6 +109,7 @@ REFUSED = [
     ({"tol": 0}, "The 'tol' parameter"),
     ({"max_iter": -1}, "The 'max_iter' parameter"),
     ({"device": "tpu"}, "device must be"),
+    ({"solver": "newton"}, "The 'solver' parameter of LogisticRegression must be a str among"),
 ]
 
 

@@ -46,12 +46,8 @@ def test_the_defaults_are_scikit_learns(ours, theirs):
     expected = {"width": 100, "depth": 1, "lr": 1e-3, "optimizer": "adam", "batch_size": 200, "schedule": "constant"}
     assert r.config.items() >= expected.items()
     assert (r.epochs, r.seed, r.alpha, r.kind, r.patience) == (200, 0, 1e-4, "mlp", Patience(1e-4, 10))
-
-
-def test_scikit_learns_words_are_understood():
     r = recipe(hidden_layer_sizes=(64, 64, 64), learning_rate_init=0.03, max_iter=7, learning_rate="cosine")
-    words = ("width", "depth", "lr", "schedule")
-    assert [r.config[word] for word in words] == [64, 3, 0.03, "cosine"] and r.epochs == 7
+    assert r.config.items() >= {"width": 64, "depth": 3, "lr": 0.03, "schedule": "cosine"}.items() and r.epochs == 7
 
 
 @pytest.mark.parametrize("sizes", [32, [32], np.array([32])])
@@ -159,19 +155,6 @@ def test_words_that_change_nothing_are_taken(make, harmless):
     plain, said = make().fit(*IRIS), make(**harmless).fit(*IRIS)
     np.testing.assert_array_equal(said.predict_proba(IRIS[0]), plain.predict_proba(IRIS[0]))
     assert {name: clone(said).get_params()[name] for name in harmless} == harmless
-
-
-@pytest.mark.parametrize(
-    ("estimator", "error"),
-    [
-        (LogisticRegression(solver="newton"), "The 'solver' parameter of LogisticRegression must be a str among"),
-        (net(train_split=5), "NeuralNetClassifier has no train_split=5: every row is trained on"),
-        (net(callbacks=[print]), "has no callbacks=.*: an estimator calls none; leave them out"),
-    ],
-)
-def test_values_that_would_change_the_result_are_refused_by_fit(estimator, error):
-    with pytest.raises(ValueError, match=error):
-        estimator.fit(*IRIS)
 
 
 NO_COUNTERPART = [
@@ -356,6 +339,8 @@ REFUSED_NETS = [
     ({"lr": 0}, "lr must be"),
     ({"batch_size": -1}, "batch_size must be"),
     ({"max_epochs": 0}, "max_epochs must be"),
+    ({"train_split": 5}, "NeuralNetClassifier has no train_split=5: every row is trained on"),
+    ({"callbacks": [print]}, "has no callbacks=.*: an estimator calls none; leave them out"),
 ]  # fmt: skip
 
 
