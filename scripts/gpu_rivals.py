@@ -22,7 +22,6 @@ WIDTH, INPUTS, CLASSES, BATCH, ROWS, FOLDS = 64, 64, 10, 32, 1000, 5
 
 
 def data():
-    """Return X and y of numpy."""
     rng = np.random.default_rng(0)
     return rng.normal(size=(ROWS, INPUTS)).astype(np.float32), rng.integers(CLASSES, size=ROWS)
 
@@ -72,12 +71,10 @@ def loop(device, *, graphed=False):
 
 
 def steps(trials, epochs):
-    """Steps of all members of a search."""
     return trials * FOLDS * -(-(ROWS - ROWS // FOLDS) // BATCH) * epochs
 
 
 def gputune_search(device, trials, epochs, backend):
-    """All trials in all folds, from the arrays to their scores."""
     import gputune
 
     rates = np.geomspace(1e-4, 1e-2, trials).tolist()

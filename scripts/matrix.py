@@ -77,7 +77,6 @@ def result(output: str) -> str:
 
 
 def line(*cells: str) -> str:
-    """Return a row of the table, with today's date at its end."""
     return f"| {' | '.join((*cells, datetime.date.today().isoformat()))} |"
 
 

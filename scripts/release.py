@@ -53,7 +53,6 @@ def main() -> int:
 
 
 def environment(folder: Path) -> Path:
-    """Make an environment, and return its Python."""
     venv.create(folder, with_pip=True)
     return folder / "bin" / "python"
 
@@ -66,7 +65,6 @@ def run(python: Path, *words: "str | Path", **options: object) -> str:
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """End with a sentence where something does not hold."""
     if not holds:
         sys.exit(f"release: {otherwise}")
 

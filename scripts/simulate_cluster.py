@@ -105,13 +105,11 @@ class Watch:
 
 
 def search(*, trials: int, epochs: int, study: Path | None = None) -> gputune.Study:
-    """Search on digits on the cluster to which this process is connected."""
     X, y = load_digits(return_X_y=True)
     return gputune.tune("mlp", X, y, n_trials=trials, max_epochs=epochs, cv=5, workers="ray", study=study, verbose=0)
 
 
 def measure(*, trials: int, epochs: int) -> Measured:
-    """Run a search on the connected cluster and return what it cost."""
     workers = int(ray.cluster_resources()["CPU"])
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder, watch.watching():
@@ -148,7 +146,6 @@ def simulate(measured: Measured, workers: int, *, bandwidth: float, seed: int = 
 
 
 def report(measured: Measured, *, bandwidth: float) -> str:
-    """Return the figures and the simulation as text."""
     least, most, mean = min(measured.chunks), max(measured.chunks), statistics.mean(measured.chunks)
     busy = f"{1e3 * measured.driver:.1f} ms a chunk, so that it keeps {measured.most_workers:.0f} workers busy"
     lines = [
@@ -195,7 +192,6 @@ def connected(workers: int) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and simulate, or time one worker against two."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--epochs", type=int, default=20)

@@ -58,7 +58,6 @@ def sizes(contents: dict[str, bytes]) -> Sizes:
 
 
 def main() -> None:
-    """Print the table."""
     asked = sys.argv[1:] or ["origin/main", "HEAD~1"]
     contents, commit = next(((found, c) for c in asked if (found := before(c)) is not None), (None, None))
     files, lines = sizes(now())

@@ -79,7 +79,6 @@ def end(child: int) -> int:
 
 
 def ended_well(work: Work, *arguments: object) -> bool:
-    """Do some work in a process of its own; return whether it came to its end."""
     return end(begin(work, *arguments)) == 0
 
 
@@ -236,7 +235,6 @@ def kills_in_chunks(folder: Path, count: int, method: Stopping, seed: int, epoch
 
 
 def crowd(folder: Path, processes: int, n_trials: int) -> Counts:
-    """Let several processes begin the same search at once."""
     path = folder / "crowd.db"
     children = [begin(search, path, n_trials) for _ in range(processes)]
     failed = sum(end(child) != 0 for child in children)
@@ -401,7 +399,6 @@ OPTIONS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts and print their counts; return 1 where one of them is not what it must be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help="default: all of them")
     for option, (default, says) in OPTIONS.items():

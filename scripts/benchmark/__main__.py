@@ -56,7 +56,8 @@ STUDIES = {
     "portfolio": "a short list of good configurations of the MLP, over the tables of --data",
     "realmlp": "RealMLP's space here and in pytabkit, its authors' package; --rows are tables of --data",
 }
-"""What else is measured, each by the module of that name: what the option says of it."""
+"""What else is measured, and what the option says of it. The ``run`` of the module of that name measures, prints and
+writes; it returns 0, or 1 where what must hold does not: then it writes nothing, but for ``--optuna``."""
 
 HELP = {
     "epochs": "default 20, with --hypergradients 5, --grid 10, --quality 27",

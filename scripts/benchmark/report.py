@@ -47,7 +47,6 @@ def describe_machine(*, with_card: bool = False) -> dict[str, Any]:
 
 
 def card() -> str | None:
-    """Return the GPU's name, None where there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 

@@ -54,7 +54,6 @@ class Work:
     epochs: int
 
     def steps(self, trials: Sequence[Trial]) -> int:
-        """Optimizer steps of these trials in all folds and epochs."""
         return sum(self.epochs * -(-len(train) // t["batch_size"]) for t in trials for train, _ in self.folds)
 
     def no_scores(self) -> np.ndarray:
@@ -77,7 +76,6 @@ class Outcome:
 
 
 def add_compile_seconds(seconds: float) -> None:
-    """Count seconds in which this process has compiled."""
     global compile_seconds
     compile_seconds += seconds
 
@@ -222,12 +220,10 @@ def recorded() -> Iterator[tuple[float, str]]:
 
 
 def record(path: str, candidate: int, epochs: int, score: float) -> None:
-    """Append a line, with the time."""
     line = json.dumps([time.monotonic(), candidate, epochs, score]) + "\n"
     with open(path, "ab", buffering=0) as file:
         file.write(line.encode())  # one write: lines of several processes do not mix
 
 
 def read(path: str) -> list[Line]:
-    """Return all lines, in the order of time."""
     return sorted(tuple(json.loads(line)) for line in Path(path).read_text().splitlines())

@@ -62,7 +62,6 @@ class Result:
 
     @property
     def held_out_loss(self) -> float:
-        """Mean over the held-out rows."""
         return float(self.held_out.mean())
 
     def row(self) -> str:
@@ -96,7 +95,6 @@ def split_of(seed: int) -> Split:
 
 
 def run(split: Split, *, draws: Sequence[int], outer_steps: int) -> list[Result]:
-    """Return the results of all searches on one split."""
     common = {
         "cv": split.folds, "numbers": "none", "optimizer": "adam", "max_epochs": EPOCHS, "epoch": "last",
         "include_default": False, "space": {"lr": loguniform(LOW, HIGH), **NETWORK}, "random_state": split.seed,
@@ -167,7 +165,6 @@ def _compared(splits: Sequence[Sequence[Result]], first: str, second: str) -> st
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--splits", type=positive, default=3, help="each with other held-out rows (default 3)")

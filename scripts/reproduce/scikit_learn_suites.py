@@ -134,7 +134,6 @@ def by_reason(suite: Suite, failed: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def page(results: Mapping[Suite, tuple[Sequence[str], Mapping[str, str]]]) -> str:
-    """Return the page that says how many tests pass, and why the others do not."""
     lines = [
         "# scikit-learn's own tests",
         "",

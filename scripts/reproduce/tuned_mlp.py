@@ -75,7 +75,6 @@ class Data:
     regression: bool
 
     def score(self, model: gputune.TunedModel) -> float:
-        """Return the RMSE or the accuracy on the test rows."""
         gap = np.asarray(model.predict(self.X_test)).ravel() - self.y_test
         return float(np.sqrt(np.mean(gap**2)) if self.regression else np.mean(gap == 0))
 
@@ -183,7 +182,6 @@ def scores(results: Sequence[Result]) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what the results lack, write after each search, and print; return 0."""
     machine = describe_machine()
     results = published(options.out, "tuned-mlp", machine, "results", Result)
     for name in options.tables:
@@ -203,7 +201,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0, or 2 where the tables cannot be had."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help=f"the tables, from {ADDRESS}")

@@ -29,7 +29,6 @@ Weights = list[tuple[Any, Any]]
 
 
 def train(work: Work, cores: int) -> Outcome:
-    """Train the work, each shape in one of the worker processes."""
     groups = defaultdict[tuple[int, int], list[int]](list)
     for position in longest_first(work.trials):
         groups[work.trials[position]["batch_size"], work.trials[position]["width"]].append(position)

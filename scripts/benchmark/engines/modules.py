@@ -40,14 +40,10 @@ class Residual(nn.Module):
 
 
 class WithDropout(Residual):
-    """The same with dropout."""
-
     dropout = 0.1
 
 
 class WithBatchNorm(Residual):
-    """The same with batch norm."""
-
     norm = nn.BatchNorm1d
 
 
@@ -73,8 +69,6 @@ class Recurrent(nn.Module):
 
 
 class WithLSTM(Recurrent):
-    """The same with an LSTM."""
-
     kind = nn.LSTM
 
 

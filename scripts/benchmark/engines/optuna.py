@@ -35,7 +35,6 @@ def train(work: Work, cores: int, fit: Fit = fit) -> Outcome:
 
 
 def _train_all_folds(fit: Fit, path: str, epochs: int, trial: optuna.Trial, params: Trial) -> float:
-    """Train one trial on one fold after the other."""
     scores = [fit(fold, params, epochs) for fold in read_folds(path)]
     trial.set_user_attr("scores", scores)
     return float(np.mean(scores))

@@ -52,7 +52,6 @@ def trained(fold: Fold, trial: Trial) -> Iterator[nn.Module]:
 
 
 def _begin(fold: Fold, trial: Trial) -> tuple[Tensor, Tensor, nn.Sequential]:
-    """Return the training rows, their classes and a fresh network."""
     x, y = map(torch.from_numpy, fold[:2])
     torch.manual_seed(0)
     width, classes = trial["width"], int(y.max()) + 1
@@ -80,7 +79,6 @@ def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def accuracy(network: nn.Module, fold: Fold) -> float:
-    """Return the accuracy on the validation rows of a fold."""
     x, y = map(torch.from_numpy, fold[2:])
     with torch.no_grad():
         return float((network(x).argmax(1) == y).float().mean())

@@ -33,7 +33,6 @@ SPACES: dict[str, dict[str, Any]] = {
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that are installed."""
     return {name: version(name) for name in (*LIBRARIES, "optuna") if find_spec(name)}
 
 
@@ -58,21 +57,17 @@ class OfTable:
         return out
 
     def fit(self, X: pd.DataFrame, y: pd.Series) -> "OfTable":
-        """Fit and return itself."""
         self.estimator.fit(self.rows(X), y)
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray:
-        """Return the classes or numbers of the rows."""
         return np.asarray(self.estimator.predict(self.rows(X)))
 
     def predict_proba(self, X: pd.DataFrame) -> np.ndarray:
-        """Return the probabilities of the classes."""
         return np.asarray(self.estimator.predict_proba(self.rows(X)))
 
 
 def levels_of(X: pd.DataFrame) -> dict[str, pd.CategoricalDtype]:
-    """Return the categories of each column of text."""
     text = [name for name in X.columns if X[name].dtype.kind not in "ifb"]
     return {name: pd.CategoricalDtype(sorted(X[name].dropna().unique())) for name in text}
 
@@ -88,7 +83,6 @@ def with_defaults(X: pd.DataFrame, y: pd.Series, task: str) -> Iterator[tuple[st
 
 
 def _model(library: str, task: str, levels: dict[str, pd.CategoricalDtype], **chosen: Any) -> OfTable:
-    """Return a library's trees on one thread."""
     module = import_module(library)
     if library == "lightgbm":
         kind = module.LGBMRegressor if task == "regression" else module.LGBMClassifier
@@ -100,7 +94,6 @@ def _model(library: str, task: str, levels: dict[str, pd.CategoricalDtype], **ch
 
 
 def _settings(library: str, task: str, scoring: str, rounds: int) -> dict[str, Any]:
-    """Return what the trees of a search have in common."""
     if library == "lightgbm":
         error = "binary_error" if task == "binary" else "multi_error"
         metric = {"roc_auc": "auc", "accuracy": error}.get(scoring, "rmse")

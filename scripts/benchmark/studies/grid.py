@@ -66,12 +66,10 @@ class Growth:
 
     @property
     def work(self) -> int:
-        """Trials x folds x epochs."""
         return self.trials * self.folds * self.epochs
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 1 where the engines' scores differ."""
     epochs, repeats = options.epochs or EPOCHS, options.repeats or 1
     able, lacks = split_by_lack(options.engines or choose("sklearn,torch"))
     cells: list[Cell] = []

@@ -47,13 +47,11 @@ class Seed:
         return self.halving_epochs / self.full_epochs
 
     def row(self) -> str:
-        """The line of the report."""
         ran = "" if self.run is None else f"{self.run:.4f}"
         return f"{self.table}|{self.seed}|{self.full:.4f}|{self.halving:.4f}|{self.loss:.2%}|{self.share:.1%}|{ran}"
 
 
 def run(options: Namespace) -> int:
-    """Search, print and write; return 0, or 1 where halving as it is run does not end as it was read off."""
     epochs, found = options.epochs or EPOCHS, []
     for name, (X, y) in tables(options.adult).items():
         for seed in range(options.repeats or SEEDS):
@@ -76,7 +74,6 @@ def run(options: Namespace) -> int:
 
 
 def compare(table: str, X: Any, y: Any, *, epochs: int, seed: int) -> Seed:
-    """Search one table in full and by halving; the first seed runs both."""
     options = {"n_trials": TRIALS, "max_epochs": epochs, "cv": FOLDS, "random_state": seed, "verbose": 0}
     full, halving = gputune.tune("mlp", X, y, method="random", **options), gputune.Halving()
     stays, spent = halved(full.curves, halving, epochs)

@@ -55,14 +55,12 @@ class Cost:
     disagreement: float
 
     def row(self, kind: str) -> str:
-        """The line of the report."""
         plain, optimised = (self.seconds[kind] / self.seconds[base] for base in (PLAIN, OPTIMISED))
         numbers = f"{self.seconds[kind] * 1e3:.2f}|{plain:.2f}|{optimised:.2f}"
         return f"{self.optimizer}|{self.members}|{self.steps}|{kind}|{numbers}"
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 0, or 1 where results that must be the same differ."""
     epochs, repeats, threads = options.epochs or EPOCHS, options.repeats or REPEATS, torch.get_num_threads()
     torch.set_num_threads(1)
     try:

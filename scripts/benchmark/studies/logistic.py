@@ -58,7 +58,6 @@ class Row:
     score_difference: float
 
     def row(self) -> str:
-        """The line of the report."""
         worst, times = (
             f"{self.gputune_gap:.1e}, {self.sklearn_gap:.1e}",
             _times(self.gputune_seconds, self.sklearn_seconds),
@@ -67,7 +66,6 @@ class Row:
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 0, or 1 where a solution is too far from optimal to compare times."""
     rows = [compare(penalty, CANDIDATES) for penalty in ("l2", "l1")]
     own, theirs = sum(row.gputune_seconds for row in rows), sum(row.sklearn_seconds for row in rows)
     text = table(HEAD, [*(row.row() for row in rows), f"both||{_times(own, theirs)}"])

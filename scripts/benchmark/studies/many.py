@@ -25,7 +25,6 @@ after the other in a process that has imported gputune; the least seconds of eac
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 0."""
     repeats = options.repeats or REPEATS
     with TemporaryDirectory() as folder:
         file = Path(folder, "study.db")
@@ -48,7 +47,6 @@ def run(options: Namespace) -> int:
 
 
 def search(file: Path, n_trials: int, **more: object) -> gputune.Study:
-    """Begin the search, or go on with it."""
     X, y = load_digits(return_X_y=True)
     more |= {"max_epochs": EPOCHS, "cv": FOLDS, "study": file, "verbose": 0}
     return gputune.tune("mlp", X, y, n_trials=n_trials, **more)  # type: ignore[arg-type]

@@ -76,7 +76,6 @@ class Row:
         return float(np.median(self.seconds[engine]) / np.median(self.seconds["gputune"]))
 
     def row(self) -> str:
-        """The line of the report."""
         seconds = "|".join(f"{np.median(self.seconds[engine]):.1f}" for engine in ENGINES)
         ratio = f"{self.ratio('loop'):.2f}" if self.ratio("loop") >= self.asked else f"**{self.ratio('loop'):.2f}**"
         accuracies = ", ".join(f"{self.accuracies[engine]:.3f}" for engine in ENGINES)

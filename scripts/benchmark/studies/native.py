@@ -34,7 +34,6 @@ by {compiler}. Each number is the median of {repeats} pairs, measured in turn.
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 0."""
     repeats, compiler = options.repeats or REPEATS, find_compiler()
     if compiler is None:
         raise SystemExit("--native needs a C compiler")
@@ -71,7 +70,6 @@ class _Asked(Exception):
 
 
 def epoch(dtype: str, activation: str, width: int, batch_size: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """Return the numbers and the arrays of an epoch's work."""
 
     def ask(library: object, *work: object) -> None:
         raise _Asked(*work)

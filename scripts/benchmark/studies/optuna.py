@@ -54,7 +54,6 @@ class Row:
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 1 where TPE's median best is below that of random search."""
     machine, rows = describe_machine(), []
     machine["versions"]["optuna"] = optuna.__version__
     for seed in range(options.repeats or SEEDS):
@@ -70,7 +69,6 @@ def run(options: Namespace) -> int:
 
 
 def compare(seed: int, batches: int) -> Row:
-    """Search with both methods from one seed."""
     begin = time.perf_counter()
     drawn = search(seed, "random", batches)
     middle = time.perf_counter()
@@ -81,7 +79,6 @@ def compare(seed: int, batches: int) -> Row:
 
 
 def search(seed: int, method: Any, batches: int) -> Study:
-    """Return the study of one search on digits."""
     X, y = load_digits(return_X_y=True)
     return gputune.tune(
         "mlp", X, y, space=SPACE, n_trials=BATCH * batches, include_default=False, method=method,
@@ -90,7 +87,6 @@ def search(seed: int, method: Any, batches: int) -> Study:
 
 
 def sampler(seed: int) -> optuna.samplers.TPESampler:
-    """Return TPE as Optuna has it, with the constant liar on."""
     return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
 
 

@@ -38,7 +38,6 @@ default space (mean of {draws:,} draws).
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 0."""
     load, scores, configs = loader(options.data), [], []
     for name in NAMES:
         split = split_of(name, load, 0)

@@ -48,7 +48,6 @@ class Run:
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 0."""
     epochs = options.epochs or EPOCHS
     found = [measure(width, WIDE_TRIALS, epochs) for _ in range(options.repeats or REPEATS) for width in WIDE]
     found.append(measure(NARROW, NARROW_TRIALS, epochs))
@@ -66,7 +65,6 @@ def run(options: Namespace) -> int:
 
 
 def measure(width: int, trials: int, epochs: int) -> Run:
-    """Run one command in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [  # -P: the installed package, whatever the current folder holds
             sys.executable, "-P", "-m", "gputune", "tune", "sklearn:digits", "--trials", str(trials), "--no-default",

@@ -77,7 +77,6 @@ SEARCHES = {
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 0."""
     epochs, found = options.epochs or EPOCHS, list[Curve]()
     names = [name for name, (package, _) in SEARCHES.items() if find_spec(package)]
     for place, (X, y) in tables(options.adult).items():

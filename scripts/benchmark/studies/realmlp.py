@@ -45,7 +45,6 @@ class Result:
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 0."""
     if find_spec("pytabkit") is None:
         raise SystemExit("--realmlp needs pytabkit: pip install pytabkit")
     load, results, machine = loader(options.data), list[Result](), describe_machine()
@@ -72,7 +71,6 @@ def run(options: Namespace) -> int:
 
 
 def configurations(task: str) -> list[dict[str, Any]]:
-    """Return what pytabkit draws."""
     from pytabkit.models.alg_interfaces.nn_interfaces import RealMLPParamSampler
 
     sampler = RealMLPParamSampler(task != "regression")
@@ -80,7 +78,6 @@ def configurations(task: str) -> list[dict[str, Any]]:
 
 
 def here(split: Split, drawn: list[dict[str, Any]]) -> Iterator[float]:
-    """Yield the score of each configuration, searched together."""
     included = [
         {ours: _plain(one[theirs]) for theirs, ours in NAMES_OF.items() if theirs in one}
         | {"module__width": int(one["hidden_sizes"][0]), "module__depth": len(one["hidden_sizes"])}

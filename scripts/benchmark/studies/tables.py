@@ -75,14 +75,12 @@ class Split:
 
     @property
     def scoring(self) -> str:
-        """The score's name in scikit-learn."""
         if self.task == "regression":
             return "neg_root_mean_squared_error"
         rare = self.task == "binary" and self.y.value_counts(normalize=True).min() < RARE
         return "roc_auc" if rare else "accuracy"
 
     def search(self, model: str, **options: Any) -> gputune.Study:
-        """Return a search of a model on the rows to search on."""
         task = "regression" if self.task == "regression" else "classification"
         return gputune.tune(model, self.X, self.y, cv=FOLDS, scoring=self.scoring, task=task, verbose=0, **options)
 
@@ -97,7 +95,6 @@ class Split:
 
 
 def run(options: Namespace) -> int:
-    """Measure what the results lack, write after each table, and print; return 0."""
     load, machine = loader(options.data), describe_machine()
     machine["versions"] |= trees.versions()
     results = published(options.out, "tables", machine, "results", Result)
@@ -147,7 +144,6 @@ Models = Iterator[tuple[str, Any, int, float, float]]
 
 
 def defaults(split: Split) -> Models:
-    """Yield boosted trees as their libraries' defaults have them."""
     for name, model in trees.with_defaults(split.X, split.y, split.task):
         clock = Clock()
         yield f" {name}", model.fit(split.X, split.y), 1, *clock()

@@ -74,7 +74,6 @@ class Measured:
 
     @property
     def trials(self) -> int:
-        """How many trials of the list it trained."""
         return self.scores.shape[1]
 
     def accuracy(self, trials: int | None = None) -> float:
@@ -83,7 +82,6 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """Seconds."""
         return float(np.median(self.seconds))
 
 
@@ -113,7 +111,6 @@ def measure(runs: Sequence[Run], work: Work, repeats: int) -> list[Measured]:
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 1 where the engines' scores differ."""
     able, lacks = split_by_lack(options.engines or choose(",".join(ENGINES)))
     parts = []
     for name, trials in options.work:
@@ -197,7 +194,6 @@ def _engine(measured: Measured, own: Measured) -> dict[str, Any]:
 
 
 def section(part: dict[str, Any]) -> list[str]:
-    """Return one work's part of the page."""
     widths, sizes = (sorted({trial[key] for trial in part["trials"]}) for key in ("width", "batch_size"))
     whole = len(part["trials"])
     head = "engine|mean accuracy|seconds, median|min|max|of it start|compile|trials/s|gputune is|without compiling"

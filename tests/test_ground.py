@@ -1,15 +1,86 @@
-"""Scratch folders: gone at the end, and after a kill when the next one is made; nothing else is ever removed."""
+"""What everything stands on: the garbage collector held back, the memory that may be taken, scratch folders."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from gputune import scratch
+from gputune import memory, scratch
+from gputune.memory import free_memory
 from gputune.scratch import scratch_folder, sweep, write_files
 
+# The collector is held back where many objects are made, and finds garbage among them later.
+FEW_AND_MANY = """
+for many in (True, False):
+    gc.collect()
+    with without_collector():
+        rows = [[number] for number in range(20_000 if many else 100)]
+        circle = Circle()
+        circle.itself, alive = circle, weakref.ref(circle)
+        del circle
+    assert any(kept is rows[0] for kept in gc.get_objects(2)) == many
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    gc.collect()
+    assert alive() is None
+"""
+FROZEN = """
+gc.freeze()
+frozen = gc.get_freeze_count()
+with without_collector():
+    rows = [[number] for number in range(20_000)]
+assert gc.isenabled() and gc.get_freeze_count() == frozen
+gc.disable()
+with without_collector():
+    pass
+assert not gc.isenabled()
+"""
+
+
+@pytest.mark.parametrize("code", [FEW_AND_MANY, FROZEN])
+def test_many_new_objects_count_as_old_ones_and_what_a_program_has_set_stays(code):
+    code = f"import gc, weakref\nfrom gputune.garbage import without_collector\nclass Circle: pass\n{code}"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+of_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@of_linux
+def test_it_is_some_of_the_machines_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "none")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
+    lines = map(str.split, Path("/proc/meminfo").read_text().splitlines())
+    total = next(int(words[1]) * 1024 for words in lines if words[0] == "MemTotal:")
+    assert 0 < free_memory() < total
+
+
+@of_linux
+def test_a_limit_of_the_process_or_of_its_group_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "memory.max")
+    memory._GROUP.write_text("1000000\n")
+    assert free_memory() == 1_000_000
+    memory._GROUP.write_text("max\n")
+    assert free_memory() > 1_000_000
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (taken + (1 << 30), -1))
+    assert free_memory() <= 1 << 30
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1000, -1))
+    assert free_memory() == 0
+
+
+@of_linux
+def test_a_system_that_says_nothing_sets_no_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / "none")
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "none")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert free_memory() == sys.maxsize
+
+
+# Scratch folders are gone at the end, and after a kill when the next one is made; nothing else is ever removed.
 HOLD = """
 import sys
 from pathlib import Path
