@@ -12,36 +12,15 @@ from gputune.study.study import Trial
 from gputune.tuning.choices import method_to_json
 
 META = {
-    "model": "mlp",
-    "spec": {"kind": "mlp"},
-    "optimizer": "adamw",
-    "schedule": "constant",
+    "model": "mlp", "spec": {"kind": "mlp"}, "optimizer": "adamw", "schedule": "constant",
     "space": "batch_size=[16, 32, 64, 128], dropout=uniform(loc=0.0, scale=0.5), lr=loguniform(a=0.0001, b=0.1), "
     "width=log_int(16, 512)",
-    "method": "random",
-    "task": "multiclass",
-    "target": "target",
-    "classes": [0, 1, 2],
-    "source": {"path": "sklearn:wine", "target": "target", "groups": None},
-    "fingerprint": {"rows": 178},
-    "features": 13,
-    "notes": [],
-    "columns": "drop-constant",
-    "numbers": "standard",
-    "class_weight": None,
-    "sample_weight": None,
-    "cv": "5",
-    "folds": 5,
-    "splits": "0",
-    "scoring": "accuracy",
-    "epoch": "best",
-    "max_epochs": 30,
-    "seed": 0,
-    "dtype": "float32",
-    "device": "cpu",
-    "versions": {"gputune": "0.1.0"},
-}
-
+    "method": "random", "task": "multiclass", "target": "target", "classes": [0, 1, 2],
+    "source": {"path": "sklearn:wine", "target": "target", "groups": None}, "fingerprint": {"rows": 178},
+    "features": 13, "notes": [], "columns": "drop-constant", "numbers": "standard", "class_weight": None,
+    "sample_weight": None, "cv": "5", "folds": 5, "splits": "0", "scoring": "accuracy", "epoch": "best",
+    "max_epochs": 30, "seed": 0, "dtype": "float32", "device": "cpu", "versions": {"gputune": "0.1.0"},
+}  # fmt: skip
 
 HOSTILE = (
     "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>',

@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -25,12 +24,6 @@ METHODS = ["SGD", "SGD-HD", "SGDN", "SGDN-HD", "Adam", "Adam-HD", "SGD, tuned lr
 MODELS = {"logistic regression": "logreg", "MLP": "mlp"}
 
 
-def run_baydin(*options, folder):
-    command = [sys.executable, BAYDIN, *map(str, options)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-
 def cells_of(page):
     """The cells after the first two by (model, method), the header's among them."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|"]
@@ -45,8 +38,8 @@ def rows_of(path):
 @pytest.mark.long
 def test_the_claims_of_the_paper_and_the_files(tmp_path):
     out = tmp_path / "new" / "folder"
-    size = ("--epochs", EPOCHS, "--seeds", SEEDS, "--width", WIDTH)
-    done = run_baydin(*size, "--out", out, folder=tmp_path)
+    size = ("--epochs", EPOCHS, "--seeds", SEEDS, "--width", WIDTH, "--out", out)
+    done = subprocess.run([sys.executable, BAYDIN, *map(str, size)], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     cells = cells_of(done.stdout)
     assert cells.pop(("model", "method")) == ["epoch 1", f"epoch {EPOCHS}", "lr at the end"]
@@ -109,9 +102,9 @@ def test_mnist_is_read_from_a_folder_and_comes_from_openml(small_mnist, monkeypa
         return SimpleNamespace(data=pixels, target=small_mnist.classes.astype(str))
 
     monkeypatch.setattr(small_mnist.module, "fetch_openml", fetch)
+    expected = (small_mnist.images.reshape(28, 784) / 255 - 0.1307) / 0.3081
     for source in (str(small_mnist.folder), "openml"):
         data = small_mnist.module.load(source)
-        expected = (small_mnist.images.reshape(28, 784) / 255 - 0.1307) / 0.3081
         np.testing.assert_allclose(torch.cat([data.X, data.X_valid]), expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(torch.cat([data.y, data.y_valid]), small_mnist.classes)
         assert (len(data.y), data.X.dtype, data.y.dtype) == (20, torch.float32, torch.int64) and data.is_mnist
@@ -237,10 +230,8 @@ def test_published_tables_are_searched_and_a_stopped_run_goes_on(script, papers_
     ways = [(*one, way) for one in asked for way in ("best trial", "ensemble")]
     assert [(one.table, one.seed, one.rows, one.way) for one in results] == ways
     assert all(one.seconds > 0 and one.members == 1 for one in results if one.way == "best trial")
-    (first, second) = (one.score for one in results[:3:2])
-    assert (
-        f"| churn | gputune, portfolio, 3 trials: best trial, on training rows | {(first + second) / 2:.4f} ± " in text
-    )
+    mean = sum(one.score for one in results[:3:2]) / 2
+    assert f"| churn | gputune, portfolio, 3 trials: best trial, on training rows | {mean:.4f} ± " in text
     assert "| churn | TabM, tuned | 0.8605 ± 0.0016 |  | 561 |  | A100 |" in text
     # The best trial trains on the training rows alone: it is the member of the search.
     study = gputune.Study.open(tmp_path / "studies" / "california-portfolio-3-0.db")

@@ -45,9 +45,8 @@ def test_it_compares_with_scikit_learns_own_class(suites, monkeypatch, tmp_path)
 
     monkeypatch.setattr(suites, "subprocess", SimpleNamespace(run=run))  # a process would import all again
     (tmp_path / "test_small.py").write_text(TESTS)
-    applies, failed = suites.compared(
-        suites.Suite(str(tmp_path / "test_small.py"), ("MLPClassifier",)), "either or own"
-    )
+    suite = suites.Suite(str(tmp_path / "test_small.py"), ("MLPClassifier",))
+    applies, failed = suites.compared(suite, "either or own")
     assert sorted(applies) == ["test_of_either", "test_of_scikit_learns_own"]
     assert list(failed) == ["test_of_scikit_learns_own"]
     assert "'gputune.sklearn" in failed["test_of_scikit_learns_own"]

@@ -45,9 +45,8 @@ def test_a_full_disk_keeps_what_was_finished(torture, tmp_path):
 
 
 def test_the_counts_of_damage_and_of_storing(torture, tmp_path):
-    count, opened, errors, repaired = only(
-        torture.flips(tmp_path, 30, 0), "flips", "opened", "clear errors", "repaired"
-    )
+    counts = torture.flips(tmp_path, 30, 0)
+    count, opened, errors, repaired = only(counts, "flips", "opened", "clear errors", "repaired")
     assert count == opened + errors == 30 and min(opened, errors, repaired) > 0
     assert torture.storing(tmp_path, 200)["trials"] == 200
 
