@@ -12,13 +12,9 @@ from torch.nn import functional
 from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS, Clock, Hypergradients
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw")
-OF = {
-    "sgd": ("lr", "weight_decay"),
-    "momentum": ("lr", "momentum", "weight_decay"),
-    "nesterov": ("lr", "momentum", "weight_decay"),
-    "adam": ("lr", "weight_decay", "beta1", "beta2"),
-    "adamw": ("lr", "weight_decay", "beta1", "beta2"),
-}
+OF = {"sgd": ("lr", "weight_decay")}
+OF |= dict.fromkeys(("momentum", "nesterov"), ("lr", "momentum", "weight_decay"))
+OF |= dict.fromkeys(("adam", "adamw"), ("lr", "weight_decay", "beta1", "beta2"))
 CALM = {"sgd": 0.1, "momentum": 0.03, "nesterov": 0.03, "adam": 0.01, "adamw": 0.01}
 DIMS, ROWS, VALID, BATCH = (5, 3), 120, 30, 16  # inputs and outputs; rows: of training, validation, a minibatch
 

@@ -42,9 +42,8 @@ class Net(torch.nn.Module):
 
     def __init__(self, n_features, n_outputs, hidden=6):
         super().__init__()
-        self.body = torch.nn.Sequential(
-            torch.nn.Linear(n_features, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, n_outputs)
-        )
+        first, last = torch.nn.Linear(n_features, hidden), torch.nn.Linear(hidden, n_outputs)
+        self.body = torch.nn.Sequential(first, torch.nn.Tanh(), last)
 
     def forward(self, x):
         return self.body(x)
@@ -76,20 +75,11 @@ def make_data(task="multiclass", *, n=61, d=5, k=3, folds=2, dtype=torch.float64
         k = 2 if task == "binary" else k
         target = y = torch.randint(k, (n,), generator=g)
         center, scale = torch.zeros(folds).double(), torch.ones(folds).double()
+    weights = torch.rand(folds, n, generator=g, dtype=torch.float64).to(dtype) if weights else None
     return Dataset(
-        inputs=(x,),
-        dtype=dtype,
-        copies=tuple(range(folds)) if copies else (0,) * folds,
-        y=y,
-        weights=torch.rand(folds, n, generator=g, dtype=torch.float64).to(dtype) if weights else None,
-        folds=tuple(cut),
-        present=None,
-        center=center,
-        scale=scale,
-        n_outputs=k,
-        task=task,
-        target=target,
-    )
+        inputs=(x,), dtype=dtype, copies=tuple(range(folds)) if copies else (0,) * folds, y=y, weights=weights,
+        folds=tuple(cut), present=None, center=center, scale=scale, n_outputs=k, task=task, target=target,
+    )  # fmt: skip
 
 
 def without_class_2(data):

@@ -33,16 +33,10 @@ def make_model(frame, *, classes=("no", "yes"), dtype=torch.float32, numbers="st
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = (MLP(**size, width=8, depth=1) if module is None else module(**size)).to(dtype)
+    task = "regression" if labels is None else "binary" if len(labels) == 2 else "multiclass"
     return TunedModel(
-        module=module.eval(),
-        layout=layout,
-        statistics=statistics,
-        task="regression" if labels is None else "binary" if len(labels) == 2 else "multiclass",
-        classes=labels,
-        center=100.0 if labels is None else 0.0,
-        scale=10.0 if labels is None else 1.0,
-        dtype=dtype,
-        target="outcome",
+        module=module.eval(), layout=layout, statistics=statistics, task=task, classes=labels,
+        center=100.0 if labels is None else 0.0, scale=10.0 if labels is None else 1.0, dtype=dtype, target="outcome",
         spec=spec or {"kind": "mlp", "kwargs": {**size, "width": 8, "depth": 1}},
         info={"score": 0.1 + 0.2, "held_out": float("nan"), "params": {"lr": 1e-3}},
-    )
+    )  # fmt: skip
