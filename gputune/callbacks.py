@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gputune.engine.stop import Stop
-from gputune.errors import InputError, import_extra, warn
+from gputune.errors import import_extra, warn
 from gputune.methods.distributions import label
 from gputune.study.record import PARTS
 from gputune.study.study import Study, Trial
@@ -68,15 +68,6 @@ class Callbacks:
                 self.active.remove(callback)
                 raised = f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}"
                 warn(f"{raised}. It is not called again; the search goes on, and nothing of it is lost.")
-
-
-def check_callbacks(callbacks: object) -> tuple[Callback, ...]:
-    """Return the callbacks; InputError for anything that is no ``Callback``."""
-    if not isinstance(callbacks, list | tuple) or not all(isinstance(one, Callback) for one in callbacks):
-        kind = "a list of objects of a gputune.callbacks.Callback class"
-        example = "for example [gputune.callbacks.TensorBoard('runs')]"
-        raise InputError(f"callbacks must be {kind}, {example}, got {callbacks!r}.")
-    return tuple(callbacks)
 
 
 def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float | str]:

@@ -61,16 +61,13 @@ class Executor(Generic[Chunk, Result]):
 
 
 class Queue(Generic[Chunk, Result]):
-    """The chunks that wait; one that ``claim`` refuses is passed over.
-
-    A worker that ends one is given the next at once, from whatever thread says so. A chunk whose worker is lost goes to
-    another worker, never to this process, which it might end as well.
-    """
+    """The chunks that wait. A worker that ends one is given the next at once, from whatever thread says so."""
 
     def __init__(
         self, chunks: Sequence[Chunk], executor: Executor[Chunk, Result], stop: Stop, claim: Claim[Chunk]
     ) -> None:
         self.executor, self.stopping, self.claim = executor, stop, claim
+        # A chunk whose worker is lost goes to another worker, never to this process, which it might end as well.
         self.waiting, self.lost = deque(chunks), deque[Chunk]()
         self.losses: Counter[tuple[int, ...]] = Counter()
         self.running: set[tuple[int, ...]] = set()
@@ -81,11 +78,7 @@ class Queue(Generic[Chunk, Result]):
         self.lock = threading.RLock()
 
     def run(self, task: Task[Chunk, Result] | None, progress: Progress) -> Iterator[Result]:
-        """Yield what came of all chunks, in the order in which they end, until nothing is left to do or time is over.
-
-        This process trains by its ``task`` what no worker has taken, or nothing (None). Whatever ends the iteration
-        early ends the workers too.
-        """
+        """Yield what came of the chunks, as they end; by ``task``, if any, this process trains what no worker takes."""
         try:
             self._fill()
             while task is not None and (chunk := self._take()) is not None:

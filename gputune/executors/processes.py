@@ -91,10 +91,7 @@ def _map_tensors(value: object, change: Any) -> Any:
 
 
 def to_arrays(data: Dataset, *, here: bool = False) -> Dataset:
-    """Return a dataset on the CPU with arrays for tensors, which joblib and Ray map into a process's memory.
-
-    For a process ``here``, on this machine, a tensor whose memory is a file's is where it lies in that file.
-    """
+    """Return a dataset on the CPU with arrays for tensors; ``here``, for those of a mapped file, where they lie."""
 
     def change(tensor: Tensor) -> np.ndarray | MappedFile:
         if tensor.dtype == torch.bfloat16:
@@ -123,13 +120,10 @@ def to_device(data: Dataset, device: torch.device) -> Dataset:
 
 
 def mapped_file(tensor: Tensor) -> MappedFile | None:
-    """Return where a tensor lies in a file that this process has mapped, None where it does not, or may be written to.
-
-    Linux alone says so, in /proc/self/maps; elsewhere the answer is None.
-    """
+    """Return where a tensor lies in a file that this process has mapped, None for one that may be written to too."""
     array, start = tensor.numpy(), tensor.data_ptr()
     size = _extent(array.shape, array.strides, array.itemsize)
-    try:
+    try:  # Linux alone says so
         lines = Path("/proc/self/maps").read_text().splitlines() if size >= _LARGE else []
     except OSError:
         return None
@@ -160,10 +154,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def pickle_job(job: Job, *, here: bool = True) -> bytes:
-    """Pickle a job for a worker. A class or function that it could not import (of a file, a test) goes as code.
-
-    A worker on another machine (``here`` false) could import what is installed, and nothing else.
-    """
+    """Pickle a job for a worker, with the code of what it could not import: elsewhere, all that is not installed."""
     metrics = () if job.scoring is None else (job.scoring, *job.scoring.others)
     scorers = [function for metric in metrics for function in (metric.scorer, metric.of_outputs)]
     functions = () if job.objective is None else (job.objective.loss, job.objective.step, job.objective.augment)
@@ -171,10 +162,7 @@ def pickle_job(job: Job, *, here: bool = True) -> bytes:
 
 
 class Processes(Executor[Chunk, Result]):
-    """Worker processes, each with environment variables and an argument for ``work`` of its own: its place.
-
-    A worker starts up while this process goes on.
-    """
+    """Worker processes, each with environment variables and an argument for ``work`` of its own: its place."""
 
     worker = "a worker process"
 
@@ -249,10 +237,7 @@ class Processes(Executor[Chunk, Result]):
 def chunk_processes(
     job: Job, data: Dataset, devices: Sequence[torch.device]
 ) -> Iterator[Processes[Population, Outcome | Failure]]:
-    """Have a worker of one thread for each device inside, beside this process, which trains too.
-
-    The data is written once and mapped into all of them. Workers that are idle at the end wait for the next search.
-    """
+    """Have a worker of one thread for each device inside, beside this process; idle ones serve the next search."""
     with scratch_folder() as folder:
         path = folder / "data.joblib"
         joblib.dump(to_arrays(to_device(data, torch.device("cpu")), here=True), path)
@@ -331,10 +316,7 @@ def _failed_trial(trial: Trial, losses: int, reason: str) -> Sequence[Ending]:
 
 
 def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:
-    """Return the environment of each worker: one GPU each where there are some, else its part of the cores.
-
-    ``workers`` None: one a GPU, or one a core. A GPU is chosen by CUDA_VISIBLE_DEVICES, so that "cuda" is it.
-    """
+    """Return the environment of each worker, None: of one a GPU or core. It has that GPU as "cuda", or some cores."""
     gpus = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = (gpus or list(map(str, range(there))))[:there]

@@ -184,10 +184,7 @@ def free_bytes() -> int:
 
 
 class RayCluster:
-    """A cluster to which this process is connected. ``device`` is where its tasks compute, ``free`` bytes of a GPU.
-
-    ``cpus`` of a task are its threads too. Raises InputError where no node has what a task needs.
-    """
+    """A cluster to which this process is connected; ``device`` is where its tasks compute, ``free`` bytes of a GPU."""
 
     def __init__(self, ray: ModuleType, *, device: str, cpus: int) -> None:
         self.ray, self.threads = ray, cpus

@@ -130,9 +130,13 @@ def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
 
 
 def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
-    from gputune.callbacks import check_callbacks
+    from gputune.callbacks import Callback
 
-    return check_callbacks(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(one, Callback) for one in value):
+        kind = "a list of objects of a gputune.callbacks.Callback class"
+        example = "for example [gputune.callbacks.TensorBoard('runs')]"
+        raise InputError(f"{name} must be {kind}, {example}, got {value!r}.")
+    return tuple(value)
 
 
 def seed(name: str, random_state: object) -> int:

@@ -113,9 +113,8 @@ def interrupted_words(study: "Study", file: object) -> str:
     """Return what a search that was ended early says: how far it is, and how it goes on."""
     states = Counter(trial.state for trial in study.trials)
     done = len(study.trials) - states["waiting"] - states["stopped"]
-    text = f"interrupted: {done} of {len(study.trials)} trials are finished"
-    if states["stopped"]:
-        text += f", {states['stopped']} cut short"
+    cut_short = f", {states['stopped']} cut short" if states["stopped"] else ""
+    text = f"interrupted: {done} of {len(study.trials)} trials are finished{cut_short}"
     if file is None:
         return f"{text}; they are in no file: with study=FILE a later call goes on."
     return f"{text}; all is kept in {str(file)!r}: repeat the call to go on."

@@ -25,8 +25,7 @@ from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Search
 from gputune.types import Outputs
 
-_BLOCK, _RESIDUALS = 2**13, 10_000
-"""Rows of which a member's outputs are made at a time, and residuals at most that a model keeps."""
+_BLOCK, _RESIDUALS = 2**13, 10_000  # rows of which outputs are made at a time, and residuals that a model keeps
 _LEAST = torch.finfo(torch.float64).tiny  # probability that has a logarithm
 
 
@@ -60,9 +59,9 @@ def _kept_outputs(search: Search, trials: Sequence[Trial]) -> dict[int, Outputs]
     if search.rows != study.record.fingerprint:
         return {}
     known: Mapping[int, Outputs] = {}
-    if study.file is None:
-        known = {} if study.data is None else study.data.outputs
-    elif study.file.exists():
+    if study.file is None and study.data is not None:
+        known = study.data.outputs
+    elif study.file is not None and study.file.exists():
         with Store.open(study.file) as store:
             known = store.outputs(epochs.keys())
     return {number: one for number, one in known.items() if epochs.get(number) == one.epoch}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from gputune.data.folds import Splitter, make_folds
 from gputune.data.scaling import limited_features
 from gputune.data.source import Source
 from gputune.data.table import quoted
-from gputune.data.target import Target, check_spread, check_target, with_transform
+from gputune.data.target import Target, TaskWord, check_spread, check_target, with_transform
 from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.errors import InputError
@@ -97,10 +96,9 @@ class Problem:
         return inputs_of(self.raw, self._statistics(trains, numbers), like, groups)
 
     def with_space(self, space: Space, options: Options) -> "Problem":
-        """Return the problem of a search with these options, whose trials may prepare numbers in ways of their own.
+        """Return the problem with these options, whose trials may prepare numbers in ways of their own.
 
-        Where all do, and none in its own, that is the first of the space, so that no copy is made for nobody. Raises
-        InputError for a way that the rows cannot have.
+        Raises InputError for a way that the rows cannot have.
         """
         ways = choices_of(space, "numbers", default=self.numbers)
         included = {str(config["numbers"]) for config in options.include if "numbers" in config}
@@ -109,7 +107,7 @@ class Problem:
                 remedy = f"leave the key out, and give numbers={way!r} to the whole search"
                 raise InputError(f"space: 'numbers' is searched for tables, and X is {self.layout}; {remedy}.")
             check_numbers(way, self.raw)
-        numbers = self.numbers if self.numbers in ways else ways[0]
+        numbers = self.numbers if self.numbers in ways else ways[0]  # no copy is made for nobody
         return replace(self, numbers=numbers, options=replace(options, numbers=numbers))
 
     @property
@@ -218,12 +216,8 @@ class Problem:
         return f" {counts}, {' and '.join(parts)}{remedy}." if parts else ""
 
 
-def make_problem(source: Source, task: Any, choice: ModelChoice, options: Options) -> Problem:
-    """Check the target and the loss, fix the column layout and encode the rows.
-
-    ``columns`` "auto" is "keep" for a user's module, which may count on their number and order; ``numbers`` "auto" is
-    "standard" for a table, "none" for arrays.
-    """
+def make_problem(source: Source, task: TaskWord | None, choice: ModelChoice, options: Options) -> Problem:
+    """Check the target and the loss, fix the column layout and encode the rows."""
     if options.precision == "bf16" and choice.kind != "module":
         why = f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in full precision"
         raise InputError(f"{why}: {_PASS}, or leave it out.")
@@ -237,7 +231,7 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
     target = with_transform(target, options.target_transform)
     check_spread(target)
     objective, X = _objective(target, choice, options), source.X
-    is_own = choice.kind == "module" and not choice.recipe
+    is_own = choice.kind == "module" and not choice.recipe  # which may count on the number and order of columns
     keeps = options.columns == "keep" or (options.columns == "auto" and is_own)
     columns: Columns = "keep" if keeps else "drop-constant"
     default: Numbers = "robust" if choice.recipe and not isinstance(X, Tensor) else "standard"

@@ -59,9 +59,7 @@ def reading_bar(numbers: Sequence[int], *, verbose: int) -> Iterable[int]:
 class Progress:
     """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent with ``verbose=0``.
 
-    It shows trials, trial-epochs, the best score so far in the sign of its name, the members that train at the same
-    time, the trials that halving has pruned, and the time that is left. ``words`` puts what is said in the words of
-    the door that the search came through.
+    ``words`` puts what is said in the words of the door that the search came through.
     """
 
     def __init__(

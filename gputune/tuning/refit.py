@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from gputune.data.dataset import Dataset, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
+from gputune.data.target import TaskWord
 from gputune.data.target_transform import is_known
 from gputune.engine.backend import choose_backend, choose_device, matrix_products
 from gputune.engine.job import Progress
@@ -36,10 +38,7 @@ from gputune.version import __version__
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """The search of a study as it was, from memory or from its file: what trains its trials again.
-
-    ``rows`` is the fingerprint of the rows that are at hand.
-    """
+    """The search of a study as it was: what trains its trials again. ``rows`` is the fingerprint of those at hand."""
 
     study: Study
     problem: Problem
@@ -174,7 +173,7 @@ def search_of(access: Access) -> Search:
     with nullcontext() if from_file is None else option_errors(from_file):
         known = _read_search(access)
     # How many classes there are is for the rows to say: others may have two where the study's have three.
-    task = "classification" if study.record.classes is not None else study.record.task
+    task = cast(TaskWord, "classification" if study.record.classes is not None else study.record.task)
     problem = make_problem(known.source, task, known.choice, known.options)
     # Rows that the process has kept are the study's own.
     is_kept = study.data is not None and own

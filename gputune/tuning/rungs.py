@@ -115,15 +115,13 @@ class _RungSearch:
                     self.states.park(trials[chunk.index[position]].number, chunk.state.select([row]))
 
     def _begun_chunks(self, chunk: Population, trials: Sequence[_RunningTrial], stop: int) -> Iterator[BegunChunk]:
-        """Yield the trials of a planned chunk that have not come to the stop yet, those of one length together.
-
-        Those that have diverged stay in their place, without a state, and get the rest of their curve.
-        """
+        """Yield the trials of a planned chunk that have not come to the stop yet, those of one length together."""
         length = {c: len(trials[i].curve) for c, i in enumerate(chunk.index)}
         for epoch, group in groupby(sorted(length, key=length.__getitem__), key=length.__getitem__):
             places = list(group)
             part = [trials[chunk.index[c]] for c in places]
             index, configs = tuple(chunk.index[c] for c in places), tuple(chunk.configs[c] for c in places)
+            # Those that have diverged stay in their place, without a state, and get the rest of their curve.
             alive = tuple(i for i, trial in enumerate(part) if not trial.has_diverged(epoch))
             if epoch == 0:
                 yield BegunChunk(chunk.kind, index, configs)

@@ -181,11 +181,9 @@ class Trainer:
     def train(
         self, job: Job, plan: Plan, *, progress: Progress = unseen, claim: Claim[Population] = lambda chunk: True
     ) -> Iterator[Outcome | Failure]:
-        """Train the chunks of a plan and yield what came of them, in the order in which they end.
+        """Train the chunks of a plan that ``claim`` does not refuse, and yield what came of them, as they end.
 
-        A chunk that ``claim`` refuses is passed over: another process has it. One that memory does not hold comes in
-        parts; a trial that does not fit alone, or whose chunk has ended too many workers, is given up. A cluster
-        trains all chunks, and its workers write no checkpoints.
+        What memory does not hold comes in parts; a trial that does not fit alone is given up.
         """
         data = self.data
         if self.cluster is not None:

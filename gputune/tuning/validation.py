@@ -6,7 +6,7 @@ The study keeps what they predict there, or their members train again as in the 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Access, Search, refit_trial, search_of
 from gputune.types import Config
 
-_SHUFFLES, _ROWS = 5, 10_000
-"""Shuffles of a column, and rows of a fold at most that are shuffled."""
+Refit: TypeAlias = int | Literal["all", "folds"]
+
+_SHUFFLES, _ROWS = 5, 10_000  # shuffles of a column, and rows of a fold at most that are shuffled
 
 
 def _check_folds_train(study: Study, called: str) -> None:
@@ -113,13 +114,7 @@ def _trial_of_number(access: Access, number: object) -> Trial:
 
 @entry
 def ensemble(
-    access: Access,
-    *,
-    size: int,
-    candidates: int,
-    refit: int | Literal["all", "folds"],
-    calibrate: bool | None,
-    verbose: int,
+    access: Access, *, size: int, candidates: int, refit: Refit, calibrate: bool | None, verbose: int
 ) -> TunedModel:
     """Choose and train an ensemble of the trials of a study; see ``Study.ensemble``.
 
@@ -141,11 +136,8 @@ def ensemble(
     chosen, scores = predictions.choose(size), predictions.nested_scores(size)
     weights = [chosen[place] / chosen.total() for place in range(len(trials))]
     shares = [(trial, weight) for trial, weight in zip(trials, weights) if weight]
-    info = {
-        "ensemble": {str(trial.number): weight for trial, weight in shares},
-        "refit": refit,
-        **search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))),
-    }
+    info = {"ensemble": {str(trial.number): weight for trial, weight in shares}, "refit": refit}
+    info |= search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores)))
     model = _mean_model(search, shares, None if refit == "folds" else int(starts), info)
     return predictions.complete(model, torch.tensor(weights), calibrated=calibrated)
 

@@ -259,12 +259,18 @@ def test_its_members_may_prepare_numbers_each_otherwise(model, monkeypatch, tmp_
     np.testing.assert_allclose(exported.detach(), tuned.predict_proba(frame), rtol=1e-5)
 
 
-def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
+def test_rows_that_are_not_the_studys_are_refused_in_the_callers_words(study, tmp_path):
     opened = gputune.Study.open(study.file)
-    with refused(r"^ensemble\(\) needs X and y: the study was searched on data in"):
-        opened.ensemble()
-    with refused(r"^ensemble\(X, y\): these are not the rows.* Pass those\.$"):
-        opened.ensemble(IRIS[0][:100], IRIS[1][:100])
+    report = partial(opened.report, tmp_path / "report.html", confusion=True)
+    for name, call in {
+        "ensemble": opened.ensemble,
+        "oof_predictions": opened.oof_predictions,
+        "report": report,
+    }.items():
+        with refused(rf"^{name}\(\) needs X and y: the study was searched on data in"):
+            call()
+        with refused(rf"^{name}\(X, y\): these are not the rows.* Pass those\.$"):
+            call(X=IRIS[0][:100], y=IRIS[1][:100])
 
 
 @pytest.mark.parametrize(

@@ -49,15 +49,18 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
     assert not any("|" in line for line in lines)
 
 
-def test_the_best_score_skips_diverged_trials_and_has_the_sign_of_its_name():
+def test_the_best_score_skips_diverged_trials_and_has_the_sign_of_its_name(capsys):
     shown = Progress(0)
     shown.scoring = "neg_log_loss"
+    shown.say("nothing")
     with shown.bar_over(2, 1):
         shown.advance(2, np.array([[[np.nan, -1.0]], [[-0.2, -0.4]]]))
         assert abs(shown.best + 0.3) < 1e-12
         assert shown.words == "trials 0/2, best log_loss 0.3000, 3 members"
         shown.plan(FakePlan())
         assert shown.words.endswith("3 members in each of 2 processes")
+        shown.finished(1)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_other_processes_hear_of_the_running_trials_now_and_then():
@@ -131,16 +134,6 @@ def test_every_method_ends_where_its_counts_end(method, epochs, monkeypatch, iri
     assert shown.pruned == sum(trial.state == "pruned" for trial in study.trials)
     assert shown.seconds_left == 0
     assert shown.scoring == study.meta["scoring"]
-
-
-def test_silence(capsys):
-    shown = Progress(0)
-    shown.say("nothing")
-    shown.plan(FakePlan())
-    with shown.bar_over(1, 1):
-        shown.advance(1, np.ones((1, 1, 1)))
-        shown.finished(1)
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("epochs", "unit"), [(1, "1/2 trials"), (2, "1/4 trial-epochs")])

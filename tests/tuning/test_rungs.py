@@ -237,16 +237,3 @@ def test_the_command_says_what_the_median_spent(tmp_path):
     assert study.meta["method"] == {"name": "median", "min_epochs": 2, "every": 1, "min_trials": 5}
     assert "Median of 13 trials these were pruned: " in said
     assert f"{spent} of {full} trial-epochs were trained ({spent / full:.0%})" in said
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ("--method median --factor 2", "--factor belongs to --method halving, got --method median"),
-        ("--method halving --every 2", "--every belongs to --method median, got --method halving"),
-        ("--min-epochs 2", "--min-epochs belongs to --method halving, got --method random"),
-    ],
-)
-def test_options_of_another_method_are_refused(tmp_path, options, words):
-    code, _, err = run("tune", "sklearn:iris", *FAST, *options.split(), "--out", tmp_path / "o")
-    assert code == 2 and words in err

@@ -1,4 +1,4 @@
-"""What trials predict of the rows that they have not seen, and what the best one confuses and needs there."""
+"""What trials predict of the rows that they have not seen, what the best one confuses and needs there; its refit."""
 
 from functools import partial
 
@@ -17,7 +17,10 @@ from command_line import FAST, kinds, run, write_table
 from gputune.models import CNN, MLP
 from gputune.report.importance import columns_chart, confusion_chart
 from gputune.scoring.losses import best_temperature
+from gputune.study.record import Arguments, SearchRecord
 from gputune.study.rows import FoldReport
+from gputune.tuning import refit
+from gputune.tuning.choices import recorded_model
 from gputune.tuning.refit import Access
 from gputune.tuning.validation import fold_report
 from refused import refused
@@ -234,3 +237,56 @@ def test_a_report_of_no_columns_or_of_descents_is_refused():
         images.report("x.html", importance=True)
     with refused(r"report\(confusion=True\) trains a trial again on its folds, and this study is of descents"):
         short("mlp", FRAME, Y > 0, method=descent).report("x.html", confusion=True)
+
+
+def machine(monkeypatch, *devices, **kept):
+    def choose(device):
+        if device == "auto":
+            return torch.device(devices[-1])
+        if device not in devices:
+            raise gputune.InputError("no such device")
+        return torch.device(device)
+
+    monkeypatch.setattr(refit, "choose_device", choose)
+    record = SearchRecord(dtype="float32", arguments=Arguments(kept=kept))
+    return tuple(refit._machine(record).values())
+
+
+@pytest.mark.parametrize(
+    ("devices", "kept", "expected"),
+    [
+        (["cpu"], {}, ("auto", "auto", False, 1)),
+        (["cpu"], {"device": "cpu", "backend": "eager", "workers": 4}, ("cpu", "eager", False, 1)),
+        (["cpu", "cuda"], {"device": "cuda", "backend": "graph", "tf32": True}, ("cuda", "graph", True, 1)),
+        (["cpu"], {"device": "cuda", "backend": "graph", "tf32": True}, ("auto", "graph", False, 1)),
+        (["cpu"], {"device": "cuda", "backend": "kernel"}, ("auto", "auto", False, 1)),
+        (["cpu", "cuda"], {"device": "cpu", "backend": "eager", "workers": {"address": "auto", "cpus": 1}},
+         ("auto", "eager", False, 1)),
+    ],
+)  # fmt: skip
+def test_what_the_machine_has_is_kept(monkeypatch, devices, kept, expected):
+    assert machine(monkeypatch, *devices, **kept) == expected
+
+
+def test_a_refit_from_a_file_trains_as_one_from_memory(tmp_path, monkeypatch):
+    how = {"backend": "eager", "device": "cpu", "numbers": "quantile", "schedule": "cosine", "max_epochs": 2}
+    study = tune("mlp", *IRIS, study=tmp_path / "study.db", n_trials=1, cv=2, **how)
+    trained = []
+    choose = refit.choose_backend
+    monkeypatch.setattr(refit, "choose_backend", lambda word, *where: trained.append(word) or choose(word, *where))
+    models = [study.best_model(), gputune.Study.open(study.file).best_model(*IRIS)]
+    assert set(trained) == {"eager"}
+    first, second = (dict(model.module.named_parameters()) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_optimizer_of_a_later_version_is_refused_by_name():
+    with pytest.raises(gputune.InputError, match="searched with optimizer='adamx', which this gputune does not have"):
+        recorded_model({"kind": "mlp"}, "adamx", trust_code=False)
+
+
+def test_a_file_with_the_target_and_what_was_left_out_predicts_without_a_warning():
+    x = np.random.default_rng(0).normal(size=30)
+    frame = pd.DataFrame({"x": x, "one": 1, "id": [f"id {i}" for i in range(30)], "price": 2 * x + 0.5})
+    study = tune("mlp", frame.drop(columns="price"), frame["price"], n_trials=1, max_epochs=1, cv=2)
+    assert study.best_model().predict(frame).shape == (30,)
