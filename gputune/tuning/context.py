@@ -225,7 +225,7 @@ class Context(Session):
         builder, objective = self.choice.module_class, self.trainer.objective
         if builder is None:
             return 0
-        traits = traits_of(builder, config, self.data, columns=self.problem.columns_in_words(), objective=objective)
+        traits = traits_of(builder, config, self.data, columns=self.problem.columns_in_words, objective=objective)
         if traits.unstackable and self.options.backend == "stacked":
             why = f"the members of {self.choice.name} cannot be stacked: {traits.unstackable}"
             raise InputError(f"backend='stacked': {why}. Change that, or let backend='auto' train them one by one.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -203,8 +203,9 @@ class Problem:
         words = f"numbers beyond {LIMIT:g} standard deviations and beyond all training rows of a fold count as"
         return (f"Column{'s' * (len(names) > 1)} {quoted(names)}: {words} the farther of the two.",) if names else ()
 
+    @cached_property
     def columns_in_words(self) -> str:
-        """Say which columns are no feature, or several, for messages about shapes; "" where there are none."""
+        """Which columns are no feature, or several, for messages about shapes; "" where there are none."""
         if isinstance(self.layout, ArrayLayout):
             return ""
         used = dict(zip((c.name for c in self.layout.columns), self.layout.widths(self.numbers)))
