@@ -98,10 +98,10 @@ def draw_trials(
 ) -> tuple[Candidate, ...]:
     """Draw the trials that the known ones lack, none that an earlier study has trained; ``drawn`` before."""
     earlier = [t.params for study in options.warm_start for t in study.trials if t.state != "waiting"]
-    lacking = max(0, options.n_trials - n_counted(known))
-    again = numbered([(config, "random") for config in drawn], known, earlier)[:lacking]
-    if drawn and len(again) == lacking:
-        return again
+    if drawn and (lacking := options.n_trials - n_counted(known)) > 0:
+        again = numbered([(config, "random") for config in drawn], known, earlier)[:lacking]
+        if len(again) == lacking:
+            return again
     return top_up(known, space, options.n_trials, options.random_state, check, earlier)
 
 
