@@ -48,18 +48,12 @@ __all__ = [
 
 _MODULES = ("callbacks", "models", "optim", "sklearn")
 _HOMES = {
-    "api.study": ("Study",),
-    "api.tuning": ("search", "tune"),
-    "executors.ray_cluster": ("Ray",),
-    "hypergradients.hypergradient": ("hypergradient",),
-    "methods.descent": ("Hypergradient",),
-    "methods.distributions": ("log_int",),
-    "methods.optuna": ("OptunaSampler",),
-    "methods.stopping": ("Halving", "Median"),
-    "study.model": ("TunedModel", "load_model"),
-    "study.study": ("Trial",),
+    "api.study": ("Study",), "api.tuning": ("search", "tune"), "executors.ray_cluster": ("Ray",),
+    "hypergradients.hypergradient": ("hypergradient",), "methods.descent": ("Hypergradient",),
+    "methods.distributions": ("log_int",), "methods.optuna": ("OptunaSampler",),
+    "methods.stopping": ("Halving", "Median"), "study.model": ("TunedModel", "load_model"), "study.study": ("Trial",),
     **{name: (name,) for name in _MODULES},
-}
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -43,39 +43,20 @@ BY_MEMBER: tuple[Backend, ...] = ("compiled", "kernel")
 
 BackendWord = Literal["auto", "eager", "compiled", "graph", "stacked", "loop", "kernel"]
 
-DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "width": 128,
-        "depth": 2,
-        "activation": "relu",
-        "dropout": 0.0,
-        "batch_size": 32,
-        "hypergrad_lr": 0.02,
-        "hypergrad_rule": "multiplicative",
-        "schedule": "constant",
-        "beta2": 0.999,
-        "weight_decay_schedule": "constant",
-        "dropout_schedule": "constant",
-        "clip_norm": math.inf,
-        "ema": 0.0,
-        "C": 1.0,
-        "l1_ratio": 0.0,
-    }
-)
+DEFAULTS: Mapping[str, Any] = MappingProxyType({
+    "width": 128, "depth": 2, "activation": "relu", "dropout": 0.0, "batch_size": 32, "hypergrad_lr": 0.02,
+    "hypergrad_rule": "multiplicative", "schedule": "constant", "beta2": 0.999, "weight_decay_schedule": "constant",
+    "dropout_schedule": "constant", "clip_norm": math.inf, "ema": 0.0, "C": 1.0, "l1_ratio": 0.0,
+})  # fmt: skip
 """What a trial uses where its configuration is silent; lr, weight decay and momentum depend on the optimizer."""
 
 DEFAULT_LR = 1e-3
 
-SEARCHED: Mapping[str, Any] = MappingProxyType(
-    {
-        "batch_size": (32, 64, 128, 256),
-        "weight_decay": {"low": 1e-5, "high": 1e-1},
-        "hypergrad_lr": {"low": 1e-3, "high": 1e-1},
-        "width": (32, 64, 128, 256),
-        "C": {"low": 1e-3, "high": 1e3},
-        "l1_ratio": (0.0, 0.5, 1.0),
-    }
-)
+SEARCHED: Mapping[str, Any] = MappingProxyType({
+    "batch_size": (32, 64, 128, 256), "weight_decay": {"low": 1e-5, "high": 1e-1},
+    "hypergrad_lr": {"low": 1e-3, "high": 1e-1}, "width": (32, 64, 128, 256), "C": {"low": 1e-3, "high": 1e3},
+    "l1_ratio": (0.0, 0.5, 1.0),
+})  # fmt: skip
 """What a search without a space draws each key from: values, or the ends of a log-uniform range."""
 
 LR_FACTORS, PLAIN_LR_FACTORS = (0.1, 30.0), (1.0, 1000.0)

@@ -209,13 +209,10 @@ class Softmax(Net):
         return super().forward(x).softmax(1)
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (Sigmoid, "and the cross-entropy wants logits: leave out the sigmoid"),
-        (Softmax, "Softmax returns probabilities, and the cross-entropy wants logits"),
-    ],
-)
+@pytest.mark.parametrize(("model", "words"), [
+    (Sigmoid, "and the cross-entropy wants logits: leave out the sigmoid"),
+    (Softmax, "Softmax returns probabilities, and the cross-entropy wants logits"),
+])  # fmt: skip
 def test_probabilities_before_the_cross_entropy_are_said(model, words):
     with pytest.warns(gputune.InputWarning, match=words):
         gputune.tune(model, X, TWO, **ONE)
@@ -370,15 +367,10 @@ def test_a_column_is_seen_as_it_was_given(task, steps):
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("error:Using a target size")
 @pytest.mark.parametrize("y", [FAR, BINARY])
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda o, t: (o[:, 0] - t).square().mean(),
-        lambda o, t: (o - t[:, None]).square().mean(),
-        lambda o, t: 1 - torch.corrcoef(torch.stack([o[:, 0], t.to(o)]))[0, 1],
-        lambda o, t: o.square().mean(),
-    ],
-)
+@pytest.mark.parametrize("loss", [
+    lambda o, t: (o[:, 0] - t).square().mean(), lambda o, t: (o - t[:, None]).square().mean(),
+    lambda o, t: 1 - torch.corrcoef(torch.stack([o[:, 0], t.to(o)]))[0, 1], lambda o, t: o.square().mean(),
+])  # fmt: skip
 def test_a_loss_that_does_not_broadcast_is_taken(loss, y):
     assert gputune.tune(OneLogit, X, y, loss=loss, **ONE).trials[0].score is not None
 
@@ -475,44 +467,41 @@ def test_a_study_knows_its_loss(tmp_path):
 ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
 
 
-@pytest.mark.parametrize(
-    ("y", "options", "message"),
-    [
-        (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
-        (TWO, {"model": OneLogit, "loss": nn.BCELoss()}, "BCELoss takes probabilities, .* give loss='bce', which"),
-        (TWO, {"model": OneLogit, "loss": "cross_entropy"}, r"got \(31, 1\) .* or one with loss='bce'"),
-        (TWO, {"model": FLAT, "loss": nn.CrossEntropyLoss()}, f"raised .* {ONE_LOGIT}"),
-        (BINARY, {"model": OneLogit, "loss": nn.CrossEntropyLoss()}, ONE_LOGIT),
-        (TWO, {"loss": "bce", "model": lambda n_features: Net(n_features, 2)}, "take loss='cross_entropy'"),
-        (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
-        (X, {"task": "custom", "loss": poisson, "scoring": "r2"}, "scoring='r2' does not fit a custom target"),
-        (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
-        (LABELS[:, 0], {"model": "mlp", "loss": "cross_entropy"}, "loss is for a module of your own"),
-        (SEVERAL, {"loss": lambda o, y: o[:, :3] @ y}, "the loss .*<lambda> raised RuntimeError: .* shape"),
-        (SEVERAL, {"loss": lambda o, y: o}, r"return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)"),
-        (SEVERAL[:, 0], {"loss": nn.CrossEntropyLoss()}, "CrossEntropyLoss is of classes, and y is one number a row"),
-        (SEVERAL[:, 0], {"loss": functional.cross_entropy}, "y is numbers here; task='classification' takes it"),
-        (LABELS[:, 0], {"loss": functional.mse_loss}, "y is classes here; task='regression' takes it the other way"),
-        (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
-        (SEVERAL, {"loss": lambda o, y: (o - y).detach().square().mean(1)}, "gives no gradient: what it returns"),
-        (SEVERAL, {"training_step": lambda m: 0}, r"TypeError: .* called as training_step\(module, \(x, y\)\), x "),
-        (SEVERAL, {"augment": lambda x: x}, r"raised TypeError: .* called as augment\(x, generator\)"),
-        (SEVERAL, {"scoring": lambda o, y: o @ y}, "It is called as scoring.outputs, y., with tensors"),
-        (LABELS, {"loss": nn.CrossEntropyLoss()}, "is of one class a row, .* give loss=torch.nn.BCEWithLogits"),
-        (LABELS[:, 0], {"model": lambda n_features: Net(n_features, 7), "training_step": lambda m, b: m(b[0]).mean()},
-         r"must return a tensor of shape .* With task='custom' and scoring=callable\(outputs, y\)"),
-        (None, {}, "y is missing: .* a loss of X alone, as of an autoencoder, takes y=X and task='custom'"),
-        (SEVERAL[:, 0], {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
-         "loss__power has several values in the space and no default; give it one, or scoring=callable"),
-        (X, {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
-         "a custom target that training_step trains on has no score of its own; give scoring=callable"),
-        (COUNTS, {"loss": mean_poisson, "sample_weight": WEIGHTS, **NUMBERS},
-         "sample_weight and class_weight weigh rows, and .*:mean_poisson gives no number a row"),
-        (FAR, {"model": OneLogit, "scoring": lambda o, t: -mean_square(o, t)},
-         r"compares each output .* shape \(20, 1\) and y \(20,\), .* take outputs\[:, 0\]"),
-        (SEVERAL, {"loss": lambda o, y: o.mean(1), "method": "hypergradient"}, "differentiates a loss that has a name"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("y", "options", "message"), [
+    (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
+    (TWO, {"model": OneLogit, "loss": nn.BCELoss()}, "BCELoss takes probabilities, .* give loss='bce', which"),
+    (TWO, {"model": OneLogit, "loss": "cross_entropy"}, r"got \(31, 1\) .* or one with loss='bce'"),
+    (TWO, {"model": FLAT, "loss": nn.CrossEntropyLoss()}, f"raised .* {ONE_LOGIT}"),
+    (BINARY, {"model": OneLogit, "loss": nn.CrossEntropyLoss()}, ONE_LOGIT),
+    (TWO, {"loss": "bce", "model": lambda n_features: Net(n_features, 2)}, "take loss='cross_entropy'"),
+    (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
+    (X, {"task": "custom", "loss": poisson, "scoring": "r2"}, "scoring='r2' does not fit a custom target"),
+    (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
+    (LABELS[:, 0], {"model": "mlp", "loss": "cross_entropy"}, "loss is for a module of your own"),
+    (SEVERAL, {"loss": lambda o, y: o[:, :3] @ y}, "the loss .*<lambda> raised RuntimeError: .* shape"),
+    (SEVERAL, {"loss": lambda o, y: o}, r"return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)"),
+    (SEVERAL[:, 0], {"loss": nn.CrossEntropyLoss()}, "CrossEntropyLoss is of classes, and y is one number a row"),
+    (SEVERAL[:, 0], {"loss": functional.cross_entropy}, "y is numbers here; task='classification' takes it"),
+    (LABELS[:, 0], {"loss": functional.mse_loss}, "y is classes here; task='regression' takes it the other way"),
+    (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
+    (SEVERAL, {"loss": lambda o, y: (o - y).detach().square().mean(1)}, "gives no gradient: what it returns"),
+    (SEVERAL, {"training_step": lambda m: 0}, r"TypeError: .* called as training_step\(module, \(x, y\)\), x "),
+    (SEVERAL, {"augment": lambda x: x}, r"raised TypeError: .* called as augment\(x, generator\)"),
+    (SEVERAL, {"scoring": lambda o, y: o @ y}, "It is called as scoring.outputs, y., with tensors"),
+    (LABELS, {"loss": nn.CrossEntropyLoss()}, "is of one class a row, .* give loss=torch.nn.BCEWithLogits"),
+    (LABELS[:, 0], {"model": lambda n_features: Net(n_features, 7), "training_step": lambda m, b: m(b[0]).mean()},
+     r"must return a tensor of shape .* With task='custom' and scoring=callable\(outputs, y\)"),
+    (None, {}, "y is missing: .* a loss of X alone, as of an autoencoder, takes y=X and task='custom'"),
+    (SEVERAL[:, 0], {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
+     "loss__power has several values in the space and no default; give it one, or scoring=callable"),
+    (X, {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
+     "a custom target that training_step trains on has no score of its own; give scoring=callable"),
+    (COUNTS, {"loss": mean_poisson, "sample_weight": WEIGHTS, **NUMBERS},
+     "sample_weight and class_weight weigh rows, and .*:mean_poisson gives no number a row"),
+    (FAR, {"model": OneLogit, "scoring": lambda o, t: -mean_square(o, t)},
+     r"compares each output .* shape \(20, 1\) and y \(20,\), .* take outputs\[:, 0\]"),
+    (SEVERAL, {"loss": lambda o, y: o.mean(1), "method": "hypergradient"}, "differentiates a loss that has a name"),
+])  # fmt: skip
 def test_what_does_not_fit_is_refused(y, options, message):
     with refused(message):
         score(y, **options)

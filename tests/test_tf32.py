@@ -53,15 +53,12 @@ def test_a_search_and_its_best_model_train_with_it(tf32, method, monkeypatch):
     SEEN.clear()
 
 
-@pytest.mark.parametrize(
-    ("given", "device", "message"),
-    [
-        ({}, "cpu", "tf32=True is for matrix products of single precision on a GPU, got device='cpu', dtype='float32'"),
-        ({"dtype": "float64"}, "cuda", "got device='cuda', dtype='float64'; leave tf32 out."),
-        ({"workers": 2}, "cuda", "tf32=True is for a search in one process, got workers=2; leave one of them out."),
-        ({"tf32": 1}, "cuda", "tf32 must be True or False, got 1."),
-    ],
-)
+@pytest.mark.parametrize(("given", "device", "message"), [
+    ({}, "cpu", "tf32=True is for matrix products of single precision on a GPU, got device='cpu', dtype='float32'"),
+    ({"dtype": "float64"}, "cuda", "got device='cuda', dtype='float64'; leave tf32 out."),
+    ({"workers": 2}, "cuda", "tf32=True is for a search in one process, got workers=2; leave one of them out."),
+    ({"tf32": 1}, "cuda", "tf32 must be True or False, got 1."),
+])  # fmt: skip
 def test_where_it_means_nothing_it_is_refused(given, device, message, monkeypatch):
     monkeypatch.setattr(Options, "device_here", lambda options: torch.device(device))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -66,9 +66,7 @@ class Arrays:
 
 def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
     """Return what messages call so many inputs: X, X[0], X['image']."""
-    if number == 1 and names is None:
-        return ("X",)
-    return tuple(f"X[{name!r}]" for name in names or range(number))
+    return ("X",) if number == 1 and names is None else tuple(f"X[{name!r}]" for name in names or range(number))
 
 
 def as_arrays(X: object) -> Arrays | None:

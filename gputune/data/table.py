@@ -218,16 +218,13 @@ def _refuse_containers(X: object) -> None:
     if isinstance(X, Dataset):
         raise InputError(f"X is a {name}, a torch Dataset; pass all its rows as arrays or tensors X and y.")
     if isinstance(X, Mapping):
-        raise InputError(
-            f"X is a {name}; pass one table of its columns, pandas.DataFrame(X), or of its inputs, "
-            "numpy.hstack(list(X.values())), which the forward of a module takes apart."
-        )
+        remedy = "pass one table of its columns, pandas.DataFrame(X), or of its inputs, numpy.hstack(list(X.values()))"
+        raise InputError(f"X is a {name}; {remedy}, which the forward of a module takes apart.")
     shapes = [tuple(getattr(part, "shape", ())) for part in X] if isinstance(X, list | tuple) else []
     if any(len(shape) > 1 for shape in shapes):
-        raise InputError(
-            f"X is a {name} of {len(shapes)} inputs, of shapes {', '.join(map(str, shapes[:4]))}; pass one table, "
-            "numpy.hstack(X), which the forward of a module takes apart."
-        )
+        remedy = "pass one table, numpy.hstack(X), which the forward of a module takes apart"
+        words = f"{len(shapes)} inputs, of shapes {', '.join(map(str, shapes[:4]))}"
+        raise InputError(f"X is a {name} of {words}; {remedy}.")
 
 
 def refuse_loader(X: object) -> None:

@@ -83,13 +83,10 @@ def test_a_step_that_is_wrong_is_found(law, monkeypatch):
     assert not law.measure(CPU, "eager") <= law.allowed
 
 
-@pytest.mark.parametrize(
-    ("name", "limit", "value", "message"),
-    [
-        ("memory that runs out halves the chunk", "_SINGLE", 100, "memory did not run out"),
-        ("members that leave change nothing", "_WILD", 0.1, r"\(1, 2, 3\) should stay, but \(0, 1, 2, 3, 4\) did"),
-    ],
-)
+@pytest.mark.parametrize(("name", "limit", "value", "message"), [
+    ("memory that runs out halves the chunk", "_SINGLE", 100, "memory did not run out"),
+    ("members that leave change nothing", "_WILD", 0.1, r"\(1, 2, 3\) should stay, but \(0, 1, 2, 3, 4\) did"),
+])  # fmt: skip
 def test_a_drill_must_have_happened(name, limit, value, message, monkeypatch):
     monkeypatch.setattr(f"gputune.check.laws.{limit}", value)
     (law,) = (law for law in LAWS if law.name == name)

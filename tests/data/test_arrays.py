@@ -25,16 +25,10 @@ def _objects(rows):
     return array
 
 
-@pytest.mark.parametrize(
-    ("X", "parts", "names"),
-    [
-        (IMAGES, 1, None),
-        (IMAGES.numpy(), 1, None),
-        (IDS, 1, None),
-        ((IDS, torch.rand(6, 2)), 2, None),
-        ({"ids": IDS[:, 0], "image": IMAGES.numpy()}, 2, ("ids", "image")),
-    ],
-)
+@pytest.mark.parametrize(("X", "parts", "names"), [
+    (IMAGES, 1, None), (IMAGES.numpy(), 1, None), (IDS, 1, None), ((IDS, torch.rand(6, 2)), 2, None),
+    ({"ids": IDS[:, 0], "image": IMAGES.numpy()}, 2, ("ids", "image")),
+])  # fmt: skip
 def test_arrays_are_taken_as_they_are(X, parts, names):
     arrays = as_arrays(X)
     assert (len(arrays), len(arrays.parts), arrays.names) == (6, parts, names)
@@ -73,35 +67,29 @@ class Stream(IterableDataset):
 UNLIKE = [(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]
 
 
-@pytest.mark.parametrize(
-    ("X", "message"),
-    [
-        ({}, "X is empty"),
-        ((IDS, IMAGES[:4]), r"one row for each of the same cases, got lengths X\[0\] 6, X\[1\] 4"),
-        (np.full((2, 2, 2), "a"), "X must hold numbers or booleans, got <U1"),
-        ({"a": IMAGES.to_sparse()}, r"X\['a'\] is a sparse tensor"),
-        (IMAGES.to(torch.complex64), "must hold real numbers, got torch.complex64"),
-        (torch.empty(0, 2, 2), r"none of its axes may be empty, got shape \(0, 2, 2\)"),
-        (IMAGES.where(IMAGES[3, 0, 1, 1] != IMAGES, torch.nan), "got NaN or an infinite value in row 3"),
-        (IMAGES.to("meta"), "X lies on the device 'meta', which holds no values"),
-        (IMAGES.to(torch.float8_e4m3fn), "floats of 16 bits or more, got torch.float8_e4m3fn; pass X.half()"),
-        ({"a": _objects([[1], [2, 3]])}, r"X\['a'\] must hold .* got object; its rows may be of unlike shapes"),
-        (list(IMAGES), r"X is a list of 6 arrays of shape \(2, 3, 3\); pass one array, torch.stack\(X\)"),
-        (list(IMAGES.numpy()), r"pass one array, numpy.stack\(X\)"),
-        ([*IMAGES, torch.zeros(2, 3, 4)], r"unlike shapes: X\[0\] has \(2, 3, 3\), X\[6\] \(2, 3, 4\); pad or crop"),
-        (_objects([[[1.0, 2.0]], [[1.0]]]), r"X is a list of 2 arrays of unlike shapes"),
-        ([IDS, IMAGES], "where they are inputs of the module, pass a tuple of them"),
-        ((IDS, IDS.tolist()), r"X\[1\] must be an array or a tensor, one for each input, got list"),
-        ({"a": IDS, "b": [1] * 6}, r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)"),
-        (["a text", "another"], "X is a list of 2 texts; give the words numbers"),
-        (DataLoader(TensorDataset(IMAGES)), "X is a DataLoader, .* pass its dataset, loader.dataset"),
-        (Stream(), "Stream, which has no length; pass a map-style Dataset"),
-        (Items(UNLIKE), "cannot be stacked"),
-        (Items([torch.zeros(2, 2)] * 3), "are no pairs"),
-        (Items([]), r"X is a Items without items"),
-        (Items({0: (torch.zeros(2), 0), 1: (torch.zeros(2), 0), 3: 4}), "item 2 of X, a Items, raised KeyError: 2"),
-    ],
-)
+@pytest.mark.parametrize(("X", "message"), [
+    ({}, "X is empty"), ((IDS, IMAGES[:4]), r"one row for each of the same cases, got lengths X\[0\] 6, X\[1\] 4"),
+    (np.full((2, 2, 2), "a"), "X must hold numbers or booleans, got <U1"),
+    ({"a": IMAGES.to_sparse()}, r"X\['a'\] is a sparse tensor"),
+    (IMAGES.to(torch.complex64), "must hold real numbers, got torch.complex64"),
+    (torch.empty(0, 2, 2), r"none of its axes may be empty, got shape \(0, 2, 2\)"),
+    (IMAGES.where(IMAGES[3, 0, 1, 1] != IMAGES, torch.nan), "got NaN or an infinite value in row 3"),
+    (IMAGES.to("meta"), "X lies on the device 'meta', which holds no values"),
+    (IMAGES.to(torch.float8_e4m3fn), "floats of 16 bits or more, got torch.float8_e4m3fn; pass X.half()"),
+    ({"a": _objects([[1], [2, 3]])}, r"X\['a'\] must hold .* got object; its rows may be of unlike shapes"),
+    (list(IMAGES), r"X is a list of 6 arrays of shape \(2, 3, 3\); pass one array, torch.stack\(X\)"),
+    (list(IMAGES.numpy()), r"pass one array, numpy.stack\(X\)"),
+    ([*IMAGES, torch.zeros(2, 3, 4)], r"unlike shapes: X\[0\] has \(2, 3, 3\), X\[6\] \(2, 3, 4\); pad or crop"),
+    (_objects([[[1.0, 2.0]], [[1.0]]]), r"X is a list of 2 arrays of unlike shapes"),
+    ([IDS, IMAGES], "where they are inputs of the module, pass a tuple of them"),
+    ((IDS, IDS.tolist()), r"X\[1\] must be an array or a tensor, one for each input, got list"),
+    ({"a": IDS, "b": [1] * 6}, r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)"),
+    (["a text", "another"], "X is a list of 2 texts; give the words numbers"),
+    (DataLoader(TensorDataset(IMAGES)), "X is a DataLoader, .* pass its dataset, loader.dataset"),
+    (Stream(), "Stream, which has no length; pass a map-style Dataset"), (Items(UNLIKE), "cannot be stacked"),
+    (Items([torch.zeros(2, 2)] * 3), "are no pairs"), (Items([]), r"X is a Items without items"),
+    (Items({0: (torch.zeros(2), 0), 1: (torch.zeros(2), 0), 3: 4}), "item 2 of X, a Items, raised KeyError: 2"),
+])  # fmt: skip
 def test_what_is_no_array_is_refused_by_name(X, message):
     with refused(message):
         read_source(X, None if isinstance(X, Items) else [0] * 6, module=True)
@@ -165,21 +153,13 @@ def test_equal_tables_give_equal_digests(tmp_path):
     assert digest({"a": [0.0, 1]}, y=Y[:2]) == digest({"a": [-0.0, 1]}, y=Y[:2])
 
 
-@pytest.mark.parametrize(
-    ("columns", "y"),
-    [
-        (COLUMNS | {"a": [1.0, 2.0, 3.0]}, Y),
-        (COLUMNS | {"a": [1.0, None, 3.0 + 1e-15]}, Y),
-        (COLUMNS | {"s": ["x", "None", "yz"]}, Y),
-        (COLUMNS | {"s": ["xy", None, "z"]}, Y),
-        (COLUMNS | {"b": [1, 0, 1]}, Y),
-        (COLUMNS | {"c": [1, 2, 3]}, Y),
-        ({name.replace("a", "A"): values for name, values in COLUMNS.items()}, Y),
-        (dict(reversed(COLUMNS.items())), Y),
-        (COLUMNS, np.array(["no", "no", "yes"])),
-        (COLUMNS, np.array([0, 1, 0])),
-    ],
-)
+@pytest.mark.parametrize(("columns", "y"), [
+    (COLUMNS | {"a": [1.0, 2.0, 3.0]}, Y), (COLUMNS | {"a": [1.0, None, 3.0 + 1e-15]}, Y),
+    (COLUMNS | {"s": ["x", "None", "yz"]}, Y), (COLUMNS | {"s": ["xy", None, "z"]}, Y),
+    (COLUMNS | {"b": [1, 0, 1]}, Y), (COLUMNS | {"c": [1, 2, 3]}, Y),
+    ({name.replace("a", "A"): values for name, values in COLUMNS.items()}, Y), (dict(reversed(COLUMNS.items())), Y),
+    (COLUMNS, np.array(["no", "no", "yes"])), (COLUMNS, np.array([0, 1, 0])),
+])  # fmt: skip
 def test_any_change_of_a_table_changes_its_digest(columns, y):
     assert digest(columns, y) != digest()
 
@@ -207,13 +187,10 @@ class TestFiles:
         source = read_source(tmp_path / "d.npz", "label", "who", module=True)
         assert source.X.names == ("image", "ids") and source.groups.tolist() == [0, 1, 2, 3, 4, 5]
 
-    @pytest.mark.parametrize(
-        ("y", "groups", "message"),
-        [
-            ("lable", None, "target='lable' is none of the arrays of .*, which are 'image', 'label'"),
-            ("label", "who", "groups='who' is none of the arrays"),
-        ],
-    )
+    @pytest.mark.parametrize(("y", "groups", "message"), [
+        ("lable", None, "target='lable' is none of the arrays of .*, which are 'image', 'label'"),
+        ("label", "who", "groups='who' is none of the arrays"),
+    ])  # fmt: skip
     def test_names_are_checked(self, tmp_path, y, groups, message):
         np.savez(tmp_path / "d.npz", image=IMAGES.numpy(), label=np.arange(6))
         with refused(message):
@@ -306,14 +283,11 @@ class TestLayout:
         layout = ArrayLayout.of(as_arrays((torch.rand(6, 2),)))
         assert layout.raw(np.zeros((3, 2))).parts[0].shape == (3, 2)
 
-    @pytest.mark.parametrize(
-        ("X", "message"),
-        [
-            ({"ids": IDS}, "X has no input 'image'; those seen in training are 'ids', 'image'"),
-            ({"ids": IDS, "image": IMAGES[:, :1]}, r"must be what was seen in training, .*float32 \(rows, 2, 3, 3\)"),
-            ({"ids": IDS.float(), "image": IMAGES}, "must be what was seen in training"),
-        ],
-    )
+    @pytest.mark.parametrize(("X", "message"), [
+        ({"ids": IDS}, "X has no input 'image'; those seen in training are 'ids', 'image'"),
+        ({"ids": IDS, "image": IMAGES[:, :1]}, r"must be what was seen in training, .*float32 \(rows, 2, 3, 3\)"),
+        ({"ids": IDS.float(), "image": IMAGES}, "must be what was seen in training"),
+    ])  # fmt: skip
     def test_others_are_refused(self, X, message):
         with refused(message):
             self.LAYOUT.raw(X)

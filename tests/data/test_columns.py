@@ -45,19 +45,13 @@ def test_few_rows_keep_their_levels_and_a_missing_category_is_one():
     assert fit("category", ["a", None, "a"])[0].feature_names == ("c=a", "c=(missing)")
 
 
-@pytest.mark.parametrize(
-    ("kind", "values", "note"),
-    [
-        ("category", [f"v{i}" for i in range(30)], "left out, text with all 30 values distinct"),
-        ("category", ["a"] * 4, "left out, constant"),
-        ("category", [None] * 4, "left out, all values missing"),
-        ("category", [f"v{i // 2}" for i in range(2000)], "left out, text with 1000 levels of which none has 10 rows"),
-        ("number", [1, 1, 1], "left out, constant"),
-        ("number", [np.nan] * 3, "left out, all values missing"),
-        ("boolean", [1, 1, 1], "left out, constant"),
-        ("date", [86400.0] * 3, "left out, constant"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "values", "note"), [
+    ("category", [f"v{i}" for i in range(30)], "left out, text with all 30 values distinct"),
+    ("category", ["a"] * 4, "left out, constant"), ("category", [None] * 4, "left out, all values missing"),
+    ("category", [f"v{i // 2}" for i in range(2000)], "left out, text with 1000 levels of which none has 10 rows"),
+    ("number", [1, 1, 1], "left out, constant"), ("number", [np.nan] * 3, "left out, all values missing"),
+    ("boolean", [1, 1, 1], "left out, constant"), ("date", [86400.0] * 3, "left out, constant"),
+])  # fmt: skip
 def test_what_is_left_out(kind, values, note):
     column, notes, _ = fit(kind, values)
     assert column.feature_names == ()
@@ -117,33 +111,27 @@ def test_values_of_another_kind_that_fit():
     assert category.features("number", np.array([np.nan])).tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize(
-    ("wanted", "kind", "values", "message"),
-    [
-        ("number", "category", ["$1", "abc"], "must be a number as it was for training, got text such as 'abc'"),
-        ("number", "date", [0.0], "must be a number as it was for training, got a date"),
-        ("boolean", "number", [2.0], "must be a boolean as it was for training, got a number"),
-        ("date", "number", [1.0], "must be a date as it was for training, got a number"),
-        ("date", "category", ["soon"], "must be a date as it was for training, got text such as 'soon'"),
-        ("category", "date", [0.0], r"must be a category \(text\) as it was for training, got a date"),
-    ],
-)
+@pytest.mark.parametrize(("wanted", "kind", "values", "message"), [
+    ("number", "category", ["$1", "abc"], "must be a number as it was for training, got text such as 'abc'"),
+    ("number", "date", [0.0], "must be a number as it was for training, got a date"),
+    ("boolean", "number", [2.0], "must be a boolean as it was for training, got a number"),
+    ("date", "number", [1.0], "must be a date as it was for training, got a number"),
+    ("date", "category", ["soon"], "must be a date as it was for training, got text such as 'soon'"),
+    ("category", "date", [0.0], r"must be a category \(text\) as it was for training, got a date"),
+])  # fmt: skip
 def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
     column = Column("c", wanted, parts=("value",))
     with refused(f"column 'c' {message}"):
         column.features(kind, np.array(values, dtype=object if kind == "category" else float))
 
 
-@pytest.mark.parametrize(
-    ("texts", "note"),
-    [
-        (["1"] * 10 + ["2"] * 10 + ["oops"] * 2, " because of 'oops', though most of its values are numbers"),
-        (["1,234.5", "2,500"] * 10, " because of commas as in '1,234.5'; write numbers without them, decimals with a "
-                                    "point"),
-        (["31/12/2020"] * 5 + ["01.02.2021"] * 15, "; write dates like '01.02.2021' as year-month-day"),
-        (["1", "2"] * 10, None),
-        (["red", "blue", "3"] * 10, None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("texts", "note"), [
+    (["1"] * 10 + ["2"] * 10 + ["oops"] * 2, " because of 'oops', though most of its values are numbers"),
+    (["1,234.5", "2,500"] * 10, " because of commas as in '1,234.5'; write numbers without them, decimals with a "
+                                "point"),
+    (["31/12/2020"] * 5 + ["01.02.2021"] * 15, "; write dates like '01.02.2021' as year-month-day"),
+    (["1", "2"] * 10, None),
+    (["red", "blue", "3"] * 10, None),
+])  # fmt: skip
 def test_text_that_was_meant_otherwise_is_said(texts, note):
     assert fit("category", texts, min_count=1)[1] == (() if note is None else (f"read as text{note}",))

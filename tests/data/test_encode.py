@@ -139,15 +139,10 @@ def test_robust_numbers_are_clipped_smoothly_after_scikit_learns_robust_scale():
     np.testing.assert_allclose(x[:, layout.numeric], 3 * np.sign(far)[:, layout.numeric], rtol=1e-15)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "dtype", "far"),
-    [
-        ("standard", None, np.finfo(np.float64).max),
-        ("piecewise", None, 1.3e300),
-        ("standard", torch.float64, 1e300),
-        ("standard", torch.float32, 1e38),
-    ],
-)
+@pytest.mark.parametrize(("numbers", "dtype", "far"), [
+    ("standard", None, np.finfo(np.float64).max), ("piecewise", None, 1.3e300), ("standard", torch.float64, 1e300),
+    ("standard", torch.float32, 1e38),
+])  # fmt: skip
 def test_a_number_whose_square_overflows_is_scaled_as_a_smaller_one(numbers, dtype, far):
     values = np.random.default_rng(0).normal(size=(60, 2))
     values[7, 1] = far
@@ -193,13 +188,10 @@ def test_a_tensor_gives_the_numbers_of_an_array():
 SINGLE, DOUBLE = torch.float32, torch.float64
 
 
-@pytest.mark.parametrize(
-    ("given", "used"),
-    [
-        *[(t, SINGLE) for t in (torch.float16, torch.bfloat16, SINGLE)],
-        *[(t, DOUBLE) for t in (DOUBLE, torch.int32, torch.bool)],
-    ],
-)
+@pytest.mark.parametrize(("given", "used"), [
+    *[(t, SINGLE) for t in (torch.float16, torch.bfloat16, SINGLE)],
+    *[(t, DOUBLE) for t in (DOUBLE, torch.int32, torch.bool)],
+])  # fmt: skip
 def test_tensor_types(given, used):
     X = torch.arange(8).reshape(4, 2)
     layout, raw = fit(X > 2 if given == torch.bool else X.to(given))
@@ -244,21 +236,17 @@ def test_text_and_dates_that_are_kept_become_features_as_ever():
     assert "Column 'id': left out, text with all 3 values distinct." in kept.notes
 
 
-@pytest.mark.parametrize(
-    ("X", "message"),
-    [
-        (torch.zeros(3), r"two-dimensional .*\(3,\)"),
-        (torch.tensor(1.0), r"two-dimensional .*got shape \(\); one value is X.reshape\(1, 1\)"),
-        (torch.zeros(0, 3), r"at least one row and column, got shape \(0, 3\)"),
-        (torch.zeros(2, 2, dtype=torch.complex64), "real numbers"),
-        (torch.eye(2).to_sparse(), "sparse tensor"),
-        (torch.zeros(2, 2, device="meta"), "X lies on the device 'meta', which holds no values"),
-        (torch.eye(2).to(torch.float8_e4m3fn), r"floats of 16 bits or more, .* pass X.half\(\)"),
-        (torch.tensor([[0.0, 1.0], [1.0, torch.inf]]), "column 'x1' has an infinite value"),
-        (torch.ones(3, 2), "no usable column. Columns 'x0', 'x1': left out, constant"),
-        (as_table([[1], [1]]), r"X has no usable column\. Column 'x0': left out, constant."),
-    ],
-)
+@pytest.mark.parametrize(("X", "message"), [
+    (torch.zeros(3), r"two-dimensional .*\(3,\)"),
+    (torch.tensor(1.0), r"two-dimensional .*got shape \(\); one value is X.reshape\(1, 1\)"),
+    (torch.zeros(0, 3), r"at least one row and column, got shape \(0, 3\)"),
+    (torch.zeros(2, 2, dtype=torch.complex64), "real numbers"), (torch.eye(2).to_sparse(), "sparse tensor"),
+    (torch.zeros(2, 2, device="meta"), "X lies on the device 'meta', which holds no values"),
+    (torch.eye(2).to(torch.float8_e4m3fn), r"floats of 16 bits or more, .* pass X.half\(\)"),
+    (torch.tensor([[0.0, 1.0], [1.0, torch.inf]]), "column 'x1' has an infinite value"),
+    (torch.ones(3, 2), "no usable column. Columns 'x0', 'x1': left out, constant"),
+    (as_table([[1], [1]]), r"X has no usable column\. Column 'x0': left out, constant."),
+])  # fmt: skip
 def test_what_has_no_layout(X, message):
     with refused(message):
         fit_layout(X)
@@ -318,17 +306,14 @@ def test_left_out_columns_are_named_and_need_not_be_there_again():
     assert layout.raw(as_table(table[["x", "row"]])).shape == (n, 2)
 
 
-@pytest.mark.parametrize(
-    ("values", "counts"),
-    [
-        (np.delete(np.arange(100), range(0, 100, 5)), True),  # some rows are held out
-        (np.arange(100)[::-1], False),
-        (np.arange(100) * 3, False),
-        (np.arange(100) / 2, False),
-        (np.repeat(np.arange(50), 2), False),
-        (np.arange(20), False),
-    ],
-)
+@pytest.mark.parametrize(("values", "counts"), [
+    (np.delete(np.arange(100), range(0, 100, 5)), True),  # some rows are held out
+    (np.arange(100)[::-1], False),
+    (np.arange(100) * 3, False),
+    (np.arange(100) / 2, False),
+    (np.repeat(np.arange(50), 2), False),
+    (np.arange(20), False),
+])  # fmt: skip
 def test_a_column_that_counts_the_rows(values, counts):
     notes = fit(pd.DataFrame({"row": values}))[0].notes
     assert any("counts the rows" in note for note in notes) == counts

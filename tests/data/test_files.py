@@ -57,25 +57,22 @@ def test_text_files_read_alike(tmp_path, name):
     assert_same(read_table(write(tmp_path, text, name)), read_table(write(tmp_path, CSV, "plain.csv")))
 
 
-@pytest.mark.parametrize(
-    ("text", "columns"),
-    [
-        # Blanks around fields are no part of them.
-        ("a, b, c\n 1, x, ?\n 2, y, 4\n", [("number", [1, 2]), ("category", ["x", "y"]), ("number", [np.nan, 4])]),
-        ("a\n20141013T000000\n20141209T120000\n", [("date", [1413158400, 1418126400])]),
-        # Other orders than that of ISO 8601 are a guess.
-        (
-            "a,b,c\n2020-01-01T06:00:00,1/2/2020,2020/1/2\n1969-12-31 23:59:59Z,1/2/2020,\n",
-            [("date", [1577858400, -1]), ("category", ["1/2/2020"] * 2), ("category", ["2020/1/2", None])],
-        ),
-        # A late text makes a long column of numbers a category.
-        ("a,b\n" + "1,2\n" * 20000 + "abc,2\n", [("category", [*["1"] * 20000, "abc"]), ("number", [2] * 20001)]),
-        # Where semicolons separate, commas belong to the values.
-        ("a;b\n1,5;2,25\n2,5;3,25\n", [("category", ["1,5", "2,5"]), ("category", ["2,25", "3,25"])]),
-        # Empty lines at the end are no rows.
-        ("a,b\n1,\n,\n3,4\n\n,\n\n", [("number", [1, np.nan, 3]), ("number", [np.nan, np.nan, 4])]),
-    ],
-)
+@pytest.mark.parametrize(("text", "columns"), [
+    # Blanks around fields are no part of them.
+    ("a, b, c\n 1, x, ?\n 2, y, 4\n", [("number", [1, 2]), ("category", ["x", "y"]), ("number", [np.nan, 4])]),
+    ("a\n20141013T000000\n20141209T120000\n", [("date", [1413158400, 1418126400])]),
+    # Other orders than that of ISO 8601 are a guess.
+    (
+        "a,b,c\n2020-01-01T06:00:00,1/2/2020,2020/1/2\n1969-12-31 23:59:59Z,1/2/2020,\n",
+        [("date", [1577858400, -1]), ("category", ["1/2/2020"] * 2), ("category", ["2020/1/2", None])],
+    ),
+    # A late text makes a long column of numbers a category.
+    ("a,b\n" + "1,2\n" * 20000 + "abc,2\n", [("category", [*["1"] * 20000, "abc"]), ("number", [2] * 20001)]),
+    # Where semicolons separate, commas belong to the values.
+    ("a;b\n1,5;2,25\n2,5;3,25\n", [("category", ["1,5", "2,5"]), ("category", ["2,25", "3,25"])]),
+    # Empty lines at the end are no rows.
+    ("a,b\n1,\n,\n3,4\n\n,\n\n", [("number", [1, np.nan, 3]), ("number", [np.nan, np.nan, 4])]),
+])  # fmt: skip
 def test_fields_of_text(tmp_path, text, columns):
     table = read_table(write(tmp_path, text))
     assert table.names == tuple("abc"[: len(columns)])
@@ -115,33 +112,24 @@ def test_bundled_sets(name):
     assert name != "iris" or set(y) == {"setosa", "versicolor", "virginica"}
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("t.csv", "", "is empty; a header line"),
-        ("t.csv", "a,b\n", "no rows"),
-        ("t.csv", "a,b,a\n1,2,3\n", "more than one 'a'"),
-        ("t.csv", "a,b\n1,inf\n", "column 'b' has an infinite value in row 0"),
-        ("t.csv", "a,b\n1,2\n1,2,3\n", "t.csv' has 3 fields in line 3, and 2 in its header line; write equally"),
-        ("t.csv", 'a,b\n"1\n2",2\n\n1\n', "t.csv' has 1 field in line 5, and 2 in its header line"),
-        ("t.tsv", "a\tb\tc\n1\t2\t3\n1\t2\n", "has 2 fields in line 3, and 3 in its header line"),
-        ("t.parquet", "nothing", "could not be read as Parquet"),
-        ("t.xlsx", "a", "a table is read from .csv"),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("t.csv", "", "is empty; a header line"), ("t.csv", "a,b\n", "no rows"),
+    ("t.csv", "a,b,a\n1,2,3\n", "more than one 'a'"),
+    ("t.csv", "a,b\n1,inf\n", "column 'b' has an infinite value in row 0"),
+    ("t.csv", "a,b\n1,2\n1,2,3\n", "t.csv' has 3 fields in line 3, and 2 in its header line; write equally"),
+    ("t.csv", 'a,b\n"1\n2",2\n\n1\n', "t.csv' has 1 field in line 5, and 2 in its header line"),
+    ("t.tsv", "a\tb\tc\n1\t2\t3\n1\t2\n", "has 2 fields in line 3, and 3 in its header line"),
+    ("t.parquet", "nothing", "could not be read as Parquet"), ("t.xlsx", "a", "a table is read from .csv"),
+])  # fmt: skip
 def test_bad_files(tmp_path, name, text, message):
     with refused(message):
         read_table(write(tmp_path, text, name))
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "place"),
-    [
-        ("t.csv", "a,y\n1,2\n\n2,\n3,\n", "line 3"),
-        ("t.csv", 'a;y\n"1\n1";2\n3;NA\n', "line 4"),
-        ("t.tsv", "a\ty\n1\t2\n\t\n1\t2\n", "line 3"),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "place"), [
+    ("t.csv", "a,y\n1,2\n\n2,\n3,\n", "line 3"), ("t.csv", 'a;y\n"1\n1";2\n3;NA\n', "line 4"),
+    ("t.tsv", "a\ty\n1\t2\n\t\n1\t2\n", "line 3"),
+])  # fmt: skip
 def test_a_missing_target_is_named_by_its_line(tmp_path, name, text, place):
     lost = "3 missing values" if text.startswith("a,") else "1 missing value"
     with refused(rf"y has {lost} \(the first in {place}\); fill it, or leave"):

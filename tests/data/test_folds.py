@@ -111,16 +111,12 @@ def test_validation_on_training_rows_is_a_warning():
 KEPT = (np.arange(20), np.arange(20, N))
 
 
-@pytest.mark.parametrize(
-    ("cv", "how", "fold", "group"),
-    [
-        (KFold(3), "cv=KFold", 0, "2 is"),
-        (StratifiedKFold(3), "cv=StratifiedKFold", 0, "2 is"),
-        (ShuffleSplit(1, random_state=0), "cv=ShuffleSplit", 0, "[0-7] .and . more. is"),
-        (PredefinedSplit(np.arange(N) % 2), "cv=PredefinedSplit", 0, "[0-7] .and . more. is"),
-        ([KEPT, (np.arange(22), np.arange(22, N))], "the .train, valid. rows of cv", 1, "4 is"),
-    ],
-)
+@pytest.mark.parametrize(("cv", "how", "fold", "group"), [
+    (KFold(3), "cv=KFold", 0, "2 is"), (StratifiedKFold(3), "cv=StratifiedKFold", 0, "2 is"),
+    (ShuffleSplit(1, random_state=0), "cv=ShuffleSplit", 0, "[0-7] .and . more. is"),
+    (PredefinedSplit(np.arange(N) % 2), "cv=PredefinedSplit", 0, "[0-7] .and . more. is"),
+    ([KEPT, (np.arange(22), np.arange(22, N))], "the .train, valid. rows of cv", 1, "4 is"),
+])  # fmt: skip
 def test_a_group_on_both_sides_of_a_fold_is_refused(cv, how, fold, group):
     message = f"groups are not kept whole by {how}[^:]*: in fold {fold} the group {group} among .*such as GroupKFold"
     with refused(message):
@@ -149,35 +145,31 @@ def test_a_splitter_sees_the_rows_and_the_target():
     assert time[made[0][0]].max() < time[made[0][1]].min()
 
 
-@pytest.mark.parametrize(
-    ("cv", "groups", "message"),
-    [
-        *[(cv, None, f"cv must be at least 2 folds, got {cv}") for cv in (1, 0)],
-        (41, None, "cv=41 folds need at least as many rows, got 40; use fewer folds"),
-        (9, GROUPS, "cv=9 folds need at least as many groups, got 8; use fewer folds"),
-        (35, None, r"cannot split these 40 rows: .*n_splits=35"),
-        *[(cv, None, f"cv must be a number of folds, a splitter .*got {cv!r}") for cv in (True, 2.5, "5", None)],
-        ([], None, "at least one fold"),
-        ([1, 2], None, "pairs of .train, valid. rows, got int for fold 0"),
-        ((np.arange(30), np.arange(30, 40)), None, r"got ndarray for fold 0; one split is cv=\[\(train, valid\)\]\.$"),
-        ([([0], [1], [2])], None, "pairs of .train, valid. rows, got tuple for fold 0"),
-        ([([], [1])], None, "fold 0 of cv has no training rows"),
-        ([([0], [1]), ([0], [])], None, "fold 1 of cv has no validation rows"),
-        ([([0], [40])], None, r"the validation rows of fold 0 must lie in 0..39, got 40"),
-        ([([-1, 3], [5])], None, r"the training rows of fold 0 must lie in 0..39, got -1"),
-        ([([0.5], [1])], None, "must be positions or a mask, got float64"),
-        ([([[0]], [1])], None, r"positions or a mask, got int64 of shape \(1, 1\)"),
-        ([([True, False], [1])], None, "training mask of fold 0 must have one value for each of the 40 rows"),
-        ([(np.zeros(N, dtype=bool), [1])], None, "with 0 selected"),
-        (GroupKFold(3), None, "splits by groups, but groups is None; pass groups"),
-        (LeaveOneGroupOut(), None, "splits by groups, but groups is None; pass groups"),
-        (GroupKFold(9), GROUPS, "cannot split these 40 rows: .*n_splits=9"),
-        (KFold(41), None, "cannot split these 40 rows: .*n_splits=41"),
-        (2, [1, 2, 3], r"groups must have one value a row, shape \(40,\), got shape \(3,\)"),
-        (2, ["a", None, np.nan, *"b" * 37], r"groups has 2 missing values \(the first in row 1\)"),
-        (2, [np.nan, *range(39)], r"groups has 1 missing value \(the first in row 0\)"),
-    ],
-)
+@pytest.mark.parametrize(("cv", "groups", "message"), [
+    *[(cv, None, f"cv must be at least 2 folds, got {cv}") for cv in (1, 0)],
+    (41, None, "cv=41 folds need at least as many rows, got 40; use fewer folds"),
+    (9, GROUPS, "cv=9 folds need at least as many groups, got 8; use fewer folds"),
+    (35, None, r"cannot split these 40 rows: .*n_splits=35"),
+    *[(cv, None, f"cv must be a number of folds, a splitter .*got {cv!r}") for cv in (True, 2.5, "5", None)],
+    ([], None, "at least one fold"), ([1, 2], None, "pairs of .train, valid. rows, got int for fold 0"),
+    ((np.arange(30), np.arange(30, 40)), None, r"got ndarray for fold 0; one split is cv=\[\(train, valid\)\]\.$"),
+    ([([0], [1], [2])], None, "pairs of .train, valid. rows, got tuple for fold 0"),
+    ([([], [1])], None, "fold 0 of cv has no training rows"),
+    ([([0], [1]), ([0], [])], None, "fold 1 of cv has no validation rows"),
+    ([([0], [40])], None, r"the validation rows of fold 0 must lie in 0..39, got 40"),
+    ([([-1, 3], [5])], None, r"the training rows of fold 0 must lie in 0..39, got -1"),
+    ([([0.5], [1])], None, "must be positions or a mask, got float64"),
+    ([([[0]], [1])], None, r"positions or a mask, got int64 of shape \(1, 1\)"),
+    ([([True, False], [1])], None, "training mask of fold 0 must have one value for each of the 40 rows"),
+    ([(np.zeros(N, dtype=bool), [1])], None, "with 0 selected"),
+    (GroupKFold(3), None, "splits by groups, but groups is None; pass groups"),
+    (LeaveOneGroupOut(), None, "splits by groups, but groups is None; pass groups"),
+    (GroupKFold(9), GROUPS, "cannot split these 40 rows: .*n_splits=9"),
+    (KFold(41), None, "cannot split these 40 rows: .*n_splits=41"),
+    (2, [1, 2, 3], r"groups must have one value a row, shape \(40,\), got shape \(3,\)"),
+    (2, ["a", None, np.nan, *"b" * 37], r"groups has 2 missing values \(the first in row 1\)"),
+    (2, [np.nan, *range(39)], r"groups has 1 missing value \(the first in row 0\)"),
+])  # fmt: skip
 def test_bad_folds(cv, groups, message):
     with refused(message):
         folds(cv, groups=groups)
@@ -246,19 +238,16 @@ def test_the_only_row_of_a_class_is_not_kept_apart_and_size_zero_keeps_none():
 BAD_SIZES = [1, 1.0, 1.5, -0.1, np.nan, "0.2", True, None]
 
 
-@pytest.mark.parametrize(
-    ("target", "options", "words"),
-    [
-        *[(NUMBERS, {"test_size": size}, "test_size must be a share of the rows, 0 <= test_") for size in BAD_SIZES],
-        (NUMBERS, {"test_size": 0.99}, r"test_size=0\.99 leaves none of the 40 rows"),
-        (NUMBERS, {"test_size": 0.99, "cv": TimeSeriesSplit(2)}, r"test_size=0\.99 leaves none of the 40 rows"),
-        (NUMBERS, {"test_size": 0.95, "groups": GROUPS}, r"test_size=0\.95 leaves none of the 8 groups"),
-        (CLASSES, {"test_size": 0.01}, "would keep 1 of 40 rows apart, which cannot hold the 2 classes"),
-        (CLASSES, {"test_size": 0.99}, "would keep 40 of 40 rows apart"),
-        (NUMBERS, {"test_size": 0.2, "groups": [1, 2]}, "groups must have one value a row"),
-        (NUMBERS, {"test_size": 0.2, "groups": GROUPS, "cv": TimeSeriesSplit(2)}, "cannot be kept whole by a time ser"),
-    ],
-)
+@pytest.mark.parametrize(("target", "options", "words"), [
+    *[(NUMBERS, {"test_size": size}, "test_size must be a share of the rows, 0 <= test_") for size in BAD_SIZES],
+    (NUMBERS, {"test_size": 0.99}, r"test_size=0\.99 leaves none of the 40 rows"),
+    (NUMBERS, {"test_size": 0.99, "cv": TimeSeriesSplit(2)}, r"test_size=0\.99 leaves none of the 40 rows"),
+    (NUMBERS, {"test_size": 0.95, "groups": GROUPS}, r"test_size=0\.95 leaves none of the 8 groups"),
+    (CLASSES, {"test_size": 0.01}, "would keep 1 of 40 rows apart, which cannot hold the 2 classes"),
+    (CLASSES, {"test_size": 0.99}, "would keep 40 of 40 rows apart"),
+    (NUMBERS, {"test_size": 0.2, "groups": [1, 2]}, "groups must have one value a row"),
+    (NUMBERS, {"test_size": 0.2, "groups": GROUPS, "cv": TimeSeriesSplit(2)}, "cannot be kept whole by a time ser"),
+])  # fmt: skip
 def test_rows_that_cannot_be_kept_apart(target, options, words):
     with refused(words):
         hold_out(target, **options, seed=0)

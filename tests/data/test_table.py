@@ -91,40 +91,31 @@ def test_arrays_and_lists():
     np.testing.assert_array_equal(table.columns[0], before)
 
 
-@pytest.mark.parametrize(
-    ("X", "message"),
-    [
-        (csr_matrix(np.eye(3)), "sparse matrix"),
-        (csr_array(np.eye(3)), "sparse matrix"),
-        (np.zeros((2, 2, 2)), r"two-dimensional .*\(2, 2, 2\); pass X.reshape\(len\(X\), -1\), which the forward"),
-        ([np.zeros((3, 2)), np.zeros((3, 4))], r"X is a list of 2 inputs, of shapes \(3, 2\), \(3, 4\).*hstack\(X\)"),
-        ((torch.zeros(3, 2), torch.zeros(3)), r"X is a tuple of 2 inputs, of shapes \(3, 2\), \(3,\)"),
-        ({"a": np.zeros((3, 2))}, r"X is a dict; pass one table .*pandas.DataFrame\(X\).*hstack\(list\(X.values"),
-        (TensorDataset(torch.zeros(3, 2)), "X is a TensorDataset; pass its tensors: X, y = dataset.tensors"),
-        (DataLoader(TensorDataset(torch.zeros(3, 2))), "X is a DataLoader, .*batch_size is a key"),
-        (Subset(TensorDataset(torch.zeros(3, 2)), [0]), "X is a Subset, a torch Dataset; pass all its rows"),
-        ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),
-        (np.zeros(3), r"two-dimensional .*\(3,\)"),
-        (None, "X must be rows, a data frame, an array of two axes or a list of lists, got None"),
-        (2.5, "got 2.5"),
-        (pd.Series([1, 2]), "two-dimensional"),
-        ([1, 2], "two-dimensional"),
-        ([torch.ones(2), torch.ones(3)], r"two-dimensional.*torch.stack\(X\), or of several lengths torch.nn.utils.rn"),
-        ([[1, 2], [1]], "equally long"),
-        (np.zeros((0, 3)), "no rows"),
-        (np.zeros((3, 0)), "no columns"),
-        (pd.DataFrame(), "no columns"),
-        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "column names must differ"),
-        (pd.DataFrame([[1, 2]], columns=["1", 1]), "column names must differ"),
-        (pl.DataFrame({"a": [1]}).lazy(), "lazy frame"),
-        (np.array([[1.0, np.inf]]), "column 'x1' has an infinite value in row 0; clip it, or leave it empty.$"),
-        (pd.DataFrame({"price": [1.0, -np.inf]}), "'price' has an infinite value in row 1, where the first is row 0; "),
-        (np.zeros((2, 2), dtype=complex), "column 'x0' holds complex128"),
-        (pd.DataFrame({"a": [[1], [2]]}), "column 'a' holds list"),
-        (np.zeros(2, dtype=[("a", float)]), "structured array"),
-        (np.ma.masked_array(np.zeros((2, 2)), mask=np.eye(2)), "masked array"),
-    ],
-)
+@pytest.mark.parametrize(("X", "message"), [
+    (csr_matrix(np.eye(3)), "sparse matrix"), (csr_array(np.eye(3)), "sparse matrix"),
+    (np.zeros((2, 2, 2)), r"two-dimensional .*\(2, 2, 2\); pass X.reshape\(len\(X\), -1\), which the forward"),
+    ([np.zeros((3, 2)), np.zeros((3, 4))], r"X is a list of 2 inputs, of shapes \(3, 2\), \(3, 4\).*hstack\(X\)"),
+    ((torch.zeros(3, 2), torch.zeros(3)), r"X is a tuple of 2 inputs, of shapes \(3, 2\), \(3,\)"),
+    ({"a": np.zeros((3, 2))}, r"X is a dict; pass one table .*pandas.DataFrame\(X\).*hstack\(list\(X.values"),
+    (TensorDataset(torch.zeros(3, 2)), "X is a TensorDataset; pass its tensors: X, y = dataset.tensors"),
+    (DataLoader(TensorDataset(torch.zeros(3, 2))), "X is a DataLoader, .*batch_size is a key"),
+    (Subset(TensorDataset(torch.zeros(3, 2)), [0]), "X is a Subset, a torch Dataset; pass all its rows"),
+    ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),
+    (np.zeros(3), r"two-dimensional .*\(3,\)"),
+    (None, "X must be rows, a data frame, an array of two axes or a list of lists, got None"), (2.5, "got 2.5"),
+    (pd.Series([1, 2]), "two-dimensional"), ([1, 2], "two-dimensional"),
+    ([torch.ones(2), torch.ones(3)], r"two-dimensional.*torch.stack\(X\), or of several lengths torch.nn.utils.rn"),
+    ([[1, 2], [1]], "equally long"), (np.zeros((0, 3)), "no rows"), (np.zeros((3, 0)), "no columns"),
+    (pd.DataFrame(), "no columns"), (pd.DataFrame([[1, 2]], columns=["a", "a"]), "column names must differ"),
+    (pd.DataFrame([[1, 2]], columns=["1", 1]), "column names must differ"),
+    (pl.DataFrame({"a": [1]}).lazy(), "lazy frame"),
+    (np.array([[1.0, np.inf]]), "column 'x1' has an infinite value in row 0; clip it, or leave it empty.$"),
+    (pd.DataFrame({"price": [1.0, -np.inf]}), "'price' has an infinite value in row 1, where the first is row 0; "),
+    (np.zeros((2, 2), dtype=complex), "column 'x0' holds complex128"),
+    (pd.DataFrame({"a": [[1], [2]]}), "column 'a' holds list"),
+    (np.zeros(2, dtype=[("a", float)]), "structured array"),
+    (np.ma.masked_array(np.zeros((2, 2)), mask=np.eye(2)), "masked array"),
+])  # fmt: skip
 def test_what_is_no_table(X, message):
     with refused(message):
         as_table(X)
@@ -142,17 +133,10 @@ def test_large_arrays_are_read_column_by_column():
     np.testing.assert_array_equal(table.column("x4"), values[:, 4])
 
 
-@pytest.mark.parametrize(
-    ("column", "kind", "values"),
-    [
-        ([1, 2], "i", [1, 2]),
-        ([1.5, 2.0], "f", [1.5, 2.0]),
-        ([True, False], "b", [True, False]),
-        (["a", "b"], "O", ["a", "b"]),
-        (["a", None], "O", ["a", None]),
-        ([1, None], "f", [1, np.nan]),
-    ],
-)
+@pytest.mark.parametrize(("column", "kind", "values"), [
+    ([1, 2], "i", [1, 2]), ([1.5, 2.0], "f", [1.5, 2.0]), ([True, False], "b", [True, False]),
+    (["a", "b"], "O", ["a", "b"]), (["a", None], "O", ["a", None]), ([1, None], "f", [1, np.nan]),
+])  # fmt: skip
 def test_the_target_is_a_plain_array(column, kind, values):
     rest, y = split_target(as_table(pl.DataFrame({"x": [1, 2], "y": column})), "y")
     assert rest.names == ("x",)

@@ -156,22 +156,18 @@ class Wide(FunctionTransformer):
         return np.concatenate([X, X], 1)
 
 
-@pytest.mark.parametrize(
-    ("transform", "y", "words"),
-    [
-        ("log", Y - 2, "above 0 in y, and .* of 60 are not, the least -1.*; choose a PowerTransformer, or"),
-        ("log", np.r_[0.0, Y[1:]], "and 1 of 60 are not, the least 0; choose 'log1p' .all above -1., or"),
-        ("log1p", Y - 2, "needs numbers above -1 in y, and"),
-        ("log", X[:, 0] > 0, "is for numbers to be predicted, and y is 2 classes: leave it out, or"),
-        ("sqrt", Y, "must be 'log', 'log1p' or a transformer .* inverse_transform, or None, got 'sqrt'"),
-        ("lg", Y, "Did you mean 'log'"),
-        (PowerTransformer, Y, "target_transform must be"),
-        (LinearRegression(), Y, "target_transform must be"),
-        (Failing(), Y, r"target_transform=Failing\(\) raised RuntimeError on the training rows of a fold: no. Choose"),
-        (Wide(), Y, r"raised ValueError on .*: it makes \(30, 2\) of \(30,\), or"),
-        (PowerTransformer(method="box-cox"), -Y, "raised ValueError on the training rows"),
-    ],
-)
+@pytest.mark.parametrize(("transform", "y", "words"), [
+    ("log", Y - 2, "above 0 in y, and .* of 60 are not, the least -1.*; choose a PowerTransformer, or"),
+    ("log", np.r_[0.0, Y[1:]], "and 1 of 60 are not, the least 0; choose 'log1p' .all above -1., or"),
+    ("log1p", Y - 2, "needs numbers above -1 in y, and"),
+    ("log", X[:, 0] > 0, "is for numbers to be predicted, and y is 2 classes: leave it out, or"),
+    ("sqrt", Y, "must be 'log', 'log1p' or a transformer .* inverse_transform, or None, got 'sqrt'"),
+    ("lg", Y, "Did you mean 'log'"), (PowerTransformer, Y, "target_transform must be"),
+    (LinearRegression(), Y, "target_transform must be"),
+    (Failing(), Y, r"target_transform=Failing\(\) raised RuntimeError on the training rows of a fold: no. Choose"),
+    (Wide(), Y, r"raised ValueError on .*: it makes \(30, 2\) of \(30,\), or"),
+    (PowerTransformer(method="box-cox"), -Y, "raised ValueError on the training rows"),
+])  # fmt: skip
 def test_what_is_refused(transform, y, words):
     with refused(words):
         gputune.tune("mlp", X, y, target_transform=transform, **HOW)

@@ -12,19 +12,16 @@ HOW = {"n_trials": 1, "max_epochs": 1, "verbose": 0}
 MOST, PRIOR = DummyClassifier(strategy="most_frequent"), DummyClassifier(strategy="prior")
 
 
-@pytest.mark.parametrize(
-    ("load", "scoring", "dummy", "answer"),
-    [
-        (load_breast_cancer, None, MOST, "always 1"),
-        (load_breast_cancer, "roc_auc", PRIOR, "the share of each class in the training rows"),
-        (load_iris, "neg_log_loss", PRIOR, "the share of each class in the training rows"),
-        (load_breast_cancer, "f1", DummyClassifier(strategy="constant", constant=1), "always 1"),
-        (load_breast_cancer, "average_precision", PRIOR, "the share of each class in the training rows"),
-        (load_iris, "f1_macro", MOST, "the share of each class in the training rows"),
-        (load_diabetes, None, DummyRegressor(), "the mean of the training rows"),
-        (load_diabetes, "neg_mean_absolute_error", DummyRegressor(), "the mean of the training rows"),
-    ],
-)
+@pytest.mark.parametrize(("load", "scoring", "dummy", "answer"), [
+    (load_breast_cancer, None, MOST, "always 1"),
+    (load_breast_cancer, "roc_auc", PRIOR, "the share of each class in the training rows"),
+    (load_iris, "neg_log_loss", PRIOR, "the share of each class in the training rows"),
+    (load_breast_cancer, "f1", DummyClassifier(strategy="constant", constant=1), "always 1"),
+    (load_breast_cancer, "average_precision", PRIOR, "the share of each class in the training rows"),
+    (load_iris, "f1_macro", MOST, "the share of each class in the training rows"),
+    (load_diabetes, None, DummyRegressor(), "the mean of the training rows"),
+    (load_diabetes, "neg_mean_absolute_error", DummyRegressor(), "the mean of the training rows"),
+])  # fmt: skip
 def test_it_is_what_a_dummy_scores(load, scoring, dummy, answer):
     X, y = load(return_X_y=True)
     folds = KFold if load is load_diabetes else StratifiedKFold
@@ -34,15 +31,12 @@ def test_it_is_what_a_dummy_scores(load, scoring, dummy, answer):
     assert study.record.baseline == {"answer": answer, "score": pytest.approx(expected, rel=1e-12)}
 
 
-@pytest.mark.parametrize(
-    ("counts", "words"),
-    [
-        ((50, 50), None),
-        ((99, 1), "always 'a' has an accuracy of 0.9900 already: balanced_accuracy, roc_auc"),
-        ((80, 10, 10), "'a' has an accuracy of 0.8000 already: balanced_accuracy, f1_macro, roc_auc_ovr or neg_log"),
-        ((40, 30, 30), None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("counts", "words"), [
+    ((50, 50), None),
+    ((99, 1), "always 'a' has an accuracy of 0.9900 already: balanced_accuracy, roc_auc"),
+    ((80, 10, 10), "'a' has an accuracy of 0.8000 already: balanced_accuracy, f1_macro, roc_auc_ovr or neg_log"),
+    ((40, 30, 30), None),
+])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:y has classes with fewer rows")
 def test_an_accuracy_is_remarked_where_one_class_makes_it(counts, words):
     y = np.repeat(list("abc")[: len(counts)], np.array(counts) * 2)

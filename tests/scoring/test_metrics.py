@@ -137,20 +137,17 @@ def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
     assert "f1 of class" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize(
-    ("scoring", "words"),
-    [
-        ([], r"scoring needs at least one score, got \[\]; name one, or leave it out"),
-        ({}, r"scoring needs at least one score, got \{\}; name one"),
-        (["accuracy", "acuracy"], "scorer names or a callable, got 'acuracy'. Did you mean 'accuracy'?"),
-        (["f1_macro", "accuracy", "f1_macro"], "scoring names 'f1_macro' twice; leave one out, or give a dict"),
-        (["accuracy", 3], r"scoring holds scikit-learn scorer names and callables, .*, got 3 in it; replace it"),
-        ({"a": "accuracy", 2: "f1_macro"}, "scoring, a dict, has texts as keys, got 2; name each score"),
-        (["accuracy", "r2"], "scoring='r2' does not fit a binary task; choose for example accuracy"),
-        ({"accuracy", "f1"}, r"or \(outputs, y\), or a list or dict of them, got \{"),
-        (["accuracy", lambda outputs, y: 0.0], "scoring='.*<lambda>' has no name by which study="),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("scoring", "words"), [
+    ([], r"scoring needs at least one score, got \[\]; name one, or leave it out"),
+    ({}, r"scoring needs at least one score, got \{\}; name one"),
+    (["accuracy", "acuracy"], "scorer names or a callable, got 'acuracy'. Did you mean 'accuracy'?"),
+    (["f1_macro", "accuracy", "f1_macro"], "scoring names 'f1_macro' twice; leave one out, or give a dict"),
+    (["accuracy", 3], r"scoring holds scikit-learn scorer names and callables, .*, got 3 in it; replace it"),
+    ({"a": "accuracy", 2: "f1_macro"}, "scoring, a dict, has texts as keys, got 2; name each score"),
+    (["accuracy", "r2"], "scoring='r2' does not fit a binary task; choose for example accuracy"),
+    ({"accuracy", "f1"}, r"or \(outputs, y\), or a list or dict of them, got \{"),
+    (["accuracy", lambda outputs, y: 0.0], "scoring='.*<lambda>' has no name by which study="),
+])  # fmt: skip
 def test_what_is_no_list_of_metrics_is_refused(tmp_path, scoring, words):
     with refused(words):
         search(scoring=scoring, study=tmp_path / "study.db")
@@ -159,14 +156,10 @@ def test_what_is_no_list_of_metrics_is_refused(tmp_path, scoring, words):
 ONE_CLASS = [(np.arange(60), np.flatnonzero(Y == 1)[-5:])]
 
 
-@pytest.mark.parametrize(
-    ("scoring", "options", "words"),
-    [
-        (["accuracy", "f1"], {"y": WORDS}, "say which"),
-        (["accuracy"], {"y": WORDS, "positive": "ill"}, "no positive"),
-        (["accuracy", "roc_auc"], {"cv": ONE_CLASS}, "scoring='roc_auc' needs every class among the validation rows"),
-    ],
-)
+@pytest.mark.parametrize(("scoring", "options", "words"), [
+    (["accuracy", "f1"], {"y": WORDS}, "say which"), (["accuracy"], {"y": WORDS, "positive": "ill"}, "no positive"),
+    (["accuracy", "roc_auc"], {"cv": ONE_CLASS}, "scoring='roc_auc' needs every class among the validation rows"),
+])  # fmt: skip
 def test_a_metric_without_its_class_is_refused(scoring, options, words):
     with refused(words):
         search(scoring=scoring, **options)

@@ -33,16 +33,12 @@ def expected(function, outputs, y, **options):
     return torch.stack([function(output, of_row, **options) for output, of_row in rows]).view(2, 3, 7)
 
 
-@pytest.mark.parametrize(
-    ("name", "function", "y", "config", "options"),
-    [
-        ("mse", functional.mse_loss, Y, {}, {}),
-        ("mae", functional.l1_loss, Y, {}, {}),
-        ("huber", functional.huber_loss, Y, {}, {}),
-        ("huber", functional.huber_loss, Y, {"loss__delta": 0.3}, {"delta": 0.3}),
-        ("bce", functional.binary_cross_entropy_with_logits, LABELS, {}, {}),
-    ],
-)
+@pytest.mark.parametrize(("name", "function", "y", "config", "options"), [
+    ("mse", functional.mse_loss, Y, {}, {}), ("mae", functional.l1_loss, Y, {}, {}),
+    ("huber", functional.huber_loss, Y, {}, {}),
+    ("huber", functional.huber_loss, Y, {"loss__delta": 0.3}, {"delta": 0.3}),
+    ("bce", functional.binary_cross_entropy_with_logits, LABELS, {}, {}),
+])  # fmt: skip
 def test_named_losses_are_those_of_torch(name, function, y, config, options):
     task = "multilabel" if name == "bce" else "regression"
     found = rows_of(name, VALUES, y, [config] * 3, task)
@@ -92,38 +88,32 @@ def test_augmentation_draws_the_same_for_each_fold():
     assert torch.equal(first[0], first[1]) and torch.equal(first, again) and not torch.equal(first, later)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((3, None, None, "regression"), "loss must be one of 'cross_entropy', .* got 3"),
-        (("mze", None, None, "regression"), "loss must be one of .* got 'mze'"),
-        (("mse", None, None, "binary"), "loss='mse' does not fit a binary target; choose 'cross_entropy'"),
-        (("mse", None, None, "custom"), "does not fit a custom target; choose a loss of your own"),
-        ((None, None, None, "custom"), "a custom target has no loss of its own"),
-        (("mse", print, None, "regression"), "training_step returns the loss itself"),
-        ((nn.MSELoss(), None, None, "multiclass"), "MSELoss is of numbers.*task='regression'.*loss='cross_entropy'"),
-        ((nn.L1Loss, None, None, "binary"), "L1Loss is of numbers, .* loss='cross_entropy' or 'bce'"),
-        ((None, 3, None, "regression"), "training_step must be a function, got 3"),
-        ((None, None, "flip", "regression"), "augment must be a function, got 'flip'"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((3, None, None, "regression"), "loss must be one of 'cross_entropy', .* got 3"),
+    (("mze", None, None, "regression"), "loss must be one of .* got 'mze'"),
+    (("mse", None, None, "binary"), "loss='mse' does not fit a binary target; choose 'cross_entropy'"),
+    (("mse", None, None, "custom"), "does not fit a custom target; choose a loss of your own"),
+    ((None, None, None, "custom"), "a custom target has no loss of its own"),
+    (("mse", print, None, "regression"), "training_step returns the loss itself"),
+    ((nn.MSELoss(), None, None, "multiclass"), "MSELoss is of numbers.*task='regression'.*loss='cross_entropy'"),
+    ((nn.L1Loss, None, None, "binary"), "L1Loss is of numbers, .* loss='cross_entropy' or 'bce'"),
+    ((None, 3, None, "regression"), "training_step must be a function, got 3"),
+    ((None, None, "flip", "regression"), "augment must be a function, got 'flip'"),
+])  # fmt: skip
 def test_what_is_no_objective_is_refused(arguments, message):
     with refused(message):
         make_objective(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("loss", "step", "config", "message"),
-    [
-        ("huber", None, {"loss__delta": 0}, r"loss__delta must be a number in \(0, inf\), got 0"),
-        ("huber", None, {"loss__q": 0.5}, "loss__q is none of loss='huber', which takes delta"),
-        ("mse", None, {"loss__q": 0.5}, "loss__q is none of loss='mse', which takes no numbers"),
-        (nn.HuberLoss, None, {"loss__q": 0.5}, r"loss__q is no argument of the loss torch.nn.*HuberLoss\("),
-        (nn.HuberLoss(), None, {"loss__delta": 0.5}, "delta has nowhere to go, .* pass the class, loss=HuberLoss"),
-        (lambda outputs, y: outputs, None, {"loss__q": 0.5}, "loss__q is no argument of the loss"),
-        (None, print, {"loss__q": 0.5}, "loss__q has no loss to go to beside training_step"),
-    ],
-)
+@pytest.mark.parametrize(("loss", "step", "config", "message"), [
+    ("huber", None, {"loss__delta": 0}, r"loss__delta must be a number in \(0, inf\), got 0"),
+    ("huber", None, {"loss__q": 0.5}, "loss__q is none of loss='huber', which takes delta"),
+    ("mse", None, {"loss__q": 0.5}, "loss__q is none of loss='mse', which takes no numbers"),
+    (nn.HuberLoss, None, {"loss__q": 0.5}, r"loss__q is no argument of the loss torch.nn.*HuberLoss\("),
+    (nn.HuberLoss(), None, {"loss__delta": 0.5}, "delta has nowhere to go, .* pass the class, loss=HuberLoss"),
+    (lambda outputs, y: outputs, None, {"loss__q": 0.5}, "loss__q is no argument of the loss"),
+    (None, print, {"loss__q": 0.5}, "loss__q has no loss to go to beside training_step"),
+])  # fmt: skip
 def test_numbers_that_a_loss_does_not_take_are_refused(loss, step, config, message):
     with refused(message):
         make_objective(loss, step, None, "regression").check(config)

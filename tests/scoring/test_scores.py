@@ -154,31 +154,28 @@ METRICS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("scoring", "classes", "positive", "message"),
-    [
-        ("acuracy", NAMED, None, "got 'acuracy'. Did you mean 'accuracy'?"),
-        ("r2", NAMED, None, "scoring='r2' does not fit a binary task; .* neg_log_loss, roc_auc, f1"),
-        ("accuracy", None, None, "does not fit a regression task; choose for example r2"),
-        *[("f1", classes, None, "scoring='f1' does not fit a .* task; choose for ex") for classes in (None, [*"abc"])],
-        ("roc_auc", [*"abc"], None, "choose 'roc_auc_ovr'"),
-        (3, NAMED, None, r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3"),
-        *[(metric, NAMED, None, rf"y_pred\) and no scorer; give scoring={words}") for metric, words in METRICS],
-        ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
-        ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
-        ("f1", NAMED, "Yes", r"positive must be one of the classes 'no' and 'yes', got 'Yes'. Did you mean 'yes'\?"),
-        ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
-        ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
-        ("f1_macro", [*"abc"], "a", r"positive='a' needs a target of two classes, got a multiclass"),
-        ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
-        ("accuracy", NAMED, "no", "scoring='accuracy' knows no positive class; leave it out"),
-        ("f1_macro", NAMED, "no", "scoring='f1_macro' knows no positive class"),
-        ("roc_auc", NAMED, "no", "scoring='roc_auc' knows no positive class: it is the same for both; leave"),
-        ("neg_brier_score", NAMED, "no", "scoring='neg_brier_score' knows no positive class"),
-        (None, NAMED, "no", "scoring='accuracy' knows no positive class"),
-        (metrics.make_scorer(metrics.f1_score), NAMED, "no", "knows no positive class; leave it out"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("scoring", "classes", "positive", "message"), [
+    ("acuracy", NAMED, None, "got 'acuracy'. Did you mean 'accuracy'?"),
+    ("r2", NAMED, None, "scoring='r2' does not fit a binary task; .* neg_log_loss, roc_auc, f1"),
+    ("accuracy", None, None, "does not fit a regression task; choose for example r2"),
+    *[("f1", classes, None, "scoring='f1' does not fit a .* task; choose for ex") for classes in (None, [*"abc"])],
+    ("roc_auc", [*"abc"], None, "choose 'roc_auc_ovr'"),
+    (3, NAMED, None, r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3"),
+    *[(metric, NAMED, None, rf"y_pred\) and no scorer; give scoring={words}") for metric, words in METRICS],
+    ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
+    ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
+    ("f1", NAMED, "Yes", r"positive must be one of the classes 'no' and 'yes', got 'Yes'. Did you mean 'yes'\?"),
+    ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
+    ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
+    ("f1_macro", [*"abc"], "a", r"positive='a' needs a target of two classes, got a multiclass"),
+    ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
+    ("accuracy", NAMED, "no", "scoring='accuracy' knows no positive class; leave it out"),
+    ("f1_macro", NAMED, "no", "scoring='f1_macro' knows no positive class"),
+    ("roc_auc", NAMED, "no", "scoring='roc_auc' knows no positive class: it is the same for both; leave"),
+    ("neg_brier_score", NAMED, "no", "scoring='neg_brier_score' knows no positive class"),
+    (None, NAMED, "no", "scoring='accuracy' knows no positive class"),
+    (metrics.make_scorer(metrics.f1_score), NAMED, "no", "knows no positive class; leave it out"),
+])  # fmt: skip
 def test_bad_scoring_or_a_bad_positive_class_is_named(scoring, classes, positive, message):
     task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
     with refused(message):
