@@ -1,19 +1,38 @@
-"""The models to begin from: what they give, what they refuse, and that they are searched and loaded by name."""
+"""The models to begin from: what they give, what they refuse, and that they are searched and loaded by name.
+
+RealMLP: its published form, its start from the data, its recipe, and its way through a search to an export.
+"""
 
 import inspect
+import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 import gputune
+from gputune.data.columns import fit_layout
+from gputune.data.table import as_table
+from gputune.methods.config import legal_keys
+from gputune.methods.random import draw
+from gputune.methods.space import check_space, named_space
 from gputune.models import CNN, GRU, MLP, LogisticRegression, RealMLP
+from gputune.modules.inspection import traits_of
+from gputune.modules.looped import LoopedModule
+from gputune.modules.module import StackedModule
+from gputune.population.population import module_arguments
+from gputune.seeding import stream_seed
+from gputune.study.export import encoded
+from problems import Linear, fill, largest_difference, make_data, rows_of, shape_of, train
 from refused import refused
 
 IMAGES = np.random.default_rng(0).normal(size=(40, 2, 8, 6)).astype(np.float32)
 IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 5, (40, 6)))
 LABELS = np.arange(40) % 2
-SEARCH = {"n_trials": 1, "cv": 2, "max_epochs": 1, "verbose": 0, "workers": 1}
+SEARCH = {"cv": 2, "verbose": 0, "workers": 1}
+ONE = {"n_trials": 1, "max_epochs": 1, **SEARCH}
 
 
 @pytest.mark.parametrize("model", [CNN, GRU, MLP, LogisticRegression])
@@ -75,7 +94,7 @@ def test_bad_arguments_are_named(model, arguments, message):
 
 def test_they_are_searched_by_name_and_loaded_without_trust(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    study = gputune.tune("cnn", IMAGES, LABELS, **SEARCH)
+    study = gputune.tune("cnn", IMAGES, LABELS, **ONE)
     assert study.best_params.keys() == {"lr", "batch_size", "weight_decay", "module__channels"}
     model = study.best_model()
     model.save(tmp_path / "model")
@@ -87,8 +106,153 @@ def test_they_are_searched_by_name_and_loaded_without_trust(tmp_path, monkeypatc
 @pytest.mark.cpu  # the simulated device has no cuDNN
 def test_token_ids_are_an_integer_tensor():
     space = {"lr": [0.01], "module__n_tokens": [5], "module__hidden": [4]}
-    assert gputune.tune("gru", IDS, LABELS, space=space, **SEARCH).best_score > 0
+    assert gputune.tune("gru", IDS, LABELS, space=space, **ONE).best_score > 0
     with refused("The numbers of a table are scaled"):
-        gputune.tune("gru", IDS.numpy(), LABELS, space=space, **SEARCH)
+        gputune.tune("gru", IDS.numpy(), LABELS, space=space, **ONE)
     with refused("X has the id 4 in row 0, and the embedding .* has 3 places"):
-        gputune.tune("gru", IDS, LABELS, space={"module__n_tokens": [3]}, **SEARCH)
+        gputune.tune("gru", IDS, LABELS, space={"module__n_tokens": [3]}, **ONE)
+
+
+TWO = {"max_epochs": 2, **SEARCH}
+SMALL = {"module__width": [8], "module__depth": [2]}
+ROWS = np.random.default_rng(0)
+TABLE = pd.DataFrame(
+    {
+        "size": ROWS.lognormal(size=60),
+        "age": np.where(np.arange(60) % 9, ROWS.normal(size=60), np.nan),
+        "town": ROWS.choice(list("abcdefghijkl"), 60),
+        "sunny": ROWS.random(60) < 0.5,
+    }
+)
+PRICE = TABLE["size"].to_numpy() + TABLE["sunny"].to_numpy()
+
+
+def written_out(module, x):
+    """The published network in evaluation mode, one unit's sum after the other: PBLD, scale, NTP, parametric mish."""
+    e, h = module.embedding, []
+    for j in range(x.shape[1]):
+        waves = torch.cos(2 * math.pi * x[:, j, None] * e.frequency[j] + e.phase[j])
+        h += [waves @ e.weight[j] + e.offset[j], x[:, j, None]]
+    h = torch.cat(h, 1) * module.scale
+    for name, slope in zip(("first", "1"), module.slopes):
+        layer = module.layers[name]
+        h = h @ layer.weight.T / h.shape[1] ** 0.5 + layer.bias
+        h = h + slope * (h * torch.tanh(nn.functional.softplus(h)) - h)
+    last = module.layers["last"]
+    return h @ last.weight.T / h.shape[1] ** 0.5 + last.bias
+
+
+def test_it_is_the_published_network():
+    torch.manual_seed(0)
+    module = RealMLP(3, 1, width=6, depth=2).double().eval()
+    with torch.no_grad():
+        for w in module.parameters():
+            w += 0.1 * torch.randn_like(w)
+    x = torch.randn(9, 3).double()
+    torch.testing.assert_close(module(x), written_out(module, x))
+    module.low.fill_(-0.1)
+    least = [float(module.train(mode)(x).detach().min()) for mode in (False, True)]
+    assert least[0] == pytest.approx(-0.1) and least[1] < -0.1
+
+
+@pytest.mark.parametrize("embedding", ["plr", "pl", "none"])
+def test_large_categories_are_embedded_and_other_flags_stay(embedding):
+    layout = fit_layout(as_table(TABLE), min_count=1)
+    groups = layout.feature_groups
+    assert groups == (0, 0, 1, *[2] * 12, 3)  # size; age and where it is missing; town; sunny
+    module = RealMLP(len(groups), 2, feature_groups=groups, embedding=embedding, category_size=5)
+    numbers = 2 if embedding == "none" else 2 * 4
+    assert module.scale.shape == (numbers + 2 + 5,)
+    assert module(torch.randn(4, len(groups))).shape == (4, 2)
+    assert RealMLP(len(groups), 2, feature_groups=groups, one_hot=12).scale.shape == (2 * 4 + 14,)
+
+
+def test_the_start_gives_every_layer_a_variance_of_1_and_kinks_among_the_rows():
+    torch.manual_seed(0)
+    x, module = 100 * torch.rand(500, 4), RealMLP(4, 1, width=32, depth=2)
+    module.start_from(x, y := torch.randn(500))
+    assert (float(module.low), float(module.high)) == (float(y.min()), float(y.max()))
+    seen = []
+    for layer in module.layers.values():
+        layer.register_forward_hook(lambda _layer, _x, h: seen.append(h.detach()))
+    module(x)
+    for h in seen:
+        torch.testing.assert_close(h.std(0, correction=0), torch.ones(h.shape[1]), rtol=1e-4, atol=0)
+        assert ((h.amin(0) <= 0) & (h.amax(0) >= 0)).all()
+
+
+@pytest.mark.parametrize("kind", [StackedModule, LoopedModule])
+def test_each_fold_begins_from_its_own_rows_as_a_plain_loop_would(kind):
+    data = make_data("regression")
+    configs = fill({"batch_size": 16, "lr": 0.01}, {"batch_size": 16, "lr": 0.03})
+    network = kind(RealMLP, configs, shape_of(data), seed=3, traits=traits_of(RealMLP, configs[0], data))
+    begun = train(network, data, configs, seed=3, epochs=0, horizon=1)
+    for fold in range(data.n_folds):
+        with torch.random.fork_rng():
+            torch.manual_seed(stream_seed(3, "module"))
+            plain = RealMLP(data.n_features, 1).double()
+            torch.manual_seed(stream_seed(3, "start_from"))
+            plain.start_from(*rows_of(data, fold)[:2])
+        for c in range(2):
+            assert largest_difference(begun.member(fold, c), plain) <= 1e-12
+
+
+class Clumsy(Linear):
+    def start_from(self, x, y):
+        raise KeyError("nothing")
+
+
+class Calm(Clumsy):
+    start_from = None
+
+
+def test_a_start_that_fails_is_named_and_one_that_a_class_gives_up_is_none(iris):
+    with refused(r"model: Clumsy.start_from\(rows, y\) raised KeyError: 'nothing'. Mend it, or leave it out"):
+        gputune.tune(Clumsy, *iris, n_trials=1, **TWO)
+    assert gputune.tune(Calm, *iris, n_trials=1, **TWO).best_score > 0
+
+
+def test_a_search_by_name_from_its_recipe_to_a_loaded_model(tmp_path):
+    study = gputune.tune("realmlp", TABLE, PRICE, n_trials=2, space=SMALL | {"lr": [0.1, 0.2]}, **TWO)
+    assert study.trials[0].params == {"lr": 0.2, "module__depth": 2, "module__width": 8}
+    assert study.meta["numbers"] == "robust" and study.meta["columns"] == "drop-constant"
+    model = study.best_model()
+    assert model.predict(TABLE).max() <= PRICE.max() + 1e-4
+    model.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict(TABLE), model.predict(TABLE))
+
+
+@pytest.mark.long
+def test_it_is_exported(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model = gputune.tune("realmlp", TABLE, PRICE, n_trials=1, space=SMALL, **TWO).best_model()
+    model.export(tmp_path / "model.onnx")
+    rows = encoded(model, as_table(TABLE))
+    (found,) = runtime.InferenceSession(tmp_path / "model.onnx").run(None, {"X": rows})
+    np.testing.assert_allclose(found.ravel(), model.predict(TABLE), rtol=1e-5, atol=1e-5)
+
+
+def test_its_recipe_is_that_of_the_paper():
+    y = np.arange(60) % 3
+    params = gputune.tune("realmlp", TABLE, y, **ONE).trials[0].params
+    assert params == {
+        "dropout": 0.15, "loss__label_smoothing": 0.1, "lr": 0.04, "module__activation": "selu", "module__depth": 3,
+        "module__embedding": "pbld", "module__scaling": True, "module__sigma": 0.1, "module__width": 256,
+        "weight_decay": 0.02,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["realmlp", "realmlp-tabarena"])
+@pytest.mark.parametrize("goal", ["numbers", "classes"])
+def test_a_space_has_a_name(name, goal):
+    keys = legal_keys("module", "adamw")
+    drawn = draw(check_space(named_space(name, goal), keys=keys, module=True), 20, 0)
+    assert all(("loss__label_smoothing" in config) == (goal == "classes") for config in drawn)
+    for config in drawn:
+        RealMLP(3, 1, **module_arguments(config))
+
+
+def test_a_space_that_has_no_name_here():
+    with refused("a list of dicts, or one of mlp, realmlp, .*got 'realmpl'. Did you mean 'realmlp'"):
+        gputune.tune("realmlp", TABLE, PRICE, space="realmpl", **TWO)
