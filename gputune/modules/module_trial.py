@@ -46,7 +46,6 @@ class ModuleTrial:
 
     def in_double(self) -> Self:
         """Return this trial with floats of double precision; its module stays as it is."""
-
         double = copy.copy(self)
         *double.inputs, double.y = (x.double() if x.is_floating_point() else x for x in (*self.inputs, self.y))
         kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in double.inputs)
