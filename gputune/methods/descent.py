@@ -179,7 +179,7 @@ class Descent:
         elif _alike(after, before) or max(lengths) < self.method.smallest_step:
             self.ended = True
         else:
-            self.config |= {name: _as_value(self._values(name, after[name])) for name in self.names}
+            self.config |= {name: self._value(name, after[name]) for name in self.names}
 
     def _begin(self, slope: Slope) -> None:
         number = sum(table.size for table in slope.slopes.values())
@@ -225,19 +225,15 @@ class Descent:
             after[name] = np.clip(before[name] + moves[name], least, most)
         return after
 
-    def _values(self, name: str, coordinate: Table) -> Table:
-        """Return the values at coordinates; at a bound the bound itself, not its neighbour by rounding."""
-        values: Table = from_coordinate(name, torch.as_tensor(coordinate)).numpy()
+    def _value(self, name: str, coordinate: Table) -> float | list[float] | list[list[float]]:
+        """Return what a configuration has at coordinates: a number, a list over segments, or over these and layers."""
+        # At a bound the bound itself, not its neighbour by rounding.
         low, high = self.bounds.get(name, (-math.inf, math.inf))
-        return np.clip(values, low, high)
+        table = np.clip(from_coordinate(name, torch.as_tensor(coordinate)).numpy(), low, high)
+        value: list[float] | list[list[float]] = (table if table.shape[1] > 1 else table[:, 0]).tolist()
+        return value if table.size > 1 else float(table.item())
 
 
 def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
     """Whether two points are the same but for rounding."""
     return all(np.allclose(one[name], other[name], rtol=1e-9, atol=1e-9) for name in one)
-
-
-def _as_value(table: Table) -> float | list[float] | list[list[float]]:
-    """Return a table as a configuration has it: a number, a list over segments, or one over segments and layers."""
-    value: list[float] | list[list[float]] = (table if table.shape[1] > 1 else table[:, 0]).tolist()
-    return value if table.size > 1 else float(table.item())
