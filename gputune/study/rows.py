@@ -1,4 +1,4 @@
-"""What a study file holds, row by row.
+"""What a study file holds, row by row; curves of trials side by side, and what one of them does on its folds.
 
 Floats are raw little-endian float64, because SQLite's REAL turns NaN into NULL and -0.0 into 0. Each row carries a
 checksum of its key and content, by which a whole row is known wherever it is found.
