@@ -157,13 +157,10 @@ def test_scores_of_one_logit(one_logit):
     scorers["own"] = lambda estimator, X, y: estimator.predict_proba(X)[:, 1].mean()
     scorers["outputs"] = lambda outputs, y: float(outputs[:, 0].sum())
     expected = {
-        "accuracy": accuracy_score(y, guess),
-        "roc_auc": roc_auc_score(y, p),
-        "f1": f1_score(y, guess, pos_label="yes"),
-        "neg_brier_score": -brier_score_loss(y, p, pos_label="yes"),
-        "own": p.mean(),
-        "outputs": float(torch.logit(torch.tensor(p)).sum()),
-    }
+        "accuracy": accuracy_score(y, guess), "roc_auc": roc_auc_score(y, p),
+        "f1": f1_score(y, guess, pos_label="yes"), "neg_brier_score": -brier_score_loss(y, p, pos_label="yes"),
+        "own": p.mean(), "outputs": float(torch.logit(torch.tensor(p)).sum()),
+    }  # fmt: skip
     study = gputune.tune(FLAT, X, TWO, scoring=scorers, positive="yes", **ONE)
     assert study.trials[0].scores == pytest.approx(expected, abs=1e-8)
 

@@ -24,15 +24,12 @@ def search(*, model="mlp", scoring=METRICS, y=Y, **options):
 
 
 WAYS = {
-    "compiled": {},
-    "eager": {"backend": "eager"},
-    "graph": {"backend": "graph"},
+    "compiled": {}, "eager": {"backend": "eager"}, "graph": {"backend": "graph"},
     "halving": {"method": gputune.Halving(min_epochs=1), "n_trials": 6},
     "hypergradient": {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1, "space": {"lr": [1e-2]}},
-    "solved": {"model": "logistic", "space": {"C": [0.1, 1.0]}, "n_trials": 2},
-    "module": {"model": Linear},
+    "solved": {"model": "logistic", "space": {"C": [0.1, 1.0]}, "n_trials": 2}, "module": {"model": Linear},
     "loop": {"model": Linear, "backend": "loop", "n_trials": 2},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", [*WAYS, pytest.param("workers", marks=[pytest.mark.cpu, pytest.mark.long])])
