@@ -283,9 +283,6 @@ class StackedMLP:
             below, spare = spare, below  # the next slope is written beside the one it is computed from
         if self.depth == 0:
             slope = space.by_trial.copy_(space.out)
-        self._first_gradient(batch, slope, space, grads)
-
-    def _first_gradient(self, batch: Batch, slope: Tensor, space: "_Workspace", grads: Params) -> None:
         if len(batch.x) == self.shape.folds:
             torch.bmm(batch.x.mT, space.wide, out=grads["weight0"].flatten(2))
             torch.sum(space.wide, 1, out=grads["bias0"].flatten(1))
