@@ -145,7 +145,7 @@ class DescentRun(SearchRun):
     patient: ClassVar[bool] = False  # trainings are differentiated over all epochs
     measures_again: ClassVar[bool] = True
 
-    def descend(self, candidates: Candidates, space: object, method: Hypergradient) -> TrainedCandidates:
+    def descend(self, candidates: Candidates, space: Any, method: Hypergradient) -> TrainedCandidates:
         """Train all candidates, then outer step by outer step the points to which those that can descend move.
 
         The folds are split once, and are the same at every step. A point that diverges steps down. One that is refused,
@@ -154,7 +154,7 @@ class DescentRun(SearchRun):
         Raises InputError, before anything trains, for a candidate or a fold that cannot be descended on.
         """
         begin, self.outer_steps = time.monotonic(), method.outer_steps
-        dicts: list[Any] = space if isinstance(space, list) else [space]
+        dicts = space if isinstance(space, list) else [space]
         ranges = {name: range_of(dicts, (parameter,)) for name, parameter in self.parameters.items()}
         bounds = {name: ends for name, ends in ranges.items() if ends is not None}
         starts = {}
@@ -300,9 +300,6 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
         if self.scoring is not None:
             return self.scoring
         return "neg_mean_squared_error" if is_regressor(self.estimator) else neg_log_loss
-
-    def _overrides(self, *, together: bool) -> dict[str, object]:
-        return super()._overrides(together=together) | {"scoring": self._effective_scoring()}
 
     def _leave_to_own_loop(self, reason: str) -> None:
         raise InputError(

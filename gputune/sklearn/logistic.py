@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Penalty:
 
     C: float
     l1_ratio: float
-    class_weight: Mapping[Any, float] | str | None
+    class_weight: Mapping[object, float] | str | None
     fit_intercept: bool
     tol: float
     max_iter: int
@@ -115,7 +115,7 @@ def make_problem(penalties: Sequence[Penalty], folds: FoldGroup) -> Problem:
 
 
 def _weights(
-    class_weight: Mapping[Any, float] | str | None, folds: FoldGroup, train: NDArray[np.int64]
+    class_weight: Mapping[object, float] | str | None, folds: FoldGroup, train: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return each row's weight in a fold, (n,), 0 outside of its training rows: sample weight times class weight."""
     rows, codes = folds.rows, folds.codes[train]

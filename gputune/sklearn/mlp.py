@@ -1,7 +1,7 @@
 """MLPClassifier and MLPRegressor: scikit-learn's own, which gputune trains where it can."""
 
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +95,7 @@ class _MLP(TrainedEstimator):
         }
         return next((f"{name}={getattr(self, name)!r}" for name, differs in differing.items() if differs), None)
 
-    def _validate_input(self, X: object, y: object, incremental: bool, reset: bool) -> Any:
+    def _validate_input(self, X: object, y: object, incremental: bool, reset: bool) -> object:
         """Begin scikit-learn's own ``fit`` and ``partial_fit``: the network of an earlier fit is forgotten.
 
         Raises InputError for what gputune alone trains.
@@ -196,7 +196,7 @@ class _MLP(TrainedEstimator):
         return outputs
 
 
-def _layers(sizes: Any) -> list[int]:
+def _layers(sizes: object) -> list[int]:
     layers = [sizes] if isinstance(sizes, Integral) else sizes
     if not isinstance(layers, list | tuple | np.ndarray) or not all(
         isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in layers

@@ -28,9 +28,6 @@ from gputune.types import Config
 _PREFIXES = ("module__", "criterion__", OPTIMIZER_PREFIX)
 """Of arguments of the module, the loss and the optimizer."""
 
-_NUMBERS = {"criterion__label_smoothing"}
-"""Arguments of a class of torch.nn that its loss by name takes too."""
-
 
 _HARMLESS: dict[str, tuple[tuple[object, ...], str]] = {
     "train_split": ((None, False), "every row is trained on; leave it out, and let a search split the rows"),
@@ -163,7 +160,7 @@ class _NeuralNet(TrainedEstimator):
         words = {name for name in self._arguments if name.startswith("criterion__")}
         for loss, name in self._own_losses.items():
             default = type(self.criterion) is loss and _settings(self.criterion) == _settings(loss())
-            if (default and not words) or (criterion is loss and words <= _NUMBERS):
+            if (default and not words) or (criterion is loss and words <= {"criterion__label_smoothing"}):
                 return name
         return criterion
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from sklearn import model_selection
@@ -102,7 +102,7 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 
     def _overrides(self, *, together: bool) -> dict[str, object]:
         """Return what scikit-learn gets to see in place of the user's parameters while it searches."""
-        overrides = {self._space_name: to_scipy(getattr(self, self._space_name))}
+        overrides = {self._space_name: to_scipy(getattr(self, self._space_name)), "scoring": self._effective_scoring()}
         if self.pre_dispatch is None:
             overrides["pre_dispatch"] = "2*n_jobs"
         if together:
@@ -214,11 +214,12 @@ class HalvingRun(SearchRun):
         keys = [tuple(sorted((n, id(v)) for n, v in params.items() if n != self.resource)) for params in candidates]
         states = {trial: RungState(self.horizon, self.kept.get(key, {})) for trial, key in enumerate(keys)}
         super().train(candidates, fits, states)
-        trained: dict[int, dict[int, Any]] = defaultdict(dict)
+        kept: dict[int, dict[int, Member]] = defaultdict(dict)
         for fit in fits:
-            trained[fit.trial][fit.fold] = fit.fitted
-        whole = {t: own for t, own in trained.items() if all(isinstance(each, Member) for each in own.values())}
-        self.kept = {keys[trial]: members for trial, members in whole.items()}
+            if isinstance(fit.fitted, Member):
+                kept[fit.trial][fit.fold] = fit.fitted
+        failed = {fit.trial for fit in fits if not isinstance(fit.fitted, Member)}
+        self.kept = {keys[trial]: members for trial, members in kept.items() if trial not in failed}
 
 
 class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchCV):  # type: ignore[misc]
