@@ -23,7 +23,6 @@ from gputune.views.scores import (
     ParetoFront,
     Scale,
     Scores,
-    curve_scale,
     curve_view,
     linear_scale,
     pareto_front,
@@ -52,13 +51,13 @@ def curves_chart(study: Study) -> Chart | None:
     best, others = curves.order[:BEST], curves.order[BEST:]
     drawn = spread_over(others, THIN_CURVES)
     x = linear_scale(1, len(curves.epochs), most=10, whole=True)
-    frame = Frame(_WIDE, 400.0, x, curve_scale(study, curves), right=118).with_room()
+    frame = Frame(_WIDE, 400.0, x, curves.scale(), right=118).with_room()
     size = {"width": frame.width - frame.left - frame.right, "height": frame.height - frame.top - frame.bottom}
     parts = [
         element("clipPath", element("rect", x=frame.left, y=frame.top, **size), id="plot"),
         element("g", *(_thin_curve(curves, row, frame) for row in drawn), class_="behind", clip_path="url(#plot)"),
-        *(_best_curve(study, curves, row, rank, frame) for rank, row in reversed(list(enumerate(best)))),
-        _legend(study, curves, best, frame),
+        *(_best_curve(curves, row, rank, frame) for rank, row in reversed(list(enumerate(best)))),
+        _legend(curves, best, frame),
     ]
     over = ", mean and standard deviation over the folds" * (study.curves.shape[2] > 1)
     behind = f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are drawn: the next best, "
@@ -74,8 +73,8 @@ def _thin_curve(curves: LearningCurves, row: int, frame: Frame) -> Markup:
     return path(None, line_path(frame.across(curves.epochs[known]), frame.down(curves.mean[row][known])))
 
 
-def _best_curve(study: Study, curves: LearningCurves, row: int, rank: int, frame: Frame) -> Markup:
-    mean, spread, trial, x = curves.mean[row], curves.spread[row], study.trials[row], frame.across(curves.epochs)
+def _best_curve(curves: LearningCurves, row: int, rank: int, frame: Frame) -> Markup:
+    mean, spread, trial, x = curves.mean[row], curves.spread[row], curves.study.trials[row], frame.across(curves.epochs)
     band, known = band_path(x, frame.down(mean - spread), frame.down(mean + spread)), np.isfinite(mean)
     parts = [path("band", band)] if band else []
     parts.append(path("line", line_path(x[known], frame.down(mean[known]))))
@@ -86,10 +85,10 @@ def _best_curve(study: Study, curves: LearningCurves, row: int, rank: int, frame
     return element("g", element("title", score), *parts, class_=f"c{rank}", clip_path="url(#plot)")
 
 
-def _legend(study: Study, curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
+def _legend(curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
     x, parts = frame.width - frame.right + 14, []
     for rank, row in enumerate(best):
-        trial, y = study.trials[row], frame.top + 12 + 36 * rank
+        trial, y = curves.study.trials[row], frame.top + 12 + 36 * rank
         parts += [
             path(f"line c{rank}", f"M{x:.0f} {y - 4:.0f}h16"),
             text("tick", x + 22, y, f"trial {trial.number}"),
@@ -120,7 +119,7 @@ def history_chart(study: Study) -> Chart | None:
     corners = np.append(np.repeat(numbers[steps], 2)[1:], numbers[-1])
     line = line_path(frame.across(corners), frame.down_within(np.repeat(best[steps], 2)))
     title = f"Score of {count(len(study.trials), 'trial')} in the order of their numbers, and the best so far"
-    points = _points(study, shown, frame.across(numbers), frame, drawn)
+    points = _points(shown, frame.across(numbers), frame, drawn)
     return frame.chart(title, frame.axes("trial", shown.measure.title), *points, path("line c0", line), notes=notes)
 
 
@@ -169,27 +168,27 @@ def slice_charts(study: Study) -> tuple[list[Chart], tuple[str, ...]] | None:
     if not shown.order or not varied:
         return None
     drawn, notes = _rows_to_draw(shown, max(FEWEST, min(POINTS, ALL // len(varied))))
-    return [_slice(study, shown, one, drawn) for one in varied], notes
+    return [_slice(shown, one, drawn) for one in varied], notes
 
 
-def _slice(study: Study, shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
+def _slice(shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
     few = len(parameter.distinct) <= FEW
     scale = parameter_scale(parameter, pad=0.12 if few else 0.04)  # few values need room for their points
-    frame = Frame(*_SMALL, scale, shown.scale()).with_room(_LETTERS)
+    frame = Frame(*_SMALL, scale, shown.scale(), letters=_LETTERS).with_room()
     across = frame.across(parameter.values)
     strips = np.unique(across[np.isfinite(across)])
     if 2 <= len(strips) <= FEW:
         across = beside(across, min(float(np.diff(strips).min()) * _SHIFT, _WIDEST))
-    failed = [row for row, trial in enumerate(study.trials) if trial.state == "failed"]
+    failed = [row for row, trial in enumerate(shown.study.trials) if trial.state == "failed"]
     places, bottom = across[spread_over(failed, FAILURES)], frame.height - frame.bottom
     marks = "".join(f"M{x:.1f} {bottom:.1f}v-8" for x in places.tolist() if np.isfinite(x))
     have = "has" if parameter.hidden == 1 else "have"
     note = f"{count(parameter.hidden, 'trial')} with an infinite {parameter.label} {have} no place here."
     return frame.chart(
         f"Score against {parameter.label}",
-        frame.axes(parameter.label, shown.measure.title, letters=_LETTERS),
+        frame.axes(parameter.label, shown.measure.title),
         path("failed", marks) if marks else "",
-        *_points(study, shown, across, frame, drawn),
+        *_points(shown, across, frame, drawn),
         notes=[note] * bool(parameter.hidden),
     )
 
@@ -201,17 +200,14 @@ def _rows_to_draw(shown: Scores, most: int) -> tuple[list[int], tuple[str, ...]]
     return drawn[::-1], ((note,) if len(drawn) < scored else ()) + shown.notes
 
 
-def _points(
-    study: Study, shown: Scores, across: NDArray[np.float64], frame: Frame, drawn: Sequence[int]
-) -> list[Markup]:
+def _points(shown: Scores, across: NDArray[np.float64], frame: Frame, drawn: Sequence[int]) -> list[Markup]:
     """Return the dots of each state, and a ring around the best trial."""
-    y, parts, best = frame.down_within(shown.values), [], drawn[-1]
+    y, parts, trials = frame.down_within(shown.values), [], shown.study.trials
     for state in ("pruned", "stopped", "complete"):
-        if rows := [row for row in drawn if study.trials[row].state == state]:
+        if rows := [row for row in drawn if trials[row].state == state]:
             parts.append(path(f"dots {state}", dots_path(across[rows], y[rows])))
-    if np.isfinite(across[best]):
-        trial = study.trials[best]
-        title = f"best: trial {trial.number}, {shown.measure.text(trial.score)}"
+    if np.isfinite(across[best := drawn[-1]]):
+        title = f"best: trial {trials[best].number}, {shown.measure.text(trials[best].score)}"
         parts.append(_ring(title, across[best], y[best], 7))
     return parts
 

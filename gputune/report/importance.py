@@ -81,7 +81,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
     Where there are too many axes, the ``important`` hyperparameters come first.
     """
     shown, notes = score_view(study), []
-    *axes, of_scores = parallel_axes(study, shown)
+    *axes, of_scores = parallel_axes(shown)
     if not axes or not shown.order:
         return None
     if len(axes) >= AXES:

@@ -102,24 +102,26 @@ class Frame:
     right: float = 16
     top: float = 14
     bottom: float = 46
+    letters: int = 12  # of a tick of the x axis, at most
 
     def chart(self, title: str, *children: str, notes: Sequence[str] = ()) -> Chart:
         return drawing(self.width, self.height, title, *children, notes=notes)
 
-    def with_room(self, letters: int = 12) -> "Frame":
+    def with_room(self) -> "Frame":
         """Return a frame with room for its ticks: a wider left for long ones, and a higher drawing for slanted ones."""
         left = max(self.left, 40 + _LETTER * max((len(words) for _, words in self.y.ticks), default=0))
         frame = replace(self, left=left)
-        if not frame.slants(letters):
+        if not frame.slants:
             return frame
-        ticks = [(float(frame.across(value)), _LETTER * len(cut(words, letters))) for value, words in self.x.ticks]
+        ticks = [(float(frame.across(value)), _LETTER * len(cut(words, self.letters))) for value, words in self.x.ticks]
         reach = max(_COS * length - x for x, length in ticks)
         more = max(0.0, 40 + _SIN * max(length for _, length in ticks) - self.bottom)
         return replace(frame, left=left + max(0.0, reach), bottom=self.bottom + more, height=self.height + more)
 
-    def slants(self, letters: int) -> bool:
-        """Whether the ticks of the x axis, of so many letters at most, have no room side by side."""
-        return sum(len(cut(words, letters)) for _, words in self.x.ticks) * 7 > self.width - self.right - self.left
+    @property
+    def slants(self) -> bool:
+        """Whether the ticks of the x axis have no room side by side."""
+        return sum(len(cut(words, self.letters)) for _, words in self.x.ticks) * 7 > self.width - self.right - self.left
 
     def across(self, values: ArrayLike) -> NDArray[np.float64]:
         return self.left + self.x(values) * (self.width - self.left - self.right)
@@ -131,20 +133,23 @@ class Frame:
         """As ``down``; what lies beyond an end of the axis is drawn near it."""
         return np.clip(self.down(values), self.top + 6, self.height - self.bottom - 12)
 
-    def axes(self, across: str, up: str, *, letters: int = 12) -> Markup:
-        """Return the grid, the ticks and the names of both axes; ticks of the x axis have so many letters at most."""
+    def axes(self, across: str, up: str) -> Markup:
+        """Return the grid, the ticks and the names of both axes."""
         right, bottom, parts = self.width - self.right, self.height - self.bottom, []
         for value, words in self.y.ticks:
             y = float(self.down(value))
             parts.append(path("grid", f"M{self.left:.1f} {y:.1f}H{right:.1f}"))
             parts.append(text("tick end", self.left - 8, y + 4, words))
-        slant = self.slants(letters)
+        slant = self.slants
         y = bottom + (14 if slant else 19)
         for value, words in self.x.ticks:
             x = float(self.across(value))
             turn = f"rotate(-{_SLANT} {x:.1f} {y:.1f})" if slant else None
             where = ("tick end", x + 4) if slant else ("tick mid", x)
-            parts += [path("mark", f"M{x:.1f} {bottom:.1f}v5"), text(*where, y, cut(words, letters), transform=turn)]
+            parts += [
+                path("mark", f"M{x:.1f} {bottom:.1f}v5"),
+                text(*where, y, cut(words, self.letters), transform=turn),
+            ]
         middle = (self.top + bottom) / 2
         parts += [
             path("edge", f"M{self.left:.1f} {bottom:.1f}H{right:.1f}"),

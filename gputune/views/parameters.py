@@ -129,10 +129,11 @@ class Axis:
     heights: NDArray[np.float64]
 
 
-def parallel_axes(study: Study, shown: Scores) -> list[Axis]:
+def parallel_axes(shown: Scores) -> list[Axis]:
     """Return an axis for each hyperparameter that varied, and the last one for the score."""
     columns = [
-        (f"params_{one.name}", one.label, parameter_scale(one, most=7), one.values) for one in varied_parameters(study)
+        (f"params_{one.name}", one.label, parameter_scale(one, most=7), one.values)
+        for one in varied_parameters(shown.study)
     ]
     columns.append(("score", shown.measure.name, shown.scale(pad=0.0), shown.values))
     return [Axis(key, label, scale, np.clip(scale(values), 0, 1)) for key, label, scale, values in columns]

@@ -20,7 +20,7 @@ from gputune.views.parameters import (
     parameters,
     varied_parameters,
 )
-from gputune.views.scores import BEST, Scale, Scores, curve_scale, curve_view, pareto_front, score_range, score_view
+from gputune.views.scores import BEST, Scale, Scores, curve_view, pareto_front, score_range, score_view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +105,7 @@ def plot_curves(study: Study, *, best: int = BEST, ax: "Axes | None" = None) -> 
             ax.fill_between(curves.epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
     _name_axes(ax, "epoch", curves.measure.title)
     if curves.order:
-        _scale_axis(ax, curve_scale(study, curves))
+        _scale_axis(ax, curves.scale())
     if curves.order[:best]:
         ax.legend()
     return ax
@@ -157,7 +157,7 @@ def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    columns = parallel_axes(study, shown)
+    columns = parallel_axes(shown)
     colours = ScalarMappable(Normalize(*shown.range), _colour_map(shown))
     places = range(len(columns))
     for row in shown.order[::-1]:

@@ -98,6 +98,7 @@ def value_scale(low: float, high: float, measure: Measure, *, pad: float = _PAD)
 class Scores:
     """The scores of all trials."""
 
+    study: Study
     measure: Measure
     values: NDArray[np.float64]  # (C,) a neg_log_loss of -0.3 as the log_loss 0.3; NaN where there is none
     late: NDArray[np.bool_]  # (C,) whether no rung of halving pruned the trial
@@ -134,7 +135,7 @@ def score_view(study: Study) -> Scores:
     measure = study.record.measure(float(scores[finite].max()) if finite.any() else math.nan)
     late = np.array([trial.state != "pruned" for trial in study.trials], dtype=bool)
     order = [row for row in study.order if finite[row]]
-    return Scores(measure, _in_sign(measure, np.where(finite, scores, np.nan)), late, order)
+    return Scores(study, measure, _in_sign(measure, np.where(finite, scores, np.nan)), late, order)
 
 
 def _in_sign(measure: Measure, scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -158,6 +159,7 @@ def score_range(values: NDArray[np.float64], measure: Measure) -> tuple[float, f
 class LearningCurves:
     """Scores after each epoch, in the sign of their name; NaN where a trial did not train that long."""
 
+    study: Study
     measure: Measure
     mean: NDArray[np.float64]  # (C, epochs) mean over the folds; NaN where one fold is
     spread: NDArray[np.float64]  # (C, epochs) standard deviation over the folds, ddof=1; NaN for one fold
@@ -168,6 +170,21 @@ class LearningCurves:
         """(epochs,): 1, 2, ..."""
         return np.arange(1, self.mean.shape[1] + 1)
 
+    def scale(self) -> Scale:
+        """Return an axis that holds the best curves whole, and of the others what is not far off where they ended."""
+        late = [row for row in self.order if self.study.trials[row].state != "pruned"] or self.order
+        ends = [self.mean[row][np.isfinite(self.mean[row])][-1] for row in late]
+        low, high = score_range(np.array(ends), self.measure)
+        best = self.order[:BEST]
+        whole, spread = self.mean[best], np.nan_to_num(self.spread[best])
+        low, high = min(low, float(np.nanmin(whole))), max(high, float(np.nanmax(whole)))
+        # The bands too, on the good side; a logarithm has no room for all of one.
+        if self.measure.lower_is_better:
+            low = max(min(low, float(np.nanmin(whole - spread))), low / 2 if low > 0 else -np.inf)
+        else:
+            high = max(high, float(np.nanmax(whole + spread)))
+        return value_scale(low, high, self.measure, pad=0.03)
+
 
 def curve_view(study: Study) -> LearningCurves:
     measure, curves = score_view(study).measure, study.curves
@@ -177,23 +194,7 @@ def curve_view(study: Study) -> LearningCurves:
         spread = curves.std(2, ddof=1) if folds > 1 else np.full(curves.shape[:2], np.nan)
     mean = np.where(np.isfinite(mean), mean, np.nan)
     order = [row for row in study.order if np.isfinite(mean[row]).any()]
-    return LearningCurves(measure, _in_sign(measure, mean), spread, order)
-
-
-def curve_scale(study: Study, curves: LearningCurves) -> Scale:
-    """Return an axis that holds the best curves whole, and of the others what is not far off where they ended."""
-    late = [row for row in curves.order if study.trials[row].state != "pruned"] or curves.order
-    ends = [curves.mean[row][np.isfinite(curves.mean[row])][-1] for row in late]
-    low, high = score_range(np.array(ends), curves.measure)
-    best = curves.order[:BEST]
-    whole, spread = curves.mean[best], np.nan_to_num(curves.spread[best])
-    low, high = min(low, float(np.nanmin(whole))), max(high, float(np.nanmax(whole)))
-    # The bands too, on the good side; a logarithm has no room for all of one.
-    if curves.measure.lower_is_better:
-        low = max(min(low, float(np.nanmin(whole - spread))), low / 2 if low > 0 else -np.inf)
-    else:
-        high = max(high, float(np.nanmax(whole + spread)))
-    return value_scale(low, high, curves.measure, pad=0.03)
+    return LearningCurves(study, measure, _in_sign(measure, mean), spread, order)
 
 
 def metric_scores(study: Study) -> NDArray[np.float64]:

@@ -299,8 +299,8 @@ def test_elements_are_escaped():
 def test_ticks_have_room_in_their_drawing(words):
     """By the width of a letter, 6 of 12 pixels: no tick begins left of the drawing, or reaches the name of an axis."""
     x = Scale(-0.5, 6.5, tuple((place, words) for place in range(7)))
-    frame = Frame(440.0, 300.0, x, linear_scale(-20_000, 20_000)).with_room(14)
-    axes = str(frame.axes("name", "name", letters=14))
+    frame = Frame(440.0, 300.0, x, linear_scale(-20_000, 20_000), letters=14).with_room()
+    axes = str(frame.axes("name", "name"))
     for left, top, angle, text in re.findall(
         r'class="tick (?:end|mid)" x="([-\d.]+)" y="([-\d.]+)"(?: transform="rotate\((-\d+)[^"]*")?>([^<]*)<', axes
     ):

@@ -90,7 +90,7 @@ def test_parallel(study):
     assert len(ax.lines) == len(finite)
     assert [label.get_text() for label in ax.get_xticklabels()] == [*study.best_params, "accuracy"]
     drawn = {(text.get_text().strip(), *text.get_position()) for text in ax.texts}
-    for place, axis in enumerate(parallel_axes(study, score_view(study))):
+    for place, axis in enumerate(parallel_axes(score_view(study))):
         assert {(label, place, float(axis.scale(value))) for value, label in axis.scale.ticks} <= drawn
     top = ax.lines[-1].get_ydata()  # the best lies on top
     logs = np.log([trial.params["lr"] for trial in study.trials])
