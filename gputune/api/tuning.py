@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from inspect import cleandoc, signature
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch.utils.data import Dataset
@@ -50,8 +50,11 @@ _OTHER_WORDS: Mapping[str, str] = {
 """What other libraries call our arguments: too far for a spell checker."""
 
 
-def with_near_words(function: Callable[Given, Value]) -> Callable[Given, Value]:
-    """Let the TypeError of an argument that a function has not name the one that was meant, as Python 3.13 does."""
+def public(function: Callable[Given, Value]) -> Callable[Given, Value]:
+    """Let the TypeError of an argument that a function has not name the one that was meant, as Python 3.13 does.
+
+    Where a person types the calls, a search that is interrupted returns its study so far.
+    """
     known = signature(function).parameters
 
     @wraps(function)
@@ -62,12 +65,19 @@ def with_near_words(function: Callable[Given, Value]) -> Callable[Given, Value]:
                 meant = f' Hyperparameters belong in the space: space={{"{key}": [...]}}.'
                 hint = meant if key else did_you_mean(name, known, others=_OTHER_WORDS)
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint}")
-        return function(*args, **more)
+        try:
+            return function(*args, **more)
+        except SearchInterrupted as stopped:
+            if not is_interactive():
+                raise
+            Progress(cast(int, more.get("verbose", 1))).say(str(stopped))
+            so_far: Value = stopped.study
+            return so_far
 
     return called
 
 
-@with_near_words
+@public
 def tune(
     model: object,
     X: object,
@@ -225,31 +235,15 @@ def tune(
     arguments = locals()
     options = Options(**{name: arguments[name] for name in RULES})
     choice, bar = choose_model(model, optimizer), partial(reading_bar, verbose=options.verbose)
-
-    def run() -> Study:
-        rows = read_dataset(X, y, bar) if choice.takes_arrays and isinstance(X, Dataset) else (X, y)
-        source = read_source(*rows, groups, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
-        return search_rows(RecordedSearch(choice, source, options), study_type=Study)
-
-    return study_so_far(run, verbose)
-
-
-def study_so_far(run: Callable[[], Study], verbose: int) -> Study:
-    """Return the study of a search; where a person types the calls also that of one that was interrupted."""
-    try:
-        return run()
-    except SearchInterrupted as stopped:
-        if not is_interactive():
-            raise
-        Progress(verbose).say(str(stopped))
-        so_far: Study = stopped.study
-        return so_far
+    rows = read_dataset(X, y, bar) if choice.takes_arrays and isinstance(X, Dataset) else (X, y)
+    source = read_source(*rows, groups, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+    return search_rows(RecordedSearch(choice, source, options), study_type=Study)
 
 
 tune.__doc__ = f"{cleandoc(tune.__doc__ or '')}\n\n{defaults_in_words()}"
 
 
-@with_near_words
+@public
 def search(
     objective: Objective,
     space: object,
@@ -298,5 +292,4 @@ def search(
     options = Options(**{name: arguments[name] for name in RULES.keys() & arguments.keys()})
     if options.target_score is not None and direction == "minimize":
         options = replace(options, target_score=-options.target_score)
-    run = partial(search_loop, objective, options, direction=direction, max_epochs=max_epochs, study_type=Study)
-    return study_so_far(run, verbose)
+    return search_loop(objective, options, direction=direction, max_epochs=max_epochs, study_type=Study)

@@ -103,6 +103,7 @@ def test_a_value_is_said_as_it_is_typed(name):
         ("space['width'] must be an integer", "--space width must be an integer"),
         ("target='a b' is not a column", "--target 'a b' is not a column"),
         ("the model folder has no groups", "the model folder has no groups"),
+        ("read it; give this search a path of its own.", "read it; give this search a folder of its own, --out OTHER."),
         ("A space is KEY=SPEC, got 'optimizer=a'.", "A space is KEY=SPEC, got 'optimizer=a'."),
         ("'/my/max_epochs/n_trials.csv' is gone", "'/my/max_epochs/n_trials.csv' is gone"),
         ("got device='cpu'; leave tf32 out.", "got --device cpu; leave --tf32 out."),
