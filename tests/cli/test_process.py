@@ -27,6 +27,12 @@ def finish(*arguments, cwd, code=START):
     return process.returncode, out, err
 
 
+def python(code, *arguments, **how):
+    """Run code in a new process, in which sys.argv has the arguments."""
+    command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **how)
+
+
 def test_the_source_says_that_it_is_not_what_was_installed():
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
@@ -46,8 +52,7 @@ def test_help_and_version_wait_for_nothing():
     heavy = {"torch", "numpy", "scipy", "sklearn", "polars", "pandas", "narwhals", "joblib", "tqdm"}
     print(sorted(heavy & set(sys.modules)))
     """
-    ran = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
-    lines = ran.stdout.split("\n")
+    lines = python(script, check=True).stdout.split("\n")
     assert lines[-2] == "[]"
     assert f"gputune {gputune.__version__}" in lines
     assert "  gputune tune sklearn:digits" in lines
@@ -55,10 +60,9 @@ def test_help_and_version_wait_for_nothing():
 
 
 def modules_of(code, *arguments):
-    """Return the names of the modules that a new process has after some code, in which sys.argv has the arguments."""
+    """Return the names of the modules that a new process has after some code."""
     script = f"{code}\nimport sys\nprint(*sys.modules)"
-    command = [sys.executable, "-P", "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[-2].split()
+    return python(script, *arguments, check=True).stdout.split("\n")[-2].split()
 
 
 LIBRARIES = {"joblib", "matplotlib", "narwhals", "pandas", "polars", "scipy", "sklearn", "torch", "tqdm"}
@@ -69,8 +73,7 @@ def test_import_and_status_wait_for_no_library(tmp_path):
     assert sorted(own) == ["gputune", "gputune.errors", "gputune.garbage", "gputune.version"]
     with Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}) as store:
         store.add_trials(candidates(range(1)))
-    code = "import sys; from gputune.cli.main import main; main(sys.argv[1:])"
-    modules = modules_of(code, "status", tmp_path)
+    modules = modules_of("import sys; from gputune.cli.main import main; main(sys.argv[1:])", "status", tmp_path)
     assert "gputune.cli.study" in modules and not LIBRARIES & set(modules)
 
 
@@ -86,9 +89,7 @@ def test_tune_loads_what_it_uses_alone():
 @pytest.mark.parametrize(("call", "frozen"), [("main()", True), ("main(['--version'])", False)])
 def test_a_process_that_ends_with_its_command_looks_for_no_garbage_then(call, frozen):
     script = f"import gc; from gputune.cli.main import main; {call}; print(gc.get_freeze_count() > 0)"
-    command = [sys.executable, "-P", "-c", script, "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"gputune {gputune.__version__}\n{frozen}\n"
+    assert python(script, "--version", check=True).stdout == f"gputune {gputune.__version__}\n{frozen}\n"
 
 
 WITHOUT_POSIX = """
@@ -224,13 +225,8 @@ def test_ctrl_c_while_a_library_is_imported_and_at_the_very_end(tmp_path):
     (tmp_path / "torch.py").write_text(
         "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError"
     )
-    ran = subprocess.run(
-        [sys.executable, "-P", "-c", START, "tune", "sklearn:iris"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    ran = python(START, "tune", "sklearn:iris", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "gputune: interrupted.\n")
     late = f"import atexit, signal; atexit.register(signal.raise_signal, signal.SIGINT); {START}"
-    ran = subprocess.run([sys.executable, "-P", "-c", late, "--version"], capture_output=True, text=True)
+    ran = python(late, "--version")
     assert (ran.returncode, ran.stderr) == (130, "gputune: interrupted.\n")
