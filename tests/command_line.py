@@ -61,3 +61,11 @@ def write_table(path, n_rows=40, *, seed=0, **columns):
 def kinds(n_rows=40):
     """Return a text target with two classes."""
     return ["ant" if i % 2 else "bee" for i in range(n_rows)]
+
+
+def searched(folder, *options, target="kind", n_rows=40, warnings="", **columns):
+    """Search on a table; return its file, the folder of study and model, and what was said."""
+    table = write_table(folder / "t.csv", n_rows, **columns or {"kind": kinds(n_rows)})
+    code, out, err = run("tune", table, "--target", target, "--out", folder / "o", *FAST, *options)
+    assert (code, err) == (0, warnings)
+    return table, folder / "o", out

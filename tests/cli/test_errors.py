@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from command_line import FAST, kinds, refusal, run, write_table
+from command_line import FAST, kinds, refusal, run, searched, write_table
 
 
 @pytest.fixture
@@ -196,10 +196,7 @@ def test_a_study_of_another_search(bugs):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    table = write_table(folder / "bugs.csv", kind=kinds())
-    assert run("tune", table, "--target", "kind", "--out", folder / "out", *FAST)[0] == 0
-    return folder / "out" / "model"
+    return searched(tmp_path_factory.mktemp("model"))[1] / "model"
 
 
 def test_predict_without_a_file_or_a_model(bugs, model):

@@ -21,7 +21,7 @@ from sklearn.metrics import (
 from torch.nn import functional
 
 import gputune
-from command_line import FAST, NET, kinds, output, refusal, run, write_table
+from command_line import FAST, NET, kinds, output, refusal, run, searched, write_table
 from gputune.cli.model import Evaluation, evaluation
 from gputune.study.model import TunedModel
 from refused import refused
@@ -235,10 +235,9 @@ def test_a_matrix_is_of_few_classes():
 
 
 def test_labels_that_read_as_numbers_stay_text(tmp_path):
-    table = write_table(tmp_path / "t.csv", kind=["007", "bee"] * 20)
-    assert run("tune", table, "--target", "kind", "--out", tmp_path, *FAST)[0] == 0
+    table, out, _ = searched(tmp_path, kind=["007", "bee"] * 20)
     pl.read_csv(table, infer_schema=False).filter(pl.col("kind") == "007").write_csv(tmp_path / "new.csv")
-    assert run("evaluate", tmp_path / "model", tmp_path / "new.csv")[0] == 0
+    assert run("evaluate", out / "model", tmp_path / "new.csv")[0] == 0
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

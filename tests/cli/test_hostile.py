@@ -8,7 +8,7 @@ import struct
 import pytest
 
 import gputune
-from command_line import FAST, kinds, output, refusal, run, write_table
+from command_line import FAST, kinds, output, refusal, run, searched, write_table
 from gputune.errors import InputError
 from gputune.study.rows import checksum
 
@@ -23,11 +23,7 @@ LOOKS = ["trials", "best", "report"]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a search."""
-    folder = tmp_path_factory.mktemp("whole")
-    write_table(folder / "bugs.csv", kind=kinds())
-    out = str(folder / "out")
-    assert run("tune", folder / "bugs.csv", "--target", "kind", "--out", out, *FAST)[0] == 0
-    return folder / "out"
+    return searched(tmp_path_factory.mktemp("whole"))[1]
 
 
 @pytest.fixture
@@ -167,7 +163,7 @@ def test_a_page_is_written_whole_or_not_at_all(whole, study, monkeypatch):
 
 def test_a_page_and_predictions_may_go_to_a_pipe_or_through_a_link(whole, tmp_path):
     (tmp_path / "link.csv").symlink_to(tmp_path / "rows.csv")
-    table = whole.parent / "bugs.csv"
+    table = whole.parent / "t.csv"
     assert run("predict", whole / "model", table, "--out", tmp_path / "link.csv")[0] == 0
     assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "rows.csv").read_text().startswith("kind\n")
     assert run("predict", whole / "model", table, "--out", os.devnull)[0] == 0

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import gputune
-from command_line import FAST, kinds, output, refusal, run, write_table
+from command_line import output, refusal, run, searched
 from forked import Fork
 from gputune.cli import study as commands
 from gputune.errors import StudyCorruptError
@@ -228,14 +228,8 @@ def test_a_loss_is_shown_in_its_own_sign_and_no_name_steers_the_terminal(path):
     assert "\x1b" not in status(path)
 
 
-def tuned(folder):
-    table = write_table(folder / "bugs.csv", 60, kind=kinds(60))
-    output("tune", table, "--target", "kind", "--out", folder / "out", *FAST)
-    return folder / "out"
-
-
 def test_the_page_has_the_held_out_score_of_the_model_beside_the_study(tmp_path):
-    out = tuned(tmp_path)
+    _, out, _ = searched(tmp_path, n_rows=60)
     assert output("report", out, "--out", tmp_path / "report.html") == f"Report   {tmp_path / 'report.html'}\n"
     model, study = gputune.load_model(out / "model"), gputune.Study.open(out / "study.db")
     assert (tmp_path / "report.html").read_text() == page(study, model=model.info)
@@ -248,7 +242,7 @@ def test_the_page_has_the_held_out_score_of_the_model_beside_the_study(tmp_path)
 
 
 def test_a_model_of_an_earlier_best_trial_has_no_say(tmp_path):
-    out = tuned(tmp_path)
+    _, out, _ = searched(tmp_path, n_rows=60)
     with Store.open(out / "study.db") as store:
         store.add_trials(candidates([90]))
         store.finish([result(90, score=2.0)])

@@ -18,7 +18,7 @@ import torch
 from sklearn.metrics import f1_score
 
 import gputune
-from command_line import FAST, NET, kinds, output, refusal, run, write_table
+from command_line import FAST, NET, kinds, output, refusal, run, searched, write_table
 from gputune.cli import tune
 from gputune.cli.model import HeldOut
 from gputune.cli.summary import Ending, summary_text
@@ -31,14 +31,6 @@ from made_studies import made_batches, study_of
 from problems import Net
 
 PRICES = [i * 1.5 + 0.25 for i in range(40)]
-
-
-def searched(folder, *options, target="kind", warnings="", **columns):
-    """Search on a table of 40 rows; return its file, the folder of study and model, and what was said."""
-    table = write_table(folder / "t.csv", **columns or {"kind": kinds()})
-    code, out, err = run("tune", table, "--target", target, "--out", folder / "o", *FAST, *options)
-    assert (code, err) == (0, warnings)
-    return table, folder / "o", out
 
 
 def study_in(folder):

@@ -14,7 +14,7 @@ from sklearn.model_selection import KFold
 from torch import nn
 
 import gputune
-from command_line import FAST, kinds, run, write_table
+from command_line import kinds, searched
 from gputune.api.study import Study
 from gputune.data.source import read_again
 from gputune.report.page import page
@@ -103,10 +103,8 @@ def test_another_metric_than_the_one_that_chose_the_epochs(iris):
 
 @pytest.mark.parametrize("options", [("--groups", "site"), ("--cv", "time:3")])
 def test_the_rows_of_the_command_line_without_those_held_out(tmp_path, options):
-    table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60), site=[i // 6 for i in range(60)])
-    code, _, err = run("tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST, *options)
-    assert code == 0, err
-    study = gputune.Study.open(tmp_path / "out/study.db")
+    _, out, _ = searched(tmp_path, *options, n_rows=60, kind=kinds(60), site=[i // 6 for i in range(60)])
+    study = gputune.Study.open(out / "study.db")
     rows = read_again(study.meta["source"])
     assert len(rows.X) == 48 and len(assert_trains_it_again(study, rows.X)["rows"].X) == 48
 
