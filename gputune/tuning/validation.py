@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
 from gputune.data.columns import Layout
@@ -190,9 +191,8 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
         data = predictions.data
         means = means_of_rows(data, [value[0].cpu() for value in predictions.values])
         known = np.isfinite(means).all(1)
-        K, true = means.shape[1], data.target.cpu().numpy()[known]
-        counts = np.bincount(true * K + means[known].argmax(1), minlength=K * K)
-        matrix = counts.reshape(K, K).astype(np.int64)
+        true = data.target.cpu().numpy()[known]
+        matrix = confusion_matrix(true, means[known].argmax(1), labels=range(means.shape[1]))
     if not importance or not isinstance(layout, Layout):
         return FoldReport(one.number, matrix, (), np.zeros(0), np.zeros(0))
     (members,), data, scoring = members_of(search, [one], Progress(0))

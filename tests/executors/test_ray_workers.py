@@ -17,7 +17,6 @@ from scipy.stats import loguniform
 
 import gputune
 import ray_searches
-from forked import Fork
 from gputune.engine.job import Job
 from gputune.executors import executor, ray_cluster
 from gputune.executors.processes import pickle_job
@@ -297,9 +296,10 @@ def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     Net = importlib.import_module("nets.net").Net
     sent = pickle_job(Job(seed=0, epochs=1, horizon=1, module_class=Net), here=False)
-    (tmp_path / "sent").write_bytes(sent)
-    code = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).module_class.size())"
-    assert Fork(code, tmp_path / "sent", cwd="/").communicate() == ("7\n", "")
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(tmp_path)])
+    for name in ("nets", "nets.net", "nets.layers"):
+        monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
+    assert pickle.loads(sent).module_class.size() == 7
 
 
 def test_tasks_on_nodes_with_gpus():
