@@ -19,6 +19,7 @@ from sklearn.metrics import log_loss
 from sklearn.utils import indexable
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from gputune.engine.stop import entry
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import check_classes, check_coordinate, check_start
 from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
@@ -42,6 +43,7 @@ class TrialSlopes(NamedTuple):
     ratios: NDArray[np.float64]
 
 
+@entry
 def slopes_of(fits: Sequence[Fit], names: Sequence[str], mode: SlopeMode, training: Training) -> dict[int, TrialSlopes]:
     """Return the slopes of each trial in some hyperparameters; all of its fits are made and hold validation rows out.
 

@@ -19,7 +19,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.class_weight import compute_class_weight
 
 from gputune.engine.choice import device_for_solver
-from gputune.engine.stop import entry
 from gputune.errors import InputError, warn
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.sklearn.base import FusedEstimator, constructor
@@ -80,7 +79,6 @@ def solve_members(
     return members
 
 
-@entry
 def solver_slopes(penalties: Mapping[int, Penalty], folds: FoldGroup, *_: object) -> list[tuple[Place, MemberSlope]]:
     """Return the slope in C, at the minimum, of every penalty in every fold."""
     found: list[tuple[Place, MemberSlope]] = []

@@ -180,7 +180,6 @@ def _fit_batch(batch: Batch, training: Training) -> Members:
     return members
 
 
-@entry
 def training_slopes(
     recipes: Mapping[int, Recipe], folds: FoldGroup, names: Sequence[str], mode: SlopeMode, training: Training
 ) -> list[tuple[Place, MemberSlope]]:
