@@ -168,9 +168,10 @@ def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
 
 def _counts(values: np.ndarray) -> bool:
     """Whether numbers count the rows: more than 20, whole ones that rise; some rows may be held out."""
+    if len(values) <= 20 or not np.isfinite(values).all():
+        return False
     steps = np.diff(values)
-    rise = len(values) > 20 and bool((steps >= 1).all() and (steps == np.floor(steps)).all())
-    return rise and bool(np.ptp(values) < 2 * len(values))
+    return bool((steps >= 1).all() and (steps == np.floor(steps)).all() and np.ptp(values) < 2 * len(values))
 
 
 def checked_tensor(X: Tensor) -> Tensor:

@@ -118,9 +118,9 @@ class Objective:
             name = type(self.loss).__name__
             return f"has nowhere to go, since the loss is an instance of {name}; pass the class, loss={name}"
         signature = inspect.signature(self.loss)
-        takes = name in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        named = f"{qualified_name(self.loss)}{signature}"
-        return "" if takes else f"is no argument of the loss {named}; remove it or rename it"
+        if name in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            return ""
+        return f"is no argument of the loss {qualified_name(self.loss)}{signature}; remove it or rename it"
 
     def values(self, configs: Sequence[Config], like: Tensor) -> dict[str, Tensor]:
         """Return the numbers that a loss takes, by name, each (C, 1) as ``like`` is; none that are all 0."""
@@ -171,7 +171,8 @@ class Objective:
         if self.augment is None:
             return inputs
         folds = []
-        for minibatch in zip(*inputs):
+        for fold in range(len(inputs[0])):
+            minibatch = [x[fold] for x in inputs]
             generator = torch.Generator(inputs[0].device).manual_seed(stream_seed(seed, "augment", *key))
             augmented = self.augment(_as_argument(minibatch, names), generator)
             if isinstance(augmented, Mapping):

@@ -18,7 +18,7 @@ from gputune.data import encode
 from gputune.data.columns import N_BINS, Layout, fit_layout
 from gputune.data.encode import Statistics, bin_edges, bins_between, fit_statistics, transform
 from gputune.data.scaling import side_by_side
-from gputune.data.table import as_table
+from gputune.data.table import Table, as_table
 from gputune.types import NUMBERS
 from refused import refused
 
@@ -224,6 +224,8 @@ def test_columns_that_are_kept_are_one_feature_each(X):
     found = np.asarray(transform(raw, fit_statistics(raw, layout, np.arange(3), numbers="none")))
     np.testing.assert_array_equal(found, [[0, 1, 4, 0, 5], [0, 2, 3, 0, 6], [0, 4, 5, 0, 7]])
     assert fit_layout(X).feature_names == ("x1", "x2", "x2=(missing)", "x4")
+    ends = np.array([[-1.7e308], [1.7e308]])  # whose difference overflows: a warning is an error here
+    assert fit_layout(as_table(ends) if isinstance(X, Table) else torch.tensor(ends), columns="keep").notes == ()
 
 
 def test_text_and_dates_that_are_kept_become_features_as_ever():

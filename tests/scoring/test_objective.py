@@ -86,6 +86,9 @@ def test_augmentation_draws_the_same_for_each_fold():
     (first,) = objective.augmented([x], None, 0, (0, 0))
     (again,), (later,) = objective.augmented([x], None, 0, (0, 0)), objective.augmented([x], None, 0, (0, 1))
     assert torch.equal(first[0], first[1]) and torch.equal(first, again) and not torch.equal(first, later)
+    learned = nn.Parameter(torch.tensor(2.0))  # by which a minibatch may be changed where it lies
+    (found,) = Objective("mse", augment=lambda x, generator: x.mul_(learned)).augmented([x + 1], None, 0, (0, 0))
+    assert found.requires_grad and torch.equal(found, x + 2)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
