@@ -25,7 +25,7 @@ Words: TypeAlias = dict[str, Any]
 ALIGNED = 64  # bytes: a line of the cache, and the widest vector
 
 _HIDDEN = {aten.native_batch_norm.default: (3, 4)}
-"""Args that an operation writes without its schema saying so: running statistics."""
+"""Arguments that an operation writes without its schema saying so: running statistics."""
 
 _RULES = (
     (torch.Tag.data_dependent_output, "reads a number"),

@@ -1,5 +1,6 @@
 """An ensemble is the greedy choice of Caruana et al., of trials that train again as they did in the search."""
 
+import pickle
 import re
 from collections import Counter
 from dataclasses import replace
@@ -112,6 +113,10 @@ def test_the_module_is_the_weighted_mean(task):
     link = {"multiclass": lambda z: z.softmax(-1), "multilabel": torch.sigmoid, "regression": lambda z: z}[task]
     mean = sum(w * link(member(x)) for w, member in zip(weights, members))
     torch.testing.assert_close(link(Ensemble(members, weights.tolist(), task)(x)), mean)
+
+
+def test_an_ensemble_that_was_pickled_earlier_is_read():
+    assert pickle.loads(b"cgputune.population.network\nEnsemble\n.") is Ensemble
 
 
 def test_one_step_is_the_best_model_and_more_starts_are_other_members(study):
