@@ -163,6 +163,7 @@ def chunk_of(data, configs, *, recorded, module=small):
 
 def recorded_as_eager(data, configs, module=small, *, epochs=4, stays=None):
     """Assert that recorded steps give the bits of those as they are; return their chunk. Trials leave after two."""
+    before = torch.get_rng_state()
     with torch.no_grad():
         found, expected = (chunk_of(data, configs, recorded=recorded, module=module) for recorded in (True, False))
         for epoch in range(epochs):
@@ -172,6 +173,7 @@ def recorded_as_eager(data, configs, module=small, *, epochs=4, stays=None):
             if epoch == 1 and stays:
                 for chunk in (found, expected):
                     chunk.keep(np.array(stays))
+    assert torch.equal(torch.get_rng_state(), before)
     return found
 
 
@@ -194,6 +196,16 @@ def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes)
     data = make_data(folds=3)  # folds of 40 and 41 rows
     found = recorded_as_eager(data, fill({"batch_size": 9}, {"batch_size": 9, "lr": 0.1}), Drawing)
     assert len(found.steps.steps) == 2 and (found.draws.ahead < 5) == (draw_bytes < 1 << 20)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_compiled_code_draws_lies_as_torch_has_it(turned):
+    def build(n_features, n_outputs):
+        noisy = variant(nn.Identity, lambda _, x: x + (torch.rand_like(x.t()).t() if turned else torch.rand_like(x)))
+        return nn.Sequential(noisy(), small(n_features, n_outputs))
+
+    found = recorded_as_eager(make_data(dtype=torch.float32), fill({"batch_size": 9}), build, epochs=2)
+    assert bool(found.draws.uniform) != turned
 
 
 def test_attention_is_recorded_and_draws_by_other_numbers_are_made_in_the_step():
