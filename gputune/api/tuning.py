@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from inspect import cleandoc, signature
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch.utils.data import Dataset
@@ -232,11 +232,16 @@ def tune(
     Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed, SearchInterrupted (a
     KeyboardInterrupt with the ``study`` so far) on Ctrl-C; in a notebook or at a prompt Ctrl-C returns that study.
     """
-    arguments = locals()
+    return _search(locals())
+
+
+def _search(arguments: Mapping[str, Any]) -> Study:
     options = Options(**{name: arguments[name] for name in RULES})
-    choice, bar = choose_model(model, optimizer), partial(reading_bar, verbose=options.verbose)
-    rows = read_dataset(X, y, bar) if choice.takes_arrays and isinstance(X, Dataset) else (X, y)
-    source = read_source(*rows, groups, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+    choice = choose_model(arguments["model"], arguments["optimizer"])
+    X, y, groups = arguments["X"], arguments["y"], arguments["groups"]
+    if choice.takes_arrays and isinstance(X, Dataset):
+        X, y = read_dataset(X, y, partial(reading_bar, verbose=options.verbose))
+    source = read_source(X, y, groups, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
     return search_rows(RecordedSearch(choice, source, options), study_type=Study)
 
 

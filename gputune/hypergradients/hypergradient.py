@@ -86,16 +86,9 @@ def hypergradient(
         with GLOBAL_DRAWS:
             seed = int(torch.randint(2**62, (), device="cpu"))
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
-    wanted = _check_hyperparameters(hyperparameters, rule, training, "hyperparameters")
-    tables = _default_tables(rule, momentum, training.start())
-    if fixed:
-        tables |= _check_hyperparameters(fixed, rule, training, "fixed")
-        if twice := sorted(set(fixed) & set(wanted)):
-            raise InputError(
-                f"fixed must have other names than hyperparameters, got {', '.join(twice)} in both; leave it out of "
-                "one."
-            )
-    problem = InnerProblem(training, rule, tables | wanted)
+    wanted, others = _check_tables(hyperparameters, fixed, rule, training)
+    tables = _default_tables(rule, momentum, training.start()) | others | wanted
+    problem = InnerProblem(training, rule, tables)
     training.check_graph()
     if mode == "fd":
         reason, slopes = _differences(problem, list(wanted))
@@ -158,6 +151,17 @@ def _default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, 
     """Return a (1, 1, 1) table for each hyperparameter, with its default value."""
     values = {"lr": DEFAULT_LR, "momentum": momentum, "weight_decay": default_weight_decay(optimizer)}
     return {name: like.new_full((1, 1, 1), x) for name, x in (values | {"beta1": BETA1, "beta2": BETA2}).items()}
+
+
+def _check_tables(
+    hyperparameters: object, fixed: Mapping[str, object] | None, optimizer: str, training: ModuleTraining
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tables that are differentiated, and those that are not."""
+    wanted = _check_hyperparameters(hyperparameters, optimizer, training, "hyperparameters")
+    others = _check_hyperparameters(fixed, optimizer, training, "fixed") if fixed else {}
+    if twice := ", ".join(sorted(others.keys() & wanted)):
+        raise InputError(f"fixed must have other names than hyperparameters, got {twice} in both; leave it out of one.")
+    return wanted, others
 
 
 def _check_hyperparameters(
