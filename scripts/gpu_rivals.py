@@ -8,8 +8,10 @@ loops train one network for some seconds, gputune all trials in all folds with t
 
 import argparse
 import json
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -87,6 +89,7 @@ def gputune_search(device, trials, epochs, backend):
 
 def jax_vmap(trials, epochs):
     """All trials in all folds as one program of JAX's, vmapped over both; what it takes to compile is not counted."""
+    sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
     from benchmark import work
     from benchmark.engines import jax
 

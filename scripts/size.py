@@ -31,7 +31,7 @@ def git(*words: str) -> bytes | None:
 def now() -> dict[str, bytes]:
     """Return the files that lie here, those that git knows where it knows any: path -> content."""
     listed = git("ls-files", *FOLDERS)
-    found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
     paths = found if listed is None else [ROOT / path for path in listed.decode().splitlines()]
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 

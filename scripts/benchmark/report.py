@@ -22,18 +22,23 @@ HERE = Path(__file__).parent
 PACKAGES = ("gputune", "torch", "scikit-learn", "numpy", "scipy", "joblib")
 
 
-def describe_machine(*, with_card: bool = False) -> dict[str, Any]:
-    """Return what a reader needs to judge the times, or to measure again; ``card`` None where none is used.
-
-    ``commit`` ends in "-dirty" where files differ from it, and is "unknown" without git.
-    """
-    listing = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(), re.M) if listing.exists() else None
+def _commit() -> str:
+    """Return the commit of the source tree, with "-dirty" where files differ from it; "unknown" without git."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+        return "unknown"
+
+
+SOURCE = {"commit": _commit(), "date": datetime.now(UTC).date().isoformat()}
+"""What is measured: the tree as it was read, which others may change before the measuring ends."""
+
+
+def describe_machine(*, with_card: bool = False) -> dict[str, Any]:
+    """Return what a reader needs to judge the times, or to measure again; ``card`` None where none is used."""
+    listing = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(), re.M) if listing.exists() else None
     return {
         "cpu": model[1].strip() if model else (platform.processor() or platform.machine()),
         "cores": joblib.cpu_count(),
@@ -41,8 +46,7 @@ def describe_machine(*, with_card: bool = False) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
+        **SOURCE,
     }
 
 

@@ -50,6 +50,13 @@ def test_the_speeds_of_modules_in_the_docs_are_those_of_the_results():
         assert f"| {row['name']} | {row['work']} | {numbers} |" in page
 
 
+def test_what_is_measured_is_the_commit_of_when_it_was_read(script, monkeypatch):
+    report = script("benchmark.report")
+    before = report.describe_machine()
+    monkeypatch.setattr(report.subprocess, "run", lambda *_, **__: pytest.fail("git is asked once more"))
+    assert report.describe_machine() == before and before["date"] and before["commit"]
+
+
 def test_the_grid(script, study, monkeypatch):
     grid = script("benchmark.studies.grid")
     monkeypatch.setattr(grid, "in_fresh_process", lambda *case: grid.Growth(*case, 0.5, 300.0, 310.0))
