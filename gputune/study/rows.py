@@ -250,6 +250,25 @@ def stack_curves(rows: Sequence[Curve | None]) -> Curve:
     return curves
 
 
+class Lazy:
+    """A field of a study, which in one that was opened is a function until it is first asked for."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, study: object, owner: type | None = None) -> Any:
+        if study is None:
+            raise AttributeError(self.name)  # by which a dataclass knows that there is no default
+        value = vars(study)[self.name]
+        if callable(value):
+            value = vars(study)[self.name] = value()
+        # Of several metrics the study keeps all, and the field is the curves by the one that ranks.
+        return value[..., 0] if self.name == "curves" and value.ndim == 4 else value
+
+    def __set__(self, study: object, value: object) -> None:
+        vars(study)[self.name] = value
+
+
 def read_detail(text: str) -> Json:
     """Return the detail of a result. Raises ValueError for what is none."""
     facts: Json = {} if text == "{}" else from_json(text)

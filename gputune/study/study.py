@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.garbage import without_collector
 from gputune.study.record import SearchRecord
-from gputune.study.rows import TrialState, ranked, stack_curves
+from gputune.study.rows import Lazy, TrialState, ranked, stack_curves
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.text import count, did_you_mean, of_class
 from gputune.types import Config, Json
@@ -93,6 +93,8 @@ class Study:
     curves: Curve
     data: Any = None
     file: Path | None = None
+    if not TYPE_CHECKING:
+        trials, curves = Lazy(), Lazy()
 
     def __post_init__(self) -> None:
         vars(self)["trials"] = tuple(self.trials)
@@ -104,16 +106,6 @@ class Study:
             )
         curves.flags.writeable = False
         vars(self)["curves"] = curves
-
-    if not TYPE_CHECKING:
-
-        def __getattribute__(self, name: str) -> object:
-            """Make the trials and curves of a study that was opened when they are first asked for."""
-            value = super().__getattribute__(name)
-            if name in ("trials", "curves") and callable(value):
-                value = vars(self)[name] = value()
-            # Of several metrics the study keeps all, and the field is the curves by the one that ranks.
-            return value[..., 0] if name == "curves" and value.ndim == 4 else value
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:

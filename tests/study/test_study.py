@@ -159,6 +159,7 @@ def test_opening_a_study_makes_no_curves_until_they_are_asked_for(tmp_path, monk
     assert found.curves.shape == (3, 5, 2) and found.curves is found.curves and made == [3]
     np.testing.assert_array_equal(found.curves[2], result(2, epochs=5).curve)
     assert np.isnan(found.curves[1]).all() and not found.curves.flags.writeable
+    assert {"trials", "curves"} <= {*dir(Study)} and Study.__getattribute__ is object.__getattribute__
     monkeypatch.undo()
     again = pickle.loads(pickle.dumps(Study.open(tmp_path / "study.db")))
     np.testing.assert_array_equal(dataclasses.replace(again, meta={}).curves, found.curves)
