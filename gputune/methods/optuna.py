@@ -231,9 +231,9 @@ def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterato
 
 def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, object]:
     """Return what Optuna has no place of its own for; None stands for NaN, which JSON lacks."""
-    attributes: dict[str, object] = {name: getattr(trial, name) for name in ("number", "best_epoch", "state")}
-    attributes |= {"origin": trial.origin_text, "fold_scores": list(map(_plain, trial.fold_scores))}
-    attributes |= {name: _plain(getattr(trial, name)) for name in ("std_error", "seconds")}
+    attributes: dict[str, object] = {"number": trial.number, "origin": trial.origin_text}
+    attributes |= {"fold_scores": list(map(_plain, trial.fold_scores)), "std_error": _plain(trial.std_error)}
+    attributes |= {"best_epoch": trial.best_epoch, "seconds": _plain(trial.seconds), "state": trial.state}
     if trial.metrics:
         attributes["metrics"] = {name: list(map(_plain, folds)) for name, folds in trial.metrics.items()}
     left_out = {key: repr(value) for key, value in trial.params.items() if key not in inside}

@@ -141,10 +141,11 @@ def test_every_trial_with_its_curve_state_and_folds(study, written):
         assert theirs.params == ours.params and theirs.value == ours.score
         means = {epoch: mean for epoch, mean in enumerate(curve.mean(1), 1) if np.isfinite(mean)}
         assert theirs.intermediate_values == means
-        assert theirs.user_attrs == {
-            "number": ours.number, "origin": ours.origin, "fold_scores": list(ours.fold_scores), "state": ours.state,
-            "std_error": ours.std_error, "best_epoch": ours.best_epoch, "seconds": ours.seconds,
-        }  # fmt: skip
+        assert [*theirs.user_attrs.items()] == [
+            ("number", ours.number), ("origin", ours.origin), ("fold_scores", list(ours.fold_scores)),
+            ("std_error", ours.std_error), ("best_epoch", ours.best_epoch), ("seconds", ours.seconds),
+            ("state", ours.state),
+        ]  # fmt: skip
         assert theirs.duration.total_seconds() == pytest.approx(ours.seconds, abs=1e-5)
     assert written.best_params == study.best_params and written.best_value == study.best_score
     assert {t.state for t in written.trials} == set(states.values())
