@@ -65,7 +65,7 @@ class Halving(StoppingRule):
         epochs: list[int] = []
         rung = float(_first_epoch(self, max_epochs, 27))
         while rung < max_epochs:
-            epochs += [int(rung)] * (int(rung) not in epochs)
+            epochs += [int(rung)] * (int(rung) not in epochs[-1:])
             rung *= self.factor
         if self.brackets > len(epochs) + 1:
             raise InputError(
