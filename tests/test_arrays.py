@@ -115,7 +115,8 @@ def test_a_scorer_of_ones_own_sees_the_arrays():
     ("mlp", IMAGES, "the model takes tables, of two axes: choose model='cnn' for images"),
     ("realmlp", IMAGES, "choose model='cnn' for images, or a module of your own"),
     ("mlp", IMAGES[:, 0], "model='cnn' for images, model='gru' for sequences, or"),
-    (Images, (), "X is empty; pass at least one array"), ("logistic", (IDS, IDS), "X is a tuple of 2 inputs"),
+    (Images, (), "X is empty; pass at least one array"),
+    ("logistic", (IDS, IDS), "X is a tuple of 2 inputs"),
     (Images, IMAGES.expand(-1, 3, -1, -1), "submodule 'body.0'.* raised RuntimeError"),
     (Images, IMAGES[:40], "y must have one value a row of X, got 48 values and 40 rows"),
 ])  # fmt: skip

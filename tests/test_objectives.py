@@ -365,8 +365,10 @@ def test_a_column_is_seen_as_it_was_given(task, steps):
 @pytest.mark.filterwarnings("error:Using a target size")
 @pytest.mark.parametrize("y", [FAR, BINARY])
 @pytest.mark.parametrize("loss", [
-    lambda o, t: (o[:, 0] - t).square().mean(), lambda o, t: (o - t[:, None]).square().mean(),
-    lambda o, t: 1 - torch.corrcoef(torch.stack([o[:, 0], t.to(o)]))[0, 1], lambda o, t: o.square().mean(),
+    lambda o, t: (o[:, 0] - t).square().mean(),
+    lambda o, t: (o - t[:, None]).square().mean(),
+    lambda o, t: 1 - torch.corrcoef(torch.stack([o[:, 0], t.to(o)]))[0, 1],
+    lambda o, t: o.square().mean(),
 ])  # fmt: skip
 def test_a_loss_that_does_not_broadcast_is_taken(loss, y):
     assert gputune.tune(OneLogit, X, y, loss=loss, **ONE).trials[0].score is not None

@@ -121,10 +121,10 @@ class Case:
             folds[0] = (folds[0][0][codes[folds[0][0]] < _CLASSES - 1], folds[0][1])
         layout = fit_layout(as_table(raw))
         statistics = [fit_statistics(raw, layout, train) for train, _ in folds]
-        weights = Weights(rng.random(_ROWS), "balanced" if target.classes is not None else None)
-        weights = weights if self.weights else Weights(None, None)
         like = torch.empty(0, dtype=self.dtype, device=device)
-        return make_dataset(raw, statistics, target, folds, weights=weights, like=like)
+        data = make_dataset(raw, statistics, target, folds, weights=Weights(None, None), like=like)
+        weights = torch.from_numpy(rng.random((_FOLDS, _ROWS))).to(device)  # other ones in each fold
+        return dataclasses.replace(data, weights=weights) if self.weights else data
 
     def scoring(self, name: str) -> Scoring:
         return make_scoring(name, self.task, None if self.task == "regression" else np.arange(_CLASSES))

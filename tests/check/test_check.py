@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,17 @@ def test_a_step_that_is_wrong_is_found(law, monkeypatch):
     if "that leave" in law.name:  # which compares two trainings
         monkeypatch.setattr(laws, "difference", lambda found, expected: math.nan)
     assert not law.measure(CPU, "eager") <= law.allowed
+
+
+@pytest.mark.parametrize(("case", "part"), [("weights", "weights"), ("regression", "weights"), ("regression", "y")])
+def test_what_is_read_of_another_fold_is_found(case, part, monkeypatch):
+    train_chunk = laws.train_chunk
+
+    def train(job, data, chunk):
+        return train_chunk(job, replace(data, **{part: getattr(data, part).roll(1, 0)}), chunk)
+
+    monkeypatch.setattr(laws, "train_chunk", train)
+    assert laws.from_plain_loop(CASES[case], CPU, "eager") > 1e-3
 
 
 @pytest.mark.parametrize(("name", "limit", "value", "message"), [

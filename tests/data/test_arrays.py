@@ -26,7 +26,10 @@ def _objects(rows):
 
 
 @pytest.mark.parametrize(("X", "parts", "names"), [
-    (IMAGES, 1, None), (IMAGES.numpy(), 1, None), (IDS, 1, None), ((IDS, torch.rand(6, 2)), 2, None),
+    (IMAGES, 1, None),
+    (IMAGES.numpy(), 1, None),
+    (IDS, 1, None),
+    ((IDS, torch.rand(6, 2)), 2, None),
     ({"ids": IDS[:, 0], "image": IMAGES.numpy()}, 2, ("ids", "image")),
 ])  # fmt: skip
 def test_arrays_are_taken_as_they_are(X, parts, names):
@@ -68,7 +71,8 @@ UNLIKE = [(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]
 
 
 @pytest.mark.parametrize(("X", "message"), [
-    ({}, "X is empty"), ((IDS, IMAGES[:4]), r"one row for each of the same cases, got lengths X\[0\] 6, X\[1\] 4"),
+    ({}, "X is empty"),
+    ((IDS, IMAGES[:4]), r"one row for each of the same cases, got lengths X\[0\] 6, X\[1\] 4"),
     (np.full((2, 2, 2), "a"), "X must hold numbers or booleans, got <U1"),
     ({"a": IMAGES.to_sparse()}, r"X\['a'\] is a sparse tensor"),
     (IMAGES.to(torch.complex64), "must hold real numbers, got torch.complex64"),
@@ -86,8 +90,10 @@ UNLIKE = [(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]
     ({"a": IDS, "b": [1] * 6}, r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)"),
     (["a text", "another"], "X is a list of 2 texts; give the words numbers"),
     (DataLoader(TensorDataset(IMAGES)), "X is a DataLoader, .* pass its dataset, loader.dataset"),
-    (Stream(), "Stream, which has no length; pass a map-style Dataset"), (Items(UNLIKE), "cannot be stacked"),
-    (Items([torch.zeros(2, 2)] * 3), "are no pairs"), (Items([]), r"X is a Items without items"),
+    (Stream(), "Stream, which has no length; pass a map-style Dataset"),
+    (Items(UNLIKE), "cannot be stacked"),
+    (Items([torch.zeros(2, 2)] * 3), "are no pairs"),
+    (Items([]), r"X is a Items without items"),
     (Items({0: (torch.zeros(2), 0), 1: (torch.zeros(2), 0), 3: 4}), "item 2 of X, a Items, raised KeyError: 2"),
 ])  # fmt: skip
 def test_what_is_no_array_is_refused_by_name(X, message):
@@ -154,10 +160,12 @@ def test_equal_tables_give_equal_digests(tmp_path):
 
 
 @pytest.mark.parametrize(("columns", "y"), [
-    (COLUMNS | {"a": [1.0, 2.0, 3.0]}, Y), (COLUMNS | {"a": [1.0, None, 3.0 + 1e-15]}, Y),
+    (COLUMNS | {"a": [1.0, 2.0, 3.0]}, Y),
+    (COLUMNS | {"a": [1.0, None, 3.0 + 1e-15]}, Y),
     (COLUMNS | {"s": ["x", "None", "yz"]}, Y), (COLUMNS | {"s": ["xy", None, "z"]}, Y),
     (COLUMNS | {"b": [1, 0, 1]}, Y), (COLUMNS | {"c": [1, 2, 3]}, Y),
-    ({name.replace("a", "A"): values for name, values in COLUMNS.items()}, Y), (dict(reversed(COLUMNS.items())), Y),
+    ({name.replace("a", "A"): values for name, values in COLUMNS.items()}, Y),
+    (dict(reversed(COLUMNS.items())), Y),
     (COLUMNS, np.array(["no", "no", "yes"])), (COLUMNS, np.array([0, 1, 0])),
 ])  # fmt: skip
 def test_any_change_of_a_table_changes_its_digest(columns, y):

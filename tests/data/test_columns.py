@@ -47,10 +47,13 @@ def test_few_rows_keep_their_levels_and_a_missing_category_is_one():
 
 @pytest.mark.parametrize(("kind", "values", "note"), [
     ("category", [f"v{i}" for i in range(30)], "left out, text with all 30 values distinct"),
-    ("category", ["a"] * 4, "left out, constant"), ("category", [None] * 4, "left out, all values missing"),
+    ("category", ["a"] * 4, "left out, constant"),
+    ("category", [None] * 4, "left out, all values missing"),
     ("category", [f"v{i // 2}" for i in range(2000)], "left out, text with 1000 levels of which none has 10 rows"),
-    ("number", [1, 1, 1], "left out, constant"), ("number", [np.nan] * 3, "left out, all values missing"),
-    ("boolean", [1, 1, 1], "left out, constant"), ("date", [86400.0] * 3, "left out, constant"),
+    ("number", [1, 1, 1], "left out, constant"),
+    ("number", [np.nan] * 3, "left out, all values missing"),
+    ("boolean", [1, 1, 1], "left out, constant"),
+    ("date", [86400.0] * 3, "left out, constant"),
 ])  # fmt: skip
 def test_what_is_left_out(kind, values, note):
     column, notes, _ = fit(kind, values)

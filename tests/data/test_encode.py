@@ -140,7 +140,9 @@ def test_robust_numbers_are_clipped_smoothly_after_scikit_learns_robust_scale():
 
 
 @pytest.mark.parametrize(("numbers", "dtype", "far"), [
-    ("standard", None, np.finfo(np.float64).max), ("piecewise", None, 1.3e300), ("standard", torch.float64, 1e300),
+    ("standard", None, np.finfo(np.float64).max),
+    ("piecewise", None, 1.3e300),
+    ("standard", torch.float64, 1e300),
     ("standard", torch.float32, 1e38),
 ])  # fmt: skip
 def test_a_number_whose_square_overflows_is_scaled_as_a_smaller_one(numbers, dtype, far):
@@ -242,7 +244,8 @@ def test_text_and_dates_that_are_kept_become_features_as_ever():
     (torch.zeros(3), r"two-dimensional .*\(3,\)"),
     (torch.tensor(1.0), r"two-dimensional .*got shape \(\); one value is X.reshape\(1, 1\)"),
     (torch.zeros(0, 3), r"at least one row and column, got shape \(0, 3\)"),
-    (torch.zeros(2, 2, dtype=torch.complex64), "real numbers"), (torch.eye(2).to_sparse(), "sparse tensor"),
+    (torch.zeros(2, 2, dtype=torch.complex64), "real numbers"),
+    (torch.eye(2).to_sparse(), "sparse tensor"),
     (torch.zeros(2, 2, device="meta"), "X lies on the device 'meta', which holds no values"),
     (torch.eye(2).to(torch.float8_e4m3fn), r"floats of 16 bits or more, .* pass X.half\(\)"),
     (torch.tensor([[0.0, 1.0], [1.0, torch.inf]]), "column 'x1' has an infinite value"),

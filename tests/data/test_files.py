@@ -119,7 +119,8 @@ def test_bundled_sets(name):
     ("t.csv", "a,b\n1,2\n1,2,3\n", "t.csv' has 3 fields in line 3, and 2 in its header line; write equally"),
     ("t.csv", 'a,b\n"1\n2",2\n\n1\n', "t.csv' has 1 field in line 5, and 2 in its header line"),
     ("t.tsv", "a\tb\tc\n1\t2\t3\n1\t2\n", "has 2 fields in line 3, and 3 in its header line"),
-    ("t.parquet", "nothing", "could not be read as Parquet"), ("t.xlsx", "a", "a table is read from .csv"),
+    ("t.parquet", "nothing", "could not be read as Parquet"),
+    ("t.xlsx", "a", "a table is read from .csv"),
 ])  # fmt: skip
 def test_bad_files(tmp_path, name, text, message):
     with refused(message):
@@ -127,7 +128,8 @@ def test_bad_files(tmp_path, name, text, message):
 
 
 @pytest.mark.parametrize(("name", "text", "place"), [
-    ("t.csv", "a,y\n1,2\n\n2,\n3,\n", "line 3"), ("t.csv", 'a;y\n"1\n1";2\n3;NA\n', "line 4"),
+    ("t.csv", "a,y\n1,2\n\n2,\n3,\n", "line 3"),
+    ("t.csv", 'a;y\n"1\n1";2\n3;NA\n', "line 4"),
     ("t.tsv", "a\ty\n1\t2\n\t\n1\t2\n", "line 3"),
 ])  # fmt: skip
 def test_a_missing_target_is_named_by_its_line(tmp_path, name, text, place):

@@ -112,7 +112,8 @@ KEPT = (np.arange(20), np.arange(20, N))
 
 
 @pytest.mark.parametrize(("cv", "how", "fold", "group"), [
-    (KFold(3), "cv=KFold", 0, "2 is"), (StratifiedKFold(3), "cv=StratifiedKFold", 0, "2 is"),
+    (KFold(3), "cv=KFold", 0, "2 is"),
+    (StratifiedKFold(3), "cv=StratifiedKFold", 0, "2 is"),
     (ShuffleSplit(1, random_state=0), "cv=ShuffleSplit", 0, "[0-7] .and . more. is"),
     (PredefinedSplit(np.arange(N) % 2), "cv=PredefinedSplit", 0, "[0-7] .and . more. is"),
     ([KEPT, (np.arange(22), np.arange(22, N))], "the .train, valid. rows of cv", 1, "4 is"),
@@ -151,7 +152,8 @@ def test_a_splitter_sees_the_rows_and_the_target():
     (9, GROUPS, "cv=9 folds need at least as many groups, got 8; use fewer folds"),
     (35, None, r"cannot split these 40 rows: .*n_splits=35"),
     *[(cv, None, f"cv must be a number of folds, a splitter .*got {cv!r}") for cv in (True, 2.5, "5", None)],
-    ([], None, "at least one fold"), ([1, 2], None, "pairs of .train, valid. rows, got int for fold 0"),
+    ([], None, "at least one fold"),
+    ([1, 2], None, "pairs of .train, valid. rows, got int for fold 0"),
     ((np.arange(30), np.arange(30, 40)), None, r"got ndarray for fold 0; one split is cv=\[\(train, valid\)\]\.$"),
     ([([0], [1], [2])], None, "pairs of .train, valid. rows, got tuple for fold 0"),
     ([([], [1])], None, "fold 0 of cv has no training rows"),

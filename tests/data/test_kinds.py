@@ -23,12 +23,15 @@ def assert_read(found, kind, values):
 
 
 @pytest.mark.parametrize(("texts", "kind", "values"), [
-    (["1", " 2.5 ", None], "number", [1, 2.5, NAN]), (["1e3", "-0.5", "?"], "number", [1000, -0.5, NAN]),
+    (["1", " 2.5 ", None], "number", [1, 2.5, NAN]),
+    (["1e3", "-0.5", "?"], "number", [1000, -0.5, NAN]),
     (["TRUE", "false", ""], "boolean", [1, 0, NAN]),
     (["2020-01-01", "2020/01/02", "NA"], "date", [1577836800, 1577923200, NAN]),
     (["2020-01-01T00:00:00Z", "2020-01-01T01:00:00+01:00"], "date", [1577836800, 1577836800]),
-    (["1", "true"], "category", ["1", "true"]), (["1_000", "2"], "category", ["1_000", "2"]),
-    (["1.2.2020"], "category", ["1.2.2020"]), ([" a ", "null"], "category", ["a", None]),
+    (["1", "true"], "category", ["1", "true"]),
+    (["1_000", "2"], "category", ["1_000", "2"]),
+    (["1.2.2020"], "category", ["1.2.2020"]),
+    ([" a ", "null"], "category", ["a", None]),
     (sorted(MISSING_TEXT), "number", [NAN] * len(MISSING_TEXT)),
 ])  # fmt: skip
 def test_text(texts, kind, values):
@@ -36,12 +39,15 @@ def test_text(texts, kind, values):
 
 
 @pytest.mark.parametrize(("given", "kind", "values"), [
-    ([1, 2.5, None], "number", [1, 2.5, NAN]), ([Decimal("1.5"), True, None], "number", [1.5, 1, NAN]),
+    ([1, 2.5, None], "number", [1, 2.5, NAN]),
+    ([Decimal("1.5"), True, None], "number", [1.5, 1, NAN]),
     ([True, np.False_], "boolean", [1, 0]),
     ([datetime.date(1970, 1, 2), pd.Timestamp("1970-01-01 00:01"), None], "date", [86400, 60, NAN]),
     ([np.datetime64("1970-01-02"), datetime.datetime(1970, 1, 1)], "date", [86400, 0]),
-    ([datetime.time(0, 1, 1), None], "number", [61, NAN]), ([datetime.timedelta(minutes=1)], "number", [60]),
-    (["a", 1.0, 1, True, None], "category", ["a", "1", "1", "True", None]), ([None, None], "number", [NAN, NAN]),
+    ([datetime.time(0, 1, 1), None], "number", [61, NAN]),
+    ([datetime.timedelta(minutes=1)], "number", [60]),
+    (["a", 1.0, 1, True, None], "category", ["a", "1", "1", "True", None]),
+    ([None, None], "number", [NAN, NAN]),
 ])  # fmt: skip
 def test_objects(given, kind, values):
     assert_read(from_values(given, name="c", untyped=False), kind, values)
@@ -77,8 +83,10 @@ def column(*values):
 @pytest.mark.parametrize(("wanted", "kind", "values", "read"), [
     ("category", "category", column("007", None), ["007", None]),
     ("category", "number", column(7, NAN, 1.5), ["7", None, "1.5"]),
-    ("category", "boolean", column(1, NAN), ["True", None]), ("number", "category", column("007", "1e3"), [7, 1000]),
-    ("number", "category", column("$1,234", "-"), [1234, NAN]), ("number", "boolean", column(1, 0), [1, 0]),
+    ("category", "boolean", column(1, NAN), ["True", None]),
+    ("number", "category", column("007", "1e3"), [7, 1000]),
+    ("number", "category", column("$1,234", "-"), [1234, NAN]),
+    ("number", "boolean", column(1, 0), [1, 0]),
     ("date", "number", column(20200101, NAN), [1577836800, NAN]),
     ("date", "category", column("2020-01-01", None), [1577836800, NAN]),
 ])  # fmt: skip

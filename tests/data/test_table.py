@@ -102,11 +102,15 @@ def test_arrays_and_lists():
     (Subset(TensorDataset(torch.zeros(3, 2)), [0]), "X is a Subset, a torch Dataset; pass all its rows"),
     ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),
     (np.zeros(3), r"two-dimensional .*\(3,\)"),
-    (None, "X must be rows, a data frame, an array of two axes or a list of lists, got None"), (2.5, "got 2.5"),
+    (None, "X must be rows, a data frame, an array of two axes or a list of lists, got None"),
+    (2.5, "got 2.5"),
     (pd.Series([1, 2]), "two-dimensional"), ([1, 2], "two-dimensional"),
     ([torch.ones(2), torch.ones(3)], r"two-dimensional.*torch.stack\(X\), or of several lengths torch.nn.utils.rn"),
-    ([[1, 2], [1]], "equally long"), (np.zeros((0, 3)), "no rows"), (np.zeros((3, 0)), "no columns"),
-    (pd.DataFrame(), "no columns"), (pd.DataFrame([[1, 2]], columns=["a", "a"]), "column names must differ"),
+    ([[1, 2], [1]], "equally long"),
+    (np.zeros((0, 3)), "no rows"),
+    (np.zeros((3, 0)), "no columns"),
+    (pd.DataFrame(), "no columns"),
+    (pd.DataFrame([[1, 2]], columns=["a", "a"]), "column names must differ"),
     (pd.DataFrame([[1, 2]], columns=["1", 1]), "column names must differ"),
     (pl.DataFrame({"a": [1]}).lazy(), "lazy frame"),
     (np.array([[1.0, np.inf]]), "column 'x1' has an infinite value in row 0; clip it, or leave it empty.$"),
@@ -134,8 +138,12 @@ def test_large_arrays_are_read_column_by_column():
 
 
 @pytest.mark.parametrize(("column", "kind", "values"), [
-    ([1, 2], "i", [1, 2]), ([1.5, 2.0], "f", [1.5, 2.0]), ([True, False], "b", [True, False]),
-    (["a", "b"], "O", ["a", "b"]), (["a", None], "O", ["a", None]), ([1, None], "f", [1, np.nan]),
+    ([1, 2], "i", [1, 2]),
+    ([1.5, 2.0], "f", [1.5, 2.0]),
+    ([True, False], "b", [True, False]),
+    (["a", "b"], "O", ["a", "b"]),
+    (["a", None], "O", ["a", None]),
+    ([1, None], "f", [1, np.nan]),
 ])  # fmt: skip
 def test_the_target_is_a_plain_array(column, kind, values):
     rest, y = split_target(as_table(pl.DataFrame({"x": [1, 2], "y": column})), "y")

@@ -20,7 +20,8 @@ def check(y, **options):
 
 @pytest.mark.parametrize(("y", "task", "classes", "codes"), [
     (["no", "yes", "no"], "binary", ["no", "yes"], [0, 1, 0]),
-    ([True, False, True], "binary", [False, True], [1, 0, 1]), ([5, 3, 9, 3], "multiclass", [3, 5, 9], [1, 0, 2, 0]),
+    ([True, False, True], "binary", [False, True], [1, 0, 1]),
+    ([5, 3, 9, 3], "multiclass", [3, 5, 9], [1, 0, 2, 0]),
     (["1", "2", "10"], "multiclass", ["1", "10", "2"], [0, 2, 1]),
     (np.array(["b", "a", "b"], dtype=object), "binary", ["a", "b"], [1, 0, 1]),
     (pd.Series(["b", "a", "b"], index=[7, 8, 9]), "binary", ["a", "b"], [1, 0, 1]),
@@ -29,7 +30,8 @@ def check(y, **options):
     (pd.Series([True, False, True], dtype="boolean"), "binary", [False, True], [1, 0, 1]),
     (pd.DataFrame({"t": [1, 0, 1]}), "binary", [0, 1], [1, 0, 1]),
     (pl.Series(["b", "a", "b"]), "binary", ["a", "b"], [1, 0, 1]),
-    (torch.tensor([2, 0, 2]), "binary", [0, 2], [1, 0, 1]), (np.array([[1], [0], [1]]), "binary", [0, 1], [1, 0, 1]),
+    (torch.tensor([2, 0, 2]), "binary", [0, 2], [1, 0, 1]),
+    (np.array([[1], [0], [1]]), "binary", [0, 1], [1, 0, 1]),
     (np.array([1, 0, 1], dtype=np.uint8), "binary", [0, 1], [1, 0, 1]),
     ([0.0, 1.0, 0.0], "binary", [0.0, 1.0], [0, 1, 0]),
     (np.array([1, 0, 1], dtype=np.float32), "binary", [0.0, 1.0], [1, 0, 1]),
@@ -48,8 +50,13 @@ def test_classes(y, task, classes, codes):
 
 
 @pytest.mark.parametrize("y", [
-    [0.5, 1.0, 2.0], [1, 2, 3], [1.0, 2.0, 3.0], np.repeat(np.arange(21), 2), np.repeat(np.arange(21.0), 9),
-    pd.Series([0.5, 1.0, 2.0], dtype="Float64"), torch.tensor([0.5, 1.0], dtype=torch.bfloat16),
+    [0.5, 1.0, 2.0],
+    [1, 2, 3],
+    [1.0, 2.0, 3.0],
+    np.repeat(np.arange(21), 2),
+    np.repeat(np.arange(21.0), 9),
+    pd.Series([0.5, 1.0, 2.0], dtype="Float64"),
+    torch.tensor([0.5, 1.0], dtype=torch.bfloat16),
     np.array([1, 2.5], dtype=object),
 ])  # fmt: skip
 def test_numbers(y):
@@ -74,7 +81,8 @@ def test_twenty_whole_numbers_that_repeat_are_classes_and_more_a_warning(dtype):
     ([0.0, 1.0, 0.0], None, "task='regression' takes them for numbers"),
     ([0, 1, 0], None, "task='regression' takes them for numbers"),
     ([1, 2, 3], None, "task='classification' takes them for classes"),
-    ([0, 1, 0], "regression", "task='classification' takes them for classes"), ([0.5, 1.0], None, ""),
+    ([0, 1, 0], "regression", "task='classification' takes them for classes"),
+    ([0.5, 1.0], None, ""),
     (["a", "b"], None, ""), ([True, False], None, ""),
 ])  # fmt: skip
 def test_what_takes_whole_numbers_the_other_way_is_said(y, task, override):
@@ -123,7 +131,8 @@ def test_the_task_overrides_the_rule_and_select_keeps_the_classes():
     ([0.5, np.inf], None, "y must be finite, got inf in row 1"),
     (np.array([1j, 2]), None, "must hold numbers, booleans or text, got complex128"),
     (np.array(["2020-01-01", "2020-01-02"], dtype="datetime64[D]"), None, r"got datetime64\[D\]"),
-    (pd.Series(pd.to_datetime(["2020-01-01", "2020-01-02"])), None, "y holds dates"), ([{1}, {2}], None, "holds set"),
+    (pd.Series(pd.to_datetime(["2020-01-01", "2020-01-02"])), None, "y holds dates"),
+    ([{1}, {2}], None, "holds set"),
     (np.array([1, "a"], dtype=object), None, r"y has values of two types, int \(1\) and text \('a'\); make them"),
     (pd.Series([True, "a"], dtype="category"), None, r"two types, bool \(True\) and text \('a'\)"),
     (torch.zeros(2, device="meta"), None, "y lies on the device 'meta', which holds no values"),
@@ -184,7 +193,8 @@ def test_integer_and_boolean_classes_are_found_by_value():
 
 @pytest.mark.parametrize(("sample", "classes", "message"), [
     (np.ones(3), None, r"sample_weight must have one number a row, shape \(10,\), got shape \(3,\)"),
-    (np.ones((10, 1)), None, r"got shape \(10, 1\)"), (["a"] * 10, None, "sample_weight must hold one number a row"),
+    (np.ones((10, 1)), None, r"got shape \(10, 1\)"),
+    (["a"] * 10, None, "sample_weight must hold one number a row"),
     ([1] * 9 + [-2], None, "sample_weight must be finite and not negative, got -2.0 in row 9"),
     ([np.nan] + [1] * 9, None, "sample_weight must be finite and not negative, got nan in row 0"),
     (None, "even", "class_weight must be None, 'balanced' or a dict from class to weight, got 'even'"),

@@ -154,7 +154,8 @@ ONE_CLASS = [(np.arange(60), np.flatnonzero(Y == 1)[-5:])]
 
 
 @pytest.mark.parametrize(("scoring", "options", "words"), [
-    (["accuracy", "f1"], {"y": WORDS}, "say which"), (["accuracy"], {"y": WORDS, "positive": "ill"}, "no positive"),
+    (["accuracy", "f1"], {"y": WORDS}, "say which"),
+    (["accuracy"], {"y": WORDS, "positive": "ill"}, "no positive"),
     (["accuracy", "roc_auc"], {"cv": ONE_CLASS}, "scoring='roc_auc' needs every class among the validation rows"),
 ])  # fmt: skip
 def test_a_metric_without_its_class_is_refused(scoring, options, words):

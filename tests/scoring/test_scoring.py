@@ -39,7 +39,8 @@ def consistent(estimator, X, y):
     ("mlp", {"max_epochs": 2}), ("mlp", {"backend": "graph"}),
     ("mlp", {"method": "halving", "max_epochs": 2, "numbers": "quantile"}),
     ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1}),
-    pytest.param("mlp", {"workers": 2, "memory": "1KB"}, marks=pytest.mark.cpu), ("logistic", {}),
+    pytest.param("mlp", {"workers": 2, "memory": "1KB"}, marks=pytest.mark.cpu),
+    ("logistic", {}),
     (Linear, {"dtype": "float64"}),
 ], ids=["compiled", "graph", "halving", "hypergradient", "workers", "solved", "module"])  # fmt: skip
 @pytest.mark.usefixtures("recorded_on_cpu")
