@@ -20,6 +20,7 @@ from gputune.cli.main import main
 from gputune.cli.model import HeldOut
 from gputune.cli.summary import ensemble_words
 from gputune.population.population import Ensemble
+from gputune.sklearn import HalvingRandomSearchCV
 from gputune.study.export import WholeModel
 from gputune.tuning.predictions import Predictions, predictions_of
 from gputune.tuning.progress import Progress
@@ -115,8 +116,10 @@ def test_the_module_is_the_weighted_mean(task):
     torch.testing.assert_close(link(Ensemble(members, weights.tolist(), task)(x)), mean)
 
 
-def test_an_ensemble_that_was_pickled_earlier_is_read():
+def test_classes_of_what_was_pickled_earlier_are_found():
     assert pickle.loads(b"cgputune.population.network\nEnsemble\n.") is Ensemble
+    assert pickle.loads(b"cgputune.executors.ray_connection\nRay\n.") is gputune.Ray
+    assert pickle.loads(b"cgputune.sklearn.halving\nHalvingRandomSearchCV\n.") is HalvingRandomSearchCV
 
 
 def test_one_step_is_the_best_model_and_more_starts_are_other_members(study):
