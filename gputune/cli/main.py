@@ -130,11 +130,12 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
 
 def check(arguments: argparse.Namespace) -> str:
     """Return the table, or JSON. Raises CheckFailedError, with the same, where a law does not hold."""
-    from tqdm.auto import tqdm
+    with without_collector():
+        from tqdm.auto import tqdm
 
-    from gputune.check.check import check as check_device
-    from gputune.check.check import checks_of, timed_of
-    from gputune.engine.backend import choose_device
+        from gputune.check.check import check as check_device
+        from gputune.check.check import checks_of, timed_of
+        from gputune.engine.backend import choose_device
 
     device = choose_device(arguments.device)
     total = len(timed_of(device)) + len(checks_of(device))

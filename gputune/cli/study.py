@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gputune.cli.arguments import model_folder, study_file
+from gputune.garbage import without_collector
 from gputune.report.facts import FAILED, check_place, is_its_model, params_text, seconds_text, states_text, why_failed
 from gputune.scratch import write_text
 from gputune.study.claims import Claims
@@ -288,9 +289,10 @@ def _best(study: Study, *, trains_on: bool) -> str:
 
 def report(arguments: Namespace) -> str:
     """Write the page to ``--out``, which may be overwritten, and return where it is."""
-    from gputune.report.page import page
-    from gputune.tuning.refit import Access
-    from gputune.tuning.validation import check_fold_report, fold_report
+    with without_collector():
+        from gputune.report.page import page
+        from gputune.tuning.refit import Access
+        from gputune.tuning.validation import check_fold_report, fold_report
 
     file, out = study_file(arguments.study), arguments.out
     check_place(f"--out {out!r}", Path(out), file)

@@ -65,6 +65,25 @@ def modules_of(code, *arguments):
     return python(script, *arguments, check=True).stdout.split("\n")[-2].split()
 
 
+@pytest.mark.parametrize("arguments", [("check", "--device", "none"), ("report", "study.db")])
+def test_no_garbage_is_looked_for_while_torch_is_imported(arguments, tmp_path):
+    """Of what an import makes none is garbage, and looking for it takes a good part of the start of a command."""
+    Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}).close()
+    script = """if True:
+    import gc, sys
+    from types import SimpleNamespace
+    from gputune.cli.main import main
+
+    def find(name, *place):
+        if name == "torch":
+            print(gc.isenabled())
+
+    sys.meta_path.insert(0, SimpleNamespace(find_spec=find))
+    main(sys.argv[1:])
+    """
+    assert python(script, *arguments, cwd=tmp_path).stdout.split()[0] == "False"
+
+
 LIBRARIES = {"joblib", "matplotlib", "narwhals", "pandas", "polars", "scipy", "sklearn", "torch", "tqdm"}
 
 
