@@ -117,7 +117,7 @@ SEARCHES = {
     "eager": ("mlp", {"backend": "eager"}),
     "graph": ("mlp", {"backend": "graph"}),
     "halving": ("mlp", {"method": "halving", "n_trials": 9, "max_epochs": 9}),
-    "median": ("mlp", {"method": "median", "max_epochs": 8, "backend": "graph"}),
+    "median": ("mlp", {"method": "median", "n_trials": 5, "max_epochs": 8, "backend": "graph"}),
     "hypergradient": ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 2, "max_epochs": 2, "cv": 2}),
     "solved": ("logistic", {}),
     "stacked module": (Net, {"backend": "stacked"}),
