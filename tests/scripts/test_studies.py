@@ -58,13 +58,14 @@ def test_what_is_measured_is_the_commit_of_when_it_was_read(script, monkeypatch)
 
 
 def test_the_grid(script, study, monkeypatch):
-    grid = script("benchmark.studies.grid")
+    grid, said = script("benchmark.studies.grid"), []
+    monkeypatch.setattr(grid, "print", lambda line, **_: said.append(line), raising=False)
     monkeypatch.setattr(grid, "in_fresh_process", lambda *case: grid.Growth(*case, 0.5, 300.0, 310.0))
     small = {"ROWS": (1000,), "TRIALS": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
     # Six steps are too few for scores to agree.
-    _, whole, text = study("grid", "--engines", "torch", "--trials", "2", "--epochs", "2", **small, AGREEMENT=1.0)
+    _, whole, text = study("grid", "--engines", "torch:1", "--trials", "2", "--epochs", "2", **small, AGREEMENT=1.0)
     cells = [(c["trials"], c["width"], c["batch_size"]) for c in whole["cells"]]
-    assert cells == [(1, 16, 256), (2, 16, 256)]
+    assert cells == [(1, 16, 256), (2, 16, 256)] and [line.count("gputune") for line in said] == [1, 1]
     cases = [(g["trials"], g["folds"], g["epochs"], g["rows"]) for g in whole["growth"]]
     assert cases == [(2, 5, 2, 0), (4, 5, 2, 0), (2, 10, 2, 0), (2, 5, 4, 0), (1, 5, 1, 1000)]
     assert "| width | batch size | 1 trial | 2 trials |" in text

@@ -85,7 +85,7 @@ def run(options: Namespace) -> int:
             "ratio": {m.engine: m.median / own.median for m in measured if m.rival},
         }
         cells.append({"trials": count, **shape, **numbers})
-        seconds = ", ".join(f"{m.engine} {min(m.seconds):.2f} s" for m in measured)
+        seconds = ", ".join(f"{name} {min(each):.2f} s" for name, each in cells[-1]["seconds"].items())
         print(f"{_name(cells[-1])}: {seconds}", flush=True)
     means = {name: sum(c["accuracy"][name] for c in cells) / len(cells) for name in cells[0]["accuracy"]}
     if not max(means.values()) - min(means.values()) <= AGREEMENT:  # a NaN is not
