@@ -124,8 +124,8 @@ def test_amounts_are_numbers_and_a_dash_among_numbers_is_missing(texts, numbers,
 
 @pytest.mark.parametrize("texts", [
     ["$1", "2"], ["$1", "2%"], ["$1", "€2"], ["$5%"],  # not one currency throughout
-    ["1,234", "5678"], ["1,23"], ["0,125"], ["1,2345"],  # commas in some thousands alone, decimal commas
-    ["1.234,50 €"], ["1.234 €", "12.500 €"],  # thousands, where a point stands between them
+    ["1,234", "5678"], ["$1,234", "$5678"], ["1,23"], ["0,125"], ["1,2345"],  # commas in some thousands, decimal ones
+    ["1.234,50 €"], ["1.234 €", "12.500 €"], ["1.234 €", "12 €"],  # thousands, where a point stands between them
     ["$007"], ["12", "7"], ["-", "007"], ["-", "1_000"], ["02139"],  # plain numbers, and codes
     ["-", "red"], ["-", "."], ["-", None], ["$"], ["%"], ["-$-5"], ["(5)"], ["$1e3"], ["$1", "call us"], ["$1", ""],
     ["٣%"], [None], [],
