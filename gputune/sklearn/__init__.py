@@ -2,11 +2,12 @@
 
 from gputune.sklearn.dataset import SliceDict
 from gputune.sklearn.descent import HypergradientSearchCV
+from gputune.sklearn.halving import HalvingRandomSearchCV
 from gputune.sklearn.logistic import LogisticRegression
 from gputune.sklearn.mlp import MLPClassifier, MLPRegressor
 from gputune.sklearn.nested import NestedScores, nested_cv
 from gputune.sklearn.net import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
-from gputune.sklearn.search import GridSearchCV, HalvingRandomSearchCV, RandomizedSearchCV
+from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV
 
 __all__ = [
     "GridSearchCV",

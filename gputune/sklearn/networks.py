@@ -125,7 +125,7 @@ def fit_members(recipes: Mapping[int, Recipe], folds: FoldGroup, training: Train
             members |= dict.fromkeys([(fold, trial) for fold in folds.numbers], in_skorchs_words(error))
             continue
         if (state := training.states.get(trial)) is not None:
-            seed = next((member.seed for member in state.members.values()), recipe.seed)
+            seed = recipe.seed if state.seed is None else state.seed
             recipe = replace(recipe, state=state, seed=seed, patience=None)
         fitting[trial] = recipe if training.patient else replace(recipe, patience=None)
     for batch in batches(fitting, folds):
@@ -211,7 +211,7 @@ def training_slopes(
 def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
     """Return the chunk with the states of its members, from which they train on."""
     states = [state for i in chunk.index if (state := batch.recipes[i].state) is not None]
-    members = [state.members[fold].buffers or () for state in states for fold in batch.folds.numbers]
+    members = [state.buffers[fold] for state in states for fold in batch.folds.numbers]
     buffers = tuple(torch.stack(buffers).view(len(states), len(batch.folds.numbers), -1) for buffers in zip(*members))
     return BegunChunk(chunk.kind, chunk.index, chunk.configs, State(batch.recipes[0].begin, buffers))
 

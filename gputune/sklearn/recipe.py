@@ -80,18 +80,16 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class RungState:
-    """Where one configuration is in a training of ``horizon`` epochs that stops at rungs.
+    """Where one configuration is in a training that stops at rungs: after ``epoch`` of ``horizon`` epochs.
 
-    ``members`` are its own, by fold; none before the first rung.
+    seed     that of its random numbers, None before the first rung
+    buffers  by fold: the engine's buffers of one member, parameters first
     """
 
+    epoch: int
     horizon: int
-    members: Mapping[int, Member]
-
-    @property
-    def epoch(self) -> int:
-        """Epochs that it has trained."""
-        return next((member.epochs for member in self.members.values()), 0)
+    seed: int | None
+    buffers: Mapping[int, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ A search is written as a study file too: its trials, for ``gputune.Study.open`` 
 import functools
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import ClassVar, Self
@@ -17,7 +15,6 @@ from typing import ClassVar, Self
 import numpy as np
 from sklearn import model_selection
 from sklearn.base import BaseEstimator, is_regressor
-from sklearn.model_selection import _search_successive_halving as successive_halving
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils import Bunch
@@ -27,10 +24,7 @@ from gputune.errors import InputError, warn
 from gputune.methods.distributions import to_scipy
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
-from gputune.sklearn.networks import TrainedEstimator
-from gputune.sklearn.recipe import Member, RungState
-from gputune.sklearn.record import Fit
-from gputune.sklearn.replay import Candidates, HookedMemory, SearchRun, TrainedCandidates, with_hook
+from gputune.sklearn.replay import HookedMemory, SearchRun, TrainedCandidates, with_hook
 from gputune.study.rows import State
 from gputune.study.store import Candidate, Result, Store
 from gputune.study.values import to_json
@@ -198,89 +192,6 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
     _parameter_constraints: ClassVar = model_selection.GridSearchCV._parameter_constraints | CONSTRAINTS
 
     __init__ = constructor(model_selection.GridSearchCV, EXTRAS)
-
-
-@dataclass(eq=False)
-class HalvingRun(SearchRun):
-    """A run whose candidates train on from where the rung before left them, each up to its own ``resource``."""
-
-    resource: str = ""
-    horizon: int = 0
-    kept: dict[Hashable, dict[int, Member]] = field(default_factory=dict)
-
-    def train(self, candidates: Candidates, fits: Sequence[Fit], states: object = None) -> None:
-        """Train to the rung, and keep where everyone is; one that failed at the rung before in a fold begins again."""
-        # What a candidate keeps from rung to rung: scikit-learn copies its dict, and not its values.
-        keys = [tuple(sorted((n, id(v)) for n, v in params.items() if n != self.resource)) for params in candidates]
-        states = {trial: RungState(self.horizon, self.kept.get(key, {})) for trial, key in enumerate(keys)}
-        super().train(candidates, fits, states)
-        kept: dict[int, dict[int, Member]] = defaultdict(dict)
-        for fit in fits:
-            if isinstance(fit.fitted, Member):
-                kept[fit.trial][fit.fold] = fit.fitted
-        failed = {fit.trial for fit in fits if not isinstance(fit.fitted, Member)}
-        self.kept = {keys[trial]: members for trial, members in kept.items() if trial not in failed}
-
-
-class HalvingRandomSearchCV(FusedSearch, successive_halving.HalvingRandomSearchCV):  # type: ignore[misc]
-    """scikit-learn's HalvingRandomSearchCV with epochs as the resource: candidates train on from rung to rung.
-
-    At each rung the mean over all folds decides which 1/``factor`` of the candidates go on. Those train on from where
-    they are, in all folds at once, where scikit-learn trains them anew. Candidates, decisions, ``cv_results_`` (with
-    ``iter`` and ``n_resources``) and all attributes (``n_candidates_``, ``n_resources_``, ``n_remaining_candidates_``,
-    ...) are scikit-learn's. The best candidate is trained anew on all rows, for as many epochs as the last rung has.
-
-    estimator      one of gputune's that train, or a Pipeline that ends in one
-    resource       "auto" is "max_iter", or the "max_epochs" of a NeuralNet (in a pipeline the name of the step may be
-                   left out), and for any other estimator "n_samples", the default of scikit-learn. With another
-                   resource, as "n_samples", every rung trains anew
-    max_resources  epochs of the last rung at most; "auto" is the estimator's own number, or the number of rows
-    min_resources  epochs of the first rung; "smallest" is 1, or for rows what scikit-learn says
-    device         where candidates train; "auto" leaves it to the estimator's own ``device``
-    n_jobs         accepted, and without effect
-
-    A schedule of the learning rate runs over ``max_resources`` epochs, so that with "cosine" a rung is not what a
-    training of that length would be. A score of a rung with the "constant" one is, to rounding. Other parameters are
-    scikit-learn's; ``mean_fit_time`` is a fit's share of its rung's training.
-    """
-
-    _space_name = "param_distributions"
-    study = None
-    timeout = None
-    pre_dispatch = "2*n_jobs"
-    _parameter_constraints: ClassVar = successive_halving.HalvingRandomSearchCV._parameter_constraints | {
-        "device": [str]
-    }
-
-    __init__ = constructor(successive_halving.HalvingRandomSearchCV, {"resource": "auto", "device": "auto"})
-
-    def _overrides(self, *, together: bool) -> dict[str, object]:
-        overrides, epochs = super()._overrides(together=together), self._epochs_parameter()
-        if epochs is not None:
-            overrides["resource"] = epochs
-            if isinstance(self.max_resources, str) and self.max_resources == "auto":
-                overrides["max_resources"] = self.estimator.get_params()[epochs]
-        elif self.resource == "auto":
-            overrides["resource"] = "n_samples"
-        return overrides
-
-    def _epochs_parameter(self) -> str | None:
-        """Return the parameter of the estimator that is the resource where that is its epochs, else None.
-
-        Raises InputError for what other estimators call them.
-        """
-        prefix, last = last_step(self.estimator)
-        if not isinstance(last, TrainedEstimator):
-            return None
-        word = str(self.resource).removeprefix(prefix)
-        last._check_names([word])
-        return prefix + last._epochs if word in ("auto", last._epochs) else None
-
-    def _make_run(self, X: object, y: object) -> SearchRun:
-        run = super()._make_run(X, y)
-        if self._epochs_parameter() is None:
-            return run
-        return HalvingRun(run.estimator, run.cv, resource=self.resource, horizon=self.max_resources)
 
 
 def write_search(path: str | os.PathLike[str], search: BaseSearchCV, epochs: Sequence[int] | None) -> None:

@@ -1,5 +1,7 @@
 """HalvingRandomSearchCV beside scikit-learn's own, which trains every rung anew."""
 
+import gc
+
 import numpy as np
 import pytest
 from scipy.stats import loguniform, randint
@@ -22,6 +24,7 @@ from gputune.sklearn import (
     NeuralNetClassifier,
     replay,
 )
+from gputune.sklearn.recipe import Member
 from searches import assert_same_results, both
 
 X, Y = load_iris(return_X_y=True)
@@ -76,6 +79,19 @@ def test_training_goes_on_from_rung_to_rung(epochs):
     HalvingRandomSearchCV(MLP, RATES, n_candidates=9, max_resources=9, cv=3, random_state=0, refit=False).fit(X, Y)
     rungs = [(0, 9), *((epoch, 3) for epoch in (1, 2)), *((epoch, 1) for epoch in range(3, 9))]
     assert epochs == rungs
+
+
+def test_what_has_trained_a_rung_is_gone_in_the_next(monkeypatch):
+    alive, fit_together = [], replay.fit_together
+
+    def counted(*given):
+        alive.append(sum(isinstance(each, Member) for each in gc.get_objects()))
+        return fit_together(*given)
+
+    monkeypatch.setattr(replay, "fit_together", counted)
+    gc.collect()
+    HalvingRandomSearchCV(MLP, RATES, n_candidates=9, max_resources=9, cv=2, random_state=0, refit=False).fit(X, Y)
+    assert alive == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+import gputune.sklearn
 from face_modules import Net, OneNumber, PlainNet, Probabilities
 from gputune.errors import InputError
 from gputune.sklearn import (
@@ -29,6 +30,23 @@ from gputune.sklearn.recipe import Patience
 
 IRIS = load_iris(return_X_y=True)
 LINE = [[0.0], [1.0]], [0.0, 1.0]
+
+
+HOMES = {
+    "dataset": {"SliceDict"},
+    "descent": {"HypergradientSearchCV"},
+    "halving": {"HalvingRandomSearchCV"},
+    "logistic": {"LogisticRegression"},
+    "mlp": {"MLPClassifier", "MLPRegressor"},
+    "nested": {"NestedScores", "nested_cv"},
+    "net": {"NeuralNet", "NeuralNetClassifier", "NeuralNetRegressor"},
+    "search": {"GridSearchCV", "RandomizedSearchCV"},
+}
+
+
+def test_pickles_find_their_classes_where_they_were_written():
+    homes = {name: getattr(gputune.sklearn, name).__module__ for name in gputune.sklearn.__all__}
+    assert homes == {name: f"gputune.sklearn.{home}" for home, names in HOMES.items() for name in names}
 
 
 def recipe(**params):
