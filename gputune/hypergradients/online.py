@@ -127,9 +127,8 @@ class _Online(Optimizer):
             change = _share(h, 1.0)
         else:
             grad_norm, norm = map(math.sqrt, both)
-            change = (
-                _share(lr * h, grad_norm * norm) if rule == "multiplicative" else _share(h, group["grad_norm"] * norm)
-            )
+            part, length = (lr * h, grad_norm) if rule == "multiplicative" else (h, group["grad_norm"])
+            change = _share(part, length * norm)
             group["grad_norm"] = grad_norm
         lr += group["hypergrad_lr"] * change
         lr = lr if group["lr_min"] is None else max(lr, group["lr_min"])
@@ -313,9 +312,10 @@ def _number(
     group: Group, name: str, example: str, *, low: float = 0.0, high: float = math.inf, low_counts: bool = True
 ) -> float:
     value = group[name]
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and value < high and (value >= low if low_counts else value > low):
-        return float(value)
+    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        number = float(value)  # a fraction below 1 may round to it
+        if number < high and (number >= low if low_counts else number > low):
+            return number
     least = "" if low == -math.inf else f" >= {low:g}" if low_counts else f" > {low:g}"
     most = "" if high == math.inf else f" and < {high:g}"
     raise InputError(f"{name} must be a finite number{least}{most}, got {value!r}. For example {example}.")

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -383,6 +384,7 @@ def test_a_module_in_place_of_its_parameters_is_refused(kind, wrap):
 
 OWN_ERRORS = [
     (SGDHD, {"momentum": 1.0}, "momentum must be a finite number >= 0 and < 1, got 1.0"),
+    (SGDHD, {"momentum": Fraction(10**20 - 1, 10**20)}, "momentum must be a finite number >= 0 and < 1, got Fraction"),
     (SGDHD, {"nesterov": True}, "momentum must be > 0 with nesterov=True, got 0.0. For example momentum=0.9."),
     (AdamHD, {"betas": (0.9, 1.0)}, "betas[1] must be a finite number >= 0 and < 1, got 1.0"),
     (AdamHD, {"betas": 0.9}, "betas must be two numbers in [0, 1), got 0.9"),
