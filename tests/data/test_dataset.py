@@ -73,8 +73,8 @@ def test_equal_copies_are_kept_once():
     # Where values are missing, what fills them differs from fold to fold.
     assert build(numbers="none")[0].copies == (0, 1, 2)
     one, two = KFold(2).split(np.zeros(N))
-    data, _ = build(folds=[one, two, one])
-    assert (data.copies, len(data.x)) == ((0, 1, 0), 2)
+    data, _ = build(folds=[one, one, two, one])
+    assert (data.copies, len(data.x)) == ((0, 0, 1, 0), 2) and not torch.equal(*data.x)
 
 
 APART = [(numbers, 3, False) for numbers in ("none", "robust", "quantile", "piecewise")]
