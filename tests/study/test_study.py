@@ -163,7 +163,6 @@ def test_opening_a_study_makes_no_curves_until_they_are_asked_for(tmp_path, monk
     monkeypatch.undo()
     again = pickle.loads(pickle.dumps(Study.open(tmp_path / "study.db")))
     np.testing.assert_array_equal(dataclasses.replace(again, meta={}).curves, found.curves)
-    assert pickle.loads(b"cgputune.study.curves\nstack_curves\n.") is rows.stack_curves  # as of an earlier pickle
 
 
 def test_curves_that_few_trials_fill_are_bounded_by_what_they_hold(tmp_path, monkeypatch):

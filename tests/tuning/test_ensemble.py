@@ -1,6 +1,5 @@
 """An ensemble is the greedy choice of Caruana et al., of trials that train again as they did in the search."""
 
-import pickle
 import re
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +19,6 @@ from gputune.cli.main import main
 from gputune.cli.model import HeldOut
 from gputune.cli.summary import ensemble_words
 from gputune.population.population import Ensemble
-from gputune.sklearn import HalvingRandomSearchCV
 from gputune.study.export import WholeModel
 from gputune.tuning.predictions import Predictions, predictions_of
 from gputune.tuning.progress import Progress
@@ -114,12 +112,6 @@ def test_the_module_is_the_weighted_mean(task):
     link = {"multiclass": lambda z: z.softmax(-1), "multilabel": torch.sigmoid, "regression": lambda z: z}[task]
     mean = sum(w * link(member(x)) for w, member in zip(weights, members))
     torch.testing.assert_close(link(Ensemble(members, weights.tolist(), task)(x)), mean)
-
-
-def test_classes_of_what_was_pickled_earlier_are_found():
-    assert pickle.loads(b"cgputune.population.network\nEnsemble\n.") is Ensemble
-    assert pickle.loads(b"cgputune.executors.ray_connection\nRay\n.") is gputune.Ray
-    assert pickle.loads(b"cgputune.sklearn.halving\nHalvingRandomSearchCV\n.") is HalvingRandomSearchCV
 
 
 def test_one_step_is_the_best_model_and_more_starts_are_other_members(study):
