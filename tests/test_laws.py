@@ -74,9 +74,9 @@ def with_backends(optimizers, backends=("eager", "compiled", "graph")):
     return pytest.mark.parametrize(("optimizer", "backend"), points, indirect=["backend"])
 
 
-def epochs_of_30_steps(data, size):
+def epochs_of_50_steps(data, size):
     rows = min(len(fold.train) for fold in data.folds)
-    return math.ceil(30 / math.ceil(rows / min(size, rows)))
+    return math.ceil(50 / math.ceil(rows / min(size, rows)))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_law_1_together_equals_alone(optimizer, task, dtype, backend):
     kinds = [{**optimizer, "depth": depth, "lr": lr} for depth, lr in ((1, 1e-2), (2, 1e-3))]
     for width, size in sizes:
         configs = fill(*({**kind, "width": width, "batch_size": size} for kind in kinds))
-        assert_equals_plain_loop(data, configs, epochs=epochs_of_30_steps(data, size))
+        assert_equals_plain_loop(data, configs, epochs=epochs_of_50_steps(data, size))
 
 
 def unlike(optimizer):

@@ -31,7 +31,7 @@ from problems import (
     train_together,
     without_class_2,
 )
-from test_laws import OPTIMIZERS, SIZES, each, epochs_of_30_steps
+from test_laws import OPTIMIZERS, SIZES, each, epochs_of_50_steps
 
 pytestmark = pytest.mark.cpu  # emulates the kernel itself, from the CPU's arrays
 
@@ -120,7 +120,7 @@ def test_law_1_over_the_grid(optimizer, task, dtype, by_kernel):
     for width, size in SIZES:
         configs = fill(*({**kind, "width": width, "batch_size": size} for kind in kinds))
         data = make_data(task, dtype=dtype)
-        assert_equals_plain_loop(data, configs, epochs=epochs_of_30_steps(data, size))
+        assert_equals_plain_loop(data, configs, epochs=epochs_of_50_steps(data, size))
 
 
 def epoch_of(data, configs, scoring=None):

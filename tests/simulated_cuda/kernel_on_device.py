@@ -19,7 +19,7 @@ from problems import Linear, fill, largest_difference, make_data, train_together
 from refused import refused
 from simulated_cuda import torch_cuda as cuda
 from simulated_cuda.on_device import moved
-from test_laws import OPTIMIZERS, SIZES, each, epochs_of_30_steps
+from test_laws import OPTIMIZERS, SIZES, each, epochs_of_50_steps
 
 pytestmark = pytest.mark.gpu
 
@@ -71,7 +71,7 @@ def test_members_over_the_grid_of_the_laws_are_those_of_compiled_code(optimizer,
     kinds = [{**optimizer, "depth": depth, "lr": lr} for depth, lr in ((1, 1e-2), (2, 1e-3))]
     for width, size in SIZES:
         configs = fill(*({**kind, "width": width, "batch_size": size} for kind in kinds))
-        epochs = epochs_of_30_steps(data, size)
+        epochs = epochs_of_50_steps(data, size)
         monkeypatch.setattr(problems, "BACKEND", "compiled")
         expected, _ = train_together(data, configs, epochs=epochs)
         monkeypatch.setattr(problems, "BACKEND", "kernel")
