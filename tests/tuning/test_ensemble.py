@@ -123,6 +123,17 @@ def test_one_step_is_the_best_model_and_more_starts_are_other_members(study):
     assert not torch.equal(first.layers[0].weight, second.layers[0].weight)
 
 
+def test_each_start_of_a_member_has_its_part_of_the_share():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(80, 4))
+    tuned = tune("mlp", X, X[:, 0] + 0.8 * rng.normal(size=80), n_trials=6, cv=2, max_epochs=4).ensemble(
+        size=10, refit=2, verbose=0
+    )
+    shares = list(tuned.info["ensemble"].values())
+    assert len(set(shares)) > 1
+    np.testing.assert_allclose(tuned.module.weights, np.divide([*shares, *shares], 2))
+
+
 def test_a_member_of_a_fold_is_that_of_the_search():
     folds = list(StratifiedKFold(3).split(*IRIS))
     study = tune("mlp", *IRIS, cv=folds, numbers="none")
