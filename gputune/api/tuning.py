@@ -239,7 +239,7 @@ def _search(arguments: Mapping[str, Any]) -> Study:
     options = Options(**{name: arguments[name] for name in RULES})
     choice = choose_model(arguments["model"], arguments["optimizer"])
     X, y, groups = arguments["X"], arguments["y"], arguments["groups"]
-    if choice.takes_arrays and isinstance(X, Dataset):
+    if choice.takes_arrays and isinstance(X, Dataset):  # behind a bar; read_source reads one too, in silence
         X, y = read_dataset(X, y, partial(reading_bar, verbose=options.verbose))
     source = read_source(X, y, groups, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
     return search_rows(RecordedSearch(choice, source, options), study_type=Study)
