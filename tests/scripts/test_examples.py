@@ -1,11 +1,14 @@
 """The scripts that a newcomer reads: gputune's numbers beside scikit-learn's, and a descent beside a grid."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = README.parent / "scripts" / "examples"
@@ -91,3 +94,60 @@ def test_a_notebook_runs_and_holds_such_outputs(script, name):
         for one in (kept, script("notebooks").run(kept))
     )
     assert kinds == again and sum(map(len, kinds)) >= 3
+
+
+def train_alone(idea, lr, fold, n_epochs):
+    """Return the accuracy on a fold after each epoch of a network that a plain PyTorch loop trains."""
+    features, classes, train_rows, valid_rows = idea.load_folds()
+    x_valid = features[valid_rows[fold]]
+    y_valid = classes[valid_rows[fold]]
+    network = idea.make_network(64, 10)
+    optimizer = torch.optim.SGD(network.parameters(), lr=float(lr))
+    scores = []
+    for epoch in range(n_epochs):
+        order = torch.randperm(len(train_rows[fold]), generator=torch.Generator().manual_seed(epoch))
+        for batch in train_rows[fold][order].split(idea.BATCH):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(features[batch]), classes[batch]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            outputs = network(x_valid)
+        scores.append((outputs.argmax(1) == y_valid).double().mean().item())
+    return scores
+
+
+def test_the_idea_scores_like_a_loop_over_single_networks(script):
+    idea = script("idea")
+    curves, survivors, gradients = idea.search()
+    halved = idea.EPOCHS // 2
+    assert [len(means) for means in curves] == [8] * halved + [4] * (idea.EPOCHS - halved)
+    best_half = curves[halved - 1].argsort(descending=True)[:4].sort().values
+    assert torch.equal(survivors, idea.LEARNING_RATES[best_half])
+
+    alone = []
+    for lr in survivors:
+        folds = [train_alone(idea, lr, fold, idea.EPOCHS) for fold in range(idea.F)]
+        alone.append(np.mean(folds, axis=0))
+    together = torch.stack([*(means[best_half] for means in curves[:halved]), *curves[halved:]])
+    np.testing.assert_allclose(together.numpy(), np.transpose(alone), atol=1e-12)
+    assert not math.isnan(gradients.sum())
+
+
+def test_the_hypergradient_of_the_idea_is_the_slope_of_one_more_epoch(script):
+    """Central differences: train one more epoch with the rate moved a little up and a little down."""
+    idea = script("idea")
+    _, survivors, gradients = idea.search()
+    step = 1e-5
+
+    def mean_loss(lr, last_lr):
+        features, classes, train_rows, valid_rows = idea.load_folds()
+        params, _ = idea.stack_module_state([idea.NETWORK] * idea.F)
+        for epoch in range(idea.EPOCHS + 1):
+            rate = last_lr if epoch == idea.EPOCHS else lr
+            rates = torch.full((idea.F,), float(rate), dtype=torch.float64)
+            params = idea.train_epoch(params, rates, features[train_rows], classes[train_rows], epoch)
+        return idea.loss_all(params, features[valid_rows], classes[valid_rows]).mean().item()
+
+    lr = survivors[0]
+    slope = (mean_loss(lr, lr + step) - mean_loss(lr, lr - step)) / (2 * step)
+    np.testing.assert_allclose(gradients[0].item(), slope, rtol=1e-6)
