@@ -231,3 +231,40 @@ def test_a_search_is_measured_and_reported(cluster):
     rows = re.findall(r"^ +(\d+) +(\d+\.\d) +(\d+\.\d)% +(\d+\.\d)$", text, re.M)
     assert [int(row[0]) for row in rows] == list(cluster.SIZES)
     assert all(float(share) <= 100 for _, _, share, _ in rows)
+
+
+def test_size_counts_tokens_without_docstrings_imports_and_comments(script):
+    """A formatter moves no token, so that packed and unpacked code have the same size."""
+    size = script("size")
+    packed = 'import os\n\n"""Not a docstring: it is not first."""\na, b = 1, [2,\n3]  # a comment\n'
+    unpacked = packed.replace("[2,\n3]", "[\n    2,\n    3]")
+    documented = f'"""A docstring\nof two lines."""\n{packed}def f():\n    """Another one."""\n    return 1\n'
+    assert size.python_size(packed) == size.Size(files=1, tokens=12, lines=3)
+    assert size.python_size(unpacked).tokens == 12
+    assert size.python_size(documented) == size.Size(files=1, tokens=12 + 7, lines=5)
+    assert size.other_size("int x = 1;\n\n") == size.Size(files=1, tokens=5, lines=1)
+
+
+def test_size_has_a_row_for_each_package_and_the_python_of_the_product(script, monkeypatch, capsys):
+    size = script("size")
+    before = {"gputune/data/a.py": b"x = 1\n"}
+    now = {
+        **before,
+        "gputune/data/b.py": b"f(x)\n",
+        "models/mlp.py": b"y\n",
+        "gputune/native/m.h": b"int x;\n",
+        "tests/t.py": b"t\n",
+    }
+    monkeypatch.setattr(size, "files_of_tree", lambda: now)
+    monkeypatch.setattr(size, "files_of_commit", {"abc": before}.get)
+    monkeypatch.setattr("sys.argv", ["size.py", "abc"])
+    size.main()
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.endswith("compared with abc")
+    assert [row.split() for row in rows] == [
+        ["gputune/data", "2", "+1", "7", "+4", "3.5", "+0.5"],
+        ["models", "1", "+1", "1", "+1", "1.0", "+1.0"],
+        ["tests", "1", "+1", "1", "+1", "1.0", "+1.0"],
+        ["other", "languages", "1", "+1", "3", "+3", "3.0", "+3.0"],
+        ["product,", "Python", "3", "+2", "8", "+5", "2.7", "-0.3"],
+    ]
