@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from gputune.study import study as data
 from gputune.text import card, count, short
 from gputune.views import plots
+from gputune.views.default_trial import DefaultTrial, default_trial
 from gputune.views.scores import pareto_trials, ranked_by
 
 if TYPE_CHECKING:
@@ -176,6 +177,18 @@ class Study(data.Study):
         count where there are no others. With one metric it is the best trial alone.
         """
         return pareto_trials(self)
+
+    @property
+    def default_trial(self) -> DefaultTrial | None:
+        """The trial of the default configuration, compared with the best trial: did tuning help?
+
+        Its ``score`` is the default's score. ``best_score``, ``improvement`` and ``improvement_std_error`` compare it
+        with ``best_trial`` on the same folds. ``improvement`` is positive if the best trial is better, for losses too.
+
+        None if no trial with a score is the default configuration: with ``include_default=False``, a space with keys
+        that have no default, ``method="hypergradient"`` and ``gputune.search``.
+        """
+        return default_trial(self)
 
     ranked_by = ranked_by
     plot_history = plots.plot_history

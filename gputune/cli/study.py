@@ -27,6 +27,7 @@ from gputune.study.store import Store
 from gputune.study.study import Study, Trial, best_trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
 from gputune.types import Json
+from gputune.views.default_trial import improvement_json, improvement_text
 from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by, score_view
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
@@ -117,14 +118,20 @@ def best_text(study: Study) -> str:
     score = f"{measure.title} {measure.with_error(best.score, best.std_error)}{others}"
     early = f", {best.state}" if best.state != "complete" else ""
     title = f"trial {best.number}: {score}{f', epoch {best.best_epoch}' * (best.best_epoch > 0)}{early}"
-    pareto = pareto_text(study, width=shutil.get_terminal_size().columns, most=len(study.trials))
-    return "\n\n".join(part for part in (title, parameters, pareto) if part)
+    width = shutil.get_terminal_size().columns
+    pareto = pareto_text(study, width=width, most=len(study.trials))
+    improvement = paragraph(improvement_text(study), width)
+    return "\n\n".join(part for part in (title, parameters, improvement, pareto) if part)
 
 
 def best_json(study: Study) -> str:
-    """Return the best trial as one object with the keys ``FIELDS``, the ``scoring`` and its ``positive`` class."""
+    """Return the best trial as one JSON object.
+
+    It has the keys ``FIELDS``, the ``scoring``, its ``positive`` class and the comparison with the ``default``.
+    """
     record = study.record
     best = {"scoring": record.scoring, "positive": record.ranked_class, **_plain(study.best_trial)}
+    best["default"] = improvement_json(study)
     if study.metrics:
         best["best_trials"] = [trial.number for trial in pareto_trials(study)]
     return json.dumps(best, indent=1, default=_name, allow_nan=False)
@@ -180,14 +187,14 @@ def _cells(trial: Trial, measure: Measure, layout: Sequence[str], others: Mappin
 
 
 def pareto_text(study: Study, *, width: int, most: int) -> str:
-    """Return a table of the trials that no other one beats in all of several metrics; "" for one metric."""
+    """Return a table of the Pareto-optimal trials by several metrics; "" for one metric."""
     if not study.metrics:
         return ""
     front, shown = pareto_trials(study), measures(study)
     names = [one.name for one in shown.values()]
-    are, few = "is" if len(front) == 1 else "are", f", {most} of them" * (len(front) > most)
-    trials = f"{count(len(front), 'trial')} {are} beaten by no other{few}"
-    title = f"By {', '.join(names[:-1])} and {names[-1]} {trials}:"
+    are = "is" if len(front) == 1 else "are"
+    title = f"By {', '.join(names[:-1])} and {names[-1]} {count(len(front), 'trial')} {are} Pareto-optimal"
+    title += f" ({most} shown):" if len(front) > most else ":"
     rows = [[str(t.number), *(m.text(t.scores[name]) for name, m in shown.items())] for t in front[:most]]
     return f"{paragraph(title, width)}\n\n{table(['trial', *names], rows, indent='  ')}"
 

@@ -19,6 +19,7 @@ from gputune.report.facts import params_text, seconds_text, states_of, states_te
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial
 from gputune.text import Measure, blocks, clean, count, paragraph
+from gputune.views.default_trial import improvement_text
 from gputune.views.scores import other_measures, score_view
 
 _BEST, _LABEL = 5, 9  # trials in the table, letters of a label
@@ -247,6 +248,7 @@ def _scores(ending: Ending, width: int) -> str:
         without = measure.text(baseline["score"])
         sentences.append(f"On the same folds {clean(baseline['answer'])} scores {without} without a model.")
     if ending.trial is None:
+        sentences.append(improvement_text(study))
         epochs = study.record.max_epochs
         if not study.record.descends and study.best_trial.best_epoch == epochs > 1:
             sentences.append(f"It was best after the last of {epochs} epochs: more of them may be better.")

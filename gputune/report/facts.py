@@ -14,6 +14,7 @@ from gputune.study.store import States
 from gputune.study.study import Study, Trial, best_trial
 from gputune.text import Measure, clean, count, short
 from gputune.types import Json
+from gputune.views.default_trial import NO_IMPROVEMENT, default_trial, improvement_text, shorter_training
 from gputune.views.scores import score_view
 
 STATES: dict[TrialState, str] = {
@@ -40,12 +41,33 @@ def facts(study: Study, model: Json | None) -> list[tuple[str, str, str]]:
             rows += [(f"best cross-validated {measure.title}", score, note), _held_out_fact(study, model, measure)]
         if (baseline := record.baseline) is not None:
             rows.append(("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
+        rows += _improvement_facts(study, measure)
     rows.append(("trials", str(len(study.trials)), states_text(states_of(study))))
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent
     of_epochs = f"; {trained} of {whole} trial-epochs" if 0 < trained < whole and record.face != "sklearn" else ""
     rows.append(("time of training", seconds_text(seconds), f"the trials' shares of their chunks, summed{of_epochs}"))
     return [*rows, ("device", clean(record.device), clean(record.dtype))] if record.device else rows
+
+
+def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, str]]:
+    """Return the fact that says whether tuning helped; [] if there is no default to compare with."""
+    text, default = improvement_text(study), default_trial(study)
+    if default is None or not text:
+        return []
+    name = "improvement over the default"
+    if text == NO_IMPROVEMENT:
+        return [(name, "none", text)]
+    default_score = measure.text(default.score)
+    best_score = measure.text(default.best_score)
+    notes = [f"the default, trial {default.number}, scores {default_score}, the best trial {best_score}"]
+    improvement = measure.size(default.improvement)
+    if math.isfinite(default.improvement_std_error):
+        improvement += f" ± {measure.size(default.improvement_std_error)}"
+        notes.append(f"± paired standard error over {count(len(default.fold_scores), 'fold')}")
+    if remark := shorter_training(default):
+        notes.append(remark)
+    return [(name, improvement, "; ".join(notes))]
 
 
 def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[str, str, str]:

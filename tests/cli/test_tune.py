@@ -468,7 +468,7 @@ def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
     options = ["--scoring", "accuracy,roc_auc,f1", "--positive", "bee"]
     table, out, text = searched(tmp_path, *options)
     assert re.search(r"trial +accuracy +roc_auc +f1 +epoch", text)
-    assert re.search(r"By accuracy, roc_auc and f1 \d trials? (is|are) beaten by no other:", text)
+    assert re.search(r"By accuracy, roc_auc and f1 \d trials? (is|are) Pareto-optimal:", text)
     assert "Held-out accuracy:" in text
     assert run("resume", out, "--trials", "4")[0] == 0
     assert study_in(out).curves_of("roc_auc").shape == (4, 2, 2)

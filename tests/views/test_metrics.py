@@ -96,7 +96,7 @@ def test_tables_and_json_show_all_metrics():
     assert re.search(r"trial +accuracy +log_loss", trials_table(study, width=100))
     assert '"neg_log_loss": [\n    -0.3\n   ]' in trials_json(study)
     text = best_text(study)
-    assert "log_loss 0.3000" in text and "By accuracy and log_loss 2 trials are beaten by no other:" in text
+    assert "log_loss 0.3000" in text and "By accuracy and log_loss 2 trials are Pareto-optimal:" in text
     assert re.search(r"\n +1 +0.8000 +0.2000", text)
     assert '"best_trials": [\n  0,\n  1\n ]' in best_json(study)
 

@@ -1,0 +1,115 @@
+"""The comparison of a search's best trial with its default configuration: did tuning help?"""
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from gputune.study.study import Study, Trial, best_trial
+from gputune.text import count
+from gputune.types import Json
+from gputune.views.scores import score_view
+
+NO_IMPROVEMENT = "The search did not improve on the default."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefaultTrial(Trial):
+    """The trial of the default configuration, compared with the best trial of its study.
+
+    Attributes:
+        best_score: score of the best trial.
+        improvement: ``best_score - score``. Scores follow scikit-learn (greater is better), so a
+            positive number means that the best trial is better, for losses too. Like
+            ``best_score`` it is optimistic, because the same folds chose the best trial.
+        improvement_std_error: paired standard error of ``improvement``. It is computed from the
+            differences fold by fold, as ``std(ddof=1) / sqrt(F)``. NaN for fewer than two folds.
+    """
+
+    best_score: float
+    improvement: float
+    improvement_std_error: float
+
+
+def default_trial(study: Study) -> DefaultTrial | None:
+    """Return the trial of the default configuration, compared with the best trial.
+
+    Returns:
+        None if no trial is the default configuration or if that trial has no finite score. None
+        also for the points of a hypergradient search, for ``gputune.search`` and for searches of
+        scikit-learn's estimators, which do not run gputune's defaults.
+    """
+    best = best_trial(study)
+    default = next((trial for trial in study.trials if trial.origin == "default"), None)
+    if best is None or default is None or not math.isfinite(default.score):
+        return None
+    values = {field.name: getattr(default, field.name) for field in fields(Trial)}
+    return DefaultTrial(
+        **values,
+        best_score=best.score,
+        improvement=best.score - default.score,
+        improvement_std_error=_paired_std_error(best, default),
+    )
+
+
+def _paired_std_error(best: Trial, default: Trial) -> float:
+    """Return the standard error of the mean difference between two trials over the same folds."""
+    n_folds = len(best.fold_scores)
+    if n_folds < 2 or n_folds != len(default.fold_scores):
+        return math.nan
+    if not np.isfinite([best.fold_scores, default.fold_scores]).all():
+        return math.nan  # in a damaged file, whose means are finite all the same
+    differences = np.subtract(best.fold_scores, default.fold_scores)
+    return float(np.std(differences, ddof=1)) / math.sqrt(n_folds)
+
+
+def improvement_text(study: Study) -> str:
+    """Return the sentences that say whether tuning helped; "" if there is nothing to compare."""
+    default = default_trial(study)
+    if default is None or _trains_nothing_else(study):
+        return ""
+    if default.improvement <= 0:
+        return NO_IMPROVEMENT
+    measure = score_view(study).measure
+    scored_on = "on the same folds" if len(default.fold_scores) > 1 else "on the same rows"
+    gain = measure.size(default.improvement)
+    if math.isfinite(default.improvement_std_error):
+        error = measure.size(default.improvement_std_error)
+        n_folds = count(len(default.fold_scores), "fold")
+        gain = f"{gain} ± {error} (paired standard error over {n_folds})"
+    sentences = [
+        f"The default configuration (trial {default.number}) scores {measure.text(default.score)} {scored_on},",
+        f"the best trial {measure.text(default.best_score)}: an improvement of {gain}.",
+    ]
+    if remark := shorter_training(default):
+        sentences.append(remark)
+    return " ".join(sentences)
+
+
+def shorter_training(default: DefaultTrial) -> str:
+    """Return a remark on a default trial that did not train to the end; "" if it did."""
+    states = {"pruned": "pruned", "stopped": "cut short"}
+    if default.state not in states:
+        return ""
+    return f"The default was {states[default.state]}, so its score is from a shorter training."
+
+
+def improvement_json(study: Study) -> Json | None:
+    """Return the comparison with the default as plain values, null for NaN; None if there is none."""
+    default = default_trial(study)
+    if default is None:
+        return None
+    error = default.improvement_std_error
+    return {
+        "number": default.number,
+        "state": default.state,
+        "score": default.score,
+        "best_score": default.best_score,
+        "improvement": default.improvement,
+        "improvement_std_error": error if math.isfinite(error) else None,
+    }
+
+
+def _trains_nothing_else(study: Study) -> bool:
+    """Return whether the default configuration is the only trial that has been trained."""
+    return sum(trial.state != "waiting" for trial in study.trials) < 2
