@@ -60,7 +60,7 @@ def own_state(tmp_path_factory, pytestconfig):
         patch.setattr("gputune.executors.worker.IDLE_SECONDS", 900)  # a worker that a test starts serves others
         # Waiting for the disk costs 50 ms a study, and no test cuts the power; intervals take most of a score's time.
         patch.setattr(database, "PRAGMAS", ("synchronous = OFF", *pragmas[1:]))
-        patch.setattr("gputune.cli.model._SAMPLES", 10)
+        patch.setattr("gputune.cli.held_out._SAMPLES", 10)
         if "simulated_cuda.torch_cuda" in sys.modules:  # whose binaries are none of a card
             patch.setattr("gputune.native.cuda.kept_binary", lambda name, source, make: make())
         if pytestconfig.getoption("--auto-gpu"):  # whatever is faster

@@ -3,162 +3,39 @@
 import csv
 import io
 import json
-import math
 import shutil
-import warnings
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from sklearn.metrics import get_scorer, get_scorer_names
-from torch import Tensor
-from torch.nn import functional
 
+from gputune.cli.held_out import HeldOut, held_out_score, labels_of, saved_loss
 from gputune.data.columns import Layout
 from gputune.data.files import line_of, read_columns, read_table
 from gputune.data.source import Source, read_source
 from gputune.data.target import check_target, refuse_missing
 from gputune.errors import InputError, warn
 from gputune.report.facts import check_place
-from gputune.scoring.estimators import fitted
-from gputune.scoring.losses import LOSS_OF_TASK, LOSSES
+from gputune.scoring.losses import LOSSES
 from gputune.scoring.metrics import has_positive_class, make_scoring
-from gputune.scoring.objective import Objective
-from gputune.scoring.scoring import Scoring
 from gputune.scratch import write_text
 from gputune.study.export import description
-from gputune.study.labels import class_codes, refuse_unknown
+from gputune.study.labels import refuse_unknown
 from gputune.study.model import TunedModel, load_model
 from gputune.study.module_source import class_from_file
-from gputune.text import Measure, clean, count, is_formula, measure_of, paragraph, table
+from gputune.text import clean, count, is_formula, measure_of, paragraph, table
 from gputune.types import Json, Task
 
-_SAMPLES, _SAMPLE_ROWS = 400, 20_000  # bootstrap samples, and rows of one at most: what takes a second or two
 _SCORES: dict[Task, tuple[str, ...]] = {  # beside the one of the search
     "binary": ("accuracy", "balanced_accuracy", "roc_auc", "neg_log_loss"),
     "multiclass": ("accuracy", "balanced_accuracy", "roc_auc_ovr", "neg_log_loss"),
     "regression": ("r2", "neg_mean_absolute_error", "neg_root_mean_squared_error"),
     "multilabel": ("accuracy",),
 }
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A held-out score in scikit-learn's sign."""
-
-    score: float  # NaN where there is none
-    rows: int
-    unseen: int = 0  # of a class that the search has not: wrong; balanced accuracy and probabilities leave them out
-    why: str = ""  # why there is no score
-    interval: tuple[float, float] | None = None  # of 95 % of bootstrap samples; None where few have a score
-    positive: object = None  # the class that the score is of; None: of none
-
-    def bounds(self, measure: Measure) -> str:
-        """Return the interval in words, "" where there is none."""
-        return " to ".join(sorted(map(measure.text, self.interval or ()), key=float))
-
-
-def _saved_loss(model: TunedModel) -> Objective | None:
-    """Return the loss of a module where it has a name, with its numbers; None for one of the user's own, in no file."""
-    loss = model.info.get("loss")  # of an augmented training it goes on with a comma
-    if loss is None or model.spec["kind"] != "module":
-        return None
-    name = loss.partition(",")[0] or LOSS_OF_TASK.get(model.task, "")
-    arguments = model.info.get("loss_arguments", {})
-    return Objective(name, binary=model.task == "binary", fixed=arguments) if name in LOSSES else None
-
-
-def held_out_score(
-    model: TunedModel, scoring: str, test: Source, *, positive: object = None, outputs: Tensor | None = None
-) -> HeldOut:
-    """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
-
-    ``positive`` is the class that it is of, None for none; ``outputs`` are the model's of the rows, where known.
-    """
-    rows, loss = len(test.X), _saved_loss(model) if scoring == "neg_loss" else None
-    if scoring == "neg_loss" and loss is None:
-        return HeldOut(math.nan, rows, why="a saved model holds no loss but one that has a name")
-    classes, y = _labels_of(model, test)
-    unseen, shown = 0 if model.classes is None else int((y >= len(model.classes)).sum()), None
-    try:
-        how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
-        shown = classes[how.positive] if classes and how.positive is not None else None
-        outputs = model._outputs(test.X) if outputs is None else outputs
-        outputs, target = _outputs_to_score(model, loss, outputs, torch.from_numpy(y))
-        if unseen:
-            how, outputs, target = _with_unseen(how, outputs, target, len(classes))
-        with warnings.catch_warnings(action="ignore"):  # of classes that no row is predicted as
-            score = _score(how, outputs, target)
-        if not math.isfinite(score):
-            raise ValueError("it is undefined on these rows")
-    except ValueError as error:  # what scikit-learn raises where a metric is undefined
-        return HeldOut(math.nan, rows, unseen, str(error).rstrip("."), positive=shown)
-    return HeldOut(score, rows, unseen, interval=_interval(how, outputs, target, score), positive=shown)
-
-
-def _labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray]:
-    """Return the classes, those of the held-out rows alone last, and the rows' codes; or [] and numbers."""
-    return ([], np.asarray(test.y, dtype=float)) if model.classes is None else class_codes(model.classes, test.y)
-
-
-def _outputs_to_score(model: TunedModel, loss: Objective | None, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return outputs and targets as scores take them; a loss takes those that it was trained on."""
-    if loss is not None and model.task == "regression":
-        there = y.numpy() if model.transform is None else model.transform.forward(y.numpy())
-        return outputs, torch.from_numpy((there - model.center) / model.scale)
-    if loss is not None:
-        return outputs.diff(dim=1) if loss.one_logit else outputs, y
-    if model.task == "multilabel" or model.classes is not None:
-        # The model's own logits, since those of rounded probabilities would tie, and break ties, otherwise.
-        return outputs, y
-    predicted = torch.from_numpy(model._predict(outputs))
-    return predicted if predicted.dim() > 1 else predicted[:, None], y
-
-
-def _with_unseen(how: Scoring, outputs: Tensor, y: Tensor, classes: int) -> tuple[Scoring, Tensor, Tensor]:
-    """Return what is scored where rows have a code that the outputs (n, K) lack, of so many classes in all."""
-    unseen = y >= outputs.shape[1]
-    if how.positive is not None:
-        return how, outputs, y.where(~unseen, 1 - how.positive)
-    # A class without a probability would be worth what a mean over classes, or a limit of the logarithm, makes of it.
-    if how.is_loss or how.name == "balanced_accuracy" or get_scorer(how.name)._response_method != "predict":
-        return how, outputs[~unseen], y[~unseen]
-    padded = functional.pad(outputs, (0, classes - outputs.shape[1]), value=-torch.inf)
-    return replace(how, classes=np.arange(classes)), padded, y
-
-
-def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
-    if how.of_outputs is not None:
-        return float(how.of_outputs(outputs, y))
-    if how.score is not None:
-        return float(how.score(outputs[None], y))
-    assert how.scorer is not None  # a Scoring has one of the two
-    if how.positive is not None and not (y == how.positive).any():
-        raise ValueError("none of these rows is of the positive class")  # scikit-learn says 0
-    outputs, codes = how.positive_last(outputs, y)
-    X = np.zeros((len(y), 1))  # of which a scorer that has a name reads nothing
-    return float(how.scorer(fitted(outputs, how.classes, X, X), X, codes.numpy()))
-
-
-def _interval(how: Scoring, outputs: Tensor, y: Tensor, score: float) -> tuple[float, float] | None:
-    """Return the bounds of 95 % of the scores of bootstrap samples; of many rows by smaller samples, scaled."""
-    rng, rows = np.random.default_rng(0), len(y)
-    size, scores = min(rows, _SAMPLE_ROWS), []
-    with warnings.catch_warnings(action="ignore"):  # of samples that lack a class
-        for _ in range(_SAMPLES):
-            sample = torch.from_numpy(rng.integers(0, rows, size))
-            with suppress(ValueError):
-                scores.append(_score(how, outputs[sample], y[sample]))
-    finite = [one for one in scores if math.isfinite(one)]
-    if len(finite) < _SAMPLES / 2:
-        return None
-    low, high = score + math.sqrt(size / rows) * (np.quantile(finite, (0.025, 0.975)) - score)
-    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -213,7 +90,7 @@ class Evaluation:
 
 def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object) -> Evaluation:
     """Return the scores of a model on rows with their target: those asked for, or the usual ones. Raises InputError."""
-    loss, task = _saved_loss(model), model.task
+    loss, task = saved_loss(model), model.task
     if task == "custom":
         raise InputError(
             "no score that has a name is of a custom target; gputune predict writes what the model returns."
@@ -224,7 +101,7 @@ def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, p
         what = f"scoring='neg_loss' is of a module and of a loss that has a name, {', '.join(LOSSES)}"
         raise InputError(f"{what}, and this model {was}; choose another, for example {_SCORES[task][-1]}.")
     outputs = model._outputs(test.X)
-    classes, y = _labels_of(model, test)
+    classes, y = labels_of(model, test)
     if model.classes is not None:
         refuse_unknown(classes, y, len(model.classes), f"column {test.target!r}")
     own, known, scores = str(model.info.get("scoring") or ""), get_scorer_names(), {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gputune.api.study import Study
-from gputune.cli.model import HeldOut
+from gputune.cli.held_out import HeldOut
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source

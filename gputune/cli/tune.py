@@ -16,7 +16,7 @@ import torch
 from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
 from gputune.cli.flags import in_flags
-from gputune.cli.model import HeldOut, held_out_score
+from gputune.cli.held_out import HeldOut, held_out_score
 from gputune.cli.options import options_of, typed_options
 from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
 from gputune.data.files import ARRAY_SUFFIXES

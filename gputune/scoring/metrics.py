@@ -1,4 +1,4 @@
-"""The scoring argument of a search: one score, or several, of which the first ranks; what any search has to beat."""
+"""The scoring argument of a search: one score, or several, of which the first ranks."""
 
 import inspect
 import math
@@ -8,14 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from gputune.data.dataset import Dataset
 from gputune.data.kinds import text_of
 from gputune.errors import InputError
 from gputune.scoring import scores
 from gputune.scoring.objective import Objective, qualified_name
-from gputune.scoring.scoring import Scorer, Scoring, outputs_of
+from gputune.scoring.scoring import Scorer, Scoring
 from gputune.text import count, did_you_mean
 from gputune.types import Task
 
@@ -226,66 +225,3 @@ def has_positive_class(scorer: Scorer) -> bool:
         except ValueError:  # it is for another kind of target, which it says better of the user's rows
             return False
     return not math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
-
-
-def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Mapping[str, str | float] | None:
-    """Return the ``answer`` in words and its mean ``score`` over the folds; None for a scorer of the user's own.
-
-    The answer is the share of each class, or the mean of the target, among the training rows of a fold; an accuracy
-    sees of it the most frequent class alone. For a score of one class it is one class for all rows where that scores
-    more. ``classes`` are the labels.
-    """
-    if ":" in scoring.name or scoring.of_outputs is not None:
-        return None
-    answer, score = "the share of each class in the training rows", _mean_score(data, scoring)
-    if data.task == "regression":
-        answer = "the mean of the training rows"
-    elif classes is not None and data.task != "multilabel" and scoring.score is scores.accuracy:
-        most = {int(torch.bincount(data.target[fold.train]).argmax()) for fold in data.folds}
-        # The folds may have other shares, and near balance.
-        answer = f"always {classes[most.pop()].item()!r}" if len(most) == 1 else _MOST_FREQUENT
-    if scoring.positive is not None and classes is not None:
-        # The best f1 without a model is that of the positive class for all rows.
-        labels = classes.tolist()
-        of_class = {f"always {label!r}": _mean_score(data, scoring, code) for code, label in enumerate(labels)}
-        best = max(of_class, key=of_class.__getitem__)
-        if of_class[best] >= score and len({*of_class.values()}) > 1:  # a score of ranks is the same for each
-            answer, score = best, of_class[best]
-    return {"answer": answer, "score": score} if math.isfinite(score) else None
-
-
-_MOST_FREQUENT = "the most frequent class of the training rows"
-_LOPSIDED = 0.8  # share of one class from which on an accuracy says little
-
-
-def _mean_score(data: Dataset, scoring: Scoring, always: int | None = None) -> float:
-    """Return the mean score over the folds of one answer for all rows; ``always`` is the code of a class."""
-    values = []
-    # The answer is in the target's own units.
-    data = replace(data, center=torch.zeros_like(data.center), scale=torch.ones_like(data.scale), transforms=())
-    for f, fold in enumerate(data.folds):
-        target = data.target[fold.train]
-        if data.task == "regression":
-            answer = target.view(len(target), -1).mean(0)
-        elif data.task == "multilabel":
-            answer = outputs_of(target.double().mean(0), data.task)
-        else:
-            share = torch.bincount(target, minlength=max(2, data.n_outputs)).double() / len(target)
-            if always is not None:
-                share = torch.zeros_like(share).index_fill_(0, torch.tensor(always, device=share.device), 1.0)
-            answer = outputs_of(share, data.task)
-        with warnings.catch_warnings(action="ignore"):  # of scores that one answer for all rows leaves undefined
-            values.append(scoring(data, f, answer.expand(1, len(fold.valid), -1))[0])
-    return float(torch.stack(values).mean())
-
-
-def remark_on_accuracy(baseline: Mapping[str, str | float] | None, scoring: Scoring) -> tuple[str, ...]:
-    """Return what to know of an accuracy that one class makes high."""
-    if baseline is None or scoring.score is not scores.accuracy or float(baseline["score"]) < _LOPSIDED:
-        return ()
-    answer, score = str(baseline["answer"]), f"{baseline['score']:.4f}"
-    two = scoring.classes is not None and len(scoring.classes) == 2
-    others = "roc_auc, average_precision" if two else "f1_macro, roc_auc_ovr"
-    tell = f"balanced_accuracy, {others} or neg_log_loss as scoring tell more"
-    # Of labels each has its own answer.
-    return (f"{answer} has an accuracy of {score} already: {tell}",) * answer.startswith("always")

@@ -92,6 +92,25 @@ class Scoring:
                 result = self._through_sklearn(data, fold, *self.positive_last(outputs, target), finite, member)
         return torch.where(finite & result.isfinite(), result, torch.nan)
 
+    def on_rows(self, outputs: Tensor, target: Tensor) -> float:
+        """Return the score of outputs (m, K) on rows with a target (m, ...), without a dataset.
+
+        Outputs are logits, or numbers in the target's own units. Scikit-learn's ValueError goes through.
+        """
+        if self.of_outputs is not None:
+            return float(self.of_outputs(outputs, target))
+        if self.score is not None:
+            return float(self.score(outputs[None], target)[0])
+        from gputune.scoring.estimators import fitted
+
+        assert self.scorer is not None  # a Scoring has one of the three
+        outputs, codes = self.positive_last(outputs, target)
+        y = codes.cpu().numpy()
+        if ":" in self.name and self.classes is not None and self.classes.ndim == 1:
+            y = self.classes[y]  # a scorer of the user's own sees labels
+        X = np.zeros((len(y), 1))  # scorers read nothing of the rows
+        return float(self.scorer(fitted(outputs.cpu(), self.classes, X, X), X, y))
+
     def _of_outputs(self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor) -> Tensor:
         assert self.of_outputs is not None
         if self.is_loss:

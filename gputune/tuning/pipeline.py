@@ -23,7 +23,8 @@ from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import draw, edge_remarks, notes
 from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
-from gputune.scoring.metrics import baseline, check_folds, has_function, remark_on_accuracy
+from gputune.scoring.baseline import baseline, remark_on_accuracy
+from gputune.scoring.metrics import check_folds, has_function
 from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring
 from gputune.study.code import remember

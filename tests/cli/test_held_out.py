@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.metrics import get_scorer, log_loss, roc_auc_score
+from sklearn.metrics import f1_score, get_scorer, log_loss, make_scorer, roc_auc_score
 
 import gputune
 from command_line import kinds, run, write_table
-from gputune.cli.model import held_out_score
+from gputune.cli.held_out import held_out_baseline, held_out_score
 from gputune.data.source import read_source
 from study_models import make_model
 
@@ -125,7 +126,7 @@ def test_an_unknown_class_is_not_the_positive_one_and_has_no_mean_or_probability
 
 def test_an_interval_holds_the_scores_of_bootstrap_samples(monkeypatch):
     """A binomial share: of an accuracy a over n rows 95 % lie within about 1.96 sqrt(a (1 - a) / n)."""
-    monkeypatch.setattr("gputune.cli.model._SAMPLES", 400)
+    monkeypatch.setattr("gputune.cli.held_out._SAMPLES", 400)
     rng = np.random.default_rng(1)
     for rows in (400, 60_000):  # of many rows smaller samples are drawn, and their spread is scaled
         y, right = np.repeat([0, 1], rows // 2), rng.random(rows) < 0.8
@@ -173,3 +174,35 @@ def test_the_command_calibrates_where_that_is_asked_or_the_log_loss_ranks(tmp_pa
     assert gputune.load_model(tmp_path / "loss" / "model").temperature != 1
     code, _, err = run(*words, "--target", "price", "--calibrate", "--out", tmp_path / "no")
     assert code == 2 and "--calibrate is for one class to be predicted, and the target is" in err
+
+
+@pytest.mark.parametrize("scoring", ["accuracy", "f1_macro", "neg_log_loss", "f1"])
+def test_the_best_constant_of_the_other_rows_is_scored_on_the_held_out_rows(scoring):
+    y = LABELS[(np.arange(60) % 3 == 0).astype(int)]  # two thirds are "ant"
+    _, model = fitted(y)
+    positive = "bee" if scoring == "f1" else None
+    rest, test = read_source(X[:40], y[:40]), read_source(X[40:], y[40:])
+    answer, score = held_out_baseline(model, scoring, rest, test, positive=positive)
+    strategy = {"strategy": "constant", "constant": "bee"} if scoring == "f1" else {"strategy": "prior"}
+    dummy = DummyClassifier(**strategy).fit(X[:40], y[:40])
+    scorer = make_scorer(f1_score, pos_label="bee") if scoring == "f1" else get_scorer(scoring)
+    assert score == pytest.approx(scorer(dummy, X[40:], y[40:]), abs=1e-12)
+    names = {"accuracy": "always 'ant'", "f1": "always 'bee'"}
+    assert answer == names.get(scoring, "the share of each class in the training rows")
+
+
+def test_the_constant_of_numbers_and_rows_of_an_unseen_class():
+    y = X[:, 0] ** 3
+    rest, test = read_source(X[:40], y[:40]), read_source(X[40:], y[40:])
+    _, model = fitted(y, LinearRegression)
+    answer, score = held_out_baseline(model, "neg_mean_absolute_error", rest, test)
+    assert (answer, score) == (
+        "the median of the training rows",
+        pytest.approx(-np.abs(y[40:] - np.median(y[:40])).mean()),
+    )
+    labels = LABELS[np.r_[np.arange(40) % 2, np.full(20, 2)]]
+    labels[40:50] = "ant"
+    _, model = fitted(labels[:40].repeat(2)[:60])
+    rest, test = read_source(X[:39], labels[:39]), read_source(X[40:], labels[40:])
+    assert held_out_baseline(model, "accuracy", rest, test) == ("always 'ant'", 0.5)
+    assert held_out_baseline(model, "neg_loss", rest, test) is None

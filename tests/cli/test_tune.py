@@ -20,7 +20,7 @@ from sklearn.metrics import f1_score
 import gputune
 from command_line import FAST, NET, kinds, output, refusal, run, searched, write_table
 from gputune.cli import tune
-from gputune.cli.model import HeldOut
+from gputune.cli.held_out import HeldOut
 from gputune.cli.summary import Ending, summary_text
 from gputune.data.folds import hold_out
 from gputune.data.source import Source, read_again, read_apart, read_source

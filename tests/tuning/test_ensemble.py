@@ -15,8 +15,8 @@ from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
 import gputune
+from gputune.cli.held_out import HeldOut
 from gputune.cli.main import main
-from gputune.cli.model import HeldOut
 from gputune.cli.summary import ensemble_words
 from gputune.population.population import Ensemble
 from gputune.study.export import WholeModel

@@ -1,0 +1,159 @@
+"""The score of a saved model on rows that were held out, and that of the best answer without a model."""
+
+import math
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from sklearn.metrics import get_scorer
+from torch import Tensor
+from torch.nn import functional
+
+from gputune.data.source import Source
+from gputune.scoring.baseline import best_constant
+from gputune.scoring.losses import LOSS_OF_TASK, LOSSES
+from gputune.scoring.metrics import make_scoring
+from gputune.scoring.objective import Objective
+from gputune.scoring.scoring import Scoring
+from gputune.study.labels import class_codes
+from gputune.study.model import TunedModel
+from gputune.text import Measure
+
+_SAMPLES, _SAMPLE_ROWS = 400, 20_000  # bootstrap samples, and rows of one at most: what takes a second or two
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out score in scikit-learn's sign."""
+
+    score: float  # NaN where there is none
+    rows: int
+    unseen: int = 0  # of a class that the search has not: wrong; balanced accuracy and probabilities leave them out
+    why: str = ""  # why there is no score
+    interval: tuple[float, float] | None = None  # of 95 % of bootstrap samples; None where few have a score
+    positive: object = None  # the class that the score is of; None: of none
+
+    def bounds(self, measure: Measure) -> str:
+        """Return the interval in words, "" where there is none."""
+        return " to ".join(sorted(map(measure.text, self.interval or ()), key=float))
+
+
+def saved_loss(model: TunedModel) -> Objective | None:
+    """Return the loss of a module where it has a name, with its numbers; None for one of the user's own, in no file."""
+    loss = model.info.get("loss")  # of an augmented training it goes on with a comma
+    if loss is None or model.spec["kind"] != "module":
+        return None
+    name = loss.partition(",")[0] or LOSS_OF_TASK.get(model.task, "")
+    arguments = model.info.get("loss_arguments", {})
+    return Objective(name, binary=model.task == "binary", fixed=arguments) if name in LOSSES else None
+
+
+def held_out_score(
+    model: TunedModel, scoring: str, test: Source, *, positive: object = None, outputs: Tensor | None = None
+) -> HeldOut:
+    """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
+
+    ``positive`` is the class that it is of, None for none; ``outputs`` are the model's of the rows, where known.
+    """
+    rows, loss = len(test.X), saved_loss(model) if scoring == "neg_loss" else None
+    if scoring == "neg_loss" and loss is None:
+        return HeldOut(math.nan, rows, why="a saved model holds no loss but one that has a name")
+    classes, y = labels_of(model, test)
+    unseen, shown = 0 if model.classes is None else int((y >= len(model.classes)).sum()), None
+    try:
+        how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
+        shown = classes[how.positive] if classes and how.positive is not None else None
+        outputs = model._outputs(test.X) if outputs is None else outputs
+        outputs, target = _outputs_to_score(model, loss, outputs, torch.from_numpy(y))
+        if unseen:
+            how, outputs, target = _with_unseen(how, outputs, target, len(classes))
+        with warnings.catch_warnings(action="ignore"):  # of classes that no row is predicted as
+            score = _score(how, outputs, target)
+        if not math.isfinite(score):
+            raise ValueError("it is undefined on these rows")
+    except ValueError as error:  # what scikit-learn raises where a metric is undefined
+        return HeldOut(math.nan, rows, unseen, str(error).rstrip("."), positive=shown)
+    return HeldOut(score, rows, unseen, interval=_interval(how, outputs, target, score), positive=shown)
+
+
+def held_out_baseline(
+    model: TunedModel, scoring: str, rest: Source, test: Source, *, positive: object = None
+) -> tuple[str, float] | None:
+    """Return the best answer without a model, in words, and its score on the held-out rows.
+
+    The answer is a constant that is fitted on ``rest``, the rows of the search. The result is None if no such constant
+    is known, or if its score is undefined on the held-out rows.
+    """
+    if scoring == "neg_loss" or model.task == "custom":
+        return None
+    _, codes = labels_of(model, rest)
+    classes, y = labels_of(model, test)
+    target = torch.from_numpy(y)
+    try:
+        how = make_scoring(scoring, model.task, model.classes, positive, n_labels=y.shape[-1])
+        constant = best_constant(how, model.task, torch.from_numpy(codes), classes=model.classes)
+        if constant is None:
+            return None
+        outputs = constant.outputs.expand(len(y), -1)
+        if model.classes is not None and (y >= len(model.classes)).any():
+            how, outputs, target = _with_unseen(how, outputs, target, len(classes))
+        with warnings.catch_warnings(action="ignore"):  # scores that a constant leaves undefined
+            score = _score(how, outputs, target)
+    except ValueError:  # raised by scikit-learn where a metric is undefined
+        return None
+    return (constant.answer, score) if math.isfinite(score) else None
+
+
+def labels_of(model: TunedModel, test: Source) -> tuple[list[object], np.ndarray]:
+    """Return the classes, those of the held-out rows alone last, and the rows' codes; or [] and numbers."""
+    return ([], np.asarray(test.y, dtype=float)) if model.classes is None else class_codes(model.classes, test.y)
+
+
+def _outputs_to_score(model: TunedModel, loss: Objective | None, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs and targets as scores take them; a loss takes those that it was trained on."""
+    if loss is not None and model.task == "regression":
+        there = y.numpy() if model.transform is None else model.transform.forward(y.numpy())
+        return outputs, torch.from_numpy((there - model.center) / model.scale)
+    if loss is not None:
+        return outputs.diff(dim=1) if loss.one_logit else outputs, y
+    if model.task == "multilabel" or model.classes is not None:
+        # The model's own logits, since those of rounded probabilities would tie, and break ties, otherwise.
+        return outputs, y
+    predicted = torch.from_numpy(model._predict(outputs))
+    return predicted if predicted.dim() > 1 else predicted[:, None], y
+
+
+def _with_unseen(how: Scoring, outputs: Tensor, y: Tensor, classes: int) -> tuple[Scoring, Tensor, Tensor]:
+    """Return what is scored where rows have a code that the outputs (n, K) lack, of so many classes in all."""
+    unseen = y >= outputs.shape[1]
+    if how.positive is not None:
+        return how, outputs, y.where(~unseen, 1 - how.positive)
+    # A class without a probability would be worth what a mean over classes, or a limit of the logarithm, makes of it.
+    if how.is_loss or how.name == "balanced_accuracy" or get_scorer(how.name)._response_method != "predict":
+        return how, outputs[~unseen], y[~unseen]
+    padded = functional.pad(outputs, (0, classes - outputs.shape[1]), value=-torch.inf)
+    return replace(how, classes=np.arange(classes)), padded, y
+
+
+def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
+    if how.scorer is not None and how.positive is not None and not (y == how.positive).any():
+        raise ValueError("none of these rows is of the positive class")  # scikit-learn says 0
+    return how.on_rows(outputs, y)
+
+
+def _interval(how: Scoring, outputs: Tensor, y: Tensor, score: float) -> tuple[float, float] | None:
+    """Return the bounds of 95 % of the scores of bootstrap samples; of many rows by smaller samples, scaled."""
+    rng, rows = np.random.default_rng(0), len(y)
+    size, scores = min(rows, _SAMPLE_ROWS), []
+    with warnings.catch_warnings(action="ignore"):  # of samples that lack a class
+        for _ in range(_SAMPLES):
+            sample = torch.from_numpy(rng.integers(0, rows, size))
+            with suppress(ValueError):
+                scores.append(_score(how, outputs[sample], y[sample]))
+    finite = [one for one in scores if math.isfinite(one)]
+    if len(finite) < _SAMPLES / 2:
+        return None
+    low, high = score + math.sqrt(size / rows) * (np.quantile(finite, (0.025, 0.975)) - score)
+    return float(low), float(high)
