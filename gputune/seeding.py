@@ -1,14 +1,16 @@
 """One independent random stream for every use, so that no draw depends on how many others were made."""
 
 import hashlib
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 GLOBAL_DRAWS = threading.RLock()
-"""Held while torch's own generator, which is one for all threads, is at a stream of ours or draws for us."""
+"""Held while a generator that all threads share (torch, Python, NumPy) is at a stream of ours or draws for us."""
 
 
 def stream_seed(seed: int, *key: object) -> int:
@@ -30,20 +32,60 @@ def stream(seed: int, *key: object) -> torch.Generator:
 
 
 @contextmanager
-def keyed_draws(device: torch.device, seed: int, *key: object) -> Iterator[None]:
-    """Let torch's own generator draw from the stream of ``key`` inside, and go on as before outside.
+def keyed_draws(device: torch.device, seed: int, *key: object, host: bool = False) -> Iterator[None]:
+    """Let torch's own generator draw from the stream of ``key`` inside, and continue as before outside.
 
-    One thread at a time, since there is one generator: for what takes no other, as modules and dropout do not.
+    Threads take turns, because they share this generator. It serves modules and dropout, which take no other one.
+
+    Args:
+        device: The device that draws. The CPU's generator is always included.
+        seed: The seed of the search.
+        *key: The use of the draws, for example ``"dropout", epoch, step``.
+        host: Whether the generators of Python and NumPy draw from streams of ``key`` as well.
     """
-    with GLOBAL_DRAWS, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        start_stream(device, seed, *key)
+    devices = [device] if device.type == "cuda" else []
+    with GLOBAL_DRAWS, torch.random.fork_rng(devices), _host_put_back(host):
+        start_stream(device, seed, *key, host=host)
         yield
 
 
-def start_stream(device: torch.device, seed: int, *key: object) -> None:
-    """Let torch's own generator draw from the stream of ``key`` from now on: within ``keyed_draws`` alone."""
+def start_stream(device: torch.device, seed: int, *key: object, host: bool = False) -> None:
+    """Let torch's own generator draw from the stream of ``key`` from now on. Call it only inside ``keyed_draws``."""
     # Not torch.manual_seed(): that seeds the generators of all devices, and those would not be put back.
     torch.default_generator.manual_seed(stream_seed(seed, *key))
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(stream_seed(seed, *key))
+    if host:
+        number = stream_seed(seed, "host", *key)
+        random.seed(number)
+        np.random.seed([number >> 32, number & 0xFFFFFFFF])  # NumPy takes words of 32 bits
+
+
+@contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """Let the generators of Python, NumPy and torch start at ``seed`` inside, and put them back afterwards.
+
+    A thread that wants the generators meanwhile, in another search, waits until this one is done with them.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with GLOBAL_DRAWS, torch.random.fork_rng(devices), _host_put_back(True):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _host_put_back(wanted: bool) -> Iterator[None]:
+    """Give the generators of Python and NumPy the state back that they have now, if that is wanted."""
+    if not wanted:
+        yield
+        return
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

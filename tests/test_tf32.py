@@ -37,6 +37,19 @@ def test_it_is_set_inside_alone():
     assert MATMUL.fp32_precision == before
 
 
+def test_searches_in_two_threads_leave_it_as_it_was():
+    """The one that began first ends first."""
+    before = MATMUL.fp32_precision
+    first = matrix_products(tf32=True)
+    second = matrix_products(tf32=True)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert MATMUL.fp32_precision == "tf32"
+    second.__exit__(None, None, None)
+    assert MATMUL.fp32_precision == before
+
+
 @pytest.mark.parametrize("tf32", [True, False])
 @pytest.mark.parametrize("method", ["random", "hypergradient"])
 def test_a_search_and_its_best_model_train_with_it(tf32, method, monkeypatch):

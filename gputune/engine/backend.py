@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -218,21 +219,35 @@ def trains_as(
     return backend if config["optimizer"] in RULES else "eager"
 
 
+# The setting belongs to the process. Searches in several threads may end in any order: the last one puts it back.
+_TF32 = threading.Lock()
+_tf32_users = 0
+_before_tf32 = "none"
+
+
 @contextmanager
 def matrix_products(*, tf32: bool) -> Iterator[None]:
     """Let matrix products of a GPU round their factors to TF32 (10 bits of mantissa) inside; as set before otherwise.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
     """
+    global _tf32_users, _before_tf32
+    if not tf32:
+        yield
+        return
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if tf32:
+    with _TF32:
+        if not _tf32_users:
+            _before_tf32 = matmul.fp32_precision
+        _tf32_users += 1
         matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        if tf32:
-            matmul.fp32_precision = before
+        with _TF32:
+            _tf32_users -= 1
+            if not _tf32_users:
+                matmul.fp32_precision = _before_tf32
 
 
 @contextmanager

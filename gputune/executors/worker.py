@@ -7,7 +7,6 @@ each, in a folder that every worker reads: a rule that compares a trial with the
 import io
 import math
 import os
-import random
 import re
 import signal
 import sys
@@ -25,11 +24,11 @@ from typing import Literal, NamedTuple, TypeVar, cast
 
 import cloudpickle
 import numpy as np
-import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 from numpy.typing import NDArray
 
 from gputune.engine.stop import Stop
+from gputune.seeding import seeded_generators
 from gputune.types import Config
 
 Value = TypeVar("Value")
@@ -269,7 +268,7 @@ class Task:
         begin, report, error, score = time.monotonic(), Report(self, number), "", math.nan
         self.reports.write(number, (), ended=False)
         try:
-            with _seed_generators(self.seed):
+            with seeded_generators(self.seed):
                 score = self.sign * _number(self.objective(dict(params), report), "what the objective returns")
         except TrialEnd:
             pass
@@ -290,21 +289,6 @@ def _number(value: object, name: str) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
-
-
-@contextmanager
-def _seed_generators(seed: int) -> Iterator[None]:
-    """Let the generators of Python, NumPy and torch begin alike in every trial, and put them back."""
-    before = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
 
 
 def call_in_worker(path: str, trial: Trial, _place: object) -> Sequence[Ending]:

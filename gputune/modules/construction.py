@@ -37,7 +37,7 @@ def build_module(builder: Builder, arguments: Config, shape: Shape, *, seed: int
     # A constructor may draw on the current GPU, where this process has used one; saving the state of any other's
     # generator would make a context there, some hundred megabytes.
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
-    with keyed_draws(device, seed, "module"), torch.device("cpu"), ExitStack() as after:
+    with keyed_draws(device, seed, "module", host=True), torch.device("cpu"), ExitStack() as after:
         after.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)  # what a constructor draws must not depend on it
         module = construct(builder, words, columns)
@@ -134,7 +134,7 @@ def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: 
     """Call a module's ``start_from(*inputs, y)``, if it is not None, under a stream of its own. Raises InputError."""
     if (begin := getattr(module, "start_from", None)) is None:
         return
-    with keyed_draws(y.device, seed, "start_from"), torch.no_grad():
+    with keyed_draws(y.device, seed, "start_from", host=True), torch.no_grad():
         try:
             begin(*inputs, y)
         except Exception as error:

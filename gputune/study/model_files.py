@@ -259,7 +259,7 @@ def _build(module_class: Builder, members: _Members, known: Json) -> list[nn.Mod
         names = layout.names
     modules = []
     # Its start is thrown away, the caller's stream is not.
-    with keyed_draws(torch.device("cpu"), 0, "load"):
+    with keyed_draws(torch.device("cpu"), 0, "load", host=True):
         for sizes, arguments in members:
             modules.append(module := construct(module_class, call_arguments(module_class, sizes, arguments)))
             materialise(module, kinds or [(sizes["input_shape"], torch.float32)], names)

@@ -18,6 +18,8 @@ from scipy.stats import loguniform, randint
 
 import gputune
 from forked import Fork
+from gputune.modules.construction import build_module
+from gputune.population.population import Shape
 from refused import refused
 
 SPACE = {"lr": loguniform(1e-3, 1.0), "layers": [(32, 16), (8,)]}
@@ -74,6 +76,56 @@ def test_workers_find_what_this_process_finds():
     search(objective)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == (before[0], before[2])
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def draw_all():
+    return torch.rand(()).item() + np.random.rand() + random.random()
+
+
+def search_in_another_thread():
+    """Its only trial is not done yet when the first thread draws again."""
+
+    def objective(params, report):
+        draw_all()
+        time.sleep(0.2)
+        return draw_all()
+
+    search(objective, n_trials=1, random_state=1)
+
+
+def build_in_another_thread():
+    """A tune makes a module there, which draws from all three generators."""
+
+    def build(n_features, n_outputs):
+        draw_all()
+        return torch.nn.Linear(n_features, n_outputs)
+
+    build_module(build, {}, Shape(3, 2), seed=1)
+
+
+@pytest.mark.parametrize("call", [search_in_another_thread, build_in_another_thread])
+def test_a_search_draws_the_same_numbers_next_to_another_thread(call):
+    """Each trial waits between two draws, which gives the other thread the time to draw."""
+    is_between = threading.Event()
+    has_ended = threading.Event()
+
+    def objective(params, report):
+        first = draw_all()
+        is_between.set()
+        has_ended.wait(0.15)
+        return params["lr"] + first - draw_all()
+
+    def run_call():
+        assert is_between.wait(60)
+        call()
+        has_ended.set()
+
+    thread = threading.Thread(target=run_call)
+    thread.start()
+    together = search(objective, n_trials=3)
+    thread.join()
+    alone = search(objective, n_trials=3)
+    assert [trial.score for trial in together.trials] == [trial.score for trial in alone.trials]
 
 
 @pytest.mark.parametrize("method", ["halving", "median"])
