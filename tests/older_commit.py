@@ -21,7 +21,7 @@ import torch
 
 import gputune
 
-NET = '''
+NET = """
 import torch
 from torch import nn
 
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.last(torch.tanh(self.norm(self.first(x))))
-'''
+"""
 
 _SMALL = "--trials 5 --epochs 6 --cv 3 --scoring neg_log_loss --workers 1 --memory 1KB --quiet".split()
 _MODULE = ["--model", "net.py:Net", "--space", "lr=1e-3..1e-1:log", "module__hidden=4,8", "--dtype", "float64"]
@@ -69,7 +69,13 @@ def objective(params, report):
     return score
 
 
-LOOP = {"direction": "maximize", "space": {"x": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]}, "n_trials": 5, "workers": 1, "verbose": 0}
+LOOP = {
+    "direction": "maximize",
+    "space": {"x": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]},
+    "n_trials": 5,
+    "workers": 1,
+    "verbose": 0,
+}
 """The arguments of the search of a custom training loop."""
 
 

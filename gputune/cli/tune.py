@@ -66,6 +66,9 @@ def tune(arguments: argparse.Namespace) -> str:
         return _Run(arguments, recorded, out / STUDY, begin, profile).finish()
 
 
+FINAL_MODEL = ("ensemble", "intervals", "calibrate")
+"""Flags that say how the model is made that a search saves at its end. The study holds them."""
+
 train = tune  # one configuration, which is an included trial of a search that draws none
 
 
@@ -98,16 +101,36 @@ class _Run:
     profile: Profile
 
     def __post_init__(self) -> None:
-        arguments, rest, options = self.arguments, self.recorded.source, self.recorded.options
+        rest = self.recorded.source
+        options = self.recorded.options
         self.place = options.study or self.shown
         # Only the command ``tune`` keeps rows apart, and a model beside the study.
         self.keeps_model = "test_size" in (rest.origin or {})
         self.folder = model_folder(self.place)
-        saved = _read_description(self.folder) if arguments.command == "resume" else {}
-        self.has_ensemble = bool(getattr(arguments, "ensemble", None)) or "ensemble" in saved.get("spec", {})
-        self.intervals = bool(arguments.intervals) or saved.get("residuals") is not None
-        self.calibrate = True if arguments.calibrate or saved.get("temperature", 1.0) != 1.0 else None
-        _check_extras(rest, options, intervals=self.intervals, calibrate=bool(self.calibrate))
+        final_model = self._final_model()
+        self.recorded = replace(self.recorded, final_model=final_model)
+        self.has_ensemble = final_model["ensemble"]
+        self.intervals = final_model["intervals"]
+        # None leaves the choice to ``best_model``: it calibrates where the log loss ranks the trials.
+        self.calibrate = True if final_model["calibrate"] else None
+        _check_extras(rest, options, intervals=self.intervals, calibrate=final_model["calibrate"])
+
+    def _final_model(self) -> dict[str, bool]:
+        """Return the options of the model to save: those typed, and in a resume those that the study was begun with.
+
+        Studies of earlier versions do not hold them. There the saved model tells, if there is one.
+        """
+        typed = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
+        if self.arguments.command != "resume":
+            return typed
+        saved = _read_description(self.folder)
+        of_saved_model = {
+            "ensemble": "ensemble" in saved.get("spec", {}),
+            "intervals": saved.get("residuals") is not None,
+            "calibrate": saved.get("temperature", 1.0) != 1.0,
+        }
+        stored = self.recorded.final_model
+        return {name: typed[name] or stored.get(name, of_saved_model.get(name, False)) for name in typed}
 
     def finish(self) -> str:
         """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""

@@ -270,6 +270,9 @@ def open_ledger(path: str | Path | None, record: SearchRecord, store: Store | No
                 f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(words)}. "
                 "Give this search a path of its own, or repeat the first call's arguments."
             )
+        arguments = there.arguments.updated(record.arguments)
+        if arguments != there.arguments and "arguments" not in there.absent:
+            store.replace_option("arguments", vars(arguments))
         ledger = Ledger(store, claims)
         yield ledger
     final = sum(result.state != "stopped" for result in ledger.results.values())

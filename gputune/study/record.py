@@ -9,7 +9,7 @@ such values, or an object of forms by key: those that end in "?" may be missing,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,7 @@ SOURCE = {
 METRICS = [{"name": str, "scorer": str, "positive": (str, bool, float, None)}]
 ARGUMENTS = {
     "kept": dict, "space": ([dict], None), "folds": [[str]], "lacking": [str], "callbacks": [str],
+    "final_model?": {"": bool},
 }  # fmt: skip
 
 
@@ -46,6 +47,8 @@ class Arguments:
     folds       packed
     lacking     what a file cannot hold and the search needs, in words
     callbacks   those that will not be called again
+    final_model  options of the command line for the model that it saves at the end: "ensemble", "intervals" and
+                "calibrate"; empty in studies of Python and of earlier versions
     """
 
     kept: Json = field(default_factory=dict)
@@ -53,6 +56,20 @@ class Arguments:
     folds: list[list[str]] = field(default_factory=list)
     lacking: Sequence[str] = ()
     callbacks: Sequence[str] = ()
+    final_model: dict[str, bool] = field(default_factory=dict)
+
+    def updated(self, latest: Self) -> Self:
+        """Return these arguments with the latest call's options of the final model and of the end of the search.
+
+        A search that is stopped again then resumes with what its last call was given.
+        """
+        ending = {name: latest.kept[name] for name in _ENDING if name in self.kept and name in latest.kept}
+        final_model = latest.final_model or self.final_model
+        return replace(self, kept={**self.kept, **ending}, final_model=final_model)
+
+
+_ENDING = ("target_score", "patience_trials")
+"""Options that decide where a search ends, and that a resume may change."""
 
 
 @dataclass(frozen=True)

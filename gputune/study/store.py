@@ -116,7 +116,11 @@ class Store(AbstractContextManager["Store"]):
 
     def note(self, notes: Iterable[str]) -> None:
         """Add notes, those that are not there yet, to the option of that name."""
-        key, value = option_to_row("notes", list(dict.fromkeys([*self.meta["notes"], *notes])))
+        self.replace_option("notes", list(dict.fromkeys([*self.meta["notes"], *notes])))
+
+    def replace_option(self, name: str, option: object) -> None:
+        """Write a new value of an option that the file has."""
+        key, value = option_to_row(name, option)
         self._check_place()
         with transaction(self._connection, self.path):
             change = "UPDATE meta SET value = ?, checksum = ? WHERE key = ?"

@@ -96,6 +96,8 @@ def search(
             remember_what_runs(problem.choice, options)
             training = _training(setup, context)
             record = _record(setup, context)
+            arguments = replace(record.arguments, final_model=dict(recorded.final_model))
+            record = replace(record, arguments=arguments)
             progress.say(problem.in_words())
             for note in (*problem.remarks(), *(record.notes if say_notes else ())):
                 progress.say(f"note: {note}")

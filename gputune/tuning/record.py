@@ -132,6 +132,7 @@ class RecordedSearch:
     """A search as it was begun.
 
     ``test`` are the rows that it held out, if it did; ``outputs`` those of its trials by number that no file keeps.
+    ``final_model`` has the options of the model that the command line saves at the end, see ``Arguments``.
     """
 
     choice: ModelChoice
@@ -139,6 +140,7 @@ class RecordedSearch:
     options: Options
     test: Source | None = None
     outputs: Mapping[int, Outputs] = field(default_factory=dict)
+    final_model: Mapping[str, bool] = field(default_factory=dict)
 
 
 def recorded_search(
@@ -177,7 +179,7 @@ def recorded_search(
             raise UntrustedCodeError(f"the study names the Ray cluster {workers.address!r}, {why} from this machine.")
     space, folds = space_from_json(arguments.space or ()), unpack_folds(arguments.folds)
     options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
-    return RecordedSearch(choice, source, options, test)
+    return RecordedSearch(choice, source, options, test, final_model=arguments.final_model)
 
 
 def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:

@@ -88,9 +88,7 @@ def test_a_killed_search_of_an_older_commit_resumes(archive, name, monkeypatch):
     code, _, err = run("resume", folder, "--trust-code", "--quiet")
     assert (code, err) == (0, "")
     assert not folder.joinpath("study.db.state").exists()
-    _assert_same_table(
-        gputune.Study.open(folder / "study.db"), RECORDED["tables"][name], float64=_is_float64(name)
-    )
+    _assert_same_table(gputune.Study.open(folder / "study.db"), RECORDED["tables"][name], float64=_is_float64(name))
     predictions = gputune.load_model(folder / "model", trust_code=True).predict_proba(older_commit.rows())
     _assert_equal(predictions, RECORDED["predictions"][name], float64=_is_float64(name))
 
