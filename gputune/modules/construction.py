@@ -105,7 +105,8 @@ def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Mod
         if not isinstance(module, nn.Module):
             kind = type(module).__name__
             raise InputError(f"model: {name} must return a torch.nn.Module, got {kind}; return the module.")
-        if "_parameters" in vars(module):
+        # A module that torch.jit.trace made has its parameters elsewhere.
+        if "_parameters" in vars(module) or isinstance(module, torch.jit.ScriptModule):
             is_compiled = type(module).__name__ == "OptimizedModule"
             inner = module._orig_mod if is_compiled else module
             assert isinstance(inner, nn.Module)

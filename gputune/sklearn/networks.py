@@ -249,7 +249,7 @@ class TrainedEstimator(FusedEstimator):
         weight = next(self.module_.parameters())
         rows = max(1, min(ROWS, NUMBERS // sum(part[0].numel() for part in arrays.parts)))
         found = []
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode, on whose tensors TorchScript fails
             for block in zip(*(torch.split(part, rows) for part in arrays.parts)):
                 scaled = [x if of is None else of(x[None], slice(0, 1))[0] for x, of in zip(block, self._scaling)]
                 # Floats are given in the precision of the module's weights.

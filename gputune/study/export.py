@@ -115,6 +115,12 @@ class WholeModel(nn.Module):
         values += [member for value in values if isinstance(value, dict) for member in value.values()]
         values += [member for value in values if isinstance(value, list) for member in value]
         graphs = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
+        if any(isinstance(part, torch.jit.ScriptModule) for part in model.module.modules()):
+            name = type(model.module).__name__
+            raise InputError(
+                f"{name} cannot be exported: it has a part that TorchScript compiled, which torch.export "
+                "does not read. Leave out torch.jit in the function that makes it, and search again."
+            )
         self.network = copy.deepcopy(model.module, {id(value): value.detach() for value in graphs}).cpu().eval()
         self.network.requires_grad_(False)  # what it predicts is numbers, which numpy() reads
         self.dtype, self.task, self.transform = model.dtype, model.task, model.transform

@@ -206,7 +206,7 @@ def _predict(module: nn.Module, data: Dataset, fold: int) -> Tensor:
 
 def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
     """Return what a member predicts of rows on the CPU, (m, K) float64: probabilities, or outputs of a regression."""
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode, on whose tensors TorchScript fails
         output = first_output(call_module(module, inputs, data.names))
         return _values(output.double().view(len(inputs[0]), -1).to(data.device), data)
 
