@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.data.ragged import refuse_ragged
 from gputune.errors import InputError
 from gputune.types import TENSOR_NUMBERS, Json
 
@@ -124,8 +125,8 @@ def _tensor(value: np.ndarray | Tensor, label: str) -> Tensor:
 
 def refuse_kind(value: Tensor, label: str) -> None:
     """Raise InputError for a tensor that is not dense, real numbers of 16 bits or more in some memory."""
+    refuse_ragged(value, label)
     for is_bad, words in (
-        (value.is_nested, f"is a nested tensor, whose rows are of unlike shapes; pass {label}.to_padded_tensor(0.0)"),
         (value.layout is not torch.strided, "is a sparse tensor, and only dense input is supported; pass "
                                             f"{label}.to_dense()"),
         (value.is_meta, "lies on the device 'meta', which holds no values; pass one that has them"),
@@ -154,6 +155,7 @@ class ArrayLayout:
 
     def raw(self, X: object) -> Arrays:
         """Return X as the arrays that were seen in training; InputError for other names, shapes or kinds."""
+        refuse_ragged(X, "X")
         arrays = X if isinstance(X, Arrays) else as_arrays(X)
         if arrays is None:
             try:

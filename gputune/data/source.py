@@ -18,6 +18,7 @@ from gputune.data.columns import checked_tensor
 from gputune.data.files import ARRAY_SUFFIXES, line_of, pick_arrays, read_table
 from gputune.data.folds import hold_out, parse_cv
 from gputune.data.kinds import Kind, checked_labels
+from gputune.data.ragged import refuse_ragged
 from gputune.data.table import Table, as_rows, as_table, is_image, quoted, refuse_lists, refuse_loader, split_target
 from gputune.data.target import Target, TaskWord, check_target, refuse_missing, target_array
 from gputune.errors import InputError
@@ -143,6 +144,8 @@ def read_source(
             return _read_table_file(X, y, groups, drop, kinds)
         _refuse_columns(drop, kinds)
         return _read_arrays(Path(X), y, groups, module=module)
+    for name, value in (("X", X), ("y", y), ("groups", groups)):
+        refuse_ragged(value, name)
     refuse_loader(X)
     if module and isinstance(X, Dataset):
         X, y = read_dataset(X, y)
@@ -237,6 +240,9 @@ def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tupl
     With ``y`` given, all of an item is inputs. A TensorDataset gives its tensors as they are.
     """
     name = type(dataset).__name__
+    if type(dataset) is TensorDataset:  # which cannot count rows of different lengths
+        for place, tensor in enumerate(dataset.tensors):
+            refuse_ragged(tensor, f"X.tensors[{place}]")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         remedy = "pass a map-style Dataset, with __len__ and __getitem__, or its tensors"
         raise InputError(f"X is a {name}, which has no length; {remedy}.")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gputune.data.kinds import Kind, from_column, from_series, read_amounts, read_as
+from gputune.data.ragged import refuse_ragged
 from gputune.errors import InputError
 from gputune.text import nearest
 
@@ -88,6 +89,7 @@ def as_table(X: object) -> Table:
         return X
     from scipy.sparse import issparse
 
+    refuse_ragged(X, "X")
     _refuse_containers(X)
     if issparse(X):
         raise InputError("X is a sparse matrix, and only dense input is supported; pass X.toarray().")
@@ -109,6 +111,8 @@ def as_table(X: object) -> Table:
         raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
     if array.ndim == 0:
         raise InputError(f"X must be rows, a data frame, an array of two axes or a list of lists, got {X!r:.60}.")
+    if array.ndim == 1 and array.dtype == object and isinstance(array[0], list | tuple | np.ndarray):
+        raise InputError("X is an object array of rows, not a table. Pass numpy.stack(X).")
     if array.ndim != 2:
         raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}.")
     names = nameless(array.shape[1])
@@ -179,8 +183,6 @@ def _rows_to_array(X: object) -> np.ndarray:
         remedy = f" Make tensors one: torch.stack(X), or of several lengths {pad}."
         of_tensors = any(isinstance(row, Tensor) for row in X)
         raise InputError(f"X must be two-dimensional: a list of rows, each a list of values.{remedy * of_tensors}")
-    if len({len(row) for row in X}) > 1:
-        raise InputError("the rows of X must be equally long; fill the shorter ones with None.")
     return np.array(X, dtype=object)
 
 

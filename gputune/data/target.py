@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from gputune.data.kinds import checked_labels, from_values, is_missing
+from gputune.data.ragged import pad_remedy, refuse_ragged
 from gputune.data.target_transform import FittedTransform, TargetTransform, check_values, fit_transform
 from gputune.errors import InputError, InputWarning, warn
 from gputune.text import count, did_you_mean, is_number
@@ -217,6 +218,7 @@ def target_array(y: object, name: str) -> np.ndarray:
     if issparse(y):
         raise InputError(f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray().")
     if isinstance(y, Tensor):
+        refuse_ragged(y, name)
         if y.is_meta:
             raise InputError(f"{name} lies on the device 'meta', which holds no values; pass one that has them.")
         values = y.detach().cpu()
@@ -227,10 +229,11 @@ def target_array(y: object, name: str) -> np.ndarray:
         return np.stack([*map(_series, data.iter_columns())], axis=1)
     if isinstance(data, nw.Series):
         return _series(data)
+    refuse_ragged(y, name)
     try:
         array = np.asarray(y)
-    except ValueError as error:
-        raise InputError(f"{name} must be one value a row, got rows of unlike length.") from error
+    except ValueError as error:  # of lists within the rows
+        raise InputError(f"{name} has rows of different shapes. {pad_remedy(name)}") from error
     # Lists such as ["a", None] or [1, True] would become text or integers of their own accord.
     return np.asarray(y, dtype=object) if not isinstance(y, np.ndarray) and array.dtype.kind in "UO" else array
 

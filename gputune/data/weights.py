@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from gputune.data.kinds import text_of
+from gputune.data.ragged import refuse_ragged
 from gputune.data.target import Target
 from gputune.errors import InputError
 
@@ -48,6 +49,7 @@ def check_weights(sample_weight: object, class_weight: ClassWeight, target: Targ
 
 
 def _check_rows(sample_weight: object, target: Target) -> np.ndarray:
+    refuse_ragged(sample_weight, "sample_weight")
     if isinstance(sample_weight, Tensor):
         sample_weight = sample_weight.double().numpy(force=True)
     try:

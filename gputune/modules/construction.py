@@ -4,7 +4,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from weakref import WeakKeyDictionary
@@ -27,6 +27,29 @@ def name_of(builder: Builder) -> str:
     """Return what a person calls it."""
     inner = builder.func if isinstance(builder, partial) else builder
     return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def what_to_pass(instance: nn.Module) -> str:
+    """Return the error text for a module instance, from "must be" on: it says what to pass instead."""
+    inner = getattr(instance, "_orig_mod", instance)  # what torch.compile was given
+    kind = type(inner)
+    sizes = {"n_features": 1, "n_outputs": 1, "input_shape": (1,), "feature_groups": None}
+    from_torch = kind.__module__.partition(".")[0] == "torch"
+    # A class of PyTorch's, such as Sequential, needs arguments that the data do not give.
+    if not from_torch:
+        with suppress(InputError):
+            call_arguments(kind, sizes, {})
+            return (
+                f"must be the class, not an instance, because each training builds its own: pass {kind.__name__}. "
+                "To start from the weights of this instance, pass a function that returns it."
+            )
+    name = f"nn.{kind.__name__}" if from_torch and hasattr(nn, kind.__name__) else kind.__name__
+    made = "torch.jit.script(...)" if isinstance(inner, torch.jit.ScriptModule) else f"{name}(...)"
+    return (
+        f"must be a function that makes the module, not an instance of {name}, because each training "
+        f"builds its own: def make(n_features, n_outputs): return {made}. "
+        "To start from the weights of this instance, return the instance itself."
+    )
 
 
 def build_module(builder: Builder, arguments: Config, shape: Shape, *, seed: int, columns: str = "") -> nn.Module:
@@ -98,7 +121,7 @@ def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Mod
         if "before Module.__init__() call" not in str(error):
             raise InputError(
                 f"model: {name}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised {type(error).__name__}: "
-                f"{error}. Mend it, or the module__* values of the space.{columns}"
+                f"{error}. {_remedy(builder, words, str(error))}{columns}"
             ) from error
         cause = error
     else:
@@ -112,6 +135,18 @@ def _call_builder(builder: Builder, words: Config, columns: str) -> tuple[nn.Mod
             assert isinstance(inner, nn.Module)
             return inner, is_compiled
     raise InputError(f"model: an __init__ of {name} does not call super().__init__(); let it do so first.") from cause
+
+
+def _remedy(builder: Builder, words: Config, error: str) -> str:
+    """Return what to do about an error that a builder raised when it was called with some arguments."""
+    refused = re.search(r"unexpected keyword argument '(n_features|n_outputs)'", error)
+    if refused and refused[1] in words and refused[1] not in parameters_of(builder):
+        name = name_of(builder)
+        return (
+            f"{name} takes any keyword, so gputune passes n_features and n_outputs. "
+            f"Pass a function that calls it: def make(n_outputs): return {name}(...)."
+        )
+    return "Mend it, or the module__* values of the space."
 
 
 def _first_shared(one: nn.Module, other: nn.Module) -> str:
@@ -203,6 +238,16 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
                 f"functools.partial({name_of(builder)}, {name}=...)."
             )
     return given
+
+
+def outputs_hint(builder: Builder, arguments: Config, n_found: int, n_outputs: int) -> str:
+    """Return the parameter of a builder whose default is the number of outputs found, as a remedy; "" for none."""
+    for name, parameter in parameters_of(builder).items():
+        default = parameter.default
+        is_number = isinstance(default, int) and not isinstance(default, bool)
+        if is_number and default == n_found and name not in arguments:
+            return f" {name_of(builder)} has {name}={n_found} by default: set module__{name}={n_outputs} in the space."
+    return ""
 
 
 def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError, InputWarning, warn
 from gputune.modules.calls import convert
-from gputune.modules.construction import Builder, build_module, hint, name_of
+from gputune.modules.construction import Builder, build_module, hint, name_of, outputs_hint
 from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import Args, DispatchMode, Operator, Words
 from gputune.population.population import Shape, call_module, module_arguments
@@ -212,6 +212,8 @@ class ModuleTrial:
         if self.fits(outputs, rows):
             return
         usual = _of_shape(found := _found(outputs), n_outputs, binary=self.objective.binary)
+        if isinstance(found, tuple) and len(found) == 2:
+            usual += outputs_hint(self.builder, module_arguments(self.config), found[1], n_outputs)
         if self.objective.step is not None:
             usual += " With task='custom' and scoring=callable(outputs, y) a training_step may have any outputs."
         raise InputError(

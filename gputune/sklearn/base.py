@@ -17,6 +17,7 @@ from sklearn.utils.validation import _check_sample_weight, _check_y, check_consi
 from torch import Tensor
 
 from gputune.data.arrays import Arrays, as_arrays
+from gputune.data.ragged import refuse_ragged
 from gputune.data.target import check_target
 from gputune.errors import InputError
 from gputune.sklearn.dataset import FoldGroup, Rows, as_dense, as_tensor
@@ -169,6 +170,9 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
     scikit-learn's ValueError for anything else.
     """
     numeric, any_target = is_regressor(estimator), estimator._takes_any_target
+    if estimator._takes_arrays:
+        refuse_ragged(X, "X")
+        refuse_ragged(y, "y")
     X, y = as_dense(X), y.detach().cpu().numpy() if isinstance(y, Tensor) else y
     several = estimator._takes_arrays and has_columns(y)
     arrays, names = as_arrays(X) if estimator._takes_arrays else None, None

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from gputune.errors import InputError
 from gputune.methods.config import check_value
-from gputune.modules.construction import Builder
+from gputune.modules.construction import Builder, what_to_pass
 from gputune.optimizers.classes import OPTIMIZER_PREFIX, check_optimizer, has_weight_decay, optimizer_word
 from gputune.population.population import complete, two_logits
 from gputune.scoring.objective import LOSS_PREFIX
@@ -168,10 +168,7 @@ class _NeuralNet(TrainedEstimator):
 def _builder(module: object) -> Builder:
     """Return what makes a module; InputError for what does not."""
     if isinstance(module, nn.Module):
-        raise InputError(
-            f"module must be the class, not an instance, since every fit builds its own: pass "
-            f"{type(module).__name__}, and its arguments as module__*."
-        )
+        raise InputError(f"module {what_to_pass(module)} Arguments of the module are written module__*.")
     if not is_builder(module):
         raise InputError(
             f"module must be a torch.nn.Module class, or a function or functools.partial that returns one, got "

@@ -139,6 +139,7 @@ def in_skorchs_words(error: InputError) -> InputError:
     for word in ("loss__", "loss=", "loss must"):
         text = text.replace(word, word.replace("loss", "criterion"), 1)
     text = re.sub(r"put '(module__\w+)' into the space \(some values, or one\)", r"pass \1=...", text)
+    text = re.sub(r"set (module__\w+=\d+) in the space", r"pass \1", text)
     return InputError(text.replace("values of the space", "values"))
 
 

@@ -14,7 +14,7 @@ from gputune.methods.optuna import OptunaSampler
 from gputune.methods.space import recipe_of
 from gputune.methods.stopping import STOPPING_RULES, StoppingRule
 from gputune.models import CNN, GRU, RealMLP
-from gputune.modules.construction import Builder, name_of
+from gputune.modules.construction import Builder, name_of, what_to_pass
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective
@@ -113,8 +113,7 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
     if is_builder(model):
         return "module", model
     if isinstance(model, nn.Module):
-        why = "model must be the class, not an instance, since every trial builds its own"
-        raise InputError(f"{why}: pass {type(model).__name__}.")
+        raise InputError(f"model {what_to_pass(model)}")
     words, meant = (*BUILT_IN, *NAMED), ""
     if isinstance(model, str):
         path, colon, name = model.rpartition(":")

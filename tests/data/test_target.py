@@ -122,7 +122,7 @@ def test_the_task_overrides_the_rule_and_select_keeps_the_classes():
     ([0, 1], "multilabel", "task='multilabel' needs several columns of 0 and 1 in y, got one"),
     ([2**70, 1], None, f"y holds {2**70}, which is beyond 64-bit integers; pass classes as text, numbers as floa"),
     ([10**400, 0.5], None, "column 'y' holds an integer that is larger than any float; pass it as text"),
-    ([[1], [2, 3]], None, "one value a row"),
+    ([[1], [2, 3]], None, r"y has rows of different shapes: row 0 has \(1,\), row 1 \(2,\)"),
     ([0.5, 1.5], "classification", "task='classification' needs classes in y, got continuous numbers such as 0.5"),
     (["a", "b"], "regression", "task='regression' needs numbers in y, got text such as 'a'"),
     ([0, 1, 2], "binary", "task='binary' does not fit y, which has 3 classes; use task='multiclass'"),

@@ -1,0 +1,66 @@
+"""Rows of different lengths, which no array can hold: each of their forms is refused with the way to pad it."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from torch import Tensor
+
+from gputune.errors import InputError
+
+_Shape = tuple[int, ...]
+_FEW_INPUTS = 8
+
+
+def refuse_ragged(value: object, label: str) -> None:
+    """Raise InputError for rows of different lengths: a nested tensor, a list or an object array of such rows.
+
+    The inputs in a tuple or a dict are looked at one by one.
+
+    Args:
+        value: What the user passed. Everything else is accepted.
+        label: The name of the argument, for the message.
+    """
+    if isinstance(value, tuple | Mapping):
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, part in parts:
+            if isinstance(part, Tensor | np.ndarray | list):
+                refuse_ragged(part, f"{label}[{name!r}]")
+        return
+    if isinstance(value, Tensor):
+        if value.is_nested:
+            raise InputError(
+                f"{label} is a nested tensor, whose rows have different lengths. Pad them to one length: "
+                f"torch.nested.to_padded_tensor({label}, 0.0)."
+            )
+        return
+    is_column_of_objects = isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 1
+    if not (isinstance(value, list) or is_column_of_objects):
+        return
+    if len(value) <= _FEW_INPUTS and any(len(shape) > 1 for shape in _shapes(value)):
+        return  # inputs of a module in a list, which another error explains
+    first: _Shape | None = None
+    for row, shape in enumerate(_shapes(value)):
+        first = shape if first is None else first
+        if shape != first:
+            raise InputError(
+                f"{label} has rows of different shapes: row 0 has {first}, row {row} {shape}. {pad_remedy(label)}"
+            )
+
+
+def pad_remedy(label: str) -> str:
+    """Return the sentence that says how rows of different lengths become one tensor."""
+    rows = f"[torch.as_tensor(row) for row in {label}]"
+    pad = f"torch.nn.utils.rnn.pad_sequence({rows}, batch_first=True)"
+    return f"Pad or crop them to one shape, for example {label} = {pad}. In a table, fill the shorter rows with None."
+
+
+def _shapes(rows: object) -> Iterator[_Shape]:
+    """Yield the shape of each row, as far as a row is an array, a tensor or a list."""
+    assert isinstance(rows, list | np.ndarray)
+    for row in rows:
+        if isinstance(row, Tensor | np.ndarray):
+            yield tuple(row.shape)
+        elif isinstance(row, list | tuple):
+            yield (len(row),)
+        else:
+            yield ()
