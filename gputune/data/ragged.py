@@ -33,8 +33,9 @@ def refuse_ragged(value: object, label: str) -> None:
                 f"torch.nested.to_padded_tensor({label}, 0.0)."
             )
         return
-    is_column_of_objects = isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 1
-    if not (isinstance(value, list) or is_column_of_objects):
+    if isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 1:
+        value = list(value)
+    if not isinstance(value, list):
         return
     if len(value) <= _FEW_INPUTS and any(len(shape) > 1 for shape in _shapes(value)):
         return  # inputs of a module in a list, which another error explains
@@ -54,9 +55,8 @@ def pad_remedy(label: str) -> str:
     return f"Pad or crop them to one shape, for example {label} = {pad}. In a table, fill the shorter rows with None."
 
 
-def _shapes(rows: object) -> Iterator[_Shape]:
+def _shapes(rows: list[object]) -> Iterator[_Shape]:
     """Yield the shape of each row, as far as a row is an array, a tensor or a list."""
-    assert isinstance(rows, list | np.ndarray)
     for row in rows:
         if isinstance(row, Tensor | np.ndarray):
             yield tuple(row.shape)
