@@ -100,6 +100,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # An error of a backend that is tried ends a test, also in processes that it starts.
+    os.environ["GPUTUNE_STRICT_BACKENDS"] = "1"
     # The others take device="auto" for the CPU, in processes that they start too.
     if not (config.getoption("--gpu") or config.getoption("--auto-gpu")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

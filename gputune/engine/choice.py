@@ -34,6 +34,8 @@ from gputune.engine.job import Job, train_chunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.plan import cores
 from gputune.engine.reuse import Fits
+from gputune.errors import warn
+from gputune.fallback import failure_in_words
 from gputune.memory import synchronize
 from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
@@ -117,10 +119,18 @@ def _choice_by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
     backend, _ = choose_backend("auto", gpu, work.dtype)
     if why := read_findings(gpu).why_not(backend):
         return DeviceChoice(CPU, why)
-    here = work.seconds(_speed(CPU, "compiled"), alone=True)
+    try:
+        here = work.seconds(_speed(CPU, "compiled"), alone=True)
+    except Exception as error:
+        reason = failure_in_words(error)
+        warn(f"Timing compiled code on the CPU failed, so that the GPU trains: {reason}", RuntimeWarning)
+        return DeviceChoice(gpu)
     if here < _SOON:
         return DeviceChoice(CPU, f"compiled code takes about {here:.1f} s on the CPU")
-    there = work.seconds(_speed(gpu, backend), alone=backend in BY_MEMBER)
+    try:
+        there = work.seconds(_speed(gpu, backend), alone=backend in BY_MEMBER)
+    except Exception as error:
+        return DeviceChoice(CPU, f"timing {device_name(gpu)} failed: {failure_in_words(error)}")
     why = f"compiled code takes about {here:.0f} s on the CPU, {device_name(gpu)} about {there:.0f} s"
     return DeviceChoice(gpu) if there < here else DeviceChoice(CPU, why)
 
@@ -213,20 +223,46 @@ def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: flo
     data = data.of(group.configs[0])
     rows = _STEPS * group.configs[0]["batch_size"]
     few = replace(data, folds=tuple(Fold(fold.train[:rows], fold.valid) for fold in data.folds))
-    alone = _seconds(job, few, group.part(0, 1), "loop")
+    loop = _try_way("training one by one", job, lambda: _seconds(job, few, group.part(0, 1), "loop"))
+    alone = loop.seconds
     if alone * member_steps < _WORTH_SECONDS:
         return "", 0.0
-    stacked = _seconds(job, few, group.part(0, min(_TRIALS, len(group.index))), job.backend)
+    several = group.part(0, min(_TRIALS, len(group.index)))
+    together = _try_way("training stacked", job, lambda: _seconds(job, few, several, job.backend))
+    stacked = together.seconds
+    if loop.error is not None and together.error is not None:
+        raise loop.error  # of the module itself, which no backend can train
     known = min(alone, stacked)
     if known * member_steps > _CODE_SECONDS:
-        coded = _compiled_seconds(job, data, group)
+        coded = _try_way("compiled code", job, lambda: _compiled_seconds(job, data, group)).seconds
         if _MARGIN * coded < known:
             return "", known - coded
         job.fits.drop_timed(group.configs)
+    if together.error is not None:
+        return together.sentence, 0.0
     if stacked < _MARGIN * alone:
         return "", 0.0
     slow = f"a step of a member takes {1e3 * alone:.3g} ms so, and {1e3 * stacked:.3g} ms with its members stacked"
     return slow, 0.0
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Seconds of a step of one member; infinity for a way that failed, with its error and the plan's sentence."""
+
+    seconds: float
+    error: Exception | None = None
+    sentence: str = ""
+
+
+def _try_way(name: str, job: Job, seconds: Callable[[], float]) -> _Tried:
+    """Time a way to train. If it fails, the search goes on without it, and ``Fits.failures`` says so to the plan."""
+    try:
+        return _Tried(seconds())
+    except Exception as error:
+        sentence = f"{name} failed: {failure_in_words(error)}"
+        job.fits.failures[sentence] = None
+        return _Tried(math.inf, error, sentence)
 
 
 def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
@@ -245,7 +281,8 @@ def _compiled_seconds(job: Job, data: Dataset, group: Population) -> float:
             timed = MemberChunk(network, Validation(data, job.scoring), seed=job.seed, horizon=job.horizon)
             job.fits.keep_timed(timed)
             return timed.seconds_of_a_step()
-    except (TraceError, NotBuiltError):
+    except (TraceError, NotBuiltError) as error:
+        job.fits.failures[f"not in compiled code: {error}"] = None
         return math.inf
 
 

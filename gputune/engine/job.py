@@ -198,7 +198,8 @@ def run_in_parts(
             # A GPU trains in another way than was chosen where a kernel or a recording has failed.
             kernel = KernelChunk.failure if job.backend == "kernel" else ""
             graph = CudaRecorder.failure if job.backend in ("kernel", "graph") else ""
-            fault = " ".join(filter(None, (kernel, graph))) if data.device.type == "cuda" else ""
+            of_gpu = [kernel, graph] if data.device.type == "cuda" else []
+            fault = " ".join(filter(None, [*of_gpu, *job.fits.faults]))
             done.append(replace(outcome, fault=fault))
             continue
         # Only here, where the error and the frames that it holds are gone, is there anything to free.

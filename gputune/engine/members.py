@@ -110,6 +110,8 @@ class OneMember:
         steps: dict[StepShape, Step] = {}
         for i, shape in enumerate(shapes):
             if shape not in steps:
+                if self.draws is not None:  # tracing takes the step, whose draws may be indices
+                    self.draws.fill(0, i - i % self.draws.ahead)
                 own.batches.step.fill_(i)
                 steps[shape] = code.add(trace(partial(own._step, shape, (0, i))), self.memories)
         self.steps = [steps[shape] for shape in shapes]
@@ -249,9 +251,8 @@ class MemberChunk(StackedChunk):
         data = self.data = validation.data
         code = MemberCode(data.dtype)
         with torch_threads(1):  # a step of one member is thousands of small operations, which threads only delay
-            lengths = [
-                (len(fold.train), len(fold.valid)) for fold in data.folds
-            ]  # folds of equal ones share their code
+            # Folds of equal lengths share their code.
+            lengths = [(len(fold.train), len(fold.valid)) for fold in data.folds]
             ones = {length: OneMember(self, lengths.index(length), seed) for length in dict.fromkeys(lengths)}
             self.members = [ones[length] for length in lengths]
             drawing = [one.draws for one in ones.values() if one.draws is not None]

@@ -120,7 +120,7 @@ class Plan:
 
     With ``cluster`` the workers are tasks that run at once on other machines. ``ways`` says of each chunk how it
     trains. ``state_bytes`` are those of all trials between two epochs; where they wait for each other at rungs,
-    ``cache_bytes`` of these have room in main memory.
+    ``cache_bytes`` of these have room in main memory. ``failures`` say why a faster backend does not train.
     """
 
     chunks: tuple[Population, ...]
@@ -133,6 +133,7 @@ class Plan:
     cache_bytes: int | None = None
     ways: tuple[Backend, ...] = ()
     gpus: bool = False  # whether each worker has a GPU
+    failures: tuple[str, ...] = ()  # faster ways that cannot train or have failed when tried, and why
 
     def answering_early(self, folds: int) -> "Plan":
         """Return the plan of a search whose first result comes early, of as much work.
@@ -171,6 +172,7 @@ class Plan:
             waiting = {"main memory": in_memory, "files": self.state_bytes - in_memory}
             parts = " and ".join(f"{size_words(size)} in {where}" for where, size in waiting.items() if size)
             how += f"; states that wait for a rung take up to {parts}"
+        how += "".join(f"; {failure}" for failure in self.failures)
         return (
             f"{count(sum(sizes), 'trial')} in {count(len(sizes), 'chunk')} of {trials}, about "
             f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, {place}{how}"

@@ -52,6 +52,8 @@ class Fits:
         self.trials: dict[object, int] = {}
         self.chunks: dict[Hashable, StackedChunk] = {}
         self.timed: list[StackedChunk] = []  # those in compiled code that are at their start, being only timed
+        self.failures: dict[str, None] = {}  # faster ways that cannot train or have failed when timed, and why
+        self.faults: dict[str, None] = {}  # the same of backends that failed while chunks were made, a sentence each
 
     def keep_timed(self, chunk: StackedChunk) -> None:
         """Keep a chunk that was timed, where there is room beside the others."""

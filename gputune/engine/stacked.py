@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.errors import warn
+from gputune.fallback import failure_in_words
+from gputune.memory import is_out_of_memory
 from gputune.modules.recorder import RECORDERS, Direct, Replays, Steps
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Blocks
@@ -45,6 +48,7 @@ class StackedChunk:
         self.alive, self.slots, self.configs = list(range(len(configs))), list(range(len(configs))), list(configs)
         sizes = [config["batch_size"] for config in configs]
         self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows)
+        self.faults: dict[str, None] = {}  # what went wrong while steps were recorded, a sentence each
         self._flat = network.start()
         steps = self.batches.active_until
         self.update = optimizer_of(configs, network.trained, self._trained, steps=steps, horizon=horizon)
@@ -62,13 +66,25 @@ class StackedChunk:
             self.batches.prepare()
             recorder = RECORDERS[self._flat.device.type](self._flat.device)
             tolerance = _TOLERANCES[self._network.shape.precision, self._flat.dtype]
-            self.steps = Replays(recorder, self._expected_steps(), self._state, tolerance)
+            self.steps = Replays(recorder, self._expected_steps(), self._state, tolerance, self._note_failure)
         try:
             self.draws = self._network.draws(self.batches, ahead=self.recorded)
         except TraceError:
             self.draws, self.steps = None, Direct()
+        except Exception as error:
+            if not self.recorded or is_out_of_memory(error):
+                raise
+            self._note_failure(failure_in_words(error))
+            self.draws, self.steps = None, Direct()
         self._places: Tensor | None = None  # of the trials that are alive, None: of all
         self.network = self._network  # the model of the trials that are alive
+
+    def _note_failure(self, reason: str) -> None:
+        """Say why steps are not recorded, in a warning and in the notes of the search."""
+        fault = f"Trials train in steps that are not recorded, which is slower, since recording them failed: {reason}."
+        if fault not in self.faults:
+            self.faults[fault] = None
+            warn(fault, RuntimeWarning)
 
     def _expected_steps(self) -> Counter[Hashable]:
         """How many steps of each shape a whole training takes."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Fits
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import warn
+from gputune.fallback import failure_in_words
+from gputune.memory import is_out_of_memory
 from gputune.modules.inspection import explain
 from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.modules.module import StackedModule
@@ -214,6 +217,8 @@ def train(
             members.keep(stays)
         else:
             over = stays
+    if isinstance(members, StackedChunk):
+        training.fits.faults |= members.faults
     training.fits.give(members)
     return so_far()
 
@@ -237,20 +242,43 @@ def _make_chunk(network: Network, data: Dataset, training: Training) -> Chunk:
     if isinstance(network, LoopedModule):
         return LoopChunk(network, validation, **words)
     word = trains_as(training.backend, network.kind, network.configs[0], data=data)
+    faster: Callable[[], Chunk] | None = None
     if word == "compiled":
-        return CompiledChunk(network, validation, **words)
-    if word == "kernel":
-        try:
-            return KernelChunk(network, validation, **words)
-        except NotBuiltError:  # which a warning has told
-            word = "graph"
-    if isinstance(network, StackedModule) and network.traits.coded and word == "graph":
-        try:
-            return fits.take_timed(network, validation, **words) or MemberChunk(network, validation, **words)
-        except (TraceError, NotBuiltError) as error:  # of another optimizer than was tried
-            what = f"trials with optimizer {network.configs[0]['optimizer']!r} train in recorded steps"
-            warn(f"{what}, slower than compiled ones: {error}", RuntimeWarning)
-    return fits.take(network, validation, recorded=word == "graph", **words)
+        faster = partial(CompiledChunk, network, validation, **words)
+    elif word == "kernel":
+        faster = partial(KernelChunk, network, validation, **words)
+    elif isinstance(network, StackedModule) and network.traits.coded and word == "graph":
+        timed = fits.take_timed(network, validation, **words)
+        if timed is not None:
+            return timed
+        faster = partial(MemberChunk, network, validation, **words)
+    if faster is not None:
+        chunk = _try_to_make(faster, word, network, fits)
+        if chunk is not None:
+            return chunk
+    recorded = word in ("compiled", "kernel", "graph")
+    return fits.take(network, validation, recorded=recorded, **words)
+
+
+def _try_to_make(make: Callable[[], Chunk], word: Backend, network: Network, fits: Fits) -> Chunk | None:
+    """Return the chunk of a faster backend. If that fails, return None, and a warning and a note say why."""
+    try:
+        return make()
+    except NotBuiltError as error:
+        if word == "kernel":  # which has warned already
+            return None
+        reason = str(error)
+    except TraceError as error:
+        reason = str(error)
+    except Exception as error:
+        if is_out_of_memory(error):  # the chunk is halved
+            raise
+        reason = failure_in_words(error)
+        where = "the kernel" if word == "kernel" else "compiled code"
+        fits.faults[f"Trials train in recorded steps, since {where} failed: {reason}."] = None
+    slow = f"trials with optimizer {network.configs[0]['optimizer']!r} train in recorded steps"
+    warn(f"{slow}, slower than {'a kernel' if word == 'kernel' else 'compiled ones'}: {reason}", RuntimeWarning)
+    return None
 
 
 def _train_epochs(chunk: Chunk, data: Dataset, epoch: int, *, scored: bool) -> tuple[np.ndarray | None, Spent]:

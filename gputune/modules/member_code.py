@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from gputune.modules.member_indices import added_at_places, chosen_rows, embedding_slope, loops_over, require
 from gputune.modules.member_kernels import FORMULAS, Line, Loops, Span, Writer, arguments, c_type, named, over
 from gputune.modules.program import simplify_trace
 from gputune.modules.trace import Operation, Place, Trace, TraceError, Words
@@ -19,22 +20,11 @@ from gputune.modules.trace import Operation, Place, Trace, TraceError, Words
 _TILE = 96  # columns of the widest tile of a product, and rows beside the inner ones that it works in
 
 
-def _require(known: bool, op: Operation, what: str = "other arguments") -> None:
-    if not known:
-        raise TraceError(f"{op.function} of {what} is in no code")
-
-
-def _loops(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[Loops, list[int]]:
-    """Return loops over a shape, with names for their sizes, and these sizes."""
-    sizes: list[int] = []
-    return over(shape, strides).named(sizes), sizes
-
-
 def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     names = next((pair for pair in (("batch1", "batch2"), ("mat1", "mat2")) if pair[0] in given), ("self", "mat2"))
     a, b, added = given[names[0]], given[names[1]], None if names[0] == "self" else given["self"]
     plain = given.get("beta", 1) == given.get("alpha", 1) == 1 and out.stride[-1] == 1
-    _require(plain and a.dtype == b.dtype == out.dtype, op, "other factors")
+    require(plain and a.dtype == b.dtype == out.dtype, op, "other factors")
     if out.dtype != writer.dtype:
         raise TraceError(f"a product of {out.dtype} is in no code")
     # One row for all of the product's.
@@ -59,7 +49,7 @@ def _product(writer: Writer, given: Words, op: Operation, out: Place) -> Iterato
 
 def _reduce(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     x: Place = given["self"]
-    _require(given.get("dtype") in (None, out.dtype), op, "another type")
+    require(given.get("dtype") in (None, out.dtype), op, "another type")
     axes = given.get("dim")
     gone = sorted({i % len(x.shape) for i in ([axes] if isinstance(axes, int) else axes or range(len(x.shape)))})
     kept = [axis for axis in range(len(x.shape)) if axis not in gone]
@@ -94,48 +84,15 @@ _ALONG = {
 def _along(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     body, names = _ALONG[op.name], ["grad_output", "output"] if "output" in given else ["self"]
     places = [out, *(given[name] for name in names)]
-    _require(all(place.dtype == writer.dtype for place in places), op, str(out.dtype))
+    require(all(place.dtype == writer.dtype for place in places), op, str(out.dtype))
     axis = given["dim"] % len(out.shape)
     others = [i for i in range(len(out.shape)) if i != axis]
-    loops, sizes = _loops([out.shape[i] for i in others], [[p.stride[i] for i in others] for p in places])
+    loops, sizes = loops_over([out.shape[i] for i in others], [[p.stride[i] for i in others] for p in places])
     loop = f"for (long j = 0; j < {named(out.shape[axis], sizes)}; j++)"
     for k, letter in enumerate("OXY"[: len(places)]):
         body = body.replace(f"[{letter}]", f"[{loops.index(k)} + j * {named(places[k].stride[axis], sizes)}]")
     body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}").replace("EACH", loop)
     yield writer.call(places, loops.nest(body.replace("T ", f"{c_type(out.dtype)} "), ""), sizes=sizes)
-
-
-def _chosen(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    """Rows, or numbers, whose places an index says."""
-    if op.name == "embedding":
-        x, axis, index = given["weight"], 0, given["indices"]
-        of_index, along = [*index.stride, 0], [*[0] * len(index.shape), x.stride[1]]
-    else:
-        x = given["self"]
-        if op.name == "index":
-            (axis, index), *others = [(i, index) for i, index in enumerate(given["indices"]) if index is not None]
-            one = not others and len(index.shape) == 1 and index.dtype != torch.bool
-            _require(one, op, "several indices")
-        else:
-            axis, index = given["dim"] % max(1, len(x.shape)), given["index"]
-        along = [0 if i == axis else x.stride[i] for i in range(len(out.shape))]
-        of_index = list(index.stride)
-        if op.name != "gather":
-            of_index = [sum(index.stride) if i == axis else 0 for i in range(len(out.shape))]
-    loops, sizes = _loops(out.shape, [out.stride, of_index, along])
-    at = f"p1[{loops.index(2)} + p2[{loops.index(1)}] * {named(x.stride[axis], sizes)}]"
-    yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), sizes=sizes)
-
-
-def _embedding_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
-    slope, index = given["grad_output"], given["indices"]
-    _require(given["padding_idx"] < 0 and not given["scale_grad_by_freq"], op)
-    yield writer.filled(out, 0.0)
-    strides = [slope.stride, [*index.stride, 0], [*[0] * len(index.shape), out.stride[1]]]
-    loops, sizes = _loops([*index.shape, out.shape[1]], strides)
-    to = f"p0[p2[{loops.index(1)}] * {named(out.stride[0], sizes)} + {loops.index(2)}]"
-    # Along rows of the index no two may be written at once: a code may come twice.
-    yield writer.call([out, slope, index], loops.nest(f"{to} += p1[{loops.index(0)}];", ""), sizes=sizes)
 
 
 def _concatenate(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
@@ -185,7 +142,7 @@ def _is_whole(place: Place) -> bool:
 
 def _layer_norm_slope(writer: Writer, given: Words, op: Operation, out: Place) -> Iterator[Line]:
     places = [out, *(given[name] for name in ("grad_out", "input", "mean", "rstd"))]
-    _require(given["weight"] is None and list(op.makes) == [out] and all(map(_is_whole, places)), op)
+    require(given["weight"] is None and list(op.makes) == [out] and all(map(_is_whole, places)), op)
     n = math.prod(given["normalized_shape"])
     body, sizes = "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);", [math.prod(given["input"].shape) // n, n]
     yield writer.call(places, body, sizes=sizes)
@@ -202,7 +159,7 @@ def _batch_norm(writer: Writer, given: Words, op: Operation, out: Place) -> Iter
         )
     places, rows = [*(given[name] for name in names.split()), *op.makes], given["input"].shape
     whole = len(rows) == 2 and len(op.makes) == 3 and all(_is_whole(place) for place in places if place)
-    _require(given["training" if numbers else "train"] and whole, op)
+    require(given["training" if numbers else "train"] and whole, op)
     body = f"{', '.join([kernel, *(f'p{i}' for i in range(len(places)))])});"
     yield writer.call(places, body, [given[name] for name in numbers.split()], sizes=rows)
 
@@ -211,7 +168,7 @@ def _class_loss(writer: Writer, given: Words, op: Operation, out: Place) -> Iter
     is_slope, y = "grad_output" in given, given["target"]
     x = given["grad_output"] if is_slope else given["self"]
     rows = out.shape if is_slope else x.shape
-    _require(given["weight"] is None and given["reduction"] == 0 and len(rows) == 2, op)
+    require(given["weight"] is None and given["reduction"] == 0 and len(rows) == 2, op)
     at = f"p2[i * {y.stride[0]}]"
     if is_slope:
         yield writer.filled(out, 0.0)
@@ -228,8 +185,9 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
     **dict.fromkeys(("sum", "mean"), _reduce),
     **dict.fromkeys(_ALONG, _along),
-    **dict.fromkeys(("gather", "index_select", "index", "embedding"), _chosen),
-    "embedding_dense_backward": _embedding_slope,
+    **dict.fromkeys(("gather", "index_select", "index", "embedding"), chosen_rows),
+    "embedding_dense_backward": embedding_slope,
+    **dict.fromkeys(("scatter_add", "index_put"), added_at_places),
     **dict.fromkeys(("cat", "stack"), _concatenate),
     **dict.fromkeys(("select_backward", "slice_backward"), _part_slope),
     "native_layer_norm_backward": _layer_norm_slope,

@@ -95,6 +95,11 @@ def _with_out(op: Operation) -> Operation:
     return replace(op, function=function, out=out) if out else op
 
 
+def _skips_axes(op: Operation) -> bool:
+    """Whether an operation has None among its indices, for an axis without one: methods of tensors refuse that."""
+    return any(isinstance(value, list | tuple) and None in value for value in op.args)
+
+
 def _zero(*, out: Tensor) -> None:
     out.zero_()
 
@@ -218,7 +223,7 @@ class _Source:
         words = [*map(self._text, op.args), *(f"{key}={self._text(value)}" for key, value in op.kwargs.items())]
         if op.out is not None and (op.makes or op.out not in op.kwargs):
             words.append(f"{op.out}={self._text((op.makes or op.writes)[0])}")
-        elif not op.results and op.name.endswith("_") and hasattr(Tensor, op.name):
+        elif not op.results and op.name.endswith("_") and hasattr(Tensor, op.name) and not _skips_axes(op):
             return f"{words[0]}.{op.name}({', '.join(words[1:])})"
         call = f"{self._name(op.function, 'f')}({', '.join(words)})"
         if op.out is not None or not op.makes:

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from gputune.errors import warn
+from gputune.fallback import failure_in_words
 from gputune.memory import CAPTURING, is_out_of_memory
 from gputune.modules.program import compile_trace
 from gputune.modules.trace import TraceError, trace
 
 Step = Callable[[], None]
+
+
+class RecordingError(TraceError):
+    """Recording a step failed by an error that says nothing of whether the step can be recorded."""
 
 
 class Direct:
@@ -40,8 +45,14 @@ class Replays:
     """
 
     def __init__(
-        self, recorder: "Recorder", expected: Counter[Hashable], state: Callable[[], Sequence[Tensor]], tolerance: float
+        self,
+        recorder: "Recorder",
+        expected: Counter[Hashable],
+        state: Callable[[], Sequence[Tensor]],
+        tolerance: float,
+        note_failure: Callable[[str], object] = warn,
     ) -> None:
+        self.note_failure = note_failure
         self.recorder, self.expected, self.state, self.tolerance = recorder, expected, state, tolerance
         self.spare = recorder.spare
         """Numbers in the tensors of members up to which those that have left may stay: it is as short without them."""
@@ -60,23 +71,47 @@ class Replays:
             self.steps[shape]()
             return
         self.taken[shape] += 1
-        recording, taken = None, self.taken[shape]
-        repaid = max(self.expected[shape], taken) > self.recorder.repays
-        if shape not in self.refused and taken > self.recorder.before and repaid:
-            try:
-                recording = self.recorder.capture(step)
-            except TraceError:
-                self.refused.add(shape)
+        recording, failure = self._record(shape, step)
         if recording is None:
             self.recorder.warm_up(step)
+            if failure:  # only now: an error of the module itself has been raised by the step too
+                self.note_failure(failure)
         elif not isinstance(self.recorder, CudaRecorder):
             self.steps[shape] = recording
-            recording()
         elif difference := self._take_both_ways(recording, step):
             self.steps.clear()
             self.recorder.fail(f"a recorded step differs from the step itself by {difference}")
         else:
             self.steps[shape] = recording
+
+    def _record(self, shape: Hashable, step: Step) -> tuple[Step | None, str]:
+        """Return the recording of a step if it is time for one; if that fails, None and the error in words.
+
+        On a CPU the step has been taken once by the recording that is returned.
+        """
+        taken = self.taken[shape]
+        repaid = max(self.expected[shape], taken) > self.recorder.repays
+        if shape in self.refused or taken <= self.recorder.before or not repaid:
+            return None, ""
+        try:
+            recording = self.recorder.capture(step)
+        except TraceError as error:
+            self.refused.add(shape)
+            return None, str(error) if isinstance(error, RecordingError) else ""
+        if isinstance(self.recorder, CudaRecorder):
+            return recording, ""
+        state = self.state()
+        before = [tensor.clone() for tensor in state]
+        try:
+            recording()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            for tensor, value in zip(state, before):
+                tensor.copy_(value)
+            self.refused.add(shape)
+            return None, failure_in_words(error)
+        return recording, ""
 
     def _take_both_ways(self, recording: Step, step: Step) -> str:
         """Take a step as it is, after a replay of it; return by how much they differ, "" where they agree."""
@@ -133,7 +168,7 @@ class CudaRecorder:
         current.wait_stream(self.stream)
 
     def capture(self, step: Step) -> Step:
-        """Record a step; this waits for the device. Raises TraceError where CUDA refuses it, with a warning."""
+        """Record a step; this waits for the device. Raises TraceError if that fails, with a warning."""
         if CudaRecorder.failure:
             raise TraceError("a capture failed before")
         graph = torch.cuda.CUDAGraph()
@@ -143,7 +178,7 @@ class CudaRecorder:
                 # What other threads of the program ask of CUDA meanwhile is none of this capture's business.
                 with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                     step()
-            except RuntimeError as error:
+            except Exception as error:
                 # Where a capture cannot be ended, PyTorch leaves the side stream current.
                 torch.cuda.set_stream(current)
                 if is_out_of_memory(error):
@@ -154,7 +189,9 @@ class CudaRecorder:
                     why = f"has failed, and this process cannot use it any more: {str(lost).splitlines()[0]}"
                     remedy = "What a study has finished is kept; go on in a new process."
                     raise RuntimeError(f"{self.device} {why}. {remedy}") from error
-                self.fail(f"recording a step on {self.device} failed: {str(error).splitlines()[0]}")
+                # CUDA refuses by RuntimeError what it cannot record. Other errors are of gputune or of the module.
+                reason = str(error).splitlines()[0] if isinstance(error, RuntimeError) else failure_in_words(error)
+                self.fail(f"recording a step on {self.device} failed: {reason}")
                 raise TraceError(CudaRecorder.failure) from error
         return graph.replay
 
@@ -186,7 +223,15 @@ class CpuRecorder:
         step()
 
     def capture(self, step: Step) -> Step:
-        return compile_trace(trace(step))
+        """Record a step. Raises TraceError for one that cannot be recorded, RecordingError if recording fails."""
+        try:
+            return compile_trace(trace(step))
+        except TraceError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise RecordingError(failure_in_words(error)) from error
 
 
 Steps = Direct | Replays

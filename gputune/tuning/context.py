@@ -112,6 +112,7 @@ class Context(Session):
             plan = make()
             if self._time(plan, groups, epochs):
                 plan = make()
+            plan = replace(plan, failures=tuple(self.trainer.fits.failures))
         self.profile.plan = plan
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
             takes = f"which takes about {size_words(plan.chunk_bytes)}; such a trial trains alone, and takes it"
@@ -139,7 +140,8 @@ class Context(Session):
                 job = self.trainer.job(Job, epochs=epochs)
                 self.timed[key] = fastest_way(job, data, group, member_steps=steps)
                 if slow := self.timed[key][0]:
-                    self.progress.say(f"note: {self.choice.name} trains one by one, which is faster here: {slow}")
+                    reason = f"since {slow}" if slow in self.trainer.fits.failures else f"which is faster here: {slow}"
+                    self.progress.say(f"note: {self.choice.name} trains one by one, {reason}")
             slow, gain = self.timed[key]
             for arguments in {chunk.arguments for chunk in chunks}:
                 has_news |= note_fastest(builder, data, arguments, slow=slow, gain=gain)

@@ -57,6 +57,25 @@ def test_what_is_long_goes_where_it_is_done_first(machine):
     assert machine == [("cpu", "compiled"), ("cuda", "graph")]  # once on a machine
 
 
+@pytest.mark.parametrize(("broken", "device"), [("cpu", GPU), ("cuda", CPU)])
+def test_a_device_that_cannot_be_timed_is_not_taken(monkeypatch, broken, device):
+    def measure(device, backend):
+        if device.type == broken:
+            raise OSError("no such code")
+        return SPEEDS[device.type]
+
+    monkeypatch.setattr(choice, "measure_speed", measure)
+    long = Work(**WORK | {"epochs": 5000, "configs": CONFIGS * 50})
+    with pytest.raises(OSError):
+        device_for("auto", long)
+    monkeypatch.delenv("GPUTUNE_STRICT_BACKENDS")
+    if broken == "cpu":
+        with pytest.warns(RuntimeWarning, match="CPU failed, so that the GPU trains: OSError: no such code"):
+            assert device_for("auto", long) == DeviceChoice(device)
+    else:
+        assert device_for("auto", long) == DeviceChoice(device, "timing a cuda failed: OSError: no such code")
+
+
 def test_a_speed_that_is_known_is_not_measured_and_trials_that_a_sampler_will_ask_for_count(machine):
     keep_findings(CPU, Findings(None, {"compiled": SPEEDS["cpu"]}))
     device_for("auto", Work(**WORK))

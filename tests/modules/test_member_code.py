@@ -63,6 +63,10 @@ STEPS = {
     "an embedding": lambda t, x: t.copy_(
         F.embedding(IDS, torch.cat([x, x])).sum(1) + slope(lambda w: F.embedding(IDS, w), torch.cat([x, x]))[:2]
     ),
+    "added at places": lambda t, x: t.copy_(
+        torch.ops.aten.index_put(t, [None, FOUR - 4], x, accumulate=True) + x.scatter_add(1, FOUR.expand(2, 4), x * x)
+    ).index_put_((IDS[0, 1:],), x[0], accumulate=True),
+    "chosen from the end": lambda t, x: t.copy_(x[:, FOUR - 4]),
     "joined": lambda t, x: t.copy_(torch.cat([x[:, 1:], x[:, :1]], 1) + torch.stack([x[1], x[0]])),
     "slopes of parts": lambda t, x: t.copy_(slope(lambda v: v[:, 1:4:2], x) + slope(lambda v: v[1], x)),
     "a loss": lambda t, x: t.copy_(
@@ -124,6 +128,7 @@ REFUSED = {
     "gelu of another kind": lambda t, x: t.copy_(F.gelu(x, approximate="tanh")),
     "div of another kind": lambda t, x: t.copy_(torch.div(x, 0.3, rounding_mode="floor")),
     "a remainder of fractions": lambda t, x: t.copy_(x % 0.3),
+    "aten.index_put.default of several": lambda t, x: t.copy_(x.index_put((IDS[0, :2],), x)),
     "aten.index.Tensor of several": lambda t, x: t.copy_(x[IDS[0], IDS[1]].sum() + x),
     "torch.bfloat16": lambda t, x: t.copy_(x.bfloat16() * 2),
     "a product of torch.float64": lambda t, x: t.copy_(x.double() @ x.double().mT @ x.double()),

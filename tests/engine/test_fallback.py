@@ -1,0 +1,150 @@
+"""A faster way to train that fails while it is tried ends no search: the next one trains, and the user reads why."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import gputune
+from gputune.engine import choice, train
+from gputune.errors import InputError
+from gputune.modules import recorder
+from problems import make_data
+
+pytestmark = pytest.mark.cpu
+
+DATA = make_data()
+X, Y = DATA.x[0], DATA.y
+SEARCH = {"n_trials": 2, "cv": 2, "workers": 1, "max_epochs": 6, "dtype": "float64", "space": {"lr": [1e-3, 1e-2]}}
+
+
+MANY = {"max_epochs": 10, "space": {"lr": [1e-3, 1e-2], "batch_size": [8]}}  # steps enough to be recorded
+
+
+class Net(nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+
+def search(model=Net, **options):
+    return gputune.tune(model, X, Y, **{"verbose": 0, **SEARCH, **options})
+
+
+def fail(*args, **options):
+    raise IndexError("index 207 is out of bounds.\nMore that nobody reads")
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    monkeypatch.delenv("GPUTUNE_STRICT_BACKENDS")
+
+
+@pytest.fixture
+def all_tried(monkeypatch):
+    """As if the search were large: all ways are timed."""
+    monkeypatch.setattr(choice, "_WORTH_SECONDS", 0)
+    monkeypatch.setattr(choice, "_CODE_SECONDS", 0)
+
+
+@pytest.mark.parametrize("strict", ["", "0", "1"])
+def test_compiled_code_that_fails_is_in_the_plan(monkeypatch, capsys, all_tried, strict):
+    monkeypatch.setenv("GPUTUNE_STRICT_BACKENDS", strict)
+    monkeypatch.setattr(choice, "MemberChunk", fail)
+    if strict == "1":
+        with pytest.raises(IndexError, match="207"):
+            search(verbose=1)
+        return
+    found = search(verbose=1)
+    plan = capsys.readouterr().err.split("plan:")[1].splitlines()[0]
+    assert plan.endswith("; compiled code failed: IndexError: index 207 is out of bounds")
+    np.testing.assert_allclose(found.curves, search(backend="loop").curves, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        ("graph", "note: Net trains one by one, since training stacked failed: IndexError"),
+        ("loop", "one by one failed"),
+    ],
+)
+def test_the_way_that_remains_trains(monkeypatch, capsys, lenient, all_tried, way, says):
+    seconds = choice._seconds
+    monkeypatch.setattr(choice, "MemberChunk", fail)
+    monkeypatch.setattr(choice, "_seconds", lambda *given: fail() if given[3] == way else seconds(*given))
+    found, said = search(verbose=1), capsys.readouterr().err
+    assert says in said and "compiled code failed" in said
+    np.testing.assert_allclose(found.curves, search(backend="loop").curves, rtol=1e-10)
+
+
+class Weighed(Net):
+    """Has a weight for two of the three classes."""
+
+    def loss(self, batch):
+        x, y = batch
+        weight = torch.ones(2, dtype=x.dtype)
+        return (functional.cross_entropy(self(x), y, reduction="none") * weight[y]).mean()
+
+
+@pytest.mark.parametrize("strict", ["", "1"])
+def test_an_error_of_the_module_in_each_backend_ends_the_search(monkeypatch, all_tried, strict):
+    monkeypatch.setenv("GPUTUNE_STRICT_BACKENDS", strict)
+    y = torch.zeros(500, dtype=torch.int64)
+    y[::2], y[1::25] = 1, 2
+    y[torch.linspace(0, 499, 31).long()] = 0
+    with pytest.raises(InputError, match="IndexError"):
+        gputune.tune(Weighed, torch.randn(500, 3), y, **SEARCH, verbose=0, training_step=Weighed.loss)
+
+
+@pytest.mark.parametrize("place", ["capture", "replay"])
+def test_steps_whose_recording_fails_are_taken_as_they_are(monkeypatch, lenient, place):
+    expected = search(backend="loop", **MANY).curves
+    compile_trace, steps = recorder.compile_trace, []
+
+    def half_a_step(trace):
+        if place == "capture":
+            fail()
+
+        def replay():
+            steps.append(1)
+            compile_trace(trace)()
+            fail()
+
+        return replay
+
+    monkeypatch.setattr(recorder, "compile_trace", half_a_step)
+    with pytest.warns(RuntimeWarning, match="recording them failed: IndexError: index 207"):
+        study = search(backend="stacked", **MANY)
+    assert bool(steps) == (place == "replay")
+    assert any("recording them failed: IndexError" in note for note in study.record.notes)
+    np.testing.assert_allclose(study.curves, expected, rtol=1e-10)
+    monkeypatch.setenv("GPUTUNE_STRICT_BACKENDS", "1")
+    with pytest.raises(IndexError):
+        search(backend="stacked", **MANY)
+
+
+def test_a_chunk_that_cannot_be_made_is_made_for_the_next_backend(monkeypatch, lenient):
+    expected = search("mlp", backend="eager").curves
+    monkeypatch.setattr(train, "CompiledChunk", fail)
+    with pytest.warns(RuntimeWarning, match="in recorded steps, slower than compiled ones: IndexError"):
+        study = search("mlp")
+    assert any("compiled code failed: IndexError" in note for note in study.record.notes)
+    np.testing.assert_allclose(study.curves, expected, rtol=1e-10)
+
+
+def test_memory_that_runs_out_is_none_of_these_errors(monkeypatch, lenient):
+    """Chunks are halved then, as long as they have several trials."""
+    made, compiled = [], train.CompiledChunk
+
+    def make(network, *given, **options):
+        made.append(len(network.configs))
+        if len(network.configs) > 1:
+            raise MemoryError("no more")
+        return compiled(network, *given, **options)
+
+    monkeypatch.setattr(train, "CompiledChunk", make)
+    with warnings.catch_warnings(action="error"):
+        search("mlp", space={"lr": [1e-3, 1e-2], "width": [8]})
+    assert made == [2, 1, 1]
