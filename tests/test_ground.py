@@ -49,22 +49,73 @@ def test_many_new_objects_count_as_old_ones_and_what_a_program_has_set_stays(cod
 of_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
+@pytest.fixture
+def groups(monkeypatch, tmp_path):
+    """Let this process see other control groups: write(version, group of the process, {file: text})."""
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text(f"MemAvailable: {1 << 40} kB\n")
+    mount = tmp_path / "cgroup fs"
+
+    def write(version, group, files, root="/"):
+        line, kind = ("0::", "cgroup2 cgroup2 rw") if version == 2 else ("3:cpu,memory:", "cgroup cgroup rw,memory")
+        (tmp_path / "proc/self/cgroup").write_text(f"7:pids:/other\n{line}{group}\n")
+        place = str(mount).replace(" ", "\\040")
+        lines = "31 23 0:28 / /sys rw - tmpfs tmpfs rw", f"32 31 0:29 {root} {place} rw,nosuid shared:9 - {kind}"
+        (tmp_path / "proc/self/mountinfo").write_text("\n".join(lines))
+        for name, text in files.items():
+            (mount / name).parent.mkdir(parents=True, exist_ok=True)
+            (mount / name).write_text(text)
+
+    return write
+
+
 @of_linux
-def test_it_is_some_of_the_machines_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_GROUP", tmp_path / "none")
+def test_it_is_some_of_the_machines_memory(monkeypatch):
+    monkeypatch.setattr(memory, "_free_of_groups", list)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     lines = map(str.split, Path("/proc/meminfo").read_text().splitlines())
     total = next(int(words[1]) * 1024 for words in lines if words[0] == "MemTotal:")
     assert 0 < free_memory() < total
 
 
+V1 = {
+    "memory.limit_in_bytes": "9223372036854771712",
+    "memory.usage_in_bytes": "500",
+    "memory.stat": "cache 1\ntotal_inactive_file 0\n",
+    "job/memory.limit_in_bytes": "10000",
+    "job/memory.usage_in_bytes": "7000",
+    "job/memory.stat": "inactive_file 9\ntotal_inactive_file 1000\ntotal_active_file 500\ntotal_shmem 4000\n",
+}
+
+
 @of_linux
-def test_a_limit_of_the_process_or_of_its_group_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_GROUP", tmp_path / "memory.max")
-    memory._GROUP.write_text("1000000\n")
-    assert free_memory() == 1_000_000
-    memory._GROUP.write_text("max\n")
-    assert free_memory() > 1_000_000
+@pytest.mark.parametrize(("version", "group", "files", "root", "free"), [
+    # What is left of the limit, cached files counted as free, and not the limit.
+    (2, "/", {"memory.max": "10000", "memory.current": "4000", "memory.stat": "anon 3000\ninactive_file 1000\n"}, "/",
+     7000),
+    # The smallest along the path to the root: the group above leaves less.
+    (2, "/a/b", {"a/memory.max": "9000", "a/memory.current": "8500", "a/memory.stat": "active_file 300",
+                 "a/b/memory.max": "max", "a/b/memory.high": "6000", "a/b/memory.current": "100"}, "/", 800),
+    (2, "/a/b", {"a/memory.max": "max", "a/b/memory.max": "max", "a/b/memory.high": "6000",
+                 "a/b/memory.current": "100"}, "/", 5900),
+    # Another group's limit is none of ours.
+    (2, "/a", {"a/memory.max": "max", "b/memory.max": "10"}, "/", None),
+    (2, "/a", {"a/memory.max": "10", "a/memory.current": "50"}, "/", 0),
+    (1, "/job", V1, "/", 4500),
+    # A container: the process's group is the mount point, by a name that is known outside only.
+    (1, "/docker/job", {name.removeprefix("job/"): text for name, text in V1.items() if "job" in name}, "/docker/job",
+     4500),
+    (2, "/../../kubepods/pod", {"memory.max": "700"}, "/", 700),
+])  # fmt: skip
+def test_what_its_control_groups_leave(groups, version, group, files, root, free):
+    groups(version, group, files, root)
+    expected = 1 << 50 if free is None else free
+    assert free_memory() == expected
+
+
+@of_linux
+def test_a_limit_of_the_process_counts(monkeypatch):
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     monkeypatch.setattr(resource, "getrlimit", lambda which: (taken + (1 << 30), -1))
     assert free_memory() <= 1 << 30
@@ -74,8 +125,7 @@ def test_a_limit_of_the_process_or_of_its_group_counts(monkeypatch, tmp_path):
 
 @of_linux
 def test_a_system_that_says_nothing_sets_no_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / "none")
-    monkeypatch.setattr(memory, "_GROUP", tmp_path / "none")
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "none")
     monkeypatch.setattr(sys, "platform", "win32")
     assert free_memory() == sys.maxsize
 
