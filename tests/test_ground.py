@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gputune import memory, scratch
-from gputune.memory import free_memory
+from gputune import main_memory, scratch
+from gputune.main_memory import free_memory
 from gputune.scratch import scratch_folder, sweep, write_files
 
 # The collector is held back where many objects are made, and finds garbage among them later.
@@ -52,7 +52,7 @@ of_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.fixture
 def groups(monkeypatch, tmp_path):
     """Let this process see other control groups: write(version, group of the process, {file: text})."""
-    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(main_memory, "_PROC", tmp_path / "proc")
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "meminfo").write_text(f"MemAvailable: {1 << 40} kB\n")
     mount = tmp_path / "cgroup fs"
@@ -72,7 +72,7 @@ def groups(monkeypatch, tmp_path):
 
 @of_linux
 def test_it_is_some_of_the_machines_memory(monkeypatch):
-    monkeypatch.setattr(memory, "_free_of_groups", list)
+    monkeypatch.setattr(main_memory, "_free_of_groups", list)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     lines = map(str.split, Path("/proc/meminfo").read_text().splitlines())
     total = next(int(words[1]) * 1024 for words in lines if words[0] == "MemTotal:")
@@ -125,7 +125,7 @@ def test_a_limit_of_the_process_counts(monkeypatch):
 
 @of_linux
 def test_a_system_that_says_nothing_sets_no_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_PROC", tmp_path / "none")
+    monkeypatch.setattr(main_memory, "_PROC", tmp_path / "none")
     monkeypatch.setattr(sys, "platform", "win32")
     assert free_memory() == sys.maxsize
 

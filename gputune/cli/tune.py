@@ -19,7 +19,7 @@ from gputune.cli.flags import in_flags
 from gputune.cli.held_out import HeldOut, held_out_score
 from gputune.cli.options import options_of, typed_options
 from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
-from gputune.data.files import ARRAY_SUFFIXES
+from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import Source, read_source, set_apart
 from gputune.data.target import check_spread, check_target, with_transform
 from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted, Terminated
@@ -254,7 +254,7 @@ def _requested_trial(study: Study) -> Trial:
 
 def _target(arguments: argparse.Namespace) -> str | None:
     if arguments.target is None and not arguments.file.startswith("sklearn:"):
-        what, example = ("array", "y") if Path(arguments.file).suffix in ARRAY_SUFFIXES else ("column", "price")
+        what, example = ("array", "y") if Path(arguments.file).suffix.lower() in ARRAY_SUFFIXES else ("column", "price")
         raise InputError(
             f"--target is missing: name the {what} of {arguments.file!r} to predict, for example --target {example}."
         )

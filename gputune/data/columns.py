@@ -157,10 +157,10 @@ def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
 
     odd = min((level for level in counts if not is_number(level)), default=None)
     if odd is not None and are_most(is_number):
-        return (f"read as text because of {odd!r}, though most of its values are numbers",)
+        return (f"read as text because of {odd!r:.100}, though most of its values are numbers",)
     if odd is not None and are_most(lambda level: is_number(level.replace(",", ""))):
         remedy = "write numbers without them, decimals with a point"
-        return (f"read as text because of commas as in {odd!r}; {remedy}",)
+        return (f"read as text because of commas as in {odd!r:.100}; {remedy}",)
     if are_most(re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-](\d{4}|\d{2})").fullmatch):
         return (f"read as text; write dates like {min(counts)!r} as year-month-day",)
     return ()

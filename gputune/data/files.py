@@ -1,28 +1,24 @@
-"""Files become a table: text and Parquet by polars, scikit-learn's sets by name, none that memory does not hold.
+"""Files become a table: text and Parquet by polars, scikit-learn's sets by name, none that memory does not hold."""
 
-Or arrays: files of NumPy's and torch's, of which nothing is unpickled.
-"""
-
+import codecs
 import csv
 import gzip
 import io
-import pickle
-import zipfile
+import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, texts_of
 from gputune.data.table import Table, as_table, checked_table, quoted
 from gputune.errors import InputError
-from gputune.memory import free_memory
-from gputune.text import count, did_you_mean, is_number, size_words
+from gputune.input_files import check_file, check_room, open_file
+from gputune.main_memory import free_memory
+from gputune.text import count, did_you_mean, is_number
 
 if TYPE_CHECKING:
     import polars as pl
@@ -30,8 +26,11 @@ if TYPE_CHECKING:
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
 """scikit-learn's data sets that ``sklearn:NAME`` reads."""
 
+_MISSING = "give a CSV or Parquet file or 'sklearn:iris'"  # what to do about a file that is not there
 _FIELD_BYTES = 24  # of a short text and of the number that it is read as
+_TEXT_BYTES = 64  # of a text as an object of Python's, beside its letters
 _COLUMN_BYTES = 4096  # of a column, however short it is
+_LONGEST_NAME = 1000  # characters of a column's name: longer ones would fill every message
 _SHORT = 500  # rows up to which Python reads a column sooner than polars
 
 
@@ -46,24 +45,13 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     if str(source).startswith("sklearn:"):
         return _read_bundled_table(str(source).removeprefix("sklearn:"))
     path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {str(source)!r}; give a CSV or Parquet file or 'sklearn:iris'.")
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
         files = (path for path, _ in zip(path.rglob("*"), range(1000)))  # a large folder is not gone through
-        of_images = any(path.suffix.lower() in _IMAGES for path in files)
-        raise InputError(f"{str(source)!r} is a folder; {_OF_IMAGES if of_images else 'give the file in it'}.")
-    if not path.is_file():  # a pipe would be waited for, a device has no end
-        raise InputError(f"{str(source)!r} is a pipe or a device and no file; write its rows into a file first.")
+        if any(path.suffix.lower() in _IMAGES for path in files):
+            raise InputError(f"{str(source)!r} is a folder; {_OF_IMAGES}.")
+    check_file(path, missing=_MISSING)
     if path.suffix.lower() == ".parquet":
-        import polars as pl
-
-        with _read_errors(path, "Parquet"), path.open("rb") as file:  # polars takes no name that is not UTF-8
-            about = pl.scan_parquet(file)
-            rows, width = about.select(pl.len()).collect().item(), len(about.collect_schema())
-            _check_room(path, rows * width * 8 + width * _COLUMN_BYTES, free_memory())
-            file.seek(0)
-            frame = pl.read_parquet(file)
-        return as_table(frame)
+        return as_table(_read_parquet(path))
     if _text_suffix(path):
         names, fields = _read_fields(path)
         columns = [_column(series, as_text=name in kinds) for name, series in zip(names, fields)]
@@ -74,14 +62,14 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
 
 def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]:
     """Return columns of a file that ``read_table`` reads, text as it is written. Raises InputError for one it lacks."""
-    import polars as pl
-
-    path, values = Path(source), dict[str, Iterable[object]]()
+    path = Path(source)
+    values: dict[str, Iterable[object]] = {}
+    if not str(source).startswith("sklearn:"):
+        check_file(path, missing=_MISSING)
     if _text_suffix(path):
         values = dict(zip(*_read_fields(path)))
     elif path.suffix.lower() == ".parquet":
-        with path.open("rb") as file:
-            values.update(pl.read_parquet(file).to_dict())
+        values.update(_read_parquet(path).to_dict())
     else:
         table = read_table(source)
         values = dict(zip(table.names, table.columns))
@@ -97,6 +85,30 @@ _OF_IMAGES = (
     "images go in as one array: in Python pass a Dataset such as torchvision.datasets.ImageFolder(folder, transform) "
     "as X, or write numpy.savez('images.npz', image=X, label=y) with X (rows, channels, height, width), for a module"
 )
+
+
+def _read_parquet(path: Path) -> "pl.DataFrame":
+    """Return the columns of a Parquet file. Raises InputError if memory does not hold them, or for nested columns."""
+    import polars as pl
+
+    if check_file(path) == 0:
+        raise InputError(f"{str(path)!r} is empty; write the table again.")
+    with _read_errors(path, "Parquet"), open_file(path) as file:  # polars takes no name that is not UTF-8
+        about = pl.scan_parquet(file)
+        schema = about.collect_schema()
+        n_rows = about.select(pl.len()).collect().item()
+        check_room(path, n_rows * len(schema) * 8 + len(schema) * _COLUMN_BYTES)
+        for name, dtype in schema.items():
+            if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
+                remedy = "give it columns of numbers, text or dates instead, or leave it out of the file"
+                raise InputError(f"column {name!r} of {str(path)!r} holds {dtype}, which is no single value; {remedy}.")
+        file.seek(0)
+        frame = pl.read_parquet(file)
+    # A few bytes can stand for many equal texts, each of which becomes an object of Python's.
+    texts = [column for column in frame if column.dtype == pl.String]
+    letters = sum(int(column.str.len_bytes().sum()) for column in texts)
+    check_room(path, letters + n_rows * len(texts) * _TEXT_BYTES)
+    return frame
 
 
 def _read_bundled_table(name: str) -> Table:
@@ -120,6 +132,8 @@ def _read_errors(path: Path, form: str, rule: str = "") -> Iterator[None]:
     failures = exceptions.PolarsError, exceptions.PanicException, OSError, EOFError, zlib.error, MemoryError
     try:
         yield
+    except (FileNotFoundError, PermissionError):
+        raise
     except exceptions.NoDataError as error:
         raise InputError(f"{str(path)!r} is empty; a header line and at least one row are needed.") from error
     except failures as error:
@@ -140,7 +154,7 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
     rule = "; it must be UTF-8 text with one header line and equally many fields in every line."
     with _read_errors(path, "a text table", rule):
         header, separator = _header(path)
-        _check_room(path, header.count(separator.encode()) * _COLUMN_BYTES, free_memory())
+        check_room(path, header.count(separator.encode()) * _COLUMN_BYTES)
         try:
             with _open_text(path) as file:  # anew: older polars go on where the system has read to
                 fields = pl.read_csv(file, separator=separator, has_header=False, infer_schema=False)
@@ -150,6 +164,11 @@ def _read_fields(path: Path) -> "tuple[list[str], pl.DataFrame]":
     if fields.width > 1 and fields.to_series(-1).null_count():  # polars fills up a line that is too short
         _check_lines(path, separator)
     names = ["" if name is None else name.strip() for name in fields.row(0)]
+    if (longest := max(map(len, names))) > _LONGEST_NAME:
+        raise InputError(
+            f"{str(path)!r} has a field of {longest} characters in its first line, where the names of the columns are "
+            "due; write a line of names above it."
+        )
     numbers = [name for name in names if is_number(name)]  # whole ones, such as years, may be names
     if any(not name.lstrip("-").isdecimal() for name in numbers) and len(numbers) * 2 >= len(names):
         raise InputError(
@@ -175,8 +194,11 @@ def _check_lines(path: Path, separator: str) -> None:
 
 
 def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number, from 1, and the fields of each line of a text file; an empty one is a row without values."""
-    with _open_text(path) as file:
+    """Yield the number, from 1, and the fields of each line of a text file; an empty one is a row without values.
+
+    It ends before a field that is longer than csv reads, which a quotation mark without its partner makes.
+    """
+    with _open_text(path) as file, suppress(csv.Error):
         lines = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
         reader = csv.reader(lines, delimiter=separator)
         yield from ((reader.line_num, fields) for fields in reader)
@@ -200,31 +222,53 @@ def _header(path: Path) -> tuple[bytes, str]:
 
 
 def _open_text(path: Path) -> IO[bytes]:
-    """Open a file, unpacked in memory where it is packed. Raises InputError where its fields would find no room."""
+    """Open a text file; one that is packed is unpacked in memory. Raises InputError if memory does not hold its fields.
+
+    It also raises InputError for text in another encoding than UTF-8 and for bytes that are no text.
+    """
     free = free_memory()
 
     def check(size: int, sample: bytes) -> None:
         # The text takes memory, and so do its fields: as many as in a part of it.
         fields = sum(sample.count(mark) for mark in b",;\t\n")
-        _check_room(path, size + size * fields * _FIELD_BYTES // max(1, len(sample)), free)
+        check_room(path, size + size * fields * _FIELD_BYTES // max(1, len(sample)), free)
 
     if not path.name.lower().endswith(".gz"):
-        with path.open("rb") as file:
-            check(path.stat().st_size, file.read(1 << 16))
-        return path.open("rb")
+        with open_file(path) as file:
+            sample = file.read(1 << 16)
+        _check_encoding(path, sample)
+        check(path.stat().st_size, sample)
+        return open_file(path)
+    check_room(path, check_file(path), free)
     text = io.BytesIO()
-    with gzip.open(path, "rb") as packed:
+    with open_file(path) as file, gzip.open(file, "rb") as packed:
         while part := packed.read(1 << 20):
+            if text.tell() == 0:
+                _check_encoding(path, part[: 1 << 16])
             text.write(part)
             check(text.tell(), part)
     text.seek(0)
     return text
 
 
-def _check_room(path: Path, needed: int, free: int) -> None:
-    if needed > free:
-        why = f"and {size_words(free)} are free; leave out rows or columns, or read it where there is more"
-        raise InputError(f"{str(path)!r} needs about {size_words(needed)} of memory or more, {why}.")
+_BYTE_ORDER_MARKS = (  # that of UTF-16 is the beginning of one of UTF-32
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+def _check_encoding(path: Path, sample: bytes) -> None:
+    """Raise InputError if the first bytes of a file are in another encoding than UTF-8, or are no text."""
+    remedy = "Save it as UTF-8, which Excel calls 'CSV UTF-8'."
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if sample.startswith(mark):
+            raise InputError(f"{str(path)!r} is text in {encoding}, and gputune reads UTF-8. {remedy}")
+    if b"\0" in sample:
+        raise InputError(
+            f"{str(path)!r} has bytes of value 0 and is no text table. If it is text in UTF-16, save it as UTF-8."
+        )
 
 
 def _column(texts: "pl.Series", *, as_text: bool) -> tuple[Kind, np.ndarray]:
@@ -241,69 +285,3 @@ def _column(texts: "pl.Series", *, as_text: bool) -> tuple[Kind, np.ndarray]:
     if numbers.null_count() != missing.sum():
         return parse_text(texts.to_numpy())
     return "number", np.array(numbers.to_numpy(), dtype=np.float64)
-
-
-ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
-_WRITE = "write it with numpy.savez(path, image=X, label=y), or torch.save of a dict of tensors"
-
-
-def read_array_file(path: Path) -> dict[str, object]:
-    """Return the arrays of a file by their names: of .npz, of a .pt that holds a dict of tensors; of .npy one, "".
-
-    That of .npy is mapped, so that its rows are read where they are gathered.
-    """
-    if path.is_dir():
-        raise InputError(f"{str(path)!r} is a folder; give the file in it.")
-    try:
-        if path.suffix == ".npy":
-            return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        arrays = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        why = f"which is not unpickled since that may run code; {_WRITE}"
-        raise InputError(f"{str(path)!r} holds more than tensors, {why}.") from error
-    except (FileNotFoundError, PermissionError):
-        raise
-    except (ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        writer = "torch.save" if path.suffix in (".pt", ".pth") else "NumPy"
-        reason = f"it is damaged, or was not written by {writer}"
-        if str(error).startswith("Object arrays"):
-            reason = "it holds Python objects, such as rows of unlike shapes, which are not unpickled"
-        elif path.stat().st_size == 0:
-            reason = "it is empty"
-        raise InputError(f"{str(path)!r} cannot be read as arrays: {reason}; {_WRITE}.") from error
-    if not isinstance(arrays, dict) or not all(isinstance(value, Tensor) for value in arrays.values()):
-        remedy = "save one, for example torch.save({'image': X, 'label': y}, path)"
-        raise InputError(f"{str(path)!r} must hold a dict of tensors, got {type(arrays).__name__}; {remedy}.")
-    return {str(name): value for name, value in arrays.items()}
-
-
-def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
-    """Return X, y and groups of a file; ``y`` and ``groups`` name arrays in it, or beside a .npy are files of it.
-
-    X is a dict where more than one array is left. Raises InputError for other names, and where nothing is left.
-    """
-    values = read_array_file(path)
-    if path.suffix == ".npy":
-        return values[""], _beside(path, "y", y), None if groups is None else _beside(path, "groups", groups)
-    for argument, name in (("target", y), ("groups", groups)):
-        if not (isinstance(name, str) and name in values) and not (argument == "groups" and name is None):
-            known = f"which are {quoted(values)}" if values else "and it holds none"
-            got = repr(name) if isinstance(name, str | None) else f"an object of type {type(name).__name__}"
-            raise InputError(f"{argument}={got} is none of the arrays of {str(path)!r}, {known}; name one of them.")
-    target, of_groups = values.pop(y), None if groups is None else np.asarray(values.pop(groups))
-    if not values:
-        raise InputError(f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from.")
-    return values if len(values) > 1 else next(iter(values.values())), target, of_groups
-
-
-def _beside(path: Path, option: str, name: object) -> np.ndarray:
-    """Return the array of the .npy file ``name``."""
-    if not isinstance(name, str | Path) or Path(name).suffix != ".npy":
-        got = f"got {name!r:.60}; or write both into one file, numpy.savez(path, image=X, label=y)"
-        raise InputError(f"{option} must be a .npy file too, with one value a row of {str(path)!r}, {got}.")
-    if not Path(name).exists():
-        raise InputError(f"{option}: there is no file {str(name)!r}; give the .npy file of {option}.")
-    return np.array(read_array_file(Path(name))[""])

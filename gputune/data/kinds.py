@@ -45,7 +45,7 @@ def checked_labels(values: np.ndarray, name: str) -> np.ndarray:
     """Return the values of a target, (n,). Raises InputError for text beside other objects: 1 would become '1'."""
     odd = {isinstance(value, str): value for value in values if not is_missing(value)} if values.dtype == object else {}
     if len(odd) == 2:
-        types = f"{type(odd[False]).__name__} ({odd[False]}) and text ({str(odd[True])!r})"
+        types = f"{type(odd[False]).__name__} ({odd[False]}) and text ({str(odd[True])!r:.100})"
         raise InputError(f"{name} has values of two types, {types}; make them one, as in [str(value) for value in y].")
     return values
 
@@ -103,7 +103,7 @@ def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarr
             numbers[row] = math.nan if text is None else read(text)
         except ValueError:
             remedy = "leave that cell empty where its value is missing, or choose another kind"
-            raise InputError(f"{asked} has {text!r} in row {row}; {remedy}.") from None
+            raise InputError(f"{asked} has {text!r:.100} in row {row}; {remedy}.") from None
     return numbers
 
 
@@ -264,7 +264,7 @@ def convert(values: np.ndarray, kind: Kind, wanted: Kind, name: str, levels: Seq
         if kind != "category":
             return convert(read, kind, wanted, name)
         odd = (text for text in values[known] if _read([text])[0] == "category")
-        got = f"text such as {next(odd, values[known][0])!r}"
+        got = f"text such as {next(odd, values[known][0])!r:.100}"
     if (wanted, kind) == ("number", "boolean"):
         return values
     if (wanted, kind) == ("date", "number"):  # 20200131 reads as both

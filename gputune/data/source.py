@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
+from gputune.data.array_files import ARRAY_SUFFIXES, pick_arrays
 from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.columns import checked_tensor
-from gputune.data.files import ARRAY_SUFFIXES, line_of, pick_arrays, read_table
+from gputune.data.files import line_of, read_table
 from gputune.data.folds import hold_out, parse_cv
 from gputune.data.kinds import Kind, checked_labels
 from gputune.data.ragged import refuse_ragged
 from gputune.data.table import Table, as_rows, as_table, is_image, quoted, refuse_lists, refuse_loader, split_target
 from gputune.data.target import Target, TaskWord, check_target, refuse_missing, target_array
 from gputune.errors import InputError
+from gputune.input_files import check_room
 from gputune.text import did_you_mean
 from gputune.types import Json
 
@@ -140,7 +143,7 @@ def read_source(
     """
     kinds = kinds or {}
     if isinstance(X, str | Path):
-        if Path(X).suffix not in ARRAY_SUFFIXES:
+        if Path(X).suffix.lower() not in ARRAY_SUFFIXES:
             return _read_table_file(X, y, groups, drop, kinds)
         _refuse_columns(drop, kinds)
         return _read_arrays(Path(X), y, groups, module=module)
@@ -227,11 +230,14 @@ def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
     X, target, of_groups = pick_arrays(path, y, groups)
     if module and isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind in "iu":
         X = (X,)  # token ids, as an integer tensor of two axes is
+    if isinstance(X, np.ndarray | Tensor) and X.ndim <= 2:
+        # Such an array becomes a table, with numbers of double precision. Others stay mapped.
+        check_room(path, 8 * math.prod(X.shape))
     source = read_source(X, target, of_groups, module=module)
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         y, groups = (None if of is None else str(Path(of).resolve()) for of in (y, groups))
     origin = {"path": str(path.resolve()), "target": y, "groups": groups}
-    return replace(source, target=Path(y).stem if path.suffix == ".npy" else y, origin=origin, original=None)
+    return replace(source, target=Path(y).stem if path.suffix.lower() == ".npy" else y, origin=origin, original=None)
 
 
 def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tuple[object, object]:

@@ -165,8 +165,13 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
 def quoted(names: Iterable[str], limit: int = 8) -> str:
     """Write names for a message: quoted, with commas, the first ``limit`` of them."""
     names = list(names)
-    shown = ", ".join(repr(str(name)) for name in names[:limit])
+    shown = ", ".join(_short_repr(str(name)) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _short_repr(name: str, most: int = 100) -> str:
+    """Return a name in quotation marks, the beginning of it if it is very long."""
+    return repr(name) if len(name) <= most else repr(f"{name[:most]}...")
 
 
 def two_axes(ndim: int) -> str:

@@ -111,7 +111,7 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
         raise InputError(_ALL_EQUAL.format(name=name, value=classes[0].item()))
     if len(classes) < 2:
         remedy = "add rows of another class, or check the target's column"
-        raise InputError(f"{name} must have at least two classes, got only {classes[0].item()!r}; {remedy}.")
+        raise InputError(f"{name} must have at least two classes, got only {classes[0].item()!r:.100}; {remedy}.")
     fitting: Task = "binary" if len(classes) == 2 else "multiclass"
     if task in ("binary", "multiclass") and task != fitting:
         raise InputError(f"task={task!r} does not fit {name}, which has {len(classes)} classes; use task={fitting!r}.")
@@ -298,4 +298,4 @@ def _check_numbers(values: np.ndarray, task: str | None, name: str) -> None:
     if values.dtype.kind == "U":
         texts = values.ravel().tolist()
         odd = next((text for text in texts if not is_number(text)), texts[0])
-        raise InputError(f"task={task!r} needs numbers in {name}, got text such as {odd!r}; convert it.")
+        raise InputError(f"task={task!r} needs numbers in {name}, got text such as {odd!r:.100}; convert it.")

@@ -25,7 +25,8 @@ from gputune.hypergradients.inner import (
     slope,
     to_coordinate,
 )
-from gputune.memory import free_memory, free_of_gpu
+from gputune.main_memory import free_memory
+from gputune.memory import free_of_gpu
 from gputune.optimizers.classes import OPTIMIZER_PREFIX
 from gputune.population.population import beyond_adam
 from gputune.seeding import stream

@@ -20,7 +20,7 @@ from gputune.data.dataset import make_dataset as data_of
 from gputune.data.target import Target
 from gputune.data.weights import Weights
 from gputune.errors import InputError
-from gputune.memory import free_memory
+from gputune.main_memory import free_memory
 from gputune.types import Task
 
 Index: TypeAlias = NDArray[np.int64]

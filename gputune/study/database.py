@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError, warn
+from gputune.input_files import check_file, check_room
 from gputune.scratch import flush, no_folder, scratch_folder
 from gputune.study.rows import Row
 from gputune.study.values import MALFORMED
@@ -50,7 +51,7 @@ def open_file(path: Path) -> sqlite3.Connection:
     It is in autocommit mode: every transaction is one that ``transaction`` begins. Raises FileNotFoundError,
     StudyCorruptError for a damaged or foreign file, StudyVersionError for one of a newer gputune.
     """
-    check_file(path)
+    check_study_file(path)
     _check_bytes(path)
     with _closed_on_error(_connect_readonly(path)) as reading:
         _check_content(reading, path)
@@ -73,12 +74,22 @@ def open_file(path: Path) -> sqlite3.Connection:
     return writing
 
 
-def check_file(path: Path) -> None:
-    """Raise FileNotFoundError where there is no file."""
-    if not path.is_file():
-        inside = next(iter(sorted(path.glob("*.db"))), None) if path.is_dir() else None
-        remedy = f"this is a folder, give {inside or 'the file in it'!s}" if path.is_dir() else "check the path"
+def check_study_file(path: Path) -> None:
+    """Raise FileNotFoundError if there is no file, and InputError if SQLite should not open it.
+
+    That is if it, or a file that SQLite keeps for it, is a pipe or a device, or if memory does not hold it.
+    """
+    if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
+        inside = next(iter(sorted(path.glob("*.db"))), None)
+        remedy = f"this is a folder, give {inside or 'the file in it'!s}"
         raise FileNotFoundError(errno.ENOENT, f"there is no study file; {remedy}", str(path))
+    if not os.path.exists(path):
+        raise FileNotFoundError(errno.ENOENT, "there is no study file; check the path", str(path))
+    check_room(path, check_file(path))
+    for ending in ("-wal", "-shm", "-journal"):
+        log = beside(path, ending)
+        if log.exists() and not (log.is_file() or log.is_dir()):  # SQLite has an error of its own for a folder
+            raise damage_error(path, f"{str(log)!r} beside it is no file; remove that")
 
 
 def beside(path: Path, ending: str) -> Path:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gputune.data.array_files import read_array_file
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout, checked_tensor
 from gputune.data.dataset import first_equal
 from gputune.data.encode import Statistics
-from gputune.data.files import read_array_file, read_table
+from gputune.data.files import read_table
 from gputune.data.scaling import encode
 from gputune.data.source import read_inputs
 from gputune.data.table import Table, as_table, quoted

@@ -23,6 +23,7 @@ from gputune.data.columns import Layout
 from gputune.data.encode import Statistics
 from gputune.data.target_transform import FittedTransform
 from gputune.errors import InputError, UntrustedCodeError, warn
+from gputune.input_files import read_file
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.calls import convert
 from gputune.modules.construction import Builder, call_arguments, construct, materialise, name_of
@@ -274,7 +275,7 @@ def read_description(path: Path) -> Json:
     gputune.
     """
     with file_errors(path):
-        head = json.loads(_read(path))
+        head = json.loads(_read(path, bytes_per_byte=_JSON_BYTES))
         if head["format"] != FORMAT:
             raise ValueError("it is no description of a gputune model")
         if head["version"] > FORMAT_VERSION:
@@ -316,11 +317,15 @@ def _read_tensors(path: Path, body: Mapping[str, object]) -> dict[str, Tensor]:
             raise ValueError(f"it is no safetensors file ({error})") from error
 
 
-def _read(path: Path) -> bytes:
+_JSON_BYTES = 30
+"""Bytes of memory that a byte of JSON needs at most: "[]," is an object of Python's."""
+
+
+def _read(path: Path, bytes_per_byte: int = 1) -> bytes:
     if not path.parent.is_dir():
         raise InputError(f"there is no model folder {str(path.parent)!r}; check the path.")
-    if not path.is_file():
+    if not path.exists():
         inner = path.parent / "model"
         remedy = f"did you mean {str(inner)!r}?" if (inner / path.name).exists() else "save the model again."
         raise InputError(f"the model folder {str(path.parent)!r} has no {path.name}; {remedy}")
-    return path.read_bytes()
+    return read_file(path, bytes_per_byte=bytes_per_byte)

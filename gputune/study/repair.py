@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gputune.errors import StudyCorruptError
-from gputune.study.database import TABLES, beside, check_file, create_file
+from gputune.study.database import TABLES, beside, check_study_file, create_file
 from gputune.study.rows import HOW_MANY, Candidate, Chunk, Result, Row, option_from_row, read_rows
 
 _MOST_FAILURES = 20_000
@@ -60,7 +60,7 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str], *, argumen
     ``argument`` there, exists already, or its folder does not.
     """
     path = Path(path)
-    check_file(path)
+    check_study_file(path)
     with closing(_connect(path)) as connection:
         options, trials, plan, results = (_whole_rows(connection, table) for table in _READERS)
     named = dict(option for _, option in options.values())

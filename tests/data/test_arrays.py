@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from gputune.data.array_files import read_array_file
 from gputune.data.arrays import ArrayLayout, ArrayStatistics, as_arrays, fit_channels
 from gputune.data.dataset import encode
-from gputune.data.files import read_array_file, read_table
+from gputune.data.files import read_table
 from gputune.data.source import fingerprint, read_again, read_dataset, read_source, set_apart
 from gputune.data.table import as_table
 from gputune.data.target import check_target

@@ -1,0 +1,179 @@
+"""Arrays from files of NumPy's and torch's: nothing is unpickled, and nothing is read that memory does not hold."""
+
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy_format
+from torch import Tensor
+
+from gputune.data.arrays import refuse_kind
+from gputune.data.table import quoted
+from gputune.errors import InputError
+from gputune.input_files import check_file, check_room, open_file
+from gputune.text import size_words
+
+ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
+_WRITE = "Write it with numpy.savez(path, image=X, label=y), or torch.save of a dict of tensors."
+_TEXT_BYTES = 64  # of a short text as an object of Python's, which text in an array becomes
+_READERS = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
+"""Readers of the header of a .npy file by its major version. Version 3 is for the names of fields alone."""
+
+
+class _Malformed(ValueError):
+    """The reason why a file is not read as arrays."""
+
+
+def read_array_file(path: Path) -> dict[str, Any]:
+    """Return the arrays of a file by their names: arrays of a .npz, tensors of a .pt that holds a dict of them.
+
+    The array of a .npy has the name "". It is mapped, and so are tensors: their rows are read when they are gathered.
+
+    Raises:
+        FileNotFoundError: there is no file of this name.
+        PermissionError: the file may not be read.
+        InputError: it is no file of arrays, holds Python objects, or needs more memory than is free.
+    """
+    size = check_file(path)
+    read = {".npy": _read_npy, ".npz": _read_npz}.get(path.suffix.lower(), _read_torch)
+    try:
+        if size == 0:
+            raise _Malformed("it is empty")
+        return read(path)
+    except (InputError, PermissionError):
+        raise
+    except MemoryError as error:
+        raise InputError(f"{str(path)!r} needs more memory than is free; read it where there is more.") from error
+    except _Malformed as error:
+        raise InputError(f"{str(path)!r} cannot be read as arrays: {error}. {_WRITE}") from error
+    except Exception as error:  # a damaged file can raise anything in NumPy's and torch's readers
+        writer = "torch.save" if read is _read_torch else "NumPy"
+        reason = f"it is damaged, or was not written by {writer}"
+        raise InputError(f"{str(path)!r} cannot be read as arrays: {reason}. {_WRITE}") from error
+
+
+def _read_npy(path: Path) -> dict[str, Any]:
+    with open_file(path) as file:
+        _check_array(file, os.fstat(file.fileno()).st_size)
+    return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with open_file(path) as file, zipfile.ZipFile(file) as archive:
+        needed = 0
+        for member in archive.infolist():
+            with archive.open(member) as content:
+                needed += _check_array(content, member.file_size, f"its array {member.filename!r}")
+        check_room(path, needed)
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _check_array(file: IO[bytes], size: int, name: str = "it") -> int:
+    """Return the bytes of memory that an array needs, by its header, in a file of NumPy's format of ``size`` bytes.
+
+    Raises ValueError for an array that does not fit into the file, or is none of numbers, booleans, dates or text.
+    """
+    version, _ = npy_format.read_magic(file)
+    if version not in _READERS:
+        raise _Malformed(f"{name} has named fields, which are read from data frames only")
+    shape, _, dtype = _READERS[version](file)
+    if dtype.hasobject:
+        raise _Malformed(
+            f"{name} holds Python objects, such as rows of different lengths, which may run code. Pad the rows to one "
+            "length"
+        )
+    if dtype.kind == "V":
+        raise _Malformed(f"{name} has named fields, which are read from data frames only")
+    if any(length < 0 for length in shape):
+        raise _Malformed(f"{name} has the shape {_shape_words(shape)}, and no length can be negative")
+    n_values = math.prod(shape)
+    declared = n_values * max(1, dtype.itemsize)  # a text may have no bytes, and be an object nevertheless
+    available = size - file.tell()
+    if declared > available:
+        raise _Malformed(
+            f"{name} has the shape {_shape_words(shape)}, which takes {size_words(declared)}, and holds "
+            f"{size_words(max(0, available))}. It may be cut off"
+        )
+    return declared + n_values * _TEXT_BYTES * (dtype.kind in "SU")
+
+
+def _shape_words(shape: Iterable[int]) -> str:
+    """Return a shape in words, shortened if it has many axes."""
+    text = str(tuple(shape))
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    sizes = _record_sizes(path)
+    try:
+        arrays = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{str(path)!r} holds more than tensors, which is not unpickled since that may run code. {_WRITE}"
+        ) from error
+    if not isinstance(arrays, dict) or not all(isinstance(value, Tensor) for value in arrays.values()):
+        remedy = "Save one, for example torch.save({'image': X, 'label': y}, path)."
+        raise InputError(f"{str(path)!r} must hold a dict of tensors, got {type(arrays).__name__}. {remedy}")
+    tensors = {str(name): value.detach() for name, value in arrays.items()}
+    needed = 0
+    for name, value in tensors.items():
+        refuse_kind(value, f"{name!r:.100} in {str(path)!r}")
+        stored = value.untyped_storage().nbytes()
+        if stored not in sizes and value.numel() > 0:
+            raise _Malformed(f"its tensor {name!r:.100} does not fit the records of the file")
+        # A tensor of stride 0 repeats its numbers, and has them all as soon as rows are gathered.
+        full = value.numel() * value.itemsize
+        if full > stored:
+            needed += full
+    check_room(path, needed)
+    return tensors
+
+
+def _record_sizes(path: Path) -> set[int]:
+    """Return the sizes of the records of an archive of torch's, in bytes.
+
+    Raises ValueError for packed records: torch maps the file, so it would take packed bytes for numbers.
+    """
+    with open_file(path) as file, zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise _Malformed("its records are packed, which torch.save never does")
+    return {member.file_size for member in members}
+
+
+def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
+    """Return X, y and groups of a file; ``y`` and ``groups`` name arrays in it, or next to a .npy are files of it.
+
+    X is a dict if more than one array is left. Raises InputError for other names, and if nothing is left.
+    """
+    values = read_array_file(path)
+    if path.suffix.lower() == ".npy":
+        return values[""], _beside(path, "y", y), None if groups is None else _beside(path, "groups", groups)
+    for argument, name in (("target", y), ("groups", groups)):
+        if not (isinstance(name, str) and name in values) and not (argument == "groups" and name is None):
+            known = f"which are {quoted(values)}" if values else "and it holds none"
+            got = repr(name) if isinstance(name, str | None) else f"an object of type {type(name).__name__}"
+            raise InputError(f"{argument}={got} is none of the arrays of {str(path)!r}, {known}; name one of them.")
+    target, of_groups = values.pop(y), None if groups is None else np.asarray(values.pop(groups))
+    if not values:
+        raise InputError(f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from.")
+    return values if len(values) > 1 else next(iter(values.values())), target, of_groups
+
+
+def _beside(path: Path, option: str, name: object) -> np.ndarray:
+    """Return the array of the .npy file ``name``."""
+    if not isinstance(name, str | Path) or Path(name).suffix.lower() != ".npy":
+        got = f"got {name!r:.60}; or write both into one file, numpy.savez(path, image=X, label=y)"
+        raise InputError(f"{option} must be a .npy file too, with one value a row of {str(path)!r}, {got}.")
+    if not os.path.exists(name):
+        raise InputError(f"{option}: there is no file {str(name)!r}; give the .npy file of {option}.")
+    array = read_array_file(Path(name))[""]
+    check_room(Path(name), array.nbytes)
+    return np.array(array)

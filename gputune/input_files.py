@@ -1,0 +1,118 @@
+"""Files that gputune reads: each is checked before it is opened, and its size before its content takes memory.
+
+Every reader of data, studies and models begins here. A pipe would be waited for, a device has no end, and a small file
+can describe more numbers than memory holds.
+"""
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import IO
+
+from gputune.errors import InputError
+from gputune.main_memory import free_memory
+from gputune.text import size_words
+
+_KINDS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+def check_file(path: Path, *, missing: str = "check the path", folder: str = "give the file in it") -> int:
+    """Return the size of a file in bytes. A symbolic link to a file is as good as the file.
+
+    Args:
+        path: the file that will be read.
+        missing: what the user can do if there is no such file.
+        folder: what the user can do if it is a folder.
+
+    Raises:
+        FileNotFoundError: there is no file of this name.
+        PermissionError: a folder of the path may not be entered.
+        InputError: it is a folder, a pipe, a socket, a device or a link to itself.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no file {str(path)!r}; {_remedy(path, missing)}.") from None
+    except PermissionError:
+        raise _no_permission(path) from None
+    except (OSError, ValueError) as error:  # a link to itself, a name that is too long, a NUL in it
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{str(path)!r:.300} cannot be read: {reason.lower()}. Check the path.") from None
+    _check_mode(path, status.st_mode, folder)
+    return status.st_size
+
+
+def open_file(path: Path, *, missing: str = "check the path", folder: str = "give the file in it") -> IO[bytes]:
+    """Open a file for reading. Raises as ``check_file``, and PermissionError if it may not be read."""
+    check_file(path, missing=missing, folder=folder)
+    # Without O_NONBLOCK, a pipe that took the file's place after the check would be waited for.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except PermissionError:
+        raise _no_permission(path) from None
+    file = os.fdopen(descriptor, "rb")
+    try:
+        _check_mode(path, os.fstat(descriptor).st_mode, folder)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_file(path: Path, *, bytes_per_byte: int = 1, missing: str = "check the path") -> bytes:
+    """Return the content of a file.
+
+    Args:
+        path: the file.
+        bytes_per_byte: the memory that is needed to read and decode one byte of it.
+        missing: what the user can do if there is no such file.
+
+    Raises:
+        InputError: memory does not hold the content, or as ``check_file``.
+    """
+    with open_file(path, missing=missing) as file:
+        size = os.fstat(file.fileno()).st_size
+        check_room(path, size * bytes_per_byte)
+        return file.read(size)
+
+
+def check_room(path: Path, needed: int, free: int | None = None) -> None:
+    """Raise InputError if the content of a file needs more bytes of memory than are free (None: than are free now)."""
+    if free is None:
+        free = free_memory()
+    if needed > free:
+        remedy = "leave out rows or columns, or read it where there is more"
+        raise InputError(
+            f"{str(path)!r} needs about {size_words(needed)} of memory or more, and {size_words(free)} are free; "
+            f"{remedy}."
+        )
+
+
+def _check_mode(path: Path, mode: int, folder: str) -> None:
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{str(path)!r} is a folder; {folder}.")
+    for is_kind, kind in _KINDS:
+        if is_kind(mode):
+            raise InputError(f"{str(path)!r} is {kind} and no file; write its content into a file first.")
+
+
+def _remedy(path: Path, missing: str) -> str:
+    if str(path) == "-":
+        return "standard input is not read, write it into a file first"
+    if _URL.match(str(path)):
+        return "a URL is not read, download it into a file first"
+    if path.is_symlink():
+        return "the link of that name leads nowhere"
+    return missing
+
+
+def _no_permission(path: Path) -> PermissionError:
+    return PermissionError(f"{str(path)!r} may not be read; check the rights of the file and of its folders.")
