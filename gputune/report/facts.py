@@ -26,28 +26,62 @@ _RAISED, _TOO_BIG, _LOST = "that raised an error", "too big for the memory", "th
 FAILED = 20  # failed trials that are listed
 
 
-def facts(study: Study, model: Json | None) -> list[tuple[str, str, str]]:
-    """Return of each fact its name, its number and a sentence; ``model`` is the ``info`` of the study's tuned model."""
+Fact = tuple[str, str, str]
+"""The name of a fact, its number and a note on it."""
+
+
+def score_facts(study: Study, model: Json | None) -> list[Fact]:
+    """Return the facts on the best score; ``model`` is the ``info`` of the study's tuned model."""
     record, best = study.record, best_trial(study)
-    rows = []
-    if best is not None:
+    if best is None:
+        return []
+    measure = score_view(study).measure
+    if record.face == "loop":
+        return [(f"best {measure.title}", measure.text(best.score), f"trial {best.number}")]
+    added = " ± standard error" * math.isfinite(best.std_error)
+    note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
+    score = measure.with_error(best.score, best.std_error)
+    return [
+        (f"best cross-validated {measure.title}", score, note),
+        _held_out_fact(study, model, measure),
+        *_improvement_facts(study, measure),
+    ]
+
+
+def search_facts(study: Study) -> list[Fact]:
+    """Return the facts on the search: the score without a model, trials, time and device."""
+    record, facts = study.record, []
+    if (baseline := record.baseline) is not None and best_trial(study) is not None:
         measure = score_view(study).measure
-        if record.face == "loop":
-            rows.append((f"best {measure.title}", measure.text(best.score), f"trial {best.number}"))
-        else:
-            added = " ± standard error" * math.isfinite(best.std_error)
-            note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
-            score = measure.with_error(best.score, best.std_error)
-            rows += [(f"best cross-validated {measure.title}", score, note), _held_out_fact(study, model, measure)]
-        if (baseline := record.baseline) is not None:
-            rows.append(("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
-        rows += _improvement_facts(study, measure)
-    rows.append(("trials", str(len(study.trials)), states_text(states_of(study))))
+        facts.append(("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
+    facts.append(("trials", str(len(study.trials)), states_text(states_of(study))))
+    facts.append(_time_fact(study))
+    if record.device:
+        facts.append(("device", clean(record.device), clean(record.dtype)))
+    return facts
+
+
+def _time_fact(study: Study) -> Fact:
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent
-    of_epochs = f"; {trained} of {whole} trial-epochs" if 0 < trained < whole and record.face != "sklearn" else ""
-    rows.append(("time of training", seconds_text(seconds), f"the trials' shares of their chunks, summed{of_epochs}"))
-    return [*rows, ("device", clean(record.device), clean(record.dtype))] if record.device else rows
+    note = "added up over all trials"
+    if study.record.face != "sklearn" and 0 < trained < whole:
+        note += f", which trained for {trained} of {whole} epochs"
+    return "training time", seconds_text(seconds), note
+
+
+def eligible_text(study: Study) -> str:
+    """Return which trials can be the best one, if some were pruned; "" if all trials can be."""
+    pruned = sum(trial.state == "pruned" for trial in study.trials)
+    if not pruned:
+        return ""
+    if score_view(study).eligible[np.isfinite(study.scores)].all():
+        return "Every trial with a score was pruned, so each of them can be the best trial."
+    trials = "1 trial was" if pruned == 1 else f"{pruned} trials were"
+    return (
+        f"{trials} pruned and cannot be the best trial, even with a higher score: that score is from the epochs "
+        "before the pruning. The column “eligible” says which trials can be the best one."
+    )
 
 
 def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, str]]:
@@ -65,9 +99,10 @@ def _improvement_facts(study: Study, measure: Measure) -> list[tuple[str, str, s
     if math.isfinite(default.improvement_std_error):
         improvement += f" ± {measure.size(default.improvement_std_error)}"
         notes.append(f"± paired standard error over {count(len(default.fold_scores), 'fold')}")
+    note = "; ".join(notes)
     if remark := shorter_training(default):
-        notes.append(remark)
-    return [(name, improvement, "; ".join(notes))]
+        note = f"{note}. {remark}"
+    return [(name, improvement, note)]
 
 
 def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ from gputune.study.rows import FoldReport
 from gputune.study.study import Study
 from gputune.text import clean
 from gputune.views.parameters import Axis, Importance, parallel_axes
-from gputune.views.scores import linear_scale, score_view
+from gputune.views.scores import linear_scale, order_by_score, score_view
 
 WEAK = 0.2  # R2 below which a forest has not understood the trials
 LINES, AXES, GROUPS = 400, 10, 5  # lines and axes at most; lines have so many colours, by the rank of their score
@@ -90,7 +90,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> tuple[Chart, 
         which = "most important" if important else "first"
         notes = [f"The {which} {len(first)} of {len(axes)} hyperparameters have an axis here."]
         axes = [axis for axis in axes if axis in first]
-    axes, ranked = [*axes, of_scores], study.order
+    axes, ranked = [*axes, of_scores], order_by_score(study)
     width = max(960.0, 2 * _SIDE + 105.0 * (len(axes) - 1))
     x = np.linspace(_SIDE, width - _SIDE, len(axes))
     heights = np.stack([_line_heights(axis.heights[ranked]) for axis in axes], axis=1)

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -19,22 +20,22 @@ from markupsafe import Markup
 from gputune.errors import InputError
 from gputune.methods.random import edge_remarks
 from gputune.report.charts import curves_chart, folds_note, history_chart, pareto_charts, path_charts, slice_charts
-from gputune.report.facts import endings, facts, is_its_model, setting
+from gputune.report.facts import eligible_text, endings, is_its_model, score_facts, search_facts, setting
 from gputune.report.importance import WEAK, brush_data, columns_chart, confusion_chart, importance_chart, parallel_chart
 from gputune.report.snippet import snippet
 from gputune.study.rows import FoldReport
-from gputune.study.study import Study, best_trial
+from gputune.study.study import Study, Trial, best_trial
 from gputune.text import Measure, clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
 from gputune.views.parameters import importance
-from gputune.views.scores import epochs_by, other_measures, pareto_trials, score_view
+from gputune.views.scores import Scores, epochs_by, order_by_score, other_measures, pareto_trials, score_view
 
 MOST_ROWS, BUDGET = 10_000, 1_100_000
 """Trials and characters of the table; what is worse by rank is left out beyond them."""
 
 Column = dict[str, Any]
-"""A "key", a "label", "values" in rank order (null where there is none), and for words "levels", whose places they are.
+"""A "key", a "label", "values" in order of score (null where there is none), and for words "levels", whose places they are.
 
 Scores have "decimals", and "first" of -1 where a first click sorts the largest up.
 """
@@ -56,7 +57,9 @@ def as_json(value: object) -> str:
 
 
 def _columns(study: Study, rows: int) -> list[Column]:
-    trials, measure = study.ranking()[:rows], score_view(study).measure
+    shown = score_view(study)
+    order, measure = order_by_score(study)[:rows], shown.measure
+    trials = [study.trials[row] for row in order]
     epochs = [trial.best_epoch or None if math.isfinite(trial.score) else None for trial in trials]
     columns = [
         {"key": "number", "label": "trial", "values": [trial.number for trial in trials]},
@@ -64,17 +67,47 @@ def _columns(study: Study, rows: int) -> list[Column]:
         _score_column("score", measure, [trial.score for trial in trials]),
         _number_column("error", "± error", [trial.std_error for trial in trials], measure.decimals),
     ]
+    if not shown.late.all():
+        columns.append(_words("eligible", "eligible", _eligible(study, shown, order)))
     for name, other in other_measures(study).items():
         columns.append(_score_column(f"score_{name}", other, [trial.scores.get(name, math.nan) for trial in trials]))
     if study.metrics:
         front = {trial.number for trial in pareto_trials(study)}
-        columns.append(_words("pareto", "not beaten", ["yes" if t.number in front else None for t in trials]))
+        columns.append(_words("pareto", "Pareto-optimal", ["yes" if t.number in front else None for t in trials]))
     columns.append({"key": "epoch", "label": "epoch", "values": epochs})
-    columns.append(_number_column("seconds", "seconds", [trial.seconds for trial in trials], 2))
+    columns.append(_seconds_column([trial.seconds for trial in trials]))
     if any(trial.origin_text != "random" for trial in trials):
-        columns.append(_words("origin", "origin", [trial.origin_text for trial in trials]))
+        columns.append(_words("origin", "origin", [_origin(trial) for trial in trials]))
     names = dict.fromkeys(name for trial in study.trials for name in trial.params)
     return columns + [_parameter(name, [trial.params for trial in trials]) for name in names]
+
+
+def _eligible(study: Study, shown: Scores, order: Sequence[int]) -> list[str | None]:
+    """Return for each row of the table whether its trial can be the best one; None without a score."""
+    best = study.order[0]
+    words: list[str | None] = []
+    for row in order:
+        if not math.isfinite(study.scores[row]):
+            words.append(None)
+        elif row == best:
+            words.append("best")
+        else:
+            words.append("yes" if shown.eligible[row] else "no")
+    return words
+
+
+def _origin(trial: Trial) -> str:
+    """Return where a trial comes from, in words that need no explanation."""
+    if trial.origin_text.startswith("batch "):
+        return f"Optuna, {trial.origin_text}"
+    return trial.origin_text
+
+
+def _seconds_column(seconds: Sequence[float]) -> Column:
+    """Return the column of training times, with about four digits for the longest."""
+    longest = max((value for value in seconds if math.isfinite(value)), default=0.0)
+    decimals = 2 if longest < 100 else 1 if longest < 1000 else 0
+    return _number_column("seconds", "seconds", seconds, decimals)
 
 
 def _score_column(key: str, measure: Measure, scores: Sequence[float]) -> Column:
@@ -88,21 +121,40 @@ def _number_column(key: str, label: str, values: Sequence[float], decimals: int)
 
 
 def _parameter(name: str, params: Sequence[Config]) -> Column:
-    """Return the column of a hyperparameter: five digits of numbers, and words where JSON has not all (infinity)."""
+    """Return the column of a hyperparameter: four digits of numbers, and words where JSON has not all (infinity)."""
     key, label, values = f"params_{name}", clean(name), [config.get(name) for config in params]
     present = [value for value in values if value is not None]
     if all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < math.inf for v in present):
-        rounded = [float(f"{v:.5g}") if isinstance(v, float) else v for v in values]
+        rounded = [float(f"{v:.4g}") if isinstance(v, float) else v for v in values]
         return {"key": key, "label": label, "values": rounded}
     return _words(key, label, [short(config[name]) if name in config else None for config in params])
 
 
 def _words(key: str, label: str, texts: Sequence[str | None]) -> Column:
-    levels = sorted({clean(text) for text in texts if text is not None})
+    levels = sorted({clean(text) for text in texts if text is not None}, key=_natural)
     place = {text: position for position, text in enumerate(levels)}
     values = [None if text is None else place[clean(text)] for text in texts]
     return {"key": key, "label": label, "levels": levels, "values": values}
 
+
+def _natural(text: str) -> tuple[str, str]:
+    """Return the sort key by which "batch 2" comes before "batch 10"."""
+    return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(12), text), text
+
+
+def plain_number(value: float) -> str:
+    """Return a number of the table as text, in the same way as ``number`` in report.js: 0.001, 64, 1.5e-5."""
+    if value == 0 or 1e-4 <= abs(value) < 1e6 or value == int(value):
+        return f"{value:.15g}"
+    mantissa, _, exponent = f"{value:.3e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+_ON_ALL_ROWS = "This trains the best trial on all rows of the search."
+_AGAIN = (
+    "On the same rows, machine and versions this gives the same scores, except for rounding. The model is then trained "
+    "on all rows."
+)
 
 FIRST_ROWS = 25  # of the table that the page shows before its script runs, and on a page of the table
 
@@ -121,7 +173,7 @@ def page(study: Study, *, model: Json | None = None, folds: FoldReport | None = 
     parallel = parallel_chart(study, forest.names if forest else ())
     columns, rows = table_columns(study)
     numbers = {column["key"] for column in columns if "levels" not in column}
-    axes = [] if parallel is None else brush_data(parallel[1], study.order[:rows], numbers)
+    axes = [] if parallel is None else brush_data(parallel[1], order_by_score(study)[:rows], numbers)
     style, script = _read_template("report.css"), _read_template("report.js")
     html: str = _template().render(
         policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
@@ -129,7 +181,7 @@ def page(study: Study, *, model: Json | None = None, folds: FoldReport | None = 
         reload_seconds=reload_seconds,
         style=Markup(style),
         script=Markup(script),
-        facts=facts(study, model),
+        facts=[score_facts(study, model), search_facts(study)],
         curves=curves_chart(study),
         folds_note=folds_note(study),
         history=history_chart(study),
@@ -161,17 +213,27 @@ def _texts(study: Study) -> Json:
         "source": f"{clean(data)}, predicting {clean(record.target)!r}" if record.source else "",
         "best": best,
         "epochs_by": clean(epochs_by(study)),
-        "parameters": [(clean(key), clean(getattr(value, "__name__", value))) for key, value in params.items()],
+        "parameters": [(clean(key), short(value)) for key, value in params.items()],
+        "eligible": eligible_text(study),
+        "origins": _origin_note(study),
         "why_none": study.why_none_is_best() if best is None else "",
         "waiting": sum(trial.state == "waiting" for trial in study.trials),
         "trials": len(study.trials),
         "guarded": study.guarded,
         "endings": endings(study),
-        "code": snippet(study),
+        "code": (code := snippet(study)),
+        "again": _AGAIN if "gputune.tune(" in code else _ON_ALL_ROWS if "best_model(" in code else "",
         "setting": setting(study),
         "notes": [clean(note) for note in (*record.notes, *edge_remarks(study))],
         "version": __version__,
     }
+
+
+def _origin_note(study: Study) -> str:
+    """Return what the batches of an Optuna sampler are; "" for a study without batches."""
+    if not any(trial.origin_text.startswith("batch ") for trial in study.trials):
+        return ""
+    return "Optuna's sampler proposes trials in batches. It knows the scores of a batch before it proposes the next."
 
 
 def _cells(column: Column) -> list[str]:
@@ -184,7 +246,7 @@ def _cells(column: Column) -> list[str]:
             return str(column["levels"][value])
         if "decimals" in column:
             return f"{value:.{column['decimals']}f}"
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return plain_number(value)
 
     return [cell(value) for value in column["values"][:FIRST_ROWS]]
 

@@ -92,10 +92,13 @@ def snippet(study: Study) -> str:
     ranked = f".ranked_by({script.literal(study.metrics[0])})" if epochs_by(study) else ""
     # Values that only a descent trains with.
     is_scheduled = any(isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items())
-    if best.state != "stopped" and not (record.descends and is_scheduled):
+    # The command line holds rows out, and no public function but the study reads the others again.
+    holds_rows_out = "test_size" in (record.source or {})
+    if best.state != "stopped" and not (record.descends and is_scheduled) and not holds_rows_out:
         return _tune(script, study, best, ranked)
     # One call of ``tune`` cannot say it: the study is read, and its trial trains again.
     rows = script.argument("X, y", "the rows of the search") if record.source is None else ""
+    script.remarks.append(_comment(f"trial {best.number}: {best.params!r}"))
     if study.file is None:
         script.argument("study", "what gputune.tune returned; it was kept in no file")
         return script.text(f"model = study{ranked}.best_model()")
@@ -104,12 +107,11 @@ def snippet(study: Study) -> str:
 
 
 def _tune(script: _Script, study: Study, best: Trial, ranked: str) -> str:
-    before, rows = _rows(script, study.record)
-    arguments = [_model(script, study.record.spec), *rows]
+    arguments = [_model(script, study.record.spec), *_rows(script, study.record)]
     arguments += [f"{name}={value}" for name, value in _options(script, study, best).items()]
     call = ["study = gputune.tune(", *(f"    {argument}," for argument in arguments), f"){ranked}"]
     about = f"{best.score!r}, the {_comment(study.record.scoring)} of this page, but for rounding"
-    return script.text(*before, *call, f"print(study.best_score)  # {about}", "model = study.best_model()")
+    return script.text(*call, f"print(study.best_score)  # {about}", "model = study.best_model()")
 
 
 def _comment(text: str) -> str:
@@ -143,18 +145,13 @@ def _is_name(text: str) -> bool:
     return all(part.isidentifier() and not iskeyword(part) for part in text.split("."))
 
 
-def _rows(script: _Script, record: SearchRecord) -> tuple[list[str], list[str]]:
+def _rows(script: _Script, record: SearchRecord) -> list[str]:
     source = record.source
     if source is None:
         script.argument("X, y", "the rows of the search; add groups= where it had them")
-        return [], ["X", "y"]
-    if "test_size" in source:
-        script.use("from gputune.data.source import read_again")
-        origin = script.lines(source, indent=0)
-        lines = ["# the rows of the search, without those that were held out", f"rows = read_again({origin})"]
-        return lines, ["rows.X", "rows.y", "groups=rows.groups"]
+        return ["X", "y"]
     more = [f"{k}={script.literal(source[k])}" for k in ("groups", "drop", "kinds") if source.get(k)]
-    return [], [script.literal(source["path"]), script.literal(source["target"]), *more]
+    return [script.literal(source["path"]), script.literal(source["target"]), *more]
 
 
 def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
@@ -187,12 +184,9 @@ def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
 
 
 def _folds(script: _Script, record: SearchRecord) -> str:
-    text, source = record.cv, record.source or {}
+    text = record.cv
     if text.isdigit():
         return text
-    if str(source.get("cv", "")).startswith("time:"):
-        script.use("from gputune.data.folds import parse_cv")
-        return f"parse_cv({script.literal(source['cv'])})"
     return script.argument("cv", f"the {_comment(text)} of the search")
 
 

@@ -174,7 +174,7 @@ def plot_parallel(study: Study, *, ax: "Axes | None" = None) -> "Axes":
 
 
 def plot_pareto(study: Study, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
-    """Trials by two metrics, the first two without names, and the line through those that no other one beats in both.
+    """Trials by two metrics, the first two without names, and the line through those that are Pareto-optimal.
 
     Raises InputError for a study of one metric and for a name that is none of its metrics.
     """
@@ -184,7 +184,7 @@ def plot_pareto(study: Study, x: str | None = None, y: str | None = None, *, ax:
     front = pareto_front(study, check_metric(study, x, "plot_pareto"), check_metric(study, y, "plot_pareto"))
     ax, (across, down) = _axes("plot_pareto", ax, (5.0, 4.0)), front.measures
     ax.scatter(front.values[:, 0], front.values[:, 1], s=14, color=_GREY, label="trial")
-    ax.plot(*front.values[front.order].T, "o-", color=_BLUE, markersize=5, label="not beaten")
+    ax.plot(*front.values[front.order].T, "o-", color=_BLUE, markersize=5, label="Pareto-optimal")
     _name_axes(ax, across.title, down.title)
     ax.legend()
     return ax

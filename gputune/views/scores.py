@@ -105,6 +105,13 @@ class Scores:
     order: list[int]  # the rows of the trials with a score, best first
 
     @property
+    def eligible(self) -> NDArray[np.bool_]:
+        """(C,): whether a trial can be the best one. A pruned trial can only if every trial with a score was pruned."""
+        scored = np.isfinite(self.values)
+        finished = scored & self.late
+        return finished if finished.any() else scored
+
+    @property
     def range(self) -> tuple[float, float]:
         """The ends of an axis of scores. Pruned trials were scored early, and stretch no axis of others."""
         late = np.isfinite(self.values) & self.late
@@ -113,9 +120,9 @@ class Scores:
 
     @property
     def best_so_far(self) -> NDArray[np.float64]:
-        """(C,): the best of the values up to each trial, in order of the trials; NaN before the first one."""
+        """(C,): the best of the eligible values up to each trial, in order of the trials; NaN before the first one."""
         better = np.fmin if self.measure.lower_is_better else np.fmax
-        return better.accumulate(self.values)
+        return better.accumulate(np.where(self.eligible, self.values, np.nan))
 
     def scale(self, *, pad: float = _PAD) -> Scale:
         """Return the scale of all scores: the best one, and all that are not far off."""
@@ -136,6 +143,15 @@ def score_view(study: Study) -> Scores:
     late = np.array([trial.state != "pruned" for trial in study.trials], dtype=bool)
     order = [row for row in study.order if finite[row]]
     return Scores(study, measure, _in_sign(measure, np.where(finite, scores, np.nan)), late, order)
+
+
+def order_by_score(study: Study) -> list[int]:
+    """Return the rows of the trials by their score alone, best first; those without a finite score last.
+
+    Unlike ``study.order`` it does not put pruned trials behind the others.
+    """
+    scores = np.where(np.isfinite(study.scores), study.scores, -np.inf)
+    return sorted(study.order, key=lambda row: -scores[row])
 
 
 def _in_sign(measure: Measure, scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -106,7 +106,14 @@ def test_the_rows_of_the_command_line_without_those_held_out(tmp_path, options):
     _, out, _ = searched(tmp_path, *options, n_rows=60, kind=kinds(60), site=[i // 6 for i in range(60)])
     study = gputune.Study.open(out / "study.db")
     rows = read_again(study.meta["source"])
-    assert len(rows.X) == 48 and len(assert_trains_it_again(study, rows.X)["rows"].X) == 48
+    assert len(rows.X) == 48
+    model = executed(study)["model"]
+    np.testing.assert_array_equal(model.predict(rows.X), study.best_model().predict(rows.X))
+    assert model.info["rows"] == 48 and model.info["params"] == study.best_params
+    assert f"# trial {study.best_trial.number}: {study.best_params!r}" in snippet(study)  # in full
+    imported = [line for line in snippet(study).splitlines() if "import" in line]
+    assert imported == ["import gputune"]  # no internal name
+    assert "This trains the best trial on all rows of the search." in page(study)
 
 
 def test_a_module_a_scorer_and_a_splitter_of_ones_own(iris):

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from made_studies import HOSTILE, hostile_study, made_descent, made_study
+from gputune.views.scores import order_by_score
+from made_studies import HOSTILE, hostile_study, made_descent, made_study, study_of
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -51,6 +52,11 @@ def study():
     return made_study(80, halved=True)
 
 
+def by_score(study):
+    """Return the trials in the order of the page's table."""
+    return [study.trials[row] for row in order_by_score(study)]
+
+
 def cells(browser, column):
     rows = "[...document.querySelectorAll('.trials tbody tr')]"
     return browser.execute_script(f"return {rows}.map((row) => row.cells[arguments[0]].textContent)", column)
@@ -89,7 +95,7 @@ def axis_of(browser, name):
 
 def test_sorting_by_a_click(browser, opened, study):
     opened(study)
-    ranking = study.ranking()
+    ranking = by_score(study)
     assert cells(browser, 0) == [str(trial.number) for trial in ranking[:25]]
     place = headings(browser).index("width")
     button = browser.find_elements("css selector", ".trials thead button")[place]
@@ -148,7 +154,7 @@ def test_brushing_with_the_mouse_keeps_the_trials_that_pass(browser, opened, stu
     assert (lower, upper) == pytest.approx((0.3, 0.7), abs=0.02)
     inside = {
         rank
-        for rank, trial in enumerate(study.ranking())
+        for rank, trial in enumerate(by_score(study))
         if lower - 0.002 <= (math.log(trial.params["lr"]) - low) / (high - low) <= upper + 0.002
     }
     assert 5 < len(inside) < 75
@@ -156,14 +162,14 @@ def test_brushing_with_the_mouse_keeps_the_trials_that_pass(browser, opened, stu
     lit = browser.execute_script(
         "return [...document.querySelectorAll('.parallel .lines path:not(.off)')].map((p) => Number(p.dataset.rank))"
     )
-    assert set(lit) == {rank for rank in inside if math.isfinite(study.ranking()[rank].score)}
-    numbers = [str(study.ranking()[rank].number) for rank in sorted(inside)]
+    assert set(lit) == {rank for rank in inside if math.isfinite(by_score(study)[rank].score)}
+    numbers = [str(by_score(study)[rank].number) for rank in sorted(inside)]
     assert cells(browser, 0) == numbers[:25]
 
     words = axis_of(browser, "activation")  # a second brush: both must hold
     drag(browser, words, 0.9, 1.0)
     (word,) = set(cells(browser, headings(browser).index("activation")))
-    both = [rank for rank in inside if study.ranking()[rank].params["activation"] == word]
+    both = [rank for rank in inside if by_score(study)[rank].params["activation"] == word]
     assert 0 < len(both) < len(inside) and kept(browser) == f"{len(both)} of 80 trials are kept."
     browser.find_element("id", "release").click()
     assert kept(browser) == "All trials are kept."
@@ -272,8 +278,18 @@ def test_nothing_is_wider_than_the_window_and_no_labels_overlap(browser, opened,
         opened(shown)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert browser.execute_script(OVERLAPS) == []
+        hints = browser.execute_script(HINTS)
+        assert hints and all(is_shown == is_cut for is_shown, is_cut in hints), hints
+        assert any(is_cut for _, is_cut in hints) == (width == 390)
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
+
+HINTS = """
+return [...document.querySelectorAll('.frame[tabindex]')].map((frame) => {
+  const hint = frame.parentElement.querySelector('.hint');
+  return [hint.getClientRects().length > 0, frame.scrollWidth > frame.clientWidth + 1];
+});
+"""
 
 OVERLAPS = """
 const found = [];
@@ -312,3 +328,26 @@ def test_of_ten_thousand_trials_few_are_drawn_and_all_answer(browser, opened):
     assert "of 10000 trials are kept" in kept(browser)
     assert len(cells(browser, 0)) == 25
     assert browser.execute_script("return document.getElementsByTagName('*').length") < 3000
+
+
+@pytest.mark.parametrize("width", [1280, 800])
+def test_the_first_card_uses_its_full_width(browser, opened, study, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened(study)
+    free = browser.execute_script(
+        "return ['.facts.scores', '.facts:not(.scores)', '.parameters'].map((list) => {"
+        "  const edge = document.querySelector(list).getBoundingClientRect().right;"
+        "  const parts = [...document.querySelectorAll(list + ' > div')];"
+        "  return edge - Math.max(...parts.map((part) => part.getBoundingClientRect().right));"
+        "})"
+    )
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert all(space < 2 for space in free), free
+
+
+def test_the_script_writes_numbers_as_the_first_rows_have_them(browser, opened):
+    values = [1.2345e-5, 0.000123456, 0.25, 123456.7, 1.5e-7]
+    opened(study_of([{"lr": value, "width": 64} for value in values]))
+    place = headings(browser).index("lr")
+    assert sorted(cells(browser, place)) == sorted(["1.234e-5", "0.0001235", "0.25", "123500", "1.5e-7"])

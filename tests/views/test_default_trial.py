@@ -128,7 +128,7 @@ class Facts:
     """The facts in the first card of a study's page: name -> (value, note)."""
 
     def __init__(self, study):
-        card = page(study).partition('<dl class="facts">')[2].partition("</dl>")[0]
+        card = page(study).partition('<section id="headline"')[2].partition("</section>")[0]
         pattern = r'<dt>(.*?)</dt><dd class="value">(.*?)</dd><dd class="about">(.*?)</dd>'
         self.facts = {name: (value, note) for name, value, note in re.findall(pattern, card, re.S)}
         self.names = " ".join(self.facts)

@@ -117,7 +117,14 @@
     const value = column.values[row];
     if (value === null) { return "–"; }
     if (column.levels) { return column.levels[value]; }
-    return column.decimals === undefined ? String(value) : value.toFixed(column.decimals);
+    return column.decimals === undefined ? number(value) : value.toFixed(column.decimals);
+  }
+
+  // As plain_number in page.py writes the first rows.
+  function number(value) {
+    const size = Math.abs(value);
+    const isPlain = value === 0 || Number.isInteger(value) || (size >= 1e-4 && size < 1e6);
+    return isPlain ? String(value) : value.toExponential();
   }
 
   function sorted() {
@@ -180,6 +187,18 @@
     body.addEventListener("mouseleave", () => mark(null));
     show(0);
   }
+
+  // Charts and tables that are wider than the window say that they scroll.
+
+  function showHints() {
+    all(".hint").forEach((hint) => {
+      const frame = hint.parentElement.querySelector(".frame");
+      hint.hidden = frame.scrollWidth <= frame.clientWidth + 1;
+    });
+  }
+
+  addEventListener("resize", showHints);
+  showHints();
 
   // The code.
 
