@@ -35,7 +35,7 @@ MOST_ROWS, BUDGET = 10_000, 1_100_000
 """Trials and characters of the table; what is worse by rank is left out beyond them."""
 
 Column = dict[str, Any]
-"""A "key", a "label", "values" in order of score (null where there is none), and for words "levels", whose places they are.
+"""A "key", a "label", "values" in order of score (null for none). For words: "levels", whose places they are.
 
 Scores have "decimals", and "first" of -1 where a first click sorts the largest up.
 """
