@@ -14,9 +14,11 @@ from gputune.api.study import Study
 from gputune.callbacks import Callback
 from gputune.data.columns import Columns
 from gputune.data.kinds import Kind
-from gputune.data.source import read_dataset, read_source
+from gputune.data.missing_target import MissingTarget, check_row_options, select_weights
+from gputune.data.source import read_source
 from gputune.data.target import TaskWord
 from gputune.data.target_transform import TargetTransform
+from gputune.data.torch_dataset import read_dataset
 from gputune.data.weights import ClassWeight
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_cluster import Ray
@@ -94,6 +96,7 @@ def tune(
     scoring: Scorings | None = None,
     positive: object = None,
     task: TaskWord | None = None,
+    missing_target: MissingTarget = "error",
     target_transform: TargetTransform | None = None,
     loss: str | Callable[..., object] | None = None,
     training_step: Callable[..., object] | None = None,
@@ -167,6 +170,7 @@ def tune(
                  repeat are classes, everything else is a number. For a module also several numbers a row
                  ("regression" of (n, K)), "multilabel" (n, K) of 0 and 1, and "custom": numbers (n, ...) for a loss of
                  your own
+    missing_target  "drop" leaves out the rows whose target is missing; "error" refuses them
     target_transform  "log" (of numbers above 0), "log1p" (above -1) or a transformer of scikit-learn's that has an
                  inverse, as in its TransformedTargetRegressor: fitted on each fold's training rows, and inverted in
                  scores and predictions; a loss of your own sees y transformed
@@ -241,7 +245,11 @@ def _search(arguments: Mapping[str, Any]) -> Study:
     X, y, groups = arguments["X"], arguments["y"], arguments["groups"]
     if choice.takes_arrays and isinstance(X, Dataset):  # behind a bar; read_source reads one too, in silence
         X, y = read_dataset(X, y, partial(reading_bar, verbose=options.verbose))
-    source = read_source(X, y, groups, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+    read = partial(read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+    source = read(X, y, groups, missing_target=options.missing_target)
+    if source.kept is not None:
+        check_row_options(source.n_given, options.cv, options.sample_weight)
+        options = replace(options, sample_weight=select_weights(options.sample_weight, source.kept))
     return search_rows(RecordedSearch(choice, source, options), study_type=Study)
 
 

@@ -189,6 +189,10 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         {"folder": _MODEL, "file": (_ROWS[0], f"{_ROWS[1]} and the target")}, [
             _Flag("--scoring NAME,NAME", "scikit-learn scorer names (the usual ones of the task)", "names"),
             _Flag("--positive CLASS", "the class that f1, precision, recall, average_precision, ... are of"),
+            _Flag(
+                "--missing-target", "what to do with rows whose target is missing: error, or drop them",
+                choices=("error", "drop"), default="error",
+            ),
             _Flag("--format", choices=("text", "json"), default="text"), _CLASS, _TRUST,
         ],
     ),

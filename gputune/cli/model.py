@@ -16,8 +16,9 @@ from sklearn.metrics import get_scorer, get_scorer_names
 from gputune.cli.held_out import HeldOut, held_out_score, labels_of, saved_loss
 from gputune.data.columns import Layout
 from gputune.data.files import line_of, read_columns, read_table
+from gputune.data.missing_target import MissingTarget, dropped_words
 from gputune.data.source import Source, read_source
-from gputune.data.target import check_target, refuse_missing
+from gputune.data.target import check_target
 from gputune.errors import InputError, warn
 from gputune.report.facts import check_place
 from gputune.scoring.losses import LOSSES
@@ -46,6 +47,7 @@ class Evaluation:
     scores: dict[str, HeldOut]
     classes: list[object]  # [] of numbers
     confusion: list[list[int]]  # lines are true classes, columns predicted ones
+    dropped: str = ""  # the remark on rows whose target is missing, which were left out
 
     def to_json(self) -> Json:
         """Return plain values; scores in scikit-learn's sign, null where they are undefined."""
@@ -54,10 +56,11 @@ class Evaluation:
             score = {"score": None, "why": one.why} if one.why else {"score": one.score, "interval": one.interval}
             scores[name] = {**score, "positive": one.positive}
         matrix = {"classes": self.classes, "confusion": self.confusion} if self.classes else {}
-        return {"rows": self.rows, "scores": scores} | matrix
+        remark = {"notes": [self.dropped]} if self.dropped else {}
+        return {"rows": self.rows, "scores": scores} | matrix | remark
 
     def text(self, width: int) -> str:
-        rows, remarks = [], []
+        rows, remarks = [], [f"{clean(self.dropped)}."] if self.dropped else []
         for name, one in self.scores.items():
             measure = measure_of(name, one.score, one.positive)
             rows.append([measure.title, measure.text(one.score), one.bounds(measure) or "-"])
@@ -188,14 +191,17 @@ def evaluate(arguments: Namespace) -> str:
         what = f"{arguments.folder!r} predicts numbers"
         raise InputError(f"--positive needs a model of classes, and {what}; leave it out.")
     positive = model.info.get("positive") if positive is None else positive
-    found = evaluation(model, _rows_with_target(model, arguments.file), arguments.scoring, positive)
+    rows = _rows_with_target(model, arguments.file, arguments.missing_target)
+    found = evaluation(model, rows, arguments.scoring, positive)
+    if rows.n_dropped:
+        found = replace(found, dropped=dropped_words(rows.n_dropped, model.target))
     if arguments.format == "json":
         return json.dumps(found.to_json(), indent=1, allow_nan=False)
     return found.text(shutil.get_terminal_size().columns)
 
 
-def _rows_with_target(model: TunedModel, file: str) -> Source:
-    """Return the rows of a file with their target. Raises InputError for a target that cannot be scored."""
+def _rows_with_target(model: TunedModel, file: str, missing_target: MissingTarget) -> Source:
+    """Return the rows of a file that have a target. Raises InputError for a target that cannot be scored."""
     if isinstance(model.layout, Layout):
         texts = [column.name for column in model.layout.columns if column.kind == "category"]
         # "007" and "7" are two labels, and one number.
@@ -204,10 +210,9 @@ def _rows_with_target(model: TunedModel, file: str) -> Source:
         if model.target not in rows.names:
             what = f"{file!r} has no column {model.target!r}"
             raise InputError(f"{what}, with which the model is to be compared; gputune predict needs none.")
-        source = read_source(rows, model.target)
+        source = read_source(rows, model.target, missing_target=missing_target, place=partial(line_of, file))
     else:
-        source = read_source(file, model.target, module=True)
-    refuse_missing(np.asarray(source.y), model.target, "fill it, or leave those rows out", partial(line_of, file))
+        source = read_source(file, model.target, module=True, missing_target=missing_target)
     if model.classes is None:
         check_target(source.y, task=model.task, n_rows=len(source.X), name=model.target)
     return source

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gputune.api.study import Study
+from gputune.cli.flags import in_flags
 from gputune.cli.held_out import HeldOut
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
@@ -124,7 +125,7 @@ def _understood(ending: Ending, width: int) -> str:
         ("Task", _task(study)),
         ("Search", solved if record.optimizer == "exact" else trained),
         *_method(study),
-        *(("Note", note) for note in record.notes),
+        *(("Note", in_flags(note, kept={record.target})) for note in record.notes),
     ]
     return _label_lines(lines, width)
 

@@ -35,6 +35,7 @@ from gputune.tuning.pipeline import search
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import RecordedSearch, recorded_search
 from gputune.tuning.session import checked_space, first_trials
+from gputune.tuning.task_choice import chosen_task
 from gputune.types import Json
 
 
@@ -52,15 +53,18 @@ def tune(arguments: argparse.Namespace) -> str:
     options = options_of(arguments, out / STUDY)
     choice = choose_model(arguments.model or "mlp", arguments.optimizer)
     read = partial(read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+    read = partial(read, missing_target=options.missing_target)
     with profile.clock(PREPARING):
         source = read(arguments.file, _target(arguments), arguments.groups)
-    target = check_target(source.y, task=options.task, n_rows=len(source.X), name=source.target)
+    task = chosen_task(source, choice, options)
+    target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     check_spread(with_transform(target, options.target_transform))  # of all rows: the seed decides who is held out
     share = 0.2 if arguments.test_size is None else arguments.test_size
     cv = arguments.cv or str(Options.cv)
     rest, test = set_apart(source, target, test_size=share, cv=cv, seed=options.random_state)
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
+        rest = replace(rest, is_task_guessed=True)
     with _folder((options.study or out / STUDY).parent):
         recorded = RecordedSearch(choice, rest, options, test)
         return _Run(arguments, recorded, out / STUDY, begin, profile).finish()

@@ -5,6 +5,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Protocol, runtime_checkable
 
@@ -22,7 +23,7 @@ from sklearn.model_selection import (
 from torch import Tensor
 
 from gputune.data.dataset import Rows
-from gputune.data.target import Target, refuse_missing
+from gputune.data.target import MAX_CLASSES, Target, refuse_missing
 from gputune.errors import InputError, warn
 from gputune.seeding import stream_seed
 
@@ -42,6 +43,8 @@ def make_folds(cv: object, target: Target, *, X: object = None, groups: object =
     are. A splitter is given ``X``; where it is None, zeros of as many rows.
     """
     groups, n_rows = check_groups(groups, len(target), cv), len(target)
+    if isinstance(cv, int | np.integer) and not isinstance(cv, bool) and _are_small_classes(target, int(cv)):
+        refuse_identifier(target)
     if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
         pairs = _split(_fold_splitter(int(cv), target, groups, seed), target, X, groups)
     elif isinstance(cv, Splitter) and not isinstance(cv, str):
@@ -121,9 +124,54 @@ def _fold_splitter(cv: int, target: Target, groups: np.ndarray | None, seed: int
         raise InputError(f"cv={cv} folds need at least as many rows, got {len(target)}; use fewer folds.")
     if groups is not None and cv > (count := len(set(groups.tolist()))):
         raise InputError(f"cv={cv} folds need at least as many groups, got {count}; use fewer folds.")
+    random_state = stream_seed(seed, "folds") % 2**32
+    if _are_small_classes(target, cv):  # scikit-learn stratifies only if a class has a row for each fold
+        return GroupKFold(cv, shuffle=True, random_state=random_state) if groups is not None else _SpreadKFold(cv, seed)
     kinds = (KFold, GroupKFold) if target.classes is None else (StratifiedKFold, StratifiedGroupKFold)
     kind: Callable[..., Splitter] = kinds[groups is not None]
-    return kind(cv, shuffle=True, random_state=stream_seed(seed, "folds") % 2**32)
+    return kind(cv, shuffle=True, random_state=random_state)
+
+
+def _are_small_classes(target: Target, n_folds: int) -> bool:
+    """Whether a target is many classes, each of which has fewer rows than there are folds."""
+    if target.classes is None or len(target.classes) <= MAX_CLASSES:
+        return False
+    return bool(np.bincount(target.values).max() < n_folds)
+
+
+@dataclass(frozen=True)
+class _SpreadKFold:
+    """Shuffled folds of equal size, over which the rows of each class are spread as evenly as possible."""
+
+    n_splits: int
+    seed: int
+
+    def split(self, X: object, y: object = None, groups: object = None) -> Iterable[tuple[object, object]]:
+        del X, groups
+        labels = np.asarray(y)
+        rng = np.random.default_rng(stream_seed(self.seed, "folds"))
+        # Classes in random order, and each one's rows in random order: consecutive rows go to different folds.
+        codes = np.unique(labels, return_inverse=True)[1]
+        place = rng.permutation(codes.max() + 1)[codes]
+        order = np.lexsort((rng.permutation(len(labels)), place))
+        fold_of_row = np.empty(len(labels), dtype=np.int64)
+        fold_of_row[order] = np.arange(len(labels)) % self.n_splits
+        for fold in range(self.n_splits):
+            yield np.flatnonzero(fold_of_row != fold), np.flatnonzero(fold_of_row == fold)
+
+
+def refuse_identifier(target: Target) -> None:
+    """Raise InputError for text that has nearly as many different values as rows."""
+    assert target.classes is not None
+    n_classes, n_rows = len(target.classes), len(target)
+    if n_classes > MAX_CLASSES and 2 * n_classes > n_rows and target.classes.dtype.kind == "U":
+        raise InputError(
+            f"The target {target.name!r} looks like an identifier: it has {n_classes} different values in {n_rows} "
+            "rows. Choose another column as the target, or leave out the rows of rare classes."
+        )
+
+
+_STRATIFYING = (StratifiedKFold, StratifiedGroupKFold, _SpreadKFold)
 
 
 def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | None) -> list[tuple[object, object]]:
@@ -140,7 +188,7 @@ def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | N
         of_number = isinstance(splitter, KFold | GroupKFold | StratifiedKFold | StratifiedGroupKFold)
         cv = vars(splitter)["n_splits"] if of_number else repr(splitter)
         raise InputError(f"cv={cv} cannot split these {len(target)} rows: {error}") from error
-    if target.classes is not None and isinstance(splitter, StratifiedKFold | StratifiedGroupKFold):
+    if target.classes is not None and isinstance(splitter, _STRATIFYING):
         counts = np.bincount(target.values, minlength=target.n_outputs)
         if len(rare := np.flatnonzero(counts < len(pairs))):
             shown = ", ".join(f"{target.classes[k].item()!r} ({counts[k]})" for k in rare[:8])
@@ -216,6 +264,7 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
     elif target.classes is not None:
         counts = np.bincount(target.values, minlength=target.n_outputs)
         if (counts == 1).all():
+            refuse_identifier(target)
             raise InputError(
                 f"the target {target.name!r} has {len(counts)} classes of one row each, from which nothing can be "
                 "learned; choose another target, or task='regression' where it is a number."
@@ -226,10 +275,13 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
             by_class = StratifiedShuffleSplit(1, test_size=n_test, random_state=random_state)
             rest, test = next(by_class.split(pool, target.values[pool]))
         except ValueError as error:
-            raise InputError(
-                f"test_size would keep {n_test} of {n_rows} rows apart, which cannot hold the "
-                f"{int((counts > 1).sum())} classes in proportion on both sides; use another share, or 0."
-            ) from error
+            refuse_identifier(target)
+            if min(len(counts), n_test) < MAX_CLASSES:
+                raise InputError(
+                    f"test_size would keep {n_test} of {n_rows} rows apart, which cannot hold the "
+                    f"{int((counts > 1).sum())} classes in proportion on both sides; use another share, or 0."
+                ) from error
+            rest, test = _spread_apart(target.values[pool], n_test, seed)
         rest, test = np.concatenate([pool[rest], np.flatnonzero(is_single)]), pool[test]
     elif n_test < n_rows:
         rest, test = next(ShuffleSplit(1, test_size=n_test, random_state=random_state).split(np.zeros(n_rows)))
@@ -238,6 +290,24 @@ def hold_out(target: Target, *, test_size: float, groups: object = None, cv: obj
     if len(rest) == 0:
         raise InputError(f"test_size={test_size} leaves none of the {n_rows} rows to train on; use a smaller one.")
     return np.sort(rest).astype(np.int64), np.sort(test).astype(np.int64)
+
+
+def _spread_apart(codes: np.ndarray, n_test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions to tune on and positions kept apart, of more classes than the smaller part has rows.
+
+    The rows kept apart are of as many classes as possible, and each class keeps a row to tune on. If the classes have
+    too few rows for that, fewer than ``n_test`` rows are kept apart.
+    """
+    rng = np.random.default_rng(stream_seed(seed, "hold out"))
+    order = rng.permutation(len(codes))
+    seen = np.zeros(codes.max() + 1, dtype=np.int64)
+    rank = np.empty(len(codes), dtype=np.int64)  # of a row within its class
+    for row in order:
+        rank[row] = seen[codes[row]]
+        seen[codes[row]] += 1
+    spare = order[rank[order] > 0]  # the first row of each class stays
+    test = spare[np.argsort(rank[spare], kind="stable")][:n_test]
+    return np.setdiff1d(np.arange(len(codes)), test), test
 
 
 def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:

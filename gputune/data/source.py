@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,23 +12,23 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import Dataset
 
 from gputune.data.array_files import ARRAY_SUFFIXES, pick_arrays
 from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.columns import checked_tensor
 from gputune.data.files import line_of, read_table
-from gputune.data.folds import hold_out, parse_cv
+from gputune.data.folds import check_groups, hold_out, parse_cv
 from gputune.data.kinds import Kind, checked_labels
+from gputune.data.missing_target import MissingTarget, rows_with_target, select_targets
 from gputune.data.ragged import refuse_ragged
-from gputune.data.table import Table, as_rows, as_table, is_image, quoted, refuse_lists, refuse_loader, split_target
-from gputune.data.target import Target, TaskWord, check_target, refuse_missing, target_array
+from gputune.data.table import Table, as_rows, as_table, quoted, refuse_lists, refuse_loader, select_rows, split_target
+from gputune.data.target import Target, TaskWord, check_target, target_array
+from gputune.data.torch_dataset import read_dataset
 from gputune.errors import InputError
 from gputune.input_files import check_room
 from gputune.text import did_you_mean
 from gputune.types import Json
-
-Bar = Callable[[Sequence[int]], Iterable[int]]
 
 
 def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> dict[str, object]:
@@ -108,6 +108,32 @@ class Source:
     groups: object
     origin: Json | None
     original: object = None
+    kept: np.ndarray | None = None
+    """Positions of the rows among those that were given; None where no row was left out for a missing target."""
+    n_given: int = 0
+    is_task_guessed: bool = False
+    """Whether the task was chosen from all rows of a file, and not by the user."""
+
+    @property
+    def n_dropped(self) -> int:
+        """How many rows were left out because their target is missing."""
+        return 0 if self.kept is None else self.n_given - len(self.kept)
+
+    def with_target(self, missing_target: MissingTarget, place: Callable[[int], str], *, of_table: bool) -> "Source":
+        """Return the rows that have a target. Raises InputError for missing targets unless they are to be dropped."""
+        kept = rows_with_target(self.y, self.target, missing_target, place)
+        if kept is None:
+            return self
+        groups = check_groups(self.groups, len(self.X))
+        X = self.X[kept] if isinstance(self.X, Tensor) else self.X.select(kept)
+        y = select_targets(self.y, kept, of_table=of_table)
+        groups = None if groups is None else groups[kept]
+        original = self.original
+        if hasattr(original, "columns") or isinstance(original, np.ndarray):
+            original = select_rows(original, kept)
+        elif original is not None:  # a list
+            original = [original[row] for row in kept]  # type: ignore[index]
+        return replace(self, X=X, y=y, groups=groups, original=original, kept=kept, n_given=len(self.X))
 
     def original_rows(self) -> object:
         """Return the rows of X as the user knows them: the frame or array that was given, a polars frame of a file.
@@ -128,6 +154,32 @@ class Source:
 
 
 def read_source(
+    X: object,
+    y: object = None,
+    groups: object = None,
+    *,
+    module: bool = False,
+    drop: Sequence[str] = (),
+    kinds: Mapping[str, Kind] | None = None,
+    missing_target: MissingTarget = "error",
+    place: Callable[[int], str] | None = None,
+) -> Source:
+    """Return the rows of X, as ``_read_source`` does, without those whose target is missing if they are to be dropped.
+
+    A file remembers that in its ``origin``. ``place`` says in errors where a row stands. Raises InputError for a
+    missing target that is not to be dropped.
+    """
+    source = _read_source(X, y, groups, module=module, drop=drop, kinds=kinds)
+    of_table = isinstance(y, str) and isinstance(source.X, Table)
+    if place is None:
+        place = partial(line_of, X) if of_table and isinstance(X, str | Path) else "row {}".format
+    source = source.with_target(missing_target, place, of_table=of_table)
+    if missing_target == "drop" and source.origin is not None:
+        source = replace(source, origin={**source.origin, "missing_target": missing_target})
+    return source
+
+
+def _read_source(
     X: object,
     y: object = None,
     groups: object = None,
@@ -183,7 +235,6 @@ def _read_table_file(
     source = _source_of(read_table(X, kinds), y, groups, drop, kinds)
     if not isinstance(y, str):
         raise InputError(f"y must name the target column of the file {str(X)!r}, got {type(y).__name__}.")
-    refuse_missing(np.asarray(source.y), y, "fill it, or leave those rows out", partial(line_of, X))
     path, column = str(X) if of_sklearn else str(Path(X).resolve()), groups if isinstance(groups, str) else None
     asked = {name: value for name, value in (("drop", list(drop)), ("kinds", dict(kinds))) if value}
     return replace(source, origin={"path": path, "target": y, "groups": column, **asked})
@@ -233,71 +284,11 @@ def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
     if isinstance(X, np.ndarray | Tensor) and X.ndim <= 2:
         # Such an array becomes a table, with numbers of double precision. Others stay mapped.
         check_room(path, 8 * math.prod(X.shape))
-    source = read_source(X, target, of_groups, module=module)
+    source = _read_source(X, target, of_groups, module=module)
     if path.suffix.lower() == ".npy":
         y, groups = (None if of is None else str(Path(of).resolve()) for of in (y, groups))
     origin = {"path": str(path.resolve()), "target": y, "groups": groups}
     return replace(source, target=Path(y).stem if path.suffix.lower() == ".npy" else y, origin=origin, original=None)
-
-
-def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tuple[object, object]:
-    """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read once, behind a ``bar``.
-
-    With ``y`` given, all of an item is inputs. A TensorDataset gives its tensors as they are.
-    """
-    name = type(dataset).__name__
-    if type(dataset) is TensorDataset:  # which cannot count rows of different lengths
-        for place, tensor in enumerate(dataset.tensors):
-            refuse_ragged(tensor, f"X.tensors[{place}]")
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        remedy = "pass a map-style Dataset, with __len__ and __getitem__, or its tensors"
-        raise InputError(f"X is a {name}, which has no length; {remedy}.")
-    if len(dataset) == 0:
-        raise InputError(f"X is a {name} without items (its length is 0); check its files.")
-    if type(dataset) is TensorDataset:
-        return _split(list(dataset.tensors), y, name)
-    items = []
-    for place in bar(range(len(dataset))):
-        try:
-            item = dataset[place]
-        except Exception as error:
-            raise InputError(
-                f"item {place} of X, a {name}, raised {type(error).__name__}: {error}. Mend it, or leave it out: "
-                "torch.utils.data.Subset."
-            ) from error
-        if any(map(is_image, item if isinstance(item, list | tuple) else [item])):
-            remedy = (
-                "let the dataset give tensors, of one size, for example transform=torchvision.transforms.ToTensor()"
-            )
-            raise InputError(f"item {place} of X, a {name}, is a PIL image; {remedy}.")
-        items.append(item)
-    try:
-        return _split(default_collate(items), y, name)
-    except (RuntimeError, TypeError, KeyError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise InputError(
-            f"the items of X, a {name}, cannot be stacked: {reason}. All must have one shape; pad them, or let the "
-            "dataset give tensors."
-        ) from error
-
-
-def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
-    """Return the ``number`` of inputs of a dataset whose items are inputs, or pairs (inputs, target); see above."""
-    inputs, _ = read_dataset(dataset, ())
-    if isinstance(inputs, tuple) and len(inputs) == 2 and (number == 1 or not isinstance(inputs[0], Tensor)):
-        inputs = inputs[0]
-    return tuple(inputs) if isinstance(inputs, list) else inputs
-
-
-def _split(item: object, y: object, name: str) -> tuple[object, object]:
-    """Return inputs and target of what the items are when they are stacked; several inputs are a tuple."""
-    if y is None:
-        if not isinstance(item, list | tuple) or len(item) != 2:
-            raise InputError(f"y is missing: the items of X, a {name}, are no pairs (inputs, target); pass y.")
-        item, y = item
-    if isinstance(item, list):
-        item = tuple(item) if len(item) > 1 else item[0]
-    return item, y
 
 
 def read_again(origin: Json, *, module: bool = False) -> Source:
@@ -308,7 +299,10 @@ def read_again(origin: Json, *, module: bool = False) -> Source:
 def read_apart(origin: Json, *, module: bool = False) -> tuple[Source, Source | None]:
     """Return the rows that a study was searched on, and those that it held out, if it did."""
     columns = {name: origin[name] for name in ("drop", "kinds") if name in origin}
-    source = read_source(origin["path"], origin["target"], origin["groups"], module=module, **columns)
+    missing_target = origin.get("missing_target", "error")
+    source = read_source(
+        origin["path"], origin["target"], origin["groups"], module=module, missing_target=missing_target, **columns
+    )
     if "test_size" not in origin:
         return source, None
     target = check_target(source.y, task=origin["task"], n_rows=len(source.X), name=source.target)

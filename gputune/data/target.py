@@ -11,13 +11,12 @@ from torch import Tensor
 from gputune.data.kinds import checked_labels, from_values, is_missing
 from gputune.data.ragged import pad_remedy, refuse_ragged
 from gputune.data.target_transform import FittedTransform, TargetTransform, check_values, fit_transform
-from gputune.errors import InputError, InputWarning, warn
+from gputune.errors import InputError
 from gputune.text import count, did_you_mean, is_number
 from gputune.types import Task
 
 MAX_CLASSES = 20
 """With more distinct whole numbers than this a target is a number to be predicted, unless ``task`` says otherwise."""
-_ROWS_PER_NUMBER = 10  # where more than MAX_CLASSES whole numbers have so many on average, they may well be classes
 
 TaskWord = Literal["classification", "binary", "multiclass", "regression", "multilabel", "custom"]
 TASKS = get_args(TaskWord)
@@ -82,7 +81,7 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     """Return y, (n, ...), as class codes or numbers.
 
     Without ``task``: text, booleans and at most 20 distinct whole numbers of which one repeats, integers or floats, are
-    classes; others are numbers, with an InputWarning where they may be classes. Of several columns, those of 0 and 1
+    classes; others are numbers. Of several columns, those of 0 and 1
     are labels, others numbers; more axes are a custom target.
     """
     if task is not None and task not in TASKS:
@@ -99,7 +98,7 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
         return _several(values[:, None] if column else values, task, name)
     if task == "multilabel":
         raise InputError(f"task='multilabel' needs several columns of 0 and 1 in {name}, got one; leave task out.")
-    if task == "regression" or (task is None and not _are_classes(values, name)):
+    if task == "regression" or (task is None and not _are_classes(values)):
         _check_numbers(values, "regression", name)
         return Target("regression", values.astype(np.float64), None, name, column)
     if not _are_whole(values):
@@ -276,17 +275,24 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
     return read.astype(bool) if kind == "boolean" else read.astype(str) if kind == "category" else read
 
 
-def _are_classes(values: np.ndarray, name: str) -> bool:
+def are_many_whole_numbers(target: Target) -> bool:
+    """Whether a target is more whole numbers than are taken for classes, one number a row."""
+    if target.task != "regression" or target.values.ndim > 1 or not _are_whole(target.values):
+        return False
+    return len(np.unique(target.values)) > MAX_CLASSES
+
+
+def whole_numbers_words(target: Target) -> str:
+    """Return the remark on whole numbers that are predicted as numbers, with the option that changes it."""
+    distinct = f"{len(np.unique(target.values))} distinct whole numbers in {len(target)} rows"
+    why = f"more than the {MAX_CLASSES} that are taken for classes, so a number is predicted (regression)"
+    return f"{target.name} has {distinct}, {why}. If they are classes, say task='classification'."
+
+
+def _are_classes(values: np.ndarray) -> bool:
     if values.dtype.kind in "bU" or not _are_whole(values):
         return values.dtype.kind in "bU"
     distinct = len(np.unique(values))
-    if distinct > MAX_CLASSES and distinct * _ROWS_PER_NUMBER <= len(values):
-        warn(
-            f"{name} has {distinct} distinct whole numbers in {len(values)} rows, more than the {MAX_CLASSES} that are "
-            "taken for classes: it is a number to be predicted. If they are classes, say task='classification', and if "
-            "not, task='regression'.",
-            InputWarning,
-        )
     return distinct <= MAX_CLASSES and distinct < len(values)
 
 

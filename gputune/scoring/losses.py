@@ -146,6 +146,13 @@ _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
 _OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss)
 
 
+def only_classifies(loss: object) -> bool:
+    """Whether a loss is for one class a row, whatever the target looks like."""
+    if isinstance(loss, str):
+        return loss == "cross_entropy"
+    return issubclass(_kind(loss), _OF_CLASSES) or loss in (functional.cross_entropy, functional.nll_loss)
+
+
 def _kind(loss: object) -> type:
     return loss if isinstance(loss, type) else type(loss)  # which may be given as the class itself
 

@@ -20,8 +20,8 @@ from gputune.data.dataset import first_equal
 from gputune.data.encode import Statistics
 from gputune.data.files import read_table
 from gputune.data.scaling import encode
-from gputune.data.source import read_inputs
 from gputune.data.table import Table, as_table, quoted
+from gputune.data.torch_dataset import read_inputs
 from gputune.engine.stop import entry
 from gputune.errors import InputError, InputWarning, warn
 from gputune.modules.construction import Builder

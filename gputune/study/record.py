@@ -30,6 +30,7 @@ METHOD = (str, {"name": str, "hyperparameters?": ([str], (str,)), "sampler?": st
 SOURCE = {
     "path": str, "target": str, "groups": TEXT, "rows?": int, "cv?": str, "seed?": int, "test_size?": float,
     "task?": TEXT, "held_out?": FINGERPRINT, "drop?": [str], "kinds?": {"": str},
+    "missing_target?": str,
 }  # fmt: skip
 METRICS = [{"name": str, "scorer": str, "positive": (str, bool, float, None)}]
 ARGUMENTS = {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gputune.callbacks import Callback
     from gputune.data.columns import Columns
     from gputune.data.kinds import Kind
+    from gputune.data.missing_target import MissingTarget
     from gputune.data.target import TaskWord
     from gputune.data.target_transform import TargetTransform
     from gputune.data.weights import ClassWeight
@@ -140,6 +141,11 @@ class Options:
     )  # fmt: skip
 
     task: "TaskWord | None" = _rows(None, "--task T", "classification or regression, where the guess is wrong")
+    missing_target: "MissingTarget" = _rows(
+        "error", "--missing-target",
+        "what to do with rows whose target is missing: error, or drop them",
+        choices=("error", "drop"), check=checks.one_of("error", "drop"), kept=True,
+    )  # fmt: skip
     target_transform: "TargetTransform | None" = _rows(
         None, "--target-transform T",
         "predict log (of numbers above 0) or log1p (above -1) of the target; scores and predictions are in its units",

@@ -44,6 +44,7 @@ from gputune.tuning.random import check_sampling, sample, train_batches, train_f
 from gputune.tuning.record import RecordedSearch, checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.tuning.session import AnyStudy, check_ending, checked_space, default_params, first_trials, with_earlier
+from gputune.tuning.task_choice import chosen_task
 from gputune.tuning.trainer import Trainer
 from gputune.types import KEPT_BYTES, Config
 
@@ -135,7 +136,8 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
     checked_space(choice, options)  # refused before the rows are encoded
     if options.patience is not None:
         check_patience(options.method, options.epoch, solved=choice.solved)
-    problem = make_problem(recorded.source, options.task, choice, options)
+    task = chosen_task(recorded.source, choice, options)
+    problem = make_problem(recorded.source, task, choice, options)
     choice = problem.choice
     space = checked_space(choice, options)  # again: what is predicted decides some
     problem = problem.with_space(space, with_earlier(options, space))
@@ -177,6 +179,7 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
     without_model = baseline(data, setup.scoring, problem.target.classes)
     defaults = default_params(problem.choice, options)
     remarks = [
+        *problem.remarks_on_target(),
         *notes(setup.trials, setup.space, include_default=options.include_default, defaults=defaults),
         *context.remarks_on(setup.configs),
         *problem.remarks_on_loss(setup.scoring),

@@ -13,10 +13,19 @@ from gputune.data.columns import Columns, Layout, fit_layout
 from gputune.data.dataset import Dataset, Inputs, Preparations, Rows, inputs_of, make_dataset
 from gputune.data.encode import LIMIT, Statistics, check_numbers, fit_statistics
 from gputune.data.folds import Splitter, make_folds
+from gputune.data.missing_target import dropped_words
 from gputune.data.scaling import limited_features
 from gputune.data.source import Source
 from gputune.data.table import quoted
-from gputune.data.target import Target, TaskWord, check_spread, check_target, with_transform
+from gputune.data.target import (
+    Target,
+    TaskWord,
+    are_many_whole_numbers,
+    check_spread,
+    check_target,
+    whole_numbers_words,
+    with_transform,
+)
 from gputune.data.weights import check_weights
 from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.errors import InputError
@@ -163,7 +172,7 @@ class Problem:
 
     def remarks(self) -> list[str]:
         """Return how a loss sees the target, and which inputs that are no table are scaled, a sentence each."""
-        target, objective, remarks = self.target, self.objective, []
+        target, objective, remarks = self.target, self.objective, list[str]()
         if objective is not None and not objective.is_named and target.task == "regression":
             values = f"it is (mean {target.values.mean():.4g}, standard deviation {target.values.std():.4g})"
             seen = values if target.transform is None else "target_transform makes it"
@@ -179,6 +188,16 @@ class Problem:
         elif can:
             remarks.append(f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}")
         return remarks
+
+    def remarks_on_target(self) -> tuple[str, ...]:
+        """Return what to know of the target: how many rows were left out, and whole numbers that may be classes."""
+        source, remarks = self.source, list[str]()
+        if source.n_dropped:
+            remarks.append(dropped_words(source.n_dropped, self.target.name))
+        is_guess = self.options.task is None or source.is_task_guessed
+        if is_guess and are_many_whole_numbers(self.target):
+            remarks.append(whole_numbers_words(self.target))
+        return tuple(remarks)
 
     def remarks_on_loss(self, scoring: Scoring) -> tuple[str, ...]:
         """Return what the user should know of the loss, a sentence each: of which class one logit is, what ranks."""

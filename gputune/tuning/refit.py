@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -229,7 +230,8 @@ def _read_search(access: Access) -> RecordedSearch:
 def _source_of(access: Access, choice: ModelChoice, options: Options) -> Source:
     """Return the rows of a call, or those of the study, read again."""
     if access.X is not None:
-        return read_source(access.X, access.y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+        read = partial(read_source, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+        return read(access.X, access.y, missing_target=options.missing_target)
     origin = access.study.record.source
     if origin is None:
         why = "the study was searched on data in memory, which its file does not hold"

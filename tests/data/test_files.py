@@ -135,7 +135,7 @@ def test_bad_files(tmp_path, name, text, message):
 ])  # fmt: skip
 def test_a_missing_target_is_named_by_its_line(tmp_path, name, text, place):
     lost = "3 missing values" if text.startswith("a,") else "1 missing value"
-    with refused(rf"y has {lost} \(the first in {place}\); fill it, or leave"):
+    with refused(rf"y has {lost} \(the first in {place}\); fill it, or say missing_target='drop' to leave"):
         read_source(write(tmp_path, text, name), "y")
 
 

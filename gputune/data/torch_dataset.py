@@ -1,0 +1,73 @@
+"""The inputs and the target of a map-style dataset of torch's, read once."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+
+from gputune.data.ragged import refuse_ragged
+from gputune.data.table import is_image
+from gputune.errors import InputError
+
+Bar = Callable[[Sequence[int]], Iterable[int]]
+
+
+def read_dataset(dataset: "Dataset[object]", y: object, bar: Bar = iter) -> tuple[object, object]:
+    """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read once, behind a ``bar``.
+
+    With ``y`` given, all of an item is inputs. A TensorDataset gives its tensors as they are.
+    """
+    name = type(dataset).__name__
+    if type(dataset) is TensorDataset:  # which cannot count rows of different lengths
+        for place, tensor in enumerate(dataset.tensors):
+            refuse_ragged(tensor, f"X.tensors[{place}]")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        remedy = "pass a map-style Dataset, with __len__ and __getitem__, or its tensors"
+        raise InputError(f"X is a {name}, which has no length; {remedy}.")
+    if len(dataset) == 0:
+        raise InputError(f"X is a {name} without items (its length is 0); check its files.")
+    if type(dataset) is TensorDataset:
+        return _split(list(dataset.tensors), y, name)
+    items = []
+    for place in bar(range(len(dataset))):
+        try:
+            item = dataset[place]
+        except Exception as error:
+            raise InputError(
+                f"item {place} of X, a {name}, raised {type(error).__name__}: {error}. Mend it, or leave it out: "
+                "torch.utils.data.Subset."
+            ) from error
+        if any(map(is_image, item if isinstance(item, list | tuple) else [item])):
+            remedy = (
+                "let the dataset give tensors, of one size, for example transform=torchvision.transforms.ToTensor()"
+            )
+            raise InputError(f"item {place} of X, a {name}, is a PIL image; {remedy}.")
+        items.append(item)
+    try:
+        return _split(default_collate(items), y, name)
+    except (RuntimeError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise InputError(
+            f"the items of X, a {name}, cannot be stacked: {reason}. All must have one shape; pad them, or let the "
+            "dataset give tensors."
+        ) from error
+
+
+def read_inputs(dataset: "Dataset[object]", number: int) -> Any:
+    """Return the ``number`` of inputs of a dataset whose items are inputs, or pairs (inputs, target); see above."""
+    inputs, _ = read_dataset(dataset, ())
+    if isinstance(inputs, tuple) and len(inputs) == 2 and (number == 1 or not isinstance(inputs[0], Tensor)):
+        inputs = inputs[0]
+    return tuple(inputs) if isinstance(inputs, list) else inputs
+
+
+def _split(item: object, y: object, name: str) -> tuple[object, object]:
+    """Return inputs and target of what the items are when they are stacked; several inputs are a tuple."""
+    if y is None:
+        if not isinstance(item, list | tuple) or len(item) != 2:
+            raise InputError(f"y is missing: the items of X, a {name}, are no pairs (inputs, target); pass y.")
+        item, y = item
+    if isinstance(item, list):
+        item = tuple(item) if len(item) > 1 else item[0]
+    return item, y
