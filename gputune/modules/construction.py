@@ -3,8 +3,8 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from weakref import WeakKeyDictionary
@@ -57,12 +57,7 @@ def build_module(builder: Builder, arguments: Config, shape: Shape, *, seed: int
     row = (shape.n_features,) if shape.input_shape is None else shape.input_shape
     sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
     words = call_arguments(builder, sizes | {"input_shape": row}, arguments)
-    # A constructor may draw on the current GPU, where this process has used one; saving the state of any other's
-    # generator would make a context there, some hundred megabytes.
-    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
-    with keyed_draws(device, seed, "module", host=True), torch.device("cpu"), ExitStack() as after:
-        after.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.float32)  # what a constructor draws must not depend on it
+    with module_stream(seed):
         module = construct(builder, words, columns)
         inputs = shape.inputs or ((row, torch.float32),)
         try:
@@ -73,6 +68,21 @@ def build_module(builder: Builder, arguments: Config, shape: Shape, *, seed: int
                 f"which give its lazy layers their sizes: {error}.{hint(str(error), _zeros(inputs))}{columns}"
             ) from error
         return module
+
+
+@contextmanager
+def module_stream(seed: int) -> Iterator[None]:
+    """Let constructors draw from the stream of a seed inside, on the CPU and in single precision."""
+    # A constructor may draw on the current GPU, where this process has used one; saving the state of any other's
+    # generator would make a context there, some hundred megabytes.
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
+    before = torch.get_default_dtype()
+    with keyed_draws(device, seed, "module", host=True), torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)  # what a constructor draws must not depend on it
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 _shared: WeakKeyDictionary[Builder, dict[str, str]] = WeakKeyDictionary()
@@ -94,7 +104,10 @@ def construct(builder: Builder, words: Config, columns: str = "") -> nn.Module:
                 "its steps are computed. Leave torch.compile out.",
                 InputWarning,
             )
-        known[key] = _first_shared(module, _call_builder(builder, words, columns)[0])
+        # This call is made only once, so the draws of the first module's lazy layers must not depend on it.
+        with keyed_draws(torch.device("cpu"), 0, "another", host=True):
+            another, _ = _call_builder(builder, words, columns)
+        known[key] = _first_shared(module, another)
     if not (name := known[key]):
         return module
     try:

@@ -26,17 +26,17 @@ from gputune.errors import InputError, UntrustedCodeError, warn
 from gputune.input_files import read_file
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.calls import convert
-from gputune.modules.construction import Builder, call_arguments, construct, materialise, name_of
+from gputune.modules.construction import Builder, call_arguments, construct, materialise, module_stream, name_of
 from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import write_files
-from gputune.seeding import keyed_draws
 from gputune.study import module_source
+from gputune.study.module_state import restore, saved_numbers, saved_tensors
 from gputune.study.record import has_form
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
 
 DESCRIPTION, TENSORS = "model.json", "model.safetensors"
-FORMAT, FORMAT_VERSION = "gputune model", 2
+FORMAT, FORMAT_VERSION = "gputune model", 3
 DRAFTS = ".model"
 """How what a killed process may have left in the folder begins."""
 
@@ -80,9 +80,12 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
         "layout": model.layout.to_json(),
         "statistics": model.statistics.to_json(),
         "spec": _full_spec(model),
+        "numbers": saved_numbers(model.module) if model.spec["kind"] == "module" else {},
     }
-    state, place = model.module.state_dict(), Path(folder)
-    if odd := [(name, type(value).__name__) for name, value in state.items() if not isinstance(value, Tensor)]:
+    state = saved_tensors(model.module)
+    place = Path(folder)
+    saved = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if odd := [(name, type(value).__name__) for name, value in state.items() if name not in saved]:
         what = "{!r}, a {}, in its state; only tensors can be saved, make it a buffer.".format(*odd[0])
         raise InputError(f"{type(model.module).__name__} keeps {what}")
     if place.exists() and not place.is_dir():
@@ -94,7 +97,7 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
                 "give a new or an empty folder."
             )
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
-    tensors = safetensors.torch.save({key: value.cpu().clone().contiguous() for key, value in state.items()})
+    tensors = safetensors.torch.save({key: value.cpu().clone().contiguous() for key, value in saved.items()})
     text = to_json({**body, "tensors_sha256": sha256(tensors)}, name="the model's spec or info")
     head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "sha256": sha256(text)})
     place.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,7 @@ def _full_spec(model: ModelContent) -> Json:
     if model.spec["kind"] != "module" or "made" in model.spec:  # by a function, of which the module knows nothing
         return model.spec
     source, file = module_source.class_source(_module_type(model)), module_source.source_file(_module_type(model))
-    kept = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns") if key in model.spec}
+    kept = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble", "columns", "seeds") if key in model.spec}
     return {**kept, **source, **({"file": file} if file is not None and "import" in source else {})}
 
 
@@ -133,6 +136,8 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     with file_errors(folder / DESCRIPTION):
         known = _fields(body)
         spec, members = known["spec"], _members(known)
+        seeds = _seeds(spec, len(members))
+        numbers = _numbers(body)
         if (kind := str(spec["kind"])) in BUILT_IN:
             _check_size(members, kind, state)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
@@ -141,7 +146,7 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     change = f"{file or name!r} has changed since the model was saved"
     remedy = f"{change}: restore it, or pass the class as it was." if changed else "pass the class as it was."
     try:
-        modules = _build(module_class, members, known)
+        modules = _build(module_class, members, seeds, known)
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(
             f"{name} could not be built from the saved arguments {members[0][0] | members[0][1]}: "
@@ -150,7 +155,7 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     weights, columns = [1 / len(modules)] * len(modules), spec.get("columns", ())
     network = Ensemble(modules, weights, known["task"], columns) if "ensemble" in spec else modules[0]
     try:
-        network.load_state_dict(state)
+        restore(network, state, numbers)
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
         raise InputError(f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}") from error
@@ -161,7 +166,8 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
 
 def _fields(body: Json) -> Json:
     """Return the fields of a ``ModelContent`` but its module. Raises ValueError where one cannot be what it says."""
-    body = {"target_transform": None, "residuals": None, "temperature": 1.0, **body}  # which files of old versions lack
+    # Files of old versions lack these.
+    body = {"target_transform": None, "residuals": None, "temperature": 1.0, **body}
     layout, classes, transform, residuals = (body[n] for n in ("layout", "classes", "target_transform", "residuals"))
     if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
         raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
@@ -212,6 +218,22 @@ def _members(known: Json) -> _Members:
     return pairs
 
 
+def _numbers(body: Json) -> Json:
+    """Return the numbers that the module counts in; files of old versions have none."""
+    numbers = body.get("numbers", {})
+    if not isinstance(numbers, dict):
+        raise ValueError("the numbers of its module are of another type")
+    return numbers
+
+
+def _seeds(spec: Json, n_modules: int) -> list[int | None]:
+    """Return the seed with which each module was built; None for files of old versions, which do not have it."""
+    seeds = spec.get("seeds", [None] * n_modules)
+    if len(seeds) != n_modules or not {int, type(None)}.issuperset(map(type, seeds)):
+        raise ValueError("the seeds of its modules are of another type")
+    return list(seeds)
+
+
 def _check_size(members: _Members, kind: str, state: dict[str, Tensor]) -> None:
     """Raise ValueError for networks that are larger than their tensors, before they take the memory."""
     numbers, standard = 0, {"width": 128, "depth": 2 if kind == "mlp" else 0}
@@ -250,7 +272,7 @@ def _module_class(spec: Mapping[str, object], module: Builder | None, folder: Pa
         raise InputError(f"{error} {or_pass}") from error
 
 
-def _build(module_class: Builder, members: _Members, known: Json) -> list[nn.Module]:
+def _build(module_class: Builder, members: _Members, seeds: Sequence[int | None], known: Json) -> list[nn.Module]:
     """Build the modules of a model, on the CPU."""
     layout, statistics = known["layout"], known["statistics"]
     names, kinds = None, list[InputKind]()
@@ -259,12 +281,14 @@ def _build(module_class: Builder, members: _Members, known: Json) -> list[nn.Mod
         kinds = [(shape, torch.float32 if scaled else getattr(torch, dtype)) for shape, dtype, scaled in parts]
         names = layout.names
     modules = []
-    # Its start is thrown away, the caller's stream is not.
-    with keyed_draws(torch.device("cpu"), 0, "load", host=True):
-        for sizes, arguments in members:
-            modules.append(module := construct(module_class, call_arguments(module_class, sizes, arguments)))
-            materialise(module, kinds or [(sizes["input_shape"], torch.float32)], names)
-            convert(module, known["dtype"])
+    for (sizes, arguments), seed in zip(members, seeds):
+        words = call_arguments(module_class, sizes, arguments)
+        inputs = kinds or [(sizes["input_shape"], torch.float32)]
+        # From the stream of the training: what the constructor draws into plain attributes is in no file.
+        with module_stream(seed or 0):
+            module = construct(module_class, words)
+            materialise(module, inputs, names)
+        modules.append(convert(module, known["dtype"]))
     return modules
 
 

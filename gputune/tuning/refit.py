@@ -146,6 +146,10 @@ class Search:
             return size | {k: config[k] for k in ("width", "depth", "activation", "dropout")}
         return size | module_arguments(config)
 
+    def seeds(self, seeds: Sequence[int]) -> Config:
+        """Return the seeds of the modules of a model, as its spec has them; none of built-in models."""
+        return {"seeds": list(seeds)} if self.choice.kind == "module" else {}
+
     def score(self, score: float, std_error: float) -> Config:
         """Return a score as the ``info`` of a model has it: that of the rows of the search, and of no others."""
         same = self.rows == self.study.record.fingerprint
@@ -189,7 +193,8 @@ def refit_trial(search: Search, one: Trial) -> TunedModel:
     data = search.dataset(None, [one])
     ((module,),) = search.train(data, [one])
     info = {"params": one.params, "epochs": one.best_epoch, **search.score(one.score, one.std_error)}
-    return search.model(module, data, {"kwargs": search.arguments(one, data)}, info)
+    spec = {"kwargs": search.arguments(one, data), **search.seeds([search.options.random_state])}
+    return search.model(module, data, spec, info)
 
 
 def _read_search(access: Access) -> RecordedSearch:

@@ -162,6 +162,7 @@ def _mean_model(search: Search, shares: Sequence[tuple[Trial, float]], starts: i
     network = Ensemble(modules, weights, search.problem.target.task, columns)
     arguments = [search.arguments(trial, whole) for trial in trials] * len(parts)
     spec = {"kwargs": arguments[0], "ensemble": arguments, **({"columns": columns} if columns else {})}
+    spec |= search.seeds([one for _, one in parts for _ in trials])
     return search.model(network.eval(), whole, spec, info, statistics)
 
 

@@ -1,0 +1,59 @@
+"""The state of a trained module, as a model file holds it: all its tensors, and the numbers that it counts in.
+
+``state_dict()`` has only a part of that. It leaves out the buffers with ``persistent=False``, and numbers of Python.
+What a constructor draws into plain attributes is in no file: the module is built from the same random stream again.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+Numbers = dict[str, bool | int | float]
+"""Values of plain number attributes, by the path of the submodule and the name of the attribute."""
+
+
+def saved_tensors(module: nn.Module) -> dict[str, object]:
+    """Return the parameters and all buffers of a module by name, also buffers that ``state_dict()`` leaves out."""
+    return dict(module.named_buffers()) | dict(module.state_dict())
+
+
+def saved_numbers(module: nn.Module) -> Numbers:
+    """Return the numbers that the submodules of a module hold in plain attributes, such as a count of calls."""
+    numbers: Numbers = {}
+    for path, part in _counting_parts(module):
+        for name, value in vars(part).items():
+            if type(value) in (bool, int, float) and name != "training":
+                numbers[f"{path}.{name}".lstrip(".")] = value
+    return numbers
+
+
+def restore(module: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, object]) -> None:
+    """Give a new module the tensors and numbers that were saved of another one.
+
+    A number is left alone where the class no longer has it. Raises RuntimeError, as ``load_state_dict`` does, for
+    tensors that do not fit.
+    """
+    persistent = module.state_dict().keys()
+    others = {name: tensors[name] for name, _ in module.named_buffers() if name in tensors and name not in persistent}
+    module.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in others})
+    for name, tensor in others.items():
+        path, _, key = name.rpartition(".")
+        module.get_submodule(path)._buffers[key] = tensor
+    for path, part in _counting_parts(module):
+        for key, before in list(vars(part).items()):
+            value = numbers.get(f"{path}.{key}".lstrip("."))
+            if key != "training" and _is_like(value, before) and value != before:
+                setattr(part, key, value)
+
+
+def _counting_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the submodules that may count: those of PyTorch's own classes hold only settings."""
+    for path, part in module.named_modules():
+        if type(part).__module__.partition(".")[0] != "torch":
+            yield path, part
+
+
+def _is_like(value: object, before: object) -> bool:
+    """Whether a saved number may take the place of an attribute."""
+    kinds = (bool,) if type(before) is bool else (int, float)
+    return type(before) in (bool, int, float) and type(value) in kinds
