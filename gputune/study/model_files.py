@@ -30,7 +30,7 @@ from gputune.modules.construction import Builder, call_arguments, construct, mat
 from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import write_files
 from gputune.study import module_source
-from gputune.study.module_state import restore, saved_numbers, saved_tensors
+from gputune.study.module_state import read_numbers, read_seeds, restore, saved_numbers, saved_tensors
 from gputune.study.record import has_form
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
@@ -136,8 +136,8 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     with file_errors(folder / DESCRIPTION):
         known = _fields(body)
         spec, members = known["spec"], _members(known)
-        seeds = _seeds(spec, len(members))
-        numbers = _numbers(body)
+        seeds = read_seeds(spec, len(members))
+        numbers = read_numbers(body)
         if (kind := str(spec["kind"])) in BUILT_IN:
             _check_size(members, kind, state)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
@@ -216,22 +216,6 @@ def _members(known: Json) -> _Members:
         sizes |= {name: value for name, value in {**spec["kwargs"], **member}.items() if name in sizes}
         pairs.append((sizes, {name: value for name, value in member.items() if name not in sizes}))
     return pairs
-
-
-def _numbers(body: Json) -> Json:
-    """Return the numbers that the module counts in; files of old versions have none."""
-    numbers = body.get("numbers", {})
-    if not isinstance(numbers, dict):
-        raise ValueError("the numbers of its module are of another type")
-    return numbers
-
-
-def _seeds(spec: Json, n_modules: int) -> list[int | None]:
-    """Return the seed with which each module was built; None for files of old versions, which do not have it."""
-    seeds = spec.get("seeds", [None] * n_modules)
-    if len(seeds) != n_modules or not {int, type(None)}.issuperset(map(type, seeds)):
-        raise ValueError("the seeds of its modules are of another type")
-    return list(seeds)
 
 
 def _check_size(members: _Members, kind: str, state: dict[str, Tensor]) -> None:

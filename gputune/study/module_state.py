@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from gputune.types import Json
+
 Numbers = dict[str, bool | int | float]
 """Values of plain number attributes, by the path of the submodule and the name of the attribute."""
 
@@ -25,6 +27,28 @@ def saved_numbers(module: nn.Module) -> Numbers:
             if type(value) in (bool, int, float) and name != "training":
                 numbers[f"{path}.{name}".lstrip(".")] = value
     return numbers
+
+
+def read_numbers(body: Json) -> Json:
+    """Return the numbers that the module counts in; files of old versions have none.
+
+    Raises ValueError for anything else.
+    """
+    numbers = body.get("numbers", {})
+    if not isinstance(numbers, dict):
+        raise ValueError("the numbers of its module are of another type")
+    return numbers
+
+
+def read_seeds(spec: Json, n_modules: int) -> list[int | None]:
+    """Return the seed with which each module was built; None for files of old versions, which do not have it.
+
+    Raises ValueError for anything else.
+    """
+    seeds = spec.get("seeds", [None] * n_modules)
+    if len(seeds) != n_modules or not {int, type(None)}.issuperset(map(type, seeds)):
+        raise ValueError("the seeds of its modules are of another type")
+    return list(seeds)
 
 
 def restore(module: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, object]) -> None:
