@@ -146,7 +146,8 @@ _OF_SEARCH = ("ensemble",)  # a flag of the machine that it has not
 
 _STUDY = ("STUDY", "a study.db, or the folder that holds it")
 _TABLE = ("FILE", "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or .pt file")
-_MODEL, _ROWS = ("MODEL_DIR", "the folder of a saved model"), ("FILE", "a table with the columns of the training data")
+_MODEL = ("MODEL_DIR", "the folder of a saved model")
+_ROWS = ("FILE", "a table with the columns of the training data; or .npz, .npy or .pt, with arrays like those")
 _TRUST = _Flag(
     "--trust-code", "run the code that it names, also where you have not trained or saved it on this machine"
 )
@@ -186,7 +187,12 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
     ]),
     "evaluate": (
         "score a saved model on the rows of a file that has the target's column",
-        {"folder": _MODEL, "file": (_ROWS[0], f"{_ROWS[1]} and the target")}, [
+        {"folder": _MODEL, "file": (_ROWS[0], f"{_ROWS[1]}; with the target")}, [
+            _Flag(
+                "--target NAME",
+                "the column or array with the right answers; for a .npy file, another .npy file [default: that of the "
+                "training]",
+            ),
             _Flag("--scoring NAME,NAME", "scikit-learn scorer names (the usual ones of the task)", "names"),
             _Flag("--positive CLASS", "the class that f1, precision, recall, average_precision, ... are of"),
             _Flag(

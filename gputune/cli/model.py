@@ -7,18 +7,17 @@ import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import get_scorer, get_scorer_names
 
+from gputune.cli.answers import rows_with_target
 from gputune.cli.held_out import HeldOut, held_out_score, labels_of, saved_loss
-from gputune.data.columns import Layout
-from gputune.data.files import line_of, read_columns, read_table
-from gputune.data.missing_target import MissingTarget, dropped_words
-from gputune.data.source import Source, read_source
-from gputune.data.target import check_target
+from gputune.data.array_files import ARRAY_SUFFIXES
+from gputune.data.files import read_columns
+from gputune.data.missing_target import dropped_words
+from gputune.data.source import Source
 from gputune.errors import InputError, warn
 from gputune.report.facts import check_place
 from gputune.scoring.losses import LOSSES
@@ -138,6 +137,8 @@ def predict(arguments: Namespace) -> str:
     A kept column that is named as a predicted one has "_given" behind its name.
     """
     model, file = _load_model(arguments), arguments.file
+    if arguments.keep and Path(file).suffix.lower() in ARRAY_SUFFIXES:
+        raise InputError(f"--keep names columns of a table, and {file!r} holds arrays; leave it out.")
     kept = read_columns(file, arguments.keep) if arguments.keep else []
     if kept:  # the model does not read them, which is no news
         model = replace(model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]})
@@ -191,31 +192,13 @@ def evaluate(arguments: Namespace) -> str:
         what = f"{arguments.folder!r} predicts numbers"
         raise InputError(f"--positive needs a model of classes, and {what}; leave it out.")
     positive = model.info.get("positive") if positive is None else positive
-    rows = _rows_with_target(model, arguments.file, arguments.missing_target)
+    rows = rows_with_target(model, arguments.file, arguments.target, arguments.missing_target)
     found = evaluation(model, rows, arguments.scoring, positive)
     if rows.n_dropped:
-        found = replace(found, dropped=dropped_words(rows.n_dropped, model.target))
+        found = replace(found, dropped=dropped_words(rows.n_dropped, rows.target))
     if arguments.format == "json":
         return json.dumps(found.to_json(), indent=1, allow_nan=False)
     return found.text(shutil.get_terminal_size().columns)
-
-
-def _rows_with_target(model: TunedModel, file: str, missing_target: MissingTarget) -> Source:
-    """Return the rows of a file that have a target. Raises InputError for a target that cannot be scored."""
-    if isinstance(model.layout, Layout):
-        texts = [column.name for column in model.layout.columns if column.kind == "category"]
-        # "007" and "7" are two labels, and one number.
-        labels = [model.target] if model.classes is not None and model.classes.dtype.kind == "U" else []
-        rows = read_table(file, [*texts, *labels])
-        if model.target not in rows.names:
-            what = f"{file!r} has no column {model.target!r}"
-            raise InputError(f"{what}, with which the model is to be compared; gputune predict needs none.")
-        source = read_source(rows, model.target, missing_target=missing_target, place=partial(line_of, file))
-    else:
-        source = read_source(file, model.target, module=True, missing_target=missing_target)
-    if model.classes is None:
-        check_target(source.y, task=model.task, n_rows=len(source.X), name=model.target)
-    return source
 
 
 def export(arguments: Namespace) -> str:

@@ -4,7 +4,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +17,7 @@ from gputune.data.arrays import refuse_kind
 from gputune.data.table import quoted
 from gputune.errors import InputError
 from gputune.input_files import check_file, check_room, open_file
-from gputune.text import size_words
+from gputune.text import count, size_words
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")
 _WRITE = "Write it with numpy.savez(path, image=X, label=y), or torch.save of a dict of tensors."
@@ -41,6 +41,8 @@ def read_array_file(path: Path) -> dict[str, Any]:
         InputError: it is no file of arrays, holds Python objects, or needs more memory than is free.
     """
     size = check_file(path)
+    if path.suffix.lower() not in ARRAY_SUFFIXES:
+        raise InputError(f"arrays are read from {', '.join(ARRAY_SUFFIXES)}, got {str(path)!r}. {_WRITE}")
     read = {".npy": _read_npy, ".npz": _read_npz}.get(path.suffix.lower(), _read_torch)
     try:
         if size == 0:
@@ -165,6 +167,53 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object
     if not values:
         raise InputError(f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from.")
     return values if len(values) > 1 else next(iter(values.values())), target, of_groups
+
+
+def pick_inputs(
+    path: Path, names: Sequence[str] | None, shapes: Sequence[tuple[int, ...]], unread: Collection[str] = ()
+) -> Any:
+    """Return the inputs of a model from a file that may also hold the target and other arrays.
+
+    Args:
+        path: the file.
+        names: the names of the inputs at training, None if they had none.
+        shapes: the shape of a row of each input.
+        unread: the names of arrays that are no inputs, such as the target.
+
+    Returns:
+        A dict of the inputs that have ``names``, else an array, or a tuple of several arrays in their order.
+
+    Raises:
+        InputError: nothing is left, or it is not clear which arrays are the inputs.
+    """
+    arrays = read_array_file(path)
+    if names is not None:
+        return {name: arrays[name] for name in names if name in arrays}
+    left = {name: array for name, array in arrays.items() if name not in unread}
+    if len(left) > len(shapes):
+        left = {name: array for name, array in left.items() if tuple(array.shape[1:]) in shapes}
+    if len(left) != len(shapes):
+        known = f"holds {quoted(arrays)}" if arrays else "holds no array"
+        shape_words = " and ".join(str(("rows", *shape)).replace("'", "") for shape in shapes)
+        raise InputError(
+            f"{str(path)!r} {known}, and the model takes {count(len(shapes), 'array')} of shape {shape_words}. Write a "
+            "file with the inputs of the training, and the target if you want."
+        )
+    inputs = tuple(left.values())
+    return inputs if len(shapes) > 1 else inputs[0]
+
+
+def pick_target(path: Path, name: str) -> np.ndarray:
+    """Return an array of a file by its name; of a .npy file, the array of the .npy file of that name."""
+    if path.suffix.lower() == ".npy":
+        return _beside(path, "target", name)
+    arrays = read_array_file(path)
+    if name not in arrays:
+        raise InputError(f"target={name!r} is none of the arrays of {str(path)!r}, which are {quoted(arrays)}.")
+    value = arrays[name]
+    if isinstance(value, Tensor):  # NumPy has no bfloat16
+        return (value.double() if value.is_floating_point() else value).numpy()
+    return np.asarray(value)
 
 
 def _beside(path: Path, option: str, name: object) -> np.ndarray:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gputune.data.array_files import read_array_file
+from gputune.data.array_files import ARRAY_SUFFIXES, pick_inputs
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout, checked_tensor
 from gputune.data.dataset import first_equal
@@ -254,11 +254,10 @@ class TunedModel(ModelContent):
 
         A tensor of a table's rows becomes a table too, so that tensors and arrays are predicted alike.
         """
+        is_table = isinstance(self.layout, Layout)
+        if isinstance(X, str | Path) and (Path(X).suffix.lower() in ARRAY_SUFFIXES or not is_table):
+            X = self._inputs_of_file(Path(X))
         if not isinstance(self.layout, Layout):
-            if isinstance(X, str | Path):
-                values = read_array_file(Path(X))
-                values.pop(self.target, None)
-                X = values if self.layout.names is not None else next(iter(values.values()), None)
             return self.layout.raw(read_inputs(X, len(self.layout.shapes)) if isinstance(X, Dataset) else X)
         if isinstance(X, Tensor):
             return as_table(checked_tensor(X).cpu().numpy())
@@ -275,6 +274,13 @@ class TunedModel(ModelContent):
                 f"X has categories that were not there in training, which no feature stands for: {words}.", InputWarning
             )
         return table
+
+    def _inputs_of_file(self, path: Path) -> Any:
+        """Return the inputs from a file of arrays, without the target and what the search left out."""
+        unread = {self.target, *self.info.get("drop", ())}
+        if isinstance(self.layout, Layout):
+            return pick_inputs(path, None, [(len(self.layout.inputs),)], unread)
+        return pick_inputs(path, self.layout.names, self.layout.shapes, unread)
 
     def _batches(self, table: Table | Arrays) -> Iterator[Table | Arrays]:
         """Cut the rows, so that the encoded numbers need no more memory for a large file than for a small one."""

@@ -1,0 +1,65 @@
+"""Rows of a file with their right answers, to which the predictions of a model are compared."""
+
+from functools import partial
+from pathlib import Path
+
+from gputune.data.array_files import ARRAY_SUFFIXES, pick_target
+from gputune.data.columns import Layout
+from gputune.data.files import line_of, read_table
+from gputune.data.missing_target import MissingTarget
+from gputune.data.source import Source, read_source
+from gputune.data.table import Table
+from gputune.data.target import check_target
+from gputune.errors import InputError
+from gputune.study.model import TunedModel
+
+
+def rows_with_target(
+    model: TunedModel, file: str, target: str | None = None, missing_target: MissingTarget = "error"
+) -> Source:
+    """Return the rows of a file that have a target.
+
+    Args:
+        model: the model that will predict the rows.
+        file: a table, or a file of arrays.
+        target: the column or array with the right answers, None for the target of the training.
+        missing_target: "drop" to leave rows without a target out, "error" to refuse them.
+
+    Raises:
+        InputError: the file has no such target, or the target cannot be scored.
+    """
+    name = model.target if target is None else target
+    if Path(file).suffix.lower() in ARRAY_SUFFIXES or not isinstance(model.layout, Layout):
+        if target is None and Path(file).suffix.lower() == ".npy":
+            raise InputError(
+                f"--target is missing: give the .npy file that has the right answer of each row of {file!r}."
+            )
+        source = _arrays_with_target(model, Path(file), name)
+        source = source.with_target(missing_target, "row {}".format, of_table=False)
+    else:
+        table = _table_with_target(model, file, name)
+        source = read_source(table, name, missing_target=missing_target, place=partial(line_of, file))
+    if model.classes is None:
+        check_target(source.y, task=model.task, n_rows=len(source.X), name=name)
+    return source
+
+
+def _arrays_with_target(model: TunedModel, path: Path, name: str) -> Source:
+    X = model._inputs(path)
+    y = pick_target(path, name)
+    if y.ndim == 0 or len(y) != len(X):
+        got = f"{len(X)} rows, and the target {name!r} has the shape {y.shape}"
+        raise InputError(f"{str(path)!r} has {got}; give one right answer for each row.")
+    return Source(X, y, name, None, None)
+
+
+def _table_with_target(model: TunedModel, file: str, name: str) -> Table:
+    assert isinstance(model.layout, Layout)
+    texts = [column.name for column in model.layout.columns if column.kind == "category"]
+    # "007" and "7" are two labels, and one number.
+    labels = [name] if model.classes is not None and model.classes.dtype.kind == "U" else []
+    table = read_table(file, [*texts, *labels])
+    if name not in table.names:
+        what = f"{file!r} has no column {name!r}"
+        raise InputError(f"{what}, with which the model is to be compared; gputune predict needs none.")
+    return table
