@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import zlib
@@ -69,6 +70,44 @@ def cache_folder() -> Path | None:
 def is_users(status: os.stat_result) -> bool:
     """Whether a file or folder belongs to this user, and no other may write to it; taken for granted on Windows."""
     return not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+
+
+def open_to_others(path: Path) -> Path | None:
+    """Return the folder above a path in which another user could put something else in its place, or None.
+
+    That is a folder of another user, or one that others may write to. The sticky bit, which ``/tmp`` has, lets nobody
+    move what is not theirs.
+    """
+    if not hasattr(os, "geteuid"):
+        return None
+    # If there is a link on the way, whoever writes beside the link could replace that too.
+    above = dict.fromkeys([*path.absolute().parents, *path.resolve().parents])
+    for folder in above:
+        status = folder.stat()
+        is_trusted = status.st_uid in (os.geteuid(), 0, _UNKNOWN_USER)
+        shared = status.st_mode & (stat.S_IWOTH if _is_private_group(status.st_gid) else stat.S_IWOTH | stat.S_IWGRP)
+        if not is_trusted or (shared and not status.st_mode & stat.S_ISVTX):
+            return folder
+    return None
+
+
+_UNKNOWN_USER = 65534
+"""Who owns the system's folders in a container that does not map its root."""
+
+
+def _is_private_group(group_id: int) -> bool:
+    """Whether a group is that of one user alone, as many systems make one for each user. Root is in all groups."""
+    if sys.platform == "win32":
+        return False
+    import grp
+    import pwd
+
+    with suppress(KeyError):
+        user = pwd.getpwuid(os.geteuid())
+        group = grp.getgrgid(group_id)
+        is_own = group_id == user.pw_gid and group.gr_name == user.pw_name
+        return group_id == 0 or (is_own and set(group.gr_mem) <= {user.pw_name})
+    return False
 
 
 def _start(prefix: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from gputune.errors import warn
-from gputune.scratch import cache_folder, is_users, scratch_folder
+from gputune.scratch import cache_folder, is_users, open_to_others, scratch_folder
 
 FOLDER = Path(__file__).parent
 LEVELS = (4, 3, 1)
@@ -170,13 +170,12 @@ def code_folder() -> Path | None:
     folder = base / "code"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        # In a folder that anyone may write to, without the sticky bit, ours could be exchanged for another.
-        if _is_own(folder) and _is_own(base) and base.parent.stat().st_mode & 0o1002 != 0o0002:
+        if _is_own(folder) and _is_own(base) and open_to_others(base) is None:
             return folder
     except OSError:
         return None
     warn(
-        f"{folder} is not used for compiled code, which each process now builds for itself: it and the folder that "
+        f"{folder} is not used for compiled code, which each process now builds for itself: it and the folders that "
         "it is in must belong to you and be writable by nobody else. Mend that (chmod 700), or set XDG_CACHE_HOME "
         "to another folder."
     )
