@@ -191,14 +191,16 @@ def _from_plain(value: object) -> object:
     if "dict" in value:
         return {name: _from_plain(part) for name, part in value["dict"].items()}
     if "ufunc" in value:
-        if isinstance(ufunc := getattr(np, str(value["ufunc"])), np.ufunc):
+        # Past the __getattr__ of the package, which imports for some names.
+        if isinstance(ufunc := vars(np).get(str(value["ufunc"])), np.ufunc):
             return ufunc
         raise ValueError(f"NumPy has no ufunc {value['ufunc']!r}")
     import sklearn.preprocessing
 
-    kind = getattr(sklearn.preprocessing, str(value["class"]), None)
+    name = str(value["class"])
+    kind = vars(sklearn.preprocessing)[name] if name in sklearn.preprocessing.__all__ else None
     if not isinstance(kind, type):
-        raise ValueError(f"sklearn.preprocessing has no {value['class']!r}")
+        raise ValueError(f"sklearn.preprocessing has no {name!r}")
     parts = {name: _from_plain(part) for name, part in value["params" if "params" in value else "state"].items()}
     if "params" in value:
         return kind(**parts)

@@ -190,7 +190,7 @@ def choices_from_json(values: Json) -> Choices:
     makers: dict[str, Callable[..., Choices]] = {"log_int": log_int, "steps": Steps, "log_integers": LogIntegers}
     for word in makers.keys() & values.keys():
         return makers[word](*values[word])
-    law = getattr(stats, str(values["scipy"]), None)
+    law = vars(stats).get(str(values["scipy"]))
     if not isinstance(law, stats.rv_continuous | stats.rv_discrete):
         raise InputError(f"scipy.stats has no distribution {values['scipy']!r}; use the scipy that made the study.")
     distribution: Distribution = law(**values["with"])

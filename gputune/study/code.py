@@ -3,8 +3,8 @@
 Code is known by digests: of its source and the values that it holds, and of the files that run where a module is
 imported, found without running any. Code that is remembered runs again without a word. The list is
 ``gputune/trusted-code`` in the user's folder of state ($XDG_STATE_HOME, else ~/.local/state), a digest a line. Where
-that folder cannot be had (a container without HOME) nothing outlives the process, and a list that others could have
-written is not used. Whoever removes the file withdraws all that it holds.
+that folder cannot be had (a container without HOME) nothing outlives the process. A list that others could have
+written, or put in the place of the user's, is not used. Whoever removes the file withdraws all that it holds.
 """
 
 import dis
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.errors import warn
-from gputune.scratch import is_users
+from gputune.scratch import is_users, open_to_others
 from gputune.study.values import sha256
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -149,13 +149,31 @@ FILE_MODULE = "gputune_file_"
 _FILES: "weakref.WeakKeyDictionary[ModuleType, Files]" = weakref.WeakKeyDictionary()
 
 
+_DICTIONARY = vars(ModuleType)["__dict__"].__get__
+
+
+def module_values(module: object) -> Mapping[str, Any]:
+    """Return the dictionary of a module, empty for another object.
+
+    It is read by Python's own descriptor: the class of a lazy module may run that module at any other access.
+    """
+    if not issubclass(type(module), ModuleType):
+        return {}
+    values: Mapping[str, Any] = _DICTIONARY(module)
+    return values
+
+
 def files_of(module: ModuleType) -> Files:
     """Return the files that made a module of this process."""
-    if module.__name__.startswith(FILE_MODULE):
-        return ((str(module.__file__), module.__dict__["__sha256__"]),)
+    values = module_values(module)
+    own_name = str(values.get("__name__", ""))
+    if own_name.startswith(FILE_MODULE):
+        return ((str(values["__file__"]), values["__sha256__"]),)
+    if not own_name:
+        return ()
     if module not in _FILES:
-        names = accumulate(module.__name__.split("."), "{}.{}".format)
-        _FILES[module] = _hash_files(getattr(sys.modules.get(name), "__file__", None) for name in names)
+        names = accumulate(own_name.split("."), "{}.{}".format)
+        _FILES[module] = _hash_files(module_values(sys.modules.get(name)).get("__file__") for name in names)
     return _FILES[module]
 
 
@@ -168,17 +186,17 @@ def files_to_import(package: str) -> Files:
         return files_of(module)
     name, places, files = "", None, []
     for part in package.split("."):
-        if not part:
+        if not part.isidentifier():  # a finder might take it for a path
             raise ModuleNotFoundError(f"{package!r} is no name of a module")
         name = f"{name}.{part}" if name else part
-        loaded = sys.modules.get(name)
-        spec = getattr(loaded, "__spec__", None) or next(
+        loaded = module_values(sys.modules.get(name))
+        spec = loaded.get("__spec__") or next(
             (spec for finder in sys.meta_path if (spec := finder.find_spec(name, places)) is not None), None
         )
         if spec is None:
             raise ModuleNotFoundError(f"No module named {name!r}")
         files.append(spec.origin if spec.has_location else None)
-        places = getattr(loaded, "__path__", spec.submodule_search_locations) or ()
+        places = loaded.get("__path__", spec.submodule_search_locations) or ()
     return _hash_files(files)
 
 
@@ -269,6 +287,13 @@ def _open(flags: int) -> int | None:
                     "others may write to it: remove it, or take that right away (chmod go-w)."
                 )
                 return None
+        if (place := open_to_others(folder)) is not None:
+            warn(
+                f"the list of the code that you have trained is not used, since {str(place)!r}, which it is in, is "
+                "another user's, or others may write to it. Take that right away (chmod go-w), or set XDG_STATE_HOME "
+                "to a folder of your own."
+            )
+            return None
         return opened.pop()
     except OSError:
         return None

@@ -8,8 +8,7 @@
 The digest is that of the file, or of the source of the class and of those it inherits from; a class that was typed at
 a prompt has none. A model has "file" beside "import": where the source lay when it was saved.
 
-To find a class runs the file that it is in. That is done for a file whose path and content ``remember_code`` has
-kept, and for others when the caller says so; the class of the running program itself is there without it.
+To find a class may run the file that it is in. ``lookup.py`` says which names a file may use, and why that is safe.
 """
 
 import functools
@@ -25,17 +24,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeGuard
 
-from torch import nn
-
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.modules.construction import Builder
-from gputune.study.code import FILE_MODULE, Files, files_of, files_to_import, is_remembered, remember
+from gputune.study.code import FILE_MODULE, Files, files_of, files_to_import, module_values
+from gputune.study.lookup import (
+    MAIN,
+    Grant,
+    grant_of,
+    is_granted,
+    is_module_class,
+    is_of_program,
+    lookup,
+    public_model,
+    remember_object,
+)
 from gputune.study.values import sha256
 from gputune.types import Json
-
-MAIN = "__main__"
-MODELS = "gputune.models"
-"""Classes of gputune's own, which are here already: to find one runs nothing."""
 
 LARGEST_SOURCE = 2**24
 """Bytes of a Python file that is named by a study or a model."""
@@ -59,7 +63,7 @@ def is_builder(value: object) -> TypeGuard[Builder]:
     """Whether something is a class of modules, a function, or a partial of one of them."""
     if isinstance(value, functools.partial):
         return is_builder(value.func)
-    return inspect.isfunction(value) or _is_module_class(value)
+    return inspect.isfunction(value) or is_module_class(value)
 
 
 def _unwrap(builder: Builder) -> Builder:
@@ -101,7 +105,7 @@ def _builder_json(builder: Builder) -> Json:
 
 def source_file(module_class: Builder) -> str | None:
     """Return the Python file of a class, in full; None for one of a notebook or a prompt."""
-    path = getattr(sys.modules.get(_place(module_class)[0]), "__file__", None)
+    path = module_values(sys.modules.get(_place(module_class)[0])).get("__file__")
     return str(Path(path).resolve()) if path and Path(path).is_file() else None
 
 
@@ -110,9 +114,9 @@ def why_not_found(module_class: Builder) -> str | None:
     home, name = _place(module_class)
     if home == MAIN:
         return f"in the script {script!r}" if (script := source_file(module_class)) else "in a notebook or at a prompt"
-    with suppress(KeyError, InputError):
-        if _class_of(sys.modules[home], name) in (module_class, _unwrap(module_class)):
-            return None
+    found_there = lookup(sys.modules[home], name) if home in sys.modules else None
+    if found_there is not None and (found_there is module_class or found_there is _unwrap(module_class)):
+        return None
     return f"in {home!r}, where no import reaches it"
 
 
@@ -138,21 +142,21 @@ def is_changed(module_class: Builder, source: Mapping[str, object]) -> bool:
 
 
 def remember_code(module_class: Builder) -> None:
-    """Remember the source of a class that is trained or saved here, so that ``find_class`` runs it again.
+    """Remember a class or function that is trained or saved here, so that ``find_class`` finds it again.
 
-    A script is not: to run it again is more than to define its classes.
+    A script never runs again for it: to run a script is more than to define its classes.
     """
-    home = _place(module_class)[0]
-    module = sys.modules.get(home)
-    if module is not None and home != MAIN and (files := files_of(module)):
-        remember(json.dumps(files))  # where they lie too, since what they import lies beside them
+    home, name = _place(module_class)
+    if home in sys.modules:
+        remember_object(sys.modules[home], name, module_class)
 
 
 def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = False) -> Builder:
-    """Return the class that ``class_source`` described; runs its file or imports its package.
+    """Return the class that ``class_source`` described; may run its file or import its package.
 
-    Raises UntrustedCodeError, before anything has run, where its files as they are now are not remembered and
-    ``trust_code`` is not given; InputError where the class is gone or, unless ``or_changed``, its file has changed.
+    Raises UntrustedCodeError for a name that ``lookup.py`` does not allow, unless ``trust_code``; before anything has
+    run, if the user has never trained or saved from these files. Raises InputError if the class is gone or, unless
+    ``or_changed``, its file has changed.
     """
     if keywords := source.get("keywords"):
         builder = find_class({**source, "keywords": None}, trust_code=trust_code, or_changed=or_changed)
@@ -189,17 +193,24 @@ def _of_file(
     changed = known not in (None, digest)
     if changed and not or_changed:
         raise InputError(f"the module file {str(path)!r} has changed since the model was trained; restore it.")
-    if not trust_code:
-        _check_remembered(((str(path), digest),), name, "; it has changed since the model was saved" if changed else "")
-    return _class_of(_run(path, content), name)
+    if trust_code:
+        return _trusted(_run(path, content), name)
+    more = "; it has changed since the model was saved" if changed else ""
+    grant = _checked_grant(((str(path), digest),), name, more)
+    return _granted(_run(path, content), name, grant)
 
 
 def _of_main(place: str, script: str | None, trust_code: bool) -> Builder:
     """Return a class of the running program, or of the script that it was defined in, which is then run."""
     name = place.partition(":")[2]
-    here = vars(sys.modules[MAIN]).get(name)
-    if is_builder(here) and _place(here)[0] == MAIN:
-        return here
+    here = lookup(sys.modules[MAIN], name)
+    if here is not None:
+        if trust_code or is_of_program(here, name):
+            return here
+        raise UntrustedCodeError(
+            f"{name!r} is a function of the running program, and loading it calls that function with arguments from "
+            "the file. You have not trained it from this program."
+        )
     if script is None:
         raise InputError(
             f"the module class {name!r} was defined in a script, in a notebook or at a prompt, and this program has "
@@ -216,6 +227,9 @@ def _of_main(place: str, script: str | None, trust_code: bool) -> Builder:
 
 def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
     package, _, name = place.partition(":")
+    model = public_model(package, name)
+    if model is not None:
+        return model
     try:
         files = files_to_import(package)
     except ImportError as error:
@@ -226,36 +240,51 @@ def _import_builder(place: str, file: str | None, trust_code: bool) -> Builder:
         raise InputError(
             f"the module class {place!r} cannot be imported ({error}){there}; make its package importable here."
         ) from error
-    if not trust_code and package != MODELS and not package.startswith(f"{MODELS}."):
-        _check_remembered(files, name)
+    grant = None if trust_code else _checked_grant(files, name)
     try:
         module = importlib.import_module(package)
     except (Exception, SystemExit) as error:
         raise InputError(
             f"the module class {place!r} cannot be imported ({type(error).__name__}: {error}); correct its package."
         ) from error
-    return _class_of(module, name)
+    return _trusted(module, name) if grant is None else _granted(module, name, grant)
 
 
-def _check_remembered(files: Files, name: str, more: str = "") -> None:
-    """Raise UntrustedCodeError, which names the file that would run, unless these files are remembered."""
-    if not files or not is_remembered(json.dumps(files)):
+def _checked_grant(files: Files, name: str, more: str = "") -> Grant:
+    """Return what the trust list allows the name to stand for. UntrustedCodeError, before the files run, if nothing."""
+    grant = grant_of(files, name)
+    if grant is Grant.NOTHING:
         where = repr(files[-1][0]) if files else "a package without a file"
         raise UntrustedCodeError(
             f"the module class {name!r} is in {where}, and loading it runs that code, which you have not trained or "
             f"saved on this machine as it is now{more}."
         )
+    return grant
 
 
-def _is_module_class(value: object) -> TypeGuard[type[nn.Module]]:
-    return isinstance(value, type) and issubclass(value, nn.Module)
+def _granted(module: ModuleType, name: str, grant: Grant) -> Builder:
+    """Return what a name in a stranger's file stands for. Raises UntrustedCodeError unless the grant allows it."""
+    builder = lookup(module, name)
+    if builder is not None and is_granted(builder, grant):
+        return builder
+    where = repr(module_values(module).get("__file__"))
+    if builder is None:
+        raise UntrustedCodeError(
+            f"{name!r} is not the name of a class or function that is defined in {where}, and loading it runs whatever "
+            "code has that name."
+        )
+    raise UntrustedCodeError(
+        f"loading it calls the function {name!r} of {where}. An earlier version of gputune noted that you trained from "
+        "this file, but not which function."
+    )
 
 
-def _class_of(module: ModuleType, name: str) -> Builder:
+def _trusted(module: ModuleType, name: str) -> Builder:
+    """Return what a name stands for that the user has typed, or trusts, which may lead through other modules."""
     with suppress(AttributeError):
         if is_builder(kind := functools.reduce(getattr, name.split("."), module)):
             return kind
-    there = ", ".join(key for key, value in vars(module).items() if _is_module_class(value))
+    there = ", ".join(key for key, value in vars(module).items() if is_module_class(value))
     raise InputError(
         f"{getattr(module, '__file__', None) or module.__name__!r} has no torch.nn.Module class {name!r}; "
         f"it has {there or 'none'}."

@@ -1,7 +1,7 @@
 """How values are written in files: JSON text that gives them back with their type and every bit.
 
 JSON has no word for infinity, tuples or arrays: such a value becomes an object with one key, its tag. Nothing is
-pickled, and a name from a file reaches functions and classes of torch.nn alone.
+pickled. A name from a file reaches only the public layers and functions of torch.nn.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,12 @@ from gputune.types import Json
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What is raised where a value that was read, and may be damaged or of somebody else, is not what it should be."""
+
+FUNCTIONAL = "torch.nn.functional"
+_OF_FUNCTIONAL = (FUNCTIONAL, "torch", "torch._C._nn")
+"""Where the functions of torch.nn.functional come from. Others there are torch's own machinery."""
+
+_CALLABLE = (type, FunctionType, BuiltinFunctionType)
 
 _JSON, _PLAIN = json.JSONDecoder(), frozenset((int, float, str))
 ARRAY_KINDS = "biufUO"
@@ -122,12 +129,23 @@ def _torch_name(value: object, name: str) -> str:
 
 
 def _torch_object(text: str) -> object:
-    module, _, short = text.partition(":")
-    if not (module == "torch.nn" or module.startswith("torch.nn.")):
-        raise ValueError(f"not a name in torch.nn: {text!r}")
-    value = getattr(importlib.import_module(module), short)
+    """Return the public function or class of torch.nn that is called "module:name". Raises ValueError for another.
+
+    A user's class may call what it is given, so that a file must not name more than torch's layers and functions.
+    """
+    home, _, short = text.partition(":")
+    parts = [*home.split("."), short]
+    is_public = all(part.isidentifier() and not part.startswith("_") for part in parts)
+    if not (is_public and parts[:2] == ["torch", "nn"]) or "parallel" in parts:
+        raise ValueError(f"not a public name in torch.nn: {text!r}")
+    value = vars(importlib.import_module(home)).get(short)
     # torch's files import os, typing and the like, whose objects must not be reached through them.
-    if not (callable(value) and str(getattr(value, "__module__", "")).startswith("torch")):
+    own_home = str(getattr(value, "__module__", ""))
+    if home == FUNCTIONAL:
+        is_known = own_home in _OF_FUNCTIONAL
+    else:
+        is_known = own_home.startswith("torch.nn.")
+    if not (isinstance(value, _CALLABLE) and is_known):
         raise ValueError(f"not a function or class of torch.nn: {text!r}")
     return value
 
