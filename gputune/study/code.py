@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.errors import warn
+from gputune.errors import InputError, warn
+from gputune.input_files import read_file
 from gputune.scratch import is_users, open_to_others
 from gputune.study.values import sha256
 
@@ -205,8 +206,8 @@ def _hash_files(paths: Iterable[str | None]) -> Files:
     # Not the target of a link: Python takes the compiled code that lies beside the link. A package may have no file.
     places = [Path(path).parent.resolve() / Path(path).name for path in paths if path is not None]
     try:
-        return tuple((str(place), sha256(place.read_bytes())) for place in places)
-    except OSError:
+        return tuple((str(place), sha256(read_file(place))) for place in places)
+    except (OSError, InputError):
         return ()
 
 

@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import TypeGuard
 
 from gputune.errors import InputError, UntrustedCodeError
+from gputune.input_files import check_file, read_file
 from gputune.modules.construction import Builder
 from gputune.study.code import FILE_MODULE, Files, files_of, files_to_import, module_values
 from gputune.study.lookup import (
@@ -184,12 +185,16 @@ def _of_file(
     path: str | os.PathLike[str], name: str, known: str | None = None, *, trust_code: bool, or_changed: bool = True
 ) -> Builder:
     """Return the class of a file whose digest was ``known``, None where it was not."""
-    path = Path(path).resolve()
-    if not path.is_file():
+    try:
+        path = Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
+        raise InputError(f"model: {str(path)!r:.300} is not the path of a file ({error}); check the path.") from error
+    if not path.exists():
         raise InputError(f"model: the file {str(path)!r} does not exist; check the path.")
-    if path.stat().st_size > LARGEST_SOURCE:
+    if check_file(path) > LARGEST_SOURCE:
         raise InputError(f"model: the file {str(path)!r} is too large for a Python file; check the path.")
-    digest = sha256(content := path.read_bytes())
+    content = read_file(path)
+    digest = sha256(content)
     changed = known not in (None, digest)
     if changed and not or_changed:
         raise InputError(f"the module file {str(path)!r} has changed since the model was trained; restore it.")
