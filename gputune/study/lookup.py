@@ -39,20 +39,21 @@ import json
 import sys
 from collections.abc import Mapping
 from enum import Enum
+from importlib import import_module
 from types import FunctionType, ModuleType
 from typing import Any, TypeGuard
 from weakref import WeakSet
 
 from torch import nn
 
-import gputune.models
 from gputune.modules.construction import Builder
 from gputune.study.code import Files, files_of, is_remembered, module_values, remember
 
 MAIN = "__main__"
 
 _MODELS = "gputune.models"
-_PUBLIC: Mapping[str, type[nn.Module]] = {name: vars(gputune.models)[name] for name in gputune.models.__all__}
+_MODELS_VALUES = vars(import_module(_MODELS))
+_PUBLIC: Mapping[str, type[nn.Module]] = {name: _MODELS_VALUES[name] for name in _MODELS_VALUES["__all__"]}
 
 
 class Grant(Enum):
