@@ -381,18 +381,6 @@ def test_a_loss_of_torch_fits_one_output_to_the_target():
     assert theirs == pytest.approx(own, rel=1e-10)
 
 
-@pytest.mark.parametrize("loss", [nn.NLLLoss, nn.NLLLoss()])
-@pytest.mark.parametrize("ends", [False, True])
-def test_logits_under_a_loss_of_log_probabilities_are_said(loss, ends, recwarn):
-    class Logits(Net):
-        def forward(self, x):
-            return super().forward(x).log_softmax(1) if ends else super().forward(x)
-
-    gputune.tune(Logits, X, BINARY, loss=loss, **ONE)
-    said = [str(warning.message) for warning in recwarn if "no log-probabilities" in str(warning.message)]
-    assert bool(said) != ends and all("end it in log_softmax(1), or leave loss out" in text for text in said)
-
-
 def test_a_loss_of_ones_own_is_told_of_the_units(capsys):
     gputune.tune(Net, X, X[:, 0] * 9 + 100, loss=nn.L1Loss, **{**ONE, "verbose": 1})
     assert "L1Loss sees y as it is (mean " in capsys.readouterr().err

@@ -289,6 +289,18 @@ def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
     return [torch.zeros(2, *shape, dtype=dtype) for shape, dtype in kinds]
 
 
+def note_of_cast(module: nn.Module, dtype: torch.dtype) -> str:
+    """Return a sentence on the first tensor of a module that its builder made in a dtype of its own; "" for none."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, dtype):
+            made, trained = (str(one).removeprefix("torch.") for one in (tensor.dtype, dtype))
+            return (
+                f" All floats of a module are {trained} while it trains, also {name!r}, which is made as {made}. "
+                f"Let the forward follow it: x.to(self.{name}.dtype) for a fixed dtype."
+            )
+    return ""
+
+
 def hint(error: str, inputs: Sequence[Tensor]) -> str:
     """Return the remedy for an error of torch's as a sentence with a blank before it, "" where none is known."""
     if "scalar types: Long, Int" in error:

@@ -21,7 +21,8 @@ from gputune.memory import is_out_of_memory
 from gputune.modules.calls import not_trained, state_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook, name_of
 from gputune.modules.module import ModuleNetwork, StackedModule, Traits
-from gputune.modules.module_trial import ModuleTrial, Trail, are_probabilities, at_start
+from gputune.modules.module_trial import ModuleTrial, Trail, at_start
+from gputune.modules.probabilities import are_probabilities, check_probabilities
 from gputune.population.batches import Batch
 from gputune.population.population import Network, arguments_text, module_arguments
 from gputune.scoring.objective import Objective
@@ -139,7 +140,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     counted = [k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])]
     alone = trial.forward(x, training=False)
     trial.check_outputs(alone)
-    trial.warn_of_probabilities(trained)
+    check_probabilities(trial.name, trial.objective, trained)
     few = trial.forward([part[:2] for part in x], training=False)
     losses = trial.losses()
     traits = Traits(

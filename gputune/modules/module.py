@@ -86,7 +86,8 @@ class ModuleNetwork:
         traits: Traits = Traits(),
         objective: Objective | None = None,
     ) -> None:
-        self.objective = objective or Objective("mse" if shape.n_outputs == 1 else "cross_entropy")
+        objective = objective or Objective("mse" if shape.n_outputs == 1 else "cross_entropy")
+        self.objective = objective.like(shape.dtype, shape.device)
         self.builder, self.configs, self.shape, self.seed = builder, tuple(configs), shape, seed
         self.traits, self.least_rows, self.alone = traits, traits.least_rows, traits.alone
         self.template = self.plain(shape.device)

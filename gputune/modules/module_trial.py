@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Self
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.errors import InputError, InputWarning, warn
+from gputune.errors import InputError
+from gputune.modules.broadcasts import BroadcastWatch, Shapes, in_one_shape
 from gputune.modules.calls import convert
-from gputune.modules.construction import Builder, build_module, hint, name_of, outputs_hint
+from gputune.modules.construction import Builder, build_module, hint, name_of, note_of_cast, outputs_hint
 from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import Args, DispatchMode, Operator, Words
 from gputune.population.population import Shape, call_module, module_arguments
-from gputune.scoring.losses import refuse_one_number, wants_log_probabilities
+from gputune.scoring.losses import refuse_one_number
 from gputune.scoring.objective import Objective, make_objective, pairs_all_rows, qualified_name
 from gputune.seeding import keyed_draws
 from gputune.types import Config
@@ -33,7 +34,8 @@ class ModuleTrial:
     def __init__(
         self, builder: Builder, config: Config, data: Dataset, columns: str = "", objective: Objective | None = None
     ) -> None:
-        self.objective = objective or make_objective(None, None, None, data.task)
+        objective = objective or make_objective(None, None, None, data.task)
+        self.objective = objective.like(data.dtype, _CPU)
         self.builder, self.config, self.columns, self.name = builder, config, columns, name_of(builder)
         inputs, y = data.example(_EXAMPLES)
         self.inputs, self.y = [x.cpu() for x in inputs], y.cpu()
@@ -41,6 +43,7 @@ class ModuleTrial:
         self.widest = 1  # most numbers that a submodule has returned for a row
         self.draws = self.decides = False  # whether it has taken random numbers, and has read numbers of tensors then
         module = build_module(builder, module_arguments(config), self.shape, seed=0, columns=columns)
+        self.cast = note_of_cast(module, data.dtype)  # a tensor of the module whose dtype its builder chose
         self.module = convert(module, data.dtype)
         self.trail = Trail(self.module)
 
@@ -121,7 +124,8 @@ class ModuleTrial:
             takes, place = " and ".join(map(in_words, inputs)), self.trail.submodule and f" ({self.trail.submodule})"
             raise InputError(
                 f"model: the forward of {self.name}{place} raised {type(error).__name__}: {error}. It must take "
-                f"{takes} and return (rows, {self.shape.n_outputs}).{hint(str(error), inputs)}{self.columns}"
+                f"{takes} and return (rows, {self.shape.n_outputs}).{hint(str(error), inputs)}"
+                f"{self.cast if 'dtype' in str(error) else ''}{self.columns}"
             ) from error
         self.widest = max(self.widest, self.trail.largest // len(inputs[0]))
         return outputs
@@ -130,14 +134,7 @@ class ModuleTrial:
         """Return the losses of one step, of rows or their mean. Raises InputError for a loss that fails."""
         name = self.objective.in_words
         refuse_one_number(self.objective.loss, self.y)
-        try:
-            with torch.enable_grad(), warnings.catch_warnings(), self._watched():
-                warnings.filterwarnings("ignore", "Using a target size .* that is different to the input size")
-                step = self.module.train(), self.inputs, self.y, self.config
-                losses = self.objective.losses(*step, names=self.shape.names)
-        except Exception as error:
-            says = str(error).rstrip(".")
-            raise InputError(f"{name} raised {type(error).__name__}: {says}. {self._what_a_loss_gets()}") from error
+        losses, pair = self._try_loss(self.inputs, self.y)
         rows, found = len(self.inputs[0]), _found(losses)
         if found not in ((), (rows,)):
             what = f"row losses of shape (rows,) or their mean, a tensor (), got {found} for {rows} rows"
@@ -151,15 +148,36 @@ class ModuleTrial:
             return losses.detach()
         if not bool(losses.isfinite().all()):
             raise InputError(f"{name} is not finite on the first rows; check its inputs and its formula.")
-        if self.objective.step is None:
+        if self.objective.step is None and pair is None:
             outputs = self.forward(self.inputs, training=False)
             if pairs_all_rows(self.objective.member_loss(self.config), outputs, self.y):
-                raise InputError(
-                    f"{name} compares each output with the targets of all rows: the outputs of {self.name} have shape "
-                    f"{tuple(outputs.shape)} and y {tuple(self.y.shape)}, which torch broadcasts to ({rows}, {rows}). "
-                    "Take outputs[:, 0] or y[:, None] in the loss, or return (rows,) from the module."
-                )
+                pair = tuple(outputs.shape), tuple(self.y.shape)
+        elif pair is not None:  # unless its sizes are equal by chance
+            _, of_fewer_rows = self._try_loss([x[1:] for x in self.inputs], self.y[1:])
+            pair = None if of_fewer_rows is None else pair
+        if pair is not None:
+            place = "training_step" if self.objective.step else "loss"
+            raise InputError(
+                f"{name} compares each output with the targets of all rows: the outputs of {self.name} have shape "
+                f"{pair[0]} and y {pair[1]}, which torch broadcasts to ({rows}, {rows}). "
+                f"{in_one_shape(pair, place)}"
+            )
         return losses.detach()
+
+    def _try_loss(self, inputs: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Shapes | None]:
+        """Return the losses of some rows, and the shapes of outputs and targets that were compared across rows."""
+        watch = BroadcastWatch(y)
+        try:
+            with torch.enable_grad(), warnings.catch_warnings(), self._watched():
+                warnings.filterwarnings("ignore", "Using a target size .* that is different to the input size")
+                with nullcontext() if self.objective.is_named else watch:
+                    step = self.module.train(), inputs, y, self.config
+                    losses = self.objective.losses(*step, names=self.shape.names)
+        except Exception as error:
+            says = str(error).rstrip(".")
+            name = self.objective.in_words
+            raise InputError(f"{name} raised {type(error).__name__}: {says}. {self._what_a_loss_gets()}") from error
+        return losses, watch.pair
 
     def _what_a_loss_gets(self) -> str:
         """Say how the loss was called, for an error that it raised."""
@@ -191,20 +209,6 @@ class ModuleTrial:
                 f"augment: {qualified_name(self.objective.augment)} raised {type(error).__name__}: {error}. It is "
                 "called as augment(x, generator), with the inputs of a minibatch, and returns such inputs."
             ) from error
-
-    def warn_of_probabilities(self, outputs: Tensor) -> None:
-        """Warn where outputs, computed in training, end in a softmax or a sigmoid that the loss has, or lack one."""
-        if wants_log_probabilities(self.objective.loss, outputs):
-            wants = f"no log-probabilities, which {self.objective.in_words} wants"
-            warn(f"{self.name} returns {wants}: end it in log_softmax(1), or leave loss out.", InputWarning)
-        loss, end = self.objective.loss if self.objective.is_named else None, ""
-        if loss == "cross_entropy" and outputs.shape[1:] != (1,):
-            end = "softmax" * are_probabilities(outputs)
-        elif loss == "bce":
-            end = "sigmoid" * _ends_in_sigmoid(outputs)
-        if end:
-            wrong = "returns probabilities, and the cross-entropy wants logits"
-            warn(f"{self.name} {wrong}: leave out the {end} at its end.", InputWarning)
 
     def check_outputs(self, outputs: object) -> None:
         """Raise InputError for outputs of another shape than the loss takes."""
@@ -291,20 +295,6 @@ def _of_shape(found: tuple[int, ...] | str, n_outputs: int, *, binary: bool) -> 
 def _found(value: object) -> tuple[int, ...] | str:
     """Return the shape of a tensor, of anything else the name of its type."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def are_probabilities(outputs: Tensor) -> bool:
-    """Whether the outputs (B, K) of each row are positive and have the sum 1."""
-    real = outputs.dim() == 2 and not outputs.is_complex()
-    return real and bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() < 1e-3).all())
-
-
-def _ends_in_sigmoid(outputs: Tensor) -> bool:
-    """Whether the last operation that computed outputs was a sigmoid, views of them aside."""
-    node, views = outputs.grad_fn, ("View", "Squeeze", "Select", "Slice", "Reshape", "UnsafeView", "ToCopy")
-    while node is not None and node.name().startswith(views):
-        node = node.next_functions[0][0]
-    return node is not None and node.name().startswith("Sigmoid")
 
 
 def in_words(x: Tensor) -> str:

@@ -192,10 +192,15 @@ def refuse_one_number(loss: object, y: Tensor) -> None:
         raise InputError(f"loss=torch.nn.{kind.__name__} is of classes, and y is one number a row: {remedy}.")
 
 
-def wants_log_probabilities(loss: object, outputs: Tensor) -> bool:
-    """Whether outputs (B, K) are of no log_softmax, and the loss is torch's of log-probabilities."""
-    of_them = outputs.dim() > 1 and issubclass(_kind(loss), nn.NLLLoss)
-    return of_them and bool(((outputs.exp().sum(1) - 1).abs() > 0.01).any())
+def takes_log_probabilities(loss: object) -> bool:
+    """Whether a loss is torch's negative log-likelihood, which takes the logarithms of probabilities."""
+    return issubclass(_kind(loss), nn.NLLLoss) or loss is functional.nll_loss
+
+
+def is_cross_entropy(loss: object) -> bool:
+    """Whether a loss is the cross-entropy of classes, by its name or one of torch's."""
+    is_named = isinstance(loss, str) and loss == "cross_entropy"
+    return is_named or issubclass(_kind(loss), nn.CrossEntropyLoss) or loss is functional.cross_entropy
 
 
 def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

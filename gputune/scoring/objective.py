@@ -5,6 +5,7 @@ of one member as its forward returns them, and the target in its own units.
 """
 
 import contextlib
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,15 @@ class Objective:
             "compare. Search one value alone to score with it, or in Python give a function as scoring"
         )
         return (remark,) if defaults else ()
+
+    def like(self, dtype: torch.dtype, device: torch.device) -> Self:
+        """Return the objective with the numbers of its loss, such as class weights, in a dtype and on a device."""
+        if not isinstance(self.loss, nn.Module):
+            return self
+        tensors = (*self.loss.parameters(), *self.loss.buffers())
+        if all((x.dtype == dtype or not x.is_floating_point()) and x.device == device for x in tensors):
+            return self
+        return replace(self, loss=copy.deepcopy(self.loss).to(device, dtype))
 
     @property
     def name(self) -> str:
@@ -192,7 +202,8 @@ class Objective:
         if self.is_named:
             losses = self.rows(outputs[None, None], y[None, None], self.values([self.fixed], outputs))
         else:
-            losses = self.member_loss(self.fixed)(outputs, y)
+            own = self.like(outputs.dtype, outputs.device)
+            losses = own.member_loss(self.fixed)(outputs, y)
         return -float(losses.double().mean())
 
     def member_loss(self, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
@@ -216,15 +227,17 @@ def _as_argument(inputs: Sequence[Tensor], names: Sequence[str] | None) -> objec
 
 
 def pairs_all_rows(function: Callable[[Tensor, Tensor], object], outputs: Tensor, y: Tensor) -> bool:
-    """Whether a loss or score compares each output (B, 1) with all of y (B,), as torch broadcasts them to (B, B).
+    """Whether a loss or score compares each output with all of y, as torch broadcasts (B, 1) and (B,) to (B, B).
 
     It then does not change with the order of y, and is another one of outputs and y of the same shape.
     """
-    if outputs.shape != (len(y), 1) or y.dim() != 1 or len(y) < 2:
+    rows = len(y)
+    shapes = {tuple(outputs.shape), tuple(y.shape)}
+    if shapes != {(rows,), (rows, 1)} or rows < 2:
         return False
     steps = torch.arange(len(y), device=y.device) % 2  # rows that are all equal would not change with any order
-    outputs = outputs.double() + 0.01 * steps[:, None] * bool((outputs == outputs[:1]).all())
-    y = steps.to(y.dtype) if bool((y == y[:1]).all()) else y
+    outputs = outputs.double() + 0.01 * steps.view(outputs.shape) * bool((outputs == outputs[:1]).all())
+    y = steps.view(y.shape).to(y.dtype) if bool((y == y[:1]).all()) else y
     y = y.double() if y.is_floating_point() else y
 
     def mean(outputs: Tensor, y: Tensor) -> Tensor | None:

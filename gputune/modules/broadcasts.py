@@ -1,0 +1,79 @@
+"""Losses that compare each output with the targets of all rows, because of one axis too many.
+
+Outputs (n, 1) minus a target (n,) are (n, n) numbers, by the broadcasting of PyTorch. It raises no error, and the mean
+of these numbers trains every output to the mean of the target.
+"""
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from gputune.modules.trace import Args, Function, Words
+
+Shapes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+
+_BROADCASTING_LOSSES = {
+    functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss,
+    functional.poisson_nll_loss, functional.kl_div, functional.hinge_embedding_loss, torch.broadcast_tensors,
+}  # fmt: skip
+"""Functions that broadcast, and whose result need not show it."""
+
+
+def in_one_shape(pair: Shapes, place: str) -> str:
+    """Return how outputs and targets get one shape, as a sentence."""
+    if len(pair[0]) == 2:
+        return f"Take outputs[:, 0] or y[:, None] in the {place}, or return (rows,) from the module."
+    return f"Take outputs[:, None] or y[:, 0] in the {place}, or pass y of shape (rows,)."
+
+
+class BroadcastWatch(TorchFunctionMode):
+    """Watches a loss for an operation that pairs each output with the targets of all rows.
+
+    Outputs are tensors that require a gradient. Whatever is computed from the target alone counts as a target.
+
+    Attributes:
+        pair: The shapes of the outputs and the target of the first such operation, None without one.
+    """
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.pair: Shapes | None = None
+        self._rows = len(y)
+        self._targets = {id(y): y}  # kept alive, so that no other tensor gets their ids
+
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Words | None = None) -> object:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = list(_tensors((args, kwargs)))
+        targets = [x for x in tensors if id(x) in self._targets]
+        outputs = [x for x in tensors if id(x) not in self._targets and x.requires_grad]
+        if targets and not outputs:
+            self._targets |= {id(x): x for x in _tensors(result)}
+        elif targets and self.pair is None and self._is_broadcast(func, result):
+            self.pair = self._pair_of(outputs, targets)
+        return result
+
+    def _is_broadcast(self, func: Function, result: object) -> bool:
+        square = (self._rows, self._rows)
+        return func in _BROADCASTING_LOSSES or (isinstance(result, Tensor) and tuple(result.shape) == square)
+
+    def _pair_of(self, outputs: list[Tensor], targets: list[Tensor]) -> Shapes | None:
+        """Return the shapes of the first output and target of which only one has a column for each row."""
+        row, column = (self._rows,), (self._rows, 1)
+        for output in outputs:
+            for target in targets:
+                shapes = tuple(output.shape), tuple(target.shape)
+                if shapes in ((column, row), (row, column)):
+                    return shapes
+        return None
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf

@@ -1,0 +1,54 @@
+"""Outputs that end in a softmax or a sigmoid, or lack one, contrary to what the loss takes."""
+
+from torch import Tensor
+
+from gputune.errors import InputError, InputWarning, warn
+from gputune.scoring.losses import is_cross_entropy, takes_log_probabilities
+from gputune.scoring.objective import Objective
+
+
+def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> None:
+    """Check whether outputs of a module, computed in training, are what its loss takes.
+
+    Warns about probabilities where the loss takes logits. Raises InputError for anything but log-probabilities where
+    the loss takes these: it would then have no lower bound.
+    """
+    if objective.step is not None:
+        return
+    if takes_log_probabilities(objective.loss) and not are_log_probabilities(outputs):
+        kind = "probabilities" if are_probabilities(outputs) else "logits"
+        end = ", without the softmax at its end" * are_probabilities(outputs)
+        raise InputError(
+            f"{name} returns {kind}, and {objective.in_words} takes the logarithms of probabilities. "
+            f"Choose loss=torch.nn.CrossEntropyLoss{end}, or end the module in log_softmax(1)."
+        )
+    if is_cross_entropy(objective.loss) and outputs.shape[1:] != (1,) and are_probabilities(outputs):
+        end = "softmax"
+    elif objective.loss == "bce" and _ends_in_sigmoid(outputs):
+        end = "sigmoid"
+    else:
+        return
+    warn(
+        f"{name} returns probabilities, and the cross-entropy wants logits: leave out the {end} at its end.",
+        InputWarning,
+    )
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether the outputs (B, K) of each row are positive and have the sum 1."""
+    real = outputs.dim() == 2 and not outputs.is_complex()
+    return real and bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() < 1e-3).all())
+
+
+def are_log_probabilities(outputs: Tensor) -> bool:
+    """Whether the exponentials of outputs (B, K, ...) have the sum 1 over the classes."""
+    return outputs.dim() < 2 or bool(((outputs.exp().sum(1) - 1).abs() <= 0.01).all())
+
+
+def _ends_in_sigmoid(outputs: Tensor) -> bool:
+    """Whether the last operation that computed outputs was a sigmoid, views of them aside."""
+    node = outputs.grad_fn
+    views = ("View", "Squeeze", "Select", "Slice", "Reshape", "UnsafeView", "ToCopy")
+    while node is not None and node.name().startswith(views):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("Sigmoid")

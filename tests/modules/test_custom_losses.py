@@ -1,0 +1,201 @@
+"""Losses and training steps of the user: shapes that broadcast, dtypes that differ, and probabilities."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import gputune
+from gputune.errors import InputWarning
+from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
+from refused import refused
+
+ROWS = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+NUMBERS = ROWS @ np.array([1.0, 2.0, 3.0])
+CLASSES = (ROWS[:, 0] > 0).astype(int)
+OPTIONS = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0}
+
+
+def tune(model, y, **options):
+    return gputune.tune(model, ROWS, y, **{**OPTIONS, **options})
+
+
+class Net(nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.layer = nn.Linear(n_features, n_outputs)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Flat(Net):
+    """Returns one number a row, without an axis for it."""
+
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+
+class LogProbabilities(Net):
+    def forward(self, x):
+        return super().forward(x).log_softmax(1)
+
+
+class Probabilities(Net):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+def step(loss):
+    def training_step(module, batch):
+        x, y = batch
+        return loss(module(x), y)
+
+    return training_step
+
+
+COLUMN_WORDS = (
+    r"shape \(30, 1\) and y \(30,\), which torch broadcasts to \(30, 30\). Take outputs\[:, 0\] or y\[:, None\]"
+)
+ROW_WORDS = r"shape \(30,\) and y \(30, 1\), .* Take outputs\[:, None\] or y\[:, 0\] in the {place}, or pass y of shape"
+PAIRED = {
+    "difference": lambda outputs, y: (outputs - y).square().mean(),
+    "a target that is computed": lambda outputs, y: (2 * y.float() - outputs).abs().mean(),
+    "a loss of torch": functional.mse_loss,
+    "a module of torch": nn.SmoothL1Loss(),
+    "where": lambda outputs, y: torch.where(y > 0, outputs, -outputs).mean(),
+    "broadcast_tensors": lambda outputs, y: torch.stack(torch.broadcast_tensors(outputs, y)).var(0).mean(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("kind", PAIRED)
+def test_a_training_step_that_pairs_all_rows_is_refused(kind):
+    loss = PAIRED[kind]
+    with refused(f"^training_step=.* compares each output with the targets of all rows.*{COLUMN_WORDS}"):
+        tune(Net, NUMBERS, training_step=step(loss))
+    with refused(ROW_WORDS.format(place="training_step")):
+        tune(Flat, NUMBERS[:, None], training_step=step(loss))
+
+
+def test_losses_and_estimators_that_pair_all_rows_are_refused():
+    loss = PAIRED["difference"]
+    with refused(COLUMN_WORDS):
+        tune(Net, NUMBERS, loss=loss)
+    with refused(ROW_WORDS.format(place="loss")):
+        tune(Flat, NUMBERS[:, None], loss=loss)
+    with refused("compares each output with the targets of all rows"):
+        NeuralNetRegressor(Net, training_step=step(loss)).fit(ROWS, NUMBERS)
+
+
+def centres(module, batch):
+    """Compares each output with as many centres as there are rows: by chance, since there are 30 of them."""
+    x, y = batch
+    outputs = module(x)
+    distances = (outputs - torch.linspace(-1, 1, 30)).square()
+    return (outputs[:, 0] - y).square() + 0 * distances.mean(1)
+
+
+def ranking(module, batch):
+    """Compares each pair of rows, as losses for rankings do."""
+    x, y = batch
+    outputs = module(x)
+    is_higher = y[:, None] > y
+    return functional.softplus((outputs.T - outputs)[is_higher]).mean()
+
+
+@pytest.mark.parametrize("training_step", [centres, ranking, step(lambda o, y: (o - y[:, None]).square().mean())])
+def test_a_training_step_that_compares_rows_on_purpose_is_taken(training_step):
+    assert np.isfinite(tune(Net, NUMBERS, training_step=training_step).best_score)
+
+
+WEIGHTS = torch.tensor([1.0, 3.0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_the_class_weights_of_a_loss_follow_the_dtype(dtype, backend):
+    scores = []
+    for weights in (WEIGHTS, WEIGHTS.double()):
+        loss = nn.CrossEntropyLoss(weight=weights)
+        study = tune(Net, CLASSES, loss=loss, dtype=dtype, scoring="neg_loss", max_epochs=3, backend=backend)
+        scores.append(study.curves)
+        assert loss.weight.dtype == weights.dtype and study.best_model().dtype == getattr(torch, dtype)
+    np.testing.assert_array_equal(*scores)
+    labels = np.stack([CLASSES, CLASSES & (ROWS[:, 1] > 0)], 1)
+    study = tune(Net, labels, loss=nn.BCEWithLogitsLoss(pos_weight=WEIGHTS.double()), dtype=dtype)
+    assert np.isfinite(study.best_score)
+
+
+def test_the_class_weights_of_an_estimators_criterion_follow_the_dtype_of_the_rows():
+    for weights in (WEIGHTS, WEIGHTS.double()):
+        criterion = nn.CrossEntropyLoss(weight=weights)
+        estimator = NeuralNetClassifier(Net, criterion=criterion, max_epochs=1)
+        assert estimator.fit(ROWS.astype(np.float64), CLASSES).module_.layer.weight.dtype == torch.float64
+        assert estimator.fit(ROWS, CLASSES).module_.layer.weight.dtype == torch.float32
+
+
+class DoublePart(nn.Module):
+    """Computes a part in double precision, in a dtype that the forward fixes."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.first, self.last = nn.Linear(n_features, 4).double(), nn.Linear(4, n_outputs)
+
+    def forward(self, x):
+        return self.last(self.first(x.double()).float())
+
+
+class DoubleBuffer(Net):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.register_buffer("scale", torch.ones(n_features, n_features, dtype=torch.float64))
+
+    def forward(self, x):
+        return super().forward((x.double() @ self.scale).float())
+
+
+class Following(DoublePart):
+    """The remedy that the error names."""
+
+    def forward(self, x):
+        hidden = self.first(x.to(self.first.weight.dtype))
+        return self.last(hidden.to(self.last.weight.dtype))
+
+
+def test_a_part_in_another_precision_is_explained_and_the_remedy_works():
+    words = (
+        r"float32 while it trains, also 'first.weight', which is made as float64. .* x.to\(self.first.weight.dtype\)"
+    )
+    with refused(words):
+        tune(DoublePart, CLASSES)
+    with refused(r"also 'scale', which is made as float64. .* x.to\(self.scale.dtype\)"):
+        tune(DoubleBuffer, CLASSES)
+    for dtype in ("float32", "float64"):
+        assert tune(Following, CLASSES, dtype=dtype).best_model().module.first.weight.dtype == getattr(torch, dtype)
+
+
+LIKELIHOODS = [nn.NLLLoss, nn.NLLLoss(), functional.nll_loss]
+
+
+@pytest.mark.parametrize("loss", LIKELIHOODS)
+def test_the_negative_log_likelihood_takes_log_probabilities_alone(loss):
+    ending = (
+        r"takes the logarithms of probabilities. Choose loss=torch.nn.CrossEntropyLoss{}, or end .* in log_softmax\(1\)"
+    )
+    with refused("Net returns logits, .*" + ending.format("")):
+        tune(Net, CLASSES, loss=loss)
+    with refused("Probabilities returns probabilities, .*" + ending.format(", without the softmax at its end")):
+        tune(Probabilities, CLASSES, loss=loss)
+    expected = tune(Net, CLASSES, max_epochs=3).best_model().predict_proba(ROWS)
+    found = tune(LogProbabilities, CLASSES, loss=loss, max_epochs=3).best_model().predict_proba(ROWS)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with refused("Choose criterion=torch.nn.CrossEntropyLoss, without the softmax"):
+        NeuralNetClassifier(Probabilities, criterion=loss).fit(ROWS, CLASSES)
+
+
+@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss, nn.CrossEntropyLoss(), functional.cross_entropy])
+def test_probabilities_under_a_cross_entropy_are_said(loss):
+    with pytest.warns(InputWarning, match="returns probabilities, .*leave out the softmax at its end"):
+        tune(Probabilities, CLASSES, loss=loss)
