@@ -113,8 +113,11 @@ def test_a_training_step_that_compares_rows_on_purpose_is_taken(training_step):
 WEIGHTS = torch.tensor([1.0, 3.0])
 
 
+BACKENDS = ["auto", pytest.param("eager", marks=pytest.mark.long)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_class_weights_of_a_loss_follow_the_dtype(dtype, backend):
     scores = []
     for weights in (WEIGHTS, WEIGHTS.double()):

@@ -345,7 +345,7 @@ REFUSED_NETS = [
     ({"optimizer": "RAdam", "optimizer__beta": 0.1}, "^optimizer__beta is no hyperparameter .*optimizer__betas"),
     ({"optimizer": "lamb"}, "got 'lamb'"),
     ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has none"),
-    ({"criterion": nn.NLLLoss, "module": Probabilities}, "leave out the softmax"),
+    ({"criterion": nn.NLLLoss, "module": Probabilities}, "criterion=torch.nn.CrossEntropyLoss, without the softmax"),
     ({"criterion": "hinge"}, "criterion must be one of 'cross_entropy', .*got 'hinge'"),
     ({"criterion": 3}, "criterion must be one of .*got 3"),
     ({"criterion": "huber"}, "criterion='huber' does not fit a multiclass target; choose 'cross_entropy'"),
