@@ -1,8 +1,8 @@
 """Do to a study what a night can do to it, and count what is lost: kills, damage, a crowd, a full disk.
 
     python scripts/torture.py               every part; some minutes with its defaults
-    python scripts/torture.py flips cuts    these parts: kills, faults, chunks, halving, crowd, cuts, flips,
-                                            disk, storing
+    python scripts/torture.py flips cuts    these parts: kills, faults, chunks, halving, enough, workers,
+                                            command, crowd, cuts, flips, disk, storing
 
 Every search runs in processes of its own, which are killed by real signals; the table at the end is compared, bit for
 bit, with that of a search that nothing disturbed. Of a damaged file whatever opens must hold a prefix of what was
@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +31,12 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_iris
 
 import gputune
+from gputune.cli.main import main as main_of_gputune
 from gputune.engine import checkpoint
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import StudyCorruptError, StudyVersionError
 from gputune.study.claims import Claims
+from gputune.study.model import TunedModel
 from gputune.study.repair import repair
 from gputune.study.store import Candidate, Chunk, Result, Store
 
@@ -45,6 +47,7 @@ Counts = dict[str, float]
 
 BAD = (
     "lost", "changed", "unopened", "unfinished", "different", "failed", "files left", "wrong values", "other errors",
+    "trained again", "other models",
 )  # fmt: skip
 """The counts that must be nought."""
 
@@ -234,6 +237,123 @@ def kills_in_chunks(folder: Path, count: int, method: Stopping, seed: int, epoch
     return {**counts, "files left": left}
 
 
+def search_patiently(path: Path, **options: object) -> None:
+    """Search with a few trials until so many in a row are no better than the best before them."""
+    X, y = load_iris(return_X_y=True)
+    space = {"lr": loguniform(1e-4, 0.1), "width": [4, 40], "batch_size": [16, 32]}
+    common = {"n_trials": 40, "max_epochs": 3, "cv": 2, "scoring": "neg_log_loss", "patience_trials": 4}
+    gputune.tune("mlp", X[::3], y[::3], space=space, study=path, **{**COMMON, **common, **options})
+
+
+def objective(params: dict[str, float], report: Callable[[float], None]) -> float:
+    """A custom training loop whose curves cross."""
+    for epoch in range(1, 5):
+        report(params["x"] + epoch * params["slope"])
+    return params["x"] + 4 * params["slope"]
+
+
+def search_loop(path: Path, **options: object) -> None:
+    """Search hyperparameters of a custom training loop, with an early end."""
+    space = {"x": [0.0, 0.3, 0.6, 0.9, 1.2], "slope": [-0.1, 0.0, 0.1, 0.2]}
+    common = {"direction": "maximize", "n_trials": 16, "patience_trials": 4, "workers": 1, "verbose": 0}
+    gputune.search(objective, space, study=path, **{**common, **options})
+
+
+def good_enough_searches(workers: int) -> dict[str, Callable[[Path], None]]:
+    """Return searches that end because they are good enough, by name."""
+    halving = {"method": gputune.Halving(min_epochs=1), "max_epochs": 4}
+    searches = {
+        "random": partial(search_patiently, workers=workers),
+        "target score": partial(search_patiently, workers=workers, patience_trials=None, target_score=-0.9),
+        "loop": partial(search_loop, workers=workers),
+        "loop, halving": partial(search_loop, workers=workers, **halving),
+    }
+    if workers == 1:
+        descent = {"method": gputune.Hypergradient(outer_steps=5), "n_trials": 2, "memory": "4MB"}
+        searches["halving"] = partial(search_patiently, method="halving")
+        searches["median"] = partial(search_patiently, method="median")
+        searches["hypergradient"] = partial(search_patiently, **descent, patience_trials=2)
+    return searches
+
+
+def until_killed(work: Work, point: int, *arguments: object, methods: Iterable[Method] = STORE_CALLS) -> bool:
+    """Do some work in a process that is killed before the n-th call of these methods; return whether it came to it."""
+
+    def watched() -> None:
+        watch(methods, before=lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == point else None)
+        work(*arguments)
+
+    code = end(begin(watched))
+    assert code in (0, -signal.SIGKILL), code
+    return code != 0
+
+
+def seconds(path: Path) -> list[float]:
+    """Return how long each trial of a study has trained, which shows whether it was trained again."""
+    return [trial.seconds for trial in gputune.Study.open(path).trials]
+
+
+def good_enough(folder: Path, count: int, workers: int, seed: int) -> Counts:
+    """Kill searches that end early so often each, at random calls of the store, and repeat the call at their end."""
+    draw = random.Random(seed)
+    counts = {"searches": 0, "kills": 0, "trials": 0, "different": 0, "trained again": 0}
+    for name, work in good_enough_searches(workers).items():
+        whole, path = folder / "whole.db", folder / "enough.db"
+        assert ended_well(work, whole), name
+        expected = table(whole)
+        for _ in range(count):
+            counts["kills"] += until_killed(work, draw.randint(2, 12), path)
+        assert ended_well(work, path), name
+        counts["different"] += table(path) != expected
+        before = seconds(path)
+        assert ended_well(work, path), name
+        counts["different"] += table(path) != expected
+        counts["trained again"] += seconds(path) != before
+        counts["searches"] += 1
+        counts["trials"] += sum(row[2] == "complete" for row in expected)
+        whole.unlink()
+        path.unlink()
+    return counts
+
+
+COMMANDS = (
+    ["sklearn:iris", "--scoring", "accuracy", "--ensemble", "--calibrate"],
+    ["sklearn:diabetes", "--intervals"],
+    ["sklearn:diabetes", "--ensemble", "--intervals", "--patience-trials", "3"],
+)
+
+
+def command(folder: Path, count: int, seed: int) -> Counts:
+    """Kill commands so often each before their first model is saved, and resume them with ``gputune resume``."""
+    draw = random.Random(seed)
+    methods = [*STORE_CALLS, (TunedModel, "save")]
+    counts = {"commands": 0, "kills": 0, "different": 0, "other models": 0}
+
+    def tune(options: list[str], out: Path) -> None:
+        """Begin a search by the command line, or resume it."""
+        small = "--trials 8 --epochs 3 --cv 3 --workers 1 --memory 1KB --quiet --out".split()
+        words = ["resume", str(out), "--quiet"] if (out / "study.db").exists() else ["tune", *options, *small, str(out)]
+        assert main_of_gputune(words) == 0
+
+    def saved(out: Path) -> list[bytes]:
+        return [place.read_bytes() for place in sorted((out / "model").iterdir())]
+
+    for options in COMMANDS:
+        whole, killed = folder / "whole", folder / "killed"
+        assert ended_well(tune, options, whole)
+        for _ in range(count):
+            if (killed / "model").exists():
+                break
+            counts["kills"] += until_killed(tune, draw.randint(2, 12), options, killed, methods=methods)
+        assert ended_well(tune, options, killed)
+        counts["commands"] += 1
+        counts["different"] += table(whole / "study.db") != table(killed / "study.db")
+        counts["other models"] += saved(whole) != saved(killed)
+        shutil.rmtree(whole)
+        shutil.rmtree(killed)
+    return counts
+
+
 def crowd(folder: Path, processes: int, n_trials: int) -> Counts:
     path = folder / "crowd.db"
     children = [begin(search, path, n_trials) for _ in range(processes)]
@@ -378,6 +498,9 @@ PARTS: dict[str, tuple[str, Part]] = {
         "kill -9 within chunks, halving",
         lambda f, o: kills_in_chunks(f, o.chunk_kills, gputune.Halving(min_epochs=50), o.seed),
     ),
+    "enough": ("kill -9, ends early", lambda f, o: good_enough(f, o.early_kills, 1, o.seed)),
+    "workers": ("kill -9, ends early, 3 workers", lambda f, o: good_enough(f, o.early_kills, 3, o.seed)),
+    "command": ("kill -9 of a command", lambda f, o: command(f, o.early_kills, o.seed)),
     "crowd": ("one study, many processes", lambda f, o: crowd(f, o.processes, o.crowd_trials)),
     "cuts": ("cut at every sector", lambda f, o: cuts(f)),
     "flips": ("flipped bits", lambda f, o: flips(f, o.flips, o.seed)),
@@ -390,6 +513,7 @@ OPTIONS = {
     "--kills": (60, "times that a search is killed"),
     "--trials": (600, "trials of the search that is killed"),
     "--chunk-kills": (20, "times that long training is killed"),
+    "--early-kills": (6, "times that each search that ends early, and each command, is killed"),
     "--processes": (8, "of the crowd"),
     "--crowd-trials": (4000, "trials that the crowd shares"),
     "--flips": (1000, "bits that are flipped, one at a time"),

@@ -205,8 +205,8 @@ def tune(
     timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
                  what it had, and trained on by a later call with the same ``study``
     target_score, patience_trials  the search ends when a trial has that score (greater is better, so -0.3 of a
-                 neg_log_loss), or so many in a row are no better than the best before them; asked when trials end,
-                 which are a chunk at a time
+                 neg_log_loss), or so many in a row are no better than the best before them. Trials are looked at in
+                 order of number, when all trials with lower numbers have ended
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
                  again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
@@ -288,13 +288,14 @@ def search(
     n_trials     configurations that are drawn, or asked of Optuna's sampler; ``include`` (dicts with all keys of the
                  space) comes on top, and first
     method       "random"; "halving", "median", ``gputune.Halving(...)``, ``gputune.Median(...)``: a trial is pruned
-                 at a report, compared with those that have come as far (none waits for others, so with several workers
-                 the order in which they come decides); ``gputune.OptunaSampler(...)``, by its batch
+                 at a report, compared with the trials that have lower numbers. It waits until these have come as far,
+                 so that any number of workers prunes the same trials; ``gputune.OptunaSampler(...)``, by its batch
     max_epochs   how often a whole training calls ``report``; halving and the median rule need it
     timeout      seconds after which no trial begins, and those that train end at their next report; a later call with
                  the same ``study`` trains these anew
-    target_score, patience_trials  no trial begins, and those that train end at their next report, when the objective
-                 has returned that or better, or so many trials in a row were no better than the best before them
+    target_score, patience_trials  no trial begins any more when the objective has returned that or better, or so many
+                 trials in a row were no better than the best before them. Trials are looked at in order of number;
+                 those that train meanwhile in other workers train to their end
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     workers      processes that train, a trial each; "auto": one for each GPU, else for each core; 1: this process. Each
                  has a GPU of its own as "cuda" (by CUDA_VISIBLE_DEVICES) and its part of the cores for torch

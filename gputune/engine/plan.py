@@ -135,6 +135,11 @@ class Plan:
     gpus: bool = False  # whether each worker has a GPU
     failures: tuple[str, ...] = ()  # faster ways that cannot train or have failed when tried, and why
 
+    @property
+    def at_once(self) -> int:
+        """How many chunks train at the same time."""
+        return 1 if self.threads > 1 and not self.cluster else max(1, self.workers)
+
     def answering_early(self, folds: int) -> "Plan":
         """Return the plan of a search whose first result comes early, of as much work.
 

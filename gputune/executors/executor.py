@@ -64,9 +64,16 @@ class Queue(Generic[Chunk, Result]):
     """The chunks that wait. A worker that ends one is given the next at once, from whatever thread says so."""
 
     def __init__(
-        self, chunks: Sequence[Chunk], executor: Executor[Chunk, Result], stop: Stop, claim: Claim[Chunk]
+        self,
+        chunks: Sequence[Chunk],
+        executor: Executor[Chunk, Result],
+        stop: Stop,
+        claim: Claim[Chunk],
+        may_begin: Claim[Chunk] | None = None,
     ) -> None:
+        """Make the queue. A chunk waits for the results of others until ``may_begin`` allows it."""
         self.executor, self.stopping, self.claim = executor, stop, claim
+        self.may_begin = may_begin
         # A chunk whose worker is lost goes to another worker, never to this process, which it might end as well.
         self.waiting, self.lost = deque(chunks), deque[Chunk]()
         self.losses: Counter[tuple[int, ...]] = Counter()
@@ -81,14 +88,19 @@ class Queue(Generic[Chunk, Result]):
         """Yield what came of the chunks, as they end; by ``task``, if any, this process trains what no worker takes."""
         try:
             self._fill()
-            while task is not None and (chunk := self._take()) is not None:
-                yield from task(chunk)
-                yield from self._collect_results(progress)
-                if self.stopping.is_over():
+            trains_here = task is not None
+            while True:
+                if trains_here and task is not None and (chunk := self._take()) is not None:
+                    yield from task(chunk)
+                    yield from self._collect_results(progress)
+                    trains_here = not self.stopping.is_over()
+                elif self.running or self.done:
+                    self.executor.wait()
+                    yield from self._collect_results(progress)
+                else:
                     break
-            while self.running or self.done:
-                self.executor.wait()
-                yield from self._collect_results(progress)
+                if self.may_begin is not None:  # whoever took the results may have let more chunks begin
+                    self._fill()
             if self.error is not None and not self.stopping.asked:
                 raise self.error
         except BaseException:  # GeneratorExit among them: whoever iterates has failed
@@ -100,11 +112,18 @@ class Queue(Generic[Chunk, Result]):
 
     def _take(self) -> Chunk | None:
         with self.lock:
-            while self.waiting:
-                if self.claim(chunk := self.waiting.popleft()):
+            while (chunk := self._next()) is not None:
+                self.waiting.remove(chunk)
+                if self.claim(chunk):
                     self.begun = True
                     return chunk
             return None
+
+    def _next(self) -> Chunk | None:
+        """Return the first of the waiting chunks that may begin."""
+        if self.may_begin is None:
+            return self.waiting[0] if self.waiting else None
+        return next(filter(self.may_begin, self.waiting), None)
 
     def _fill(self) -> None:
         """Give chunks to the workers that are free; one chunk at least begins, however little time there is."""

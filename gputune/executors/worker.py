@@ -179,19 +179,25 @@ class Reports:
         with (self.folder / str(number)).open("ab") as file:
             file.write(np.float64(value).tobytes())
 
-    def read(self) -> dict[int, Reported]:
-        """Return what is there, by the number of the trial."""
+    def read(self, up_to: int) -> dict[int, Reported]:
+        """Return what is there, by the number of the trial, in order, ``up_to`` a number."""
         reported = {}
-        for place in sorted(self.folder.iterdir(), key=lambda place: int(place.name)):
-            raw = place.read_bytes()
+        for number in sorted(int(place.name) for place in self.folder.iterdir()):
+            if number > up_to:
+                break
+            raw = (self.folder / str(number)).read_bytes()
             values = np.frombuffer(raw[: len(raw) // 8 * 8], "<f8")
             ended = bool(len(values)) and math.isnan(values[-1])
-            reported[int(place.name)] = Reported(values[:-1] if ended else values, ended)
+            reported[number] = Reported(values[:-1] if ended else values, ended)
         return reported
 
 
-# A trial, the number of values that it has reported, and what all have reported -> whether it ends there.
-PruningRule = Callable[[int, int, Reports], bool]
+# A trial, the number of values that it has reported, and what all have reported -> whether it ends there; None as long
+# as others must report first.
+PruningRule = Callable[[int, int, Reports], bool | None]
+
+_LOOK = 0.01
+"""Seconds between two looks at what the trials have reported that another one waits for."""
 
 
 class TrialEnd(BaseException):
@@ -220,10 +226,18 @@ class Report:
         task.reports.add(self.number, score)
         if task.stop.is_over():
             self._state = "stopped"
-        elif task.rule is not None and task.rule(self.number, len(self._values), task.reports):
-            self._state = "pruned"
+        elif task.rule is not None:
+            self._state = self._judge(task.rule)
         if self._state is not None:
             raise TrialEnd
+
+    def _judge(self, rule: PruningRule) -> State | None:
+        """Return the state in which the trial ends here, None if it goes on. Waits for trials with lower numbers."""
+        while (ends := rule(self.number, len(self._values), self._task.reports)) is None:
+            if self._task.stop.is_over():
+                return "stopped"
+            time.sleep(_LOOK)
+        return "pruned" if ends else None
 
 
 @dataclass(frozen=True)

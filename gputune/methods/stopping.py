@@ -154,17 +154,23 @@ class Median(StoppingRule):
         return {number for number, mean in reached.items() if not np.max(mean) >= middle}
 
 
-def ends_on_arrival(rule: StoppingRule, max_epochs: int, number: int, epoch: int, reports: Reports) -> bool:
-    """Return whether trial ``number`` of a user's own loop, which has reported ``epoch`` values, ends there.
+def ends_in_order(rule: StoppingRule, max_epochs: int, number: int, epoch: int, reports: Reports) -> bool | None:
+    """Return whether a trial of a custom training loop, which has reported ``epoch`` values, ends there.
 
-    It is judged by those that had come as far before it. None waits for another: successive halving without rounds,
-    which ends what it would pause (Li et al., 2020, arXiv:1810.05934), and the median rule of Vizier. With several
-    workers the order in which they come decides.
+    The trial is compared with the trials that have lower numbers and have come as far. This is successive halving
+    without rounds, which ends a trial that it would pause (Li et al., 2020, arXiv:1810.05934), and the median rule of
+    Vizier. Both take the trials in the order in which they arrive. gputune takes them in order of number, so that any
+    number of workers, and a resumed search, prune the same trials.
+
+    Returns None as long as a trial with a lower number trains and has not come as far.
     """
     if epoch not in rule.stops(max_epochs):
         return False
-    reported = reports.read().items()
-    curves = {n: r.values[:, None] for n, r in reported if r.ended or len(r.values) >= epoch}
+    curves = {}
+    for other, reported in reports.read(up_to=number).items():
+        if not reported.ended and len(reported.values) < epoch:
+            return None
+        curves[other] = reported.values[:, None]
     return number in rule.trials_to_stop(epoch, curves, max_epochs)
 
 

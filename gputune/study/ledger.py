@@ -24,8 +24,9 @@ _LOOK = 0.2
 _PATIENCE = 2.0
 """Seconds of waiting for another process, which adds trials, before a word of it."""
 
-Cut = Callable[[Sequence[Candidate]], Sequence[tuple[Sequence[int], int]]]
-"""Makes chunks of candidates: their positions, in order, and the threads that compute each chunk."""
+Cut = Callable[[Sequence[Candidate]], Sequence[tuple[Sequence[int], int, int]]]
+"""Makes chunks of candidates: their positions, in order, the threads that compute each chunk, and how many chunks may
+train at once."""
 
 
 class Ledger:
@@ -104,8 +105,8 @@ class Ledger:
                 if left := self._without_plan(trials, stage):  # by another process too, which may have just planned
                     first = 1 + max((chunk.number for chunk in self.plan), default=-1)
                     new = [
-                        Chunk(number, stage, tuple(left[position].number for position in part), threads)
-                        for number, (part, threads) in enumerate(cut(left), first)
+                        Chunk(number, stage, tuple(left[position].number for position in part), threads, at_once)
+                        for number, (part, threads, at_once) in enumerate(cut(left), first)
                     ]
                     if self.store is not None:
                         self.store.add_chunks(new)

@@ -88,27 +88,37 @@ def _origin(text: str) -> str | tuple[int, int]:
     return (int(point[1]), int(point[2])) if point else text
 
 
+_FACTS = {"threads": int, "at_once?": int}
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Trials that train together, in this order, whenever they train; ``threads`` compute each of its steps.
 
     ``stage`` is where the chunk begins: epochs done before it (halving) or the outer step (a descent), else 0.
+    ``at_once`` is how many chunks of the plan may train at the same time, which decides where a search that is good
+    enough ends.
     """
 
     number: int
     stage: int
     trials: tuple[int, ...]
     threads: int
+    at_once: int = 1
 
     def to_row(self) -> Row:
-        return self.number, self.stage, to_json(list(self.trials)), to_json({"threads": self.threads})
+        facts = {"threads": self.threads}
+        if self.at_once > 1:
+            facts["at_once"] = self.at_once
+        return self.number, self.stage, to_json(list(self.trials)), to_json(facts)
 
     @classmethod
     def from_row(cls, number: int, stage: int, trials: str, facts: str) -> Self:
         members, shared = from_json(trials), from_json(facts)
-        if not has_form(members, [int]) or not members or not has_form(shared, {"threads": int}):
+        if not has_form(members, [int]) or not members or not has_form(shared, _FACTS):
             raise ValueError(f"its trials are {trials[:60]}, its facts {facts[:60]}")
-        return cls(number, stage, tuple(members), min(max(1, shared["threads"]), _MOST_THREADS))
+        threads = min(max(1, shared["threads"]), _MOST_THREADS)
+        return cls(number, stage, tuple(members), threads, max(1, shared.get("at_once", 1)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,8 @@ from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.methods.descent import Hypergradient
+from gputune.methods.optuna import OptunaSampler
+from gputune.methods.stopping import StoppingRule
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import loop_reason
 from gputune.optimizers.rules import BETA1, BETA2
@@ -28,6 +30,7 @@ from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count, size_words
 from gputune.tuning.choices import ModelChoice
+from gputune.tuning.good_enough import block_size
 from gputune.tuning.problem import Problem
 from gputune.tuning.progress import Profile
 from gputune.tuning.session import Session
@@ -43,6 +46,10 @@ class RecordedPlan:
     trials: tuple[Candidate, ...]
     configs: tuple[Config, ...]
     chunks: dict[tuple[int, ...], Chunk]
+
+    def chunk_of(self, part: Population) -> Chunk:
+        """Return the recorded chunk that a chunk of the plan is, or is a part of."""
+        return next(chunk for index, chunk in self.chunks.items() if part.index[0] in index)
 
 
 def failed_result(trial: int, curve: np.ndarray, reason: str) -> Result:
@@ -71,6 +78,11 @@ class Context(Session):
     @property
     def choice(self) -> ModelChoice:
         return self.problem.choice
+
+    @property
+    def in_rungs(self) -> bool:
+        method = self.options.method
+        return isinstance(method.halving if isinstance(method, OptunaSampler) else method, StoppingRule)
 
     @property
     def data(self) -> Dataset:
@@ -152,10 +164,21 @@ class Context(Session):
     ) -> list[RecordedPlan]:
         """Return plans of whole recorded chunks, one for each number of threads; ``make`` plans what is in none yet."""
         plan_of: dict[int, Plan] = {}  # a number of trials: where all are new, they are planned once
+        options = self.options
 
-        def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int]]:
-            plan = plan_of[len(new)] = make([self.complete(trial.params) for trial in new])
-            return [(chunk.index, plan.threads) for chunk in plan.chunks]
+        def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int, int]]:
+            configs = [self.complete(trial.params) for trial in new]
+            size = block_size(options.target_score, options.patience_trials)
+            if size is None:
+                plan = plan_of[len(new)] = make(configs)
+                return [(chunk.index, plan.threads, plan.at_once) for chunk in plan.chunks]
+            parts = []
+            for begin in range(0, len(configs), size):
+                plan = make(configs[begin : begin + size])
+                for chunk in sorted(plan.chunks, key=lambda chunk: min(chunk.index)):
+                    index = tuple(begin + place for place in chunk.index)
+                    parts.append((index, plan.threads, plan.at_once))
+            return parts
 
         chunks = self.ledger.chunks(waiting, stage, cut)
         numbers = {number for chunk in chunks for number in chunk.trials}
@@ -176,14 +199,25 @@ class Context(Session):
         return plans
 
     def train(
-        self, job: Job, plan: Plan, *, claim: Claim[Population] = lambda chunk: True
+        self,
+        job: Job,
+        plan: Plan,
+        *,
+        claim: Claim[Population] = lambda chunk: True,
+        may_begin: Claim[Population] | None = None,
     ) -> Iterator[Outcome | Failure]:
         """Train the chunks of a plan, show how far they are, and yield what came of them."""
-        for outcome in self.trainer.train(job, plan, progress=self.progress.advance, claim=claim):
+        for outcome in self.trainer.train(job, plan, progress=self.progress.advance, claim=claim, may_begin=may_begin):
             if isinstance(outcome, Outcome) and outcome.fault:
                 self.faults[outcome.fault] = None
                 self.progress.say(f"note: {outcome.fault}", once=True)
             yield outcome
+
+    def may_begin(self, recorded: RecordedPlan) -> Claim[Population] | None:
+        """Return what says whether a chunk of a recorded plan may begin; None if every chunk may at any time."""
+        if not self.good_enough.is_possible:
+            return None
+        return lambda part: self.good_enough.allows(recorded.chunk_of(part))
 
     def _need(self, population: Population, most: int) -> Need | None:
         shape = shape_of(population)

@@ -143,6 +143,9 @@ class _Trials:
 
     def add(self, starts: Mapping[int, Descent], step: int) -> None:
         """Make each point a trial of the ledger, unless it is one."""
+        if self.context.stop.reason:  # a search that is good enough ends without further points
+            self.points = {}
+            return
         ledger, points = self.context.ledger, dict[int, Candidate]()
         known = {candidate.origin: candidate for candidate in ledger.candidates}
         number, new = 1 + max(candidate.number for candidate in ledger.candidates), list[Candidate]()
@@ -171,7 +174,7 @@ def _train(points: list[Candidate], mode: SlopeMode, step: int, context: Context
     for recorded in context.recorded_plans(points, step, make):
         trials, configs = recorded.trials, recorded.configs
         context.progress.plan(recorded.plan, aloud=step == 0)
-        for outcome in context.train(jobs[-1], recorded.plan):
+        for outcome in context.train(jobs[-1], recorded.plan, may_begin=context.may_begin(recorded)):
             if isinstance(outcome, Failure):
                 results = [failed_result(trials[outcome.index[0]].number, context.no_curve, outcome.reason)]
             else:

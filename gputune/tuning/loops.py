@@ -21,7 +21,7 @@ from gputune.methods.distributions import Space, space_text, space_to_json, to_s
 from gputune.methods.optuna import OptunaSampler, check_askable
 from gputune.methods.random import numbered
 from gputune.methods.space import check_own_include, check_own_space
-from gputune.methods.stopping import StoppingRule, ends_on_arrival
+from gputune.methods.stopping import StoppingRule, ends_in_order
 from gputune.scratch import scratch_folder
 from gputune.study.code import source_text
 from gputune.study.ledger import open_ledger
@@ -126,7 +126,7 @@ def _pruning_rule(options: Options, max_epochs: int | None) -> PruningRule | Non
         rest = "max_epochs must say how often a whole training calls report(value), got None"
         raise InputError(f"method={method_name(rule)!r} decides at steps of a training: {rest}.")
     rule.stops(max_epochs)  # which refuses options that leave no room for a decision
-    return partial(ends_on_arrival, rule, max_epochs)
+    return partial(ends_in_order, rule, max_epochs)
 
 
 _ABSENT = """
@@ -160,17 +160,30 @@ def _train(
 ) -> Sequence[Chunk]:
     """Train the trials that can be claimed; return those that other processes have where none can."""
     ledger, progress, begun = session.ledger, session.progress, False
-    chunks = ledger.chunks(waiting, 0, lambda trials: [((place,), 1) for place in range(len(trials))])
+    at_once = max(1, workers.capacity)
+    chunks = ledger.chunks(waiting, 0, lambda trials: [((place,), 1, at_once) for place in range(len(trials))])
     chunk_of = {chunk.trials[0]: chunk for chunk in chunks}
     trials = [Trial(trial.number, trial.params) for trial in waiting]
-    queue = Queue(trials, workers, task.stop, lambda trial: ledger.claim(chunk_of[trial.number]))
+    good_enough = session.good_enough
+
+    def claim(trial: Trial) -> bool:
+        if not ledger.claim(chunk_of[trial.number]):
+            return False
+        task.reports.write(trial.number, (), ended=False)  # trials with higher numbers wait for its reports
+        return True
+
+    def may_begin(trial: Trial) -> bool:
+        return good_enough.allows(chunk_of[trial.number])
+
+    queue = Queue(trials, workers, task.stop, claim, may_begin if good_enough.is_possible else None)
     for ending in queue.run(None if workers.capacity else task, unseen):
         begun, detail = True, {"error": ending.error} if ending.error else {}
         if ending.error:
             progress.say(f"note: trial {ending.number} failed: {ending.error}")
+            task.reports.write(ending.number, ending.values, ended=True)  # also if its worker was lost
         curve = np.array(ending.values or [ending.score], dtype=np.float64)[:, None]
         progress.advance(1, curve[None])
         progress.finished(1, pruned=int(ending.state == "pruned"))
         of_training = (ending.score,), len(ending.values), ending.seconds, curve, detail
         ledger.finish([Result(ending.number, ending.state, ending.score, *of_training)])
-    return [] if begun else chunks
+    return [] if begun else list(filter(good_enough.allows, chunks))

@@ -23,6 +23,7 @@ from gputune.solver.solve import solve_chunk
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, failed_result
+from gputune.tuning.good_enough import BATCH, batch_of
 from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.tuning.session import Session
 from gputune.types import Config, first_metric
@@ -42,6 +43,7 @@ def train_waiting(session: Session, train: Callable[[Sequence[Candidate]], Seque
         while waiting := ledger.waiting():
             left = train(waiting)
             ledger.refresh()
+            session.stop_where_enough()  # by what other processes have finished too
             if session.is_over():
                 break
             if left:  # of other processes; trained here where these end without them
@@ -58,20 +60,20 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
 
     plans = context.recorded_plans(waiting, 0, make)
     chunks = [chunk for recorded in plans for chunk in recorded.chunks.values()]
-    if not any(map(ledger.claim, chunks)):  # the first will do
-        return chunks
+    allowed = list(filter(context.good_enough.allows, chunks))
+    if not any(map(ledger.claim, allowed)):  # the first will do
+        return allowed
     for recorded in plans:
 
         def claim(part: Population, recorded: RecordedPlan = recorded) -> bool:
-            """Claim the recorded chunk that a chunk of the plan is, or is a part of."""
-            return ledger.claim(next(chunk for index, chunk in recorded.chunks.items() if part.index[0] in index))
+            return ledger.claim(recorded.chunk_of(part))
 
         numbers = [trial.number for trial in recorded.trials]
         plan = _with_begun(recorded, context.checkpoints_of(numbers, recorded.configs))
         context.progress.plan(plan)
         checkpointing, patience = context.checkpointing(numbers), context.options.patience
         job = context.trainer.job(Job, epochs=epochs, checkpointing=checkpointing, patience=patience)
-        for outcome in context.train(job, plan, claim=claim):
+        for outcome in context.train(job, plan, claim=claim, may_begin=context.may_begin(recorded)):
             if isinstance(outcome, Failure):
                 context.finish([failed_result(numbers[outcome.index[0]], context.no_curve, outcome.reason)])
             else:
@@ -80,18 +82,19 @@ def _train(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
 
 
 def _solve(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
-    def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int]]:
+    def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int, int]]:
         threads, alike = torch.get_num_threads(), by_numbers([trial.params for trial in new])
         together = [(part, range(0, len(part), _SOLVED_TOGETHER)) for part in alike]
-        return [(part[n : n + _SOLVED_TOGETHER], threads) for part, begins in together for n in begins]
+        return [(part[n : n + _SOLVED_TOGETHER], threads, 1) for part, begins in together for n in begins]
 
     chunks = context.ledger.chunks(waiting, 0, cut)
     by_number = {trial.number: trial for trial in context.ledger.candidates}
     solved = 0
+    allowed = list(filter(context.good_enough.allows, chunks))
     for chunk in chunks:
         if solved and context.is_over():
             break
-        if context.ledger.claim(chunk):
+        if context.good_enough.allows(chunk) and context.ledger.claim(chunk):
             trials = [by_number[number] for number in chunk.trials]
             configs = [context.complete(trial.params) for trial in trials]
             with on_threads(chunk.threads):
@@ -99,7 +102,7 @@ def _solve(context: Context, waiting: Sequence[Candidate]) -> list[Chunk]:
             context.progress.advance(len(trials), outcome.curves)
             _keep(context, trials, outcome)
             solved += 1
-    return [] if solved else chunks
+    return [] if solved else allowed
 
 
 def _keep(context: Context, trials: Sequence[Candidate], outcome: Outcome) -> None:
@@ -144,10 +147,6 @@ def _with_begun(recorded: RecordedPlan, checkpoints: Sequence[Checkpoint]) -> Pl
     return replace(plan, chunks=(*begun, *(chunk for chunk in rest if chunk.index)))
 
 
-_BATCH = "batch "
-"""Origin of a trial that was asked for, before the number of its batch."""
-
-
 def check_sampling(method: OptunaSampler, space: Space, context: Context) -> None:
     """Raise InputError where the sampler cannot be asked for this space, before anything is kept or trained."""
     check_askable(space)
@@ -174,7 +173,7 @@ def sample(
         while missing := min(method.batch, _n_missing(session)):
             proposals = [study.ask() for _ in range(missing)]
             number = 1 + max((c.number for c in ledger.candidates), default=-1)
-            batch = f"{_BATCH}{1 + max(map(_batch_of, ledger.candidates), default=0)}"
+            batch = f"{BATCH}{1 + max(map(batch_of, ledger.candidates), default=0)}"
             ledger.add([Candidate(number + i, params, batch) for i, (_, params) in enumerate(proposals)])
             if not train():
                 return
@@ -185,14 +184,8 @@ def sample(
 def _n_missing(session: Session) -> int:
     """How many trials are still to be asked for: the default one counts, included ones do not."""
     candidates = session.ledger.candidates
-    proposed = sum(_batch_of(candidate) > 0 for candidate in candidates)
+    proposed = sum(batch_of(candidate) > 0 for candidate in candidates)
     return max(0, session.options.n_trials - proposed - n_counted(candidates))
-
-
-def _batch_of(candidate: Candidate) -> int:
-    """Return the number of the batch that a trial was asked for in, 0 for one that was given."""
-    origin = candidate.origin
-    return int(origin.removeprefix(_BATCH)) if isinstance(origin, str) and origin.startswith(_BATCH) else 0
 
 
 def train_batches(context: Context, method: OptunaSampler) -> bool:
@@ -200,8 +193,8 @@ def train_batches(context: Context, method: OptunaSampler) -> bool:
     ledger = context.ledger
     if method.halving is None:
         return train_fully(context) if ledger.waiting() else not context.is_over()
-    for batch in sorted({_batch_of(candidate) for candidate in ledger.waiting()}):
-        trials = [candidate for candidate in ledger.candidates if _batch_of(candidate) == batch]
+    for batch in sorted({batch_of(candidate) for candidate in ledger.waiting()}):
+        trials = [candidate for candidate in ledger.candidates if batch_of(candidate) == batch]
         train_in_rungs(context, method.halving, trials)
     return not context.is_over()
 
@@ -235,7 +228,7 @@ def _study_so_far(session: Session, make: Callable[..., OptunaStudy]) -> OptunaS
 def _repeat(study: OptunaStudy, session: Session, *, enqueue: bool) -> bool:
     """Tell all results, with ``enqueue`` in the place of proposals; False where a proposal is another than it was."""
     results = session.ledger.results
-    for batch, group in groupby(session.ledger.candidates, _batch_of):
+    for batch, group in groupby(session.ledger.candidates, batch_of):
         candidates = list(group)
         if batch == 0:
             for c in (c for c in candidates if not study.add(c.params, results[c.number])):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 from gputune.callbacks import Callbacks
@@ -27,6 +28,7 @@ from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study
 from gputune.text import count
 from gputune.tuning.choices import ModelChoice, method_name
+from gputune.tuning.good_enough import GoodEnough
 from gputune.tuning.interrupt import interrupted_words, run_until_signal
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
@@ -201,36 +203,36 @@ class Session:
 
         def finished(rows: Sequence[tuple[Candidate, Result | None]]) -> None:
             callbacks.tell("on_trials_end", study(rows))
-            self._stop_where_enough()
+            self.stop_where_enough()
 
         ledger.on_finish = finished
         if callbacks.active:  # a study of many trials takes its time
             callbacks.tell("on_study_start", study(ledger.rows(), file=file))
-        self._stop_where_enough()
+        self.stop_where_enough()
         try:
             return [] if self.stop.asked else run_until_signal(train, self.stop, signals, self.progress.say)
         finally:
             if callbacks.active:
                 callbacks.tell("on_study_end", study(ledger.rows(), file=file))
 
-    def _stop_where_enough(self) -> None:
+    @property
+    def in_rungs(self) -> bool:
+        """Whether all trials train together from rung to rung."""
+        return False
+
+    @cached_property
+    def good_enough(self) -> GoodEnough:
+        """What decides whether a trial is good enough, or none has been better for long."""
+        options = self.options
+        return GoodEnough(self.ledger, options.target_score, options.patience_trials, self.in_rungs)
+
+    def stop_where_enough(self) -> None:
         """Let training end where a trial is good enough, or none has been better for long."""
-        target, patience = self.options.target_score, self.options.patience_trials
-        if self.stop.asked or (target is None and patience is None):
-            return
-        best, since, number, why = -math.inf, 0, None, ""
-        for result in self.ledger.results.values():
-            since += 1
-            if result.state == "complete" and result.score > best:
-                best, since, number = result.score, 0, result.number
-        if target is not None and best >= target:
-            why = f"trial {number} has reached the target score (target_score={target:g})"
-        elif patience is not None and since >= patience:
-            why = f"{count(since, 'trial')} in a row were no better than the best before (patience_trials={patience})"
-        if why:
+        if not self.stop.asked and self.good_enough.is_reached():
+            reason = self.good_enough.reason
             self.stop.ask()
-            self.stop.reason = why
-            self.progress.say(f"note: the search ends: {why}")
+            self.stop.reason = reason
+            self.progress.say(f"note: the search ends: {reason}")
 
 
 def check_ending(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:

@@ -179,16 +179,23 @@ class Trainer:
         )  # fmt: skip
 
     def train(
-        self, job: Job, plan: Plan, *, progress: Progress = unseen, claim: Claim[Population] = lambda chunk: True
+        self,
+        job: Job,
+        plan: Plan,
+        *,
+        progress: Progress = unseen,
+        claim: Claim[Population] = lambda chunk: True,
+        may_begin: Claim[Population] | None = None,
     ) -> Iterator[Outcome | Failure]:
         """Train the chunks of a plan that ``claim`` does not refuse, and yield what came of them, as they end.
 
+        A chunk waits for the results of others until ``may_begin`` allows it, and is left out if it never does.
         What memory does not hold comes in parts; a trial that does not fit alone is given up.
         """
         data = self.data
         if self.cluster is not None:
             tasks = RayTasks(self.cluster, job, data, plan)
-            yield from Queue(plan.chunks, tasks, job.stop, claim).run(None, progress)
+            yield from Queue(plan.chunks, tasks, job.stop, claim, may_begin).run(None, progress)
             return
         if job.checkpointing is not None:
             for chunk in plan.chunks:
@@ -202,7 +209,7 @@ class Trainer:
             chunk_processes(job, data, devices) if devices else nullcontext(Executor())
         )
         with torch_threads(plan.threads), executor as place:
-            for outcome in Queue(plan.chunks, place, job.stop, claim).run(train, progress):
+            for outcome in Queue(plan.chunks, place, job.stop, claim, may_begin).run(train, progress):
                 if isinstance(outcome, Outcome) and job.checkpointing is not None:
                     job.checkpointing.expect(outcome.index)
                 yield outcome
