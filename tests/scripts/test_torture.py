@@ -52,7 +52,9 @@ def test_the_counts_of_damage_and_of_storing(torture, tmp_path):
 
 
 def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):
-    for name in ("kills", "fault_points", "kills_in_chunks", "crowd", "cuts", "full_disk", "storing"):
+    for name in (
+        "kills", "fault_points", "kills_in_chunks", "good_enough", "command", "crowd", "cuts", "full_disk", "storing",
+    ):  # fmt: skip
         monkeypatch.setattr(torture, name, lambda *arguments: {"lost": 0})
     monkeypatch.setattr(torture, "flips", lambda *arguments: {"flips": 3, "wrong values": 1})
     assert torture.main([]) == 1

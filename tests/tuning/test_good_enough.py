@@ -45,7 +45,7 @@ def search(study, **options):
 
 
 MODES = {
-    "random": (tune, {"patience_trials": 3}),
+    "random": (tune, {"patience_trials": 3, "random_state": 2}),
     "target": (tune, {"target_score": -1.0}),
     "logistic": (
         lambda study, **options: gputune.tune(
