@@ -124,6 +124,10 @@ def _groups(command: str, flags: Sequence[Rule]) -> dict[str, dict[str, Rule]]:
 
 def _add_flag(group: argparse._ActionsContainer, name: str, rule: Rule) -> None:
     """Let a flag be typed; what is not said is None, and an option then has its own default."""
+    if rule.takes == "yes or no":
+        action = argparse.BooleanOptionalAction
+        group.add_argument(rule.name, dest=name, help=rule.help, action=action, default=None)
+        return
     metavar = rule.flag.partition(" ")[2]
     how: dict[str, Any] = {"type": _READERS[rule.takes], "metavar": metavar}
     if rule.choices is not None:
@@ -142,7 +146,7 @@ _SET = Rule(
     "--set KEY=VALUE", "a hyperparameter, such as lr=1e-3 or width=64; what is not set has its default", takes="specs"
 )
 _OF_TRAINING = "max_epochs", "scoring", "positive", "schedule", "random_state", "timeout"  # that one training has too
-_OF_SEARCH = ("ensemble",)  # a flag of the machine that it has not
+_OF_SEARCH = ("ensemble", "compare_default")  # a flag of the machine that it has not
 
 _STUDY = ("STUDY", "a study.db, or the folder that holds it")
 _TABLE = ("FILE", "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or .pt file")

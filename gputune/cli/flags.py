@@ -32,7 +32,7 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
             "with --method hypergradient: some of lr (default), momentum, weight_decay, beta1, beta2; C for the "
             "solved logistic regression", "names",
         ),
-        "outer_steps": Rule("--outer-steps N", "with --method hypergradient: steps of a descent (10)", "1.."),
+        "outer_steps": Rule("--outer-steps N", "with --method hypergradient: steps from each start (10)", "1.."),
         "segments": Rule(
             "--segments S", "with --method hypergradient: so many values of each over the time of training (1)", "1.."
         ),
@@ -85,6 +85,12 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
             "--calibrate",
             "calibrate the probabilities of classes by temperature scaling (without being asked where --scoring is "
             "neg_log_loss)", resume=True,
+        ),
+        "compare_default": Rule(
+            "--compare-default",
+            "also train the default configuration on all rows, and compare both models on the held-out rows (on if "
+            "that takes less than a tenth of the steps of the search)",
+            takes="yes or no", resume=True,
         ),
         "profile": Rule(
             "--profile",

@@ -4,6 +4,7 @@ import math
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
 from gputune.study.labels import class_codes
 from gputune.study.model import TunedModel
-from gputune.text import Measure
+from gputune.text import Measure, count
 
 _SAMPLES, _SAMPLE_ROWS = 400, 20_000  # bootstrap samples, and rows of one at most: what takes a second or two
+
+IntervalMethod = Literal["wilson", "bootstrap", ""]
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,24 @@ class HeldOut:
     rows: int
     unseen: int = 0  # of a class that the search has not: wrong; balanced accuracy and probabilities leave them out
     why: str = ""  # why there is no score
-    interval: tuple[float, float] | None = None  # of 95 % of bootstrap samples; None where few have a score
+    interval: tuple[float, float] | None = None  # of 95%; None where it is not known
+    interval_method: IntervalMethod = ""  # how the interval was computed; "" if few bootstrap samples have a score
     positive: object = None  # the class that the score is of; None: of none
+    baseline: tuple[str, float] | None = None  # the best answer without a model, and its score on the same rows
+    chose: bool = False  # whether these rows chose between an ensemble and the best trial
 
     def bounds(self, measure: Measure) -> str:
         """Return the interval in words, "" where there is none."""
         return " to ".join(sorted(map(measure.text, self.interval or ()), key=float))
+
+    def interval_text(self, measure: Measure) -> str:
+        """Return the interval in parentheses, with a space in front; "" if few bootstrap samples have a score."""
+        if self.interval is not None:
+            name = "95% interval" if self.interval_method == "wilson" else "95% of bootstrap samples"
+            return f" ({name}: {self.bounds(measure)})"
+        if self.interval_method == "bootstrap":
+            return f" (no interval: all bootstrap samples of the {count(self.rows, 'row')} have this score)"
+        return ""
 
 
 def saved_loss(model: TunedModel) -> Objective | None:
@@ -75,7 +90,8 @@ def held_out_score(
             raise ValueError("it is undefined on these rows")
     except ValueError as error:  # what scikit-learn raises where a metric is undefined
         return HeldOut(math.nan, rows, unseen, str(error).rstrip("."), positive=shown)
-    return HeldOut(score, rows, unseen, interval=_interval(how, outputs, target, score), positive=shown)
+    interval, method = _interval(how, outputs, target, score)
+    return HeldOut(score, rows, unseen, interval=interval, interval_method=method, positive=shown)
 
 
 def held_out_baseline(
@@ -143,8 +159,30 @@ def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
     return how.on_rows(outputs, y)
 
 
-def _interval(how: Scoring, outputs: Tensor, y: Tensor, score: float) -> tuple[float, float] | None:
-    """Return the bounds of 95 % of the scores of bootstrap samples; of many rows by smaller samples, scaled."""
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """Return the 95% score interval of a share, which stays right if all or none of the rows are successes.
+
+    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
+    """
+    z = 1.959963984540054  # the 97.5% quantile of the normal distribution
+    share = successes / n
+    middle = share + z**2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def _interval(
+    how: Scoring, outputs: Tensor, y: Tensor, score: float
+) -> tuple[tuple[float, float] | None, IntervalMethod]:
+    """Return the bounds of a 95% interval, and how they were computed.
+
+    Wilson's interval for an accuracy. For other scores the bounds of 95% of the scores of bootstrap samples; for many
+    rows smaller samples are drawn and their spread is scaled. If all samples have the same score, as those of a perfect
+    model, the bootstrap cannot tell, and there are no bounds.
+    """
+    if how.name == "accuracy":
+        return wilson_interval(round(score * len(y)), len(y)), "wilson"
     rng, rows = np.random.default_rng(0), len(y)
     size, scores = min(rows, _SAMPLE_ROWS), []
     with warnings.catch_warnings(action="ignore"):  # of samples that lack a class
@@ -154,6 +192,8 @@ def _interval(how: Scoring, outputs: Tensor, y: Tensor, score: float) -> tuple[f
                 scores.append(_score(how, outputs[sample], y[sample]))
     finite = [one for one in scores if math.isfinite(one)]
     if len(finite) < _SAMPLES / 2:
-        return None
+        return None, ""
+    if max(finite) == min(finite):
+        return None, "bootstrap"
     low, high = score + math.sqrt(size / rows) * (np.quantile(finite, (0.025, 0.975)) - score)
-    return float(low), float(high)
+    return (float(low), float(high)), "bootstrap"

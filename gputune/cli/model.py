@@ -52,7 +52,7 @@ class Evaluation:
         """Return plain values; scores in scikit-learn's sign, null where they are undefined."""
         scores = {}
         for name, one in self.scores.items():
-            score = {"score": None, "why": one.why} if one.why else {"score": one.score, "interval": one.interval}
+            score = {"score": None, "why": one.why} if one.why else _score_json(one)
             scores[name] = {**score, "positive": one.positive}
         matrix = {"classes": self.classes, "confusion": self.confusion} if self.classes else {}
         remark = {"notes": [self.dropped]} if self.dropped else {}
@@ -73,9 +73,26 @@ class Evaluation:
             remarks.append(
                 f"{remark} class as not of it; balanced accuracy and scores of probabilities leave such rows out."
             )
-        scores = table(["score", "", "95 % of bootstrap samples"], rows, left=["score"])
-        parts = [count(self.rows, "row"), scores, *(paragraph(one, width) for one in remarks)]
+        scores = table(["score", "", "95% interval"], rows, left=["score"])
+        remarks.append(self._intervals_remark())
+        parts = [count(self.rows, "row"), scores, *(paragraph(one, width) for one in remarks if one)]
         return "\n\n".join([*parts, *(self._class_tables() if self.classes else [])])
+
+    def _intervals_remark(self) -> str:
+        """Return how the intervals were computed, and why some scores have none."""
+        sentences = []
+        methods = {one.interval_method for one in self.scores.values() if one.interval is not None}
+        if methods == {"wilson"}:
+            sentences.append("The interval is Wilson's for a share of rows.")
+        elif methods == {"bootstrap"}:
+            sentences.append("The intervals hold 95% of bootstrap samples.")
+        elif methods:
+            sentences.append("The interval of the accuracy is Wilson's; the others hold 95% of bootstrap samples.")
+        same = [name for name, one in self.scores.items() if one.interval is None and one.interval_method]
+        if same:
+            verb = "has" if len(same) == 1 else "have"
+            sentences.append(f"{', '.join(same)} {verb} no interval: all bootstrap samples have the same score.")
+        return " ".join(sentences)
 
     def _class_tables(self) -> list[str]:
         """Return precision and recall of each class, and the matrix where they are few."""
@@ -88,6 +105,10 @@ class Evaluation:
             corner, lines = "true \\ predicted", zip(names, self.confusion)
             tables.append(table([corner, *names], [[name, *map(str, line)] for name, line in lines], left=[corner]))
         return tables
+
+
+def _score_json(one: HeldOut) -> Json:
+    return {"score": one.score, "interval": one.interval, "interval_method": one.interval_method}
 
 
 def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, positive: object) -> Evaluation:

@@ -40,6 +40,12 @@ _LONGEST = 17
 _WATCH_SECONDS, _LIVE_SECONDS, _CURVES = 2.0, 5, 5
 """Between two looks at a running search, between two of its pages, and the curves that a look shows."""
 
+_INFO = {
+    "held_out_score?": (float, None), "held_out_rows?": int, "held_out_chose?": bool,
+    "held_out_baseline?": {"answer": str, "score": float},
+}  # fmt: skip
+"""What a page reads of the saved model's ``info``."""
+
 _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
     ("trial", SCORE_AND_ERROR, "epoch", "state"),
@@ -336,7 +342,7 @@ def _model(study: Study, folder: Path) -> Json | None:
         return None
     with file_errors(folder / DESCRIPTION):
         info: Json = read_description(folder / DESCRIPTION)["info"]
-        if not has_form(info, {"held_out_score?": (float, None), "held_out_rows?": int}):
+        if not has_form(info, _INFO):
             raise ValueError("its info is of another type")
     return info if is_its_model(study, info) else None
 

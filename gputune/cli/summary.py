@@ -11,6 +11,7 @@ from pathlib import Path
 from gputune.api.study import Study
 from gputune.cli.flags import in_flags
 from gputune.cli.held_out import HeldOut
+from gputune.cli.saved_model import may_be_chance
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
@@ -38,6 +39,9 @@ class Ending:
     model_folder: Path | None = None  # None where no model was saved
     seconds: float = 0.0  # of the whole run
     ensemble: str = ""  # what is said of one
+    model: TunedModel | None = None  # the model that was saved
+    model_sentences: Sequence[str] = ()  # on its calibration and intervals
+    comparison: str = ""  # with the default's model, on the held-out rows
     trial: Trial | None = None  # that of ``gputune train``; None after a search
     ended: str = ""  # why it was good enough before its last trial
     typed: Sequence[str] = ()  # the words behind ``gputune``
@@ -54,10 +58,8 @@ def ensemble_words(
     scores = f"{measure.text(held_out.score)} on the held-out rows, the best trial alone {measure.text(best.score)}"
     saved = "ensemble" if is_saved else "best trial"
     text = f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little optimistic."
-    pairs = (held_out.interval, best.score), (best.interval, held_out.score)
-    within = any(interval is not None and interval[0] <= score <= interval[1] for interval, score in pairs)
-    if held_out.score != best.score and within:
-        text += " One lies within 95 % of the other's bootstrap samples: the difference may be chance."
+    if may_be_chance(held_out, best):
+        text += " One lies within the other's 95% interval, so the difference may be chance."
     return text
 
 
@@ -161,7 +163,7 @@ def _method(study: Study) -> list[tuple[str, str]]:
     if isinstance(method, str):
         return []
     if method["name"] == "hypergradient":
-        return [("Descent", _descent(study, method["outer_steps"]))]
+        return [("Method", _descent(study, method["outer_steps"]))]
     if method["name"] != "optuna":
         return [(method["name"].capitalize(), _pruning_text(study))]
     origins = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
@@ -182,9 +184,9 @@ def _pruning_text(study: Study) -> str:
 
 
 def _descent(study: Study, outer_steps: int) -> str:
-    starts, guarded = sum(trial.origin[1] == 0 for trial in study.trials), study.guarded
+    n_starts, guarded = sum(trial.origin[1] == 0 for trial in study.trials), study.guarded
     on, steps = ", ".join(study.record.descended), count(outer_steps, "outer step")
-    text = f"on {on} from {count(starts, 'start')}, at most {steps} each"
+    text = f"hypergradient search on {on} from {count(n_starts, 'starting point')}, at most {steps} each"
     for acted, words in (("chaotic", "the slope was noise"), ("differences", "taken by wide finite differences")):
         text += f"; {words} at {count(guarded[acted], 'point')}" * (guarded[acted] > 0)
     return text
@@ -237,13 +239,15 @@ def _scores(ending: Ending, width: int) -> str:
     elif score.why:
         text = f"There is no held-out {measure.name}: {clean(score.why)}."
     else:
-        bounds = f" (95 % of bootstrap samples: {score.bounds(measure)})" * (score.interval is not None)
         text = f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score on "
-        text += f"{count(score.rows, 'row')} that nothing was fitted on{bounds}."
+        text += f"{count(score.rows, 'row')} {_use_of(score)}{score.interval_text(measure)}."
     sentences = [text]
     if score is not None and score.unseen:
         verb = "counts" if score.unseen == 1 else "count"
         sentences.append(f"{count(score.unseen, 'row')} of a class that no row of the search has {verb} as wrong.")
+    if score is not None and score.baseline is not None:
+        answer, baseline_score = score.baseline
+        sentences.append(f"On these rows {clean(answer)} scores {measure.text(baseline_score)} without a model.")
     sentences.append(_optimistic(study, measure, ending.trial))
     if (baseline := study.record.baseline) is not None:
         without = measure.text(baseline["score"])
@@ -255,7 +259,16 @@ def _scores(ending: Ending, width: int) -> str:
             sentences.append(f"It was best after the last of {epochs} epochs: more of them may be better.")
         sentences += map(clean, edge_remarks(study))
     words = " ".join(sentence for sentence in sentences if sentence)
-    return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
+    model_text = " ".join(sentence for sentence in ending.model_sentences if sentence)
+    parts = (words, clean(ending.comparison), clean(ending.ensemble), model_text)
+    return "\n\n".join(paragraph(part, width) for part in parts if part)
+
+
+def _use_of(score: HeldOut) -> str:
+    """Return what the held-out rows were used for, to stand behind their number."""
+    if score.chose:
+        return "that nothing was fitted on, but that chose between the ensemble and the best trial"
+    return "that nothing was fitted on"
 
 
 def _optimistic(study: Study, measure: Measure, trial: Trial | None) -> str:

@@ -16,8 +16,9 @@ import torch
 from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
 from gputune.cli.flags import in_flags
-from gputune.cli.held_out import HeldOut, held_out_score
+from gputune.cli.held_out import HeldOut, held_out_baseline, held_out_score
 from gputune.cli.options import options_of, typed_options
+from gputune.cli.saved_model import calibration_text, comparison_text, coverage_text, is_cheap_to_train
 from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import Source, read_source, set_apart
@@ -37,6 +38,8 @@ from gputune.tuning.record import RecordedSearch, recorded_search
 from gputune.tuning.session import checked_space, first_trials
 from gputune.tuning.task_choice import chosen_task
 from gputune.types import Json
+from gputune.views.default_trial import default_trial
+from gputune.views.scores import score_view
 
 
 def tune(arguments: argparse.Namespace) -> str:
@@ -112,6 +115,8 @@ class _Run:
         self.keeps_model = "test_size" in (rest.origin or {})
         self.folder = model_folder(self.place)
         final_model = self._final_model()
+        # None: if it is cheap.
+        self.compares_default = final_model.get("compare_default")
         self.recorded = replace(self.recorded, final_model=final_model)
         self.has_ensemble = final_model["ensemble"]
         self.intervals = final_model["intervals"]
@@ -125,8 +130,12 @@ class _Run:
         Studies of earlier versions do not hold them. There the saved model tells, if there is one.
         """
         typed = {name: bool(getattr(self.arguments, name, None)) for name in FINAL_MODEL}
+        compares = getattr(self.arguments, "compare_default", None)
+        if compares is None and self.arguments.command == "resume":
+            compares = self.recorded.final_model.get("compare_default")
+        compare_default = {} if compares is None else {"compare_default": compares}
         if self.arguments.command != "resume":
-            return typed
+            return {**typed, **compare_default}
         saved = _read_description(self.folder)
         of_saved_model = {
             "ensemble": "ensemble" in saved.get("spec", {}),
@@ -134,7 +143,8 @@ class _Run:
             "calibrate": saved.get("temperature", 1.0) != 1.0,
         }
         stored = self.recorded.final_model
-        return {name: typed[name] or stored.get(name, of_saved_model.get(name, False)) for name in typed}
+        final_model = {name: typed[name] or stored.get(name, of_saved_model.get(name, False)) for name in typed}
+        return {**final_model, **compare_default}
 
     def finish(self) -> str:
         """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""
@@ -146,6 +156,9 @@ class _Run:
                     ending = self._with_best(replace(ending, trial=trial))
                 if self.has_ensemble:
                     ending = self._with_ensemble(ending)
+                if self.arguments.command != "train":
+                    ending = self._with_comparison(ending)
+                ending = replace(ending, model_sentences=self._model_sentences(ending.model))
         text = self._text(ending)
         if not self.arguments.profile:
             return text
@@ -177,7 +190,7 @@ class _Run:
         model = ending.study.best_model(trial=number, intervals=self.intervals, calibrate=self.calibrate)
         model, held_out = self._score_model(model, ending.study)
         model.save(self.folder)
-        return replace(ending, held_out=held_out, model_folder=model_folder(self.shown))
+        return replace(ending, held_out=held_out, model=model, model_folder=model_folder(self.shown))
 
     def _with_best_so_far(self, ending: Ending) -> Ending:
         """Save the model of the best trial so far, where there is one.
@@ -201,25 +214,86 @@ class _Run:
                 model = study.ensemble(calibrate=self.calibrate, verbose=self.arguments.verbose)
                 model, held_out = self._score_model(model, study)
                 is_saved = held_out is None or best is None or held_out.score > best.score
-                if is_saved:
-                    model.save(self.folder)
+                chosen = model if is_saved else ending.model
+                assert chosen is not None
+                score = held_out if is_saved else best
+                if score is not None:  # the rows chose, which the report says too
+                    chosen = replace(chosen, info={**chosen.info, "held_out_chose": True})
+                    score = replace(score, chose=True)
+                chosen.save(self.folder)
         except InputError as error:
             return replace(ending, ensemble=f"No ensemble: {error}")
         except KeyboardInterrupt as stop:
             words = "the ensemble was interrupted; the model of the best trial is saved."
-            signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
-            report = self._text(ending)
-            raise SearchInterrupted(words, study=study, signal=signal, report=report) from None
+            raise self._interrupted(words, ending, stop) from None
         words = ensemble_words(study, model, held_out, best, is_saved=is_saved)
-        return replace(ending, held_out=held_out if is_saved else best, ensemble=words)
+        return replace(ending, held_out=score, model=chosen, ensemble=words)
+
+    def _interrupted(self, words: str, ending: Ending, stop: KeyboardInterrupt) -> SearchInterrupted:
+        """Return the error of an interrupt after the model of the best trial was saved."""
+        signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
+        return SearchInterrupted(words, study=ending.study, signal=signal, report=self._text(ending))
+
+    def _with_comparison(self, ending: Ending) -> Ending:
+        """Train the default configuration on all rows too, and compare its model with the saved one.
+
+        Both are scored on the held-out rows.
+        """
+        study, saved = ending.study, ending.held_out
+        default = default_trial(study)
+        if self.compares_default is False or (self.compares_default is None and not _is_worth_comparing(ending)):
+            return ending
+        if saved is None:
+            return replace(ending, comparison="No rows are held out on which to compare with the default's model.")
+        if default is None:
+            why = "no trial with a score is the default configuration"
+            return replace(ending, comparison=f"There is no comparison with the default's model: {why}.")
+        if default.number == study.best_trial.number:
+            return ending  # the text says already that the default is the best trial
+        try:
+            with self.profile.clock("training the default on all rows"):
+                model = study.best_model(trial=default.number, calibrate=self.calibrate)
+                model, held_out = self._score_model(model, study)
+        except DivergedError:
+            return replace(ending, comparison="The default's model diverged when it was trained on all rows.")
+        except KeyboardInterrupt as stop:
+            words = "the comparison with the default was interrupted; the best model is saved."
+            raise self._interrupted(words, ending, stop) from None
+        assert held_out is not None  # as there is one of the saved model
+        return replace(ending, comparison=comparison_text(score_view(study).measure, saved, held_out))
+
+    def _model_sentences(self, model: TunedModel | None) -> list[str]:
+        """Return what the options of the final model did."""
+        if model is None:
+            return []
+        sentences = [calibration_text(model)]
+        if self.intervals:
+            sentences.append(coverage_text(model, self.recorded.test))
+        return sentences
 
     def _score_model(self, model: TunedModel, study: Study) -> tuple[TunedModel, HeldOut | None]:
         test, record = self.recorded.test, study.record
         if test is None:
             return model, None
-        held_out = held_out_score(model, record.scoring, test, positive=record.ranked_class)
-        scored = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
+        positive, rest = record.ranked_class, self.recorded.source
+        held_out = held_out_score(model, record.scoring, test, positive=positive)
+        baseline = held_out_baseline(model, record.scoring, rest, test, positive=positive)
+        held_out = replace(held_out, baseline=baseline)
+        scored: dict[str, object] = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
+        if baseline is not None:
+            answer, score = baseline
+            scored["held_out_baseline"] = {"answer": answer, "score": score}
         return replace(model, info={**model.info, **scored}), held_out
+
+
+def _is_worth_comparing(ending: Ending) -> bool:
+    """Return whether the default's model is compared without being asked for: if that is possible and cheap."""
+    default = default_trial(ending.study)
+    if default is None or ending.held_out is None or ending.held_out.why:
+        return False
+    if default.number == ending.study.best_trial.number:
+        return False
+    return is_cheap_to_train(ending.study, default)
 
 
 def _read_description(folder: Path) -> Json:
@@ -241,7 +315,7 @@ def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate:
     if not fits:
         raise InputError(f"{flag} is for {what} to be predicted, and the target is {target.in_words}; leave it out.")
     if isinstance(options.method, Hypergradient):
-        rule = f"{flag} trains a trial on its folds again, which the points of a descent do not"
+        rule = f"{flag} trains a trial on its folds again, which a hypergradient search does not"
         raise InputError(f"{rule}; leave it out.")
 
 

@@ -113,7 +113,14 @@ def _held_out_fact(study: Study, model: Json | None, measure: Measure) -> tuple[
         return name, "–", f"not known here; {optimistic}"
     rows, members = count(model["held_out_rows"], "row"), model.get("ensemble")
     what = "the model" if members is None else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
-    return name, measure.text(score), f"{what} on {rows} nothing was fitted on; {optimistic}"
+    note = f"{what} on {rows} nothing was fitted on"
+    # Models of earlier versions do not say that the rows chose them; an ensemble with a held-out score always was.
+    if model.get("held_out_chose", members is not None):
+        other = "an ensemble" if members is None else "the best trial"
+        note += f", but they chose it over {other}, so its score is a little optimistic"
+    if (baseline := model.get("held_out_baseline")) is not None:
+        note += f"; without a model {measure.text(baseline['score'])} ({clean(baseline['answer'])})"
+    return name, measure.text(score), f"{note}; {optimistic}"
 
 
 def is_its_model(study: Study, model: Json) -> bool:

@@ -109,8 +109,8 @@ def descend(context: Context, space: Space, method: Hypergradient) -> None:
     paths = {number: Descent(method, names, context.complete(c.params), bounds) for number, c in starts.items()}
     most = len(starts) * (outer + 1)
     each = "each in all folds and with derivatives; fewer with a smaller n_trials"
-    points = f"{count(len(starts), 'start')} x at most {outer + 1} points = {most} trainings at most"
-    context.progress.say(f"descent: {points}, {each}")
+    points = f"{count(len(starts), 'starting point')} x at most {outer + 1} points = {most} trainings at most"
+    context.progress.say(f"hypergradient search: {points}, {each}")
     with context.progress.bar_over(most - len(context.ledger.results), context.epochs):
         run_descent(paths, _Trials(context, outer, starts), outer)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gputune.study.study import Study
     from gputune.tuning.choices import Method
 
-Takes = Literal["text", "number", "0..", "1..", "names", "scorers", "specs", "config", "workers"]
+Takes = Literal["text", "number", "0..", "1..", "names", "scorers", "specs", "config", "workers", "yes or no"]
 
 
 @dataclass(frozen=True)

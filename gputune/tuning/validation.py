@@ -47,7 +47,7 @@ def _why_no_folds(study: Study) -> str:
     if study.record.face == "loop":
         return "of search(), whose training loop is your own: keep what your objective predicts in a file"
     if isinstance(study.record.method, dict) and study.record.descends:
-        return "of descents, whose points have schedules of their own; use a study of another method"
+        return "of a hypergradient search, whose points have schedules of their own; use a study of another method"
     if study.record.task == "custom":
         return "of a custom target, of which there is no probability and no mean; train the module on your own folds"
     return ""

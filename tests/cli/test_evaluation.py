@@ -65,7 +65,11 @@ def test_classes_are_scored_as_scikit_learn_does(folder):
     assert [found["scores"][name]["positive"] for name in ("f1", "accuracy")] == ["bee", None]
     low, high = found["scores"]["accuracy"]["interval"]
     assert low < scores["accuracy"] < high
+    methods = {name: found["scores"][name]["interval_method"] for name in ("accuracy", "roc_auc")}
+    assert methods == {"accuracy": "wilson", "roc_auc": "bootstrap"}
     text = run("evaluate", folder / "kind" / "model", folder / "t.csv", "--positive", "bee")[1]
+    remark = "The interval of the accuracy is Wilson's; the others hold 95% of bootstrap samples."
+    assert remark in " ".join(text.split())
     assert f"f1 of class 'bee'           {scores['f1']:.4f}" in text and "true \\ predicted  ant  bee" in text
     precision = (y == labels)[labels == "ant"].mean()
     recall = (y == labels)[y == "ant"].mean()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -12,8 +13,9 @@ from sklearn.metrics import f1_score, get_scorer, log_loss, make_scorer, roc_auc
 
 import gputune
 from command_line import kinds, run, write_table
-from gputune.cli.held_out import held_out_baseline, held_out_score
+from gputune.cli.held_out import held_out_baseline, held_out_score, wilson_interval
 from gputune.data.source import read_source
+from gputune.text import measure_of
 from study_models import make_model
 
 RNG = np.random.default_rng(0)
@@ -125,22 +127,54 @@ def test_an_unknown_class_is_not_the_positive_one_and_has_no_mean_or_probability
 
 
 def test_an_interval_holds_the_scores_of_bootstrap_samples(monkeypatch):
-    """A binomial share: of an accuracy a over n rows 95 % lie within about 1.96 sqrt(a (1 - a) / n)."""
+    """A binomial share: of a score a over n rows 95% lie within about 1.96 sqrt(a (1 - a) / n)."""
     monkeypatch.setattr("gputune.cli.held_out._SAMPLES", 400)
     rng = np.random.default_rng(1)
     for rows in (400, 60_000):  # of many rows smaller samples are drawn, and their spread is scaled
         y, right = np.repeat([0, 1], rows // 2), rng.random(rows) < 0.8
         outputs = torch.from_numpy(np.eye(2)[np.where(right, y, 1 - y)])
         model = SimpleNamespace(classes=np.array([0, 1]), task="binary", _outputs=lambda X, o=outputs: o)
-        held = held_out_score(model, "accuracy", read_source(np.zeros((rows, 1)), y))
-        width = 1.96 * math.sqrt(held.score * (1 - held.score) / rows)
-        np.testing.assert_allclose(np.array(held.interval) - held.score, [-width, width], rtol=0.2)
+        for scoring, method in (("balanced_accuracy", "bootstrap"), ("accuracy", "wilson")):
+            held = held_out_score(model, scoring, read_source(np.zeros((rows, 1)), y))
+            width = 1.96 * math.sqrt(held.score * (1 - held.score) / rows)
+            np.testing.assert_allclose(np.array(held.interval) - held.score, [-width, width], rtol=0.2)
+            assert held.interval_method == method
+
+
+def perfect(rows):
+    """Return a model that is right on all rows, and these rows."""
+    y = np.arange(rows) % 2
+    outputs = torch.from_numpy(np.eye(2)[y])
+    model = SimpleNamespace(classes=np.array([0, 1]), task="binary", _outputs=lambda X: outputs)
+    return model, read_source(np.zeros((rows, 1)), y)
+
+
+def test_the_interval_of_a_perfect_accuracy_is_not_one_point():
+    model, source = perfect(36)
+    held = held_out_score(model, "accuracy", source)
+    assert held.score == 1.0
+    assert held.interval == (pytest.approx(36 / (36 + 1.96**2), abs=1e-4), 1.0)
+    assert held.interval_text(measure_of("accuracy", 1.0)) == " (95% interval: 0.9036 to 1.0000)"
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (5, 10), (34, 36), (59_000, 60_000)])
+def test_wilsons_interval_equals_scipys(successes, n):
+    expected = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
+    assert wilson_interval(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_where_all_bootstrap_samples_score_the_same_there_is_no_interval():
+    model, source = perfect(36)
+    held = held_out_score(model, "roc_auc", source)
+    assert (held.score, held.interval, held.interval_method) == (1.0, None, "bootstrap")
+    text = " (no interval: all bootstrap samples of the 36 rows have this score)"
+    assert held.interval_text(measure_of("roc_auc", 1.0)) == text
 
 
 def test_there_is_no_interval_where_few_samples_have_a_score():
-    outputs = torch.zeros(8, 2, dtype=torch.float64)
+    outputs = torch.linspace(0, 1, 16, dtype=torch.float64).view(8, 2) ** 2
     model = SimpleNamespace(classes=np.array([0, 1]), task="binary", _outputs=lambda X: outputs)
-    y = np.array([1, *[0] * 7])
+    y = np.array([0, 1, 0, 0, 1, 0, 0, 1])
     assert held_out_score(model, "roc_auc", read_source(np.zeros((8, 1)), y)).interval is not None
     y = np.zeros(8, dtype=int)
     assert held_out_score(model, "roc_auc", read_source(np.zeros((8, 1)), y)).interval is None

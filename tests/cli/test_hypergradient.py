@@ -22,7 +22,7 @@ def descended(tmp_path_factory):
 def test_the_closing_text_counts_starts(descended):
     out, text = descended
     study = gputune.Study.open(out / "study.db")
-    assert "Descent  on lr from 3 starts, at most 3 outer steps each\n" in text
+    assert "Method   hypergradient search on lr from 3 starting points, at most 3 outer steps each\n" in text
     assert f"The best {min(5, len(study.trials))} of {len(study.trials)} trials by log_loss" in text
     assert "more of them may be better" not in text
     assert {trial.origin[0] for trial in study.trials} == {0, 1, 2}
@@ -77,7 +77,7 @@ def test_a_second_look_at_a_point_is_no_second_row(tmp_path):
         "activation=tanh", "batch_size=16", "--epochs", "10", "--cv", "3", "--trials", "1", "--no-default",
         "--workers", "1", "--test-size", "0", "--out", out, loud=True,
     )  # fmt: skip
-    assert code == 0 and "descent: 1 start x at most 11 points" in err
+    assert code == 0 and "hypergradient search: 1 starting point x at most 11 points" in err
     study = gputune.Study.open(out / "study.db")
     again = [b.number for a, b in itertools.combinations(study.trials, 2) if a.params == b.params]
     assert again, "no point was looked at twice: choose another start"

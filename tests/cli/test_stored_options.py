@@ -34,7 +34,8 @@ COMMANDS = {
         "--scoring f1 --positive bee --space lr=0.25 --schedule cosine --seed 3 --target-score 0.999 "
         "--patience-trials 50 --task classification --cv 2 --class-weight balanced --drop c --kind z=category "
         "--max-levels 5 --columns keep --numbers quantile --groups site --test-size 0.3 --device cpu --backend eager "
-        "--dtype float64 --memory 1MB --workers 1 --checkpoint-seconds 7 --no-predictions --ensemble --calibrate"
+        "--dtype float64 --memory 1MB --workers 1 --checkpoint-seconds 7 --no-predictions --ensemble --calibrate "
+        "--no-compare-default"
     ),
     "numbers": (
         "--target price --model net.py:Net --trials 2 --epochs 4 --method halving --factor 2 --min-epochs 1 "
@@ -100,6 +101,7 @@ STORED = {
     "ensemble": ("classes", lambda search, record: search.final_model["ensemble"], True),
     "intervals": ("numbers", lambda search, record: search.final_model["intervals"], True),
     "calibrate": ("classes", lambda search, record: search.final_model["calibrate"], True),
+    "compare_default": ("classes", lambda search, record: search.final_model["compare_default"], False),
 }  # fmt: skip
 
 # Options that are stored as trials: the parameters that the trials of the study have.

@@ -82,7 +82,7 @@ def test_tune_ends_with_the_saved_models_own_honest_score(tuned):
     assert model.info["held_out_score"] == pytest.approx(score)
     said = " ".join(out.split())
     assert f"Held-out accuracy: {score:.4f}, the saved model's own score on 12 rows" in said
-    assert "that nothing was fitted on (95 % of bootstrap samples: " in said
+    assert "that nothing was fitted on (95% interval: " in said
     assert f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the best of 3" in said
 
 
@@ -606,7 +606,7 @@ def test_features_are_counted_by_the_numbers_that_trials_have():
 def test_a_sampler_is_told_with_its_batches(trials, words):
     text = closing(made_batches(trials))
     assert f"Sampler Optuna's TPESampler {words} " in text
-    assert "Descent" not in text and "outer step" not in text and "pruned" not in text
+    assert "hypergradient" not in text and "outer step" not in text and "pruned" not in text
 
 
 def test_a_sampler_whose_batches_are_halved():
@@ -614,7 +614,7 @@ def test_a_sampler_whose_batches_are_halved():
     text = closing(study)
     assert any(trial.state == "pruned" for trial in study.trials)
     assert "Sampler Optuna's TPESampler proposed 39 trials in 5 batches Halving of 40 trials these were pruned" in text
-    assert "after epoch 3" in text and "Descent" not in text
+    assert "after epoch 3" in text and "hypergradient" not in text
     pruned = tuple(trial for trial in study.trials if trial.state == "pruned")
     alone = replace(study, trials=pruned, curves=study.curves[: len(pruned)])
     assert f"The best 5 of {len(pruned)} trials, pruned as all with a score are, by" in closing(alone)

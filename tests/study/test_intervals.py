@@ -130,7 +130,7 @@ def test_the_command_line(tmp_path, monkeypatch):
         ),
         (
             [*tune, "--target", "price", "--method", "hypergradient"],
-            "which the points of a descent do not; leave it out",
+            "which a hypergradient search does not; leave it out",
         ),
     ):
         code, _, err = run(*words)

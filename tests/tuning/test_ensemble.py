@@ -293,7 +293,7 @@ def test_rows_that_are_not_the_studys_are_refused_in_the_callers_words(study, tm
         ({}, {"refit": "fold"}, r"unless it is 'all' or 'folds', must be an integer of at least 1, got 'fold'"),
         ({"n_trials": 1}, {}, "needs two finished trials, and the study has 1; search on, or use best_model"),
         ({}, {"candidates": 1}, r"ensemble\(candidates=...\) must be an integer of at least 2, got 1"),
-        ({"method": "hypergradient", "n_trials": 1}, {}, "this study is of descents, whose points"),
+        ({"method": "hypergradient", "n_trials": 1}, {}, "this study is of a hypergradient search, whose points"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_an_ensemble_is_said(study, how, asked, message):
@@ -324,7 +324,7 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("ensemble", "best", "words"),
     [
-        (0.95, 0.91, "the ensemble is saved, .* One lies within 95 % of the other's bootstrap samples: .* be chance"),
+        (0.95, 0.91, "the ensemble is saved, .* One lies within the other's 95% interval, .* be chance"),
         (0.91, 0.95, "the best trial is saved, .* may be chance"),
         (0.95, 0.80, "the ensemble is saved, by these rows: its score there is a little optimistic.$"),
         (0.95, 0.95, "the best trial is saved, by these rows: its score there is a little optimistic.$"),

@@ -97,7 +97,11 @@ def test_what_cannot_be_calibrated_is_refused(study, points, labels):
         (labels[1].best_model, {}, f"{words} several labels"),
         (study.best_model, {"calibrate": "yes"}, r"best_model\(calibrate=...\) must be True, False or None, got 'yes'"),
         (study.best_model, asked, r"best_model\(calibrate=True\) needs the rows of the search.* leave out check=False"),
-        (points.best_model, {}, r"best_model\(calibrate=True\) trains a trial again on its folds, .* is of descents"),
+        (
+            points.best_model,
+            {},
+            r"best_model\(calibrate=True\) trains a trial again on its folds, .* is of a hypergradient search",
+        ),
     ):
         with refused(said):
             make(**{"calibrate": True, **how})
@@ -134,7 +138,7 @@ def test_what_cannot_train_again_on_its_folds_is_refused(study, points):
     X, loss = IRIS[0], lambda outputs, y: (outputs - y).abs().sum(1)
     custom = tune(nn.Linear, X, X, task="custom", loss=loss, space=SPACE, cv=2)
     for other, words in (
-        (points, "trains a trial again on its folds, and this study is of descents, .* another method"),
+        (points, "trains a trial again on its folds, and this study is of a hypergradient search, .* another method"),
         (loop, "this study is of search.., whose training loop is your own: keep what"),
         (custom, "this study is of a custom target, .* your own folds"),
     ):
@@ -235,7 +239,9 @@ def test_a_report_of_no_columns_or_of_descents_is_refused():
     images = short(CNN, RNG.normal(size=(24, 1, 8, 8)), RNG.integers(0, 2, 24))
     with refused(r"report\(importance=True\) is of the columns of a table, and X is .*; leave importance out"):
         images.report("x.html", importance=True)
-    with refused(r"report\(confusion=True\) trains a trial again on its folds, and this study is of descents"):
+    with refused(
+        r"report\(confusion=True\) trains a trial again on its folds, and this study is of a hypergradient search"
+    ):
         short("mlp", FRAME, Y > 0, method=descent).report("x.html", confusion=True)
 
 

@@ -1,0 +1,83 @@
+"""What the closing text says of a saved model: its calibration, its intervals, and the default's model next to it."""
+
+import math
+
+import numpy as np
+
+from gputune.cli.held_out import HeldOut
+from gputune.data.folds import unpack_folds
+from gputune.data.source import Source
+from gputune.errors import InputError
+from gputune.study.model import TunedModel
+from gputune.study.study import Study, Trial
+from gputune.text import Measure, count
+
+LEVEL = 0.9  # of the intervals whose coverage is told
+
+COMPARED_SHARE = 0.1
+"""The default's model is trained for a comparison if that takes less than this share of the search's member-steps."""
+
+
+def calibration_text(model: TunedModel) -> str:
+    """Return the temperature by which the logits of a calibrated model are divided; "" for other models."""
+    if model.temperature == 1.0:
+        return ""
+    return (
+        f"The probabilities are calibrated: the logits are divided by the temperature {model.temperature:.4g}, which "
+        "was fitted on the validation rows of the folds."
+    )
+
+
+def coverage_text(model: TunedModel, test: Source | None) -> str:
+    """Return the share of held-out rows that the model's intervals hold."""
+    if test is None:
+        return "The model has intervals. No rows were held out to check how many values they hold."
+    try:
+        lower, upper = model.predict_interval(test.X, LEVEL)
+    except InputError:
+        return f"The model has intervals, but the folds have too few rows for a level of {LEVEL:.0%}."
+    y = np.asarray(test.y, dtype=np.float64)
+    inside = int(((lower <= y) & (y <= upper)).sum())
+    rows = count(len(y), "held-out row")
+    return f"Intervals with level {LEVEL:.0%} hold {inside} of {rows} ({inside / len(y):.0%})."
+
+
+def is_cheap_to_train(study: Study, trial: Trial) -> bool:
+    """Return whether training a trial on all rows takes less than a tenth of the search's member-steps."""
+    folds = unpack_folds(study.record.arguments.folds)
+    fold_rows = [len(train) for train, _ in folds]
+    all_rows = int(study.record.fingerprint["rows"])
+    epochs: list[int] = (~np.isnan(study.curves)).any(2).sum(1).tolist()
+    spent = 0
+    for one, n_epochs in zip(study.trials, epochs):
+        spent += n_epochs * sum(_steps(study, one, rows) for rows in fold_rows)
+    return trial.best_epoch * _steps(study, trial, all_rows) < COMPARED_SHARE * spent
+
+
+def _steps(study: Study, trial: Trial, n_rows: int) -> int:
+    """Return the number of optimizer steps of one epoch on so many rows; 1 for a model that is solved."""
+    choice, options = study.data.choice, study.data.options
+    if choice.solved:
+        return 1
+    return math.ceil(n_rows / int(choice.complete(trial.params, options.schedule)["batch_size"]))
+
+
+def comparison_text(measure: Measure, saved: HeldOut, default: HeldOut) -> str:
+    """Return the held-out scores of the saved model and of the default's model."""
+    if saved.why or default.why:
+        return f"The default's model has no held-out {measure.name} to compare with."
+    text = (
+        f"On the held-out rows the default configuration, trained on all rows too, has a {measure.name} of "
+        f"{measure.text(default.score)}{default.interval_text(measure)}, and the saved model "
+        f"{measure.text(saved.score)}."
+    )
+    if may_be_chance(saved, default):
+        text += " One lies within the other's 95% interval, so the difference may be chance."
+    return text
+
+
+def may_be_chance(one: HeldOut, other: HeldOut) -> bool:
+    """Return whether one of two different scores lies within the other's interval."""
+    pairs = ((one.interval, other.score), (other.interval, one.score))
+    within = any(interval is not None and interval[0] <= score <= interval[1] for interval, score in pairs)
+    return within and one.score != other.score
