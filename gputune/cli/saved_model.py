@@ -67,7 +67,7 @@ def comparison_text(measure: Measure, saved: HeldOut, default: HeldOut) -> str:
     if saved.why or default.why:
         return f"The default's model has no held-out {measure.name} to compare with."
     text = (
-        f"On the held-out rows the default configuration, trained on all rows too, has a {measure.name} of "
+        f"The default configuration, also trained on all rows, has a held-out {measure.name} of "
         f"{measure.text(default.score)}{default.interval_text(measure)}, and the saved model "
         f"{measure.text(saved.score)}."
     )

@@ -21,7 +21,7 @@ from study_models import make_model
 A, B = np.random.default_rng(0).normal(size=(2, 60)).round(3)  # the first columns of a table, as ``write_table`` draws
 PRICES = {"target": "price", "price": (10 + 3 * A + B).round(3).tolist(), "n_rows": 60}
 BETTER = ["--space", "lr=0.001,0.03"]  # of which the default has the worse one
-COMPARED = r"On the held-out rows the default configuration, trained on all rows too, has a r2 of (-?[\d.]+)"
+COMPARED = r"The default configuration, also trained on all rows, has a held-out r2 of (-?[\d.]+)"
 
 
 def text_of(*arguments):
@@ -124,7 +124,7 @@ def test_two_scores_within_their_intervals_may_be_chance():
     measure = measure_of("neg_log_loss", -0.3)
     saved, default = (HeldOut(score, 50, interval=(score - 0.05, score + 0.05)) for score in (-0.30, -0.33))
     assert comparison_text(measure, saved, default) == (
-        "On the held-out rows the default configuration, trained on all rows too, has a log_loss of 0.3300 (95% of "
+        "The default configuration, also trained on all rows, has a held-out log_loss of 0.3300 (95% of "
         "bootstrap samples: 0.2800 to 0.3800), and the saved model 0.3000. One lies within the other's 95% interval, "
         "so the difference may be chance."
     )

@@ -198,7 +198,7 @@ def test_a_score_of_one_class_says_which(tmp_path):
     assert json.loads(run("best", out, "--format", "json")[1])["positive"] == "ant"
     assert run("report", out, "--out", tmp_path / "report.html")[0] == 0
     html = unescape((tmp_path / "report.html").read_text())
-    assert "best cross-validated f1 of class 'ant'" in html and "positive='ant'," in html
+    assert "best cross-validated f1 of class 'ant'" in html
     words = "differs from this command in: --positive ('ant' there, 'bee' here)"
     assert words in refusal(*command, "--positive", "bee")
 
