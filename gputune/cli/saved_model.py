@@ -1,21 +1,54 @@
-"""What the closing text says of a saved model: its calibration, its intervals, and the default's model next to it."""
+"""The options of the saved model: checks before the search, and what the closing text says of them.
+
+They are its calibration, its intervals, and the comparison with the default's model.
+"""
 
 import math
+from pathlib import Path
 
 import numpy as np
 
 from gputune.cli.held_out import HeldOut
 from gputune.data.folds import unpack_folds
 from gputune.data.source import Source
+from gputune.data.target import check_target
 from gputune.errors import InputError
+from gputune.methods.descent import Hypergradient
 from gputune.study.model import TunedModel
+from gputune.study.model_files import DESCRIPTION, read_description
 from gputune.study.study import Study, Trial
 from gputune.text import Measure, count
+from gputune.tuning.options import Options
+from gputune.types import Json
+from gputune.views.default_trial import default_trial
 
 LEVEL = 0.9  # of the intervals whose coverage is told
 
 COMPARED_SHARE = 0.1
 """The default's model is trained for a comparison if that takes less than this share of the search's member-steps."""
+
+
+def read_saved_description(folder: Path) -> Json:
+    """Return the description of the model in a folder; {} where it holds none that can be read."""
+    try:
+        return read_description(folder / DESCRIPTION)
+    except InputError:
+        return {}
+
+
+def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: bool) -> None:
+    """Raise InputError, before anything trains, where no model can have intervals, or be calibrated."""
+    if not (intervals or calibrate):
+        return
+    target = check_target(rest.y, task=options.task, n_rows=len(rest.X), name=rest.target)
+    flag, what, fits = "--intervals", "one number", target.task == "regression" and target.n_outputs == 1
+    if not intervals:
+        flag, what, fits = "--calibrate", "one class", target.task in ("binary", "multiclass")
+    if not fits:
+        raise InputError(f"{flag} is for {what} to be predicted, and the target is {target.in_words}; leave it out.")
+    if isinstance(options.method, Hypergradient):
+        rule = f"{flag} trains a trial on its folds again, which a hypergradient search does not"
+        raise InputError(f"{rule}; leave it out.")
 
 
 def calibration_text(model: TunedModel) -> str:
@@ -60,6 +93,16 @@ def _steps(study: Study, trial: Trial, n_rows: int) -> int:
     if choice.solved:
         return 1
     return math.ceil(n_rows / int(choice.complete(trial.params, options.schedule)["batch_size"]))
+
+
+def is_worth_comparing(study: Study, held_out: HeldOut | None) -> bool:
+    """Return whether the default's model is compared without being asked for: if that is possible and cheap."""
+    default = default_trial(study)
+    if default is None or held_out is None or held_out.why:
+        return False
+    if default.number == study.best_trial.number:
+        return False
+    return is_cheap_to_train(study, default)
 
 
 def comparison_text(measure: Measure, saved: HeldOut, default: HeldOut) -> str:

@@ -18,15 +18,21 @@ from pathlib import Path
 
 from gputune.cli.arguments import model_folder, study_file
 from gputune.garbage import without_collector
-from gputune.report.facts import FAILED, check_place, is_its_model, params_text, seconds_text, states_text, why_failed
+from gputune.report.facts import (
+    FAILED,
+    check_place,
+    params_text,
+    read_model_info,
+    seconds_text,
+    states_text,
+    why_failed,
+)
 from gputune.scratch import write_text
 from gputune.study.claims import Claims
-from gputune.study.record import has_form
 from gputune.study.rows import FoldReport
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial, best_trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
-from gputune.types import Json
 from gputune.views.default_trial import improvement_json, improvement_text
 from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by, score_view
 
@@ -39,12 +45,6 @@ _LONGEST = 17
 
 _WATCH_SECONDS, _LIVE_SECONDS, _CURVES = 2.0, 5, 5
 """Between two looks at a running search, between two of its pages, and the curves that a look shows."""
-
-_INFO = {
-    "held_out_score?": (float, None), "held_out_rows?": int, "held_out_chose?": bool,
-    "held_out_baseline?": {"answer": str, "score": float},
-}  # fmt: skip
-"""What a page reads of the saved model's ``info``."""
 
 _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
@@ -315,7 +315,7 @@ def report(arguments: Namespace) -> str:
         check_fold_report(study, confusion=parts["confusion"])
 
     def write(folds: FoldReport | None = None, reload_seconds: int = 0) -> None:
-        model = _model(study, model_folder(file))
+        model = read_model_info(study, model_folder(file))
         write_text(Path(out), page(study, model=model, folds=folds, reload_seconds=reload_seconds))
 
     if arguments.live:
@@ -332,19 +332,6 @@ def report(arguments: Namespace) -> str:
     elif not arguments.live:
         write()
     return f"Report   {out}"
-
-
-def _model(study: Study, folder: Path) -> Json | None:
-    """Return the info of the model beside a study where it is that of its best trial, or None."""
-    from gputune.study.model_files import DESCRIPTION, file_errors, read_description
-
-    if not (folder / DESCRIPTION).is_file():
-        return None
-    with file_errors(folder / DESCRIPTION):
-        info: Json = read_description(folder / DESCRIPTION)["info"]
-        if not has_form(info, _INFO):
-            raise ValueError("its info is of another type")
-    return info if is_its_model(study, info) else None
 
 
 def repair(arguments: Namespace) -> str:

@@ -18,16 +18,21 @@ from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
 from gputune.cli.flags import in_flags
 from gputune.cli.held_out import HeldOut, held_out_baseline, held_out_score
 from gputune.cli.options import options_of, typed_options
-from gputune.cli.saved_model import calibration_text, comparison_text, coverage_text, is_cheap_to_train
+from gputune.cli.saved_model import (
+    calibration_text,
+    check_extras,
+    comparison_text,
+    coverage_text,
+    is_worth_comparing,
+    read_saved_description,
+)
 from gputune.cli.summary import Ending, ensemble_words, stopped_text, summary_text
 from gputune.data.array_files import ARRAY_SUFFIXES
-from gputune.data.source import Source, read_source, set_apart
+from gputune.data.source import read_source, set_apart
 from gputune.data.target import check_spread, check_target, with_transform
 from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted, Terminated
-from gputune.methods.descent import Hypergradient
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
-from gputune.study.model_files import DESCRIPTION, read_description
 from gputune.study.study import Trial
 from gputune.tuning.choices import choose_model
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
@@ -37,7 +42,6 @@ from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import RecordedSearch, recorded_search
 from gputune.tuning.session import checked_space, first_trials
 from gputune.tuning.task_choice import chosen_task
-from gputune.types import Json
 from gputune.views.default_trial import default_trial
 from gputune.views.scores import score_view
 
@@ -122,7 +126,7 @@ class _Run:
         self.intervals = final_model["intervals"]
         # None leaves the choice to ``best_model``: it calibrates where the log loss ranks the trials.
         self.calibrate = True if final_model["calibrate"] else None
-        _check_extras(rest, options, intervals=self.intervals, calibrate=final_model["calibrate"])
+        check_extras(rest, options, intervals=self.intervals, calibrate=final_model["calibrate"])
 
     def _final_model(self) -> dict[str, bool]:
         """Return the options of the model to save: those typed, and in a resume those that the study was begun with.
@@ -136,7 +140,7 @@ class _Run:
         compare_default = {} if compares is None else {"compare_default": compares}
         if self.arguments.command != "resume":
             return {**typed, **compare_default}
-        saved = _read_description(self.folder)
+        saved = read_saved_description(self.folder)
         of_saved_model = {
             "ensemble": "ensemble" in saved.get("spec", {}),
             "intervals": saved.get("residuals") is not None,
@@ -199,7 +203,7 @@ class _Run:
         ensemble of an earlier call stays.
         """
         scored = any(math.isfinite(trial.score) for trial in ending.study.trials)
-        if scored and "ensemble" not in _read_description(self.folder).get("spec", {}):
+        if scored and "ensemble" not in read_saved_description(self.folder).get("spec", {}):
             words = "training the best trial so far on all rows (Ctrl-C: do without)"
             Progress(self.recorded.options.verbose).say(words)
             with suppress(DivergedError, KeyboardInterrupt):
@@ -241,7 +245,7 @@ class _Run:
         """
         study, saved = ending.study, ending.held_out
         default = default_trial(study)
-        if self.compares_default is False or (self.compares_default is None and not _is_worth_comparing(ending)):
+        if self.compares_default is False or (self.compares_default is None and not is_worth_comparing(study, saved)):
             return ending
         if saved is None:
             return replace(ending, comparison="No rows are held out on which to compare with the default's model.")
@@ -284,39 +288,6 @@ class _Run:
             answer, score = baseline
             scored["held_out_baseline"] = {"answer": answer, "score": score}
         return replace(model, info={**model.info, **scored}), held_out
-
-
-def _is_worth_comparing(ending: Ending) -> bool:
-    """Return whether the default's model is compared without being asked for: if that is possible and cheap."""
-    default = default_trial(ending.study)
-    if default is None or ending.held_out is None or ending.held_out.why:
-        return False
-    if default.number == ending.study.best_trial.number:
-        return False
-    return is_cheap_to_train(ending.study, default)
-
-
-def _read_description(folder: Path) -> Json:
-    """Return the description of the model in a folder; {} where it holds none that can be read."""
-    try:
-        return read_description(folder / DESCRIPTION)
-    except InputError:
-        return {}
-
-
-def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: bool) -> None:
-    """Raise InputError, before anything trains, where no model can have intervals, or be calibrated."""
-    if not (intervals or calibrate):
-        return
-    target = check_target(rest.y, task=options.task, n_rows=len(rest.X), name=rest.target)
-    flag, what, fits = "--intervals", "one number", target.task == "regression" and target.n_outputs == 1
-    if not intervals:
-        flag, what, fits = "--calibrate", "one class", target.task in ("binary", "multiclass")
-    if not fits:
-        raise InputError(f"{flag} is for {what} to be predicted, and the target is {target.in_words}; leave it out.")
-    if isinstance(options.method, Hypergradient):
-        rule = f"{flag} trains a trial on its folds again, which a hypergradient search does not"
-        raise InputError(f"{rule}; leave it out.")
 
 
 def _requested_trial(study: Study) -> Trial:

@@ -9,6 +9,7 @@ import numpy as np
 
 from gputune.errors import TOO_BIG, InputError
 from gputune.scratch import no_folder
+from gputune.study.record import has_form
 from gputune.study.rows import TrialState
 from gputune.study.store import States
 from gputune.study.study import Study, Trial, best_trial
@@ -24,6 +25,12 @@ STATES: dict[TrialState, str] = {
 _RAISED, _TOO_BIG, _LOST = "that raised an error", "too big for the memory", "that lost their workers"
 
 FAILED = 20  # failed trials that are listed
+
+MODEL_INFO = {
+    "held_out_score?": (float, None), "held_out_rows?": int, "held_out_chose?": bool,
+    "held_out_baseline?": {"answer": str, "score": float},
+}  # fmt: skip
+"""The form of what a page reads of a saved model's ``info``."""
 
 
 Fact = tuple[str, str, str]
@@ -131,6 +138,19 @@ def is_its_model(study: Study, model: Json) -> bool:
     same = "ensemble" in model or (model.get("params"), model.get("score")) == (best.params, best.score)
     # Models of earlier versions do not say which rows they were trained on.
     return same and bool(model.get("fingerprint", rows) == rows)
+
+
+def read_model_info(study: Study, folder: Path) -> Json | None:
+    """Return the info of the model beside a study where it is that of its best trial, or None."""
+    from gputune.study.model_files import DESCRIPTION, file_errors, read_description
+
+    if not (folder / DESCRIPTION).is_file():
+        return None
+    with file_errors(folder / DESCRIPTION):
+        info: Json = read_description(folder / DESCRIPTION)["info"]
+        if not has_form(info, MODEL_INFO):
+            raise ValueError("its info is of another type")
+    return info if is_its_model(study, info) else None
 
 
 def states_of(study: Study) -> States:
