@@ -20,6 +20,7 @@ from gputune.errors import InputError
 from gputune.memory import is_out_of_memory
 from gputune.modules.calls import not_trained, state_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook, name_of
+from gputune.modules.hidden_state import KeptState, buffers_at_start, check_evaluation, check_hidden_state
 from gputune.modules.module import ModuleNetwork, StackedModule, Traits
 from gputune.modules.module_trial import ModuleTrial, Trail, at_start
 from gputune.modules.probabilities import are_probabilities, check_probabilities
@@ -124,6 +125,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     """Try a module in training twice, and in evaluation, then stacked; return what it did."""
     module, x, start = trial.module, trial.inputs, trial.numbers()
     before = {name: tensor.detach().clone() for name, tensor in not_trained(module).items()}
+    untrained = KeptState(module)
     trial.forward(x, training=True, watched=True)
     trained, first = trial.forward(x, training=True), trial.numbers()
     places = [(w, w.detach().clone()) for w in module.parameters() if w.requires_grad]
@@ -135,11 +137,16 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         w.data = value
     trial.check_outputs(trained)
     trial.check_trainable(trained)
-    changing = [name for name, tensor in not_trained(module).items() if not torch.equal(tensor.detach(), before[name])]
+    now = not_trained(module)  # a forward may have added buffers
+    changing = [name for name, tensor in before.items() if not torch.equal(now[name].detach(), tensor)]
+    changing += [name for name in buffers_at_start(trial) if name not in changing]
     changing += [name for name in dropout_rates(module) if name not in changing]
     counted = [k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])]
+    unevaluated = KeptState(module)
     alone = trial.forward(x, training=False)
     trial.check_outputs(alone)
+    check_evaluation(trial, unevaluated, alone)
+    check_hidden_state(trial, untrained, counted, alone)
     check_probabilities(trial.name, trial.objective, trained)
     few = trial.forward([part[:2] for part in x], training=False)
     losses = trial.losses()

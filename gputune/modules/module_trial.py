@@ -47,6 +47,17 @@ class ModuleTrial:
         self.module = convert(module, data.dtype)
         self.trail = Trail(self.module)
 
+    def fresh(self) -> nn.Module:
+        """Return the module as its builder makes it."""
+        module = build_module(self.builder, module_arguments(self.config), self.shape, seed=0)
+        return convert(module, self.shape.dtype)
+
+    def of_module(self, module: nn.Module) -> Self:
+        """Return this trial with another module."""
+        other = copy.copy(self)
+        other.module = module
+        return other
+
     def in_double(self) -> Self:
         """Return this trial with floats of double precision; its module stays as it is."""
         double = copy.copy(self)

@@ -30,7 +30,15 @@ from gputune.modules.construction import Builder, call_arguments, construct, mat
 from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import write_files
 from gputune.study import module_source
-from gputune.study.module_state import read_numbers, read_seeds, restore, saved_numbers, saved_tensors
+from gputune.study.module_state import (
+    read_numbers,
+    read_seeds,
+    read_temporary,
+    restore,
+    saved_numbers,
+    saved_tensors,
+    temporary_buffers,
+)
 from gputune.study.record import has_form
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
@@ -81,6 +89,7 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
         "statistics": model.statistics.to_json(),
         "spec": _full_spec(model),
         "numbers": saved_numbers(model.module) if model.spec["kind"] == "module" else {},
+        "temporary": temporary_buffers(model.module),
     }
     state = saved_tensors(model.module)
     place = Path(folder)
@@ -137,7 +146,7 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
         known = _fields(body)
         spec, members = known["spec"], _members(known)
         seeds = read_seeds(spec, len(members))
-        numbers = read_numbers(body)
+        numbers, temporary = read_numbers(body), read_temporary(body, state)
         if (kind := str(spec["kind"])) in BUILT_IN:
             _check_size(members, kind, state)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
@@ -155,7 +164,7 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     weights, columns = [1 / len(modules)] * len(modules), spec.get("columns", ())
     network = Ensemble(modules, weights, known["task"], columns) if "ensemble" in spec else modules[0]
     try:
-        restore(network, state, numbers)
+        restore(network, state, numbers, temporary)
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
         raise InputError(f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}") from error

@@ -4,7 +4,7 @@
 What a constructor draws into plain attributes is in no file: the module is built from the same random stream again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -17,6 +17,12 @@ Numbers = dict[str, bool | int | float]
 def saved_tensors(module: nn.Module) -> dict[str, object]:
     """Return the parameters and all buffers of a module by name, also buffers that ``state_dict()`` leaves out."""
     return dict(module.named_buffers()) | dict(module.state_dict())
+
+
+def temporary_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers of a module that ``state_dict()`` leaves out."""
+    persistent = module.state_dict().keys()
+    return [name for name, _ in module.named_buffers() if name not in persistent]
 
 
 def saved_numbers(module: nn.Module) -> Numbers:
@@ -40,6 +46,17 @@ def read_numbers(body: Json) -> Json:
     return numbers
 
 
+def read_temporary(body: Json, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the buffers that are in no ``state_dict()``; files of old versions have none.
+
+    Raises ValueError for anything else.
+    """
+    names = body.get("temporary", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in tensors for name in names):
+        raise ValueError("the names of its temporary buffers are of another type")
+    return names
+
+
 def read_seeds(spec: Json, n_modules: int) -> list[int | None]:
     """Return the seed with which each module was built; None for files of old versions, which do not have it.
 
@@ -51,18 +68,27 @@ def read_seeds(spec: Json, n_modules: int) -> list[int | None]:
     return list(seeds)
 
 
-def restore(module: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, object]) -> None:
+def restore(
+    module: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, object], temporary: Collection[str]
+) -> None:
     """Give a new module the tensors and numbers that were saved of another one.
 
     A number is left alone where the class no longer has it. Raises RuntimeError, as ``load_state_dict`` does, for
     tensors that do not fit.
+
+    Args:
+        module: What receives them, in place.
+        tensors: What ``saved_tensors`` returned.
+        numbers: What ``saved_numbers`` returned.
+        temporary: What ``temporary_buffers`` returned.
     """
-    persistent = module.state_dict().keys()
-    others = {name: tensors[name] for name, _ in module.named_buffers() if name in tensors and name not in persistent}
-    module.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in others})
-    for name, tensor in others.items():
+    module.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in temporary})
+    for name in temporary:
         path, _, key = name.rpartition(".")
-        module.get_submodule(path)._buffers[key] = tensor
+        part = module.get_submodule(path) if path in dict(module.named_modules()) else None
+        if part is None or (key not in part._buffers and hasattr(part, key)):
+            raise RuntimeError(f"Unexpected key(s): {name!r}, which is no buffer there.")
+        part.register_buffer(key, tensors[name], persistent=False)  # a forward may have added it
     for path, part in _counting_parts(module):
         for key, before in list(vars(part).items()):
             value = numbers.get(f"{path}.{key}".lstrip("."))

@@ -119,7 +119,12 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(frame, folder, options):
 
 def test_a_model_that_an_earlier_version_wrote_is_read(frame, saved):
     expected = load_model(saved).predict_proba(frame)
-    edit(saved, lambda body: [body.pop(name) for name in ("target_transform", "residuals", "temperature", "numbers")])
+    edit(
+        saved,
+        lambda body: [
+            body.pop(name) for name in ("target_transform", "residuals", "temperature", "numbers", "temporary")
+        ],
+    )
     np.testing.assert_array_equal(load_model(saved).predict_proba(frame), expected)
 
 

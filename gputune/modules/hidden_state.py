@@ -1,0 +1,138 @@
+"""State that a module keeps where neither a member nor a saved model has it: in plain attributes.
+
+A member is its parameters, its buffers and the numbers that it counts in. A tensor in a plain attribute, or in a list
+or an object there, is lost with the module that trained. That does no harm where predictions do not depend on it, as
+with activations that a forward keeps or a table that it makes again.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gputune.errors import InputError
+from gputune.modules.calls import not_trained, put_numbers, state_of
+from gputune.modules.construction import start_from
+from gputune.modules.module_trial import ModuleTrial
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+_DEPTH = 3
+_LARGEST = 1 << 16  # bytes of an array that are compared
+
+
+class KeptState:
+    """What the buffers and the plain attributes of a module are at one moment, by their names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._alive: list[object] = []  # so that no other object gets their ids
+        self._marks = self._marks_of(module)
+
+    def changed(self, module: nn.Module) -> list[str]:
+        """Return the names of what is different now, in the order of the submodules."""
+        marks = self._marks_of(module)
+        return [name for name, mark in marks.items() if self._marks.get(name) != mark]
+
+    def _marks_of(self, module: nn.Module) -> dict[str, object]:
+        marks = {name: self._mark(tensor, 0) for name, tensor in module.named_buffers()}
+        for path, part in module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                continue
+            for name, value in vars(part).items():
+                if name not in _OF_MODULES:
+                    marks[f"{path}.{name}".lstrip(".")] = self._mark(value, _DEPTH)
+        return marks
+
+    def _mark(self, value: object, depth: int) -> object:
+        """Return what differs once a value is another one, or is written into."""
+        if value is None or isinstance(value, bool | int | float | str):
+            return repr(value)
+        self._alive.append(value)
+        if isinstance(value, Tensor):
+            return id(value), value._version
+        if isinstance(value, np.ndarray):
+            return value.tobytes() if value.nbytes <= _LARGEST else id(value)
+        if depth == 0 or isinstance(value, nn.Module | type) or callable(value):
+            return id(value)
+        if isinstance(value, dict):
+            return [(repr(key), self._mark(member, depth - 1)) for key, member in value.items()]
+        if isinstance(value, list | tuple | set):
+            return [self._mark(member, depth - 1) for member in value]
+        return id(value), self._mark(dict(getattr(value, "__dict__", {})), depth - 1)
+
+
+def check_evaluation(trial: ModuleTrial, before: KeptState, outputs: Tensor) -> None:
+    """Raise InputError where predictions depend on the rows that were predicted before.
+
+    Args:
+        trial: The module, which has been called once in evaluation mode since ``before``.
+        before: Its state before that call.
+        outputs: The outputs of that call, on all rows.
+    """
+    changed = before.changed(trial.module)
+    if changed and not _close(trial.forward(trial.inputs, training=False), outputs):
+        raise InputError(
+            f"model: {trial.name} changes {changed[0]!r} in evaluation mode, so each prediction would depend on the "
+            "rows before it. Change it only where self.training is True."
+        )
+
+
+def check_hidden_state(trial: ModuleTrial, before: KeptState, counted: Sequence[str], outputs: Tensor) -> None:
+    """Raise InputError where predictions depend on what training has left in plain attributes.
+
+    Args:
+        trial: The module, which has been called in training since ``before``.
+        before: Its state before that.
+        counted: The names of the numbers that training changes, which members have.
+        outputs: The outputs of the module as it is now, in evaluation mode, on all rows.
+    """
+    fresh = trial.fresh()
+    held = {*counted, *dict(fresh.named_buffers())}
+    changed = [name for name in before.changed(trial.module) if name not in held]
+    if changed:
+        _copy_state(trial.module, fresh, counted)
+        _check_same(trial, fresh, outputs, f"keeps state in {changed[0]!r}, a plain attribute", changed[0])
+
+
+def buffers_at_start(trial: ModuleTrial) -> list[str]:
+    """Return the names of the buffers with ``persistent=False`` that the module's ``start_from`` changes.
+
+    Raises InputError where predictions depend on what it leaves in plain attributes.
+    """
+    if not hasattr(trial.module, "start_from"):
+        return []
+    started = trial.fresh()
+    before = KeptState(started)
+    start_from(started, trial.inputs, trial.y, seed=0)
+    buffers = dict(started.named_buffers())
+    changed = before.changed(started)
+    if hidden := [name for name in changed if name not in buffers]:
+        outputs = trial.of_module(started).forward(trial.inputs, training=False)
+        other = trial.fresh()
+        _copy_state(started, other, ())
+        _check_same(trial, other, outputs, f"sets {hidden[0]!r}, a plain attribute, in start_from", hidden[0])
+    persistent = started.state_dict().keys()
+    return [name for name in changed if name in buffers and name not in persistent]
+
+
+def _copy_state(module: nn.Module, other: nn.Module, counted: Sequence[str]) -> None:
+    """Give another module of the same class all that a member has: tensors, and the numbers ``counted``."""
+    tensors = {**dict(module.named_parameters()), **not_trained(module)}
+    with torch.no_grad():
+        for name, own in (*other.named_parameters(), *other.named_buffers()):
+            if name in tensors and tensors[name].shape == own.shape:
+                own.copy_(tensors[name])
+    put_numbers(other, state_of(module, counted))
+
+
+def _check_same(trial: ModuleTrial, other: nn.Module, outputs: Tensor, finding: str, name: str) -> None:
+    if not _close(trial.of_module(other).forward(trial.inputs, training=False), outputs):
+        key = name.rpartition(".")[2]
+        raise InputError(
+            f"model: {trial.name} {finding}, and its predictions depend on that. A trained model would lose it: make "
+            f"it a buffer, self.register_buffer({key!r}, tensor)."
+        )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
