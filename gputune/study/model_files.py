@@ -165,7 +165,7 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     network = Ensemble(modules, weights, known["task"], columns) if "ensemble" in spec else modules[0]
     try:
         restore(network, state, numbers, temporary)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
         raise InputError(f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}") from error
     if changed:

@@ -110,14 +110,16 @@ class Normal(Linear):
 
 
 class Remembering(Linear):
-    """Its outputs depend on how many minibatches a list has seen."""
+    """Its outputs in training depend on how many minibatches a list has seen."""
 
     def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)
         self.seen = []
 
     def forward(self, x):
-        self.seen += [1] * self.training
+        if not self.training:
+            return super().forward(x)
+        self.seen.append(1)
         return super().forward(x) / (1 + 0.1 * len(self.seen))
 
 
