@@ -143,6 +143,16 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, prefix: str) -> Non
     flush(folder)
 
 
+@contextmanager
+def naming_folder(folder: Path, action: str, remedy: str) -> Iterator[None]:
+    """Let an OSError inside say what could not be done, in which folder, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, f"{action} ({reason}); {remedy}", str(folder)) from error
+
+
 def no_folder(argument: str, path: Path) -> InputError:
     """Return the error of an ``argument``, as its door calls it, whose file would lie in a folder that is not there."""
     return InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")

@@ -45,7 +45,7 @@ from gputune.executors.worker import (
     why_lost,
 )
 from gputune.population.population import Population
-from gputune.scratch import scratch_folder
+from gputune.scratch import naming_folder, scratch_folder
 from gputune.text import count
 
 _LARGE = 1 << 20  # bytes from which a tensor's file is looked for
@@ -161,6 +161,10 @@ def pickle_job(job: Job, *, here: bool = True) -> bytes:
     return pickled_with_code(job, (job.module_class, *scorers, *functions), here=here)
 
 
+_NO_ROOM = "make room there, let TMPDIR name a folder of another disk, or choose workers=1"
+_NO_SEMAPHORES = "let it be writable, or choose workers=1, which trains in this process"
+
+
 class Processes(Executor[Chunk, Result]):
     """Worker processes, each with environment variables and an argument for ``work`` of its own: its place."""
 
@@ -172,7 +176,9 @@ class Processes(Executor[Chunk, Result]):
         self.work, self._give_up = work, give_up
         # A start of its own, as it would let the signals through that are held off from a worker's.
         resource_tracker.ensure_running()
-        self.places = {one_worker(place[0]): place for place in places}
+        shared_memory = Path("/dev/shm")  # where Linux keeps the semaphores of the queues
+        with naming_folder(shared_memory, "worker processes cannot be started", _NO_SEMAPHORES):
+            self.places = {one_worker(place[0]): place for place in places}
         self.idle = list(self.places)
         self.busy: dict[Future[Sequence[Result]], ProcessPoolExecutor] = {}
         self.news = threading.Event()
@@ -240,7 +246,8 @@ def chunk_processes(
     """Have a worker of one thread for each device inside, beside this process; idle ones serve the next search."""
     with scratch_folder() as folder:
         path = folder / "data.joblib"
-        joblib.dump(to_arrays(to_device(data, torch.device("cpu")), here=True), path)
+        with naming_folder(folder.parent, "the data for the worker processes cannot be written", _NO_ROOM):
+            joblib.dump(to_arrays(to_device(data, torch.device("cpu")), here=True), path)
         with job.stop.heard_by_workers(folder / "stop"):
             work = partial(_run_in_worker, pickle_job(job), str(path))
             processes = Processes[Population, Outcome | Failure](work, [(None, d) for d in devices], _failures)
@@ -298,11 +305,13 @@ def trial_processes(task: Task, workers: int | None, n_trials: int, folder: Path
         executor, path = Executor[Trial, Ending](), folder / "task.pkl"
         if len(places := environments(workers, n_trials)) > 1:
             try:
-                path.write_bytes(pickled_with_code(task, [task.objective]))
+                pickled = pickled_with_code(task, [task.objective])
             except Exception as error:  # whatever pickling it raises
                 why = f"objective cannot be sent to worker processes ({type(error).__name__}: {error})"
                 remedy = "Make what it uses inside of it, or choose workers=1, which calls it in this process."
                 raise InputError(f"{why}. {remedy}") from error
+            with naming_folder(folder.parent, "the objective for the worker processes cannot be written", _NO_ROOM):
+                path.write_bytes(pickled)
             executor = Processes(partial(call_in_worker, str(path)), [(each, None) for each in places], _failed_trial)
         try:
             yield executor

@@ -1,6 +1,7 @@
 """Random search: the trials of a search, drawn once by scikit-learn's ParameterSampler, and what is said of them."""
 
 import math
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeGuard
@@ -24,19 +25,34 @@ _NEAR = 0.05  # share of a range, on its own scale, that counts as its end
 
 
 def draw(
-    space: Space, n_trials: int, seed: int | np.random.RandomState, check: ConfigCheck = check_config
+    space: Space,
+    n_trials: int,
+    seed: int | np.random.RandomState,
+    check: ConfigCheck = check_config,
+    *,
+    seconds: float | None = None,
 ) -> list[Config]:
     """Return ``n_trials`` configurations of a checked space: ParameterSampler's own, so RandomizedSearchCV's too.
 
     A space of lists only is drawn without replacement; where it has too few points, all of them are returned,
     fewer than ``n_trials`` (``remarks`` says so). Raises InputError, for instance where a distribution of the
     user's own draws 17.3 for an integer key.
+
+    After so many ``seconds`` it returns those that it has drawn, at least one.
     """
     sampler = ParameterSampler(space, _n_draws(space, n_trials), random_state=seed)
-    return [check(config, name="a draw of space") for config in sampler]
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    configs: list[Config] = []
+    for config in sampler:
+        configs.append(check(config, name="a draw of space"))
+        if time.monotonic() > end:
+            break
+    return configs
 
 
-def _draw_on(known: Sequence[Config], space: Space, n_trials: int, seed: int, check: ConfigCheck) -> list[Config]:
+def _draw_on(
+    known: Sequence[Config], space: Space, n_trials: int, seed: int, check: ConfigCheck, seconds: float | None
+) -> list[Config]:
     """Return what ``draw`` does, without the first draws where ``known`` are these.
 
     The generator passes them over in a fraction of the time. Since ``known`` has no configuration twice, they are the
@@ -50,10 +66,10 @@ def _draw_on(known: Sequence[Config], space: Space, n_trials: int, seed: int, ch
         for _ in range(len(known) - 1):
             for draw_one in draws[generator.randint(len(laws))] if len(laws) > 1 else draws[0]:
                 draw_one()
-        last, *new = draw(space, n_trials - len(known) + 1, generator, check)
+        last, *new = draw(space, n_trials - len(known) + 1, generator, check, seconds=seconds)
         if last == known[-1]:
             return new
-    return draw(space, n_trials, seed, check)
+    return draw(space, n_trials, seed, check, seconds=seconds)
 
 
 def _pass_over(law: Choices, generator: np.random.RandomState, bits: np.random.MT19937) -> Callable[[], object]:
@@ -119,6 +135,7 @@ def top_up(
     seed: int,
     check: ConfigCheck = check_config,
     earlier: Sequence[Config] = (),
+    seconds: float | None = None,
 ) -> tuple[Candidate, ...]:
     """Return the drawn trials that ``old`` lacks of ``n_trials``, numbered on from it.
 
@@ -127,13 +144,14 @@ def top_up(
     without replacement, give another selection for a larger ``n_trials``.
 
     earlier: what other searches have tried is dropped too, and more is drawn in its place, as far as the space has it.
+    seconds: after which drawing ends with fewer trials; None for no limit.
     """
     new: tuple[Candidate, ...] = ()
     lacking = n_trials - n_counted(old)
     known = [trial.params for trial in old if trial.origin == "random"]
     for times in (1, 2, 4, 8) if earlier else (1,):  # a space of few integers may have no more
         if len(new) < lacking:
-            drawn = _draw_on(known, space, times * (n_trials + len(earlier)), seed, check)
+            drawn = _draw_on(known, space, times * (n_trials + len(earlier)), seed, check, seconds)
             new = numbered([(config, "random") for config in drawn], old, earlier)[:lacking]
     return new
 
@@ -166,7 +184,9 @@ def notes(
     return tuple(sentences)
 
 
-def remarks(trials: Sequence[Candidate], space: Space, *, n_trials: int, include_default: bool) -> tuple[str, ...]:
+def remarks(
+    trials: Sequence[Candidate], space: Space, *, n_trials: int, include_default: bool, timeout: float | None = None
+) -> tuple[str, ...]:
     """Return the sentences, if any, that tell the user once how the ``trials`` are other than ``n_trials``."""
     default = [trial.number for trial in trials if trial.origin == "default" and not include_default]
     stays = "is the default configuration, which an earlier call asked for: it stays."
@@ -175,6 +195,11 @@ def remarks(trials: Sequence[Candidate], space: Space, *, n_trials: int, include
     if n_draws < n_trials:
         sentences.append(
             f"The space has {count(n_draws, 'configuration')}, fewer than n_trials={n_trials}: all of them are run."
+        )
+    elif counted < n_trials and timeout is not None:
+        sentences.append(
+            f"{counted} of {n_trials} configurations were drawn: the others repeat one of them, or there was no time "
+            f"to draw them (timeout={timeout:g})."
         )
     elif counted < n_trials:
         sentences.append(f"{n_trials - counted} of {n_trials} configurations repeat another one and are not run again.")

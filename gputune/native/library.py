@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,16 +113,26 @@ def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
         folder = code_folder()
         for path in _cached(folder, name, ".so"):
             with contextlib.suppress(OSError):
-                return ctypes.CDLL(str(path))
+                return _load(path)
             with contextlib.suppress(OSError):  # it does not load
                 path.unlink()
         if folder is not None and os.access(folder, os.W_OK):
-            return ctypes.CDLL(str(_build(compiler, source, folder / name)))
+            with contextlib.suppress(OSError):  # something else lies in its place, or the disk is full
+                return _load(_build(compiler, source, folder / name))
         # What is loaded needs its file no more; Windows keeps it from being removed.
         with scratch_folder() as private:
             return ctypes.CDLL(str(_build(compiler, source, private / name)))
     except OSError as error:
         raise NotBuiltError(f"the C code of a step could not be made or loaded: {error}") from error
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Load a library of the cache, or a copy of it where the cache is on a file system mounted with noexec."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        with scratch_folder() as private:
+            return ctypes.CDLL(str(shutil.copy(path, private)))
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,9 @@ def _cached(folder: Path | None, name: str, ending: str) -> Iterator[Path]:
     """Yield the files of a name that are as they were built; all others are removed."""
     for path in [] if folder is None else folder.glob(f"{name}-*{ending}"):
         with contextlib.suppress(OSError):
-            if _is_own(path) and path.stem == f"{name}-{_digest(path)}":
+            # A pipe or a device would keep whoever reads it waiting.
+            is_file = stat.S_ISREG(path.lstat().st_mode)
+            if is_file and _is_own(path) and path.stem == f"{name}-{_digest(path)}":
                 yield path
                 continue
         with contextlib.suppress(OSError):

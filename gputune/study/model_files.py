@@ -28,7 +28,7 @@ from gputune.models import MLP, LogisticRegression
 from gputune.modules.calls import convert
 from gputune.modules.construction import Builder, call_arguments, construct, materialise, module_stream, name_of
 from gputune.population.population import Ensemble, InputKind
-from gputune.scratch import write_files
+from gputune.scratch import naming_folder, write_files
 from gputune.study import module_source
 from gputune.study.module_state import (
     read_numbers,
@@ -109,9 +109,11 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     tensors = safetensors.torch.save({key: value.cpu().clone().contiguous() for key, value in saved.items()})
     text = to_json({**body, "tensors_sha256": sha256(tensors)}, name="the model's spec or info")
     head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "sha256": sha256(text)})
-    place.mkdir(parents=True, exist_ok=True)
     files = {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()}
-    write_files(place, files, prefix=DRAFTS)
+    remedy = "make room on its disk and check the rights of the folder, or choose another folder"
+    with naming_folder(place, "the model cannot be saved", remedy):
+        place.mkdir(parents=True, exist_ok=True)
+        write_files(place, files, prefix=DRAFTS)
     if model.spec["kind"] == "module" and "made" not in model.spec:
         module_class = _module_type(model)
         module_source.remember_code(module_class)

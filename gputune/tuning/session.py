@@ -36,6 +36,9 @@ from gputune.types import DEFAULTS, Config
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
+_DRAWING_SHARE = 0.05
+"""Most of the ``timeout`` that is spent on drawing trials. ``n_trials`` may be far more than there is time for."""
+
 _BEST = 5  # trials of each earlier study that are tried first
 
 
@@ -104,7 +107,8 @@ def draw_trials(
         again = numbered([(config, "random") for config in drawn], known, earlier)[:lacking]
         if len(again) == lacking:
             return again
-    return top_up(known, space, options.n_trials, options.random_state, check, earlier)
+    seconds = None if options.timeout is None else options.timeout * _DRAWING_SHARE
+    return top_up(known, space, options.n_trials, options.random_state, check, earlier, seconds)
 
 
 def default_params(choice: ModelChoice, options: Options) -> Config:
@@ -165,8 +169,14 @@ class Session:
         if finished := len(ledger.results):
             self.progress.say(f"going on: {finished} of {count(len(ledger.candidates), 'trial')} are finished")
         if draws_at_once(options):
-            n_trials, include_default = options.n_trials, options.include_default
-            for sentence in remarks(ledger.candidates, space, n_trials=n_trials, include_default=include_default):
+            sentences = remarks(
+                ledger.candidates,
+                space,
+                n_trials=options.n_trials,
+                include_default=options.include_default,
+                timeout=options.timeout,
+            )
+            for sentence in sentences:
                 self.progress.say(f"note: {sentence}")
 
     def _missing(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck) -> Sequence[Candidate]:

@@ -1,5 +1,7 @@
 """Building generated code: once on a machine, whole or not at all, and with a reason where it cannot be had."""
 
+import ctypes
+import os
 import stat
 
 import pytest
@@ -144,6 +146,36 @@ def test_a_file_that_is_not_as_it_was_built_or_that_others_may_write_is_built_ag
     assert three() == 3
     (path,) = folder.iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_bytes() == content
+
+
+@needs_compiler
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_in_the_place_of_built_code_is_not_read(folder, make):
+    three()
+    (path,) = folder.iterdir()
+    path.unlink()
+    make(path)
+    assert three() == 3
+
+
+@needs_compiler
+def test_code_is_loaded_from_a_copy_where_the_cache_lets_nothing_run(monkeypatch, folder):
+    load = ctypes.CDLL
+    loaded = []
+
+    def refuse(path):
+        if path.startswith(str(folder)):
+            raise OSError("failed to map segment from shared object")
+        loaded.append(path)
+        return load(path)
+
+    monkeypatch.setattr(built.ctypes, "CDLL", refuse)
+    assert three() == 3
+    (path,) = folder.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(built, "_build", lambda *a: pytest.fail("built again"))
+        assert three() == 3
+    assert len(loaded) == 2 and path.exists()
 
 
 def test_a_binary_is_made_once_and_made_again_where_it_is_not_whole(folder):
