@@ -16,7 +16,7 @@ from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_ro
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
-from gputune.methods.random import edge_remarks
+from gputune.methods.edges import edge_remarks
 from gputune.report.facts import params_text, seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
 from gputune.study.study import Trial

@@ -80,6 +80,7 @@ class Queue(Generic[Chunk, Result]):
         self.running: set[tuple[int, ...]] = set()
         self.done: deque[Sequence[Result] | Exception | str] = deque()  # a text is a warning
         self.begun = False
+        self.is_refused = False  # whether a worker was wanted and none starts any more
         self.error: Exception | None = None  # raised when all else is done
         # Reentrant: a worker may have ended a chunk before it is noted that it was given it.
         self.lock = threading.RLock()
@@ -88,6 +89,8 @@ class Queue(Generic[Chunk, Result]):
         """Yield what came of the chunks, as they end; by ``task``, if any, this process trains what no worker takes."""
         try:
             self._fill()
+            if task is None and self.is_refused and not self.running:
+                self.stopping.ask()  # the process ends, and nobody is left to train what waits
             trains_here = task is not None
             while True:
                 if trains_here and task is not None and (chunk := self._take()) is not None:
@@ -135,6 +138,7 @@ class Queue(Generic[Chunk, Result]):
                 if not self.executor.submit(chunk, self._end_chunk):
                     self.running.discard(chunk.index)
                     self.waiting.appendleft(chunk)
+                    self.is_refused = True
                     return
 
     def _end_chunk(self, chunk: Chunk, result: Sequence[Result] | Exception) -> None:

@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from gputune.errors import InputError
-from gputune.methods.random import edge_remarks
+from gputune.methods.edges import edge_remarks
 from gputune.report.charts import curves_chart, folds_note, history_chart, pareto_charts, path_charts, slice_charts
 from gputune.report.facts import eligible_text, endings, is_its_model, score_facts, search_facts, setting
 from gputune.report.importance import WEAK, brush_data, columns_chart, confusion_chart, importance_chart, parallel_chart

@@ -19,8 +19,9 @@ from gputune.executors.ray_cluster import Ray, RayCluster, ray_cluster
 from gputune.garbage import without_collector
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space
+from gputune.methods.edges import edge_remarks
 from gputune.methods.optuna import OptunaSampler
-from gputune.methods.random import draw, edge_remarks, notes
+from gputune.methods.random import draw, notes
 from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
 from gputune.scoring.baseline import baseline, remark_on_accuracy

@@ -14,6 +14,7 @@ import gputune
 from forked import Fork
 from gputune.data.arrays import as_arrays
 from gputune.errors import InputError
+from gputune.executors import processes
 from gputune.executors.processes import MappedFile, mapped_file, to_arrays, to_tensors
 from problems import make_data
 
@@ -86,6 +87,7 @@ import resource, sys
 import numpy as np
 from torch import nn
 import gputune
+from gputune.executors import processes
 
 rows = int(sys.argv[1])
 rng = np.random.default_rng(0)
@@ -120,3 +122,11 @@ def test_images_are_not_copied_whole(kind):
 def test_200_000_images_take_less_than_4_gib():
     more, size = peak(200_000, "bytes")
     assert more + size < 4 << 30 and more < 1 << 30
+
+
+def test_a_search_in_a_process_that_ends_leaves_its_trials_waiting(monkeypatch):
+    """Workers start no more then, and nobody says so to the search before the process waits for it."""
+    monkeypatch.setattr(processes.Processes, "submit", lambda *arguments: False)
+    space = {"x": [0.0, 1.0, 2.0, 3.0]}
+    study = gputune.search(lambda params, report: 0.0, space, direction="maximize", workers=2, verbose=0)
+    assert {trial.state for trial in study.trials} == {"waiting"}

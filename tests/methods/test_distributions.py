@@ -9,7 +9,7 @@ from scipy import stats
 
 import gputune
 from gputune.methods.distributions import describe, distribution_text, is_distribution, log_int
-from gputune.methods.random import edge_remarks
+from gputune.methods.edges import edge_remarks
 from gputune.study.store import Candidate, Result
 from refused import refused
 

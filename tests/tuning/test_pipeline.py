@@ -23,7 +23,7 @@ import gputune
 import reference
 from gputune.data.folds import hold_out
 from gputune.data.target import check_target
-from gputune.methods.random import edge_remarks
+from gputune.methods.edges import edge_remarks
 from gputune.methods.space import PORTFOLIOS
 from gputune.population.population import complete
 from gputune.report.snippet import snippet
