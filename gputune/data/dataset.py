@@ -45,10 +45,13 @@ class ScorerRows:
         """Return the validation rows of a fold, of the kind of X; no write to an array reaches anyone else."""
         positions = fold.valid.cpu().numpy()
         if isinstance(self.X, Arrays):
-            return replace(self.X, places=positions).as_given()
-        rows = select_rows(self.X, positions)
-        if isinstance(rows, np.ndarray):
-            rows.flags.writeable = False
+            rows = replace(self.X, places=positions).as_given()
+        else:
+            rows = select_rows(self.X, positions)
+        several = rows.values() if isinstance(rows, dict) else rows if isinstance(rows, tuple) else [rows]
+        for array in several:
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False
         return rows
 
     def encoded(self, X: object, statistics: Statistics | ArrayStatistics, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -309,3 +312,18 @@ def first_equal(rows: Tensor) -> Tensor | None:
     unlike = later[(rows[later] != rows[first[later]]).any(1)]  # with one key by chance
     first[unlike] = unlike
     return None if len(later) == len(unlike) else first
+
+
+_MOST_COLUMNS = 64  # of which each may go to an embedding of its own; of longer rows only the outermost ids are tried
+
+
+def outermost_rows(x: Tensor) -> list[int]:
+    """Return the rows of an input (n, ...) with the largest and the smallest numbers; none of images and the like."""
+    if x.dtype == torch.bool or (x.dim() > 2 and x.is_floating_point()):
+        return []
+    columns = x.flatten(1) if x.dim() > 1 else x[:, None]
+    if columns.shape[1] > _MOST_COLUMNS:
+        if x.is_floating_point():
+            return []
+        columns = torch.stack([columns.amax(1), columns.amin(1)], 1)
+    return [*columns.argmax(0).tolist(), *columns.argmin(0).tolist()]

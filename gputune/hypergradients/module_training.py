@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import nodes
@@ -75,8 +76,9 @@ class ModuleTraining:
         with draws, _module_errors(name, pair), self.objective.substitute(state) as objective:
             self.module.train(step is not None)
             differentiate_statistics(self.module)
-            # One made in inference mode is copied: autograd could not keep it.
-            loss = objective(*(p.clone() if isinstance(p, Tensor) and p.is_inference() else p for p in pair))
+            # Copies: the module or the loss may write into them, and later steps read them again. And autograd could
+            # not keep one that was made in inference mode.
+            loss = objective(*tree_map_only(Tensor, Tensor.clone, pair))
             after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         for key, before in self.fixed.items():
             if after.get(f"module.{key}") is not before or before._version:

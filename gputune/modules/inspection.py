@@ -156,6 +156,7 @@ def inspect_module(trial: ModuleTrial) -> Traits:
         alone=_close(few, alone[:2]),
         widest=trial.widest,
         parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
+        writes=trial.writes.found,
         draws=trial.draws,
         row_losses=losses.dim() > 0,
         at_start=at_start(trial, alone, losses),

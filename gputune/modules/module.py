@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
@@ -53,6 +53,7 @@ class Traits:
     alone: bool = True  # whether an output in evaluation mode depends on its own row alone
     widest: int = 1  # most numbers that a submodule returns for a row
     parameters: int = 0  # number of those that are trained
+    writes: bool = False  # whether the forward, the loss or the step writes into the minibatch that it is given
     draws: bool = True  # whether a forward in training draws random numbers
     row_losses: bool = True  # whether the loss gives a number a row, rather than their mean
     at_start: str = ""  # what is not finite before anything has trained, in words, "" where all is
@@ -89,6 +90,11 @@ class ModuleNetwork:
         objective = objective or Objective("mse" if shape.n_outputs == 1 else "cross_entropy")
         self.objective = objective.like(shape.dtype, shape.device)
         self.builder, self.configs, self.shape, self.seed = builder, tuple(configs), shape, seed
+        if traits.writes or traits.unstackable:
+            # What cannot be stacked may decide by the data, or by chance, whether it writes: no trial shows that it
+            # does not. Its counters of writes would tell only when the rows are gone. A copy of a minibatch takes
+            # little of a step of a plain module.
+            self.objective = replace(self.objective, copies=True)
         self.traits, self.least_rows, self.alone = traits, traits.least_rows, traits.alone
         self.template = self.plain(shape.device)
         self.scheduled = dropout_rates(self.template)

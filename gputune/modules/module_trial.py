@@ -11,13 +11,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from gputune.data.dataset import Dataset
+from gputune.data.dataset import Dataset, outermost_rows
 from gputune.errors import InputError
 from gputune.modules.broadcasts import BroadcastWatch, Shapes, in_one_shape
 from gputune.modules.calls import convert
 from gputune.modules.construction import Builder, build_module, hint, name_of, note_of_cast, outputs_hint
 from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import Args, DispatchMode, Operator, Words
+from gputune.modules.write_watch import WriteWatch
 from gputune.population.population import Shape, call_module, module_arguments
 from gputune.scoring.losses import refuse_one_number
 from gputune.scoring.objective import Objective, make_objective, pairs_all_rows, qualified_name
@@ -40,6 +41,7 @@ class ModuleTrial:
         inputs, y = data.example(_EXAMPLES)
         self.inputs, self.y = [x.cpu() for x in inputs], y.cpu()
         self.shape = replace(Shape.of(data), folds=1, device=_CPU, present=None, rows=None)
+        self.writes = WriteWatch()
         self.widest = 1  # most numbers that a submodule has returned for a row
         self.draws = self.decides = False  # whether it has taken random numbers, and has read numbers of tensors then
         module = build_module(builder, module_arguments(config), self.shape, seed=0, columns=columns)
@@ -75,7 +77,7 @@ class ModuleTrial:
         embeddings = [(path, part) for path, part in self.module.named_modules() if isinstance(part, nn.Embedding)]
         if not embeddings:
             return
-        rows = torch.tensor(sorted({row for x in data.inputs for row in _outermost(x[0])}), dtype=torch.int64)
+        rows = torch.tensor(sorted({row for x in data.inputs for row in outermost_rows(x[0])}), dtype=torch.int64)
         inputs, wrong = [x.cpu() for x in data.rows(0, rows.to(data.device))], list[str]()
 
         def check(path: str, part: nn.Embedding, arguments: tuple[object, ...]) -> None:
@@ -100,7 +102,7 @@ class ModuleTrial:
 
         hooks = [part.register_forward_pre_hook(partial(check, path)) for path, part in embeddings]
         with torch.no_grad(), suppress(Exception):
-            call_module(self.module.eval(), inputs, data.names)
+            call_module(self.module.eval(), [x.clone() for x in inputs], data.names)
         for hook in hooks:
             hook.remove()
         if wrong:
@@ -129,8 +131,9 @@ class ModuleTrial:
         """Return the outputs on some rows, always with the same draws, which are noted where it is ``watched``."""
         self.trail.largest = 0  # of other numbers of rows
         try:
-            with self._watched() if watched else keyed_draws(_CPU, 0, "check"), torch.set_grad_enabled(training):
-                outputs = self.objective.outputs(self.module.train(training), inputs, self.shape.names)
+            draws = self._watched() if watched else keyed_draws(_CPU, 0, "check")
+            with self.writes.copies(inputs) as own, draws, torch.set_grad_enabled(training):
+                outputs = self.objective.outputs(self.module.train(training), own, self.shape.names)
         except Exception as error:
             takes, place = " and ".join(map(in_words, inputs)), self.trail.submodule and f" ({self.trail.submodule})"
             raise InputError(
@@ -177,12 +180,13 @@ class ModuleTrial:
 
     def _try_loss(self, inputs: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Shapes | None]:
         """Return the losses of some rows, and the shapes of outputs and targets that were compared across rows."""
-        watch = BroadcastWatch(y)
+        copies = self.writes.copies([*inputs, y])
         try:
-            with torch.enable_grad(), warnings.catch_warnings(), self._watched():
+            with copies as (*own, own_y), torch.enable_grad(), warnings.catch_warnings(), self._watched():
                 warnings.filterwarnings("ignore", "Using a target size .* that is different to the input size")
+                watch = BroadcastWatch(own_y)
                 with nullcontext() if self.objective.is_named else watch:
-                    step = self.module.train(), inputs, y, self.config
+                    step = self.module.train(), own, own_y, self.config
                     losses = self.objective.losses(*step, names=self.shape.names)
         except Exception as error:
             says = str(error).rstrip(".")
@@ -263,19 +267,6 @@ _SCALED = (
     " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or numbers='none', which "
     "leaves codes as they are."
 )
-_MOST_COLUMNS = 64  # of which each may go to an embedding of its own; of longer rows only the outermost ids are tried
-
-
-def _outermost(x: Tensor) -> list[int]:
-    """Return the rows of an input (n, ...) with the largest and the smallest numbers; none of images and the like."""
-    if x.dtype == torch.bool or (x.dim() > 2 and x.is_floating_point()):
-        return []
-    columns = x.flatten(1) if x.dim() > 1 else x[:, None]
-    if columns.shape[1] > _MOST_COLUMNS:
-        if x.is_floating_point():
-            return []
-        columns = torch.stack([columns.amax(1), columns.amin(1)], 1)
-    return [*columns.argmax(0).tolist(), *columns.argmin(0).tolist()]
 
 
 def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:

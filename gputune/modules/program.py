@@ -158,7 +158,8 @@ def _written_at_once(operations: Sequence[Operation]) -> list[Operation]:
         target, source = op.args[:2]
         maker = makers.get(source.memory, i)
         if uses[source.memory] == 1 and (goal := _goal(found[maker], source, target)) is not None:
-            between = (p for other in found[maker:i] for p in (*other.reads, *other.writes))
+            # Also made: before its memory is made, other results may lie there.
+            between = (p for other in found[maker:i] for p in (*other.reads, *other.writes, *other.makes))
             if not any(target.overlaps(place) for place in between):
                 found[maker] = replace(found[maker], results=[], writes=[goal])
                 copies.add(i)

@@ -324,9 +324,15 @@ class Ensemble(nn.Module):
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        columns: list[tuple[Tensor, ...]] = [(inputs[0][:, begin:end],) for begin, end in self.columns]
-        reads = columns or [inputs] * len(self.members)
-        outputs = torch.stack([first_output(member(*x, **named)) for member, x in zip(self.members, reads)])
+        found = []
+        for place, member in enumerate(self.members):
+            # Copies: a member may write into them, which the next one reads.
+            own = [x.clone() for x in inputs]
+            if self.columns:
+                begin, end = self.columns[place]
+                own = [own[0][:, begin:end]]
+            found.append(first_output(member(*own, **{name: x.clone() for name, x in named.items()})))
+        outputs = torch.stack(found)
         outputs = class_logits(outputs, self.task, 2)
         weights = self.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
         if self.task == "regression":

@@ -42,6 +42,8 @@ class Objective:
     """Whether a module may return outputs of any shape (n, ...): for a custom target."""
     binary: bool = False
     """Whether the target is two classes, which one logit a row can tell apart."""
+    copies: bool = field(default=False, compare=False)
+    """Whether the user's code gets copies of the rows, as it writes, or may write, into what it is given."""
     fixed: Config = field(default_factory=dict, compare=False)
     """The ``loss__*`` that a search has one value of: ``neg_loss`` is of them, and of the defaults of ``varied``."""
     varied: Config = field(default_factory=dict, compare=False)
@@ -148,8 +150,12 @@ class Objective:
 
     def outputs(self, module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None) -> Tensor:
         """Return what a module predicts of its inputs: of several heads, for a step of the user's own, the first."""
-        outputs = call_module(module, inputs, names)
+        outputs = call_module(module, self._to_give(inputs), names)
         return outputs if self.step is None else first_output(outputs)
+
+    def _to_give(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the tensors that the user's code gets in the place of these."""
+        return [tensor.clone() for tensor in tensors] if self.copies else tensors
 
     def losses(
         self,
@@ -162,10 +168,13 @@ class Objective:
         absent: Tensor | None = None,
     ) -> Tensor:
         """Return the losses of a module on a minibatch, (B,) or a mean; ``absent`` (K,) are classes without a part."""
+        inputs = self._to_give(inputs)
         if self.step is not None:
+            (y,) = self._to_give([y])
             return self.step(module, (_as_argument(inputs, names), y))
         outputs = call_module(module, inputs, names)
         if not self.is_named:
+            (y,) = self._to_give([y])
             return self.member_loss(config)(outputs, y)
         outputs = outputs if outputs.dim() > 1 else outputs[:, None]
         if outputs.dtype == torch.bfloat16:  # of autocast: the loss is of single precision
@@ -182,7 +191,8 @@ class Objective:
             return inputs
         folds = []
         for fold in range(len(inputs[0])):
-            minibatch = [x[fold] for x in inputs]
+            # Copies: steps that augment are not recorded, so that it may write into any minibatch, or into some.
+            minibatch = [x[fold].clone() for x in inputs]
             generator = torch.Generator(inputs[0].device).manual_seed(stream_seed(seed, "augment", *key))
             augmented = self.augment(_as_argument(minibatch, names), generator)
             if isinstance(augmented, Mapping):
@@ -247,7 +257,7 @@ def pairs_all_rows(function: Callable[[Tensor, Tensor], object], outputs: Tensor
             warnings.catch_warnings(action="ignore"),
             keyed_draws(torch.device("cpu"), 0, "check"),
         ):
-            return torch.as_tensor(function(outputs, y)).double().mean()
+            return torch.as_tensor(function(outputs.clone(), y.clone())).double().mean()
         return None  # it takes no such shapes
 
     def same(other: Tensor | None) -> bool:

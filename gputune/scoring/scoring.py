@@ -98,18 +98,18 @@ class Scoring:
         Outputs are logits, or numbers in the target's own units. Scikit-learn's ValueError goes through.
         """
         if self.of_outputs is not None:
-            return float(self.of_outputs(outputs, target))
+            return float(self.of_outputs(outputs.clone(), target.clone()))
         if self.score is not None:
             return float(self.score(outputs[None], target)[0])
         from gputune.scoring.estimators import fitted
 
         assert self.scorer is not None  # a Scoring has one of the three
         outputs, codes = self.positive_last(outputs, target)
-        y = codes.cpu().numpy()
+        y = codes.cpu().numpy().copy()
         if ":" in self.name and self.classes is not None and self.classes.ndim == 1:
             y = self.classes[y]  # a scorer of the user's own sees labels
         X = np.zeros((len(y), 1))  # scorers read nothing of the rows
-        return float(self.scorer(fitted(outputs.cpu(), self.classes, X, X), X, y))
+        return float(self.scorer(fitted(outputs.cpu().clone(), self.classes, X, X), X, y))
 
     def _of_outputs(self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor) -> Tensor:
         assert self.of_outputs is not None
@@ -129,7 +129,8 @@ class Scoring:
         result = torch.full((len(outputs),), torch.nan, dtype=torch.float64)
         for trial in trials:
             try:
-                result[trial] = float(self.of_outputs(outputs[trial], target))
+                # Copies: other metrics, other trials and an ensemble read them too.
+                result[trial] = float(self.of_outputs(outputs[trial].clone(), target.clone()))
             except Exception as error:
                 raise InputError(
                     f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: {error}. It is called as "
@@ -158,8 +159,9 @@ class Scoring:
                 others = None if member is None else partial(_predict, data, fold, member, trial)
                 # A frame can be written to.
                 X = rows if isinstance(rows, np.ndarray | tuple | dict) else copy.deepcopy(rows)
-                estimator = fitted(outputs[trial].cpu(), self.classes, X, rows, others)
-                result[trial] = float(self.scorer(estimator, X, y))
+                # Copies: a scorer of the user's own may write into what it gets.
+                estimator = fitted(outputs[trial].cpu().clone(), self.classes, X, rows, others)
+                result[trial] = float(self.scorer(estimator, X, y.copy()))
                 estimator.close()
         except Exception as error:
             remedy = "Choose a scoring that fits the task, for example accuracy or r2."
@@ -198,7 +200,9 @@ def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) ->
         raise InputError("a scorer that has a name asks for no other rows than those it scores.")
     inputs = data.scorer_rows.encoded(X, data.statistics[fold], data.dtype)
     with torch.no_grad():
-        outputs = call_module(member(trial), inputs, data.names).view(1, len(inputs[0]), -1)
+        # Copies: without a scaling they are the rows of the user's own.
+        own = [x.clone() for x in inputs]
+        outputs = call_module(member(trial), own, data.names).view(1, len(inputs[0]), -1)
     return _as_answers(data, fold, outputs.to(data.device))[0].cpu()
 
 

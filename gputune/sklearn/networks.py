@@ -254,7 +254,9 @@ class TrainedEstimator(FusedEstimator):
             for block in zip(*(torch.split(part, rows) for part in arrays.parts)):
                 scaled = [x if of is None else of(x[None], slice(0, 1))[0] for x, of in zip(block, self._scaling)]
                 # Floats are given in the precision of the module's weights.
-                inputs = [x.to(weight.device, weight.dtype if x.is_floating_point() else None) for x in scaled]
+                # Copies, as the module may write into them: without a scaling they are the caller's own rows.
+                dtypes = [weight.dtype if x.is_floating_point() else x.dtype for x in scaled]
+                inputs = [x.to(weight.device, dtype, copy=True) for x, dtype in zip(scaled, dtypes)]
                 found.append(first_output(call_module(self.module_, inputs, arrays.names)).double().cpu())
         outputs = torch.cat(found)
         return outputs if outputs.dim() > 1 else outputs[:, None]

@@ -137,7 +137,9 @@ class WholeModel(nn.Module):
             self.inputs = TableInputs(model.layout, model.statistics)
 
     def forward(self, *rows: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in self.inputs(*rows)]
+        # Copies: those that are not scaled are the caller's own rows, into which the network may write.
+        own = [x.clone() if any(x is row for row in rows) else x for x in self.inputs(*rows)]
+        inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in own]
         # torch.export refuses a forward that keeps activations in its module.
         with Stateless(self.network).substitute({}) as network:
             output = first_output(call_module(network, inputs, self.names)).double()

@@ -228,7 +228,9 @@ class TunedModel(ModelContent):
                     raise self._too_large(part, rows[0], first_row=sum(len(output) for output in outputs))
                 inputs = [x.to(device) for x in rows]
                 try:
-                    output = self._check_output(call_module(self.module, inputs, names), len(part))
+                    # Copies: of arrays they may be the caller's own rows, and those of a table are read below.
+                    own = [x.clone() for x in inputs]
+                    output = self._check_output(call_module(self.module, own, names), len(part))
                 except (IndexError, RuntimeError) as error:
                     raise InputError(
                         f"{type(self.module).__name__} raised {type(error).__name__}: {error}, on rows unlike those "

@@ -29,7 +29,14 @@ def total():
     return torch.zeros(2, 4)
 
 
+def copied_to_what_is_made_later(t, x):
+    first, second = x * 2, x * 3
+    t.add_(second)
+    t.add_(torch.empty(2, 4).copy_(first))
+
+
 STEPS = {
+    "copied to what is made later": copied_to_what_is_made_later,
     "in place": lambda t, x: t.add_(x).mul_(2),
     "views": lambda t, x: t[:, 1:].copy_((x * 3).view(4, 2).T.reshape(2, 4)[:, 1:]),
     "two results": lambda t, x: t.copy_(torch.nn.functional.layer_norm(x + t, (4,))),
