@@ -49,7 +49,7 @@ class Study(data.Study):
         ``intervals=True`` keeps the residuals on the rows that its folds validate on, which ``predict_interval`` needs.
         ``calibrate=True`` is for the probabilities of classes: logits are divided by the temperature that is best
         on the rows that the folds validate on (Guo et al., 2017). None: where trials are ranked by the log loss, unless
-        ``check=False``, or the trials are the points of descents.
+        ``check=False``, or the study is of a hypergradient search.
 
         Raises InputError for a number of no scored trial, for other rows, saying what differs, for a class that is not
         trusted, and where rows or options are in no file.
@@ -86,7 +86,7 @@ class Study(data.Study):
         as a validation split of your own, each half of its rows by the other half); the trials are still the best of
         the search on the same rows. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.
 
-        Raises InputError for fewer than two finished trials, a study of descents, a custom target, and as
+        Raises InputError for fewer than two finished trials, a study of a hypergradient search, a custom target, and as
         ``best_model`` does; DivergedError where a trial diverges on all rows.
         """
         from gputune.tuning.refit import Access
@@ -107,8 +107,8 @@ class Study(data.Study):
         row of several folds has their mean, one that no fold validates on has NaN. ``X``, ``y`` and ``trust_code`` are
         as in ``best_model``.
 
-        Raises InputError for a number of no scored trial, a study of descents, of ``search`` or of a custom target,
-        and as ``best_model`` does.
+        Raises InputError for a number of no scored trial, a study of a hypergradient search, of ``search`` or of a
+        custom target, and as ``best_model`` does.
         """
         from gputune.tuning.refit import Access
         from gputune.tuning.validation import oof_predictions

@@ -82,6 +82,7 @@ def test_a_tenth_of_the_member_steps(iris):
     assert not is_cheap_to_train(study, replace(trial, best_epoch=2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -35,7 +35,7 @@ COMMANDS = {
         "--patience-trials 50 --task classification --cv 2 --class-weight balanced --drop c --kind z=category "
         "--max-levels 5 --columns keep --numbers quantile --groups site --test-size 0.3 --device cpu --backend eager "
         "--dtype float64 --memory 1MB --workers 1 --checkpoint-seconds 7 --no-predictions --ensemble --calibrate "
-        "--no-compare-default"
+        "--no-compare-default --missing-target drop"
     ),
     "numbers": (
         "--target price --model net.py:Net --trials 2 --epochs 4 --method halving --factor 2 --min-epochs 1 "
@@ -85,6 +85,7 @@ STORED = {
     "drop": ("classes", as_option(lambda options: list(options.drop)), ["c"]),
     "kinds": ("classes", as_option(lambda options: options.kinds), {"z": "category"}),
     "max_levels": ("classes", as_option(lambda options: options.max_levels), 5),
+    "missing_target": ("classes", as_option(lambda options: options.missing_target), "drop"),
     "columns": ("classes", as_option(lambda options: options.columns), "keep"),
     "numbers": ("classes", as_option(lambda options: options.numbers), "quantile"),
     "groups": ("classes", as_field(lambda record: record.source["groups"]), "site"),

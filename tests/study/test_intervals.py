@@ -99,7 +99,10 @@ def test_what_is_refused(case):
     with refused("this one predicts several: search for one column at a time"):
         two.best_model().predict_interval(X)
     points = gputune.tune("mlp", X[:40], X[:40, 0], method=gputune.Hypergradient(outer_steps=1), **HOW)
-    with refused(r"best_model\(intervals=True\) trains a trial again on its folds, and this study is of descents"):
+    words = (
+        r"best_model\(intervals=True\) trains a trial again on its folds, and this study is of a hypergradient search"
+    )
+    with refused(words):
         points.best_model(intervals=True)
 
 

@@ -111,8 +111,15 @@ def test_another_metric_compares_by_that_metric(iris):
         differences = np.subtract(best.metrics[name], default.metrics[name])
         assert ranked.default_trial.improvement == pytest.approx(differences.mean())
         assert ranked.default_trial.improvement >= 0
-    for more in ({"include_default": False}, {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1}):
-        assert gputune.tune("mlp", X, y, **{**how, **more}).default_trial is None
+    assert gputune.tune("mlp", X, y, **how, include_default=False).default_trial is None
+
+
+@pytest.mark.long
+def test_the_points_of_a_hypergradient_search_are_not_the_default(iris):
+    X, y = iris
+    method = gputune.Hypergradient(outer_steps=1)
+    study = gputune.tune("mlp", X, y, method=method, n_trials=1, max_epochs=2, cv=3, workers=1, verbose=0)
+    assert study.trials[0].params["lr"] == 1e-3 and study.default_trial is None
 
 
 def the_value(params, report):
