@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from gputune.study.export import description
 from gputune.study.labels import refuse_unknown
 from gputune.study.model import TunedModel, load_model
 from gputune.study.module_source import class_from_file
+from gputune.study.trained_rows import share_of_rows
 from gputune.text import clean, count, is_formula, measure_of, paragraph, table
 from gputune.types import Json, Task
 
@@ -47,6 +49,8 @@ class Evaluation:
     classes: list[object]  # [] of numbers
     confusion: list[list[int]]  # lines are true classes, columns predicted ones
     dropped: str = ""  # the remark on rows whose target is missing, which were left out
+    trained_share: float | None = None
+    """About which share of the rows the model was trained on; None if it is not known, of a model of an old version."""
 
     def to_json(self) -> Json:
         """Return plain values; scores in scikit-learn's sign, null where they are undefined."""
@@ -55,11 +59,15 @@ class Evaluation:
             score = {"score": None, "why": one.why} if one.why else _score_json(one)
             scores[name] = {**score, "positive": one.positive}
         matrix = {"classes": self.classes, "confusion": self.confusion} if self.classes else {}
-        remark = {"notes": [self.dropped]} if self.dropped else {}
-        return {"rows": self.rows, "scores": scores} | matrix | remark
+        notes = [self.dropped] if self.dropped else []
+        notes += _remarks_on_trained_rows(self.trained_share)
+        remarks = {"notes": notes} if notes else {}
+        return {"rows": self.rows, "trained_share": self.trained_share, "scores": scores} | matrix | remarks
 
     def text(self, width: int) -> str:
-        rows, remarks = [], [f"{clean(self.dropped)}."] if self.dropped else []
+        rows = []
+        remarks = [f"{clean(self.dropped)}."] if self.dropped else []
+        remarks += _remarks_on_trained_rows(self.trained_share)
         for name, one in self.scores.items():
             measure = measure_of(name, one.score, one.positive)
             rows.append([measure.title, measure.text(one.score), one.bounds(measure) or "-"])
@@ -134,12 +142,40 @@ def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, p
         one = positive if task == "binary" and name in known and has_positive_class(get_scorer(name)) else None
         make_scoring(name, task, model.classes, one, loss, n_labels=y.shape[-1])  # raises for a name that is none
         scores[name] = held_out_score(model, name, test, positive=one, outputs=outputs)
+    share = _trained_share(model, test, y)
     if not classes or task == "multilabel":
-        return Evaluation(len(test.X), scores, [], [])
+        return Evaluation(len(test.X), scores, [], [], trained_share=share)
     code, K = {label: code for code, label in enumerate(classes)}, len(classes)
     predicted = [code[label] for label in model._predict(outputs).tolist()]
     matrix = np.bincount(y * K + predicted, minlength=K * K).reshape(K, K).tolist()
-    return Evaluation(len(test.X), scores, classes, matrix)
+    return Evaluation(len(test.X), scores, classes, matrix, trained_share=share)
+
+
+_FEW, _ALMOST_ALL = 0.01, 0.995
+"""Shares of the rows: up to the first one equal rows are taken for chance, from the second one on all are meant."""
+
+
+def _remarks_on_trained_rows(share: float | None) -> list[str]:
+    if share is None or share < _FEW:
+        return []
+    if share > _ALMOST_ALL:
+        return ["The model was trained on these rows, so the scores do not show how well it predicts new rows."]
+    rows = f"about {share:.0%} of these rows, or on equal ones"
+    return [f"The model was trained on {rows}, so the scores are better than those of new rows."]
+
+
+def _trained_share(model: TunedModel, test: Source, y: np.ndarray) -> float | None:
+    """Return about which share of rows with the targets y, (n, ...) codes or numbers, the model was trained on."""
+    sample = model.info.get("trained_rows")
+    if sample is None:
+        return None
+    with warnings.catch_warnings(action="ignore"):  # the prediction of these rows has warned
+        X = model._inputs(test.X)
+        try:
+            return share_of_rows(sample, model.layout, X, y)
+        except ValueError as error:
+            reason = str(error).rstrip(".")
+            raise InputError(f"the model's sample of its training rows is damaged: {reason}. Save it again.") from error
 
 
 def _load_model(arguments: Namespace) -> TunedModel:

@@ -28,6 +28,7 @@ from gputune.study.model import TunedModel
 from gputune.study.model_files import DTYPES
 from gputune.study.record import PARTS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
+from gputune.study.trained_rows import sample_of_rows
 from gputune.tuning.choices import ModelChoice, recorded_model
 from gputune.tuning.options import Options
 from gputune.tuning.problem import Problem, make_problem
@@ -128,6 +129,7 @@ class Search:
             "trials": len(self.study.trials), "rows": self.rows["rows"], "fingerprint": self.rows,
             "versions": {"gputune": __version__, "torch": torch.__version__},
             **({"drop": unread} if unread else {}),
+            "trained_rows": sample_of_rows(self.problem.layout, self.problem.source.X, target.values),
         }  # fmt: skip
         units = [one[0].cpu() for one in (data.center, data.scale)]
         center, scale = (float(one) if one.dim() == 0 else one.numpy() for one in units)

@@ -22,7 +22,9 @@ from torch.nn import functional
 
 import gputune
 from command_line import FAST, NET, kinds, output, refusal, run, searched, write_table
+from gputune.cli.answers import rows_with_target
 from gputune.cli.model import Evaluation, evaluation
+from gputune.data.source import read_apart
 from gputune.study.model import TunedModel
 from refused import refused
 
@@ -242,6 +244,36 @@ def test_labels_that_read_as_numbers_stay_text(tmp_path):
     table, out, _ = searched(tmp_path, kind=["007", "bee"] * 20)
     pl.read_csv(table, infer_schema=False).filter(pl.col("kind") == "007").write_csv(tmp_path / "new.csv")
     assert run("evaluate", out / "model", tmp_path / "new.csv")[0] == 0
+
+
+def test_it_is_said_that_rows_were_trained_on(folder, tmp_path):
+    rest = gputune.load_model(folder / "kind" / "model").info["trained_rows"]["rows"]
+    assert rest == 48  # of 60: the others are held out
+    assert evaluated(folder, "kind")["trained_share"] == evaluated(folder, "price")["trained_share"] == 0.8
+    words = "The model was trained on about 80% of these rows, or on equal ones, so the scores are better than those"
+    assert evaluated(folder, "kind")["notes"][0].startswith(words)
+    assert words in " ".join(run("evaluate", folder / "kind" / "model", folder / "t.csv")[1].split())
+    test = gputune.Study.open(folder / "kind" / "study.db")
+    held_out = read_apart(test.record.source)[1].X.column("a")
+    is_held_out = pl.col("a").is_in(held_out.tolist())
+    for rows, share, text in ((~is_held_out, 1.0, "The model was trained on these rows"), (is_held_out, 0.0, "")):
+        pl.read_csv(folder / "t.csv").filter(rows).write_csv(tmp_path / "part.csv")
+        out = run("evaluate", folder / "kind" / "model", tmp_path / "part.csv", "--format", "json")[1]
+        assert json.loads(out)["trained_share"] == share
+        out = run("evaluate", folder / "kind" / "model", tmp_path / "part.csv")[1]
+        assert text in out and ("trained on" in out) == bool(text)
+
+
+def test_a_model_without_a_sample_of_its_rows_or_with_a_damaged_one(folder):
+    model = gputune.load_model(folder / "price" / "model")
+    rows = rows_with_target(model, str(folder / "t.csv"))
+    model.info["trained_rows"] = {"rows": 48, "digests": "no hexadecimal number"}
+    with refused("the model's sample of its training rows is damaged: .*Save it again"):
+        evaluation(model, rows, None, None)
+    del model.info["trained_rows"]
+    found = evaluation(model, rows, None, None)
+    assert found.trained_share is None and "trained on" not in found.text(80)
+    assert found.to_json()["trained_share"] is None
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
