@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gputune.data.arrays import refuse_kind
 from gputune.data.kinds import Kind, convert
+from gputune.data.readings import EXAMPLE
 from gputune.data.table import Table, nameless, quoted, two_axes
 from gputune.errors import InputError, warn
 from gputune.text import count, is_number
@@ -324,11 +325,18 @@ def fit_layout(
         X = _summary(checked_tensor(X))
     fit = partial(fit_column, max_levels=max_levels, min_count=min_count, keep=columns == "keep")
     fitted = [fit(*column) for column in zip(X.names, X.kinds, X.columns)]
-    reasons = [*X.amounts.items(), *((column.name, reason) for column, of_column in fitted for reason in of_column)]
+    reasons = [
+        *X.amounts.items(),
+        *X.readings.items(),
+        *((column.name, reason) for column, of_column in fitted for reason in of_column),
+    ]
     columns_of: dict[str, list[str]] = {}
     for name, reason in reasons:
         columns_of.setdefault(reason, []).append(name)
-    notes = tuple(f"Column{'s' * (len(of) > 1)} {quoted(of)}: {reason}." for reason, of in columns_of.items())
+    notes = tuple(
+        f"Column{'s' * (len(of) > 1)} {quoted(of)}: {reason.replace(EXAMPLE, repr(of[0]))}."
+        for reason, of in columns_of.items()
+    )
     used = tuple(column for column, _ in fitted if column.feature_names)
     if not used:
         raise InputError(f"X has no usable column. {' '.join(notes)}")

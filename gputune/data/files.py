@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, texts_of
+from gputune.data.readings import file_remark
 from gputune.data.table import Table, as_table, checked_table, quoted
 from gputune.errors import InputError
 from gputune.input_files import check_file, check_room, open_file
@@ -55,7 +56,9 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     if _text_suffix(path):
         names, fields = _read_fields(path)
         columns = [_column(series, as_text=name in kinds) for name, series in zip(names, fields)]
-        return checked_table(names, columns, typed=kinds)
+        table = checked_table(names, columns, typed=kinds)
+        read = zip(names, table.kinds, fields)
+        return table.with_readings({name: file_remark(kind, texts) for name, kind, texts in read if name not in kinds})
     remedy = _OF_IMAGES if path.suffix.lower() in _IMAGES else "convert it first"
     raise InputError(f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}.")
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gputune.data.kinds import Kind, from_column, from_series, read_amounts, read_as
 from gputune.data.ragged import refuse_ragged
+from gputune.data.readings import frame_remark
 from gputune.errors import InputError
 from gputune.text import nearest
 
@@ -34,6 +35,8 @@ class Table:
     columns: tuple[np.ndarray, ...]
     amounts: Mapping[str, str] = field(default_factory=dict)
     """A remark on each column whose numbers were written as amounts (kinds.py), also of columns taken out."""
+    readings: Mapping[str, str] = field(default_factory=dict)
+    """A remark on each column that would be read differently from a file, or from a data frame (readings.py)."""
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -56,14 +59,20 @@ class Table:
     def drop(self, *names: str) -> "Table":
         kept = (column for column in zip(self.names, self.kinds, self.columns) if column[0] not in names)
         left, kinds, columns = zip(*kept)
-        return Table(left, kinds, columns, self.amounts)
+        readings = {name: remark for name, remark in self.readings.items() if name not in names}
+        return Table(left, kinds, columns, self.amounts, readings)
 
     def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
         """Return the table with the columns that ``kinds`` names read as these kinds. Raises InputError."""
         read = {name: read_as(kind, self.kind(name), self.column(name), name) for name, kind in kinds.items()}
         columns = tuple(read.get(name, values) for name, values in zip(self.names, self.columns))
         amounts = {name: remark for name, remark in self.amounts.items() if name not in kinds}
-        return Table(self.names, tuple(map(kinds.get, self.names, self.kinds)), columns, amounts)
+        readings = {name: remark for name, remark in self.readings.items() if name not in kinds}
+        return Table(self.names, tuple(map(kinds.get, self.names, self.kinds)), columns, amounts, readings)
+
+    def with_readings(self, remarks: Mapping[str, str]) -> "Table":
+        """Return the table with ``readings``, of which empty ones are left out."""
+        return replace(self, readings={name: remark for name, remark in remarks.items() if remark})
 
     def frame(self) -> object:
         """Return the table as a polars frame: dates as Datetime, null where a value is missing."""
@@ -105,7 +114,10 @@ def as_table(X: object) -> Table:
     if isinstance(frame, nw.DataFrame):
         # A categorical column is no number by its owner's word.
         typed = [str(s.name) for s in frame.iter_columns() if isinstance(s.dtype, nw.Categorical | nw.Enum)]
-        return checked_table([*map(str, frame.columns)], [*map(from_series, frame.iter_columns())], typed)
+        table = checked_table([*map(str, frame.columns)], [*map(from_series, frame.iter_columns())], typed)
+        texts = [str(column.name) for column in frame.iter_columns() if column.dtype == nw.String]
+        remarks = {name: frame_remark(table.column(name)) for name in texts if table.kind(name) == "category"}
+        return table.with_readings(remarks)
     array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
     if array.dtype.names is not None:
         raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")

@@ -50,12 +50,7 @@ DRAFTS = ".model"
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
-_INFO = {
-    "drop?": [str],
-    "loss?": str,
-    "loss_arguments?": {"": (int, float)},
-    "trained_rows?": {"rows": int, "digests": str},
-}
+_INFO = {"drop?": [str], "loss?": str, "loss_arguments?": {"": (int, float)}, "trained_rows?": str}
 _PLAIN = ("task", "classes", "center", "scale", "target", "info", "residuals", "temperature")
 """The fields of a model that its description has as they are."""
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import Layout
 from gputune.data.table import Table
-from gputune.types import Json
 
 SAMPLE_SIZE = 1024
 """Digests that a model keeps: of fewer training rows the answer is exact."""
@@ -25,8 +24,8 @@ _ROWS = 8192  # whose digests are made at a time
 _KEY_SEED = 0x6770
 
 
-def sample_of_rows(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray) -> Json:
-    """Return the number of training rows and their smallest digests, in hexadecimal, for ``share_of_rows``.
+def sample_of_rows(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray) -> str:
+    """Return the smallest digests of the training rows, in hexadecimal, for ``share_of_rows``.
 
     Args:
         layout: the layout of the model, which says what a row is made of.
@@ -34,16 +33,15 @@ def sample_of_rows(layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: 
         y: (n, ...) class codes or numbers of these rows.
     """
     smallest = np.unique(_digests(layout, X, y))[:SAMPLE_SIZE]
-    digests = b"".join(int(digest).to_bytes(_BYTES, "big") for digest in smallest)
-    return {"rows": len(y), "digests": digests.hex()}
+    return b"".join(int(digest).to_bytes(_BYTES, "big") for digest in smallest).hex()
 
 
-def share_of_rows(sample: Json, layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray) -> float:
+def share_of_rows(sample: str, layout: Layout | ArrayLayout, X: Table | Tensor | Arrays, y: np.ndarray) -> float:
     """Return about which share of rows, 0 to 1, equals rows that the model was trained on.
 
     The arguments are those of ``sample_of_rows``, whose result is ``sample``. Raises ValueError for another sample.
     """
-    content = bytes.fromhex(sample["digests"])
+    content = bytes.fromhex(sample)
     starts = range(0, len(content), _BYTES)
     trained = np.array([int.from_bytes(content[i : i + _BYTES], "big") for i in starts], dtype=np.uint64)
     digests = _digests(layout, X, y)

@@ -1,0 +1,76 @@
+"""A file and a data frame of equal values are read alike, or a note names the column and what to do."""
+
+import pandas as pd
+import polars as pl
+import pytest
+
+from command_line import FAST, kinds, run, write_table
+from gputune.data.columns import fit_layout
+from gputune.data.files import read_table
+from gputune.data.source import read_source
+from gputune.data.table import as_table
+
+FRAME = pd.DataFrame({
+    "zip": [f"{i % 3:05}" for i in range(60)],
+    "region": [("NA", "EU", "AS")[i % 3] for i in range(60)],
+    "pool": [("None", "small", "?")[i % 3] for i in range(60)],
+    "day": [f"2020-01-{i % 28 + 1:02}" for i in range(60)],
+    "n": [i % 7 for i in range(60)],
+    "share": [f"{i % 5 / 8}" for i in range(60)],
+    "y": [i % 2 for i in range(60)],
+})  # fmt: skip
+
+
+def notes_of(X, **options):
+    return " ".join(fit_layout(read_source(X, "y", **options).X).notes)
+
+
+@pytest.fixture
+def path(tmp_path):
+    FRAME.to_csv(tmp_path / "t.csv", index=False)
+    return tmp_path / "t.csv"
+
+
+def test_a_file_says_what_a_frame_would_keep(path):
+    notes = notes_of(path)
+    zeros = "leading zeros are lost, since all values are numbers. To keep codes as they are written, set kinds="
+    assert f"Column 'zip': {zeros}{{'zip': 'category'}}." in notes
+    assert "Column 'region': 'NA' is read as a missing value." in notes
+    assert "Column 'pool': 'None' is read as a missing value." in notes
+    assert not any(f"'{name}'" in notes for name in ("n", "share", "day"))
+    notes = notes_of(path, kinds={"zip": "category", "region": "category"})
+    assert "zip" not in notes and "'NA'" not in notes
+
+
+def test_a_frame_says_what_a_file_would_read(tmp_path):
+    pl.from_pandas(FRAME).write_parquet(tmp_path / "t.parquet")
+    for X in (FRAME, pl.from_pandas(FRAME), tmp_path / "t.parquet"):
+        notes = notes_of(X)
+        numbers = "text that looks like numbers stays text, as the type of the column says. To read numbers, set kinds="
+        assert f"Columns 'zip', 'share': {numbers}{{'zip': 'number'}}." in notes
+        dates = "text that looks like dates stays text, as the type of the column says. To read dates, set kinds="
+        assert f"Column 'day': {dates}{{'day': 'date'}}." in notes
+        word = "is a level like others, and would be missing in a CSV file. Write None for a missing value."
+        assert f"Column 'region': 'NA' {word}" in notes and f"Column 'pool': 'None' {word}" in notes
+        assert "'n'" not in notes
+        notes = notes_of(X, kinds={"zip": "category", "day": "date", "share": "number"})
+        assert not any(f"'{name}'" in notes for name in ("zip", "day", "share"))
+
+
+def test_no_remark_on_what_is_read_alike(path, tmp_path):
+    frame = FRAME.drop(columns=["zip", "region", "pool", "day", "share"])
+    frame["city"] = ["Bonn", None, "Ulm"] * 20
+    frame["flag"] = ["true", "false"] * 30
+    frame["kind"] = pd.Categorical(["1", "2"] * 30)
+    assert as_table(frame).readings == {}
+    frame.to_csv(path, index=False)
+    assert read_table(path).readings == {} and "looks like" not in notes_of(path)
+    read = pd.read_csv(path)  # the type of "kind" is that of the file then
+    assert as_table(read).readings == {} and as_table(read).kinds[1:3] == read_table(path).kinds[1:3]
+
+
+def test_the_command_line_names_its_own_option(tmp_path):
+    table = write_table(tmp_path / "t.csv", kind=kinds(), zip=[f"{i % 3:05}" for i in range(40)])
+    command = ["tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST]
+    out = " ".join(run(*command)[1].split())
+    assert "Column 'zip': leading zeros are lost" in out and "set --kind zip=category." in out
