@@ -464,7 +464,7 @@ ONE_LOGIT = "One logit a row of two classes takes loss='bce'"
     (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
     (X, {"task": "custom", "loss": poisson, "scoring": "r2"}, "scoring='r2' does not fit a custom target"),
     (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
-    (LABELS[:, 0], {"model": "mlp", "loss": "cross_entropy"}, "loss is for a module of your own"),
+    (LABELS[:, 0], {"model": "mlp", "loss": torch.nn.CrossEntropyLoss}, "takes losses by name: 'cross_entropy'"),
     (SEVERAL, {"loss": lambda o, y: o[:, :3] @ y}, "the loss .*<lambda> raised RuntimeError: .* shape"),
     (SEVERAL, {"loss": lambda o, y: o}, r"return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)"),
     (SEVERAL[:, 0], {"loss": nn.CrossEntropyLoss()}, "CrossEntropyLoss is of classes, and y is one number a row"),

@@ -174,8 +174,12 @@ def tune(
     target_transform  "log" (of numbers above 0), "log1p" (above -1) or a transformer of scikit-learn's that has an
                  inverse, as in its TransformedTargetRegressor: fitted on each fold's training rows, and inverted in
                  scores and predictions; a loss of your own sees y transformed
-    loss         of a module: "cross_entropy", "mse", "mae", "huber", "quantile", "bce" (of labels, and of two classes
-                 with one logit a row), of a standardised target; a loss of torch.nn or ``callable(outputs, y)``, of y
+    loss         "mse", "mae", "huber" or "quantile" of numbers, on the standardized target. "quantile:0.9" gives the
+                 level (0.5 by default), "huber:2" the delta (1, in standard deviations of the target). scikit-learn's
+                 names "squared_error" and "absolute_error" mean the same. "mae" and "huber" rank trials by
+                 neg_mean_absolute_error if you give no scoring, "quantile" by neg_mean_pinball_loss of its level.
+                 Of a module also "cross_entropy", "bce" (of labels, and of two classes
+                 with one logit a row); a loss of torch.nn or ``callable(outputs, y)``, of y
                  as you gave it, that returns row losses or their mean. Numbers that it takes can be searched:
                  ``loss__label_smoothing``, ``loss__delta``, ``loss__q``
     training_step  ``callable(module, (x, y))`` in its place, for what needs the module; returns row losses or a mean

@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from gputune.data.source import Source
 from gputune.scoring.baseline import best_constant
-from gputune.scoring.losses import LOSS_OF_TASK, LOSSES
+from gputune.scoring.losses import LOSS_OF_TASK, LOSSES, parse_loss
 from gputune.scoring.metrics import make_scoring
 from gputune.scoring.objective import Objective
+from gputune.scoring.scores import PINBALL
 from gputune.scoring.scoring import Scoring
 from gputune.study.labels import class_codes
 from gputune.study.model import TunedModel
@@ -58,11 +59,11 @@ class HeldOut:
 def saved_loss(model: TunedModel) -> Objective | None:
     """Return the loss of a module where it has a name, with its numbers; None for one of the user's own, in no file."""
     loss = model.info.get("loss")  # of an augmented training it goes on with a comma
-    if loss is None or model.spec["kind"] != "module":
+    if loss is None or (model.spec["kind"] != "module" and not loss):
         return None
-    name = loss.partition(",")[0] or LOSS_OF_TASK.get(model.task, "")
+    name, numbers = parse_loss(loss.partition(",")[0] or LOSS_OF_TASK.get(model.task, ""))
     arguments = model.info.get("loss_arguments", {})
-    return Objective(name, binary=model.task == "binary", fixed=arguments) if name in LOSSES else None
+    return Objective(name, binary=model.task == "binary", fixed=arguments, numbers=numbers) if name in LOSSES else None
 
 
 def held_out_score(
@@ -72,7 +73,7 @@ def held_out_score(
 
     ``positive`` is the class that it is of, None for none; ``outputs`` are the model's of the rows, where known.
     """
-    rows, loss = len(test.X), saved_loss(model) if scoring == "neg_loss" else None
+    rows, loss = len(test.X), saved_loss(model) if scoring in ("neg_loss", PINBALL) else None
     if scoring == "neg_loss" and loss is None:
         return HeldOut(math.nan, rows, why="a saved model holds no loss but one that has a name")
     classes, y = labels_of(model, test)
@@ -81,7 +82,8 @@ def held_out_score(
         how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
         shown = classes[how.positive] if classes and how.positive is not None else None
         outputs = model._outputs(test.X) if outputs is None else outputs
-        outputs, target = _outputs_to_score(model, loss, outputs, torch.from_numpy(y))
+        of_loss = loss if scoring == "neg_loss" else None
+        outputs, target = _outputs_to_score(model, of_loss, outputs, torch.from_numpy(y))
         if unseen:
             how, outputs, target = _with_unseen(how, outputs, target, len(classes))
         with warnings.catch_warnings(action="ignore"):  # of classes that no row is predicted as
@@ -108,7 +110,8 @@ def held_out_baseline(
     classes, y = labels_of(model, test)
     target = torch.from_numpy(y)
     try:
-        how = make_scoring(scoring, model.task, model.classes, positive, n_labels=y.shape[-1])
+        loss = saved_loss(model) if scoring == PINBALL else None
+        how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
         constant = best_constant(how, model.task, torch.from_numpy(codes), classes=model.classes)
         if constant is None:
             return None
@@ -154,7 +157,7 @@ def _with_unseen(how: Scoring, outputs: Tensor, y: Tensor, classes: int) -> tupl
 
 
 def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
-    if how.scorer is not None and how.positive is not None and not (y == how.positive).any():
+    if how.positive is not None and not (y == how.positive).any():
         raise ValueError("none of these rows is of the positive class")  # scikit-learn says 0
     return how.on_rows(outputs, y)
 

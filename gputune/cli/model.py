@@ -23,6 +23,7 @@ from gputune.errors import InputError, warn
 from gputune.report.facts import check_place
 from gputune.scoring.losses import LOSSES
 from gputune.scoring.metrics import has_positive_class, make_scoring
+from gputune.scoring.scores import PINBALL
 from gputune.scratch import write_text
 from gputune.study.export import description
 from gputune.study.labels import refuse_unknown
@@ -136,7 +137,7 @@ def evaluation(model: TunedModel, test: Source, scoring: Sequence[str] | None, p
     if model.classes is not None:
         refuse_unknown(classes, y, len(model.classes), f"column {test.target!r}")
     own, known, scores = str(model.info.get("scoring") or ""), get_scorer_names(), {}
-    first = [own] if own in known or (own == "neg_loss" and loss is not None) else []
+    first = [own] if own in known or own == PINBALL or (own == "neg_loss" and loss is not None) else []
     of_positive = ("f1", "precision", "recall") if positive is not None else ()
     for name in scoring or dict.fromkeys((*first, *_SCORES[task], *of_positive)):
         one = positive if task == "binary" and name in known and has_positive_class(get_scorer(name)) else None

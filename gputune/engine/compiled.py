@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gputune.engine.mlp import StackedMLP, dropout_draw
-from gputune.native.library import ACTIVATIONS, OPTIMIZERS, ROW_SCORES, Work, library, make_work
+from gputune.native.library import ACTIVATIONS, NUMBER_LOSSES, OPTIMIZERS, ROW_SCORES, Work, library, make_work
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.population import Network, hidden_widths
@@ -87,6 +87,7 @@ class CompiledChunk:
             "rows": data.n_rows,
             "longest": int(self.lengths.max()),
             "horizon": self.horizon,
+            "loss": NUMBER_LOSSES.index(self.network.loss),
             "row_score": 0 if self.row_mean is None else ROW_SCORES.index(self.row_mean.of_row),
         }
         rows = {"decay": "weight_decay", **{key: key for key in ("lr", "momentum", "dropout", "ema")}}
@@ -98,6 +99,7 @@ class CompiledChunk:
             **self.fixed,
             **{k: self.place([float(config[key]) for config in self.configs]) for k, key in rows.items()},
             "widths": self.place([hidden_widths(config) for config in self.configs]),
+            "loss_number": self.place([self.network.loss_number]),
             "sizes": self.place(self.sizes),
             "schedule": self.place([tuple(SCHEDULES).index(c["schedule"]) for c in self.configs]),
             "theta": self.flat,

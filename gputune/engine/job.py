@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,10 @@ class Job(Training):
         """Return the stacked model of a chunk."""
         shape = Shape.of(data, self.precision)
         if chunk.kind != "module":
-            return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed)
+            words: dict[str, Any] = {}
+            if shape.regression and self.objective is not None:
+                words = {"loss": self.objective.loss, "loss_number": self.objective.number}
+            return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed, **words)
         assert self.module_class is not None
         first, traits = chunk.configs[0], self.traits.get(chunk.arguments)  # a worker need not try the module again
         traits = traits or traits_of(self.module_class, first, data, objective=self.objective)

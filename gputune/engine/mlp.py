@@ -23,7 +23,7 @@ from gputune.native.library import fill_uniform
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
 from gputune.population.population import ModelKind, Shape, by_copy, hidden_widths, padded_width
-from gputune.scoring.losses import cross_entropy_slope_, row_losses, squared_error_slope_
+from gputune.scoring.losses import LOSSES, cross_entropy_slope_, number_slope_, row_losses
 from gputune.seeding import stream, stream_seed
 from gputune.types import Config, Params
 
@@ -108,13 +108,23 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
 
 
 class StackedMLP:
-    """F x C members of an MLP (``kind="mlp"``) or of the linear model (``kind="linear"``)."""
+    """F x C members of an MLP (``kind="mlp"``) or of the linear model (``kind="linear"``), trained on a ``loss``."""
 
     exact, alone, least_rows = False, True, 1
     scheduled: tuple[str, ...] = ()  # its rates are in the draws
 
-    def __init__(self, kind: ModelKind, configs: Sequence[Config], shape: Shape, *, seed: int) -> None:
+    def __init__(
+        self,
+        kind: ModelKind,
+        configs: Sequence[Config],
+        shape: Shape,
+        *,
+        seed: int,
+        loss: str = "mse",
+        loss_number: float = 0.0,
+    ) -> None:
         self.kind, self.configs, self.shape, self.seed = kind, tuple(configs), shape, seed
+        self.loss, self.loss_number = loss, loss_number
         first = configs[0]
         self.depth = first["depth"] if kind == "mlp" else 0
         self.hidden = padded_width(max(hidden_widths(first))) if self.depth else 0
@@ -163,7 +173,8 @@ class StackedMLP:
         return by_copy(y, self.shape.n_outputs, self.shape.dtype)
 
     def subset(self, keep: list[int]) -> "StackedMLP":
-        return StackedMLP(self.kind, [self.configs[c] for c in keep], self.shape, seed=self.seed)
+        configs, loss = [self.configs[c] for c in keep], self.loss
+        return StackedMLP(self.kind, configs, self.shape, seed=self.seed, loss=loss, loss_number=self.loss_number)
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         config, sizes = self.configs[trial], (self.shape.n_features, self.shape.n_outputs)
@@ -209,7 +220,12 @@ class StackedMLP:
         return h
 
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
-        return row_losses(outputs, y)
+        if not self.shape.regression or self.loss == "mse":
+            return row_losses(outputs, y)
+        arguments = LOSSES[self.loss].arguments
+        return LOSSES[self.loss].rows(
+            outputs, y, **{name: outputs.new_tensor([self.loss_number]) for name in arguments}
+        )
 
     def layers(self) -> dict[str, int]:
         return {block.name: int(block.name.removeprefix("weight").removeprefix("bias")) for block in self.blocks.blocks}
@@ -222,8 +238,10 @@ class StackedMLP:
         if self.mask is not None:
             space.out.add_(self.mask)
         y = batch.y.view(self.shape.folds, -1, *batch.y.shape[1:])  # (F, 1 or C, B, K)
-        loss_slope_ = squared_error_slope_ if self.shape.regression else cross_entropy_slope_
-        loss_slope_(space.out, y, batch.share)
+        if self.shape.regression:
+            number_slope_(space.out, y, batch.share, loss=self.loss, number=self.loss_number)
+        else:
+            cross_entropy_slope_(space.out, y, batch.share)
         self._backward(params, batch, space, grads)
 
     def _forward(self, params: Params, batch: Batch, space: "_Workspace") -> None:

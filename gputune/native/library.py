@@ -63,14 +63,17 @@ def fill_uniform(seed: int, parts: Sequence[torch.Tensor]) -> bool:
     return True
 
 
-_NUMBERS = "folds trials inputs width outputs layers activation optimizer classes rows epoch horizon row_score".split()
+_NUMBERS = (
+    "folds trials inputs width outputs layers activation optimizer classes rows epoch horizon row_score loss".split()
+)
 _BEFORE = "x center scale copies y target target_center target_scale weights present order lengths".split()
-_AFTER = """widths sizes schedule lr decay momentum dropout ema draws draw_start draw_rows theta first second average
-valid valid_start scored means nanoseconds queue""".split()
+_AFTER = """widths sizes schedule lr decay momentum dropout ema loss_number draws draw_start draw_rows theta first
+second average valid valid_start scored means nanoseconds queue""".split()
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
 ROW_SCORES = ("hit", "log likelihood", "squared error", "absolute error")
+NUMBER_LOSSES = ("mse", "mae", "huber", "quantile")
 """In the order of the library's numbers for them."""
 
 

@@ -75,14 +75,14 @@ template <int L> ALWAYS_INLINE void forward(Shared &s, const Part &now)
 }
 
 // Outputs become the slope of the loss in them; four threads have a row of them.
-ALWAYS_INLINE void slope_in_outputs(Shared &s, const Part &now)
+ALWAYS_INLINE void slope_in_outputs(Shared &s, const Work &w, const Part &now)
 {
     for (int i = threadIdx.x; i < ROWS * 4; i += THREADS) {
         const int r = i / 4;
         const real share = r >= now.rows ? 0 : now.share != 0 ? now.share : (real)(s.weight[r] / s.total[0]);
         real *z = s.outputs + r * LAST_ROW;
         if (!CLASSES) {
-            if (i % 4 == 0) z[0] = r < now.rows ? 2 * (z[0] - s.target[r]) * share : 0;
+            if (i % 4 == 0) z[0] = r < now.rows ? number_slope(w.loss, (real)*w.loss_number, z[0] - s.target[r]) * share : 0;
             continue;
         }
         constexpr int MINE = Layer<DEPTH>::OUT / 4;
@@ -224,7 +224,7 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
             BARRIER(GATHERED);
             forward<0>(s, now);
             if (training) {
-                slope_in_outputs(s, now);
+                slope_in_outputs(s, w, now);
                 const Rates by = s.rates[of];
                 backward<DEPTH>(s, w, f, c, own, now, by);
             } else score(s, w, f, c, now, at - count, epoch);

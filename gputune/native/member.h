@@ -154,7 +154,9 @@ static void loss_slope(const Work *w, Space *s, long f, const int64_t *which, lo
     real *z = s->h[s->layers];
     if (!w->classes) {
         const real *y = (const real *)w->y + f * w->rows;
-        for (long i = 0; i < rows; i++) z[i * last->row] = 2 * (z[i * last->row] - y[which[i]]) * s->share[i];
+        real number = (real)*w->loss_number;
+        for (long i = 0; i < rows; i++)
+            z[i * last->row] = number_slope(w->loss, number, z[i * last->row] - y[which[i]]) * s->share[i];
         return;
     }
     for (long i = 0; i < rows; i++) s->codes[i] = ((const int64_t *)w->y)[which[i]];

@@ -57,6 +57,7 @@ typedef struct {
     int64_t rows;                 /* n of the data */
     int64_t epoch, horizon;       /* epochs done, and epochs of a schedule */
     int64_t row_score;            /* what a validation row adds to ``means`` */
+    int64_t loss;                 /* of numbers: see number_slope */
     const real *x;                /* (V, n, D) */
     const real *center, *scale;   /* (F, D): (x - center) / scale is read, 0 where x is missing; NULL: x as it is */
     const int64_t *copies;        /* (F): V of a fold */
@@ -71,6 +72,7 @@ typedef struct {
     const int64_t *widths;                             /* (C, hidden layers) */
     const int64_t *sizes, *schedule;                   /* (C) */
     const double *lr, *decay, *momentum, *dropout, *ema; /* (C) */
+    const double *loss_number;    /* (1): delta of the Huber loss, the level of the quantile loss */
     const float *draws;           /* of dropout, one after another; NULL: none */
     const int64_t *draw_start;    /* (steps): where those of a step begin */
     const int64_t *draw_rows;     /* (steps): how many rows they are for, in each layer */
@@ -83,6 +85,16 @@ typedef struct {
     int64_t *nanoseconds;         /* (2): of training and of scoring, added up over members */
     const int64_t *queue;         /* (F C): members p = f C + c in the order in which they are taken */
 } Work;
+
+/* The slope of a loss of numbers in the output, which lies ``gap`` above the target. */
+enum { SQUARED, ABSOLUTE, HUBER, QUANTILE };
+
+ALWAYS_INLINE real number_slope(int64_t loss, real number, real gap) {
+    if (loss == SQUARED) return 2 * gap;
+    if (loss == HUBER) return gap > number ? number : gap < -number ? -number : gap;
+    real sign = gap > 0 ? 1 : gap < 0 ? -1 : 0;
+    return loss == ABSOLUTE ? sign : (sign + 1) * (real)0.5 - number;
+}
 
 /* What a validation row adds to a score. All in double precision, as a tuned model predicts; NaN where an output is not
    finite: the mean over rows then is NaN too. */

@@ -166,7 +166,7 @@ def _metric_of(scoring: Scoring) -> _Metric | None:
     """Return the metric of scikit-learn's that a score is; None for a function of the user's own."""
     if scoring.of_outputs is not None:
         return None
-    if isinstance(scoring.score, partial):
+    if scoring.name == scores.PINBALL and isinstance(scoring.score, partial):
         return _Metric(scoring.score.func.__name__, scoring.score.keywords, of_labels=False)
     scorer: Any = scoring.scorer
     if scorer is None:

@@ -43,9 +43,23 @@ def cross_entropy_slope_(logits: Tensor, onehot: Tensor, share: Tensor | float) 
     return logits.sub_(onehot).mul_(share)
 
 
-def squared_error_slope_(outputs: Tensor, y: Tensor, share: Tensor | float) -> Tensor:
-    """Turn outputs (..., B, 1) into the slope of the squared error in them, in place: 2 (output - y) share."""
-    return outputs.sub_(y).mul_(share).mul_(2)
+def number_slope_(
+    outputs: Tensor, y: Tensor, share: Tensor | float, *, loss: str = "mse", number: float = 0.0
+) -> Tensor:
+    """Turn outputs (..., B, 1) into the slope of a loss of numbers in them, in place.
+
+    ``loss`` is a name in ``LOSSES``, and ``number`` the delta of the Huber loss or the level of the quantile loss.
+    Where an output equals the target, the slope is that of PyTorch's autograd.
+    """
+    gap = outputs.sub_(y)
+    if loss == "mse":
+        return gap.mul_(share).mul_(2)
+    if loss == "huber":
+        return gap.clamp_(-number, number).mul_(share)
+    sign = gap.sign_()
+    if loss == "mae":
+        return sign.mul_(share)
+    return sign.add_(1).mul_(0.5).sub_(number).mul_(share)
 
 
 def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
@@ -136,6 +150,34 @@ LOSSES: Mapping[str, NamedLoss] = {
     "quantile": NamedLoss(_quantile, ("regression",), {"q": LossNumber(0.5, 0, 1)}),
     "bce": NamedLoss(_bce, ("multilabel", "binary"), {}),
 }
+LOSS_ALIASES: Mapping[str, str] = {
+    "squared_error": "mse", "l2": "mse", "absolute_error": "mae", "l1": "mae", "pinball": "quantile",
+    "log_loss": "cross_entropy",
+}  # fmt: skip
+"""What scikit-learn and others call the losses."""
+
+
+def parse_loss(word: str) -> tuple[str, dict[str, float]]:
+    """Return the loss that a word names and the numbers that it gives: "quantile:0.9" is ``("quantile", {"q": 0.9})``.
+
+    A word that names no loss is returned as it is. Raises InputError for a number that the loss does not take.
+    """
+    name, colon, text = word.partition(":")
+    name = LOSS_ALIASES.get(name, name)
+    if not colon or name not in LOSSES:
+        return (name if name in LOSSES else word), {}
+    if not (arguments := LOSSES[name].arguments):
+        raise InputError(f"loss={word!r}: {name!r} takes no number. Say loss={name!r}.")
+    ((argument, rule),) = arguments.items()
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not rule.holds(number):
+        raise InputError(f"loss={word!r}: {argument} of {name!r} must be {rule.rule()}, got {text!r}.")
+    return name, {argument: number}
+
+
 LOSS_OF_TASK: Mapping[Task, str] = {
     "binary": "cross_entropy", "multiclass": "cross_entropy", "regression": "mse", "multilabel": "bce"
 }  # fmt: skip
@@ -151,6 +193,11 @@ def only_classifies(loss: object) -> bool:
     if isinstance(loss, str):
         return loss == "cross_entropy"
     return issubclass(_kind(loss), _OF_CLASSES) or loss in (functional.cross_entropy, functional.nll_loss)
+
+
+def is_absolute(loss: object) -> bool:
+    """Whether a loss is of absolute errors, or of those except for small ones."""
+    return loss in ("mae", "huber") or issubclass(_kind(loss), (nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss))
 
 
 def _kind(loss: object) -> type:

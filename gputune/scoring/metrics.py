@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from gputune.data.dataset import Dataset
 from gputune.data.kinds import text_of
 from gputune.errors import InputError
 from gputune.scoring import scores
+from gputune.scoring.label_scores import LABEL_SCORES
+from gputune.scoring.losses import is_absolute
 from gputune.scoring.objective import Objective, qualified_name
 from gputune.scoring.scoring import Scorer, Scoring
 from gputune.text import count, did_you_mean
@@ -49,7 +52,10 @@ def make_scoring(
     if scoring == "neg_loss" or (scoring is None and task == "custom"):
         return _neg_loss(objective, asked=scoring is not None)
     if scoring is None:
-        scoring = "r2" if task == "regression" else "accuracy"
+        scoring = default_scoring(task, objective)
+    if scoring == scores.PINBALL and task == "regression":
+        level = 0.5 if objective is None or objective.loss != "quantile" else objective.number
+        return Scoring(scoring, partial(scores.neg_mean_pinball_loss, alpha=level), None, classes)
     if task == "multilabel":
         classes = np.eye(n_labels, dtype=np.int64)
     if not isinstance(scoring, str):
@@ -69,7 +75,24 @@ def make_scoring(
     _check_fits_task(scoring, task)
     codes = classes if classes is None or task == "multilabel" else np.arange(len(classes))
     scorer = get_scorer(scoring)
-    return Scoring(scoring, None, scorer, codes, positive_code(positive, scoring, scorer, task, classes))
+    code = positive_code(positive, scoring, scorer, task, classes)
+    if (score := LABEL_SCORES.get(task, {}).get(scoring)) is not None:
+        return Scoring(scoring, score, None, codes, code)
+    return Scoring(scoring, None, scorer, codes, code)
+
+
+def default_scoring(task: Task, objective: Objective | None) -> str:
+    """Return the score that ranks trials if the user names none.
+
+    A regression on absolute errors, or on the Huber loss, is ranked by the absolute error, and one on quantiles by the
+    pinball loss of their level. R2 would rank a model by the mean, which it was not trained to predict.
+    """
+    if task != "regression":
+        return "accuracy"
+    loss = None if objective is None or objective.step is not None else objective.loss
+    if loss == "quantile":
+        return scores.PINBALL
+    return "neg_mean_absolute_error" if is_absolute(loss) else "r2"
 
 
 def scorers_of(scoring: object) -> dict[str, OneScoring] | None:

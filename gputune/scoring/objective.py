@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gputune.errors import InputError
 from gputune.population.population import call_module, first_output
-from gputune.scoring.losses import LOSS_OF_TASK, LOSSES, by_rows, loss_fitting
+from gputune.scoring.losses import LOSS_OF_TASK, LOSSES, by_rows, loss_fitting, parse_loss
 from gputune.seeding import keyed_draws, stream_seed
 from gputune.text import did_you_mean
 from gputune.types import Config, Task
@@ -44,13 +44,16 @@ class Objective:
     """Whether the target is two classes, which one logit a row can tell apart."""
     copies: bool = field(default=False, compare=False)
     """Whether the user's code gets copies of the rows, as it writes, or may write, into what it is given."""
+    numbers: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The numbers that the loss was given with, as in "quantile:0.9", by the names that the loss knows."""
     fixed: Config = field(default_factory=dict, compare=False)
     """The ``loss__*`` that a search has one value of: ``neg_loss`` is of them, and of the defaults of ``varied``."""
     varied: Config = field(default_factory=dict, compare=False)
 
     def of_space(self, space: Sequence[Mapping[str, Any]]) -> Self:
         """Return it as it ranks all trials of a space by one loss; a part has choices, or a distribution, by key."""
-        fixed, varied, defaults = {}, {}, loss_defaults(self.loss)
+        fixed, varied = {}, {}
+        defaults = loss_defaults(self.loss) | {LOSS_PREFIX + name: value for name, value in self.numbers.items()}
         for name in sorted({key for part in space for key in part if key.startswith(LOSS_PREFIX)}):
             choices = [part.get(name) for part in space]
             values = [one[0] for one in choices if isinstance(one, list) and len(one) == 1]
@@ -89,11 +92,23 @@ class Objective:
         """What makes a loss of a minibatch, as errors call it."""
         if self.step is not None:
             return f"training_step={qualified_name(self.step)}"
-        return f"the loss {self.loss if isinstance(self.loss, str) else qualified_name(self.loss)}"
+        numbers = "".join(f":{number:g}" for number in self.numbers.values())
+        return f"the loss {self.loss + numbers if isinstance(self.loss, str) else qualified_name(self.loss)}"
 
     def name_unless_default(self, task: Task) -> str:
         """Return its name, "" where it is the task's own loss and nothing else."""
         return "" if self == Objective(LOSS_OF_TASK.get(task, ""), binary=task == "binary") else self.name
+
+    @property
+    def number(self) -> float:
+        """The number by which a loss of numbers ranks all trials: its delta or its level; 0 if it takes none."""
+        if not isinstance(self.loss, str) or self.loss not in LOSSES:
+            return 0.0
+        for name, of in LOSSES[self.loss].arguments.items():
+            default = self.numbers.get(name, of.default)
+            number: float = self.fixed.get(LOSS_PREFIX + name, default)
+            return number
+        return 0.0
 
     @property
     def one_logit(self) -> bool:
@@ -138,7 +153,8 @@ class Objective:
         """Return the numbers that a loss takes, by name, each (C, 1) as ``like`` is; none that are all 0."""
         numbers = {}
         for name, of in LOSSES[self.loss].arguments.items() if self.step is None and isinstance(self.loss, str) else ():
-            row = [float(config.get(LOSS_PREFIX + name, of.default)) for config in configs]
+            default = self.numbers.get(name, of.default)
+            row = [float(config.get(LOSS_PREFIX + name, default)) for config in configs]
             if any(row):
                 numbers[name] = like.new_tensor(row)[:, None]
         return numbers
@@ -275,6 +291,10 @@ def loss_arguments(config: Config) -> Config:
 
 def loss_defaults(loss: object) -> Config:
     """Return the default of each ``loss__*`` value: those of a loss's signature, or of all losses that have a name."""
+    if isinstance(loss, str):
+        loss, numbers = parse_loss(loss)
+        named = {LOSS_PREFIX + name: value for name, value in numbers.items()}
+        return loss_defaults(None) | named
     if callable(loss) and not isinstance(loss, nn.Module):
         parameters = inspect.signature(loss).parameters.items()
         return {LOSS_PREFIX + name: p.default for name, p in parameters if p.default is not p.empty}
@@ -294,6 +314,9 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
             raise InputError(f"{name} must be a function, got {value!r}.")
     if step is not None and loss is not None:
         raise InputError("training_step returns the loss itself, so loss has nothing to do; leave one of them out.")
+    numbers: dict[str, float] = {}
+    if isinstance(loss, str):
+        loss, numbers = parse_loss(loss)
     loss = loss_fitting(loss, task)
     if loss is None and step is None and task == "custom":
         remedy = "give loss=callable(outputs, y), or training_step=callable(module, batch)"
@@ -307,4 +330,4 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
     elif isinstance(loss, str) and task not in LOSSES[loss].tasks:
         fitting = ", ".join(repr(name) for name, of in LOSSES.items() if task in of.tasks)
         raise InputError(f"loss={loss!r} does not fit a {task} target; choose {fitting or 'a loss of your own'}.")
-    return Objective(loss, step, augment, any_outputs=task == "custom", binary=task == "binary")
+    return Objective(loss, step, augment, any_outputs=task == "custom", binary=task == "binary", numbers=numbers)

@@ -94,6 +94,16 @@ def neg_mean_absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
     return -(outputs.squeeze(-1) - y).abs().mean(-1)
 
 
+def neg_mean_pinball_loss(outputs: Tensor, y: Tensor, *, alpha: float) -> Tensor:
+    """Minus the mean pinball loss of the level ``alpha``, in units of y, of one number a row or of several."""
+    gap = (y[:, None] if y.dim() == 1 else y) - outputs
+    return -torch.maximum(alpha * gap, (alpha - 1) * gap).flatten(1).mean(-1)
+
+
+PINBALL = neg_mean_pinball_loss.__name__
+"""A score that scikit-learn has as a metric, and not by this name as a scorer; its level is that of the loss."""
+
+
 def label_accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Share of rows whose labels (m, K) are all met by the sign of their logits, in [0, 1]."""
     return ((logits > 0) == (y > 0)).all(-1).double().mean(-1)

@@ -20,6 +20,7 @@ from gputune.errors import InputError
 from gputune.memory import free_of_gpu
 from gputune.population.population import Network, call_module, class_logits, is_one_logit
 from gputune.scoring import scores
+from gputune.scoring.label_scores import average_precision
 from gputune.scoring.objective import pairs_all_rows
 from gputune.types import Outputs, Params, Task
 
@@ -83,11 +84,11 @@ class Scoring:
             outputs = _as_answers(data, fold, outputs)
             if data.transforms:  # an inverse may overflow
                 finite &= outputs.isfinite().flatten(1).all(-1)
-            ranks = self.score is None or self.score in scores.RANKING
+            ranks = self.score is None or self.score in scores.RANKING or self.score is average_precision
             if ranks and (first := data.first_equal[fold]) is not None:
                 outputs = outputs[:, first]
             if self.score is not None:
-                result = self.score(outputs, target)
+                result = self.score(*self.positive_last(outputs, target))
             else:
                 result = self._through_sklearn(data, fold, *self.positive_last(outputs, target), finite, member)
         return torch.where(finite & result.isfinite(), result, torch.nan)
@@ -100,6 +101,7 @@ class Scoring:
         if self.of_outputs is not None:
             return float(self.of_outputs(outputs.clone(), target.clone()))
         if self.score is not None:
+            outputs, target = self.positive_last(outputs, target)
             return float(self.score(outputs[None], target)[0])
         from gputune.scoring.estimators import fitted
 

@@ -153,8 +153,10 @@ class Options:
     )  # fmt: skip
     cv: object = _rows(5, "--cv K", "folds (5), or time:5 where rows are in order of time")
     loss: str | Callable[..., object] | None = _rows(
-        None, "--loss NAME", "of a module: cross_entropy, mse, mae, huber, quantile, bce", kept=True
-    )
+        None, "--loss NAME",
+        "training loss: mse, mae, huber or huber:DELTA, quantile or quantile:LEVEL of numbers (mae and huber rank by "
+        "absolute errors, quantile by the pinball loss); cross_entropy of classes, bce of labels", kept=True,
+    )  # fmt: skip
     training_step: Callable[..., object] | None = None
     augment: Callable[..., object] | None = None
     class_weight: "ClassWeight" = _rows(

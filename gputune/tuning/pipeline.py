@@ -165,13 +165,18 @@ def _prepare(recorded: RecordedSearch, progress: Progress, store: Store | None) 
     # A descent has no epoch that is the best, a custom target no mean of outputs.
     has_best = options.epoch == "best" and not isinstance(options.method, Hypergradient) and data.task != "custom"
     kept_bytes = KEPT_BYTES if options.keep_predictions and has_best else 0
-    scoring = replace(problem.scoring(), kept_bytes=kept_bytes)
+    scoring = replace(problem.scoring(_earlier_scoring(store)), kept_bytes=kept_bytes)
     check_folds(scoring, data)
     for trial, config in zip(trials, configs):
         if problem.objective is not None:
             problem.objective.check(trial.params)
         check_optimizer(config, choice.searched, stacked=options.backend == "stacked")
     return _Setup(problem, space, folds, trials, configs, data, scoring, first)
+
+
+def _earlier_scoring(store: Store | None) -> str | None:
+    """Return "r2" if that ranks the study that goes on: it was the default of every regression before."""
+    return "r2" if store is not None and store.meta.get("scoring") == "r2" else None
 
 
 def _record(setup: _Setup, context: Context) -> SearchRecord:

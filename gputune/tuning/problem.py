@@ -33,6 +33,7 @@ from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space
 from gputune.methods.space import PORTFOLIOS, choices_of
 from gputune.modules.inspection import returns_one_logit
+from gputune.scoring.losses import LOSS_OF_TASK
 from gputune.scoring.metrics import loss_scoring, make_scoring
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.scoring import Scoring
@@ -135,13 +136,17 @@ class Problem:
             X = None if len(X.parts) > 1 else X.as_given()
         return make_folds(cv, self.target, X=X, groups=groups, seed=seed)
 
-    def scoring(self) -> Scoring:
-        """Return the scoring of a search. Raises InputError for what a study could not know again later."""
+    def scoring(self, earlier: str | None = None) -> Scoring:
+        """Return the scoring of a search. Raises InputError for what a study could not know again later.
+
+        ``earlier`` is the score of a study that goes on and was given none: earlier versions ranked by another one.
+        """
         target, options = self.target, self.options
         if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
             return loss_scoring(target.task, target.classes, options.positive)
         of_target = target.task, target.classes, options.positive, self.objective
-        scoring = make_scoring(options.scoring, *of_target, n_labels=target.n_outputs)
+        given = options.scoring if options.scoring is not None else earlier
+        scoring = make_scoring(given, *of_target, n_labels=target.n_outputs)
         scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
         for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
             if options.study is not None and any(part in name for part in ("<lambda>", "<locals>", "<function ")):
@@ -277,8 +282,22 @@ def _objective(target: Target, choice: ModelChoice, options: Options) -> Objecti
     if choice.solved and target.task == "regression":
         why = "model='logistic' solved with optimizer='exact' predicts classes, and the target is a number"
         raise InputError(f"{why}: choose model='mlp', or optimizer='adamw' for a linear regression.")
-    for name in ("loss", "training_step", "augment"):
+    for name in ("training_step", "augment"):
         if getattr(options, name) is not None:
             why = f"{name} is for a module of your own, and model={choice.name!r} trains on its task's loss"
             raise InputError(f"{why}: {_PASS}, or leave it out.")
-    return None
+    return None if options.loss is None else _built_in_objective(target, choice, options)
+
+
+def _built_in_objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
+    """Return the loss of a built-in model that is given by name; None for that of its task."""
+    fitting = "'mse', 'mae', 'huber' or 'quantile'" if target.task == "regression" else "'cross_entropy'"
+    if not isinstance(options.loss, str):
+        why = f"a loss of your own is for a module, and model={choice.name!r} takes losses by name: {fitting}"
+        raise InputError(f"loss: {why}. Or {_PASS}.")
+    objective = make_objective(options.loss, None, None, target.task)
+    if objective.loss == LOSS_OF_TASK[target.task]:
+        return None
+    if target.task != "regression":
+        raise InputError(f"loss={options.loss!r} does not fit model={choice.name!r}: choose {fitting}, or {_PASS}.")
+    return objective

@@ -15,8 +15,8 @@ from gputune.tuning.options import Options
 from gputune.tuning.problem import make_problem
 from gputune.tuning.session import checked_space, first_trials
 
-_ROWS_PER_CLASS = 2
-"""Numbers with fewer rows for each distinct value are not warned of: they are hardly classes."""
+_ROWS_PER_NUMBER = 10  # numbers that repeat so often on average may well be classes
+_ROWS_PER_CODE = 2  # and codes 0, 1, 2, ... that repeat so often
 
 
 def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWord | None:
@@ -34,9 +34,16 @@ def chosen_task(source: Source, choice: ModelChoice, options: Options) -> TaskWo
     n_distinct = len(np.unique(target.values))
     if only_classifies(options.loss) or _n_outputs(source, choice, options) == n_distinct:
         return "classification"
-    if n_distinct * _ROWS_PER_CLASS <= len(target):
+    if _may_be_classes(target.values, n_distinct):
         warn(f"{whole_numbers_words(target)} If not, say task='regression'.", InputWarning)
     return None
+
+
+def _may_be_classes(values: np.ndarray, n_distinct: int) -> bool:
+    """Whether whole numbers repeat as classes do; consecutive ones from 0 or 1 may be codes of many small classes."""
+    rows_per_number = len(values) / n_distinct
+    are_codes = values.min() in (0, 1) and values.max() - values.min() < 1.1 * n_distinct
+    return rows_per_number >= (_ROWS_PER_CODE if are_codes else _ROWS_PER_NUMBER)
 
 
 def _n_outputs(source: Source, choice: ModelChoice, options: Options) -> int | None:

@@ -113,8 +113,8 @@ def test_a_value_is_said_as_it_is_typed(name):
             "its forward says: vmap: groups=1 and cv=2. Control flow and so on, or let --backend auto",
         ),
         (
-            "loss is for a module of your own: pass a module, for example model=gputune.models.MLP, or leave it out",
-            "--loss is for a module of your own: give a module, --model FILE.py:NAME, or leave it out",
+            "augment is for a module of your own: pass a module, for example model=gputune.models.MLP, or leave it out",
+            "augment is for a module of your own: give a module, --model FILE.py:NAME, or leave it out",
         ),
         ("'mse', a torch.nn loss, or callable(outputs, y), got 'l1'", "'mse', got 'l1'"),
         ("scorer names or a callable, got 'x'", "scorer names, got 'x'"),

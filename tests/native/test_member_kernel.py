@@ -28,6 +28,7 @@ from problems import (
     rows_of,
     scoring_of,
     shape_of,
+    train,
     train_together,
     without_class_2,
 )
@@ -108,6 +109,19 @@ def test_law_1_together_equals_alone(case, by_kernel):
 def test_law_1_for_the_linear_model(task, by_kernel):
     configs = fill({"lr": 1e-2, "batch_size": 9}, {"lr": 1e-3, "batch_size": 100})
     assert_equals_plain_loop(make_data(task, copies=False), configs, kind="linear", epochs=2)
+
+
+@needs_compiled_code
+@pytest.mark.parametrize(("loss", "number"), [("mae", 0.0), ("huber", 0.3), ("quantile", 0.9)])
+def test_losses_of_numbers_are_those_of_stacked_steps(loss, number, by_kernel):
+    configs = fill({"width": 9, "batch_size": 16}, {"width": 5, "batch_size": 16, "lr": 1e-2})
+    data = make_data("regression", copies=False, weights=True)
+    flat = []
+    for backend in ("eager", "compiled"):
+        network = StackedMLP("mlp", configs, shape_of(data), seed=0, loss=loss, loss_number=number)
+        trained = train(network, data, configs, seed=0, epochs=2, horizon=2, backend=backend)
+        flat.append(trained.flat)
+    torch.testing.assert_close(*flat, rtol=0, atol=1e-10)
 
 
 @needs_compiled_code

@@ -1,0 +1,46 @@
+"""Scores of labels for many models at once equal scikit-learn's, also of ties, absent classes and empty shares."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import get_scorer
+
+from gputune.scoring.estimators import fitted
+from gputune.scoring.label_scores import LABEL_SCORES
+from gputune.scoring.metrics import make_scoring
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning", "ignore::UserWarning")
+OF_ONE_CLASS = ("f1", "precision", "recall", "jaccard", "average_precision")
+CASES = [(task, name, None) for task, names in LABEL_SCORES.items() for name in names]
+CASES += [("binary", name, 0) for name in OF_ONE_CLASS]
+
+
+def examples(task, seed):
+    """Outputs (4, m, K) and targets, among them ties, classes that nobody has or predicts, and constant outputs."""
+    rng = np.random.default_rng(seed)
+    m, K = int(rng.integers(2, 40)), 2 if task == "binary" else int(rng.integers(3, 7))
+    outputs = rng.normal(size=(4, m, K))
+    outputs[1] = np.round(outputs[1])  # ties
+    outputs[2] = outputs[2, :1]  # one answer for all rows
+    outputs[3] = -1.0  # no label at all, or the first class
+    if task == "multilabel":
+        y = (rng.random((m, K)) < rng.random(K)).astype(float)
+        y[:, 0] = 0.0  # which no row has
+        return torch.from_numpy(outputs), torch.from_numpy(y)
+    return torch.from_numpy(outputs), torch.from_numpy(rng.integers(0, int(rng.integers(1, K + 1)), m))
+
+
+@pytest.mark.parametrize(("task", "name", "positive"), CASES)
+def test_each_score_is_scikit_learns(task, name, positive):
+    for seed in range(3):
+        outputs, y = examples(task, seed)
+        classes = None if task == "multilabel" else np.arange(outputs.shape[-1])
+        scoring = make_scoring(name, task, classes, positive, n_labels=outputs.shape[-1])
+        assert scoring.score is not None and scoring.scorer is None
+        turned = (outputs.flip(-1), 1 - y) if scoring.positive == 0 else (outputs, y)
+        found = scoring.score(*turned)
+        X = np.zeros((len(y), 1))
+        for output, score in zip(turned[0], found.tolist()):
+            model = fitted(output, scoring.classes, X, X)
+            expected = get_scorer(name)(model, X, turned[1].numpy())
+            assert score == pytest.approx(expected, abs=1e-12), (seed, name)
