@@ -275,6 +275,14 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
     return read.astype(bool) if kind == "boolean" else read.astype(str) if kind == "category" else read
 
 
+def are_soft_labels(target: Target) -> bool:
+    """Whether a target (n, K) is a probability of each class: no number is negative, and rows sum to one."""
+    values = target.values
+    if target.task != "regression" or values.ndim != 2 or values.shape[1] < 2:
+        return False
+    return bool((values >= 0).all() and (np.abs(values.sum(1) - 1) < 1e-3).all())
+
+
 def are_many_whole_numbers(target: Target) -> bool:
     """Whether a target is more whole numbers than are taken for classes, one number a row."""
     if target.task != "regression" or target.values.ndim > 1 or not _are_whole(target.values):

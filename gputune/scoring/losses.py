@@ -195,6 +195,13 @@ def only_classifies(loss: object) -> bool:
     return issubclass(_kind(loss), _OF_CLASSES) or loss in (functional.cross_entropy, functional.nll_loss)
 
 
+def takes_probabilities(loss: object) -> bool:
+    """Whether a loss compares logits, or log-probabilities, with a probability of each class."""
+    if issubclass(_kind(loss), (nn.CrossEntropyLoss, nn.KLDivLoss)):
+        return True
+    return loss in (functional.cross_entropy, functional.kl_div)
+
+
 def is_absolute(loss: object) -> bool:
     """Whether a loss is of absolute errors, or of those except for small ones."""
     return loss in ("mae", "huber") or issubclass(_kind(loss), (nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss))

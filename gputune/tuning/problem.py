@@ -21,6 +21,7 @@ from gputune.data.target import (
     Target,
     TaskWord,
     are_many_whole_numbers,
+    are_soft_labels,
     check_spread,
     check_target,
     whole_numbers_words,
@@ -33,8 +34,8 @@ from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import Space
 from gputune.methods.space import PORTFOLIOS, choices_of
 from gputune.modules.inspection import returns_one_logit
-from gputune.scoring.losses import LOSS_OF_TASK
-from gputune.scoring.metrics import loss_scoring, make_scoring
+from gputune.scoring.losses import LOSS_OF_TASK, takes_probabilities
+from gputune.scoring.metrics import Scorings, loss_scoring, make_scoring, scorers_of
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.scoring import Scoring
 from gputune.study.model_files import DTYPES
@@ -136,6 +137,13 @@ class Problem:
             X = None if len(X.parts) > 1 else X.as_given()
         return make_folds(cv, self.target, X=X, groups=groups, seed=seed)
 
+    @property
+    def has_soft_labels(self) -> bool:
+        """Whether the target is a probability of each class, with which the loss compares the module's outputs."""
+        objective = self.objective
+        is_of_outputs = objective is not None and objective.step is None
+        return is_of_outputs and takes_probabilities(objective.loss) and are_soft_labels(self.target)  # type: ignore[union-attr]
+
     def scoring(self, earlier: str | None = None) -> Scoring:
         """Return the scoring of a search. Raises InputError for what a study could not know again later.
 
@@ -146,6 +154,8 @@ class Problem:
             return loss_scoring(target.task, target.classes, options.positive)
         of_target = target.task, target.classes, options.positive, self.objective
         given = options.scoring if options.scoring is not None else earlier
+        if self.has_soft_labels and earlier is None:
+            given = _soft_label_scoring(given)
         scoring = make_scoring(given, *of_target, n_labels=target.n_outputs)
         scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
         for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
@@ -202,6 +212,11 @@ class Problem:
         is_guess = self.options.task is None or source.is_task_guessed
         if is_guess and are_many_whole_numbers(self.target):
             remarks.append(whole_numbers_words(self.target))
+        if self.has_soft_labels:
+            remarks.append(
+                f"{self.target.name} holds a probability of each class, so trials are ranked by the loss (neg_loss); "
+                "predict returns the module's outputs, whose softmax is the probabilities"
+            )
         return tuple(remarks)
 
     def remarks_on_loss(self, scoring: Scoring) -> tuple[str, ...]:
@@ -239,6 +254,19 @@ class Problem:
         remedy = "" if self.columns == "keep" else "; columns 'keep' leaves numbers and booleans as they are"
         counts = f"Of the {len(self.layout.inputs)} columns of X, which are {sum(used.values())} features"
         return f" {counts}, {' and '.join(parts)}{remedy}." if parts else ""
+
+
+def _soft_label_scoring(scoring: Scorings | None) -> Scorings:
+    """Return the score of a target of probabilities. Raises InputError for scores that compare them with logits."""
+    several = scorers_of(scoring)
+    scorers = [scoring] if several is None else list(several.values())
+    for scorer in scorers:
+        if isinstance(scorer, str) and scorer != "neg_loss":
+            raise InputError(
+                f"scoring={scorer!r} would compare the module's logits with the probabilities in y. Leave scoring out "
+                "to rank by the loss, or give scoring=callable(outputs, y)."
+            )
+    return "neg_loss" if scoring is None else scoring
 
 
 def make_problem(source: Source, task: TaskWord | None, choice: ModelChoice, options: Options) -> Problem:
