@@ -45,13 +45,10 @@ class ScorerRows:
         """Return the validation rows of a fold, of the kind of X; no write to an array reaches anyone else."""
         positions = fold.valid.cpu().numpy()
         if isinstance(self.X, Arrays):
-            rows = replace(self.X, places=positions).as_given()
-        else:
-            rows = select_rows(self.X, positions)
-        several = rows.values() if isinstance(rows, dict) else rows if isinstance(rows, tuple) else [rows]
-        for array in several:
-            if isinstance(array, np.ndarray):
-                array.flags.writeable = False
+            return replace(self.X, places=positions).as_given()
+        rows = select_rows(self.X, positions)
+        if isinstance(rows, np.ndarray):
+            rows.flags.writeable = False
         return rows
 
     def encoded(self, X: object, statistics: Statistics | ArrayStatistics, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -159,6 +159,9 @@ class Scoring:
         try:
             for trial in np.flatnonzero(finite.cpu().numpy()).tolist():
                 others = None if member is None else partial(_predict, data, fold, member, trial)
+                if isinstance(rows, tuple | dict) or (isinstance(rows, np.ndarray) and rows.flags.writeable):
+                    # Gathered for each trial: a scorer may write into them.
+                    rows = rows if data.scorer_rows is None else data.scorer_rows.rows(data.folds[fold])
                 # A frame can be written to.
                 X = rows if isinstance(rows, np.ndarray | tuple | dict) else copy.deepcopy(rows)
                 # Copies: a scorer of the user's own may write into what it gets.
