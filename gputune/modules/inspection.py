@@ -20,9 +20,10 @@ from gputune.errors import InputError
 from gputune.memory import is_out_of_memory
 from gputune.modules.calls import not_trained, state_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook, name_of
+from gputune.modules.draw_watch import Trail
 from gputune.modules.hidden_state import KeptState, buffers_at_start, check_evaluation, check_hidden_state
 from gputune.modules.module import ModuleNetwork, StackedModule, Traits
-from gputune.modules.module_trial import ModuleTrial, Trail, at_start
+from gputune.modules.module_trial import ModuleTrial, at_start, is_close
 from gputune.modules.probabilities import are_probabilities, check_probabilities
 from gputune.population.batches import Batch
 from gputune.population.population import Network, arguments_text, module_arguments
@@ -143,31 +144,34 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     changing += [name for name in dropout_rates(module) if name not in changing]
     counted = [k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k])]
     unevaluated = KeptState(module)
-    alone = trial.forward(x, training=False)
+    alone = trial.forward(x, training=False, watched=True)
     trial.check_outputs(alone)
     check_evaluation(trial, unevaluated, alone)
     check_hidden_state(trial, untrained, counted, alone)
     check_probabilities(trial.name, trial.objective, trained)
-    few = trial.forward([part[:2] for part in x], training=False)
     losses = trial.losses()
+    outside = trial.watch.outside()
     traits = Traits(
         changing=(*changing, *counted),
         least_rows=1 if trial.takes_one_row() else 2,
-        alone=_close(few, alone[:2]),
+        alone=trial.is_alone(alone),
         widest=trial.widest,
         parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
         writes=trial.writes.found,
-        draws=trial.draws,
+        draws=trial.watch.draws or bool(outside),
+        host_draws=bool(outside),
+        evaluation_draws=trial.watch.draws_in_evaluation or bool(outside),
         row_losses=losses.dim() > 0,
         at_start=at_start(trial, alone, losses),
         named=tuple(name for name, w in module.named_parameters() if w.requires_grad),
         scheduled=dropout_rates(module),
         probabilities=are_probabilities(trained),
     )
-    reason, unused = _of_itself(module, counted, changing), tuple[str, ...]()
+    reason = outside or _of_itself(module, counted, changing)
+    unused = tuple[str, ...]()
     if not reason:
         reason, unused = _stacking_traits(trial, traits)
-    if trial.decides and not reason:
+    if trial.watch.decides and not reason:
         reason = "it draws random numbers and decides by a number of a tensor"
     return replace(traits, unstackable=reason, unused=() if reason else unused)
 
@@ -225,7 +229,7 @@ def _rounded_traits(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str,
                 return f"it has another gradient {_DIFFERS}", ()
         if not _all_close(((v[0, c], after[k]) for k, v in together[2].items())):
             return f"it has other buffers after a step {_DIFFERS}", ()
-        if not _close(together[0][c], outputs.view(together[0][c].shape)):
+        if not is_close(together[0][c], outputs.view(together[0][c].shape)):
             return f"it gives other outputs {_DIFFERS}", ()
     return "", tuple(k for k in stacked.first if all(g[k] is None for _, gradients, _ in alone for g in gradients))
 
@@ -268,11 +272,6 @@ def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
     """Return the rows of two minibatches, where there are enough for a second one that differs."""
     n = len(trial.y)
     return slice(0, n), slice(0, max(min(n, 2), 2 * n // 3))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding, also where both are no number."""
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:

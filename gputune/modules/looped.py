@@ -6,7 +6,7 @@ PyTorch's: by the classes of torch.optim, which take the steps of what cannot be
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import numpy as np
@@ -249,7 +249,10 @@ class LoopChunk:
         order = row_order(self.data, self.seed, epoch)
         for (f, c), member in self.members.items():
             minibatches = torch.split(order[f, : self.lengths[f]], int(self.sizes[f, c]))[: self.steps[f, c]]
-            draws = keyed_draws(self.data.device, self.seed, "dropout") if self.network.traits.draws else nullcontext()
+            draws: AbstractContextManager[None] = nullcontext()
+            if self.network.traits.draws:
+                host = self.network.traits.host_draws
+                draws = keyed_draws(self.data.device, self.seed, "dropout", host=host)
             with draws, torch.enable_grad():
                 self._train(member, f, epoch, minibatches)
 
@@ -264,7 +267,7 @@ class LoopChunk:
             for rate in member.rates:
                 rate.fill_(dropouts[step])
             if network.traits.draws:
-                start_stream(self.data.device, self.seed, "dropout", epoch, step)
+                start_stream(self.data.device, self.seed, "dropout", epoch, step, host=network.traits.host_draws)
             if objective.augment is not None:
                 found = objective.augmented([x[None] for x in inputs], names, self.seed, (epoch, step))
                 inputs = tuple(x[0] for x in found)

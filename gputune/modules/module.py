@@ -55,6 +55,8 @@ class Traits:
     parameters: int = 0  # number of those that are trained
     writes: bool = False  # whether the forward, the loss or the step writes into the minibatch that it is given
     draws: bool = True  # whether a forward in training draws random numbers
+    host_draws: bool = False  # whether its code can draw them outside of PyTorch's default generator
+    evaluation_draws: bool = False  # whether a forward in evaluation mode draws random numbers
     row_losses: bool = True  # whether the loss gives a number a row, rather than their mean
     at_start: str = ""  # what is not finite before anything has trained, in words, "" where all is
     named: tuple[str, ...] = ()  # paths of the parameters that are trained

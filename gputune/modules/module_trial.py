@@ -2,8 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Self
@@ -16,8 +16,7 @@ from gputune.errors import InputError
 from gputune.modules.broadcasts import BroadcastWatch, Shapes, in_one_shape
 from gputune.modules.calls import convert
 from gputune.modules.construction import Builder, build_module, hint, name_of, note_of_cast, outputs_hint
-from gputune.modules.substitutes import counting_on_device
-from gputune.modules.trace import Args, DispatchMode, Operator, Words
+from gputune.modules.draw_watch import DrawWatch, Trail
 from gputune.modules.write_watch import WriteWatch
 from gputune.population.population import Shape, call_module, module_arguments
 from gputune.scoring.losses import refuse_one_number
@@ -43,11 +42,12 @@ class ModuleTrial:
         self.shape = replace(Shape.of(data), folds=1, device=_CPU, present=None, rows=None)
         self.writes = WriteWatch()
         self.widest = 1  # most numbers that a submodule has returned for a row
-        self.draws = self.decides = False  # whether it has taken random numbers, and has read numbers of tensors then
         module = build_module(builder, module_arguments(config), self.shape, seed=0, columns=columns)
         self.cast = note_of_cast(module, data.dtype)  # a tensor of the module whose dtype its builder chose
         self.module = convert(module, data.dtype)
         self.trail = Trail(self.module)
+        loss, step, augment = self.objective.loss, self.objective.step, self.objective.augment
+        self.watch = DrawWatch(self.module, loss, step, augment)
 
     def fresh(self) -> nn.Module:
         """Return the module as its builder makes it."""
@@ -117,21 +117,11 @@ class ModuleTrial:
             if isinstance(value, int | float) and name != "training"
         }
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Note whether torch's generator is drawn from inside, and whether a number of a tensor is read then."""
-        with keyed_draws(_CPU, 0, "check"):
-            state = torch.get_rng_state()
-            with counting_on_device(self.module), (recorder := _ReadRecorder()):
-                yield
-            drew = not torch.equal(state, torch.get_rng_state())
-        self.draws, self.decides = self.draws or drew, self.decides or (drew and recorder.reads)
-
     def forward(self, inputs: Sequence[Tensor], *, training: bool, watched: bool = False) -> Tensor:
         """Return the outputs on some rows, always with the same draws, which are noted where it is ``watched``."""
         self.trail.largest = 0  # of other numbers of rows
         try:
-            draws = self._watched() if watched else keyed_draws(_CPU, 0, "check")
+            draws = self.watch.watching(training=training) if watched else keyed_draws(_CPU, 0, "check", host=True)
             with self.writes.copies(inputs) as own, draws, torch.set_grad_enabled(training):
                 outputs = self.objective.outputs(self.module.train(training), own, self.shape.names)
         except Exception as error:
@@ -182,7 +172,8 @@ class ModuleTrial:
         """Return the losses of some rows, and the shapes of outputs and targets that were compared across rows."""
         copies = self.writes.copies([*inputs, y])
         try:
-            with copies as (*own, own_y), torch.enable_grad(), warnings.catch_warnings(), self._watched():
+            watching = self.watch.watching(training=True)
+            with copies as (*own, own_y), torch.enable_grad(), warnings.catch_warnings(), watching:
                 warnings.filterwarnings("ignore", "Using a target size .* that is different to the input size")
                 watch = BroadcastWatch(own_y)
                 with nullcontext() if self.objective.is_named else watch:
@@ -256,6 +247,15 @@ class ModuleTrial:
                 "Give it one, and do not detach what it returns."
             )
 
+    def is_alone(self, outputs: Tensor) -> bool:
+        """Whether an output in evaluation mode depends on its own row only; ``outputs`` are those of all tried rows."""
+        if not self.watch.draws_in_evaluation:
+            few = self.forward([part[:2] for part in self.inputs], training=False)
+            return is_close(few, outputs[:2])
+        # Fewer rows would have other draws. So there are as many, and those after the second are the first row again.
+        others = [torch.cat([part[:2], part[:1].expand(len(part) - 2, *part.shape[1:])]) for part in self.inputs]
+        return is_close(self.forward(others, training=False)[:2], outputs[:2])
+
     def takes_one_row(self) -> bool:
         """Whether a minibatch of one row can be trained on."""
         with suppress(InputError):
@@ -267,6 +267,11 @@ _SCALED = (
     " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or numbers='none', which "
     "leaves codes as they are."
 )
+
+
+def is_close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, also where both are no number."""
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
@@ -306,36 +311,3 @@ def in_words(x: Tensor) -> str:
         return f"a float tensor of shape ({shape})"
     kind = f"{'an' if name.startswith('i') else 'a'} {name} tensor of shape ({shape})"
     return f"{kind} of values from {int(x.min())} to {int(x.max())}"
-
-
-class _ReadRecorder(DispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether a number of a tensor is read into Python, which may decide by it."""
-
-    reads = False
-
-    def __torch_dispatch__(self, func: Operator, types: object, args: Args = (), kwargs: Words | None = None) -> object:
-        self.reads |= torch.Tag.data_dependent_output in func.tags
-        return func(*args, **(kwargs or {}))
-
-
-class Trail:
-    """Remembers which submodule was running, so that an error can name it, and how much one has returned."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.open: list[str] = []
-        self.largest = 0
-        for name, part in module.named_modules():
-            if not isinstance(part, torch.jit.ScriptModule):  # which takes no hooks
-                part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
-                part.register_forward_hook(self._leave)
-
-    def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
-        self.open.pop()
-        if isinstance(result, Tensor):
-            self.largest = max(self.largest, result.numel())
-
-    @property
-    def submodule(self) -> str:
-        """The submodule that was running, in words; "" for the module itself."""
-        name = next((name for name in reversed(self.open) if name), "")
-        return f"submodule {name!r}" if name else ""

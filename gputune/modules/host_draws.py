@@ -1,0 +1,272 @@
+"""Generators outside of PyTorch that a module's code can draw from, found by reading that code.
+
+A stacked or recorded step runs the code of a forward once for many members or steps, so a number that Python or NumPy
+drew there would be the same in all of them. A trial call cannot rule this out: the draw may lie in a branch that is
+taken in one step of a hundred. Therefore the bytecode of a forward, and of the functions that it refers to, is read
+together with the objects that its names stand for. A trial call then shows draws inside of libraries, whose code is
+not read, by the states of the generators.
+"""
+
+import builtins
+import dis
+import functools
+import sys
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from inspect import getattr_static
+from typing import Any
+
+import torch
+from torch import nn
+
+from gputune.modules.host_generators import GENERATORS, Env, closure_of, is_library, items_of, source_name
+
+_MOST_FUNCTIONS = 5000  # that are read, so that a huge library of modules ends the reading
+_UNKNOWN = object()
+
+
+def drawing_code(module: nn.Module, functions: Iterable[object] = (), step: object = None) -> str:
+    """Return where code of a module or of some functions can draw outside of PyTorch's default generator.
+
+    Args:
+        module: The module, whose forwards, hooks and submodules are read.
+        functions: A loss and the like, which are read as well.
+        step: A training step, which is called with the module.
+
+    Returns:
+        Words such as "Net.forward calls random.random"; "" if no such code is found.
+    """
+    reader = _Reader()
+    for part in module.modules():
+        reader.visit(part)
+    for function in (*functions, step):
+        reader.visit(function)
+    reader.call(step, [module])
+    return reader.found
+
+
+def _defaults_of(function: types.FunctionType) -> Env:
+    """Return the default values of the parameters of a function."""
+    code = function.__code__
+    values = function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return dict(zip(names, values)) | (function.__kwdefaults__ or {})
+
+
+@lru_cache(4096)
+def _instructions(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
+    """Return the operations of a code object with their arguments; pairs of names that are loaded are split."""
+    found: list[tuple[str, Any]] = []
+    for instruction in dis.get_instructions(code):
+        name, value = instruction.opname, instruction.argval
+        if name in _NEUTRAL:
+            continue
+        if name == "KW_NAMES" and instruction.arg is not None:  # of Python 3.11 and 3.12
+            value = code.co_consts[instruction.arg]
+        if isinstance(value, tuple) and name in _PAIRS:  # of Python 3.13 and newer
+            found += list(zip(_PAIRS[name], value))
+        else:
+            found.append((name.replace("_BORROW", ""), value))
+    return tuple(found)
+
+
+_NEUTRAL = {"PUSH_NULL", "CACHE", "PRECALL", "NOP", "EXTENDED_ARG", "RESUME", "COPY_FREE_VARS", "MAKE_CELL"}
+"""Operations that leave the value that was loaded last on top of the stack."""
+_PAIRS = {
+    "LOAD_FAST_LOAD_FAST": ("LOAD_FAST", "LOAD_FAST"),
+    "LOAD_FAST_BORROW_LOAD_FAST_BORROW": ("LOAD_FAST", "LOAD_FAST"),
+    "STORE_FAST_LOAD_FAST": ("STORE_FAST", "LOAD_FAST"),
+    "STORE_FAST_STORE_FAST": ("STORE_FAST", "STORE_FAST"),
+}
+_LOADS = {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"}
+_GLOBAL_LOADS = {"LOAD_GLOBAL", "LOAD_NAME"}
+_STORES = {"STORE_FAST", "STORE_DEREF"}
+_ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD"}
+
+
+class _Reader:
+    """Reads code and what it refers to, until something draws: ``found`` then says where."""
+
+    def __init__(self) -> None:
+        self.found = ""
+        self.read: dict[tuple[int, ...], object] = {}  # the values keep the objects alive, so that ids stay theirs
+        self.place = ""
+
+    def visit(self, value: object) -> None:
+        """Look at a value that code uses: whether it draws, or what it runs when it is called."""
+        if self.found or value is _UNKNOWN or value is None:
+            return
+        if source := source_name(value):
+            self.found = f"{self.place} uses {source}" if source.startswith("a ") else f"{self.place} calls {source}"
+        elif isinstance(value, types.FunctionType):
+            self._read(value, [])
+        elif isinstance(value, types.MethodType):
+            self._visit_method(value)
+        elif isinstance(value, functools.partial):
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self.visit(part)
+        elif isinstance(value, dict | list | tuple | set):
+            for item in items_of(value):
+                if callable(item) or isinstance(item, GENERATORS):
+                    self.visit(item)
+        elif isinstance(value, nn.Module):
+            self._visit_module(value)
+        elif isinstance(value, type):
+            self._visit_class(value)
+        elif not isinstance(value, torch.Tensor | types.ModuleType | types.BuiltinFunctionType):
+            self._visit_instance(value)
+
+    def _visit_method(self, method: types.MethodType) -> None:
+        """Look at a method, and at those that it overrides: it may call them by ``super()``."""
+        if isinstance(method.__func__, types.FunctionType):
+            self._read(method.__func__, [method.__self__])
+        owner = method.__self__ if isinstance(method.__self__, type) else type(method.__self__)
+        for cls in owner.__mro__:
+            function = vars(cls).get(method.__name__)
+            inner = function.__func__ if isinstance(function, classmethod) else function
+            if isinstance(inner, types.FunctionType):
+                self._read(inner, [method.__self__])
+
+    def _visit_module(self, module: nn.Module) -> None:
+        if self._is_read(module, []):
+            return
+        own = vars(module)
+        self.visit(own.get("forward") or getattr(module, "forward", None))
+        for name, hooks in own.items():
+            if name.endswith("_hooks") and isinstance(hooks, dict):
+                self.visit(list(hooks.values()))
+
+    def _visit_class(self, cls: type) -> None:
+        """Look at the functions of a class, whose instances code makes; of a module class at its forward."""
+        if self._is_read(cls, []):
+            return
+        for base in cls.__mro__:
+            functions = dict(vars(base))
+            if issubclass(cls, nn.Module):  # code also names it for super(), and its constructor may draw
+                functions = {"forward": functions.get("forward")}
+            for value in functions.values():
+                inner = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+                if isinstance(inner, types.FunctionType):
+                    self._read(inner, [])
+
+    def _visit_instance(self, value: object) -> None:
+        """Look at an object that is passed on or called: at its ``__call__``, and at the generators that it holds."""
+        if self._is_read(value, []):
+            return
+        if isinstance(call := getattr_static(type(value), "__call__", None), types.FunctionType):
+            self._read(call, [value])
+        for item in _attributes_of(value).values():
+            if isinstance(item, GENERATORS):
+                self.visit(item)
+
+    def call(self, value: object, arguments: Sequence[object]) -> None:
+        """Read a function with the objects that it is called with."""
+        if isinstance(value, functools.partial):
+            arguments = [*value.args, *arguments]
+            value = value.func
+        if all(argument is _UNKNOWN for argument in arguments):
+            return
+        if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
+            self._read(value.__func__, [value.__self__, *arguments])
+        elif isinstance(value, types.FunctionType):
+            self._read(value, arguments)
+
+    def _is_read(self, code: object, arguments: Sequence[object]) -> bool:
+        key = id(code), *map(id, arguments)
+        if key in self.read or len(self.read) > _MOST_FUNCTIONS:
+            return True
+        self.read[key] = code, arguments
+        return False
+
+    def _read(self, function: types.FunctionType, arguments: Sequence[object]) -> None:
+        """Read the code of a function that is called with some arguments, as far as they are known."""
+        if self.found or is_library(function) or self._is_read(function.__code__, arguments):
+            return
+        code = function.__code__
+        env = _defaults_of(function) | closure_of(function)
+        named = zip(code.co_varnames[: code.co_argcount], arguments)
+        env |= {name: argument for name, argument in named if argument is not _UNKNOWN}
+        before = self.place
+        self.place = code.co_qualname
+        self._read_code(code, env, function.__globals__)
+        self.place = before
+
+    def _read_code(self, code: types.CodeType, env: Env, outside: Mapping[str, Any]) -> None:
+        """Follow the names of a code object, from a load over its attributes to what they end in."""
+        stack: list[object] = []  # the values that were loaded last; empty where their number is not known
+        keywords = 0  # of the call that comes next
+        for operation, name in _instructions(code):
+            top = stack.pop() if stack else _UNKNOWN
+            if operation in _ATTRIBUTES:
+                stack.append(self._attribute(top, name))
+            elif operation in _STORES:
+                env[name] = top
+            elif operation == "KW_NAMES":
+                keywords = len(name)
+                stack.append(top)
+            else:
+                self.visit(top)
+                if operation in _LOADS:
+                    stack += [top, env.get(name, _UNKNOWN)]
+                elif operation in _GLOBAL_LOADS:
+                    stack += [top, outside.get(name, getattr(builtins, name, _UNKNOWN))]
+                elif operation == "LOAD_CONST":
+                    stack += [top, _UNKNOWN]
+                elif operation == "IMPORT_NAME":
+                    stack = [sys.modules.get(name, _UNKNOWN)]
+                elif operation == "IMPORT_FROM":
+                    stack += [top, self._attribute(top, name)]
+                elif operation == "CALL" and len(stack) >= name:
+                    values = [*stack, top]
+                    self.call(values[-name - 1], values[len(values) - name : len(values) - keywords])
+                    stack = [*values[: -name - 1], _UNKNOWN]
+                    keywords = 0
+                else:
+                    stack = []
+                    keywords = 0
+            if self.found:
+                return
+        self.visit(stack[-1] if stack else _UNKNOWN)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):  # of a function, a lambda or a comprehension inside
+                self._read_code(constant, dict(env), outside)
+
+    def _attribute(self, value: object, name: str) -> object:
+        """Return an attribute without running code of the user's; of a property the code that gets it is read."""
+        if value is _UNKNOWN or isinstance(value, torch.Tensor):
+            return _UNKNOWN
+        if source_name(value) and not isinstance(value, types.ModuleType):
+            self.visit(value)
+            return _UNKNOWN
+        if name == "rvs":  # of a distribution of SciPy's
+            self.found = f"{self.place} calls rvs of {type(value).__name__}"
+            return _UNKNOWN
+        own = {} if isinstance(value, type) else _attributes_of(value)
+        if name in own:
+            return own[name]
+        found = getattr_static(value if isinstance(value, type) else type(value), name, _UNKNOWN)
+        if isinstance(found, staticmethod):
+            return found.__func__
+        if isinstance(found, classmethod):
+            return types.MethodType(found.__func__, value if isinstance(value, type) else type(value))
+        if isinstance(found, types.FunctionType):
+            return found if isinstance(value, type) else types.MethodType(found, value)
+        getter = getattr(found, "fget", None) or getattr(found, "func", None)
+        if isinstance(getter, types.FunctionType):  # of a property, or of one that is cached
+            self._read(getter, [value])
+            return _UNKNOWN
+        if isinstance(found, types.MemberDescriptorType):  # of __slots__
+            return getattr(value, name, _UNKNOWN)
+        return found if isinstance(found, GENERATORS) or callable(found) else _UNKNOWN
+
+
+def _attributes_of(value: object) -> Mapping[str, Any]:
+    """Return the attributes of an object itself, of a module its submodules as well."""
+    try:
+        own: dict[str, Any] = vars(value)
+    except TypeError:  # which has none
+        return {}
+    if isinstance(value, nn.Module):
+        return {**own.get("_modules", {}), **own}
+    return own

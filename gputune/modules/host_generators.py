@@ -1,0 +1,149 @@
+"""Random generators that a module may use next to PyTorch's default one: their names, and their states.
+
+PyTorch's default generator is the only one that gputune can set to a stream of its own for each step of all members.
+"""
+
+import functools
+import os
+import pickle
+import random
+import secrets
+import sys
+import types
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from inspect import getattr_static
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+GENERATORS = (random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator, torch.Generator)
+_SEEDED_CLASSES = (random.Random, np.random.RandomState, np.random.BitGenerator)
+"""Classes of generators that code makes to draw from them."""
+_MODULES = (random, np.random, secrets)
+
+_FUNCTIONS: dict[object, str] = {
+    os.urandom: "os.urandom",
+    uuid.uuid1: "uuid.uuid1",
+    uuid.uuid4: "uuid.uuid4",
+    np.random.default_rng: "numpy.random.default_rng",
+    np.random.seed: "numpy.random.seed",
+    **{getattr(secrets, name): f"secrets.{name}" for name in secrets.__all__},
+}
+
+_LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "pandas", "polars", "functorch", "gputune"}
+"""Packages whose code is not read, next to the standard library."""
+_MOST_ITEMS = 100  # of a container that is looked through
+Env: TypeAlias = dict[str, object]
+"""The objects that local names stand for, as far as they are known."""
+
+
+def generator_states(module: nn.Module, functions: Iterable[object] = ()) -> dict[str, bytes]:
+    """Return the states of the global generators of Python and NumPy, and of those that are held, by their names.
+
+    A generator is held by a module if it is an attribute of it, or lies in a list or dict there. It is held by a
+    function if it is in its closure or its file.
+    """
+    states = {
+        "Python's random": pickle.dumps(random.getstate()),
+        "numpy.random": pickle.dumps(np.random.get_state(legacy=False)),
+    }
+    for number, generator in enumerate(_held_generators(module, functions)):
+        if (state := _state_of(generator)) is not None:
+            states[f"a {_kind_of(generator)} of its own {number}"] = state
+    return states
+
+
+def changed_generator(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> str:
+    """Return the name of a generator whose state differs; "" if none does."""
+    names = (name for name, state in after.items() if before.get(name, state) != state)
+    return next(names, "").rstrip("0123456789 ")
+
+
+def _held_generators(module: nn.Module, functions: Iterable[object]) -> Iterator[object]:
+    seen: set[int] = set()
+    holders = [vars(part) for part in module.modules()]
+    classes = dict.fromkeys(type(part) for part in module.modules())
+    codes = [*(getattr(cls, "forward", None) for cls in classes), *functions]
+    for function in codes:
+        inner = function.func if isinstance(function, functools.partial) else function
+        if isinstance(inner, types.FunctionType) and not is_library(inner):
+            holders += [inner.__globals__, closure_of(inner)]
+    for holder in holders:
+        for value in list(holder.values()):
+            for item in (value, *items_of(value)):
+                if isinstance(item, GENERATORS) and id(item) not in seen:
+                    seen.add(id(item))
+                    yield item
+
+
+def items_of(value: object) -> list[object]:
+    """Return the items of a container, as far as it is one."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return list(value)[:_MOST_ITEMS] if isinstance(value, list | tuple | set) else []
+
+
+def _state_of(generator: object) -> bytes | None:
+    """Return the state of a generator; None for one that asks the system."""
+    if isinstance(generator, torch.Generator):
+        return None if generator is torch.default_generator else generator.get_state().numpy().tobytes()
+    if isinstance(generator, np.random.RandomState):
+        return pickle.dumps(generator.get_state(legacy=False))
+    if isinstance(generator, np.random.Generator):
+        generator = generator.bit_generator
+    if isinstance(generator, np.random.BitGenerator):
+        return pickle.dumps(generator.state)
+    assert isinstance(generator, random.Random)
+    return None if isinstance(generator, random.SystemRandom) else pickle.dumps(generator.getstate())
+
+
+def _kind_of(generator: object) -> str:
+    name = next(kind.__name__ for kind in GENERATORS if isinstance(generator, kind))
+    package = {random.Random: "random", torch.Generator: "torch"}
+    return f"{next((package[kind] for kind in package if isinstance(generator, kind)), 'numpy.random')}.{name}"
+
+
+def source_name(value: object) -> str:
+    """Return the name of a value that draws outside of PyTorch's default generator; "" for any other value."""
+    if value is torch.default_generator:
+        return ""
+    if isinstance(value, GENERATORS):
+        return f"a {_kind_of(value)}"
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__name__}" if issubclass(value, _SEEDED_CLASSES) else ""
+    if isinstance(value, types.ModuleType):
+        return value.__name__ if value in _MODULES else ""
+    try:
+        if value in _FUNCTIONS:
+            return _FUNCTIONS[value]
+    except TypeError:  # which has no hash
+        return ""
+    owner = getattr_static(value, "__self__", None) is not None and getattr(value, "__self__", None)
+    if not isinstance(owner, GENERATORS) or owner is torch.default_generator:
+        return ""
+    name = getattr(value, "__name__", "")
+    if getattr(random, name, None) == value:
+        return f"random.{name}"
+    if getattr(np.random, name, None) == value:
+        return f"numpy.random.{name}"
+    return f"{_kind_of(owner)}.{name}"
+
+
+def is_library(function: types.FunctionType) -> bool:
+    """Whether a function belongs to Python, or to a package whose code is not read."""
+    top = str(function.__globals__.get("__name__", "")).partition(".")[0]
+    return top in _LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
+
+
+def closure_of(function: types.FunctionType) -> Env:
+    """Return the values of the free variables of a function, as far as they are set."""
+    values: Env = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try:
+            values[name] = cell.cell_contents
+        except ValueError:  # of a variable that is not set yet
+            continue
+    return values
