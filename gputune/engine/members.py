@@ -124,7 +124,7 @@ class OneMember:
         """Write what the member makes of its validation rows as code; None where that is not what is scored."""
         own, validation, data = self.own, self.chunk.validation, self.own.validation.data
         as_it_is = validation.scoring is not None and self.chunk.scored is self.chunk.flat
-        if not (as_it_is and validation.is_small(own.network)):
+        if own.network.evaluation_draws or not (as_it_is and validation.is_small(own.network)):
             return None
         self.rows = [x.clone() for x in data.rows(0, data.folds[0].valid)]
         self.result = own.network.outputs(own.params, 0, self.rows).clone()
@@ -273,6 +273,7 @@ class MemberChunk(StackedChunk):
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
+        self.epoch = epoch + 1
         self.batches.begin(epoch)
         self.update.begin(epoch)
         with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy

@@ -46,6 +46,7 @@ class StackedChunk:
         self._options = {"seed": seed, "horizon": horizon, "recorded": recorded}
         self.validation, target = validation, network.targets(data.y)
         self.alive, self.slots, self.configs = list(range(len(configs))), list(range(len(configs))), list(configs)
+        self.epoch = 0  # epochs that the members have trained
         sizes = [config["batch_size"] for config in configs]
         self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows)
         self.faults: dict[str, None] = {}  # what went wrong while steps were recorded, a sentence each
@@ -161,6 +162,7 @@ class StackedChunk:
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
+        self.epoch = epoch + 1
         self.batches.begin(epoch)
         self.update.begin(epoch)
         for step, shape in enumerate(self.batches.shapes):
@@ -184,7 +186,8 @@ class StackedChunk:
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        scores = self.validation.scores(self._network, self._network.blocks.views(self._scored), len(self.slots))
+        params = self._network.blocks.views(self._scored)
+        scores = self.validation.scores(self._network, params, len(self.slots), epoch=self.epoch)
         if self._places is not None:
             of_epochs = self.validation.outputs
             self.validation.outputs = [[one[self._places] for one in outputs] for outputs in of_epochs]

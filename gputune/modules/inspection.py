@@ -34,6 +34,7 @@ from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 
 _CPU = torch.device("cpu")
 _KEY = (0, 0)
+_EVALUATION = (0, 0, 0)
 _ADVICE = (
     "Control flow and .item() that depend on data are the usual causes (write them with torch.where), or an operation "
     "that torch.func.vmap does not know"
@@ -149,12 +150,13 @@ def inspect_module(trial: ModuleTrial) -> Traits:
     check_evaluation(trial, unevaluated, alone)
     check_hidden_state(trial, untrained, counted, alone)
     check_probabilities(trial.name, trial.objective, trained)
+    is_alone = trial.is_alone(alone)  # before the next call in training, which may change buffers
     losses = trial.losses()
     outside = trial.watch.outside()
     traits = Traits(
         changing=(*changing, *counted),
         least_rows=1 if trial.takes_one_row() else 2,
-        alone=trial.is_alone(alone),
+        alone=is_alone,
         widest=trial.widest,
         parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
         writes=trial.writes.found,
@@ -247,7 +249,7 @@ def _plain_results(
             losses.mean().backward()  # type: ignore[no-untyped-call]
         gradients.append({k: w.grad for k, w in module.named_parameters() if w.requires_grad})
         module.zero_grad()
-    with torch.no_grad():
+    with torch.no_grad(), keyed_draws(_CPU, 0, "evaluation", *_EVALUATION):
         outputs = objective.outputs(module.eval(), trial.inputs, names)
     return outputs, gradients, state_of(module, tuple(stacked.kept))
 
@@ -264,7 +266,7 @@ def _stacked_results(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -
                 stacked.alone_losses(batch)  # which must leave nothing behind
             stacked.gradient(params, batch, grads)
             gradients.append(grads)
-        outputs = stacked.outputs(params, 0, trial.inputs)
+        outputs = stacked.outputs(params, 0, trial.inputs, _EVALUATION)
     return outputs, gradients, {k: params[k] for k in stacked.kept}
 
 
@@ -338,7 +340,7 @@ def _attempt(
     def fails(rows: Tensor) -> bool:
         inputs, y = [x.cpu() for x in data.rows(fold, rows)], targets[fold % len(targets)][rows].cpu()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), keyed_draws(_CPU, 0, "check", host=True):
                 network.objective.losses(module, inputs, y, network.configs[0], names=network.shape.names)
         except Exception as found:
             return type(found) is kind

@@ -23,7 +23,7 @@ from gputune.optimizers.optimizer import Optimizer
 from gputune.optimizers.rules import schedule_factor
 from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, row_order, steps_of
-from gputune.population.population import beyond_adam
+from gputune.population.population import EvaluationKey, beyond_adam
 from gputune.scoring.scoring import Validation
 from gputune.seeding import keyed_draws, start_stream
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
@@ -69,17 +69,25 @@ class LoopedModule(ModuleNetwork):
         """Return the parameters that lie in a row (N,) as real numbers, which an optimizer may hold."""
         return {k: _real(part) for k, part in self.parts(row).items()}
 
-    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
-        found, names = [], self.shape.names
+    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None) -> Tensor:
+        if not self.evaluation_draws or key is None:
+            return torch.stack([self._outputs(params, fold, trial, inputs) for trial in range(len(self.configs))])
+        found = []
         for trial in range(len(self.configs)):
-            if (module := self.own.get((fold, trial))) is not None:  # one may have a length, of 0
-                found.append(self.objective.outputs(module.eval(), inputs, names))
-                continue
-            values = self.values(params, fold, trial)
-            with self.stateless.substitute(values) as module:
-                put_numbers(module, {k: values[k] for k in self.kept})
-                found.append(self.objective.outputs(module.eval(), inputs, names))
+            host = self.traits.host_draws
+            with keyed_draws(self.shape.device, self.seed, "evaluation", *key, host=host):
+                found.append(self._outputs(params, fold, trial, inputs))
         return torch.stack(found)
+
+    def _outputs(self, params: Params, fold: int, trial: int, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the outputs (m, K) of one member."""
+        names = self.shape.names
+        if (module := self.own.get((fold, trial))) is not None:  # one may have a length, of 0
+            return self.objective.outputs(module.eval(), inputs, names)
+        values = self.values(params, fold, trial)
+        with self.stateless.substitute(values) as module:
+            put_numbers(module, {k: values[k] for k in self.kept})
+            return self.objective.outputs(module.eval(), inputs, names)
 
     def draws(self, batches: Batches, *, ahead: bool) -> None:
         return None
@@ -189,6 +197,7 @@ class LoopChunk:
         self.network, self.validation, self.data, self.seed = network, validation, validation.data, seed
         self.target = network.targets(self.data.y)
         self.alive = list(range(len(network.configs)))
+        self.epoch = 0  # epochs that the members have trained
         self.lengths = np.array([len(fold.train) for fold in self.data.folds])
         sizes = np.array([min(config["batch_size"], 2**62) for config in network.configs])
         self.sizes = np.minimum.outer(self.lengths, sizes)  # (F, C)
@@ -242,10 +251,12 @@ class LoopChunk:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
         # The others are scored by an average of theirs.
         self.network.own = {at: m.module for at, m in self.members.items() if m.update.scored(m.row) is m.row}
-        return self.validation.scores(self.network, self.network.blocks.views(self.scored), len(self.alive))
+        params = self.network.blocks.views(self.scored)
+        return self.validation.scores(self.network, params, len(self.alive), epoch=self.epoch)
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
+        self.epoch = epoch + 1
         order = row_order(self.data, self.seed, epoch)
         for (f, c), member in self.members.items():
             minibatches = torch.split(order[f, : self.lengths[f]], int(self.sizes[f, c]))[: self.steps[f, c]]

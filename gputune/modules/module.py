@@ -36,7 +36,7 @@ from gputune.modules.substitutes import Substitutes, differentiate_statistics, m
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
-from gputune.population.population import ModelKind, Shape, module_arguments
+from gputune.population.population import EvaluationKey, ModelKind, Shape, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Params
@@ -98,6 +98,7 @@ class ModuleNetwork:
             # little of a step of a plain module.
             self.objective = replace(self.objective, copies=True)
         self.traits, self.least_rows, self.alone = traits, traits.least_rows, traits.alone
+        self.evaluation_draws = traits.evaluation_draws
         self.template = self.plain(shape.device)
         self.scheduled = dropout_rates(self.template)
         own = dict(self.template.named_parameters())
@@ -236,10 +237,14 @@ class StackedModule(ModuleNetwork):
             return replay_draws(batch.draws)
         if not self.traits.draws:
             return nullcontext()
-        keyed = partial(keyed_draws, self.shape.device, self.seed, "dropout", *batch.key)
+        return self._draws_of(partial(self.alone_losses, batch), "dropout", *batch.key)
+
+    def _draws_of(self, forward: Callable[[], object], *key: object) -> AbstractContextManager[object]:
+        """Let the draws inside be those that one member makes alone, by ``forward``, from the stream of ``key``."""
+        keyed = partial(keyed_draws, self.shape.device, self.seed, *key)
         try:
             with keyed():
-                return replay_draws(draws_of(partial(self.alone_losses, batch)))
+                return replay_draws(draws_of(forward))
         except TraceError:
             return keyed()
 
@@ -261,9 +266,19 @@ class StackedModule(ModuleNetwork):
             outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
         return self.row_losses(outputs, batch.y[:, None]), after
 
-    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
+    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None) -> Tensor:
         trials, members = len(self.configs), {k: w[fold] for k, w in params.items()}
-        return self._forward(members, [x.expand(trials, *x.shape) for x in inputs], training=False)[0]
+        draws: AbstractContextManager[object] = nullcontext()
+        if self.evaluation_draws and key is not None:
+            draws = self._draws_of(partial(self._alone_outputs, inputs), "evaluation", *key)
+        with draws:
+            return self._forward(members, [x.expand(trials, *x.shape) for x in inputs], training=False)[0]
+
+    def _alone_outputs(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the outputs of one member as a plain module in evaluation mode, to see what it draws."""
+        values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
+        with self.stateless.substitute(values) as module, Substitutes():
+            return self.objective.outputs(module.eval(), inputs, self.shape.names)
 
     def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
         return _with_columns(self.with_statistics(params, inputs, key)[0])
@@ -272,7 +287,12 @@ class StackedModule(ModuleNetwork):
         self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
     ) -> tuple[Tensor, Params]:
         """Return what ``differentiable`` does, and what the members (P, ...) keep afterwards."""
-        with nullcontext() if key is None else keyed_draws(self.shape.device, self.seed, "dropout", *key):
+        draws: AbstractContextManager[object] = nullcontext()
+        if key is not None:
+            draws = keyed_draws(self.shape.device, self.seed, "dropout", *key)
+        elif self.evaluation_draws:  # the same in all evaluations: a derivative compares them
+            draws = keyed_draws(self.shape.device, self.seed, "evaluation")
+        with draws:
             return self._forward(params, inputs, training=key is not None)
 
     def differentiate_statistics(self) -> tuple[str, ...]:

@@ -207,6 +207,13 @@ class Shape:
         )
 
 
+EvaluationKey = tuple[int, int, int]
+"""The number of epochs that members have trained, the fold, and the place of the first row among its validation rows.
+
+It seeds what members draw while they are evaluated, each of them the same numbers.
+"""
+
+
 class Draws(Protocol):
     """The random draws of a model's steps, made ahead of them on the device."""
 
@@ -228,6 +235,7 @@ class Network(Protocol):
     exact: bool  # whether minibatches must come without padded rows
     least_rows: int  # rows that a minibatch needs; a last one with fewer is left out
     alone: bool  # whether an output in evaluation mode depends on its own row alone
+    evaluation_draws: bool  # whether an output in evaluation mode depends on random numbers
     widest: int  # most numbers that a row has in a layer of one member
     scheduled: tuple[str, ...]  # buffers of each member's rate of a dropout, (F, C), written before every step
 
@@ -246,8 +254,11 @@ class Network(Protocol):
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         """Write the gradient of every member's minibatch loss into ``grads``; buffers in ``params`` go on by a step."""
 
-    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input, as in evaluation mode."""
+    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None) -> Tensor:
+        """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input, as in evaluation mode.
+
+        Random numbers that a forward draws there are those of ``key``; without a key they are not seeded.
+        """
 
     def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
         """Return the outputs (P, B, K) of whole folds' members on rows (P, B, ...) of each input, twice differentiable.

@@ -6,6 +6,7 @@ best epoch so far.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import SupportsFloat
@@ -22,6 +23,7 @@ from gputune.population.population import Network, call_module, class_logits, is
 from gputune.scoring import scores
 from gputune.scoring.label_scores import average_precision
 from gputune.scoring.objective import pairs_all_rows
+from gputune.seeding import keyed_draws
 from gputune.types import Outputs, Params, Task
 
 Scorer = Callable[..., SupportsFloat]
@@ -204,7 +206,7 @@ def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) ->
     if data.scorer_rows is None:
         raise InputError("a scorer that has a name asks for no other rows than those it scores.")
     inputs = data.scorer_rows.encoded(X, data.statistics[fold], data.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), keyed_draws(torch.device("cpu"), 0, "scorer", fold, host=True):
         # Copies: without a scaling they are the rows of the user's own.
         own = [x.clone() for x in inputs]
         outputs = call_module(member(trial), own, data.names).view(1, len(inputs[0]), -1)
@@ -215,6 +217,37 @@ _BLOCK_BYTES = 4 << 20  # of one layer's validation outputs: what stays in a cor
 _GPU_BLOCK_BYTES = 256 << 20  # on a GPU, where a small block is launches and no work
 _GPU_SHARE = 32  # that part of its free memory at most: several layers' outputs are there at once
 _KEPT_NUMBERS = 1 << 25  # of all validation rows, from which they are gathered anew at every epoch
+
+
+def drawing_rows(widest: int) -> int:
+    """Return the rows to evaluate at a time if a forward draws random numbers, for ``widest`` numbers of a row.
+
+    Each block of rows has draws of its own. So its size depends on the module and the data, and on nothing that may
+    differ between two runs: the number of trials in a chunk, the device, free memory.
+    """
+    return max(64, min(256, (1 << 18) // widest))
+
+
+@dataclass(frozen=True)
+class EvaluationDraws:
+    """The random numbers that plain modules draw on the CPU, as members did when they were scored in their search.
+
+    Attributes:
+        seed: The seed of the search.
+        epoch: The number of epochs that the members have trained.
+        rows: The number of rows that are evaluated at a time.
+        host: Whether they draw from the generators of Python and NumPy as well.
+    """
+
+    seed: int
+    epoch: int
+    rows: int
+    host: bool
+
+    def seeded(self, fold: int, start: int) -> AbstractContextManager[None]:
+        """Let a block of rows, which begins at a place among the validation rows of a fold, have its draws inside."""
+        key = self.epoch, fold, start
+        return keyed_draws(torch.device("cpu"), self.seed, "evaluation", *key, host=self.host)
 
 
 class Validation:
@@ -235,9 +268,12 @@ class Validation:
         return max(len(fold.valid) for fold in self.data.folds) <= self._block_rows(network, 1)
 
     def scores(
-        self, network: Network, params: Params, trials: int, computed: Sequence[Tensor] | None = None
+        self, network: Network, params: Params, trials: int, computed: Sequence[Tensor] | None = None, *, epoch: int = 0
     ) -> np.ndarray:
-        """Return the scores (C, F), or (C, F, M), of all members, by outputs (C, m, K) of folds if ``computed``."""
+        """Return the scores (C, F), or (C, F, M), of all members, by outputs (C, m, K) of folds if ``computed``.
+
+        ``epoch`` is the number of epochs that they have trained: it seeds what they draw when they are evaluated.
+        """
         assert self.scoring is not None
         columns, kept = [], []
         block = self._block_rows(network, trials)
@@ -245,7 +281,10 @@ class Validation:
             if computed is not None:
                 outputs = computed[fold]
             else:
-                blocks = [network.outputs(params, fold, part) for part in self._parts(fold, block)]
+                blocks = [
+                    network.outputs(params, fold, part, (epoch, fold, number * block))
+                    for number, part in enumerate(self._parts(fold, block))
+                ]
                 outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
             columns.append(self.scoring.metrics(self.data, fold, outputs, partial(network.member, params, fold)))
             if self.scoring.kept_bytes:
@@ -267,6 +306,8 @@ class Validation:
         if not network.alone:
             return self.data.n_rows
         widest = max(self.data.row_numbers, network.widest)
+        if network.evaluation_draws:
+            return drawing_rows(widest)
         return max(64, self.block_bytes // (trials * widest * self.data.dtype.itemsize))
 
 

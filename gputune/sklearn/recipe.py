@@ -62,6 +62,7 @@ class Member:
     seed      what its random numbers come from
     buffers   the engine's buffers of this member where it may train on, None where its training is over
     losses    (epochs,) on its training rows after each epoch; none where it was not watched
+    draws     whether it draws random numbers when it predicts
     """
 
     module: Callable[[], nn.Module]
@@ -76,6 +77,7 @@ class Member:
     seed: int
     buffers: tuple[Tensor, ...] | None
     losses: NDArray[np.float64]
+    draws: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,5 +320,5 @@ class MemberJob(Job):
                 losses = -weights.curves[c, : epochs if self.patiences else 0, f]
                 module, lengths = partial(network.member, params, f, c), (len(fold.train), epochs, stalled)
                 outputs = (classes, present, center[f], scale[f], scaling)
-                members.append(Member(module, *outputs, *lengths, self.seed, state, losses))
+                members.append(Member(module, *outputs, *lengths, self.seed, state, losses, network.evaluation_draws))
         return members

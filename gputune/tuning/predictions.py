@@ -16,7 +16,7 @@ from gputune.population.population import call_module, class_logits, first_outpu
 from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_scoring, scorers_of
 from gputune.scoring.scores import neg_cross_entropy
-from gputune.scoring.scoring import Scoring, outputs_of
+from gputune.scoring.scoring import EvaluationDraws, Scoring, outputs_of
 from gputune.study.model import TunedModel
 from gputune.study.store import Store
 from gputune.study.study import Trial
@@ -41,7 +41,8 @@ def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) 
         members, data, scoring = members_of(search, lacking, progress)
         for trial, folds in zip(lacking, members):
             own = data.of(search.config(trial))
-            values[trial.number] = [_predict(module, own, f) for f, module in enumerate(folds)]
+            draws = search.evaluation_draws(own, trial)
+            values[trial.number] = [_predict(module, own, f, draws) for f, module in enumerate(folds)]
         data = data.of(search.config(lacking[0]))
     else:
         data, scoring = _folds(search, trials)
@@ -198,10 +199,15 @@ def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64
     return means
 
 
-def _predict(module: nn.Module, data: Dataset, fold: int) -> Tensor:
+def _predict(module: nn.Module, data: Dataset, fold: int, draws: EvaluationDraws | None) -> Tensor:
     """Return what a member predicts (m, K) of the rows that its fold validates on, float64."""
-    parts = torch.split(data.folds[fold].valid, _BLOCK)
-    return torch.cat([values_of(module, [x.cpu() for x in data.rows(fold, rows)], data) for rows in parts])
+    size = _BLOCK if draws is None else draws.rows
+    found = []
+    for number, rows in enumerate(torch.split(data.folds[fold].valid, size)):
+        inputs = [x.cpu() for x in data.rows(fold, rows)]
+        with nullcontext() if draws is None else draws.seeded(fold, number * size):
+            found.append(values_of(module, inputs, data))
+    return torch.cat(found)
 
 
 def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:

@@ -20,8 +20,10 @@ from gputune.engine.job import Progress
 from gputune.errors import DivergedError, InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.distributions import space_from_json
-from gputune.population.population import by_numbers, module_arguments
+from gputune.modules.inspection import known_traits
+from gputune.population.population import arguments_text, by_numbers, module_arguments
 from gputune.scoring.objective import Objective
+from gputune.scoring.scoring import EvaluationDraws, drawing_rows
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
@@ -67,6 +69,23 @@ class Search:
     def config(self, trial: Trial) -> Config:
         """Return the complete configuration of a trial, and how it prepares numbers."""
         return self.choice.complete({"numbers": self.problem.numbers, **trial.params}, self.options.schedule)
+
+    def evaluation_draws(self, data: Dataset, trial: Trial) -> EvaluationDraws | None:
+        """Return what members of a trial draw when they are evaluated; None if they do not. They were trained here."""
+        config = self.config(trial)
+        data = data.of(config)
+        traits = known_traits(self.choice.module_class, data).get(arguments_text(config))
+        if traits is None or not traits.evaluation_draws:
+            return None
+        rows = data.n_rows
+        if traits.alone:
+            rows = drawing_rows(max(data.row_numbers, data.n_features, traits.widest))
+        return EvaluationDraws(self.options.random_state, trial.best_epoch, rows, traits.host_draws)
+
+    def note_on_draws(self, data: Dataset, trials: Sequence[Trial]) -> Config:
+        """Return what the ``info`` of a model of some trials says of draws in predictions: nothing if it makes none."""
+        draws = [self.evaluation_draws(data, trial) for trial in trials]
+        return {"draws": True} if any(draws) else {}
 
     def train(
         self, data: Dataset, trials: Sequence[Trial], *, seed: int | None = None, progress: Progress = unseen
@@ -195,6 +214,7 @@ def refit_trial(search: Search, one: Trial) -> TunedModel:
     data = search.dataset(None, [one])
     ((module,),) = search.train(data, [one])
     info = {"params": one.params, "epochs": one.best_epoch, **search.score(one.score, one.std_error)}
+    info |= search.note_on_draws(data, [one])
     spec = {"kwargs": search.arguments(one, data), **search.seeds([search.options.random_state])}
     return search.model(module, data, spec, info)
 

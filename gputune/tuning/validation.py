@@ -5,6 +5,7 @@ The study keeps what they predict there, or their members train again as in the 
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
@@ -22,7 +23,7 @@ from gputune.data.scaling import side_by_side
 from gputune.engine.stop import entry
 from gputune.errors import InputError, check_count
 from gputune.population.population import Ensemble
-from gputune.scoring.scoring import Scoring
+from gputune.scoring.scoring import EvaluationDraws, Scoring
 from gputune.seeding import stream, stream_seed
 from gputune.study.model import TunedModel
 from gputune.study.rows import FoldReport
@@ -156,6 +157,7 @@ def _mean_model(search: Search, shares: Sequence[tuple[Trial, float]], starts: i
         seeds = [seed, *(stream_seed(seed, "ensemble", number) for number in range(1, starts))]
         parts = [(whole, one) for one in seeds]
     modules = [module for data, one in parts for (module,) in search.train(data, trials, seed=one)]
+    info = info | search.note_on_draws(parts[0][0], trials)
     columns, statistics = _columns([whole.of(search.config(trial)) for trial in trials])
     columns *= len(parts)
     weights = [weight / len(parts) for _, weight in shares] * len(parts)
@@ -197,7 +199,8 @@ def fold_report(access: Access, *, confusion: bool = False, importance: bool = F
     if not importance or not isinstance(layout, Layout):
         return FoldReport(one.number, matrix, (), np.zeros(0), np.zeros(0))
     (members,), data, scoring = members_of(search, [one], Progress(0))
-    drops = _drops(members, data, scoring, layout.widths(search.config(one)["numbers"]))
+    draws = search.evaluation_draws(data, one)
+    drops = _drops(members, data, scoring, layout.widths(search.config(one)["numbers"]), draws)
     order = np.argsort(-drops.mean(1), kind="stable")
     names = tuple(layout.columns[place].name for place in order)
     return FoldReport(one.number, matrix, names, drops.mean(1)[order], drops.std(1)[order])
@@ -211,7 +214,9 @@ def check_fold_report(study: Study, *, confusion: bool) -> None:
         raise InputError(f"report(confusion=True) is of classes, and the study predicts {what}; leave confusion out.")
 
 
-def _drops(members: list[nn.Module], data: Dataset, scoring: Scoring, sizes: list[int]) -> NDArray[np.float64]:
+def _drops(
+    members: list[nn.Module], data: Dataset, scoring: Scoring, sizes: list[int], draws: EvaluationDraws | None
+) -> NDArray[np.float64]:
     """Return how much the score falls when a column of so many features is shuffled, (columns, shuffles of folds).
 
     Source: Breiman (2001), Random forests; as sklearn.inspection.permutation_importance, on the rows of each fold.
@@ -224,7 +229,9 @@ def _drops(members: list[nn.Module], data: Dataset, scoring: Scoring, sizes: lis
         x = data.rows(f, rows)[0].cpu()
 
         def score(inputs: Tensor, f: int = f, module: nn.Module = module) -> float:
-            return float(scored.scores(f, values_of(module, [inputs], data)[None])[0, 0])
+            with nullcontext() if draws is None else draws.seeded(f, 0):
+                values = values_of(module, [inputs], data)
+            return float(scored.scores(f, values[None])[0, 0])
 
         whole = score(x)
         for shuffle in range(_SHUFFLES):
