@@ -76,8 +76,8 @@ def module_stream(seed: int) -> Iterator[None]:
     # A constructor may draw on the current GPU, where this process has used one; saving the state of any other's
     # generator would make a context there, some hundred megabytes.
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
-    before = torch.get_default_dtype()
     with keyed_draws(device, seed, "module", host=True), torch.device("cpu"):
+        before = torch.get_default_dtype()  # in turn, so that it is not what another thread has set here
         torch.set_default_dtype(torch.float32)  # what a constructor draws must not depend on it
         try:
             yield
