@@ -4,7 +4,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -60,6 +60,11 @@ def start_stream(device: torch.device, seed: int, *key: object, host: bool = Fal
         number = stream_seed(seed, "host", *key)
         random.seed(number)
         np.random.seed([number >> 32, number & 0xFFFFFFFF])  # NumPy takes words of 32 bits
+
+
+def prediction_draws(device: torch.device, *, draws: bool) -> AbstractContextManager[None]:
+    """Let a model that draws random numbers when it predicts draw the same ones in each call."""
+    return keyed_draws(device, 0, "predict", host=True) if draws else nullcontext()
 
 
 @contextmanager

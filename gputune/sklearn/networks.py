@@ -4,7 +4,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ from gputune.modules.construction import name_of
 from gputune.modules.inspection import returns_one_logit, traits_of
 from gputune.population.population import Population, call_module, first_output
 from gputune.scoring.objective import Objective
-from gputune.seeding import keyed_draws
+from gputune.seeding import prediction_draws
 from gputune.sklearn.base import FLOATS, FusedEstimator
 from gputune.sklearn.dataset import FoldGroup, Rows, as_dense, as_tensor, make_dataset
 from gputune.sklearn.recipe import Member, MemberJob, MemberSlope, Place, Recipe, Training, TrainingLoss, Weights
@@ -252,10 +252,11 @@ class TrainedEstimator(FusedEstimator):
         weight = next(self.module_.parameters())
         rows = max(1, min(ROWS, NUMBERS // sum(part[0].numel() for part in arrays.parts)))
         found = []
-        draws: AbstractContextManager[None] = nullcontext()
-        if getattr(self, "_draws", False):  # the same numbers in each call; one that was pickled long ago lacks it
-            draws = keyed_draws(weight.device, 0, "predict", host=True)
-        with draws, torch.no_grad():  # not inference_mode, on whose tensors TorchScript fails
+        draws = getattr(self, "_draws", False)  # which an estimator of an older pickle lacks
+        with (
+            prediction_draws(weight.device, draws=draws),
+            torch.no_grad(),
+        ):  # not inference_mode, on whose tensors TorchScript fails
             for block in zip(*(torch.split(part, rows) for part in arrays.parts)):
                 scaled = [x if of is None else of(x[None], slice(0, 1))[0] for x, of in zip(block, self._scaling)]
                 # Floats are given in the precision of the module's weights.

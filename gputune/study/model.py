@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +26,7 @@ from gputune.engine.stop import entry
 from gputune.errors import InputError, InputWarning, warn
 from gputune.modules.construction import Builder
 from gputune.population.population import call_module, first_output, two_logits
-from gputune.seeding import keyed_draws
+from gputune.seeding import prediction_draws
 from gputune.study.export import encoded, export
 from gputune.study.labels import checked_codes, checked_numbers
 from gputune.study.model_files import ModelContent, read_fields, save_model
@@ -221,12 +220,9 @@ class TunedModel(ModelContent):
         self.module.eval()  # the caller may have trained it on
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         names, outputs = None if isinstance(self.layout, Layout) else self.layout.names, list[Tensor]()
-        draws: AbstractContextManager[None] = nullcontext()
-        if self.info.get("draws"):  # the same numbers in each call
-            draws = keyed_draws(device, 0, "predict", host=True)
         # Not torch.inference_mode: TorchScript fails on its tensors, and so does a later training on
         # what a forward has kept of them.
-        with draws, torch.no_grad():
+        with prediction_draws(device, draws=bool(self.info.get("draws"))), torch.no_grad():
             for part in self._batches(self._inputs(X)):
                 rows = encode(part, self.layout, self.statistics, self.dtype)
                 if isinstance(part, Table) and not rows[0].isfinite().all():
