@@ -273,9 +273,7 @@ class MemberChunk(StackedChunk):
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
-        self.epoch = epoch + 1
-        self.batches.begin(epoch)
-        self.update.begin(epoch)
+        self._begin(epoch)
         with torch_threads(1):  # some megabytes, for which threads take longer to meet than to copy
             rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)

@@ -162,13 +162,17 @@ class StackedChunk:
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
-        self.epoch = epoch + 1
-        self.batches.begin(epoch)
-        self.update.begin(epoch)
+        self._begin(epoch)
         for step, shape in enumerate(self.batches.shapes):
             if self.draws is not None:
                 self.draws.fill(epoch, step)
             self.steps.take(shape, partial(self._step, shape, (epoch, step)))
+
+    def _begin(self, epoch: int) -> None:
+        """Prepare the rows and the rates of an epoch."""
+        self.epoch = epoch + 1
+        self.batches.begin(epoch)
+        self.update.begin(epoch)
 
     def _step(self, shape: StepShape, key: tuple[int, int]) -> None:
         """One step of all members, on what lies on the device alone; the counters there go on by one."""
