@@ -155,3 +155,10 @@ def default_momentum(optimizer: str) -> float:
     if optimizer == "muon":
         return 0.95
     return 0.9 if optimizer in ("nesterov", "nesterovhd") else 0.0
+
+
+EvaluationKey = tuple[int, int, int]
+"""The number of epochs that members have trained, the fold, and the place of the first row among its validation rows.
+
+It seeds what members draw while they are evaluated, each of them the same numbers.
+"""

@@ -22,10 +22,10 @@ from gputune.native.cuda import Kernel, kernels, launch
 from gputune.native.library import fill_uniform
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
-from gputune.population.population import EvaluationKey, ModelKind, Shape, by_copy, hidden_widths, padded_width
+from gputune.population.population import ModelKind, Shape, by_copy, hidden_widths, padded_width
 from gputune.scoring.losses import LOSSES, cross_entropy_slope_, number_slope_, row_losses
 from gputune.seeding import stream, stream_seed
-from gputune.types import Config, Params
+from gputune.types import Config, EvaluationKey, Params
 
 aten = torch.ops.aten
 
@@ -110,8 +110,7 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
 class StackedMLP:
     """F x C members of an MLP (``kind="mlp"``) or of the linear model (``kind="linear"``), trained on a ``loss``."""
 
-    exact, alone, least_rows = False, True, 1
-    evaluation_draws = False
+    exact, alone, least_rows, evaluation_draws = False, True, 1, False
     scheduled: tuple[str, ...] = ()  # its rates are in the draws
 
     def __init__(
@@ -192,7 +191,6 @@ class StackedMLP:
         return module.eval()
 
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor], key: EvaluationKey | None = None) -> Tensor:
-        del key  # its dropout is off here
         (x,) = inputs
         trials = len(self.configs)
         wide = torch.addmm(params["bias0"][fold].flatten(), x, params["weight0"][fold].flatten(1))

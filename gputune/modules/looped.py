@@ -23,10 +23,10 @@ from gputune.optimizers.optimizer import Optimizer
 from gputune.optimizers.rules import schedule_factor
 from gputune.optimizers.update import optimizer_of
 from gputune.population.batches import Batches, row_order, steps_of
-from gputune.population.population import EvaluationKey, beyond_adam
+from gputune.population.population import beyond_adam
 from gputune.scoring.scoring import Validation
 from gputune.seeding import keyed_draws, start_stream
-from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, EvaluationKey, Params
 
 
 class LoopedModule(ModuleNetwork):

@@ -36,10 +36,10 @@ from gputune.modules.substitutes import Substitutes, differentiate_statistics, m
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
-from gputune.population.population import EvaluationKey, ModelKind, Shape, module_arguments
+from gputune.population.population import ModelKind, Shape, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
-from gputune.types import Config, Params
+from gputune.types import Config, EvaluationKey, Params
 
 _CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from gputune.errors import InputError
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.classes import class_of, keys_with, optimizer_arguments, optimizer_defaults
 from gputune.population.batches import Batch, Batches
-from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, ONLINE, Config, Params, Precision, Task
+from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, ONLINE, Config, EvaluationKey, Params, Precision, Task
 
 ModelKind = Literal["mlp", "linear", "module"]
 
@@ -205,13 +205,6 @@ class Shape:
             precision=precision,
             rows=data.training_rows,
         )
-
-
-EvaluationKey = tuple[int, int, int]
-"""The number of epochs that members have trained, the fold, and the place of the first row among its validation rows.
-
-It seeds what members draw while they are evaluated, each of them the same numbers.
-"""
 
 
 class Draws(Protocol):

@@ -220,8 +220,7 @@ class TunedModel(ModelContent):
         self.module.eval()  # the caller may have trained it on
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         names, outputs = None if isinstance(self.layout, Layout) else self.layout.names, list[Tensor]()
-        # Not torch.inference_mode: TorchScript fails on its tensors, and so does a later training on
-        # what a forward has kept of them.
+        # Not torch.inference_mode: TorchScript fails on its tensors, and so does training on what a forward kept.
         with prediction_draws(device, draws=bool(self.info.get("draws"))), torch.no_grad():
             for part in self._batches(self._inputs(X)):
                 rows = encode(part, self.layout, self.statistics, self.dtype)
