@@ -222,8 +222,7 @@ _KEPT_NUMBERS = 1 << 25  # of all validation rows, from which they are gathered 
 def drawing_rows(widest: int) -> int:
     """Return the rows to evaluate at a time if a forward draws random numbers, for ``widest`` numbers of a row.
 
-    Each block of rows has draws of its own. So its size depends on the module and the data, and on nothing that may
-    differ between two runs: the number of trials in a chunk, the device, free memory.
+    Each block has draws of its own, so its size must not depend on the number of trials in a chunk or on the device.
     """
     return max(64, min(256, (1 << 18) // widest))
 
@@ -272,8 +271,7 @@ class Validation:
     ) -> np.ndarray:
         """Return the scores (C, F), or (C, F, M), of all members, by outputs (C, m, K) of folds if ``computed``.
 
-        ``epoch`` is the number of epochs that they have trained: it seeds what they draw when they are evaluated.
-        """
+        ``epoch``, the number of epochs that they have trained, seeds their draws."""
         assert self.scoring is not None
         columns, kept = [], []
         block = self._block_rows(network, trials)
