@@ -205,8 +205,20 @@ class ArrayLayout:
 
     @staticmethod
     def from_json(value: Json) -> "ArrayLayout":
+        """Return the layout that ``to_json`` wrote. Raises ValueError for what it cannot have written."""
         names = None if value["names"] is None else tuple(value["names"])
-        return ArrayLayout(tuple(map(tuple, value["shapes"])), tuple(value["dtypes"]), names)
+        layout = ArrayLayout(tuple(map(tuple, value["shapes"])), tuple(value["dtypes"]), names)
+        sizes = [size for shape in layout.shapes for size in shape]
+        if not {int}.issuperset(map(type, sizes)) or min(sizes, default=1) < 1:
+            raise ValueError("the shapes of its inputs are no sizes")
+        # Not getattr, which may import a part of torch.
+        if not all(isinstance(vars(torch).get(dtype), torch.dtype) for dtype in layout.dtypes):
+            raise ValueError("the dtypes of its inputs are none of torch's")
+        if names is not None and not {str}.issuperset(map(type, names)):
+            raise ValueError("the names of its inputs are no texts")
+        if not {len(layout.dtypes), len(names or layout.dtypes)} == {len(layout.shapes)} or not layout.shapes:
+            raise ValueError("its inputs have other numbers of shapes, dtypes and names")
+        return layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +234,15 @@ class ArrayStatistics:
     def from_json(value: Json) -> "ArrayStatistics":
         parts = (None if c is None else (np.array(c[0]), np.array(c[1])) for c in value["channels"])
         return ArrayStatistics(tuple(parts))
+
+    def check(self, layout: ArrayLayout) -> None:
+        """Raise ValueError unless these are statistics of the inputs of a layout."""
+        if len(self.channels) != len(layout.shapes):
+            raise ValueError("its statistics are of another number of inputs")
+        for channels, shape in zip(self.channels, layout.shapes):
+            for part in channels or ():
+                if part.dtype.kind not in "fi" or np.broadcast_shapes(part.shape, shape) != shape:
+                    raise ValueError("its statistics are of inputs of another shape")
 
 
 def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> tuple[ArrayStatistics, ...]:

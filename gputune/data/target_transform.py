@@ -85,7 +85,16 @@ class FittedTransform:
         """Return what ``to_json`` wrote. Raises ValueError for what it did not."""
         if isinstance(value, str):
             return FittedTransform(transform_from_json(value))
-        return FittedTransform(transform_from_json(value["transformer"]), np.asarray(value["ends"], np.float64))
+        ends = np.asarray(value["ends"], np.float64)
+        if ends.ndim != 2 or len(ends) != 2:
+            raise ValueError("its target_transform lacks the ends of its training values")
+        fitted = FittedTransform(transform_from_json(value["transformer"]), ends)
+        try:
+            fitted.inverse(torch.from_numpy(ends))
+            fitted.to_json()
+        except Exception as error:  # a transformer in an odd state may raise anything
+            raise ValueError(f"its target_transform does not work ({type(error).__name__}: {error})") from error
+        return fitted
 
 
 def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTransform:

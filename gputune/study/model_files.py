@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -50,7 +51,13 @@ DRAFTS = ".model"
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
-_INFO = {"drop?": [str], "loss?": str, "loss_arguments?": {"": (int, float)}, "trained_rows?": str}
+_INFO = {
+    "drop?": [str], "loss?": str, "loss_arguments?": {"": (int, float)}, "params?": dict, "scoring?": (str, None),
+    "score?": (int, float), "std_error?": (int, float), "positive?": (str, bool, int, float, None),
+    "held_out_score?": (int, float, None), "held_out_rows?": int,
+    "trained_rows?": str,
+}  # fmt: skip
+"""The form of what an interface reads of a model's info. Further keys are free."""
 _PLAIN = ("task", "classes", "center", "scale", "target", "info", "residuals", "temperature")
 """The fields of a model that its description has as they are."""
 
@@ -184,14 +191,13 @@ def _fields(body: Json) -> Json:
         raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
     if not has_form(info := dict(body["info"]), _INFO):
         raise ValueError("its info is of another type")
-    if not (residuals is None or (isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f")):
+    numbers = isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f" and residuals.ndim == 1
+    if not (residuals is None or numbers):
         raise ValueError("its residuals are no numbers")
     if not 0 < (temperature := float(body["temperature"])) < math.inf:
         raise ValueError(f"its temperature is {body['temperature']}")
-    are_arrays = "shapes" in layout
-    return {
-        "layout": (ArrayLayout if are_arrays else Layout).from_json(layout),
-        "statistics": (ArrayStatistics if are_arrays else Statistics).from_json(body["statistics"]),
+    fields = {
+        **_read_layout(layout, body["statistics"]),
         "task": body["task"],
         "classes": classes,
         "center": _of_target(body["center"]),
@@ -204,6 +210,35 @@ def _fields(body: Json) -> Json:
         "residuals": residuals,
         "temperature": temperature,
     }
+    _check_target(fields)
+    return fields
+
+
+def _read_layout(layout: Json, statistics: Json) -> Json:
+    """Return the layout of the rows, and the statistics, which must fit it."""
+    if "shapes" in layout:
+        array_layout = ArrayLayout.from_json(layout)
+        array_statistics = ArrayStatistics.from_json(statistics)
+        array_statistics.check(array_layout)
+        return {"layout": array_layout, "statistics": array_statistics}
+    table_layout = Layout.from_json(layout)
+    table_statistics = Statistics.from_json(statistics)
+    table_statistics.check(len(table_layout.feature_names))
+    return {"layout": table_layout, "statistics": table_statistics}
+
+
+def _check_target(fields: Json) -> None:
+    """Raise ValueError unless the fields that describe the target fit each other."""
+    task, classes, center, transform = (fields[name] for name in ("task", "classes", "center", "transform"))
+    n_classes = 0 if classes is None else len(classes)
+    is_known = task in get_args(Task) and isinstance(fields["target"], str)
+    if not is_known or (task in ("binary", "multiclass")) != (n_classes > 0) or (task == "binary" and n_classes != 2):
+        raise ValueError("its task, its target and its classes do not fit each other")
+    if np.ndim(center) > 1 or np.size(center) == 0 or np.shape(center) != np.shape(fields["scale"]):
+        raise ValueError("the center and the scale of its target are of other shapes")
+    ends = None if transform is None else transform.ends
+    if ends is not None and ends.shape[1] != np.size(center):
+        raise ValueError("its target_transform is of another number of targets")
 
 
 def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:

@@ -6,6 +6,7 @@ That is in a list which is this user's alone; any other list is not used.
 import functools
 import os
 import stat
+import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
+from gputune.scratch import open_to_others
 from gputune.study import code
 from gputune.study.code import digest_of_code, is_remembered, remember
 from gputune.study.ledger import differences
@@ -183,6 +185,50 @@ def test_a_list_that_others_may_write_or_own_is_not_used(folder, later, monkeypa
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
     with pytest.warns(UserWarning, match="is not yours"):
         assert not is_remembered("a")
+
+
+def test_a_list_below_a_folder_that_others_may_write_to_is_not_used(tmp_path, monkeypatch, later):
+    state = tmp_path / "above" / "state"
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    remember("a")
+    (tmp_path / "link").symlink_to(tmp_path / "above")
+    used = {
+        (state, 0o777): False, (state, 0o1777): True, (state, 0o772): False, (state, 0o755): True,
+        (state.parent, 0o777): False, (state.parent, 0o707): False, (state.parent, 0o1777): True,
+    }  # fmt: skip
+    for home in (state, tmp_path / "link" / "state"):
+        monkeypatch.setenv("XDG_STATE_HOME", str(home))
+        for (folder, mode), is_used in used.items():
+            later()
+            folder.chmod(mode)
+            words = rf"not used, since '.*({folder.name}|link)', which it is in, is another user's, or others may write to it"
+            with nullcontext() if is_used else pytest.warns(UserWarning, match=words):
+                assert is_remembered("a") == is_used
+            folder.chmod(0o755)
+
+
+def test_a_group_of_one_user_is_no_other_user(tmp_path, monkeypatch):
+    """Many systems give each user a group of the same name, and folders that it may write to."""
+    me, other = os.geteuid(), 12345
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    folder.chmod(0o775)
+    user = types.SimpleNamespace(pw_gid=os.stat(folder).st_gid or 777, pw_name="ann")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: user)
+    status = types.SimpleNamespace(st_uid=me, st_gid=user.pw_gid, st_mode=0o40775)
+    whole = type(folder).stat
+    monkeypatch.setattr(type(folder), "stat", lambda path, **how: status if path == folder else whole(path, **how))
+    for name, members, is_open in (
+        ("ann", [], False),
+        ("ann", ["ann"], False),
+        ("ann", ["bob"], True),
+        ("staff", [], True),
+    ):
+        group = types.SimpleNamespace(gr_name=name, gr_mem=members)
+        monkeypatch.setattr("grp.getgrgid", lambda gid, group=group: group)
+        assert (open_to_others(folder / "list") == folder) == is_open
+    status.st_uid, status.st_mode = other, 0o40755
+    assert open_to_others(folder / "list") == folder
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
