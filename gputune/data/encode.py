@@ -75,23 +75,6 @@ class Statistics:
         arrays["quantiles"] = arrays["quantiles"].reshape(len(value["quantiles"]), len(value["ranked"]))
         return Statistics(**arrays)
 
-    def check(self, n_features: int) -> None:
-        """Raise ValueError unless these are statistics of rows with so many features."""
-        n_inputs = len(self.places) or n_features
-        shapes = {
-            "fill": (n_features,), "center": (n_inputs,), "scale": (n_inputs,),
-            "least": self.least.shape and (len(self.least) and n_inputs,), "most": self.least.shape,
-        }  # fmt: skip
-        for name, shape in shapes.items():
-            if getattr(self, name).shape != shape:
-                raise ValueError(f"its statistics have another number of values for {name!r} than it has features")
-        for name, end in (("ranked", n_inputs), ("clipped", n_inputs), ("places", n_features)):
-            positions = getattr(self, name)
-            if positions.ndim != 1 or not ((positions >= 0) & (positions < end)).all():
-                raise ValueError(f"its statistics have positions in {name!r} that no feature has")
-        if len(self.ranked) and not len(self.quantiles):
-            raise ValueError("its statistics lack the quantiles of its features")
-
 
 @np.errstate(over="ignore", invalid="ignore")  # numbers near the largest: what overflows is clipped
 def fit_statistics(

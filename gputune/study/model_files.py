@@ -5,14 +5,12 @@ refused by an error that names the file; nothing is ever unpickled.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -31,6 +29,7 @@ from gputune.modules.construction import Builder, call_arguments, construct, mat
 from gputune.population.population import Ensemble, InputKind
 from gputune.scratch import naming_folder, write_files
 from gputune.study import module_source
+from gputune.study.model_fields import read_content
 from gputune.study.module_state import (
     read_numbers,
     read_seeds,
@@ -40,7 +39,6 @@ from gputune.study.module_state import (
     saved_tensors,
     temporary_buffers,
 )
-from gputune.study.record import has_form
 from gputune.study.values import MALFORMED, from_json, sha256, to_json
 from gputune.types import Config, Json, Task
 
@@ -49,15 +47,7 @@ FORMAT, FORMAT_VERSION = "gputune model", 3
 DRAFTS = ".model"
 """How what a killed process may have left in the folder begins."""
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
-_INFO = {
-    "drop?": [str], "loss?": str, "loss_arguments?": {"": (int, float)}, "params?": dict, "scoring?": (str, None),
-    "score?": (int, float), "std_error?": (int, float), "positive?": (str, bool, int, float, None),
-    "held_out_score?": (int, float, None), "held_out_rows?": int,
-    "trained_rows?": str,
-}  # fmt: skip
-"""The form of what an interface reads of a model's info. Further keys are free."""
 _PLAIN = ("task", "classes", "center", "scale", "target", "info", "residuals", "temperature")
 """The fields of a model that its description has as they are."""
 
@@ -152,7 +142,7 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     body = read_description(folder / DESCRIPTION)
     state = _read_tensors(folder / TENSORS, body)
     with file_errors(folder / DESCRIPTION):
-        known = _fields(body)
+        known = read_content(body)
         spec, members = known["spec"], _members(known)
         seeds = read_seeds(spec, len(members))
         numbers, temporary = read_numbers(body), read_temporary(body, state)
@@ -180,70 +170,6 @@ def read_fields(folder: Path, module: Builder | None, *, trust_code: bool) -> Js
     if changed:
         warn(f"{change}; its parameters still fit, but it may predict otherwise.")
     return {**known, "module": network.eval()}
-
-
-def _fields(body: Json) -> Json:
-    """Return the fields of a ``ModelContent`` but its module. Raises ValueError where one cannot be what it says."""
-    # Files of old versions lack these.
-    body = {"target_transform": None, "residuals": None, "temperature": 1.0, **body}
-    layout, classes, transform, residuals = (body[n] for n in ("layout", "classes", "target_transform", "residuals"))
-    if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
-        raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
-    if not has_form(info := dict(body["info"]), _INFO):
-        raise ValueError("its info is of another type")
-    numbers = isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f" and residuals.ndim == 1
-    if not (residuals is None or numbers):
-        raise ValueError("its residuals are no numbers")
-    if not 0 < (temperature := float(body["temperature"])) < math.inf:
-        raise ValueError(f"its temperature is {body['temperature']}")
-    fields = {
-        **_read_layout(layout, body["statistics"]),
-        "task": body["task"],
-        "classes": classes,
-        "center": _of_target(body["center"]),
-        "scale": _of_target(body["scale"]),
-        "dtype": DTYPES[body["dtype"]],
-        "target": body["target"],
-        "spec": dict(body["spec"]),
-        "info": info,
-        "transform": None if transform is None else FittedTransform.from_json(transform),
-        "residuals": residuals,
-        "temperature": temperature,
-    }
-    _check_target(fields)
-    return fields
-
-
-def _read_layout(layout: Json, statistics: Json) -> Json:
-    """Return the layout of the rows, and the statistics, which must fit it."""
-    if "shapes" in layout:
-        array_layout = ArrayLayout.from_json(layout)
-        array_statistics = ArrayStatistics.from_json(statistics)
-        array_statistics.check(array_layout)
-        return {"layout": array_layout, "statistics": array_statistics}
-    table_layout = Layout.from_json(layout)
-    table_statistics = Statistics.from_json(statistics)
-    table_statistics.check(len(table_layout.feature_names))
-    return {"layout": table_layout, "statistics": table_statistics}
-
-
-def _check_target(fields: Json) -> None:
-    """Raise ValueError unless the fields that describe the target fit each other."""
-    task, classes, center, transform = (fields[name] for name in ("task", "classes", "center", "transform"))
-    n_classes = 0 if classes is None else len(classes)
-    is_known = task in get_args(Task) and isinstance(fields["target"], str)
-    if not is_known or (task in ("binary", "multiclass")) != (n_classes > 0) or (task == "binary" and n_classes != 2):
-        raise ValueError("its task, its target and its classes do not fit each other")
-    if np.ndim(center) > 1 or np.size(center) == 0 or np.shape(center) != np.shape(fields["scale"]):
-        raise ValueError("the center and the scale of its target are of other shapes")
-    ends = None if transform is None else transform.ends
-    if ends is not None and ends.shape[1] != np.size(center):
-        raise ValueError("its target_transform is of another number of targets")
-
-
-def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:
-    """Return the center or scale of a target, one number or one a column."""
-    return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
 
 
 def _members(known: Json) -> _Members:

@@ -38,7 +38,7 @@ from gputune.scoring.losses import LOSS_OF_TASK, takes_probabilities
 from gputune.scoring.metrics import Scorings, loss_scoring, make_scoring, scorers_of
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.scoring import Scoring
-from gputune.study.model_files import DTYPES
+from gputune.study.model_fields import DTYPES
 from gputune.tuning.choices import ModelChoice
 from gputune.tuning.options import Options
 from gputune.types import NUMBERS, TENSOR_NUMBERS, Config, Numbers

@@ -27,7 +27,7 @@ from gputune.scoring.scoring import EvaluationDraws, drawing_rows
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import option_errors
 from gputune.study.model import TunedModel
-from gputune.study.model_files import DTYPES
+from gputune.study.model_fields import DTYPES
 from gputune.study.record import PARTS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
 from gputune.study.trained_rows import sample_of_rows
