@@ -14,8 +14,8 @@ from gputune.cli.held_out import HeldOut
 from gputune.cli.saved_model import may_be_chance
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
+from gputune.data.columns import Layout
 from gputune.data.source import Source
-from gputune.data.table import Table
 from gputune.methods.edges import edge_remarks
 from gputune.report.facts import params_text, seconds_text, states_of, states_text
 from gputune.study.model import TunedModel
@@ -136,11 +136,17 @@ def _inputs(ending: Ending) -> tuple[str, str]:
     X = ending.rest.X
     if isinstance(X, Arrays):
         return "Inputs", str(ArrayLayout.of(X))
-    kinds = Counter(X.kinds) if isinstance(X, Table) else {}
-    named, record = ", ".join(count(number, kind) for kind, number in kinds.items()), ending.study.record
+    record = ending.study.record
     many = any(trial.params.get("numbers", record.numbers) != record.numbers for trial in ending.study.trials)
     rest = f" with numbers {record.numbers!r}" if many else ""
-    return "Columns", f"{named}, made into {count(record.features, 'feature')}{rest}"
+    features = f"made into {count(record.features, 'feature')}{rest}"
+    layout = None if ending.model is None else ending.model.layout
+    if not isinstance(layout, Layout):
+        return "Columns", features
+    # The columns that the model reads: constant ones and identifiers are left out.
+    kinds = Counter(column.kind for column in layout.columns)
+    named = ", ".join(count(number, kind) for kind, number in kinds.items())
+    return "Columns", f"{named}, {features}"
 
 
 def _task(study: Study) -> str:

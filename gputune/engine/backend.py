@@ -23,6 +23,7 @@ import torch
 from gputune.data.dataset import Dataset
 from gputune.engine.kernel import KernelChunk, lacks, obstacle
 from gputune.errors import InputError
+from gputune.input_files import read_file
 from gputune.modules.module import Traits
 from gputune.modules.recorder import RECORDERS, CudaRecorder
 from gputune.native.library import OPTIMIZERS, NotBuiltError, library, processor_name
@@ -71,7 +72,7 @@ def read_findings(device: torch.device) -> Findings:
     """Return what is known of a device; nothing where nothing is, or where it cannot be read."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         if (path := _path(device)) is not None:
-            kept = json.loads(path.read_text())
+            kept = json.loads(read_file(path))
             return Findings(kept["failed"], {name: Speed(**speed) for name, speed in kept["speeds"].items()})
     return Findings()
 

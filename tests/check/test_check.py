@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,14 @@ def test_speeds_alone_forget_no_law(folder):
 @pytest.mark.parametrize("text", ["", "[]", '{"failed": {}}', '{"failed": {}, "speeds": {"eager": {"a": 1}}}'])
 def test_a_file_that_says_nothing_is_no_finding(text, folder):
     keep_findings(CPU, Findings({}, {})).write_text(text)
+    assert read_findings(CPU) == Findings()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_the_place_of_the_findings_is_not_waited_for(folder):
+    path = keep_findings(CPU, Findings({}, {}))
+    path.unlink()
+    os.mkfifo(path)
     assert read_findings(CPU) == Findings()
 
 

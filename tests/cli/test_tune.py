@@ -54,7 +54,7 @@ def test_tune_says_what_it_understood_the_best_trials_where_all_lies_and_what_co
     folder, out = tuned
     study, lines = study_in(folder / "out"), out.split("\n")
     assert " ".join(out.split()).startswith(f"Data {folder / 'bugs.csv'}: 48 rows to search on and 12 held out")
-    assert "Columns  2 numbers, 2 categories, made into 4 features" in lines
+    assert "Columns  2 numbers, 1 category, made into 4 features" in lines  # without id, which is left out
     assert "Task     2 classes of 'kind': ant, bee" in lines
     assert "Search   mlp trained with adamw; 3 trials x 2 folds x 2 epochs" in lines
     assert "Note     Column 'id': left out, text with all 48 values distinct." in lines
