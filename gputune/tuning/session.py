@@ -38,6 +38,9 @@ AnyStudy = TypeVar("AnyStudy", bound=Study)
 
 _DRAWING_SHARE = 0.05
 """Most of the ``timeout`` that is spent on drawing trials. ``n_trials`` may be far more than there is time for."""
+_DRAWING_SECONDS = 0.5
+"""Seconds that drawing may take with any ``timeout``. They are enough for thousands of trials, so that a short timeout
+cuts the training and not the list of trials, which a resumed search trains."""
 
 _BEST = 5  # trials of each earlier study that are tried first
 
@@ -107,7 +110,7 @@ def draw_trials(
         again = numbered([(config, "random") for config in drawn], known, earlier)[:lacking]
         if len(again) == lacking:
             return again
-    seconds = None if options.timeout is None else options.timeout * _DRAWING_SHARE
+    seconds = None if options.timeout is None else max(_DRAWING_SECONDS, options.timeout * _DRAWING_SHARE)
     return top_up(known, space, options.n_trials, options.random_state, check, earlier, seconds)
 
 
