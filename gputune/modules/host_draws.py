@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gputune.modules.host_generators import GENERATORS, Env, closure_of, is_library, items_of, source_name
+from gputune.modules.host_generators import GENERATORS, Env, closure_of, is_a, is_library, items_of, source_name
 
 _MOST_FUNCTIONS = 5000  # that are read, so that a huge library of modules ends the reading
 _UNKNOWN = object()
@@ -99,33 +99,33 @@ class _Reader:
             return
         if source := source_name(value):
             self.found = f"{self.place} uses {source}" if source.startswith("a ") else f"{self.place} calls {source}"
-        elif isinstance(value, types.FunctionType):
+        elif is_a(value, types.FunctionType):
             self._read(value, [])
-        elif isinstance(value, types.MethodType):
+        elif is_a(value, types.MethodType):
             self._visit_method(value)
-        elif isinstance(value, functools.partial):
+        elif is_a(value, functools.partial):
             for part in (value.func, *value.args, *value.keywords.values()):
                 self.visit(part)
-        elif isinstance(value, dict | list | tuple | set):
+        elif type(value) in (dict, list, tuple, set):
             for item in items_of(value):
-                if callable(item) or isinstance(item, GENERATORS):
+                if callable(item) or is_a(item, *GENERATORS):
                     self.visit(item)
-        elif isinstance(value, nn.Module):
+        elif is_a(value, nn.Module):
             self._visit_module(value)
-        elif isinstance(value, type):
+        elif is_a(value, type):
             self._visit_class(value)
-        elif not isinstance(value, torch.Tensor | types.ModuleType | types.BuiltinFunctionType):
+        elif not is_a(value, torch.Tensor, types.ModuleType, types.BuiltinFunctionType):
             self._visit_instance(value)
 
     def _visit_method(self, method: types.MethodType) -> None:
         """Look at a method, and at those that it overrides: it may call them by ``super()``."""
-        if isinstance(method.__func__, types.FunctionType):
+        if is_a(method.__func__, types.FunctionType):
             self._read(method.__func__, [method.__self__])
-        owner = method.__self__ if isinstance(method.__self__, type) else type(method.__self__)
+        owner = method.__self__ if is_a(method.__self__, type) else type(method.__self__)
         for cls in owner.__mro__:
             function = vars(cls).get(method.__name__)
-            inner = function.__func__ if isinstance(function, classmethod) else function
-            if isinstance(inner, types.FunctionType):
+            inner = function.__func__ if is_a(function, classmethod) else function
+            if is_a(inner, types.FunctionType):
                 self._read(inner, [method.__self__])
 
     def _visit_module(self, module: nn.Module) -> None:
@@ -134,7 +134,7 @@ class _Reader:
         own = vars(module)
         self.visit(own.get("forward") or getattr(module, "forward", None))
         for name, hooks in own.items():
-            if name.endswith("_hooks") and isinstance(hooks, dict):
+            if name.endswith("_hooks") and is_a(hooks, dict):
                 self.visit(list(hooks.values()))
 
     def _visit_class(self, cls: type) -> None:
@@ -146,30 +146,30 @@ class _Reader:
             if issubclass(cls, nn.Module):  # code also names it for super(), and its constructor may draw
                 functions = {"forward": functions.get("forward")}
             for value in functions.values():
-                inner = value.__func__ if isinstance(value, staticmethod | classmethod) else value
-                if isinstance(inner, types.FunctionType):
+                inner = value.__func__ if is_a(value, staticmethod) or is_a(value, classmethod) else value
+                if is_a(inner, types.FunctionType):
                     self._read(inner, [])
 
     def _visit_instance(self, value: object) -> None:
         """Look at an object that is passed on or called: at its ``__call__``, and at the generators that it holds."""
         if self._is_read(value, []):
             return
-        if isinstance(call := getattr_static(type(value), "__call__", None), types.FunctionType):
+        if is_a(call := getattr_static(type(value), "__call__", None), types.FunctionType):
             self._read(call, [value])
         for item in _attributes_of(value).values():
-            if isinstance(item, GENERATORS):
+            if is_a(item, *GENERATORS):
                 self.visit(item)
 
     def call(self, value: object, arguments: Sequence[object]) -> None:
         """Read a function with the objects that it is called with."""
-        if isinstance(value, functools.partial):
+        if is_a(value, functools.partial):
             arguments = [*value.args, *arguments]
             value = value.func
         if all(argument is _UNKNOWN for argument in arguments):
             return
-        if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
+        if is_a(value, types.MethodType) and is_a(value.__func__, types.FunctionType):
             self._read(value.__func__, [value.__self__, *arguments])
-        elif isinstance(value, types.FunctionType):
+        elif is_a(value, types.FunctionType):
             self._read(value, arguments)
 
     def _is_read(self, code: object, arguments: Sequence[object]) -> bool:
@@ -229,36 +229,40 @@ class _Reader:
                 return
         self.visit(stack[-1] if stack else _UNKNOWN)
         for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):  # of a function, a lambda or a comprehension inside
+            if is_a(constant, types.CodeType):  # of a function, a lambda or a comprehension inside
                 self._read_code(constant, dict(env), outside)
 
     def _attribute(self, value: object, name: str) -> object:
         """Return an attribute without running code of the user's; of a property the code that gets it is read."""
-        if value is _UNKNOWN or isinstance(value, torch.Tensor):
+        if value is _UNKNOWN or is_a(value, torch.Tensor):
             return _UNKNOWN
-        if source_name(value) and not isinstance(value, types.ModuleType):
+        if source_name(value) and not is_a(value, types.ModuleType):
             self.visit(value)
             return _UNKNOWN
         if name == "rvs":  # of a distribution of SciPy's
             self.found = f"{self.place} calls rvs of {type(value).__name__}"
             return _UNKNOWN
-        own = {} if isinstance(value, type) else _attributes_of(value)
+        own = {} if is_a(value, type) else _attributes_of(value)
         if name in own:
             return own[name]
-        found = getattr_static(value if isinstance(value, type) else type(value), name, _UNKNOWN)
-        if isinstance(found, staticmethod):
+        found = getattr_static(value if is_a(value, type) else type(value), name, _UNKNOWN)
+        if is_a(found, staticmethod):
             return found.__func__
-        if isinstance(found, classmethod):
-            return types.MethodType(found.__func__, value if isinstance(value, type) else type(value))
-        if isinstance(found, types.FunctionType):
-            return found if isinstance(value, type) else types.MethodType(found, value)
-        getter = getattr(found, "fget", None) or getattr(found, "func", None)
-        if isinstance(getter, types.FunctionType):  # of a property, or of one that is cached
+        if is_a(found, classmethod):
+            return types.MethodType(found.__func__, value if is_a(value, type) else type(value))
+        if is_a(found, types.FunctionType):
+            return found if is_a(value, type) else types.MethodType(found, value)
+        getter = None
+        if is_a(found, property):
+            getter = found.fget
+        elif is_a(found, functools.cached_property):
+            getter = found.func
+        if is_a(getter, types.FunctionType):  # of a property, or of one that is cached
             self._read(getter, [value])
             return _UNKNOWN
-        if isinstance(found, types.MemberDescriptorType):  # of __slots__
+        if is_a(found, types.MemberDescriptorType):  # of __slots__
             return getattr(value, name, _UNKNOWN)
-        return found if isinstance(found, GENERATORS) or callable(found) else _UNKNOWN
+        return found if is_a(found, *GENERATORS) or callable(found) else _UNKNOWN
 
 
 def _attributes_of(value: object) -> Mapping[str, Any]:
@@ -267,6 +271,6 @@ def _attributes_of(value: object) -> Mapping[str, Any]:
         own: dict[str, Any] = vars(value)
     except TypeError:  # which has none
         return {}
-    if isinstance(value, nn.Module):
+    if is_a(value, nn.Module):
         return {**own.get("_modules", {}), **own}
     return own

@@ -12,8 +12,7 @@ import sys
 import types
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from inspect import getattr_static
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +35,8 @@ _FUNCTIONS: dict[object, str] = {
 _LIBRARIES = {"torch", "numpy", "scipy", "sklearn", "pandas", "polars", "functorch", "gputune"}
 """Packages whose code is not read, next to the standard library."""
 _MOST_ITEMS = 100  # of a container that is looked through
+Kind = TypeVar("Kind")
+
 Env: TypeAlias = dict[str, object]
 """The objects that local names stand for, as far as they are known."""
 
@@ -68,22 +69,32 @@ def _held_generators(module: nn.Module, functions: Iterable[object]) -> Iterator
     classes = dict.fromkeys(type(part) for part in module.modules())
     codes = [*(getattr(cls, "forward", None) for cls in classes), *functions]
     for function in codes:
-        inner = function.func if isinstance(function, functools.partial) else function
-        if isinstance(inner, types.FunctionType) and not is_library(inner):
+        inner = function.func if is_a(function, functools.partial) else function
+        if is_a(inner, types.FunctionType) and not is_library(inner):
             holders += [inner.__globals__, closure_of(inner)]
     for holder in holders:
         for value in list(holder.values()):
             for item in (value, *items_of(value)):
-                if isinstance(item, GENERATORS) and id(item) not in seen:
+                if is_a(item, *GENERATORS) and id(item) not in seen:
                     seen.add(id(item))
                     yield item
 
 
+def is_a(value: object, *kinds: type[Kind]) -> TypeGuard[Kind]:
+    """Whether a value is an instance of one of some classes, by its type alone.
+
+    ``isinstance`` also asks the value for its ``__class__``, which may be code of the user's.
+    """
+    return issubclass(type(value), kinds)
+
+
 def items_of(value: object) -> list[object]:
-    """Return the items of a container, as far as it is one."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return list(value)[:_MOST_ITEMS] if isinstance(value, list | tuple | set) else []
+    """Return the items of a plain container; none of any other value."""
+    if type(value) is dict:
+        return list(value.values())[:_MOST_ITEMS]
+    if type(value) is list or type(value) is tuple or type(value) is set:
+        return list(value)[:_MOST_ITEMS]
+    return []
 
 
 def _state_of(generator: object) -> bytes | None:
@@ -110,19 +121,18 @@ def source_name(value: object) -> str:
     """Return the name of a value that draws outside of PyTorch's default generator; "" for any other value."""
     if value is torch.default_generator:
         return ""
-    if isinstance(value, GENERATORS):
+    if is_a(value, *GENERATORS):
         return f"a {_kind_of(value)}"
-    if isinstance(value, type):
+    if is_a(value, type):
         return f"{value.__module__}.{value.__name__}" if issubclass(value, _SEEDED_CLASSES) else ""
-    if isinstance(value, types.ModuleType):
-        return value.__name__ if value in _MODULES else ""
-    try:
-        if value in _FUNCTIONS:
-            return _FUNCTIONS[value]
-    except TypeError:  # which has no hash
+    if is_a(value, types.ModuleType):
+        return next((module.__name__ for module in _MODULES if module is value), "")
+    if name := next((name for function, name in _FUNCTIONS.items() if function is value), ""):
+        return name
+    if not is_a(value, types.BuiltinFunctionType, types.MethodType):
         return ""
-    owner = getattr_static(value, "__self__", None) is not None and getattr(value, "__self__", None)
-    if not isinstance(owner, GENERATORS) or owner is torch.default_generator:
+    owner = getattr(value, "__self__", None)
+    if not is_a(owner, *GENERATORS) or owner is torch.default_generator:
         return ""
     name = getattr(value, "__name__", "")
     if getattr(random, name, None) == value:

@@ -17,6 +17,7 @@ from torch import nn
 
 import gputune
 from gputune.modules.host_draws import drawing_code
+from gputune.modules.host_generators import generator_states
 from gputune.modules.inspection import inspect_module
 from gputune.modules.module_trial import ModuleTrial
 from problems import Linear, fill, make_data, variant
@@ -169,6 +170,39 @@ def test_code_that_draws_from_torch_alone_is_left_as_it_is():
 
     module = nn.Sequential(variant(Holds, forward)(5, 3), nn.Dropout(), nn.LSTM(3, 3), DrawsWhenMade(3, 3))
     assert drawing_code(module, ["mse", None, nn.MSELoss(), nn.MSELoss, nn.functional.mse_loss]) == ""
+
+
+class Touchy:
+    """Says when it is looked at in a way that runs its code."""
+
+    @property
+    def __class__(self):
+        LOOKS.append("__class__")
+        return Touchy
+
+    def __getattr__(self, name):
+        LOOKS.append(name)
+        raise AttributeError(name)
+
+    def __hash__(self):
+        LOOKS.append("__hash__")
+        return 1
+
+    def __eq__(self, other):
+        LOOKS.append("__eq__")
+        return False
+
+
+TOUCHY, LOOKS = Touchy(), []
+
+
+def test_objects_that_code_refers_to_run_nothing():
+    module = variant(Holds, lambda self, x: Linear.forward(self, x) if TOUCHY is self.touchy.other else x)(5, 3)
+    module.touchy = TOUCHY
+    LOOKS.clear()  # pytest has looked as well
+    assert drawing_code(module, [TOUCHY], TOUCHY) == ""
+    generator_states(module, [lambda outputs, y: TOUCHY])
+    assert LOOKS == []
 
 
 class LayerDrop(nn.Module):
