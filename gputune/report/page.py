@@ -142,8 +142,14 @@ def _natural(text: str) -> tuple[str, str]:
     return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(12), text), text
 
 
+_LARGEST_DOUBLE = 2**1024
+"""Integers from here on have no float."""
+
+
 def plain_number(value: float) -> str:
     """Return a number of the table as text, in the same way as ``number`` in report.js: 0.001, 64, 1.5e-5."""
+    if isinstance(value, int) and abs(value) >= _LARGEST_DOUBLE:
+        return "Infinity" if value > 0 else "-Infinity"  # as a script reads the number
     if value == 0 or 1e-4 <= abs(value) < 1e6 or value == int(value):
         return f"{value:.15g}"
     mantissa, _, exponent = f"{value:.3e}".partition("e")

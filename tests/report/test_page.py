@@ -318,6 +318,11 @@ def test_numbers_of_the_table_are_short(value, text):
     assert plain_number(value) == text
 
 
+def test_an_integer_that_is_no_float_is_infinite_as_in_a_script():
+    assert plain_number(10**400) == "Infinity"
+    assert plain_number(-(10**400)) == "-Infinity"
+
+
 def test_a_long_training_time_has_few_digits():
     made = study_of([{"lr": 0.1}, {"lr": 0.2}])
     for longest, shown in ((1.234, 1.23), (123.456, 123.5), (12345.6, 12346.0)):
