@@ -161,15 +161,17 @@ def tune(
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``, where X are rows as you gave them (a frame
                  stays one, a tensor is an array) and ``estimator`` predicts whatever rows it is given; or
                  ``callable(outputs, y)`` of a module's outputs (m, ...) on validation rows; None: accuracy (of labels
-                 the share of rows of which all are right) or R2, for hypergradients and custom targets the loss.
+                 the share of rows of which all are right) or R2, for hypergradients, custom targets and soft labels
+                 the loss; for "mae", "huber" and "quantile" see ``loss``.
                  A list, tuple or dict (name -> scorer) of several: the first ranks the trials, prunes, chooses epochs
                  and ends the search, all are kept for every epoch and fold (``Study.curves_of``)
     positive     the class that f1, precision, recall, jaccard, average_precision or a likelihood ratio is of; may be
                  left out for classes {0, 1}, {-1, 1} and {False, True}, of which the larger one is positive
     task         overrides what the target looks like: text, booleans and at most 20 distinct whole numbers that
-                 repeat are classes, everything else is a number. For a module also several numbers a row
-                 ("regression" of (n, K)), "multilabel" (n, K) of 0 and 1, and "custom": numbers (n, ...) for a loss of
-                 your own
+                 repeat are classes, everything else is a number. More than 20 distinct whole numbers are classes too
+                 if the loss only classifies, or if a module has as many outputs as there are distinct numbers. For a
+                 module also several numbers a row ("regression" of (n, K)), "multilabel" (n, K) of 0 and 1, and
+                 "custom": numbers (n, ...) for a loss of your own
     missing_target  "drop" leaves out the rows whose target is missing; "error" refuses them
     target_transform  "log" (of numbers above 0), "log1p" (above -1) or a transformer of scikit-learn's that has an
                  inverse, as in its TransformedTargetRegressor: fitted on each fold's training rows, and inverted in
@@ -233,7 +235,7 @@ def tune(
                  its folds validate on (at most 128 MiB; beyond that the worst trials go without): ``ensemble``,
                  ``oof_predictions``, intervals and calibration then train no fold again. Not of descents, nor of a
                  custom target, nor with ``epoch="last"``
-    random_state seed of candidates, folds, row order, starts and dropout
+    random_state seed of candidates, folds, row order, starts, dropout and other draws of a module
     callbacks    ``gputune.callbacks``: called at the start, after epochs, with finished trials, and at the end
     verbose      0 silent, 1 a bar, the plan and remarks on standard error
 

@@ -190,8 +190,8 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         _Flag("--out FILE", "write there instead of to standard output"), _CLASS, _TRUST,
     ]),
     "evaluate": (
-        "score a saved model on the rows of a file that has the target's column",
-        {"folder": _MODEL, "file": (_ROWS[0], f"{_ROWS[1]}; with the target")}, [
+        "score a saved model on the rows of a file with known right answers",
+        {"folder": _MODEL, "file": (_ROWS[0], f"{_ROWS[1]}; with the target, unless --target is a file")}, [
             _Flag(
                 "--target NAME",
                 "the column or array with the right answers; for a .npy file, another .npy file [default: that of the "

@@ -339,10 +339,10 @@ def load_model(
 ) -> TunedModel:
     """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to predict.
 
-    A user's own class is imported from where it was when the model was saved, which runs that file or package: where
-    this user has trained or saved that very source on this machine, or with ``trust_code=True``. ``module=`` gives the
-    class instead and imports nothing, the safe way to open a folder from someone else. Nothing is unpickled. Warns
-    where the source has changed and the state still fits.
+    Runs the file or package of a user's own class or function, if this user has trained or saved that class or function
+    from that file on this machine, if the running program defines the class, or with ``trust_code=True``. ``module=``
+    gives the class instead and imports nothing, the safe way to open a folder from someone else. Nothing is unpickled.
+    Warns where the source has changed and the state still fits.
 
     Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a
     newer gputune, and for a class that is gone, not trusted, or that the state does not fit.

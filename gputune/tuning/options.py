@@ -110,8 +110,8 @@ class Options:
     )  # fmt: skip
     scoring: "Scorings | None" = _search(
         None, "--scoring NAME,...",
-        "a scikit-learn scorer name (accuracy, or r2; with hypergradients the loss that is descended), or several, of "
-        "which the first ranks the trials",
+        "a scikit-learn scorer name (accuracy, or r2; with --loss mae, huber or quantile the score of that loss; with "
+        "hypergradients the loss that is descended), or several, of which the first ranks the trials",
         takes="scorers", kept=True,
     )  # fmt: skip
     positive: object = _search(
