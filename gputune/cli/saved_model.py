@@ -41,14 +41,21 @@ def check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: 
     if not (intervals or calibrate):
         return
     target = check_target(rest.y, task=options.task, n_rows=len(rest.X), name=rest.target)
-    flag, what, fits = "--intervals", "one number", target.task == "regression" and target.n_outputs == 1
-    if not intervals:
-        flag, what, fits = "--calibrate", "one class", target.task in ("binary", "multiclass")
-    if not fits:
-        raise InputError(f"{flag} is for {what} to be predicted, and the target is {target.in_words}; leave it out.")
-    if isinstance(options.method, Hypergradient):
-        rule = f"{flag} trains a trial on its folds again, which a hypergradient search does not"
-        raise InputError(f"{rule}; leave it out.")
+    is_one_number = target.task == "regression" and target.n_outputs == 1
+    is_one_class = target.task in ("binary", "multiclass")
+    asked = []
+    if intervals:
+        asked.append(("--intervals", "one number", is_one_number))
+    if calibrate:
+        asked.append(("--calibrate", "one class", is_one_class))
+    for flag, predicted, fits in asked:
+        if not fits:
+            raise InputError(
+                f"{flag} is for {predicted} to be predicted, and the target is {target.in_words}; leave it out."
+            )
+        if isinstance(options.method, Hypergradient):
+            rule = f"{flag} trains a trial on its folds again, which a hypergradient search does not"
+            raise InputError(f"{rule}; leave it out.")
 
 
 def calibration_text(model: TunedModel) -> str:

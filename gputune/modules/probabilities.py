@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gputune.errors import InputError, InputWarning, warn
-from gputune.scoring.losses import is_cross_entropy, takes_log_probabilities
+from gputune.scoring.losses import is_cross_entropy, is_divergence, takes_log_probabilities
 from gputune.scoring.objective import Objective
 
 
@@ -15,7 +15,9 @@ def check_probabilities(name: str, objective: Objective, outputs: Tensor) -> Non
     """
     if objective.step is not None:
         return
-    if takes_log_probabilities(objective.loss) and not are_log_probabilities(outputs):
+    has_classes_apart = is_divergence(objective.loss) and outputs.dim() != 2
+    is_checked = takes_log_probabilities(objective.loss) and not has_classes_apart
+    if is_checked and not are_log_probabilities(outputs):
         kind = "probabilities" if are_probabilities(outputs) else "logits"
         end = ", without the softmax at its end" * are_probabilities(outputs)
         raise InputError(

@@ -191,7 +191,7 @@ _OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonN
 def only_classifies(loss: object) -> bool:
     """Whether a loss is for one class a row, whatever the target looks like."""
     if isinstance(loss, str):
-        return loss == "cross_entropy"
+        return LOSS_ALIASES.get(loss, loss) == "cross_entropy"
     return issubclass(_kind(loss), _OF_CLASSES) or loss in (functional.cross_entropy, functional.nll_loss)
 
 
@@ -247,8 +247,13 @@ def refuse_one_number(loss: object, y: Tensor) -> None:
 
 
 def takes_log_probabilities(loss: object) -> bool:
-    """Whether a loss is torch's negative log-likelihood, which takes the logarithms of probabilities."""
-    return issubclass(_kind(loss), nn.NLLLoss) or loss is functional.nll_loss
+    """Whether a loss of torch takes the logarithms of probabilities: NLLLoss, KLDivLoss, or one of their functions."""
+    return issubclass(_kind(loss), nn.NLLLoss | nn.KLDivLoss) or loss in (functional.nll_loss, functional.kl_div)
+
+
+def is_divergence(loss: object) -> bool:
+    """Whether a loss is torch's Kullback-Leibler divergence, whose outputs may have their classes in any dimension."""
+    return issubclass(_kind(loss), nn.KLDivLoss) or loss is functional.kl_div
 
 
 def is_cross_entropy(loss: object) -> bool:

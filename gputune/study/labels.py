@@ -11,8 +11,21 @@ from gputune.types import Task
 
 
 def class_codes(classes: np.ndarray, y: object) -> tuple[list[object], NDArray[np.int64]]:
-    """Return the classes, those that y alone has last, and the codes of y, (n,)."""
-    known, labels = classes.tolist(), np.asarray(y).tolist()
+    """Return the classes of a model, followed by those that only y has, and the codes of y, (n,).
+
+    Raises:
+        InputError: y is neither (n,) nor (n, 1).
+    """
+    answers = np.asarray(y)
+    if answers.ndim == 2 and answers.shape[1] == 1:
+        answers = answers[:, 0]
+    if answers.ndim != 1:
+        raise InputError(
+            f"the right answers have the shape {answers.shape}, and the model predicts one class for each row. Give "
+            "one class for each row."
+        )
+    known = classes.tolist()
+    labels = answers.tolist()
     if classes.dtype.kind == "U":
         labels = list(map(text_of, labels))
     else:  # one text among them makes text of a column of numbers

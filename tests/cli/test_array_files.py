@@ -120,3 +120,14 @@ def test_what_does_not_fit_is_refused(models, tmp_path, monkeypatch, options, wo
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     command, model, *others = options
     assert words in refusal(command, models[0] / model, *others)
+
+
+def test_one_column_of_answers_is_read_and_several_are_refused(models, tmp_path):
+    folder, expected = models
+    np.save(tmp_path / "column.npy", LABELS[:, None])
+    np.save(tmp_path / "columns.npy", TABLE)
+    path = write(tmp_path / "t.npy", TABLE)
+    out = run("evaluate", folder / "table", path, "--target", tmp_path / "column.npy", "--format", "json")[1]
+    assert json.loads(out)["scores"]["accuracy"]["score"] == (expected["table"] == LABELS).mean()
+    words = "the right answers have the shape (40, 3), and the model predicts one class for each row. Give one class"
+    assert words in refusal("evaluate", folder / "table", path, "--target", tmp_path / "columns.npy")

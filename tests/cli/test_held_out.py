@@ -208,6 +208,9 @@ def test_the_command_calibrates_where_that_is_asked_or_the_log_loss_ranks(tmp_pa
     assert gputune.load_model(tmp_path / "loss" / "model").temperature != 1
     code, _, err = run(*words, "--target", "price", "--calibrate", "--out", tmp_path / "no")
     assert code == 2 and "--calibrate is for one class to be predicted, and the target is" in err
+    code, _, err = run(*words, "--target", "price", "--intervals", "--calibrate", "--out", tmp_path / "no")
+    assert code == 2 and "--calibrate is for one class to be predicted, and the target is" in err
+    assert not (tmp_path / "no").exists()  # nothing was trained
 
 
 @pytest.mark.parametrize("scoring", ["accuracy", "f1_macro", "neg_log_loss", "f1"])

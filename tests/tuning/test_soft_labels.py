@@ -45,3 +45,12 @@ def test_scores_of_numbers_are_refused_and_other_targets_stay():
     own = gputune.tune(gputune.models.MLP, X, SOFT, loss=nn.CrossEntropyLoss, scoring=lambda outputs, y: 0.5, **HOW)
     assert own.best_score == 0.5
     assert gputune.tune(gputune.models.MLP, X, SOFT, **HOW).record.scoring == "r2"
+
+
+@pytest.mark.parametrize("loss", [nn.KLDivLoss, nn.functional.kl_div])
+@pytest.mark.filterwarnings("ignore:reduction")
+def test_the_divergence_of_logits_is_refused(loss):
+    """It has no lower bound: training would only make the logits larger."""
+    message = "returns logits, and .* takes the logarithms of probabilities. Choose loss=torch.nn.CrossEntropyLoss"
+    with pytest.raises(InputError, match=message):
+        gputune.tune(gputune.models.MLP, X, SOFT, loss=loss, **HOW)

@@ -82,7 +82,7 @@ def test_as_many_outputs_as_distinct_numbers_make_classes(form):
 
 @FEW_ROWS
 @pytest.mark.parametrize(
-    "loss", [nn.CrossEntropyLoss, nn.CrossEntropyLoss(), "cross_entropy", nn.functional.cross_entropy]
+    "loss", [nn.CrossEntropyLoss, nn.CrossEntropyLoss(), "cross_entropy", "log_loss", nn.functional.cross_entropy]
 )
 def test_a_loss_of_classes_makes_classes(loss):
     study = gputune.tune(Net, X, CODES, loss=loss, **HOW)
